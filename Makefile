@@ -1,0 +1,34 @@
+# What a person or CI runs: each target works alone on a fresh machine with Python 3.11 or later, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := vision,track,dev
+
+.PHONY: demo test check install clean bench
+
+demo: $(VENV)/installed  ## train a small ResNet on real images, on every device of this machine
+	$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
+
+test: $(VENV)/installed  ## the test-suite, as CI runs it
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed  ## style, types, import order, documentation's code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --verbose
+	$(BIN)/python -m pytest -q tests/docs
+
+install: $(VENV)/installed  ## .venv with everything the tests need
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"duoka needs Python 3.11 or later, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
+
+bench: $(VENV)/installed  ## the libraries that the benchmarks compare with
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
