@@ -1,0 +1,7 @@
+"""Running one function on every device: helpers of this process, or this process's place in a larger job."""
+
+from __future__ import annotations
+
+from duoka.launcher.launch import launch
+
+__all__ = ["launch"]

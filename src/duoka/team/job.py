@@ -1,0 +1,106 @@
+"""One job on a team: the same task on every helper and in this process, ended together however it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from duoka.errors import LaunchError
+from duoka.team import failure, pool
+from duoka.team.interruption import Interruption, Stopped
+from duoka.team.payload import Payload, dumps, loads
+from duoka.team.process import Helper
+from duoka.team.task import Surroundings, Task
+from duoka.team.watch import Watch
+
+__all__ = ["run_job"]
+
+_ECHO_S = 1.0
+"""How long rank 0, cut off in a collective, waits to hear which rank failed."""
+
+
+def run_job(
+    work: Callable[..., AbstractContextManager[Any]],
+    places: Sequence[Any],
+    arguments: tuple[Any, ...],
+    devices: Sequence[torch.device],
+    *,
+    unblock: Callable[[], None] = lambda: None,
+    show_output: bool = False,
+) -> list[Any]:
+    """Run ``work(places[rank], *arguments)`` on every rank, rank 0 in this thread, and return the answers of all.
+
+    ``work`` returns a context manager whose value is the rank's answer and which is left when all have answered.
+    ``unblock`` is called from another thread, after the helpers have been ended, to free a rank 0 that waits for them.
+
+    Raises the first failure of any rank as its own type; WorkerDied when a helper died; KeyboardInterrupt on Ctrl-C.
+    """
+    packed = _pack(work, arguments) if len(devices) > 1 else Payload(b"")
+    try:
+        with Interruption() as interruption:
+            helpers = pool.acquire(devices[1:])
+            watch = Watch(helpers, interruption, unblock, devices[0], show=show_output)
+            finished = False
+            try:
+                watch.start()
+                for helper in helpers:
+                    helper.connection.send("run", _task(packed, helper.device, places[helper.rank]))
+                answer = _run_here(work, (places[0], *arguments), watch, helpers)
+                finished = True
+            except BaseException as error:
+                interruption.close()
+                cause = _cause(error, watch, interruption)
+                if cause is error:
+                    raise
+                raise cause from cause.__cause__
+            finally:
+                interruption.close()
+                if not finished:
+                    watch.kill()
+                watch.join()
+                pool.release(helpers, reusable=finished)
+        return [answer, *(loads(watch.answers[helper.rank], devices[0]) for helper in helpers)]
+    finally:
+        packed.close()
+
+
+def _pack(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Payload:
+    try:
+        return dumps((work, arguments))
+    except Exception as error:
+        raise LaunchError(
+            f"what helper processes need cannot be sent to them: {error}. Open files, locks, sockets and generators stay in "
+            "the process that made them: make such an object inside the function that is launched."
+        ) from error
+
+
+def _task(packed: Payload, device: torch.device, place: Any) -> Payload:
+    task = dumps(Task(Surroundings.here(), device, place, packed.data, packed.sizes))
+    return Payload(task.data, fd=packed.fd)
+
+
+def _run_here(work: Callable[..., Any], arguments: tuple[Any, ...], watch: Watch, helpers: Sequence[Helper]) -> Any:
+    with work(*arguments) as answer:
+        watch.await_answers()
+        if watch.error is not None:
+            raise Stopped
+        for helper in helpers:
+            helper.connection.send("finish", Payload(b""))
+    watch.await_idle()
+    if watch.error is not None:
+        raise Stopped
+    return answer
+
+
+def _cause(error: BaseException, watch: Watch, interruption: Interruption) -> BaseException:
+    """What the user is told: of several failures the one that made the others."""
+    if interruption.interrupted or isinstance(error, KeyboardInterrupt):
+        return error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
+    if watch.error is None and (failure.is_echo(error) or isinstance(error, OSError)):
+        watch.await_failure(_ECHO_S)
+    if watch.error is not None and (isinstance(error, Stopped) or failure.is_echo(error) or isinstance(error, OSError)):
+        return watch.error
+    return error

@@ -1,0 +1,152 @@
+"""The thread that watches the helpers while a job runs: their answers, failures, deaths and output, and Ctrl-C."""
+
+from __future__ import annotations
+
+import selectors
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from duoka.team import failure
+from duoka.team.connection import Message
+from duoka.team.interruption import Interruption
+from duoka.team.payload import Payload
+from duoka.team.process import Helper
+
+__all__ = ["Watch"]
+
+_ECHO_S = 1.0
+"""How long a failure that only says 'another rank went away' waits for that rank's own."""
+_POLL_S = 0.2
+"""How often a death is looked for on systems that cannot announce one."""
+
+
+class Watch:
+    """Watches one job. ``answers`` fills by rank; ``error`` is the first failure; the caller's thread is stopped by it."""
+
+    def __init__(
+        self,
+        helpers: Sequence[Helper],
+        interruption: Interruption,
+        unblock: Callable[[], None],
+        receiver: torch.device,
+        *,
+        show: bool,
+    ) -> None:
+        self.answers: dict[int, Payload] = {}
+        self.error: BaseException | None = None
+        self._helpers = helpers
+        self._interruption = interruption
+        self._unblock = unblock
+        self._receiver = receiver
+        self._show = show
+        self._idle: set[int] = set()
+        self._echo: tuple[Helper, Message, float] | None = None
+        self._ended = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="duoka-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def await_answers(self) -> None:
+        """Wait until every helper has answered; returns early when one has failed."""
+        self._await(lambda: len(self.answers) == len(self._helpers))
+
+    def await_idle(self) -> None:
+        """Wait until every helper has left its task; returns early when one has failed."""
+        self._await(lambda: len(self._idle) == len(self._helpers))
+
+    def await_failure(self, timeout_s: float) -> None:
+        """Wait for a failure, if there is to be one."""
+        self._await(lambda: False, timeout_s)
+
+    def kill(self) -> None:
+        """End the helpers; their deaths are no news from now on."""
+        self._ended = True
+        for helper in self._helpers:
+            helper.kill()
+
+    def join(self) -> None:
+        """Wait for the watching thread's end, which comes when all are idle or ended."""
+        self._thread.join()
+        for payload in self.answers.values():
+            payload.close()
+
+    def _await(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: condition() or self.error is not None or self._ended, timeout_s)
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._interruption, selectors.EVENT_READ, self._on_signal)
+            for helper in self._helpers:
+                selector.register(helper.connection, selectors.EVENT_READ, lambda h=helper: self._on_message(h))
+                selector.register(helper.output_fd, selectors.EVENT_READ, lambda h=helper: self._on_output(h))
+                if helper.death_fd is not None:
+                    selector.register(helper.death_fd, selectors.EVENT_READ, lambda h=helper: self._on_death(h))
+            while not self._ended and len(self._idle) < len(self._helpers):
+                for key, _ in selector.select(_POLL_S):
+                    if not self._ended:
+                        key.data()
+                self._on_time()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _on_signal(self) -> None:
+        if self._interruption.read_signals():
+            self.kill()
+            self._unblock()
+
+    def _on_message(self, helper: Helper) -> None:
+        try:
+            message = helper.connection.receive()
+        except EOFError:
+            self._on_death(helper)
+            return
+        if message.kind == "failed":
+            self._fail(self._unpack(helper, message))
+        elif message.kind == "echo":
+            self._echo = self._echo or (helper, message, time.monotonic() + _ECHO_S)
+        with self._changed:
+            if message.kind == "done":
+                self.answers[helper.rank] = message.payload
+            elif message.kind == "idle":
+                self._idle.add(helper.rank)
+            self._changed.notify_all()
+
+    def _on_output(self, helper: Helper) -> None:
+        text = helper.read_output().decode(errors="replace")
+        if self._show:
+            for line in text.splitlines():
+                sys.stdout.write(f"[rank {helper.rank} {helper.label}] {line}\n")
+
+    def _on_death(self, helper: Helper) -> None:
+        self._fail(helper.death())
+
+    def _on_time(self) -> None:
+        if self._ended:
+            return
+        for helper in self._helpers:
+            if helper.death_fd is None and not helper.is_alive():
+                self._on_death(helper)
+        if self._echo is not None and time.monotonic() > self._echo[2]:
+            self._fail(self._unpack(*self._echo[:2]))
+
+    def _unpack(self, helper: Helper, message: Message) -> BaseException:
+        return failure.unpack(message.payload, helper.rank, helper.label, self._receiver)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep the first failure, end the helpers, and stop rank 0, wherever it is."""
+        if self._ended:
+            return
+        self.error = error
+        self.kill()
+        self._unblock()
+        with self._changed:
+            self._changed.notify_all()
+        self._interruption.stop_caller()
