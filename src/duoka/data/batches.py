@@ -1,0 +1,187 @@
+"""Batches of any structure: how long one is, cutting it into parts, joining parts, moving it to a device.
+
+A batch is a tensor, or tuples, lists, mappings, named tuples and dataclasses of batches, nested to any depth. Tensors and
+NumPy arrays are cut along dimension 0; so are lists and tuples that hold one entry a sample (names, say); everything else
+(a number, a string, a tensor without dimensions) belongs to the whole batch and is passed on as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from duoka.data.position import part_bounds
+from duoka.errors import DataError
+
+__all__ = ["batch_length", "concat_batches", "slice_batch", "split_batch", "to_device"]
+
+Opened = tuple[list[Any], Callable[[list[Any]], Any]]
+
+
+def batch_length(batch: Any) -> int:
+    """Return how many samples ``batch`` holds: dimension 0 of its tensors.
+
+    Raises ``DataError`` where there is no tensor with dimensions.
+
+    >>> batch_length({"x": torch.zeros(5, 3), "y": torch.zeros(5)})
+    5
+    """
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor) and batch[0].ndim:
+        return len(batch[0])  # what nearly every loader yields, without walking through it
+    for array in _arrays(batch):
+        return len(array)
+    if isinstance(batch, (list, tuple)) and batch and _open(batch[0]) is None:
+        return len(batch)
+    raise DataError(
+        f"a batch of type {type(batch).__name__} holds no tensor with dimensions, so it cannot be cut into parts; a loader "
+        "should yield tensors whose dimension 0 is the sample, or tuples, lists, dicts or dataclasses of them"
+    )
+
+
+def slice_batch(batch: Any, start: int, stop: int, length: int | None = None) -> Any:
+    """Return samples ``start`` to ``stop`` of ``batch``, in the batch's own structure and classes.
+
+    ``length`` is the batch's, where the caller knows it. Raises ``DataError`` where a tensor's dimension 0 is another.
+    """
+    length = batch_length(batch) if length is None else length
+    return batch if (start, stop) == (0, length) else _cut(batch, length, slice(start, stop))
+
+
+def split_batch(batch: Any, index: int, parts: int) -> Any:
+    """Return part ``index`` of ``parts`` nearly equal, contiguous parts, as ``torch.tensor_split`` cuts: it may be empty.
+
+    >>> split_batch((torch.arange(5), ["a", "b", "c", "d", "e"]), 1, 2)
+    (tensor([3, 4]), ['d', 'e'])
+    """
+    length = batch_length(batch)
+    return slice_batch(batch, *part_bounds(length, index, parts), length)
+
+
+def concat_batches(batches: Sequence[Any]) -> Any:
+    """Return one batch of all samples of ``batches``, which have one structure, in their order.
+
+    What belongs to a whole batch is taken from the first. Raises ``DataError`` where tensors do not fit together.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    return _join(list(batches), [batch_length(batch) for batch in batches])
+
+
+def to_device(batch: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
+    """Return ``batch`` with its tensors on ``device``, in the batch's own structure and classes; the argument is kept.
+
+    Objects that are no containers but have a method ``to`` (a ``PackedSequence``, say) are moved by it.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=non_blocking)
+    if type(batch) is list or type(batch) is tuple:
+        return type(batch)([to_device(item, device, non_blocking) for item in batch])
+    if not isinstance(batch, (dict, UserDict)) and callable(move := getattr(batch, "to", None)):
+        return move(device)
+    opened = _open(batch)
+    if opened is None:
+        return batch
+    children, rebuild = opened
+    return rebuild([to_device(child, device, non_blocking) for child in children])
+
+
+def _is_array(node: Any) -> bool:
+    return isinstance(node, (torch.Tensor, np.ndarray))
+
+
+def _arrays(node: Any) -> Iterator[Any]:
+    """Yield the tensors and arrays of ``node`` that have dimensions."""
+    if _is_array(node):
+        if node.ndim:
+            yield node
+        return
+    opened = _open(node)
+    for child in opened[0] if opened else ():
+        yield from _arrays(child)
+
+
+def _open(node: Any) -> Opened | None:
+    """Return what is in a container and how to build one like it of other contents; ``None`` for what is no container."""
+    if isinstance(node, Mapping):
+        return list(node.values()), lambda children: _like_mapping(node, children)
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return list(node), lambda children: type(node)(*children)
+    if isinstance(node, (list, tuple)):
+        return list(node), lambda children: type(node)(children)
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        names = [field.name for field in dataclasses.fields(node)]
+        return [getattr(node, name) for name in names], lambda children: _like_dataclass(node, names, children)
+    return None
+
+
+def _like_mapping(node: Mapping[Any, Any], children: list[Any]) -> Any:
+    if type(node) is dict:
+        return dict(zip(node, children, strict=True))
+    if hasattr(node, "__setitem__"):  # keeps the class and whatever else it holds: defaultdict, BatchEncoding
+        like: Any = copy.copy(node)
+        for key, child in zip(node, children, strict=True):
+            like[key] = child
+        return like
+    return type(node)(dict(zip(node, children, strict=True)))  # type: ignore[call-arg]
+
+
+def _like_dataclass(node: Any, names: list[str], children: list[Any]) -> Any:
+    like = copy.copy(node)
+    for name, child in zip(names, children, strict=True):
+        object.__setattr__(like, name, child)  # frozen ones too
+    return like
+
+
+def _is_one_a_sample(node: Any, length: int) -> bool:
+    """Whether ``node`` is a list with one entry a sample, and not a structure whose tensors hold the samples."""
+    if not isinstance(node, (list, tuple)) or hasattr(node, "_fields") or len(node) != length:
+        return False
+    sizes = {len(array) for array in _arrays(node)}
+    return sizes != {length}
+
+
+def _cut(node: Any, length: int, samples: slice) -> Any:
+    if _is_array(node):
+        if node.ndim and len(node) != length:
+            raise DataError(
+                f"a batch of {length} samples holds a tensor of shape {tuple(node.shape)}; its dimension 0 should be "
+                f"{length}. What is not one row a sample cannot be cut into parts: keep it out of the batch"
+            )
+        return node[samples] if node.ndim else node
+    if _is_one_a_sample(node, length):
+        return node[samples]
+    opened = _open(node)
+    if opened is None:
+        return node
+    children, rebuild = opened
+    return rebuild([_cut(child, length, samples) for child in children])
+
+
+def _join(nodes: list[Any], lengths: list[int]) -> Any:
+    first = nodes[0]
+    if _is_array(first):
+        return _join_arrays(nodes) if first.ndim else first
+    if all(_is_one_a_sample(node, length) for node, length in zip(nodes, lengths, strict=True)):
+        return type(first)([item for node in nodes for item in node])
+    opened = [_open(node) for node in nodes]
+    if opened[0] is None:
+        return first
+    columns = zip(*(children for children, _ in opened if children is not None), strict=True)  # type: ignore[misc]
+    return opened[0][1]([_join(list(column), lengths) for column in columns])
+
+
+def _join_arrays(arrays: list[Any]) -> Any:
+    try:
+        return torch.cat(arrays) if isinstance(arrays[0], torch.Tensor) else np.concatenate(arrays)
+    except (RuntimeError, ValueError) as error:
+        shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
+        raise DataError(
+            f"batches of shapes {shapes} do not fit into one global batch; pad them to one length, or use "
+            'batch="global", which cuts each batch of the loader and joins none'
+        ) from error

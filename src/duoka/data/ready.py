@@ -1,0 +1,129 @@
+"""Parts of a source that yields ready-made batches: every rank reads the same batches and keeps its part of each."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from duoka.data.batches import batch_length, concat_batches, slice_batch
+from duoka.data.order import set_epoch
+from duoka.data.position import Part
+from duoka.data.randomness import PrivateRandomness, generators_of
+from duoka.data.source import Share, order_seed, stop_workers
+
+__all__ = ["ReadySource"]
+
+Sized = tuple[Any, int]
+"""A batch and how many samples it holds."""
+
+
+class ReadySource:
+    """The parts of any iterable of batches, which draws its randomness under generators of its own."""
+
+    def __init__(
+        self,
+        batches: Callable[[], Iterable[Any]],
+        share: Share,
+        owners: tuple[object, ...],
+        begin: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read ``batches()`` once an epoch; ``owners`` may have generators and ``set_epoch``; ``begin(seed, epoch)`` is
+        called before each epoch.
+        """
+        self._batches = batches
+        self._share = share
+        self._owners = owners
+        self._begin = begin
+        self._whole_only = share.training and any(getattr(owner, "drop_last", False) is True for owner in owners)
+        self._reading: weakref.ref[Any] | None = None
+        first: Any = owners[0]
+        self._quiet = isinstance(first, (list, tuple))  # no code of the user's runs: nothing is drawn
+        self.samples: int | None = sum(map(batch_length, first)) if self._quiet else None
+
+    def __len__(self) -> int:
+        batches = len(self._owners[0])  # type: ignore[arg-type]
+        return batches // self._share.merge if self._whole_only else -(-batches // self._share.merge)
+
+    def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[Part]:
+        """Yield this rank's parts of ``epoch``; the first ``skip`` samples are read and dropped."""
+        if self._share.training:
+            set_epoch(epoch, *self._owners)
+        drawn = self._share.epoch(epoch)
+        if self._begin is not None:
+            self._begin(seed, epoch)
+        private = PrivateRandomness(order_seed(seed, drawn), generators_of(*self._owners))
+        batches = self._read(private)
+        try:
+            yield from self._parts(_without(batches, skip))
+        finally:
+            batches.close()
+
+    def close(self) -> None:
+        """End worker processes that a DataLoader of the user's kept."""
+        iterator = self._reading() if self._reading is not None else None
+        if getattr(self._owners[0], "_iterator", None) is iterator is not None:
+            self._owners[0]._iterator = None  # type: ignore[attr-defined]  # or the next epoch would wait for the dead
+        stop_workers(iterator)
+
+    def _read(self, private: PrivateRandomness) -> Any:
+        if self._quiet:
+            yield from self._batches()
+            return
+        with private:
+            source = iter(self._batches())
+        self._reading = _reference(source)
+        try:
+            while True:
+                with private:
+                    try:
+                        batch = next(source)
+                    except StopIteration:
+                        return
+                yield batch
+        finally:
+            if not getattr(self._owners[0], "persistent_workers", False):
+                stop_workers(source)
+
+    def _parts(self, batches: Iterator[Sized]) -> Iterator[Part]:
+        share = self._share
+        filled = ((batch, length) for batch, length in batches if length)
+        while group := list(itertools.islice(filled, share.merge)):
+            if len(group) < share.merge and self._whole_only:
+                return
+            total = sum(length for _, length in group)
+            start, stop = share.bounds(total)
+            if start < stop:
+                yield Part(_between(group, start, stop), stop - start, total)
+            else:
+                yield Part(_between(group, 0, 1) if share.training else None, 0, total)
+
+
+def _without(batches: Iterable[Any], skip: int) -> Iterator[Sized]:
+    """Yield ``batches`` with their lengths, without the first ``skip`` samples."""
+    for batch in batches:
+        length = batch_length(batch)
+        if skip >= length:
+            skip -= length
+            continue
+        yield slice_batch(batch, skip, length, length), length - skip
+        skip = 0
+
+
+def _between(group: list[Sized], start: int, stop: int) -> Any:
+    """Return samples ``start`` to ``stop`` of the batches of ``group`` laid end to end."""
+    pieces, first = [], 0
+    for batch, length in group:
+        low, high = max(start - first, 0), min(stop - first, length)
+        if low < high:
+            pieces.append(slice_batch(batch, low, high, length))
+        first += length
+    return concat_batches(pieces)
+
+
+def _reference(iterator: Any) -> weakref.ref[Any] | None:
+    try:
+        return weakref.ref(iterator)
+    except TypeError:  # built-in iterators, which have no workers
+        return None

@@ -1,0 +1,154 @@
+"""What loads the samples of a map-style data set, here or in a worker process: each sample under a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, get_worker_info
+
+from duoka.data.order import set_epoch
+from duoka.data.randomness import capture, draws_since, nth_seed, restore, seed_all
+
+__all__ = ["Request", "WorkerStart", "as_is", "samples_of"]
+
+Collate = Callable[[Any], Any]
+
+
+class Request(NamedTuple):
+    """What one step asks the data set for."""
+
+    indices: Sequence[Any]
+    """The indices of this rank's samples."""
+    first: int
+    """The place in the epoch of the first of them."""
+    stream: int
+    """What the samples' seeds are drawn from: a function of (seed, epoch)."""
+    epoch: int | None
+    """The epoch that a data set with ``set_epoch`` is told, or ``None``."""
+
+
+def samples_of(dataset: Any, collate: Collate, whole: bool) -> Dataset[Any]:
+    """Return what answers ``Request``s with collated batches; ``whole`` asks ``dataset[indices]`` for a ready batch."""
+    if not whole and collate is default_collate and _draws_nothing(dataset):
+        if type(dataset) is TensorDataset and all(_has_plain_rows(tensor) for tensor in dataset.tensors):
+            return _TensorRows(dataset)
+        return _PlainSamples(dataset)
+    return _SeededSamples(dataset, collate, whole)
+
+
+def as_is(batch: Any) -> Any:
+    """Return ``batch``: the collation of a loader whose data set collates."""
+    return batch
+
+
+class WorkerStart:
+    """The ``worker_init_fn``: shows the user's own function the user's own data set, as it would be without duoka."""
+
+    def __init__(self, function: Callable[[int], None] | None) -> None:
+        self._function = function
+
+    def __call__(self, worker: int) -> None:
+        """Run in worker process ``worker`` before it loads anything."""
+        info: Any = get_worker_info()
+        assert info is not None
+        info.__dict__["dataset"] = info.dataset.dataset  # torch refuses a plain assignment
+        if self._function is not None:
+            self._function(worker)
+
+
+def _draws_nothing(dataset: Any) -> bool:
+    """Whether loading from ``dataset`` surely draws no random number: tensors, and parts and chains of these."""
+    if type(dataset) is Subset:
+        return _draws_nothing(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(_draws_nothing(part) for part in dataset.datasets)
+    return type(dataset) is TensorDataset
+
+
+def _has_plain_rows(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.is_contiguous()
+
+
+class _Samples(Dataset[Any]):
+    """Base: a data set that answers requests."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, request: Request) -> Any:
+        return self.__getitems__(request)
+
+    def __getitems__(self, request: Request) -> Any:
+        raise NotImplementedError
+
+
+class _TensorRows(_Samples):
+    """Tensors: all rows of a batch are taken at once, which yields what collating them one by one does, sooner."""
+
+    def __getitems__(self, request: Request) -> Any:
+        rows = torch.tensor(request.indices)
+        return [tensor[rows] for tensor in self.dataset.tensors]
+
+
+class _PlainSamples(_Samples):
+    """A data set without randomness."""
+
+    def __getitems__(self, request: Request) -> Any:
+        return default_collate([self.dataset[index] for index in request.indices])
+
+
+class _SeededSamples(_Samples):
+    """Any data set: a sample's randomness is a function of (seed, epoch, place in the epoch).
+
+    A data set that loads many samples at once (``__getitems__``) does so until it is seen to draw random numbers; from then
+    on it is asked for one at a time, since no draw for a whole part could be the same on another number of devices.
+    """
+
+    def __init__(self, dataset: Any, collate: Collate, whole: bool) -> None:
+        super().__init__(dataset)
+        self._collate = collate
+        self._whole = whole
+        self._many_at_once = not whole and _loads_many(dataset)
+        self._epoch: int | None = None
+
+    def __getitems__(self, request: Request) -> Any:
+        if request.epoch is not None and request.epoch != self._epoch:
+            set_epoch(request.epoch, self.dataset)  # here too: a worker that stays has a data set of its own
+            self._epoch = request.epoch
+        if get_worker_info() is not None:
+            return self._load(request)
+        found = capture()
+        try:
+            return self._load(request)
+        finally:
+            restore(found)
+
+    def _load(self, request: Request) -> Any:
+        samples = self._samples(request)
+        if self._collate is not default_collate:
+            seed_all(nth_seed(~request.stream, request.first))
+        return self._collate(samples)
+
+    def _samples(self, request: Request) -> Any:
+        seed = nth_seed(request.stream, request.first)
+        if self._whole or self._many_at_once:
+            seed_all(seed)
+            load = self.dataset.__getitem__ if self._whole else self.dataset.__getitems__
+            samples = load(request.indices)
+            if self._whole or not draws_since(seed):
+                return samples
+            self._many_at_once = False
+        return [self._one(index, request, number) for number, index in enumerate(request.indices, request.first)]
+
+    def _one(self, index: Any, request: Request, number: int) -> Any:
+        seed_all(nth_seed(request.stream, number))
+        return self.dataset[index]
+
+
+def _loads_many(dataset: Any) -> bool:
+    """Whether ``dataset`` has a ``__getitems__`` that is more than a loop over single samples, as ``Subset``'s may be."""
+    if type(dataset) is Subset:
+        return _loads_many(dataset.dataset)
+    return callable(getattr(dataset, "__getitems__", None))
