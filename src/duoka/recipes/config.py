@@ -1,0 +1,168 @@
+"""Options from a dataclass, a YAML file and the command line into one checked configuration."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from duoka.errors import ConfigError
+
+__all__ = ["field_docs", "read", "read_yaml"]
+
+C = TypeVar("C")
+
+
+def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
+    """Build the dataclass ``kind`` from ``[-c FILE.yml] [--resume RUN] [--key value] ...``.
+
+    The command line wins over the file, and the file over the defaults. ``--resume RUN`` takes RUN's own file.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or value, a missing or unreadable file; what, where, and the remedy.
+        SystemExit: ``--help`` was asked for, and printed.
+    """
+    parser = _parser(kind, recipe)
+    given = _command_line(parser, kind, arguments)
+    path = given.pop("config", None)
+    if path is None and given.get("resume"):
+        path = str(Path(given["resume"]) / "config.yml")
+    options: dict[str, Any] = {}
+    if path is not None:
+        options = _typed(kind, parser, read_yaml(path), path, recipe)
+    return kind(**{**options, **_typed(kind, parser, given, "the command line", recipe)})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML (with the line), or holds something else than ``key: value`` lines.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot read the configuration file {path}: {reason}") from error
+    try:
+        options = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}: write one `key: value` a line") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"{path} holds a {type(options).__name__}: write one `key: value` a line, such as `epochs: 50`"
+        )
+    return options
+
+
+def field_docs(kind: type[Any]) -> dict[str, str]:
+    """Return the docstring below each field of a dataclass."""
+    (body,) = (
+        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef)
+    )
+    docs = {}
+    for field, doc in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
+            docs[field.target.id] = " ".join(str(ast.literal_eval(doc.value)).split())
+    return docs
+
+
+def _parser(kind: type[Any], recipe: str) -> Any:
+    """Return the parser of all options, which also writes the help."""
+    from jsonargparse import ArgumentParser
+
+    usage = f"duoka train {recipe} [-c FILE.yml] [--KEY VALUE] ..."
+    parser = ArgumentParser(
+        prog=f"duoka train {recipe}", usage=usage, exit_on_error=False, description=inspect.getdoc(kind)
+    )
+    parser.add_argument("-c", "--config", type=str, default=None, help="a YAML file of the options below, `key: value`")
+    hints, docs = typing.get_type_hints(kind), field_docs(kind)
+    for field in dataclasses.fields(kind):
+        help_text = docs[field.name].replace("``", "").replace("%", "%%")
+        parser.add_argument(f"--{field.name}", type=hints[field.name], default=field.default, help=help_text)
+    return parser
+
+
+def _command_line(parser: Any, kind: type[Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the options that were given, as text, and nothing of the defaults."""
+    if "-h" in arguments or "--help" in arguments:
+        parser.parse_args(["--help"])
+    names = [field.name for field in dataclasses.fields(kind)]
+    given: dict[str, Any] = {}
+    left = list(arguments)
+    while left:
+        flag, joined, value = left.pop(0).partition("=")
+        name = "config" if flag == "-c" else flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("-"):
+            raise ConfigError(f"{flag!r} on the command line belongs to no option: write `--key {flag}`")
+        if name not in ("config", *names):
+            raise ConfigError(_unknown(name, names, "the command line"))
+        if not joined:
+            if not left or (left[0].startswith("--")):
+                raise ConfigError(f"`{flag}` on the command line lacks its value: write `{flag} VALUE`")
+            value = left.pop(0)
+        given[name] = value
+    return given
+
+
+def _typed(kind: type[Any], parser: Any, options: Mapping[str, Any], where: str | Path, recipe: str) -> dict[str, Any]:
+    """Return ``options`` with each value as its field's type."""
+    from jsonargparse import ArgumentError
+
+    hints = typing.get_type_hints(kind)
+    typed = {}
+    for key, value in options.items():
+        if key == "recipe":
+            if value != recipe:
+                raise ConfigError(f"{where} is for the recipe `{value}`: use `duoka train {value} -c {where}`")
+            continue
+        if key not in hints:
+            raise ConfigError(_unknown(str(key), list(hints), where))
+        candidate = str(value) if _is_text(hints[key]) and isinstance(value, (int, float)) else value
+        try:
+            typed[key] = parser.parse_object({key: candidate}, defaults=False)[key]
+        except ArgumentError as error:
+            raise ConfigError(_wrong(key, value, hints[key], where)) from error
+    return typed
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a field is for text, so that ``device: 0`` means ``"0"``."""
+    return hint is str or str in typing.get_args(hint)
+
+
+def _unknown(key: str, names: Sequence[str], where: str | Path) -> str:
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"there is {', '.join(names)}"
+    return f"unknown key `{key}` in {where}: {hint}"
+
+
+def _wrong(key: str, value: Any, hint: Any, where: str | Path) -> str:
+    close = difflib.get_close_matches(str(value).lower(), list(map(str, typing.get_args(hint))), n=1)
+    meant = f"; did you mean `{close[0]}`?" if close else ""
+    return f"`{key}` is {value!r} in {where}: it must be {_in_words(hint)}{meant}"
+
+
+def _in_words(hint: Any) -> str:
+    """Say a type as people do."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return " or ".join(_in_words(part) for part in typing.get_args(hint)) or str(hint)

@@ -1,0 +1,26 @@
+"""Packages that only some recipes need: imported where they are used, named with their remedy when they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from duoka.errors import MissingDependencyError
+
+__all__ = ["require"]
+
+
+def require(module: str, extra: str) -> Any:
+    """Import and return ``module``, which ``pip install 'duoka[extra]'`` brings.
+
+    Raises:
+        MissingDependencyError: the package is not installed; the message names the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        message = f"{package} is needed for this and is not installed: pip install 'duoka[{extra}]'"
+        raise MissingDependencyError(message) from error

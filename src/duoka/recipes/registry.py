@@ -1,0 +1,80 @@
+"""The table of recipes: what `duoka train`, `eval` and `predict` know of them, and all they know."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from duoka.errors import ConfigError
+from duoka.recipes.runs import Run
+
+__all__ = ["RECIPES", "Outcome", "Prediction", "Recipe", "find"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training or evaluation tells the user."""
+
+    run: Run
+    """The folder where everything lies."""
+    results: dict[str, float]
+    """Named numbers, such as ``{"test_accuracy": 0.98}``."""
+    next_step: str
+    """A command to go on with."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a trained model says of one input."""
+
+    source: str
+    """The input, as the user named it."""
+    ranked: tuple[tuple[str, float], ...]
+    """Answers and their probabilities, the likeliest first."""
+
+
+class Recipe(Protocol):
+    """What a recipe's module offers."""
+
+    Config: type[Any]
+    """A frozen dataclass whose fields are the options; each has its meaning as a docstring below it."""
+
+    def train(self, config: Any) -> Outcome:
+        """Train, evaluate and write the run's folder."""
+
+    def evaluate(self, run: Run, config: Any) -> Outcome:
+        """Evaluate the model of a finished run; ``config`` is the run's own, with another device perhaps."""
+
+    def predict(self, run: Run, config: Any, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
+        """Say what the model of a finished run makes of each source."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table."""
+
+    module: str
+    summary: str
+
+
+RECIPES = {
+    "cifar100": Entry(
+        "duoka.recipes.cifar100", "ResNets on CIFAR-100, CIFAR-10, a folder of images, or handwritten digits"
+    ),
+}
+
+
+def find(name: str) -> Recipe:
+    """Return the recipe called ``name``.
+
+    Raises:
+        ConfigError: there is none; the message lists what there is.
+    """
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"there is {', '.join(RECIPES)}"
+        raise ConfigError(f"there is no recipe `{name}`: {hint}")
+    return cast("Recipe", importlib.import_module(RECIPES[name].module))

@@ -1,0 +1,130 @@
+"""A run's folder: where it is made, what lies in it, and how it is found again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from duoka.errors import ConfigError, DataError, StorageError
+
+__all__ = ["Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one training run."""
+
+    folder: Path
+
+    @classmethod
+    def new(cls, out: str | Path, recipe: str, name: str) -> Run:
+        """Make ``out/recipe/<time>-name``, a folder that nobody else has.
+
+        Raises:
+            StorageError: the folder cannot be made.
+        """
+        stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+        number = 1
+        while True:
+            folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise StorageError(f"cannot make the run's folder {folder}: there is a file in its place") from None
+                number += 1
+            except OSError as error:
+                raise StorageError(f"cannot make the run's folder {folder}: {error}: choose another --out") from error
+            else:
+                return cls(folder)
+
+    @classmethod
+    def at(cls, folder: str | Path) -> Run:
+        """Return the run in ``folder``.
+
+        Raises:
+            DataError: there is no run.
+        """
+        path = Path(folder)
+        if not (path / "config.yml").is_file():
+            what = "holds no config.yml" if path.is_dir() else "is not there"
+            raise DataError(f"no run at {path}: the folder {what}; give a folder that `duoka train` has named")
+        return cls(path)
+
+    @property
+    def config(self) -> Path:
+        """All options, as they were resolved: ``duoka train RECIPE -c`` repeats the run."""
+        return self.folder / "config.yml"
+
+    @property
+    def model(self) -> Path:
+        """The trained weights."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def plots(self) -> Path:
+        """The folder of pictures."""
+        return self.folder / "plots"
+
+    def recipe(self) -> str:
+        """Return the name of the recipe that made the run."""
+        for line in self.config.read_text(encoding="utf-8").splitlines():
+            if line.startswith("recipe:"):
+                return line.partition(":")[2].strip()
+        raise ConfigError(f"{self.config} does not say which recipe made the run: add the line `recipe: NAME`")
+
+    def finished_model(self) -> Path:
+        """Return the trained weights' file.
+
+        Raises:
+            DataError: the run has not come to its end.
+        """
+        if not self.model.is_file():
+            remedy = f"finish it with `duoka train {self.recipe()} --resume {self.folder}`"
+            raise DataError(f"the run {self.folder} has no {self.model.name}, it was stopped: {remedy}")
+        return self.model
+
+    def write_config(self, recipe: str, config: Any) -> None:
+        """Write every option of the dataclass ``config``."""
+        options = {"recipe": recipe, **dataclasses.asdict(config)}
+        self._write("config.yml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+    def write_results(self, results: Any, name: str = "results.json") -> None:
+        """Write what the run came to."""
+        self._write(name, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+    def read_results(self) -> dict[str, Any]:
+        """Return what ``write_results`` wrote.
+
+        Raises:
+            DataError: it is not there or damaged.
+        """
+        path = self.folder / "results.json"
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            remedy = f"`duoka train {self.recipe()} --resume {self.folder}` writes it"
+            raise DataError(f"cannot read {path}: {error}: {remedy}") from error
+        if not isinstance(results, dict):
+            raise DataError(f"{path} holds a {type(results).__name__}, not the results of a run")
+        return results
+
+    def _write(self, name: str, text: str) -> None:
+        """Write a small file so that a reader sees all of it or none."""
+        part = self.folder / f".{name}.part"
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / name)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise StorageError(f"cannot write {self.folder / name}: {error}") from error
