@@ -1,0 +1,74 @@
+"""An optimiser's state by the names of the parameters, so that it depends on no order, wrapper or number of devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.checkpoint.names import clean_name, match_names, unwrap
+from duoka.errors import CheckpointError
+
+__all__ = ["load_optimizer_state", "optimizer_state"]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return ``optimizer.state_dict()`` with the names of ``model``'s parameters in place of their numbers.
+
+    A parameter that is not the model's (a loss may have its own) keeps its number, as ``#3``.
+    """
+    state = optimizer.state_dict()
+    names = _names(optimizer, model)
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {
+        **state,
+        "state": {names[number]: value for number, value in state["state"].items()},
+        "param_groups": groups,
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Load what ``optimizer_state`` returned; values go by name, settings (``lr``, ``momentum``) by group.
+
+    Raises:
+        CheckpointError: the state belongs to other parameters or other groups; the optimiser is then as it was.
+
+    """
+    names = _names(optimizer, model)
+    saved = [name for group in state["param_groups"] for name in group["params"]]
+    matched = match_names(saved, names.values())
+    numbers = {name: number for number, name in names.items()}
+    current = [[names[number] for number in group["params"]] for group in optimizer.state_dict()["param_groups"]]
+    found = [[matched.get(name, name) for name in group["params"]] for group in state["param_groups"]]
+    _check_groups(type(optimizer).__name__, found, current)
+    groups = [
+        {**group, "params": [numbers[name] for name in members]}
+        for group, members in zip(state["param_groups"], current, strict=True)
+    ]
+    values = {numbers[matched[name]]: value for name, value in state["state"].items()}
+    try:
+        optimizer.load_state_dict({**state, "state": values, "param_groups": groups})
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"the state of {type(optimizer).__name__} does not fit: {error}") from error
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, str]:
+    """The name of each parameter by the number that the optimiser's state dict gives it."""
+    own = unwrap(model)
+    known = {id(parameter): clean_name(own, name) for name, parameter in own.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {number: known.get(id(parameter), f"#{number}") for number, parameter in enumerate(parameters)}
+
+
+def _check_groups(kind: str, found: list[list[str]], wanted: list[list[str]]) -> None:
+    if [sorted(group) for group in found] == [sorted(group) for group in wanted]:
+        return
+    if len(found) != len(wanted):
+        raise CheckpointError(f"the saved {kind} has {len(found)} parameter groups, this one {len(wanted)}")
+    for index, (saved, current) in enumerate(zip(found, wanted, strict=True)):
+        missing, unexpected = sorted(set(current) - set(saved)), sorted(set(saved) - set(current))
+        if missing or unexpected:
+            raise CheckpointError(
+                f"group {index} of the saved {kind} is of other parameters: without {missing[:10]}, with {unexpected[:10]}"
+            )
