@@ -171,7 +171,7 @@ def _idlest(request: Request, seen: Inventory, facts: Sequence[DeviceFacts]) -> 
 
 def _busyness(fact: DeviceFacts) -> tuple[bool, int, float, int]:
     """Sort key: idle ones first, then the least computing, then the most free memory."""
-    return _use(fact) is not None, fact.utilisation_percent or 0, _memory_of_others(fact), fact.index or 0
+    return _use(fact) is not None, fact.utilisation_percent or 0, fact.memory_of_others, fact.index or 0
 
 
 def _use(fact: DeviceFacts) -> str | None:
@@ -179,17 +179,9 @@ def _use(fact: DeviceFacts) -> str | None:
     if fact.users:
         who = sorted({process.user or "another user" for process in fact.users})
         return f"is used by {_and(who)} (process {', '.join(str(process.pid) for process in fact.users)})"
-    if _memory_of_others(fact) > _BUSY_MEMORY:
-        return f"has {_memory_of_others(fact):.0%} of its memory taken"
+    if fact.memory_of_others > _BUSY_MEMORY:
+        return f"has {fact.memory_of_others:.0%} of its memory taken"
     ours = any(process.own for process in fact.processes)
     if not ours and (fact.utilisation_percent or 0) > _BUSY_PERCENT:
         return f"computes {fact.utilisation_percent} % of the time"
     return None
-
-
-def _memory_of_others(fact: DeviceFacts) -> float:
-    """Return the share of the memory, 0 to 1, that others hold."""
-    if not fact.memory_total_bytes or fact.memory_used_bytes is None:
-        return 0.0
-    own = sum(process.memory_bytes or 0 for process in fact.processes if process.own)
-    return max(0.0, (fact.memory_used_bytes - own) / fact.memory_total_bytes)

@@ -60,3 +60,11 @@ class DeviceFacts:
     def users(self) -> tuple[DeviceProcess, ...]:
         """The processes of others that compute on it."""
         return tuple(process for process in self.processes if not process.own and not process.graphics)
+
+    @property
+    def memory_of_others(self) -> float:
+        """The share of the memory, 0 to 1, that others hold, also where the system hides their processes."""
+        if not self.memory_total_bytes or self.memory_used_bytes is None:
+            return 0.0
+        own = sum(process.memory_bytes or 0 for process in self.processes if process.own)
+        return max(0.0, (self.memory_used_bytes - own) / self.memory_total_bytes)

@@ -1,0 +1,10 @@
+"""``python -m duoka``: the same as the ``duoka`` command."""
+
+from __future__ import annotations
+
+import sys
+
+from duoka.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The ``duoka`` command: dispatch, exit statuses, and the border where errors become messages."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import duoka
+from duoka.cli import main as cli
+from duoka.cli.main import COMMANDS, Command, main
+
+DUOKA = [sys.executable, "-m", "duoka"]
+
+
+def command(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register a subcommand ``try`` whose ``run(argv)`` has this body."""
+    name = f"command_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(f"def run(argv):\n{textwrap.indent(textwrap.dedent(body), '    ')}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(COMMANDS, "try", Command(name, "a test's own"))
+
+
+@pytest.fixture
+def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run a command line against a subcommand ``try`` of the given body; returns status, output and errors."""
+
+    def run(body: str, *words: str) -> tuple[int, str, str]:
+        command(body, tmp_path, monkeypatch)
+        status = main(words or ["try"])
+        return (status, *capfd.readouterr())
+
+    return run
+
+
+def test_a_subcommand_gets_its_arguments_and_gives_the_status(trial) -> None:
+    status, output, _ = trial("print(argv); return 7", "try", "--a", "b")
+    assert (status, output) == (7, "['--a', 'b']\n")
+
+
+@pytest.mark.parametrize("words", [("--debug", "try", "a"), ("try", "--debug", "a"), ("try", "a", "--debug")])
+def test_debug_may_stand_anywhere_and_shows_the_traceback(trial, words: tuple[str, ...]) -> None:
+    status, _, errors = trial(
+        "from duoka.errors import DataError; assert argv == ['a']; raise DataError('bad')", *words
+    )
+    assert status == 2
+    assert "Traceback" in errors
+    assert errors.endswith("duoka: bad\n")
+
+
+def test_words_after_two_dashes_are_not_ours(trial) -> None:
+    status, output, _ = trial("print(argv); return 0", "try", "--", "--debug")
+    assert (status, output) == (0, "['--', '--debug']\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["ConfigError", "DeviceError", "StorageError", "LaunchError", "MissingDependencyError"]
+)
+def test_what_duoka_raises_is_one_message_without_a_traceback(trial, name: str) -> None:
+    body = f"from duoka.errors import {name}; raise {name}('what [bold]and[/] where') from ValueError('inner')"
+    assert trial(body) == (2, "", "duoka: what [bold]and[/] where\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [("ENOSPC", "disk is full"), ("EACCES", "not permitted"), ("EROFS", "read-only")]
+)
+def test_a_full_or_unwritable_folder_is_one_message_that_names_it(trial, number: str, said: str) -> None:
+    status, _, errors = trial(f"import errno; raise OSError(errno.{number}, 'text', '/runs/a b')")
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert "'/runs/a b'" in errors
+    assert said in errors
+
+
+@pytest.mark.parametrize("error", ["ValueError('own')", "OSError(5, 'own')", "BrokenPipeError(32, 'own')"])
+def test_the_unexpected_keeps_its_traceback(trial, error: str) -> None:
+    status, _, errors = trial(f"raise {error}")
+    assert status == 1
+    assert "Traceback" in errors
+    assert "own" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "there is no command 'trian'. Did you mean 'train'?"),
+        (["xyzzy"], "there is no command 'xyzzy'. `duoka --help`"),
+        (["--versoin"], "there is no option '--versoin'. Did you mean '--version'?"),
+    ],
+)
+def test_an_unknown_word_is_an_error_with_what_was_meant(
+    words: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.startswith(f"duoka: {said}")
+    assert errors.count("\n") == 1
+
+
+def test_help_lists_every_command_and_no_command_is_a_usage_error(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capfd.readouterr().out
+    assert [name for name, entry in COMMANDS.items() if f"  {name}" not in text or entry.summary not in text] == []
+    assert main([]) == 2
+    assert capfd.readouterr() == ("", text)
+
+
+def test_every_command_module_that_is_there_has_the_summary_of_the_table() -> None:
+    for entry in COMMANDS.values():
+        if importlib.util.find_spec(entry.module):
+            module = importlib.import_module(entry.module)
+            assert callable(module.run)
+            assert entry.summary == module.SUMMARY
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    program = (
+        f"import sys; from duoka.cli.main import main; status = main([{option!r}]);"
+        "print(*{'torch', 'rich', 'numpy', 'matplotlib'} & set(sys.modules)); sys.exit(status)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.splitlines()[-1] == ""
+
+
+def test_the_module_is_the_command() -> None:
+    ran = subprocess.run([*DUOKA, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout == f"duoka {duoka.__version__}\n"
+    ran = subprocess.run([*DUOKA, "nonsense"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+
+
+def started(tmp_path: Path, body: str) -> subprocess.Popen[str]:
+    """Start a process that runs a subcommand of this body."""
+    (tmp_path / "slow_command.py").write_text(f"def run(argv):\n{textwrap.indent(textwrap.dedent(body), '    ')}")
+    program = (
+        "import sys; from duoka.cli.main import COMMANDS, Command, main;"
+        "COMMANDS['try'] = Command('slow_command', ''); sys.exit(main(['try']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_an_interruption_is_one_line_and_status_130(tmp_path: Path) -> None:
+    process = started(tmp_path, "import time; print('on', flush=True); time.sleep(60)")
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "on\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "duoka: interrupted\n"
+    assert process.returncode == cli.INTERRUPTED == 130
+
+
+def test_a_reader_that_went_away_is_no_error_message(tmp_path: Path) -> None:
+    process = started(tmp_path, "for number in range(100_000):\n    print(number)\nreturn 0")
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
