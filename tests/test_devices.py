@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from duoka.devices import Choice, DeviceFacts, DeviceProcess, describe, nvml, resolve
+from duoka.devices import Choice, DeviceFacts, DeviceProcess, describe, driver, nvml, resolve
 from duoka.devices.choice import choose
 from duoka.devices.grammar import parse
 from duoka.devices.survey import Inventory, look
@@ -386,6 +388,31 @@ def test_a_library_that_does_not_work_or_does_not_know_the_device_tells_nothing(
     library = FakeNvml(FakeGpu("GPU-aa", "gpu", 1))
     assert nvml.read(library, ["bb"]) is None
     assert library.sessions == 0
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_driver_is_asked_for_the_uuids_in_its_own_order(tmp_path: Path) -> None:
+    source = """
+        int cuInit(unsigned flags) { return flags; }
+        int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+        int cuDeviceGet(int *device, int ordinal) { *device = 7 - ordinal; return 0; }
+        int cuDeviceGetUuid_v2(unsigned char *uuid, int device) {
+            for (int i = 0; i < 16; i++) uuid[i] = device;
+            return 0;
+        }
+    """
+    (tmp_path / "cuda.c").write_text(textwrap.dedent(source))
+    library = [shutil.which("cc"), "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"]
+    subprocess.run(library, check=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-I", "-S", driver.__file__],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert ran.stdout.split() == ["07070707-0707-0707-0707-070707070707", "06060606-0606-0606-0606-060606060606"]
 
 
 def test_the_real_library_tells_nothing_or_the_truth() -> None:
