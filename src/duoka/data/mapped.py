@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from duoka.data.order import cut_front, grouped, in_private, index_batches, set_epoch
+from duoka.data.order import cut_front, drawn_from, grouped, in_private, index_batches, set_epoch
 from duoka.data.position import Part
-from duoka.data.randomness import PrivateRandomness, generators_of
+from duoka.data.randomness import PrivateRandomness
 from duoka.data.samples import Request, WorkerStart, as_is, samples_of
 from duoka.data.source import Share, order_seed, samples_seed, stop_workers
 
@@ -79,7 +79,7 @@ class _Requests(Sampler[Request]):
         self._share = share
         self._whole_only = share.training and (loader.drop_last or getattr(self._batches, "drop_last", False) is True)
         self._owners = (loader, self._batches, getattr(self._batches, "sampler", None))
-        self._holders = generators_of(*self._owners)
+        self._streams = drawn_from(self._batches)
         self._dataset = loader.dataset
         self._plan = (0, 0, 0)
         self._taken: deque[tuple[int, int, bool]] = deque()
@@ -95,7 +95,7 @@ class _Requests(Sampler[Request]):
         drawn = share.epoch(epoch)
         if share.training:
             set_epoch(epoch, *self._owners, self._dataset)
-        batches = in_private(self._batches, PrivateRandomness(order_seed(seed, drawn), self._holders))
+        batches = in_private(self._batches, PrivateRandomness(order_seed(seed, drawn), self._streams))
         stream = samples_seed(seed, drawn)
         told = epoch if share.training and hasattr(self._dataset, "set_epoch") else None
         first = skip

@@ -8,16 +8,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
-from duoka.data.randomness import PrivateRandomness
+from duoka.data.generators import GLOBAL, TORCH, Stream
+from duoka.data.randomness import PrivateRandomness, held_by
 from duoka.errors import ConfigError
 from duoka.log import logger
 
-__all__ = ["cut_front", "grouped", "in_private", "index_batches", "set_epoch", "whole_sampler"]
+__all__ = ["cut_front", "drawn_from", "grouped", "in_private", "index_batches", "set_epoch", "whole_sampler"]
 
-_LONGEST_CHUNK = 256
+_LONGEST_CHUNK = 512
+_TORCH_SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def index_batches(loader: DataLoader[Any]) -> Iterable[Sequence[Any]]:
@@ -53,17 +62,23 @@ def whole_sampler(sampler: Any, dataset: Any) -> Any:
 
 
 def in_private(batches: Iterable[Sequence[Any]], private: PrivateRandomness) -> Iterator[Sequence[Any]]:
-    """Yield ``batches``, drawn in chunks that double in length, with the generators of ``private`` in force meanwhile."""
-    with private:
-        source = iter(batches)
-    length = 4
+    """Yield ``batches``, drawn in growing chunks, with the generators of ``private`` in force meanwhile."""
+    source: Iterator[Sequence[Any]] | None = None
+    length = 16
     while True:
         with private:
+            source = iter(batches) if source is None else source
             chunk = list(itertools.islice(source, length))
         yield from chunk
         if len(chunk) < length:
             return
-        length = min(2 * length, _LONGEST_CHUNK)
+        length = min(4 * length, _LONGEST_CHUNK)
+
+
+def drawn_from(batches: Any) -> tuple[Stream, ...]:
+    """Return all generators that ``batches``, a sampler, may draw from; torch's own samplers use torch's only."""
+    sampler = batches.sampler if type(batches) is BatchSampler else batches
+    return (*((TORCH,) if type(sampler) in _TORCH_SAMPLERS else GLOBAL), *held_by(batches, sampler))
 
 
 def cut_front(batches: Iterator[Sequence[Any]], samples: int) -> Iterator[Sequence[Any]]:

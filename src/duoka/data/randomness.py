@@ -1,7 +1,7 @@
-"""Randomness of its own for the data: seeds that are a function of where, and generator states swapped in and out.
+"""Randomness of its own for the data: seeds that are a function of where, and generators borrowed and given back.
 
-Samplers, augmentations and loaders draw from the process's global generators (torch's, ``random``'s, NumPy's and, once it
-is initialised, the accelerator's). They shall draw the same on every rank, and the user's own draws shall not notice.
+Samplers, augmentations and loaders draw from the process's global generators. They shall draw the same on every rank, and
+the user's own draws shall not notice.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
-__all__ = ["PrivateRandomness", "capture", "draws_since", "generators_of", "mixed", "nth_seed", "restore", "seed_all"]
+from duoka.data.generators import GLOBAL, GlobalStream, Stream
 
+__all__ = ["PrivateRandomness", "Watch", "held_by", "mixed", "nth_seed"]
+
+T = TypeVar("T")
+Generator: TypeAlias = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
-State: TypeAlias = tuple[Any, ...]
-Holder: TypeAlias = "torch.Generator | random.Random | np.random.Generator | np.random.RandomState"
 
 
 def mixed(*parts: object) -> int:
@@ -35,131 +38,118 @@ def nth_seed(stream: int, number: int) -> int:
     return z ^ (z >> 31)
 
 
-def seed_all(seed: int) -> None:
-    """Seed the process's global generators; far cheaper than ``torch.manual_seed``, which imports and asks every backend."""
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002 - the global generator is the one that users draw from
-    if (device := _device_module()) is not None:
-        device.manual_seed(seed)
-
-
-def capture() -> State:
-    """Return the states of the process's global generators."""
-    device = _device_module()
-    return (
-        torch.default_generator.get_state(),
-        random.getstate(),
-        np.random.get_state(legacy=False),  # noqa: NPY002
-        None if device is None else device.get_rng_state(),
-    )
-
-
-def restore(state: State) -> None:
-    """Give the process's global generators the states that ``capture`` returned."""
-    torch.default_generator.set_state(state[0])
-    random.setstate(state[1])
-    np.random.set_state(state[2])  # noqa: NPY002
-    if state[3] is not None and (device := _device_module()) is not None:
-        device.set_rng_state(state[3])
-
-
-def draws_since(seed: int) -> bool:
-    """Whether anything was drawn since ``seed_all(seed)``; the generators are elsewhere afterwards."""
-    now = _next_numbers()
-    seed_all(seed)
-    return now != _next_numbers()
-
-
-def generators_of(*owners: object) -> list[Holder]:
-    """Return the generators that ``owners`` (samplers, loaders) hold as attributes, each once."""
-    found: dict[int, Holder] = {}
-    for owner in owners:
-        for value in getattr(owner, "__dict__", {}).values():
-            if isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
-                found[id(value)] = value
-    return list(found.values())
-
-
 class PrivateRandomness:
-    """Generator states that are in force inside ``with`` blocks only; each block continues where the one before ended.
+    """States of ``streams`` that are in force inside ``with`` blocks only; each block continues where the last one ended.
 
-    The global generators start from ``seed``. A user's own generators in ``holders`` start from ``seed`` mixed with the
-    state they were given, so that seeding them still chooses the order. Outside the blocks all are as they were.
+    They start from ``seed``; outside the blocks the generators are as they were.
     """
 
-    def __init__(self, seed: int, holders: Iterable[Holder] = ()) -> None:
+    def __init__(self, seed: int, streams: Sequence[Stream]) -> None:
         self._seed = seed
-        self._holders = list(holders)
-        self._inside: tuple[State, list[Any]] | None = None
-        self._outside: tuple[State, list[Any]] | None = None
+        self._streams = streams
+        self._inside: list[Any] | None = None
+        self._outside: list[Any] = []
 
     def __enter__(self) -> None:
-        self._outside = self._states()
-        if self._inside is not None:
-            self._become(self._inside)
-            return
-        seed_all(self._seed)
-        for holder in self._holders:
-            _seed_holder(holder, mixed(self._seed, _origin(holder)))
+        self._outside = [stream.get() for stream in self._streams]
+        if self._inside is None:
+            for stream in self._streams:
+                stream.seed(self._seed)
+        else:
+            self._set(self._inside)
 
     def __exit__(self, *_: object) -> None:
-        self._inside = self._states()
-        assert self._outside is not None
-        self._become(self._outside)
+        self._inside = [stream.get() for stream in self._streams]
+        self._set(self._outside)
 
-    def _states(self) -> tuple[State, list[Any]]:
-        return capture(), [_get_holder(holder) for holder in self._holders]
-
-    def _become(self, states: tuple[State, list[Any]]) -> None:
-        restore(states[0])
-        for holder, state in zip(self._holders, states[1], strict=True):
-            _set_holder(holder, state)
+    def _set(self, states: list[Any]) -> None:
+        for stream, state in zip(self._streams, states, strict=True):
+            stream.set(state)
 
 
-def _next_numbers() -> tuple[float, float, float]:
-    return torch.rand(()).item(), random.random(), np.random.random()  # noqa: NPY002
+class Watch:
+    """Runs something that may draw random numbers, from seeds, without the cost of seeding what it does not draw from.
+
+    Seeding every generator for every sample takes longer than loading many a sample. So a generator is only watched until
+    something was drawn from it; then it is rewound, the work is done once more, and from then on it is seeded. In the main
+    process all generators are given back as they were found; a worker process has no other use for them.
+    """
+
+    def __init__(self) -> None:
+        self.used: list[GlobalStream] = []
+        """The generators that were drawn from: what is to be seeded."""
+        self._unused = list(GLOBAL)
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Return ``work()``, which seeds ``used``; it is called again where it drew from another generator."""
+        found = [] if get_worker_info() is not None else [(stream, stream.get()) for stream in self.used]
+        try:
+            while True:
+                marks = [(stream, stream.mark()) for stream in self._unused]
+                try:
+                    result = work()
+                finally:
+                    moved = self._rewind(marks)
+                if not moved:
+                    return result
+                found += [(stream, stream.get()) for stream in moved]
+        finally:
+            for stream, state in found:
+                stream.set(state)
+
+    def seed(self, seed: int) -> None:
+        """Seed the generators that were drawn from so far."""
+        for stream in self.used:
+            stream.seed(seed)
+
+    def _rewind(self, marks: list[tuple[GlobalStream, Any]]) -> list[GlobalStream]:
+        moved = [(stream, mark) for stream, mark in marks if stream.moved(mark)]
+        for stream, mark in moved:
+            stream.rewind(mark)
+            self._unused.remove(stream)
+            self.used.append(stream)
+        return [stream for stream, _ in moved]
 
 
-def _device_module() -> Any:
-    """Return torch's module of the accelerator if this process has initialised it, else ``None``."""
-    device = torch.accelerator.current_accelerator()
-    if device is None:
-        return None
-    module = torch.get_device_module(device)
-    return module if getattr(module, "is_initialized", bool)() else None
+def held_by(*owners: object) -> list[Stream]:
+    """Return the generators that ``owners`` (a user's samplers and loaders) hold as attributes, each once."""
+    found: dict[int, Generator] = {}
+    for owner in owners:
+        for value in getattr(owner, "__dict__", {}).values():
+            if isinstance(value, Generator):
+                found[id(value)] = value
+    return [_Held(generator) for generator in found.values()]
 
 
-def _origin(holder: Holder) -> str:
-    """Return what tells one seeding of ``holder`` from another."""
-    if isinstance(holder, torch.Generator):
-        return str(holder.initial_seed())
-    return hashlib.blake2b(pickle.dumps(_get_holder(holder)), digest_size=8).hexdigest()
+class _Held:
+    """A generator of the user's own; it starts from a seed mixed with its first state, so that seeding it keeps a meaning."""
 
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        first = generator.initial_seed() if isinstance(generator, torch.Generator) else pickle.dumps(self.get())
+        self._origin = mixed("held", first)
 
-def _get_holder(holder: Holder) -> Any:
-    if isinstance(holder, random.Random):
-        return holder.getstate()
-    if isinstance(holder, np.random.Generator):
-        return holder.bit_generator.state
-    return holder.get_state()
+    def seed(self, seed: int) -> None:
+        generator, seed = self._generator, mixed(seed, self._origin)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        elif isinstance(generator, np.random.Generator):
+            bits: Any = type(generator.bit_generator)
+            generator.bit_generator.state = bits(seed).state
+        else:
+            generator.seed(seed & 0xFFFF_FFFF)
 
+    def get(self) -> Any:
+        if isinstance(self._generator, random.Random):
+            return self._generator.getstate()
+        if isinstance(self._generator, np.random.Generator):
+            return self._generator.bit_generator.state
+        return self._generator.get_state()
 
-def _set_holder(holder: Holder, state: Any) -> None:
-    if isinstance(holder, random.Random):
-        holder.setstate(state)
-    elif isinstance(holder, np.random.Generator):
-        holder.bit_generator.state = state
-    else:
-        holder.set_state(state)
-
-
-def _seed_holder(holder: Holder, seed: int) -> None:
-    if isinstance(holder, torch.Generator):
-        holder.manual_seed(seed)
-    elif isinstance(holder, random.Random):
-        holder.seed(seed)
-    elif isinstance(holder, np.random.Generator):
-        holder.bit_generator.state = type(holder.bit_generator)(seed).state
-    else:
-        holder.seed(seed & 0xFFFF_FFFF)
+    def set(self, state: Any) -> None:
+        if isinstance(self._generator, random.Random):
+            self._generator.setstate(state)
+        elif isinstance(self._generator, np.random.Generator):
+            self._generator.bit_generator.state = state
+        else:
+            self._generator.set_state(state)

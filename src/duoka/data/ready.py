@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from duoka.data.batches import batch_length, concat_batches, slice_batch
+from duoka.data.generators import GLOBAL
 from duoka.data.order import set_epoch
 from duoka.data.position import Part
-from duoka.data.randomness import PrivateRandomness, generators_of
+from duoka.data.randomness import PrivateRandomness, held_by
 from duoka.data.source import Share, order_seed, stop_workers
 
 __all__ = ["ReadySource"]
@@ -37,6 +38,7 @@ class ReadySource:
         self._owners = owners
         self._begin = begin
         self._whole_only = share.training and any(getattr(owner, "drop_last", False) is True for owner in owners)
+        self._streams = (*GLOBAL, *held_by(*owners))
         self._reading: weakref.ref[Any] | None = None
         first: Any = owners[0]
         self._quiet = isinstance(first, (list, tuple))  # no code of the user's runs: nothing is drawn
@@ -53,7 +55,7 @@ class ReadySource:
         drawn = self._share.epoch(epoch)
         if self._begin is not None:
             self._begin(seed, epoch)
-        private = PrivateRandomness(order_seed(seed, drawn), generators_of(*self._owners))
+        private = PrivateRandomness(order_seed(seed, drawn), self._streams)
         batches = self._read(private)
         try:
             yield from self._parts(_without(batches, skip))

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from duoka.data.order import set_epoch
-from duoka.data.randomness import capture, draws_since, nth_seed, restore, seed_all
+from duoka.data.randomness import Watch, nth_seed
 
 __all__ = ["Request", "WorkerStart", "as_is", "samples_of"]
 
@@ -32,9 +32,7 @@ class Request(NamedTuple):
 def samples_of(dataset: Any, collate: Collate, whole: bool) -> Dataset[Any]:
     """Return what answers ``Request``s with collated batches; ``whole`` asks ``dataset[indices]`` for a ready batch."""
     if not whole and collate is default_collate and _draws_nothing(dataset):
-        if type(dataset) is TensorDataset and all(_has_plain_rows(tensor) for tensor in dataset.tensors):
-            return _TensorRows(dataset)
-        return _PlainSamples(dataset)
+        return _TensorRows(dataset) if _has_plain_rows(dataset) else _PlainSamples(dataset)
     return _SeededSamples(dataset, collate, whole)
 
 
@@ -67,8 +65,13 @@ def _draws_nothing(dataset: Any) -> bool:
     return type(dataset) is TensorDataset
 
 
-def _has_plain_rows(tensor: torch.Tensor) -> bool:
-    return type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.is_contiguous()
+def _has_plain_rows(dataset: Any) -> bool:
+    if type(dataset) is Subset:
+        return _has_plain_rows(dataset.dataset)
+    return type(dataset) is TensorDataset and all(
+        type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.is_contiguous()
+        for tensor in dataset.tensors
+    )
 
 
 class _Samples(Dataset[Any]):
@@ -85,11 +88,15 @@ class _Samples(Dataset[Any]):
 
 
 class _TensorRows(_Samples):
-    """Tensors: all rows of a batch are taken at once, which yields what collating them one by one does, sooner."""
+    """Tensors, or a subset of them: all rows of a batch are taken at once, as collating them one by one would yield."""
 
     def __getitems__(self, request: Request) -> Any:
-        rows = torch.tensor(request.indices)
-        return [tensor[rows] for tensor in self.dataset.tensors]
+        dataset: Any = self.dataset
+        indices = request.indices
+        while type(dataset) is Subset:
+            dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
+        rows = torch.tensor(indices)
+        return [tensor[rows] for tensor in dataset.tensors]
 
 
 class _PlainSamples(_Samples):
@@ -111,40 +118,34 @@ class _SeededSamples(_Samples):
         self._collate = collate
         self._whole = whole
         self._many_at_once = not whole and _loads_many(dataset)
+        self._loading, self._collating = Watch(), Watch()
         self._epoch: int | None = None
 
     def __getitems__(self, request: Request) -> Any:
         if request.epoch is not None and request.epoch != self._epoch:
             set_epoch(request.epoch, self.dataset)  # here too: a worker that stays has a data set of its own
             self._epoch = request.epoch
-        if get_worker_info() is not None:
-            return self._load(request)
-        found = capture()
-        try:
-            return self._load(request)
-        finally:
-            restore(found)
+        samples = self._loading.run(lambda: self._load(request))
+        if self._collate is default_collate:
+            return default_collate(samples)
+        return self._collating.run(lambda: self._collated(request, samples))
 
     def _load(self, request: Request) -> Any:
-        samples = self._samples(request)
-        if self._collate is not default_collate:
-            seed_all(nth_seed(~request.stream, request.first))
+        if self._whole:
+            self._loading.seed(nth_seed(request.stream, request.first))
+            return self.dataset[request.indices]
+        if self._many_at_once and not self._loading.used:
+            return self.dataset.__getitems__(request.indices)
+        return [self._one(index, request.stream, place) for place, index in enumerate(request.indices, request.first)]
+
+    def _one(self, index: Any, stream: int, place: int) -> Any:
+        if self._loading.used:
+            self._loading.seed(nth_seed(stream, place))
+        return self.dataset.__getitems__([index])[0] if self._many_at_once else self.dataset[index]
+
+    def _collated(self, request: Request, samples: Any) -> Any:
+        self._collating.seed(nth_seed(~request.stream, request.first))
         return self._collate(samples)
-
-    def _samples(self, request: Request) -> Any:
-        seed = nth_seed(request.stream, request.first)
-        if self._whole or self._many_at_once:
-            seed_all(seed)
-            load = self.dataset.__getitem__ if self._whole else self.dataset.__getitems__
-            samples = load(request.indices)
-            if self._whole or not draws_since(seed):
-                return samples
-            self._many_at_once = False
-        return [self._one(index, request, number) for number, index in enumerate(request.indices, request.first)]
-
-    def _one(self, index: Any, request: Request, number: int) -> Any:
-        seed_all(nth_seed(request.stream, number))
-        return self.dataset[index]
 
 
 def _loads_many(dataset: Any) -> bool:
