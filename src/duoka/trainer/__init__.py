@@ -1,0 +1,9 @@
+"""The trainer: a loop that takes the same steps on any number of devices, its options, state and callbacks."""
+
+from __future__ import annotations
+
+from duoka.trainer.callbacks import Best, Callback, State
+from duoka.trainer.config import TrainerConfig
+from duoka.trainer.trainer import FitResult, Trainer
+
+__all__ = ["Best", "Callback", "FitResult", "State", "Trainer", "TrainerConfig"]

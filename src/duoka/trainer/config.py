@@ -1,0 +1,234 @@
+"""The options of a training run, each with its meaning and unit, checked when they are put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from duoka.errors import ConfigError
+from duoka.strategy import NAMES as STRATEGIES
+from duoka.trainer.optimization import OPTIMIZERS, SCHEDULERS
+
+__all__ = ["TrainerConfig"]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+BATCHES = ("per_device", "global")
+LR_SCALINGS = ("none", "linear", "sqrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How a model is trained. Every field is a keyword argument of ``Trainer``.
+
+    Raises:
+        ConfigError: a value that an option cannot have.
+
+    """
+
+    device: Any = "auto"
+    """What to compute on, in the device grammar: ``"auto"``, ``"cuda"`` (all GPUs), ``"0,1"``, ``"cpu"``, ``"cpu:2"``."""
+    use_multi_gpu: bool = True
+    """Whether to use every device that ``device`` names; ``False`` takes the first one only."""
+    strategy: str = "auto"
+    """How devices are kept together: ``"auto"`` (DDP where there are several), ``"ddp"``, ``"single"``, ``"dp"``."""
+    sync_batchnorm: bool = False
+    """Whether batch norm takes its statistics over all devices (accelerators only) instead of its own part."""
+    find_unused_parameters: bool | None = None
+    """Whether some parameters take no part in a step's loss; ``None`` finds out with one trial step that leaves no trace.
+
+    Give ``True`` where the unused parameters differ from step to step.
+    """
+    ddp_options: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to ``DistributedDataParallel`` as they are: ``static_graph``, ``bucket_cap_mb``, ..."""
+    compile: bool = False
+    """Whether ``torch.compile`` compiles the model together with its loss."""
+    precision: str = "fp32"
+    """Number format of forward and backward: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast, with loss scaling)."""
+
+    epochs: int = 10
+    """How many times the training data are gone through."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps, if that is earlier."""
+    batch: str = "per_device"
+    """What the loader's batch size means: ``"per_device"`` (N devices take N batches a step) or ``"global"`` (one, split)."""
+    accumulate: int = 1
+    """How many global batches make one optimiser step."""
+
+    optimizer: Any = "adamw"
+    """A name, a class, a function from parameters to an optimiser, or an optimiser of the model's own parameters."""
+    lr: float | None = None
+    """Learning rate for one device's batch; ``None`` leaves the optimiser's own default."""
+    weight_decay: float | None = None
+    """Weight decay; ``None`` leaves the optimiser's own default."""
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of a named optimiser or optimiser class, such as ``{"momentum": 0.9}``."""
+    lr_scaling: str = "none"
+    """How ``lr`` grows with the number of devices: ``"none"``, ``"linear"`` or ``"sqrt"``."""
+    scheduler: Any = None
+    """``"cosine"``, ``"multistep"``, ``"onecycle"``, ``None``, or a function from an optimiser to a schedule."""
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of a named schedule, such as ``{"milestones": [30, 40], "gamma": 0.1}``."""
+    scheduler_interval: str | None = None
+    """When the schedule advances: every ``"step"`` or ``"epoch"``; ``None`` is a step for onecycle, else an epoch."""
+    warmup_epochs: float = 0.0
+    """Epochs, or a fraction of one, in which the learning rate rises linearly from 0 before the schedule begins."""
+    warmup_steps: int = 0
+    """The same in optimiser steps, for data of unknown length; give one of the two."""
+    max_grad_norm: float | None = None
+    """Largest norm of the gradient over all parameters and ranks; a longer one is shortened to it."""
+
+    eval_step: int = 1
+    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
+    monitor: str | None = None
+    """Name of the evaluation result that decides which weights are best; ``None`` keeps the last weights."""
+    monitor_mode: str = "auto"
+    """Whether a lower (``"min"``) or higher (``"max"``) value is better; ``"auto"`` asks the metric, then its name."""
+    early_stop_patience: int | None = None
+    """Stop after this many evaluations in a row without a better one; monitors ``"loss"`` if nothing else is named."""
+
+    target: str | None = None
+    """Key of the target where batches are dicts; ``None`` looks for labels, label, targets, target, y."""
+    predict: Any = None
+    """What predicts: the name of a method of the model that takes a batch, or a function ``(model, batch)``."""
+
+    seed: int = 0
+    """Decides the order of samples, random augmentation and, with the rank, the random masks."""
+    out_dir: str | Path | None = None
+    """Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing."""
+    resume: bool | str | Path = False
+    """``True`` continues from ``out_dir``'s checkpoint, ``"auto"`` does so if there is one; or a checkpoint's path."""
+    checkpoint_every_steps: int | None = None
+    """Also write a checkpoint after every so many optimiser steps, not only after each epoch."""
+    tensorboard: bool | None = None
+    """Whether ``out_dir`` gets TensorBoard events; ``None`` writes them where TensorBoard is installed."""
+    verbose: bool = True
+    """Whether to print what is found and done."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> TrainerConfig:
+        """Return the configuration of these ``options``, and say which name was meant where one does not exist."""
+        names = [item.name for item in dataclasses.fields(cls)]
+        for option in options:
+            if option not in names:
+                close = difflib.get_close_matches(option, names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(names)}"
+                raise ConfigError(f"Trainer has no option {option!r}; {hint}")
+        return cls(**options)
+
+    def _check_choices(self) -> None:
+        _one_of("strategy", self.strategy, STRATEGIES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("batch", self.batch, BATCHES)
+        _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
+        _one_of("monitor_mode", self.monitor_mode, ("auto", "min", "max"))
+        if self.scheduler_interval is not None:
+            _one_of("scheduler_interval", self.scheduler_interval, ("step", "epoch"))
+        if isinstance(self.optimizer, str):
+            _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        elif not callable(self.optimizer) and not isinstance(self.optimizer, Optimizer):
+            raise ConfigError(
+                f"optimizer={self.optimizer!r} is neither a name ({', '.join(OPTIMIZERS)}), a class, "
+                "a function from parameters to an optimiser, nor an optimiser"
+            )
+        if isinstance(self.scheduler, LRScheduler):
+            raise ConfigError(
+                "scheduler is a schedule that was already built, which cannot follow the optimiser of each device; give "
+                f"what builds it: scheduler=lambda optimizer: {type(self.scheduler).__name__}(optimizer, ...)"
+            )
+        if isinstance(self.scheduler, str):
+            _one_of("scheduler", self.scheduler, SCHEDULERS)
+        elif self.scheduler is not None and not callable(self.scheduler):
+            raise ConfigError(
+                f"scheduler={self.scheduler!r} is neither a name ({', '.join(SCHEDULERS)}) nor a function"
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("epochs", "accumulate", "eval_step"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("max_steps", "early_stop_patience", "checkpoint_every_steps"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        _whole("warmup_steps", self.warmup_steps, 0)
+        _whole("seed", self.seed, 0)
+        for name, positive in (
+            ("lr", True),
+            ("weight_decay", False),
+            ("max_grad_norm", True),
+            ("warmup_epochs", False),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0 or (positive and value == 0):
+                least = "above 0" if positive else "0 or more"
+                raise ConfigError(f"{name}={value!r} has to be a number {least}")
+
+    def _check_combinations(self) -> None:
+        built = isinstance(self.optimizer, Optimizer) or (
+            callable(self.optimizer) and not isinstance(self.optimizer, (str, type))
+        )
+        if built:
+            for name in ("lr", "weight_decay", "optimizer_options"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} has no effect on an optimiser of your own; set it there"
+                    )
+            if self.lr_scaling != "none":
+                raise ConfigError(
+                    f"lr_scaling={self.lr_scaling!r} scales the lr that Trainer is given; your optimiser brings its own: "
+                    "give optimizer a name or a class, or scale its lr yourself"
+                )
+        if self.lr_scaling != "none" and self.lr is None:
+            raise ConfigError(f"lr_scaling={self.lr_scaling!r} needs lr, the rate for one device's batch")
+        if self.warmup_steps and self.warmup_epochs:
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs} say the same thing; give one"
+            )
+        if self.scheduler_options and not isinstance(self.scheduler, str):
+            raise ConfigError(
+                f"scheduler_options={dict(self.scheduler_options)!r} belong to a named schedule; scheduler={self.scheduler!r}"
+            )
+        if self.out_dir is None and (self.checkpoint_every_steps or self.resume is True or self.resume == "auto"):
+            option = "checkpoint_every_steps" if self.checkpoint_every_steps else "resume"
+            raise ConfigError(f"{option}={getattr(self, option)!r} needs out_dir, where checkpoints lie")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the options as text and numbers, for a file that people read."""
+        return {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r} has to be a whole number, {least} or more")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return getattr(value, "__qualname__", None) or type(value).__qualname__

@@ -1,0 +1,371 @@
+"""One rank's whole training run: epochs, evaluations, what is kept and when it stops."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from duoka import checkpoint
+from duoka.checkpoint import rng_state, set_rng_state
+from duoka.data import Position
+from duoka.log import logger
+from duoka.trainer.callbacks import Best, Callbacks, State
+from duoka.trainer.evaluation import evaluate
+from duoka.trainer.folder import NoFolder, RunFolder
+from duoka.trainer.judging import PREFIX, Judge
+from duoka.trainer.metrics import Metrics, Results
+from duoka.trainer.objective import Objective
+from duoka.trainer.optimization import build_optimizer, build_schedule
+from duoka.trainer.preparation import (
+    Job,
+    modes_kept,
+    own_copies,
+    prepared_objective,
+    seed_rank,
+    sharded,
+    unused_parameters,
+)
+from duoka.trainer.progress import Reporter, Snapshot, device_memory_bytes, duration, number, reporter_for
+from duoka.trainer.saving import (
+    BestWeights,
+    checkpoint_path,
+    find_checkpoint,
+    restore_training,
+    weights_path,
+    write_training,
+)
+from duoka.trainer.stepping import Stepper, windows
+from duoka.trainer.tally import Tally
+from duoka.trainer.words import introduction, learning_rate
+from duoka.world import World, current_world
+
+__all__ = ["Outcome", "fit_on_rank"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 hands back to the user's ``Trainer``."""
+
+    validation: Results
+    test: Results
+    history: list[dict[str, Any]]
+    best: Best | None
+    stopping: str
+
+
+def fit_on_rank(job: Job) -> Outcome:
+    """Train ``job.model`` on this rank; every rank of the world has to call it."""
+    world = current_world()
+    own_copies(job, world)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(modes_kept(job.model))
+        objective = stack.enter_context(prepared_objective(job, world))
+        return _Fit(job, world, objective, stack).run()
+
+
+class _Fit:
+    """The parts of a fit and the order in which they work."""
+
+    def __init__(self, job: Job, world: World, objective: Objective, stack: contextlib.ExitStack) -> None:
+        config = job.config
+        self.job, self.config, self.world, self.objective = job, config, world, objective
+        self.strategy, self.strategy_reason = job.strategy(world)
+        self.metrics = Metrics(job.metrics, world.device)
+        self.judge = Judge(config, self.metrics, job.eval_data is not None)
+        self.callbacks = Callbacks(job.main.callbacks if world.is_main else ())
+        self.train = sharded(job, job.train_data, self.strategy, training=True)
+        stack.callback(self.train.close)
+        self.steps_per_epoch = self._count_steps()
+        self.evaluations = None if job.eval_data is None else sharded(job, job.eval_data, self.strategy, training=False)
+        if self.evaluations is not None:
+            stack.callback(self.evaluations.close)
+        seed_rank(config.seed, world)
+        self.stepper = self._build_stepper()
+        self.state = State(job.model, self.stepper.optimizer, config.epochs, self.stepper.tally)
+        self.reporter: Reporter = reporter_for(config.verbose) if world.is_main else Reporter()
+        stack.callback(self.reporter.close)
+        writes = world.is_main and config.out_dir is not None
+        self.folder = RunFolder(str(config.out_dir), config.tensorboard) if writes else NoFolder()
+        stack.callback(self.folder.close)
+        stack.callback(self.stepper.optimizer.zero_grad)
+        self.weights_path = weights_path(config, job.save_model, job.model_path)
+        self.best_weights = BestWeights(config, self.weights_path)
+        self.watch_steps = world.broadcast(self.callbacks.watch_steps)
+        self.rank_rng: Any = None
+        self.wrapped = False
+        self.epoch_seconds_before = 0.0
+
+    def _count_steps(self) -> int | None:
+        try:
+            return -(-len(self.train) // self.config.accumulate)
+        except TypeError:
+            return None
+
+    def _build_stepper(self) -> Stepper:
+        config, factor = self.config, learning_rate(self.config, self.strategy.replicas).factor
+        optimizer = build_optimizer(config, self.objective, factor)
+        schedule = build_schedule(config, optimizer, self.steps_per_epoch, factor)
+        scaler = torch.amp.GradScaler(self.world.device.type) if config.precision == "fp16" else None
+        return Stepper(
+            self.objective,
+            self.strategy,
+            optimizer,
+            schedule,
+            Tally(self.world.device),
+            max_grad_norm=config.max_grad_norm,
+            scaler=scaler,
+        )
+
+    def run(self) -> Outcome:
+        """Train until the end, early or not, and return the results."""
+        first_epoch = self._resume()
+        self.folder.start(self.config.plain(), self.state.history)
+        self._introduce()
+        self.objective.train()
+        self.callbacks.call("on_fit_start", self.state)
+        for epoch in range(first_epoch, self.config.epochs):
+            if self._is_over():
+                break
+            self._train_epoch(epoch)
+            self._end_epoch(epoch)
+        return self._finish()
+
+    def _is_over(self) -> bool:
+        """Whether training stops here, agreed over the ranks: rank 0's callbacks may have asked for it."""
+        limit = self.config.max_steps
+        self.state.stopping = self.world.broadcast(self.state.stopping)
+        return bool(self.state.stopping) or (limit is not None and self.state.step >= limit)
+
+    def _resume(self) -> int:
+        """Continue from a checkpoint if there is one to continue from; return the epoch to begin with, from 0."""
+        path = self.world.broadcast(find_checkpoint(self.config) if self.world.is_main else None)
+        if path is None:
+            return 0
+        place, self.rank_rng = restore_training(path, self.objective, self.stepper, self.state, self.world)
+        if place["seed"] != self.config.seed:
+            logger.warning(
+                "seed=%d is not the one that %s was written with; the order of samples goes on with seed %d",
+                self.config.seed,
+                path,
+                place["seed"],
+            )
+        self._seed = place["seed"]
+        self._say(f"resumed: {path}, after {self.state.step:,} steps, in epoch {place['epoch'] + 1}")
+        return int(place["epoch"])
+
+    def _introduce(self) -> None:
+        if not self.world.is_main:
+            return
+        lines = introduction(
+            self.config,
+            model=self.job.model,
+            train_data=self.job.train_data,
+            optimizer=self.stepper.optimizer,
+            strategy=self.strategy,
+            devices=self.job.devices,
+            reasons=(self.job.reason, self.strategy_reason),
+        )
+        for line in lines:
+            self._say(line)
+
+    def _say(self, text: str) -> None:
+        self.reporter.say(text)
+        self.folder.log(text)
+
+    # -- one epoch -----------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, epoch: int) -> None:
+        state, stepper, reporter = self.state, self.stepper, self.reporter
+        state.epoch = epoch + 1
+        self.train.set_position(Position(self._seed, epoch, state.samples_in_epoch))
+        self.samples_before, self.steps_before, self.began = state.samples, state.step, time.perf_counter()
+        reporter.begin_epoch(state.epoch, self.config.epochs, self.steps_per_epoch)
+        watching = self.watch_steps or self.config.checkpoint_every_steps or self.config.max_steps
+        clock = time.perf_counter
+        for window in windows(self.train, self.config.accumulate):
+            if not self.wrapped:
+                self._wrap(window)
+            taken = stepper.step(window)
+            state.step += 1
+            state.samples += taken
+            state.samples_in_epoch += taken
+            if clock() >= reporter.due:
+                self._show()
+            if watching and self._after_step(epoch):
+                break
+
+    def _wrap(self, window: list[Any]) -> None:
+        """Put the strategy's wrapper around the objective, which DDP can only do when it is known what takes part."""
+        objective, options = self.objective, self.config
+        if self.config.compile:
+            objective.compile()
+        if self.world.size > 1 and "find_unused_parameters" not in options.ddp_options:
+            unused = options.find_unused_parameters
+            if unused is None and not options.ddp_options.get("static_graph"):
+                names = unused_parameters(objective, window[0].batch, self.world)
+                unused = bool(names)
+                if names:
+                    self._say(f"unused in the first step: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+            self.strategy.options["find_unused_parameters"] = bool(unused)  # type: ignore[attr-defined]
+        self.stepper.module = self.strategy.wrap(objective)
+        if self.rank_rng is not None:
+            set_rng_state(self.rank_rng)
+        self.wrapped = True
+
+    def _after_step(self, epoch: int) -> bool:
+        """Do what is asked for after steps; return whether training stops here."""
+        state, config = self.state, self.config
+        if self.watch_steps:
+            self.callbacks.call("on_step_end", state)
+            if self._is_over():
+                return True
+        every = config.checkpoint_every_steps
+        if every is not None and state.step % every == 0:
+            self._write_checkpoint(epoch, state.samples_in_epoch)
+        return config.max_steps is not None and state.step >= config.max_steps
+
+    def _show(self) -> None:
+        state, elapsed = self.state, time.perf_counter() - self.began
+        done = state.step - self.steps_before
+        eta_s = None
+        if self.steps_per_epoch is not None and done:
+            remaining = self.steps_per_epoch * self.config.epochs - state.step
+            eta_s = max(0.0, remaining * elapsed / done)
+        self.reporter.show(
+            Snapshot(
+                epoch=state.epoch,
+                epochs=self.config.epochs,
+                step=done,
+                steps=self.steps_per_epoch,
+                loss=self.stepper.tally.mean(),
+                samples_per_s=(state.samples - self.samples_before) / elapsed,
+                eta_s=eta_s,
+                memory_bytes=device_memory_bytes(self.world.device),
+            )
+        )
+
+    def _end_epoch(self, epoch: int) -> None:
+        state, tally = self.state, self.stepper.tally
+        record = self._record(tally.global_mean(self.world))
+        tally.reset()
+        self.stepper.schedule.after_epoch()
+        self.reporter.end_epoch()
+        is_best = False
+        if self._evaluation_is_due(epoch):
+            is_best = self._evaluate(record)
+        state.history.append(record)
+        self.callbacks.call("on_epoch_end", state)
+        self._say(self._line(record, is_best))
+        self.folder.record(state.history)
+        state.samples_in_epoch = 0
+        if self.config.out_dir is not None:
+            self._write_checkpoint(epoch + 1, 0)
+
+    def _record(self, train_loss: float) -> dict[str, Any]:
+        state = self.state
+        seconds = time.perf_counter() - self.began
+        return {
+            "epoch": state.epoch,
+            "step": state.step,
+            "samples": state.samples,
+            "train_loss": train_loss,
+            "lr": float(state.optimizer.param_groups[0]["lr"]),
+            "seconds": round(seconds, 4),
+            "samples_per_s": round((state.samples - self.samples_before) / seconds, 1),
+        }
+
+    def _evaluation_is_due(self, epoch: int) -> bool:
+        if self.evaluations is None:
+            return False
+        config = self.config
+        ending = epoch + 1 == config.epochs or (config.max_steps is not None and self.state.step >= config.max_steps)
+        return ending or (epoch + 1) % config.eval_step == 0 or self._is_over()
+
+    def _evaluate(self, record: dict[str, Any]) -> bool:
+        """Evaluate, add the results to ``record`` and return whether they are the best so far."""
+        state = self.state
+        self.strategy.synchronize_buffers(self.objective)
+        state.validation = evaluate(self.objective, self.evaluations or (), self.metrics, self.world)
+        record.update({f"{PREFIX}{name}": value for name, value in state.validation.items()})
+        is_best = self.judge.take(state)
+        if is_best and self.world.is_main:
+            self.best_weights.keep(self.job.model)
+        self.stepper.schedule.after_evaluation(self._plateau_value())
+        self.callbacks.call("on_evaluate", state)
+        return is_best
+
+    def _plateau_value(self) -> float | None:
+        value = self.judge.value(self.state.validation)
+        return self.state.validation.get("loss") if value is None else value
+
+    def _line(self, record: dict[str, Any], is_best: bool) -> str:
+        parts = [f"epoch {record['epoch']}/{self.config.epochs}", f"loss {number(record['train_loss'])}"]
+        parts += [
+            f"{'val loss' if name == 'loss' else name} {number(value)}"
+            for name, value in self.state.validation.items()
+            if f"{PREFIX}{name}" in record and isinstance(value, (int, float))
+        ]
+        parts += [f"lr {record['lr']:.3g}", f"{record['samples_per_s']:,.0f} samples/s", duration(record["seconds"])]
+        return " · ".join(parts) + (" · best" if is_best else "")
+
+    def _write_checkpoint(self, epoch: int, samples: int) -> None:
+        assert self.config.out_dir is not None  # TrainerConfig has checked
+        place = Position(self._seed, epoch, samples).to_dict()
+        path = checkpoint_path(self.config.out_dir)
+        write_training(path, self.objective, self.stepper, self.state, place, rng_state(), self.world)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> Outcome:
+        state = self.state
+        if state.stopping:
+            self._say(f"stopped early: {state.stopping}")
+        self._settle_weights()
+        test: Results = {}
+        if self.job.test_data is not None:
+            data = sharded(self.job, self.job.test_data, self.strategy, training=False)
+            with contextlib.closing(data):
+                test = evaluate(self.objective, data, self.metrics, self.world)
+            self._say(
+                "test: " + " · ".join(f"{name} {number(v)}" for name, v in test.items() if isinstance(v, (int, float)))
+            )
+        self.folder.finish(state.history)
+        self.callbacks.call("on_fit_end", state)
+        return Outcome(self._final_validation(), test, state.history, state.best, state.stopping)
+
+    def _settle_weights(self) -> None:
+        """Leave the best weights in the user's model, or the last ones, and on disk where that was asked for."""
+        state, model = self.state, self.job.model
+        restored = False
+        if self.world.is_main:
+            restored = state.best is not None and self.best_weights.load(model)
+            if not restored and self.weights_path is not None:
+                checkpoint.save(model, self.weights_path)
+        self.strategy.synchronize(self.objective)
+        if restored and state.best is not None:
+            self._say(
+                f"the model has the weights of epoch {state.best.epoch}, {self.judge.name} {number(state.best.value)}"
+            )
+        if self.weights_path is not None:
+            self._say(f"weights: {self.weights_path}")
+
+    def _final_validation(self) -> Results:
+        """Return the evaluation of the weights that the model ends with."""
+        if self.state.best is None:
+            return self.state.validation
+        record = self.state.history[self.state.best.epoch - 1]
+        return {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}
+
+    @property
+    def _seed(self) -> int:
+        return self._order_seed if self._order_seed is not None else self.config.seed
+
+    @_seed.setter
+    def _seed(self, seed: int) -> None:
+        self._order_seed = seed
+
+    _order_seed: int | None = None

@@ -1,0 +1,84 @@
+"""Which evaluation is the best so far, and when to stop waiting for a better one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from duoka.errors import ConfigError
+from duoka.trainer.callbacks import Best, State
+from duoka.trainer.config import TrainerConfig
+from duoka.trainer.metrics import Metrics, Results
+
+__all__ = ["Judge"]
+
+PREFIX = "val_"
+SMALLER_IS_BETTER = ("loss", "error", "mse", "mae", "rmse", "mape", "perplexity", "wer", "cer")
+
+
+class Judge:
+    """Watches one evaluation result. Every rank judges the same values, so all come to the same end."""
+
+    def __init__(self, config: TrainerConfig, metrics: Metrics, has_evaluation: bool) -> None:
+        name = config.monitor or ("loss" if config.early_stop_patience is not None else None)
+        self.name = name.removeprefix(PREFIX) if name else None
+        self.patience = config.early_stop_patience
+        if self.name is None:
+            return
+        if not has_evaluation:
+            raise ConfigError(
+                f"monitor={self.name!r} watches evaluations, and there is no eval_data; give it, or leave monitor out"
+            )
+        known = metrics.names
+        if known is not None:
+            self._check_name(["loss", *known])
+        self.smaller = self._smaller_is_better(config, metrics)
+
+    def value(self, results: Results) -> float | None:
+        """Return the monitored value, ``None`` where nothing is monitored."""
+        if self.name is None:
+            return None
+        self._check_name(list(results))
+        value = results[self.name]
+        if not isinstance(value, (int, float)):
+            raise ConfigError(
+                f"monitor={self.name!r} has more than one value, so none is the best; monitor a single number"
+            )
+        return float(value)
+
+    def take(self, state: State) -> bool:
+        """Take in ``state.validation``; return whether it is the best so far, and say in ``state`` when to stop."""
+        value = self.value(state.validation)
+        if value is None:
+            return False
+        if self._is_better(value, state.best):
+            state.best, state.bad_evaluations = Best(value, state.epoch), 0
+            return True
+        state.bad_evaluations += 1
+        if self.patience is not None and state.bad_evaluations >= self.patience:
+            state.stop(f"{self.name} has not become better in {state.bad_evaluations} evaluations")
+        return False
+
+    def _is_better(self, value: float, best: Best | None) -> bool:
+        if math.isnan(value):
+            return False
+        if best is None:
+            return True
+        return value < best.value if self.smaller else value > best.value
+
+    def _check_name(self, names: list[str]) -> None:
+        if self.name is None or self.name in names:
+            return
+        close = difflib.get_close_matches(self.name, names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"monitor={self.name!r} is no result of the evaluation, which has {', '.join(names)}{hint}")
+
+    def _smaller_is_better(self, config: TrainerConfig, metrics: Metrics) -> bool:
+        if config.monitor_mode != "auto":
+            return config.monitor_mode == "min"
+        assert self.name is not None
+        higher = metrics.higher_is_better(self.name)
+        if higher is not None:
+            return not higher
+        lowered = self.name.lower()
+        return any(word in lowered for word in SMALLER_IS_BETTER)

@@ -1,0 +1,208 @@
+"""The model together with its loss as one module: its forward takes a batch and returns the loss of the batch.
+
+DDP synchronises what goes through a module's ``forward``, so a loss that is a method of the model works only from inside one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.errors import ConfigError, DataError
+
+__all__ = ["Judged", "Objective", "model_output"]
+
+TARGETS = ("labels", "label", "targets", "target", "y")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Loss = torch.Tensor | tuple[torch.Tensor, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What evaluation needs of one batch."""
+
+    loss: Loss | None
+    """The batch's mean, or ``(sum, weight)``; ``None`` where the model has no loss of its own and none was given."""
+    output: Any
+    target: Any
+
+
+class Objective(nn.Module):
+    """``model`` and ``loss`` as one module.
+
+    ``loss`` is called as ``loss(output, target)``; is the name of a method of the model that takes a batch; or is ``None``
+    for a model that returns its own loss (an output with ``.loss``, a dict with ``"loss"``, or the loss itself).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Any] | str | None,
+        *,
+        target: str | None = None,
+        predict: str | Callable[[nn.Module, Any], Any] | None = None,
+        precision: str = "fp32",
+        device_type: str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.target = target
+        self.predict = predict
+        self.autocast = (device_type, DTYPES[precision]) if precision in DTYPES else None
+        for option, name in (("loss", loss), ("predict", predict)):
+            if isinstance(name, str) and not callable(getattr(model, name, None)):
+                raise ConfigError(
+                    f"{option}={name!r} is to be a method of the model, and {type(model).__name__} has none"
+                )
+
+    def forward(self, batch: Any) -> Loss:
+        """Return the loss of ``batch``: its mean over the samples, or ``(sum, weight)``."""
+        if self.autocast is None:
+            return self._loss(batch)
+        with torch.autocast(*self.autocast):
+            return self._loss(batch)
+
+    def _loss(self, batch: Any) -> Loss:
+        loss = self.loss
+        if loss is None:
+            return loss_of(model_output(self.model, batch))
+        if isinstance(loss, str):
+            return loss_of(getattr(self.model, loss)(batch))
+        inputs, target = split_target(batch, self.target)
+        return loss(model_output(self.model, inputs), target)  # type: ignore[no-any-return]
+
+    def judge(self, batch: Any, with_output: bool) -> Judged:
+        """Return loss, predictions and target of ``batch``, from one forward where that is possible."""
+        with torch.autocast(*self.autocast) if self.autocast else contextlib.nullcontext():
+            loss = self.loss
+            if loss is None:
+                output = model_output(self.model, batch)
+                own = loss_of(output) if has_loss(output) else None
+                return Judged(own, self._predictions(batch, output), target_of(batch, self.target))
+            if isinstance(loss, str):
+                own = loss_of(getattr(self.model, loss)(batch))
+                output = self.predictions(batch) if with_output else None
+                return Judged(own, output, target_of(batch, self.target))
+            inputs, target = split_target(batch, self.target)
+            output = model_output(self.model, inputs)
+            return Judged(loss(output, target), self._predictions(batch, output), target)
+
+    def predictions(self, batch: Any) -> Any:
+        """Return the model's predictions for ``batch``, which may hold a target or not."""
+        with torch.autocast(*self.autocast) if self.autocast else contextlib.nullcontext():
+            if self.predict is not None:
+                return self._predictions(batch, None)
+            keep_target = self.loss is None and isinstance(batch, Mapping)
+            return prediction_of(
+                model_output(self.model, batch if keep_target else inputs_of(self.model, batch, self.target))
+            )
+
+    def _predictions(self, batch: Any, output: Any) -> Any:
+        if self.predict is None:
+            return prediction_of(output)
+        if isinstance(self.predict, str):
+            return getattr(self.model, self.predict)(batch)
+        return self.predict(self.model, batch)
+
+
+def model_output(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` with a batch's inputs: a mapping as keywords, a tuple or list as positions, else as the one input."""
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(inputs)
+
+
+def split_target(batch: Any, key: str | None = None) -> tuple[Any, Any]:
+    """Return ``(inputs, target)``: the last of a tuple or list, or the entry ``key`` of a mapping."""
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[:-1], batch[-1]
+    if isinstance(batch, Mapping):
+        name = _target_key(batch, key)
+        if name is not None:
+            return {other: value for other, value in batch.items() if other != name}, batch[name]
+        raise DataError(
+            f"a batch with the keys {', '.join(map(str, batch))} has no target among {', '.join(TARGETS)}; "
+            "name it: Trainer(..., target='...')"
+        )
+    raise DataError(
+        f"a batch of type {type(batch).__name__} has no target for loss(output, target); let the loader yield "
+        "(input, target), or give a loss that takes the whole batch as a method of the model: loss='method'"
+    )
+
+
+def _target_key(batch: Mapping[str, Any], key: str | None) -> str | None:
+    return next((name for name in ((key,) if key else TARGETS) if name in batch), None)
+
+
+def target_of(batch: Any, key: str | None = None) -> Any:
+    """Return the target of ``batch``, or ``None`` where there is none."""
+    try:
+        return split_target(batch, key)[1]
+    except DataError:
+        return None
+
+
+def inputs_of(model: nn.Module, batch: Any, key: str | None = None) -> Any:
+    """Return the inputs of ``batch`` without its target, if it has one.
+
+    A tuple has a target when it is longer than what ``model.forward`` requires.
+    """
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != _target_key(batch, key)}
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and len(batch) > _required(model):
+        return batch[:-1]
+    return batch
+
+
+def _required(model: nn.Module) -> int:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(item.kind in positional and item.default is inspect.Parameter.empty for item in parameters) or 1
+
+
+def has_loss(output: Any) -> bool:
+    """Whether a model's output carries a loss."""
+    if isinstance(output, Mapping):
+        return output.get("loss") is not None
+    return getattr(output, "loss", None) is not None or (isinstance(output, torch.Tensor) and output.ndim == 0)
+
+
+def loss_of(output: Any) -> Loss:
+    """Return the loss that a model's ``output`` carries: a scalar, ``(sum, weight)``, ``.loss`` or ``["loss"]``."""
+    if isinstance(output, torch.Tensor):
+        if output.ndim == 0:
+            return output
+        raise ConfigError(
+            f"the loss has the shape {tuple(output.shape)} and has to be one number; if the model returns no loss, "
+            "give one: Trainer(..., loss=torch.nn.functional.cross_entropy)"
+        )
+    if isinstance(output, Mapping) and output.get("loss") is not None:
+        return output["loss"]  # type: ignore[no-any-return]
+    if getattr(output, "loss", None) is not None:
+        return output.loss  # type: ignore[no-any-return]
+    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], torch.Tensor) and output[0].ndim == 0:
+        return output
+    raise ConfigError(
+        f"the model returned {type(output).__name__}, which carries no loss; give one: "
+        "Trainer(..., loss=torch.nn.functional.cross_entropy), or loss='name of a method of the model that takes a batch'"
+    )
+
+
+def prediction_of(output: Any) -> Any:
+    """Return what metrics compare: ``logits`` or ``prediction`` where a model's output has one, else the output."""
+    for name in ("logits", "predictions", "prediction"):
+        if isinstance(output, Mapping) and name in output:
+            return output[name]
+        if not isinstance(output, (torch.Tensor, tuple)) and hasattr(output, name):
+            return getattr(output, name)
+    return output

@@ -1,0 +1,194 @@
+"""Optimisers and learning-rate schedules by name, warm-up before them, and when each advances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR, ReduceLROnPlateau
+
+from duoka.errors import ConfigError
+
+if TYPE_CHECKING:
+    from duoka.trainer.config import TrainerConfig
+
+__all__ = ["OPTIMIZERS", "SCHEDULERS", "Schedule", "build_optimizer", "build_schedule"]
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+}
+"""Optimisers that can be named."""
+
+SCHEDULERS = ("cosine", "multistep", "onecycle")
+"""Schedules that can be named."""
+
+
+def build_optimizer(config: TrainerConfig, module: nn.Module, lr_factor: float) -> Optimizer:
+    """Return the optimiser that ``config`` asks for, on the parameters of ``module`` that are trained."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    chosen = config.optimizer
+    if isinstance(chosen, Optimizer):
+        return _checked(chosen, trained)
+    if not isinstance(chosen, (str, type)):
+        return _checked(chosen(trained), trained)
+    options = dict(config.optimizer_options)
+    if config.lr is not None:
+        options["lr"] = config.lr * lr_factor
+    if config.weight_decay is not None:
+        options["weight_decay"] = config.weight_decay
+    kind: Any = OPTIMIZERS[chosen] if isinstance(chosen, str) else chosen
+    try:
+        return kind(trained, **options)  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer={chosen!r} with {options!r}: {error}") from error
+
+
+def _checked(optimizer: object, trained: Iterable[nn.Parameter]) -> Optimizer:
+    """Make sure that an optimiser of the user's own moves this model."""
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"optimizer= returned {optimizer!r}, which is no torch.optim.Optimizer")
+    known = {id(parameter) for parameter in trained}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in known for parameter in held)
+    if foreign:
+        raise ConfigError(
+            f"{foreign} of the optimiser's {len(held)} parameters are not trained parameters of this model; "
+            "build it from the same model object: optimizer=torch.optim.AdamW(model.parameters())"
+        )
+    return optimizer
+
+
+class Schedule:
+    """Sets the learning rate: a linear warm-up of ``warmup_steps`` optimiser steps, then ``scheduler``.
+
+    The warm-up rises from ``warmup_start``, a fraction of the full rate. The schedule is
+    advanced once an optimiser step and once an epoch of the whole job, however many devices there are.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None = None,
+        interval: str = "epoch",
+        warmup_steps: int = 0,
+        warmup_start: float = 0.0,
+    ) -> None:
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.every_step = interval == "step"
+        self.warmup_steps = warmup_steps
+        self.warmup_start = warmup_start
+        self.steps = 0
+        self._full = [float(group["lr"]) for group in optimizer.param_groups]
+        self._set_warmup()
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do after a step."""
+        return self.warmup_steps == 0 and (self.scheduler is None or not self.every_step)
+
+    def after_step(self) -> None:
+        """Advance by one optimiser step."""
+        self.steps += 1
+        if self.steps <= self.warmup_steps:
+            self._set_warmup()
+        elif self.every_step and self.scheduler is not None:
+            self.scheduler.step()
+
+    def after_epoch(self) -> None:
+        """Advance by one epoch, unless the warm-up still lasts."""
+        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+        if self.scheduler is not None and not self.every_step and not plateau and self.steps > self.warmup_steps:
+            self.scheduler.step()
+
+    def after_evaluation(self, value: float | None) -> None:
+        """Give the monitored ``value`` to a schedule that waits for a plateau."""
+        if isinstance(self.scheduler, ReduceLROnPlateau) and value is not None:
+            self.scheduler.step(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` continues from."""
+        inner = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"steps": self.steps, "full": self._full, "scheduler": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self.steps = state["steps"]
+        self._full = list(state["full"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+    def _set_warmup(self) -> None:
+        if self.warmup_steps:
+            done = min(1.0, (self.steps + 1) / self.warmup_steps)
+            factor = self.warmup_start + (1.0 - self.warmup_start) * done
+            for group, full in zip(self.optimizer.param_groups, self._full, strict=True):
+                group["lr"] = full * factor
+
+
+def build_schedule(
+    config: TrainerConfig, optimizer: Optimizer, steps_per_epoch: int | None, lr_factor: float = 1.0
+) -> Schedule:
+    """Return the schedule that ``config`` asks for; ``lr_factor`` is what the rate was multiplied by for N devices.
+
+    A rate that was multiplied is warmed up from what it was before, another from 0 (Goyal et al. 2017).
+
+    Raises:
+        ConfigError: the schedule needs the length of an epoch and the training data do not tell it.
+
+    """
+    if config.warmup_epochs and steps_per_epoch is None:
+        raise ConfigError(
+            f"warmup_epochs={config.warmup_epochs} needs training data of known length; give warmup_steps instead"
+        )
+    warmup = config.warmup_steps or math.ceil(config.warmup_epochs * (steps_per_epoch or 0))
+    start = 1 / lr_factor if lr_factor > 1 else 0.0
+    interval = config.scheduler_interval or ("step" if config.scheduler == "onecycle" else "epoch")
+    if config.scheduler is None:
+        return Schedule(optimizer, None, interval, warmup, start)
+    if not isinstance(config.scheduler, str):
+        scheduler = config.scheduler(optimizer)
+        if not isinstance(scheduler, LRScheduler):
+            raise ConfigError(f"scheduler= returned {scheduler!r}, which is no torch LRScheduler")
+        return Schedule(optimizer, scheduler, interval, warmup, start)
+    length = _length(config, interval, steps_per_epoch, warmup)
+    return Schedule(optimizer, _named(config, optimizer, length), interval, warmup, start)
+
+
+def _length(config: TrainerConfig, interval: str, steps_per_epoch: int | None, warmup: int) -> int:
+    """Return how often the schedule will advance after the warm-up."""
+    if interval == "epoch":
+        return max(1, config.epochs - (warmup // steps_per_epoch if steps_per_epoch else 0))
+    if steps_per_epoch is None and config.max_steps is None:
+        raise ConfigError(
+            f"scheduler={config.scheduler!r} advances every step and needs to know how many there will be; "
+            "the training data have no length: give max_steps, or scheduler_interval='epoch'"
+        )
+    planned = config.epochs * steps_per_epoch if steps_per_epoch is not None else config.max_steps
+    total = min(value for value in (planned, config.max_steps) if value is not None)
+    return max(1, total - warmup)
+
+
+def _named(config: TrainerConfig, optimizer: Optimizer, length: int) -> LRScheduler:
+    """Build a schedule by its name; ``length`` is how often it advances."""
+    options = dict(config.scheduler_options)
+    try:
+        if config.scheduler == "cosine":
+            return CosineAnnealingLR(optimizer, **{"T_max": length, **options})
+        if config.scheduler == "multistep":
+            milestones = sorted({max(1, length // 2), max(1, length * 3 // 4)})
+            return MultiStepLR(optimizer, **{"milestones": milestones, **options})
+        highest = [float(group["lr"]) for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, **{"max_lr": highest, "total_steps": length, **options})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"scheduler={config.scheduler!r} with {options!r}: {error}") from error

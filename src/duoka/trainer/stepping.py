@@ -1,0 +1,155 @@
+"""One optimiser step on one rank. This is the path that every batch takes, so it does nothing that can be done elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from duoka.data import to_device
+from duoka.strategy import Strategy
+from duoka.trainer.optimization import Schedule
+from duoka.trainer.tally import Tally
+
+__all__ = ["Stepper", "windows"]
+
+
+def windows(parts: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield ``size`` parts at a time: those of one optimiser step. The last window may be shorter."""
+    if size == 1:
+        for part in parts:
+            yield [part]
+        return
+    window = []
+    for part in parts:
+        window.append(part)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+class Stepper:
+    """Takes windows of parts and makes optimiser steps of them.
+
+    The gradient of a step is that of the mean loss over all samples of its window on all ranks. A part's loss is a mean and
+    is weighted by the part's share before backward; or it is ``(sum, weight)``, then sums are what is added up and the
+    gradients are divided by the weight of the whole window, once, afterwards.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        strategy: Strategy,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        tally: Tally,
+        *,
+        max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.module = module
+        self.strategy = strategy
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.tally = tally
+        self.max_grad_norm = max_grad_norm
+        self.scaler = scaler
+        self.device = strategy.world.device
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._weight: torch.Tensor | None = None
+        self._scheduled = not schedule.idle
+
+    def step(self, window: list[Any]) -> int:
+        """Take one optimiser step and return how many samples it took over all ranks."""
+        if len(window) == 1:
+            total: int = window[0].global_count
+        else:
+            total = sum(part.global_count for part in window)
+            with self.strategy.no_sync():
+                for part in window[:-1]:
+                    self._add_gradient(part, total)
+        self._add_gradient(window[-1], total)
+        self._update()
+        return total
+
+    def _add_gradient(self, part: Any, total: int) -> None:
+        count = part.count
+        batch = to_device(part.batch, self.device, True)
+        if count:
+            loss = self.module(batch)
+        else:
+            with _batch_norm_at_rest(self.module):
+                loss = self.module(batch)
+        if type(loss) is tuple:
+            loss = self._weighted(loss, count)
+        else:
+            self.tally.add(loss, count)
+            scale = self.strategy.scale(count, total)
+            if scale != 1.0:
+                loss = loss * scale
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward()
+
+    def _weighted(self, loss: tuple[torch.Tensor, Any], count: int) -> torch.Tensor:
+        total, weight = loss
+        weight = torch.as_tensor(weight, dtype=self.tally.total.dtype, device=self.device).detach()
+        if not count:
+            total, weight = total * 0, weight * 0
+        self.tally.add_sum(total, weight)
+        self._weight = weight if self._weight is None else self._weight + weight
+        return total
+
+    def _update(self) -> None:
+        optimizer, scaler = self.optimizer, self.scaler
+        if self._weight is not None:
+            self.strategy.divide(self.trained, self._weight)
+            self._weight = None
+        if scaler is not None and self.max_grad_norm is not None:
+            scaler.unscale_(optimizer)
+        if self.max_grad_norm is not None:
+            self.strategy.clip(self.parameters, self.max_grad_norm)
+        stepped = True
+        if scaler is None:
+            optimizer.step()
+        else:
+            stepped = _scaled_step(scaler, optimizer)
+        optimizer.zero_grad()
+        if self._scheduled and stepped:
+            self.schedule.after_step()
+
+
+def _scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Step unless a gradient overflowed; return whether it stepped."""
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= before
+
+
+@contextlib.contextmanager
+def _batch_norm_at_rest(module: nn.Module) -> Iterator[None]:
+    """Let a filler, which counts for nothing, leave no trace in running statistics; one sample has no variance either.
+
+    SyncBatchNorm talks to the other ranks in training, so it goes on.
+    """
+    resting = [
+        part
+        for part in module.modules()
+        if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm) and part.training
+    ]
+    for part in resting:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in resting:
+            part.training = True

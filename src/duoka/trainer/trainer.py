@@ -1,0 +1,207 @@
+"""``Trainer``: a model, data and a loss, trained on every device from the script or notebook that the user already has."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from duoka import devices
+from duoka.errors import ConfigError
+from duoka.trainer.callbacks import Best, Callback
+from duoka.trainer.config import TrainerConfig
+from duoka.trainer.evaluation import evaluate, predict
+from duoka.trainer.fit import Outcome, fit_on_rank
+from duoka.trainer.metrics import Metrics, Results
+from duoka.trainer.preparation import Job, MainOnly, own_copies, prepared_objective, sharded
+from duoka.world import current_world
+
+__all__ = ["FitResult", "Trainer"]
+
+
+class FitResult(NamedTuple):
+    """What ``fit`` returns: ``validation, test = trainer.fit()``."""
+
+    validation: Results
+    """Loss and metrics on ``eval_data`` of the weights that the model has now; empty without ``eval_data``."""
+    test: Results
+    """The same on ``test_data``."""
+
+
+class Trainer:
+    """Trains a model on one device or many, with the same result for a given global batch.
+
+    Args:
+        model: any module. It is trained in place: after ``fit`` this very object has the trained weights.
+        train_data: a ``DataLoader``, or anything that yields batches: tuples ``(input, ..., target)``, dicts, nested.
+        eval_data, test_data: the same, for evaluation after epochs and after training; each sample counts once.
+        loss: ``loss(output, target)``, a function or a module; or the name of a method of the model that takes a batch;
+            or ``None`` for a model that returns its own loss. It returns the mean over the batch, or ``(sum, weight)``.
+        metrics: torchmetrics: one, a list, a dict of names and metrics, or a ``MetricCollection``.
+        callbacks: called on rank 0.
+        config: options put together before; options given by name take precedence.
+        options: the fields of ``TrainerConfig``: ``device``, ``epochs``, ``lr``, ``optimizer``, ``precision``, ...
+
+    Raises:
+        ConfigError: an option that does not exist (naming the one that was meant) or cannot have its value.
+        DeviceError: a device that is not there.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
+        >>> data = DataLoader(TensorDataset(x, 3 * x), batch_size=16, shuffle=True)
+        >>> model = torch.nn.Linear(1, 1)
+        >>> trainer = Trainer(
+        ...     model, data, data, loss=torch.nn.functional.mse_loss, optimizer="adam", lr=0.1, epochs=50, device="cpu",
+        ...     verbose=False,
+        ... )
+        >>> validation, test = trainer.fit()
+        >>> validation["loss"] < 0.01
+        True
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Any = None,
+        eval_data: Any = None,
+        test_data: Any = None,
+        *,
+        loss: Callable[..., Any] | str | None = None,
+        metrics: Any = None,
+        callbacks: Iterable[Callback] = (),
+        config: TrainerConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is a {type(model).__name__}; it has to be a torch.nn.Module")
+        self.model: nn.Module = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
+        self.config = TrainerConfig.of({**(_fields(config) if config is not None else {}), **options})
+        self.callbacks = tuple(callbacks)
+        self.train_data, self.eval_data, self.test_data = train_data, eval_data, test_data
+        self.loss, self.metrics = loss, metrics
+        self.history: list[dict[str, Any]] = []
+        """One record an epoch of the last ``fit``, as in ``metrics.jsonl``."""
+        self.best: Best | None = None
+        """The best evaluation of the last ``fit``, where something was monitored."""
+        self.stopped: str = ""
+        """Why the last ``fit`` ended early; empty where it did not."""
+        self.devices, self.reason = self._choose_devices()
+
+    def _choose_devices(self) -> tuple[tuple[torch.device, ...], str]:
+        choice = devices.resolve(self.config.device)
+        if len(choice.devices) > 1 and not self.config.use_multi_gpu:
+            return choice.devices[:1], f"{choice.reason.rstrip('.')}; use_multi_gpu=False takes the first"
+        if len(choice.devices) > 1 and self.config.strategy == "single":
+            return choice.devices[:1], f"{choice.reason.rstrip('.')}; strategy='single' takes the first"
+        return choice.devices, choice.reason
+
+    def fit(self, save_model: bool = True, model_path: str | Path | None = None) -> FitResult:
+        """Train, and return the results on ``eval_data`` and ``test_data``.
+
+        The model object given to ``Trainer`` has the trained weights afterwards: the best ones where ``monitor`` or
+        ``early_stop_patience`` says what is best, else the last.
+
+        Args:
+            save_model: whether the weights are also written to disk.
+            model_path: where to (``.safetensors``, ``.pt`` or ``.pth``); ``None`` is ``model.safetensors`` in ``out_dir``,
+                and where there is no ``out_dir`` either, nothing is written.
+
+        Raises:
+            ConfigError: the options do not fit the data or each other.
+            CheckpointError: there is no checkpoint to resume from, or it belongs to another model.
+            StorageError: the disk is full or a folder is not writable.
+            Whatever the model, the loss or the data raise, as its own type.
+
+        """
+        if self.train_data is None:
+            raise ConfigError("fit needs training data: Trainer(model, train_data, ...)")
+        path = None if model_path is None else str(model_path)
+        outcome: Outcome = self._launch(fit_on_rank, self._job(save_model=save_model, model_path=path))
+        self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stopping
+        return FitResult(outcome.validation, outcome.test)
+
+    def evaluate(self, data: Any = None) -> Results:
+        """Return loss and metrics on ``data`` (``None``: ``eval_data``), each sample counted once."""
+        data = self.eval_data if data is None else data
+        if data is None:
+            raise ConfigError("evaluate needs data: evaluate(data), or Trainer(..., eval_data=...)")
+        return self._launch(_evaluate_on_rank, self._job(eval_data=data))  # type: ignore[no-any-return]
+
+    def predict(self, data: Any) -> Any:
+        """Return the model's predictions for ``data`` on the CPU: in the order of the samples, each once.
+
+        Batches may hold a target, which is left out: a tuple that is longer than what the model's ``forward`` requires
+        ends with one. ``Trainer(..., predict=...)`` says otherwise.
+        """
+        return self._launch(_predict_on_rank, self._job(eval_data=data))
+
+    def _job(self, **changes: Any) -> Job:
+        job = Job(
+            self.model,
+            self.config,
+            loss=self.loss,
+            metrics=self.metrics,
+            devices=self.devices,
+            reason=self.reason,
+            main=MainOnly(self.callbacks),
+        )
+        if "eval_data" not in changes:
+            changes.update(train_data=self.train_data, eval_data=self.eval_data, test_data=self.test_data)
+        return dataclasses.replace(job, **changes)
+
+    def _launch(self, function: Callable[[Job], Any], job: Job) -> Any:
+        """Run ``function`` once a device; inside ``duoka.launch``, or in a job of torchrun's, on this process's own."""
+        from duoka.launcher import launch
+        from duoka.launcher.job import is_member
+        from duoka.world import is_entered
+
+        if is_entered():
+            return function(dataclasses.replace(job, devices=(current_world().device,)))
+        if is_member():
+            return launch(function, dataclasses.replace(job, devices=()), devices=self.config.device)
+        used = self.devices[:1] if self.config.strategy == "dp" else self.devices
+        return launch(function, job, devices=list(used))
+
+
+def _evaluate_on_rank(job: Job) -> Results:
+    world = current_world()
+    own_copies(job, world)
+    strategy, _ = job.strategy(world)
+    data = sharded(job, job.eval_data, strategy, training=False)
+    with contextlib.closing(data), prepared_objective(job, world) as objective:
+        return evaluate(objective, data, Metrics(job.metrics, world.device), world)
+
+
+def _predict_on_rank(job: Job) -> Any:
+    world = current_world()
+    own_copies(job, world)
+    strategy, _ = job.strategy(world)
+    data = sharded(job, job.eval_data, strategy, training=False)
+    with contextlib.closing(data), prepared_objective(job, world) as objective:
+        return predict(objective, data, world)
+
+
+def _fields(config: TrainerConfig) -> dict[str, Any]:
+    return {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+
+
+def _show_options() -> None:
+    """Let ``help(Trainer)`` and editors show every option, which is declared once, in ``TrainerConfig``."""
+    shown = [
+        item for item in inspect.signature(Trainer.__init__).parameters.values() if item.name not in ("self", "options")
+    ]
+    options = list(inspect.signature(TrainerConfig).parameters.values())
+    Trainer.__signature__ = inspect.Signature([*shown, *options])  # type: ignore[attr-defined]
+
+
+_show_options()
