@@ -23,6 +23,7 @@ __all__ = ["read_archive", "verify_archive", "write_archive"]
 _COMMENT = re.compile(rb"duoka crc32=([0-9a-f]{8})\Z")
 _COMMENT_BYTES = len("duoka crc32=00000000")
 _CHUNK_BYTES = 1 << 20
+_FOLDER = 0x10
 
 
 class _Summing:
@@ -102,13 +103,31 @@ def _verify_records(path: Path) -> None:
     """Check each record of another program's archive; a CRC of 0 means that it kept none."""
     try:
         with zipfile.ZipFile(path) as archive:
+            _refuse_a_program(path, archive.namelist())
+            _refuse_a_cut_comment(path, archive.comment)
             for record in archive.infolist():
+                if record.external_attr & _FOLDER:  # torch would take the bytes of a folder from unset memory
+                    raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
                 if record.CRC:
                     with archive.open(record) as data:
                         while data.read(_CHUNK_BYTES):
                             pass
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, zlib.error, EOFError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); use another copy of it") from error
+
+
+def _refuse_a_cut_comment(path: Path, comment: bytes) -> None:
+    """The end of a file of ours, cut off: zipfile takes what is left of the comment for the whole."""
+    with path.open("rb") as file:
+        file.seek(-2 - len(comment), 2)
+        declared = int.from_bytes(file.read(2), "little")
+    if declared != len(comment):
+        raise zipfile.BadZipFile(f"{len(comment)} of the last {declared} bytes are there")
+
+
+def _refuse_a_program(path: Path, names: list[str]) -> None:
+    if any(name.endswith("/constants.pkl") for name in names):  # how torch itself tells
+        raise CheckpointError(f"{path} is a TorchScript program, which is code; save its state_dict() instead")
 
 
 def _refusal(path: Path, said: str) -> str:
