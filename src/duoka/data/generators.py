@@ -7,6 +7,7 @@ import functools
 import random
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,11 +39,7 @@ class GlobalStream(Stream, Protocol):
     """A generator that every piece of code in the process may draw from."""
 
     def mark(self) -> Any:
-        """Return something cheap that is another after a draw."""
-        ...
-
-    def moved(self, mark: Any) -> bool:
-        """Whether anything was drawn since ``mark`` was taken."""
+        """Return something cheap that equals another mark only if nothing was drawn between them."""
         ...
 
     def rewind(self, mark: Any) -> None:
@@ -65,9 +62,6 @@ class _Torch:
     def mark(self) -> bytes:
         return torch.default_generator.get_state().numpy().tobytes()
 
-    def moved(self, mark: bytes) -> bool:
-        return mark != self.mark()
-
     def rewind(self, mark: bytes) -> None:
         self.set(torch.frombuffer(bytearray(mark), dtype=torch.uint8))
 
@@ -86,9 +80,6 @@ class _Python:
 
     def mark(self) -> Any:
         return _python_memory() if _memory_is_readable() else random.getstate()
-
-    def moved(self, mark: Any) -> bool:
-        return bool(mark != self.mark())
 
     def rewind(self, mark: Any) -> None:
         self.set(_python_state(mark) if _memory_is_readable() else mark)
@@ -112,9 +103,6 @@ class _Numpy:
             return ctypes.string_at(bits.ctypes.state_address, _STATE_BYTES)
         return repr(bits.state).encode()  # set_bit_generator was given another one: its state is a few numbers
 
-    def moved(self, mark: bytes) -> bool:
-        return mark != self.mark()
-
     def rewind(self, mark: bytes) -> None:
         if len(mark) != _STATE_BYTES:
             return
@@ -137,15 +125,12 @@ class _Accelerator:
         if state is not None and (module := _device_module()) is not None:
             module.set_rng_state(state)
 
-    def mark(self) -> Any:
-        return self.get()
+    def mark(self) -> bytes | None:
+        return None if (module := _device_module()) is None else module.get_rng_state().numpy().tobytes()
 
-    def rewind(self, mark: Any) -> None:
-        self.set(mark)
-
-    def moved(self, mark: Any) -> bool:
-        now = self.get()
-        return now is not None and (mark is None or not torch.equal(mark, now))
+    def rewind(self, mark: bytes | None) -> None:
+        if mark is not None:
+            self.set(torch.frombuffer(bytearray(mark), dtype=torch.uint8))
 
 
 def _python_memory() -> tuple[bytes, float | None]:
@@ -171,11 +156,15 @@ def _memory_is_readable() -> bool:
 
 def _device_module() -> Any:
     """Return torch's module of the accelerator if this process has initialised it, else ``None``."""
+    module, is_initialized = _device()
+    return module if is_initialized() else None
+
+
+@functools.cache
+def _device() -> tuple[Any, Callable[[], bool]]:
     device = torch.accelerator.current_accelerator()
-    if device is None:
-        return None
-    module = torch.get_device_module(device)
-    return module if getattr(module, "is_initialized", bool)() else None
+    module = None if device is None else torch.get_device_module(device)
+    return module, getattr(module, "is_initialized", bool)
 
 
 _PYTHON: Any = getattr(random.random, "__self__", None)  # the object that the module's functions are methods of

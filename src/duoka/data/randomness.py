@@ -85,14 +85,15 @@ class Watch:
         found = [] if get_worker_info() is not None else [(stream, stream.get()) for stream in self.used]
         try:
             while True:
-                marks = [(stream, stream.mark()) for stream in self._unused]
+                marks = [stream.mark() for stream in self._unused]
                 try:
                     result = work()
                 finally:
-                    moved = self._rewind(marks)
+                    moved = marks != [stream.mark() for stream in self._unused]
+                    if moved:
+                        found += self._rewind(marks)
                 if not moved:
                     return result
-                found += [(stream, stream.get()) for stream in moved]
         finally:
             for stream, state in found:
                 stream.set(state)
@@ -102,13 +103,14 @@ class Watch:
         for stream in self.used:
             stream.seed(seed)
 
-    def _rewind(self, marks: list[tuple[GlobalStream, Any]]) -> list[GlobalStream]:
-        moved = [(stream, mark) for stream, mark in marks if stream.moved(mark)]
+    def _rewind(self, marks: list[Any]) -> list[tuple[GlobalStream, Any]]:
+        """Rewind what was drawn from, and count it as used; return the states that were found."""
+        moved = [(stream, mark) for stream, mark in zip(self._unused, marks, strict=True) if stream.mark() != mark]
         for stream, mark in moved:
             stream.rewind(mark)
             self._unused.remove(stream)
             self.used.append(stream)
-        return [stream for stream, _ in moved]
+        return [(stream, stream.get()) for stream, _ in moved]
 
 
 def held_by(*owners: object) -> list[Stream]:

@@ -134,13 +134,14 @@ class _SeededSamples(_Samples):
         if self._whole:
             self._loading.seed(nth_seed(request.stream, request.first))
             return self.dataset[request.indices]
-        if self._many_at_once and not self._loading.used:
-            return self.dataset.__getitems__(request.indices)
+        dataset = self.dataset
+        if not self._loading.used:  # nothing is drawn so far; else the watch calls again
+            many = self._many_at_once
+            return dataset.__getitems__(request.indices) if many else [dataset[index] for index in request.indices]
         return [self._one(index, request.stream, place) for place, index in enumerate(request.indices, request.first)]
 
     def _one(self, index: Any, stream: int, place: int) -> Any:
-        if self._loading.used:
-            self._loading.seed(nth_seed(stream, place))
+        self._loading.seed(nth_seed(stream, place))
         return self.dataset.__getitems__([index])[0] if self._many_at_once else self.dataset[index]
 
     def _collated(self, request: Request, samples: Any) -> Any:
