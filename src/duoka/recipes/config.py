@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,9 @@ from typing import Any, TypeVar
 import yaml
 
 from duoka.errors import ConfigError
+from duoka.recipes.runs import Run
 
-__all__ = ["field_docs", "read", "read_yaml"]
+__all__ = ["at_least", "check", "field_docs", "of_run", "read", "read_yaml"]
 
 C = TypeVar("C")
 
@@ -30,6 +32,7 @@ def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
     Raises:
         ConfigError: an unknown key, a wrong type or value, a missing or unreadable file; what, where, and the remedy.
         SystemExit: ``--help`` was asked for, and printed.
+
     """
     parser = _parser(kind, recipe)
     given = _command_line(parser, kind, arguments)
@@ -42,11 +45,17 @@ def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
     return kind(**{**options, **_typed(kind, parser, given, "the command line", recipe)})
 
 
+def of_run(kind: type[C], run: Run) -> C:
+    """Return the options that ``run`` was trained with."""
+    return read(kind, ["-c", str(run.config)], recipe=run.recipe())
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
     Raises:
         ConfigError: the file is missing, is no YAML (with the line), or holds something else than ``key: value`` lines.
+
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -68,6 +77,44 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{path} holds a {type(options).__name__}: write one `key: value` a line, such as `epochs: 50`"
         )
     return options
+
+
+def check(config: Any) -> None:
+    """Make sure that every field of a dataclass has a value of its type; for ``__post_init__``.
+
+    Raises:
+        ConfigError: one has not.
+
+    """
+    for key, hint in typing.get_type_hints(type(config)).items():
+        if not _fits(getattr(config, key), hint):
+            raise ConfigError(_wrong(key, getattr(config, key), hint, type(config).__name__))
+
+
+def at_least(config: Any, key: str, least: float, *, exclusive: bool = False, below: float = math.inf) -> None:
+    """Make sure that a number is ``least`` or more (``exclusive``: more), and finite, and under ``below``.
+
+    Raises:
+        ConfigError: it is not; ``None`` is not judged.
+
+    """
+    value = getattr(config, key)
+    if value is None or (least < value < below if exclusive else least <= value < below):
+        return
+    limits = f"above {least:g}" if exclusive else f"{least:g} or more"
+    limits += "" if below == math.inf else f", and below {below:g}"
+    raise ConfigError(f"`{key}` is {value!r}: it must be a finite number, {limits}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of the type ``hint``; a whole number is a number too, and true and false are none."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if parts := typing.get_args(hint):
+        return any(_fits(value, part) for part in parts)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
 
 
 def field_docs(kind: type[Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ def require(module: str, extra: str) -> Any:
 
     Raises:
         MissingDependencyError: the package is not installed; the message names the command that installs it.
+
     """
     try:
         return importlib.import_module(module)

@@ -74,6 +74,7 @@ def examples(path: Path, pixels: Tensor, labels: Tensor, probabilities: Tensor, 
         labels: the true classes, ``(images,)``.
         probabilities: the model's, ``(images, classes)``.
         classes: names.
+
     """
     sure, answers = probabilities.max(dim=1)
     some = torch.linspace(0, len(labels) - 1, min(16, len(labels))).long().tolist()

@@ -72,6 +72,7 @@ def find(name: str) -> Recipe:
 
     Raises:
         ConfigError: there is none; the message lists what there is.
+
     """
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)

@@ -29,6 +29,7 @@ class Run:
 
         Raises:
             StorageError: the folder cannot be made.
+
         """
         stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
         number = 1
@@ -51,6 +52,7 @@ class Run:
 
         Raises:
             DataError: there is no run.
+
         """
         path = Path(folder)
         if not (path / "config.yml").is_file():
@@ -73,6 +75,15 @@ class Run:
         """The folder of pictures."""
         return self.folder / "plots"
 
+    def sample(self, name: str) -> Path:
+        """Return the file of an image to try the model with, one of the class ``name``."""
+        return self.folder / "samples" / f"{name}.png"
+
+    def log(self, text: str) -> None:
+        """Add a line to ``log.txt``."""
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
     def recipe(self) -> str:
         """Return the name of the recipe that made the run."""
         for line in self.config.read_text(encoding="utf-8").splitlines():
@@ -85,6 +96,7 @@ class Run:
 
         Raises:
             DataError: the run has not come to its end.
+
         """
         if not self.model.is_file():
             remedy = f"finish it with `duoka train {self.recipe()} --resume {self.folder}`"
@@ -105,6 +117,7 @@ class Run:
 
         Raises:
             DataError: it is not there or damaged.
+
         """
         path = self.folder / "results.json"
         try:

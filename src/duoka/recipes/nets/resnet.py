@@ -35,6 +35,7 @@ class ResNet(nn.Module):
         num_classes: length of the output.
         in_channels: 1 for grey images, 3 for colour.
         width: factor on torchvision's widths, 64, 128, 256 and 512 channels.
+
     """
 
     def __init__(

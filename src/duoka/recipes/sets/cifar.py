@@ -72,6 +72,7 @@ def load(source: Source, root: str | Path, *, download: bool = True, verify: boo
 
     Raises:
         DataError: a file is missing, truncated or changed; the message names it, what was expected, and the remedy.
+
     """
     root = Path(root)
     unpacked = root / source.folder

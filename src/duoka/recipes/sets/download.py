@@ -25,6 +25,7 @@ def fetch(url: str, target: Path, *, size: int, md5: str, timeout_s: float = 30)
     Raises:
         DataError: the network fails, or what came has not ``size`` bytes and the checksum ``md5``.
         StorageError: ``target`` cannot be written.
+
     """
     part = target.with_name(target.name + ".part")
     with _one_at_a_time(target.parent):
@@ -44,6 +45,7 @@ def check(path: Path, *, size: int | None, md5: str, remedy: str) -> None:
 
     Raises:
         DataError: size or checksum differ; the message names the file, both values, and ``remedy``.
+
     """
     found = path.stat().st_size
     if size is not None and found != size:

@@ -26,6 +26,7 @@ def load(root: str | Path, *, size: int = 32, test_share: float = 0.2, split_see
 
     Raises:
         DataError: no class folders, an empty one, a class that only the test part has, or an image that is unreadable.
+
     """
     root = Path(root)
     if not root.is_dir():

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duoka.errors import DataError
+from duoka.errors import DataError, StorageError
 from duoka.recipes.optional import require
 
-__all__ = ["ImageSet", "Images", "Statistics", "read_image", "statistics_of", "stratified_split"]
+__all__ = ["ImageSet", "Images", "Statistics", "read_image", "statistics_of", "stratified_split", "write_image"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
 
     Raises:
         DataError: the file is missing or is no image that can be read; the message names it.
+
     """
     image_module, image_ops = require("PIL.Image", extra="vision"), require("PIL.ImageOps", extra="vision")
     channels, height, width = shape
@@ -113,6 +114,16 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
     image = image_ops.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, channels)
     return (255 - pixels if invert else pixels).permute(2, 0, 1).contiguous()
+
+
+def write_image(path: Path, pixels: Tensor) -> None:
+    """Write uint8 ``pixels (channels, height, width)`` to a file of the kind that its name ends in."""
+    array = pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require("PIL.Image", extra="vision").fromarray(array).save(path)
+    except OSError as error:
+        raise StorageError(f"cannot write the image {path}: {error}") from error
 
 
 def _flattened(image: Any, image_module: Any) -> Any:

@@ -1,0 +1,351 @@
+"""Recipe ``cifar100``: ResNets on CIFAR-100, CIFAR-10, a folder of images, or handwritten digits.
+
+It reads top to bottom: the options, what they come to, training, and what a finished run is asked afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from duoka import checkpoint, devices, scaling
+from duoka.launcher import launch
+from duoka.log import logger
+from duoka.recipes import pictures
+from duoka.recipes.config import at_least, check
+from duoka.recipes.nets.resnet import resnet
+from duoka.recipes.registry import Outcome, Prediction
+from duoka.recipes.runs import Run
+from duoka.recipes.sets import cifar, digits, folder
+from duoka.recipes.sets.imageset import ImageSet, Statistics, read_image, statistics_of, write_image
+from duoka.recipes.sets.loading import Collate, augmentation, loader
+from duoka.trainer import Callback, State, Trainer
+from duoka.world import current_world
+
+__all__ = ["Config", "evaluate", "predict", "train"]
+
+T = TypeVar("T")
+NAME = "cifar100"
+SETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "model": "resnet10",
+        "width": 0.25,
+        "bsize": 64,
+        "batch": "global",
+        "epochs": 12,
+        "lr": 0.01,
+        "workers": 0,
+    },
+    "others": {"model": "resnet18", "width": 1.0, "bsize": 256, "batch": "per_device", "epochs": 50},
+}
+"""What an option that is left open comes to, by data set."""
+OPTIMIZERS: dict[str, dict[str, float]] = {
+    "sgd": {"lr": 0.1, "weight_decay": 5e-4},
+    "adam": {"lr": 0.001, "weight_decay": 0.0},
+    "adamw": {"lr": 0.001, "weight_decay": 0.05},
+    "adagrad": {"lr": 0.01, "weight_decay": 0.0},
+    "rmsprop": {"lr": 0.001, "weight_decay": 0.0},
+}
+"""The same, by optimiser."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a ResNet for small images.
+
+    The test part is evaluated after every epoch and never chooses anything: the result is the last epoch's.
+    """
+
+    dataset: Literal["cifar100", "cifar10", "folder", "digits"] = "cifar100"
+    """What to train on; ``digits`` needs no download, ``folder`` is a folder of images a class below ``root``."""
+    root: str = "./data"
+    """Folder of the data: of the CIFAR archive or what was unpacked from it, or of the class folders."""
+    download: bool = True
+    """Whether CIFAR may be downloaded (about 170 MB) when ``root`` has none."""
+    verify: bool = True
+    """Whether CIFAR's files must have the official checksums; false for other data in the same format."""
+    image_size: int = 32
+    """Side, in pixels, that the images of a ``folder`` are scaled and cropped to."""
+    test_share: float = 0.2
+    """Share of each class that is kept for testing where the data have no test part: 0 to 1."""
+    split_seed: int = 0
+    """Decides which images those are; apart from ``seed``, so that runs with other seeds are tested on the same."""
+
+    model: Literal["resnet10", "resnet18", "resnet50"] | None = None
+    """The network; null is resnet18, for digits resnet10."""
+    width: float | None = None
+    """Factor on the numbers of channels, 64 to 512; null is 1, for digits 0.25."""
+
+    device: str = "auto"
+    """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
+    workers: int | None = None
+    """Processes that load data, for all devices of a machine together, never more than its cores allow; null is 4 a device."""
+    bsize: int | None = None
+    """Batch size, in images, of each device (see ``batch``); null is 256, for digits 64."""
+    batch: Literal["per_device", "global"] | None = None
+    """Whether ``bsize`` is each device's, or all devices' together; null is per_device, for digits global."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of forward and backward."""
+
+    epochs: int | None = None
+    """How many times the training images are gone through; null is 50, for digits 12."""
+    optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = "adamw"
+    """What changes the weights."""
+    lr: float | None = None
+    """Learning rate, for one device's batch; null is the optimiser's: 0.1 for sgd, 0.01 for adagrad, else 0.001."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How ``lr`` grows with the number of devices when the batch does."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises before the schedule begins."""
+    scheduler: Literal["multistep", "cosine", "onecycle", "none"] = "onecycle"
+    """How the learning rate changes: at half and three quarters to a tenth, along a cosine to 0, up and down, or not."""
+    weight_decay: float | None = None
+    """Weight decay; null is the optimiser's: 0.0005 for sgd, 0.05 for adamw, else 0."""
+    momentum: float = 0.9
+    """Momentum of sgd; the other optimisers have none of this kind."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread over all classes: 0 to 1."""
+    seed: int = 0
+    """Decides the first weights, the order of the images and their random changes."""
+
+    out: str = "runs"
+    """Folder of all runs; this one becomes OUT/cifar100/TIME-NAME."""
+    name: str | None = None
+    """The run's name; null is DATASET-MODEL."""
+    resume: str | None = None
+    """A stopped run's folder, to go on with it there, with its own options unless others are given."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for option, least in {
+            "bsize": 1,
+            "epochs": 1,
+            "image_size": 8,
+            "workers": 0,
+            "seed": 0,
+            "split_seed": 0,
+        }.items():
+            at_least(self, option, least)
+        for option in ("lr", "width"):
+            at_least(self, option, 0, exclusive=True)
+        for option in ("weight_decay", "warmup_epochs"):
+            at_least(self, option, 0)
+        at_least(self, "momentum", 0, below=1)
+        at_least(self, "label_smoothing", 0, below=1)
+        at_least(self, "test_share", 0, exclusive=True, below=1)
+
+    def resolved(self) -> Config:
+        """Return the same with a value for every option that was left open."""
+        by_optimizer, by_set = OPTIMIZERS[self.optimizer], SETS.get(self.dataset, SETS["others"])
+        if self.optimizer not in ("adam", "adamw"):
+            by_set = {option: value for option, value in by_set.items() if option != "lr"}
+        chosen = {**by_optimizer, **by_set}
+        chosen["name"] = f"{self.dataset}-{self.model or chosen['model']}"
+        open_ones = {option: value for option, value in chosen.items() if getattr(self, option) is None}
+        return dataclasses.replace(self, **open_ones)
+
+
+def train(config: Config) -> Outcome:
+    """Train, test, and write the run's folder with its results and pictures."""
+    config = config.resolved()
+    images = load(config)
+    statistics = statistics_of(images.train)
+    run = _given(launch(_run_of, config, devices=config.device))
+    torch.manual_seed(config.seed)
+    model = resnet(_given(config.model), len(images.classes), images.shape[0], _given(config.width))
+    trainer = _trainer(model, config, images, statistics, run)
+    trainer.fit(save_model=True, model_path=run.model)
+    return _tested(run, trainer, config, images, statistics)
+
+
+def evaluate(run: Run, config: Config) -> Outcome:
+    """Test the model of a finished run again; writes ``evaluation.json`` into its folder."""
+    model, facts = _finished(run, config)
+    images = load(config)
+    trainer = _trainer(model, config, images, facts.statistics, None)
+    results = _results(trainer.evaluate(_test_loader(config, images, facts.statistics)))
+    if current_world().is_main:
+        run.write_results(results, "evaluation.json")
+    return Outcome(run, results, _next_step(run, images))
+
+
+def predict(run: Run, config: Config, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
+    """Name the classes of image files, with the probabilities that the model of a finished run gives them."""
+    model, facts = _finished(run, config)
+    pixels = torch.stack([read_image(source, facts.shape, invert=invert) for source in sources])
+    device = devices.resolve(config.device).devices[0]
+    model.to(device).eval()
+    with torch.inference_mode():
+        logits = model(Collate(facts.statistics).normalise(pixels).to(device))
+    ranked = logits.double().softmax(dim=1).cpu().sort(dim=1, descending=True)
+    return [
+        Prediction(source, tuple(zip((facts.classes[place] for place in places), values, strict=True)))
+        for source, values, places in zip(sources, ranked.values.tolist(), ranked.indices.tolist(), strict=True)
+    ]
+
+
+def load(config: Config) -> ImageSet:
+    """Return the images that ``config`` names."""
+    if config.dataset == "digits":
+        return digits.load(test_share=config.test_share, split_seed=config.split_seed)
+    if config.dataset == "folder":
+        share, seed = config.test_share, config.split_seed
+        return folder.load(config.root, size=config.image_size, test_share=share, split_seed=seed)
+    source = cifar.official(config.dataset)
+    return cifar.load(source, config.root, download=config.download, verify=config.verify)
+
+
+class _OwnConfig(Callback):
+    """Writes the recipe's options over the trainer's, on rank 0."""
+
+    def __init__(self, run: Run, config: Config) -> None:
+        self.run, self.config = run, config
+
+    def on_fit_start(self, state: State) -> None:  # noqa: ARG002
+        self.run.write_config(NAME, dataclasses.replace(self.config, resume=None))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a finished run remembers of its images."""
+
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    statistics: Statistics
+
+
+def _run_of(config: Config) -> Run | None:
+    """Return the run's folder on rank 0, the same for every rank of a job that others started; made if it is new."""
+    if not current_world().is_main:
+        return None
+    return Run.at(config.resume) if config.resume else Run.new(config.out, NAME, _given(config.name))
+
+
+def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Statistics, run: Run | None) -> Trainer:
+    """Return a trainer with the options of ``config``, which writes into the folder of ``run``."""
+    collate, workers = Collate(facts), _workers(config)
+    options: dict[str, Any] = {}
+    if run is not None:
+        options = {
+            "out_dir": run.folder,
+            "resume": "auto" if config.resume else False,
+            "callbacks": [_OwnConfig(run, config)],
+        }
+    return Trainer(
+        model,
+        loader(images.train, collate, _given(config.bsize), workers, augmentation(images)),
+        _test_loader(config, images, facts),
+        loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        metrics=_metrics(len(images.classes)),
+        device=config.device,
+        batch=config.batch,
+        precision=config.precision,
+        epochs=config.epochs,
+        optimizer=config.optimizer,
+        optimizer_options={"momentum": config.momentum} if config.optimizer == "sgd" else {},
+        lr=config.lr,
+        lr_scaling=config.lr_scaling,
+        weight_decay=config.weight_decay,
+        warmup_epochs=config.warmup_epochs,
+        **_schedule(config),
+        seed=config.seed,
+        **options,
+    )
+
+
+def _schedule(config: Config) -> dict[str, Any]:
+    """Return the trainer's options for the learning rate's course; it changes at every step."""
+    if config.scheduler == "none":
+        return {}
+    cycles_momentum = config.optimizer in ("sgd", "adam", "adamw")
+    options = {"cycle_momentum": False} if config.scheduler == "onecycle" and not cycles_momentum else {}
+    return {"scheduler": config.scheduler, "scheduler_options": options}
+
+
+def _metrics(classes: int) -> dict[str, Any]:
+    from torchmetrics.classification import MulticlassAccuracy
+
+    metrics = {"accuracy": MulticlassAccuracy(classes, average="micro")}
+    if classes >= 20:
+        metrics["top5_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+    return metrics
+
+
+def _workers(config: Config) -> int:
+    """Return the loading processes of each device, and say so where fewer are taken than were asked for."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or len(devices.resolve(config.device).devices)
+    workers = scaling.loader_workers(local, config.workers)
+    log = logger.warning if config.workers is not None and workers.total < config.workers else logger.info
+    log("data-loader workers: %s", workers.words)
+    return workers.per_device
+
+
+def _test_loader(config: Config, images: ImageSet, facts: Statistics) -> Any:
+    return loader(images.test, Collate(facts), max(256, _given(config.bsize)), 0)
+
+
+def _tested(run: Run, trainer: Trainer, config: Config, images: ImageSet, facts: Statistics) -> Outcome:
+    """Test the trained model; write numbers, pictures and a few images to try."""
+    test = _test_loader(config, images, facts)
+    results = _results(trainer.evaluate(test))
+    logits = trainer.predict(test)
+    if current_world().is_main:
+        counts = _confusion(images, logits)
+        right = (counts.diagonal() / counts.sum(dim=1).clamp_min(1)).tolist()
+        remembered = {"classes": images.classes, "shape": images.shape, **dataclasses.asdict(facts)}
+        by_class = dict(zip(images.classes, right, strict=True))
+        run.write_results({"recipe": NAME, **results, "class_accuracy": by_class, "images": remembered})
+        run.log(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
+        _draw(run, images, counts, logits.double().softmax(dim=1))
+    return Outcome(run, results, _next_step(run, images))
+
+
+def _draw(run: Run, images: ImageSet, counts: Tensor, probabilities: Tensor) -> None:
+    """Draw the pictures, and leave a test image of each of the first classes for ``duoka predict``."""
+    test = images.test
+    pictures.confusion_matrix(run.plots / "confusion.png", counts, images.classes)
+    pictures.class_accuracy(run.plots / "class_accuracy.png", counts, images.classes)
+    pictures.examples(run.plots / "examples.png", test.pixels, test.labels, probabilities, images.classes)
+    for label in torch.unique(test.labels)[:10].tolist():
+        place = int((test.labels == label).nonzero()[0])
+        write_image(run.sample(images.classes[label]), test.pixels[place])
+
+
+def _confusion(images: ImageSet, logits: Tensor) -> Tensor:
+    """Return how many test images of a class (row) were taken for which (column)."""
+    number, answers = len(images.classes), logits.argmax(dim=1)
+    return torch.bincount(images.test.labels * number + answers, minlength=number**2).view(number, number)
+
+
+def _results(measured: Any) -> dict[str, float]:
+    return {f"test_{name}": float(value) for name, value in measured.items()}
+
+
+def _next_step(run: Run, images: ImageSet) -> str:
+    """Return a command that works as it stands."""
+    return shlex.join(
+        ("duoka", "predict", str(run.folder), str(run.sample(images.classes[int(images.test.labels.min())])))
+    )
+
+
+def _finished(run: Run, config: Config) -> tuple[nn.Module, _Facts]:
+    """Return the trained model of a run and what it remembers of its images."""
+    path, remembered = run.finished_model(), run.read_results()["images"]
+    classes, shape = tuple(remembered["classes"]), remembered["shape"]
+    statistics = Statistics(tuple(remembered["mean"]), tuple(remembered["std"]))
+    model = resnet(_given(config.model), len(classes), shape[0], _given(config.width))
+    checkpoint.load(path, model)
+    return model, _Facts(classes, (shape[0], shape[1], shape[2]), statistics)
+
+
+def _given(value: T | None) -> T:
+    """Return what ``Config.resolved`` has filled in."""
+    assert value is not None
+    return value
