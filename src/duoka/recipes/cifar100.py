@@ -99,7 +99,7 @@ class Config:
     optimizer: Literal["sgd", "adam", "adamw", "adagrad", "rmsprop"] = "adamw"
     """What changes the weights."""
     lr: float | None = None
-    """Learning rate, for one device's batch; null is the optimiser's: 0.1 for sgd, 0.01 for adagrad, else 0.001."""
+    """Learning rate, for one device's batch; null is 0.1 for sgd, 0.01 for adagrad, else 0.001 (digits: 0.01)."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """How ``lr`` grows with the number of devices when the batch does."""
     warmup_epochs: float = 0.0
@@ -155,9 +155,10 @@ class Config:
 def train(config: Config) -> Outcome:
     """Train, test, and write the run's folder with its results and pictures."""
     config = config.resolved()
+    chosen = devices.resolve(config.device).devices  # a device that is not there is said before any download
     images = load(config)
     statistics = statistics_of(images.train)
-    run = _given(launch(_run_of, config, devices=config.device))
+    run = _given(launch(_run_of, config, devices=list(chosen)))
     torch.manual_seed(config.seed)
     model = resnet(_given(config.model), len(images.classes), images.shape[0], _given(config.width))
     trainer = _trainer(model, config, images, statistics, run)

@@ -22,6 +22,7 @@ from duoka.recipes.runs import Run
 __all__ = ["at_least", "check", "field_docs", "of_run", "read", "read_yaml"]
 
 C = TypeVar("C")
+COMMAND_LINE = "the command line"
 
 
 def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
@@ -38,11 +39,11 @@ def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
     given = _command_line(parser, kind, arguments)
     path = given.pop("config", None)
     if path is None and given.get("resume"):
-        path = str(Path(given["resume"]) / "config.yml")
+        path = str(Run.at(given["resume"]).config)
     options: dict[str, Any] = {}
     if path is not None:
         options = _typed(kind, parser, read_yaml(path), path, recipe)
-    return kind(**{**options, **_typed(kind, parser, given, "the command line", recipe)})
+    return kind(**{**options, **_typed(kind, parser, given, COMMAND_LINE, recipe)})
 
 
 def of_run(kind: type[C], run: Run) -> C:
@@ -158,7 +159,7 @@ def _command_line(parser: Any, kind: type[Any], arguments: Sequence[str]) -> dic
         if not flag.startswith("-"):
             raise ConfigError(f"{flag!r} on the command line belongs to no option: write `--key {flag}`")
         if name not in ("config", *names):
-            raise ConfigError(_unknown(name, names, "the command line"))
+            raise ConfigError(_unknown(name, names, COMMAND_LINE))
         if not joined:
             if not left or (left[0].startswith("--")):
                 raise ConfigError(f"`{flag}` on the command line lacks its value: write `{flag} VALUE`")
@@ -196,13 +197,17 @@ def _is_text(hint: Any) -> bool:
 def _unknown(key: str, names: Sequence[str], where: str | Path) -> str:
     close = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"there is {', '.join(names)}"
-    return f"unknown key `{key}` in {where}: {hint}"
+    return f"unknown key `{key}` {_in(where)}: {hint}"
 
 
 def _wrong(key: str, value: Any, hint: Any, where: str | Path) -> str:
     close = difflib.get_close_matches(str(value).lower(), list(map(str, typing.get_args(hint))), n=1)
     meant = f"; did you mean `{close[0]}`?" if close else ""
-    return f"`{key}` is {value!r} in {where}: it must be {_in_words(hint)}{meant}"
+    return f"`{key}` is {value!r} {_in(where)}: it must be {_in_words(hint)}{meant}"
+
+
+def _in(where: str | Path) -> str:
+    return f"on {where}" if where is COMMAND_LINE else f"in {where}"
 
 
 def _in_words(hint: Any) -> str:

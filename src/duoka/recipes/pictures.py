@@ -80,7 +80,7 @@ def examples(path: Path, pixels: Tensor, labels: Tensor, probabilities: Tensor, 
     some = torch.linspace(0, len(labels) - 1, min(16, len(labels))).long().tolist()
     mistakes = (answers != labels).nonzero().flatten()
     worst = mistakes[sure[mistakes].argsort(descending=True)][:16].tolist()
-    parts = [("As they come", some)] + ([("Mistakes the model was surest of", worst)] if worst else [])
+    parts = [("Test images, evenly spread", some)] + ([("Mistakes the model was surest of", worst)] if worst else [])
     heights = [math.ceil(len(places) / 8) for _, places in parts]
     with _figure(path, 13.0, 0.5 + sum(1.95 * rows + 0.45 for rows in heights)) as figure:
         boxes = figure.subfigures(len(parts), 1, height_ratios=[1.95 * rows + 0.45 for rows in heights], squeeze=False)
@@ -113,8 +113,7 @@ def _bars(axes: Any, right: Tensor, total: Tensor, names: list[str], rows: int) 
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
     for place in places:
-        edge = max(float(high[place]), float(accuracy[place])) + 0.01
-        axes.text(edge, place, f"{float(accuracy[place]):.1%}", va="center", fontsize=7, color=GREY)
+        axes.text(1.015, place, f"{float(accuracy[place]):.1%}", va="center", fontsize=7, color=GREY)
 
 
 def _wilson(right: Tensor, total: Tensor, z: float = 1.96) -> tuple[Tensor, Tensor]:

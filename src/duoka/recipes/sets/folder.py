@@ -38,7 +38,7 @@ def load(root: str | Path, *, size: int = 32, test_share: float = 0.2, split_see
         train, test = stratified_split(everything.labels, test_share, split_seed)
         return ImageSet(name, classes, everything.take(train), everything.take(test))
     classes, part = _classes(root / "train"), _test_part(root)
-    strange = set(_classes(part)) - set(classes)
+    strange = set(_folders(part)) - set(classes)
     if strange:
         raise DataError(f"{part} has classes that {root / 'train'} lacks: {', '.join(sorted(strange)[:5])}")
     logger.info("%s: trains on train/, tests on %s/", root, part.name)
@@ -54,12 +54,17 @@ def _test_part(root: Path) -> Path:
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    """Return the names of the class folders, sorted."""
-    names = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    """Return the names of the classes that can be learned."""
+    names = _folders(folder)
     if len(names) < 2:
         found = f"found {names[0]!r} only" if names else "found no folder"
         raise DataError(f"{folder} must hold a folder of images for each class, two at least: {found}")
     return tuple(names)
+
+
+def _folders(folder: Path) -> list[str]:
+    """Return the names of the class folders, sorted."""
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
 def _read(folder: Path, classes: tuple[str, ...], size: int) -> Images:

@@ -1,0 +1,58 @@
+"""Run folders: made once each, found again, and refused with a reason."""
+
+import pytest
+
+from duoka.errors import ConfigError, DataError, StorageError
+from duoka.recipes import registry
+from duoka.recipes.runs import Run
+
+
+def test_runs_of_the_same_second_and_name_have_folders_of_their_own(tmp_path):
+    folders = {Run.new(tmp_path, "cifar100", "x").folder for _ in range(5)}
+    assert len(folders) == 5
+    assert all(folder.parent == tmp_path / "cifar100" for folder in folders)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StorageError, match=r"cannot make the run's folder .*out/cifar100.*choose another --out"):
+        Run.new(tmp_path / "out", "cifar100", "x")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match="the folder is not there"):
+        Run.at(tmp_path / "none")
+    with pytest.raises(DataError, match=r"holds no config\.yml"):
+        Run.at(tmp_path)
+    (tmp_path / "config.yml").write_text("lr: 1\n")
+    with pytest.raises(ConfigError, match="does not say which recipe"):
+        Run.at(tmp_path).recipe()
+
+
+def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
+    (tmp_path / "config.yml").write_text("recipe: cifar100\n")
+    run = Run.at(tmp_path)
+    for question in (run.finished_model, run.read_results):
+        with pytest.raises(DataError, match="duoka train cifar100 --resume"):
+            question()
+
+
+def test_results_come_back_as_they_were_and_leave_nothing_else(tmp_path):
+    run = Run(tmp_path)
+    run.write_results({"test_accuracy": 0.5, "名": [1]})
+    assert run.read_results() == {"test_accuracy": 0.5, "名": [1]}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_every_recipe_of_the_table_offers_what_the_commands_call():
+    for name in registry.RECIPES:
+        recipe = registry.find(name)
+        for part in ("Config", "train", "evaluate", "predict"):
+            assert callable(getattr(recipe, part)), (name, part)
+
+
+def test_an_unknown_recipe_is_answered_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"no recipe `cifar-100`: did you mean `cifar100`\?"):
+        registry.find("cifar-100")
+    with pytest.raises(ConfigError, match="there is cifar100"):
+        registry.find("zzz")
