@@ -143,7 +143,10 @@ def _is_one_a_sample(node: Any, length: int) -> bool:
     if not isinstance(node, (list, tuple)) or hasattr(node, "_fields") or len(node) != length:
         return False
     sizes = {len(array) for array in _arrays(node)}
-    return sizes != {length}
+    if not sizes:
+        return True
+    is_columns = len({type(entry) for entry in node}) > 1 or (_is_array(node[0]) and node[0].shape[:1] == (length,))
+    return sizes != {length} and not is_columns
 
 
 def _cut(node: Any, length: int, samples: slice) -> Any:
@@ -167,7 +170,8 @@ def _join(nodes: list[Any], lengths: list[int]) -> Any:
     first = nodes[0]
     if _is_array(first):
         return _join_arrays(nodes) if first.ndim else first
-    if all(_is_one_a_sample(node, length) for node, length in zip(nodes, lengths, strict=True)):
+    one_a_sample = [_is_one_a_sample(node, length) for node, length in zip(nodes, lengths, strict=True)]
+    if all(one_a_sample) or (any(one_a_sample) and any(True for _ in _arrays(nodes))):  # one alone may look like either
         return type(first)([item for node in nodes for item in node])
     opened = [_open(node) for node in nodes]
     if opened[0] is None:

@@ -12,9 +12,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from duoka.data.mapped import MappedSource, is_mapped
+from duoka.data.order import checked_whole
 from duoka.data.position import Part, Position
 from duoka.data.ready import ReadySource
 from duoka.data.source import Share, Source
+from duoka.data.streamed import streamed_source
 from duoka.errors import ConfigError
 
 __all__ = ["ShardedLoader", "shard"]
@@ -108,16 +110,15 @@ def shard(loader: Any, *, rank: int, size: int, seed: int, merge: int = 1, train
 
 
 def _source(loader: Any, share: Share) -> Source:
-    if isinstance(loader, DataLoader):
-        if type(loader).__iter__ is not DataLoader.__iter__ or isinstance(loader.dataset, IterableDataset):
-            return ReadySource(lambda: loader, share, (loader,))
+    if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
+        if isinstance(loader.dataset, IterableDataset):
+            return streamed_source(loader, share)
         if is_mapped(loader):
             return MappedSource(loader, share)
-        return ReadySource(lambda: loader, share, (loader, loader.sampler, loader.dataset))
-    if inspect.isgeneratorfunction(loader):
-        return ReadySource(loader, share, (loader,))
-    _check_is_loader(loader)
-    return ReadySource(lambda: loader, share, (loader,))
+        return ReadySource(loader, share, (checked_whole(loader), loader.dataset))
+    if not inspect.isgeneratorfunction(loader):
+        _check_is_loader(loader)
+    return ReadySource(loader, share)
 
 
 def _check_is_loader(loader: Any) -> None:

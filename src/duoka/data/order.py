@@ -23,7 +23,16 @@ from duoka.data.randomness import PrivateRandomness, held_by
 from duoka.errors import ConfigError
 from duoka.log import logger
 
-__all__ = ["cut_front", "drawn_from", "grouped", "in_private", "index_batches", "set_epoch", "whole_sampler"]
+__all__ = [
+    "checked_whole",
+    "cut_front",
+    "drawn_from",
+    "grouped",
+    "in_private",
+    "index_batches",
+    "set_epoch",
+    "whole_sampler",
+]
 
 _LONGEST_CHUNK = 512
 _TORCH_SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -59,6 +68,15 @@ def whole_sampler(sampler: Any, dataset: Any) -> Any:
             "itself: give the DataLoader a sampler over the whole data set"
         )
     return sampler
+
+
+def checked_whole(loader: DataLoader[Any]) -> Any:
+    """Return the sampler of a ``loader`` that is iterated as it is; ``ConfigError`` where it divides the samples."""
+    if whole_sampler(loader.sampler, loader.dataset) is not loader.sampler:
+        raise ConfigError(
+            "a DataLoader with batch_size=None has a DistributedSampler; leave the sampler out, duoka divides the batches"
+        )
+    return loader.sampler
 
 
 def in_private(batches: Iterable[Sequence[Any]], private: PrivateRandomness) -> Iterator[Sequence[Any]]:

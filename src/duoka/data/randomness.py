@@ -6,6 +6,7 @@ the user's own draws shall not notice.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import random
@@ -38,7 +39,7 @@ def nth_seed(stream: int, number: int) -> int:
     return z ^ (z >> 31)
 
 
-class PrivateRandomness:
+class PrivateRandomness(contextlib.AbstractContextManager[None]):
     """States of ``streams`` that are in force inside ``with`` blocks only; each block continues where the last one ended.
 
     They start from ``seed``; outside the blocks the generators are as they were.

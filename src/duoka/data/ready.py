@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +20,7 @@ __all__ = ["ReadySource"]
 
 Sized = tuple[Any, int]
 """A batch and how many samples it holds."""
+_END: Any = object()
 
 
 class ReadySource:
@@ -25,27 +28,28 @@ class ReadySource:
 
     def __init__(
         self,
-        batches: Callable[[], Iterable[Any]],
+        loader: Any,
         share: Share,
-        owners: tuple[object, ...],
+        owners: tuple[object, ...] = (),
         begin: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Read ``batches()`` once an epoch; ``owners`` may have generators and ``set_epoch``; ``begin(seed, epoch)`` is
-        called before each epoch.
+        """Read ``loader`` (or the generator function) once an epoch.
+
+        ``owners`` are further objects that may hold generators or have ``set_epoch``. ``begin(seed, epoch)`` is called before
+        each epoch of a loader that draws nothing in this process.
         """
-        self._batches = batches
+        self._loader = loader
         self._share = share
-        self._owners = owners
+        self._owners = (loader, *owners)
+        self._streams = (*GLOBAL, *held_by(*self._owners))
         self._begin = begin
-        self._whole_only = share.training and any(getattr(owner, "drop_last", False) is True for owner in owners)
-        self._streams = (*GLOBAL, *held_by(*owners))
+        self._quiet = begin is not None or isinstance(loader, (list, tuple))
+        self._whole_only = share.training and getattr(loader, "drop_last", False) is True
         self._reading: weakref.ref[Any] | None = None
-        first: Any = owners[0]
-        self._quiet = isinstance(first, (list, tuple))  # no code of the user's runs: nothing is drawn
-        self.samples: int | None = sum(map(batch_length, first)) if self._quiet else None
+        self.samples: int | None = sum(map(batch_length, loader)) if isinstance(loader, (list, tuple)) else None
 
     def __len__(self) -> int:
-        batches = len(self._owners[0])  # type: ignore[arg-type]
+        batches = len(self._loader)
         return batches // self._share.merge if self._whole_only else -(-batches // self._share.merge)
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[Part]:
@@ -54,38 +58,37 @@ class ReadySource:
             set_epoch(epoch, *self._owners)
         drawn = self._share.epoch(epoch)
         if self._begin is not None:
-            self._begin(seed, epoch)
-        private = PrivateRandomness(order_seed(seed, drawn), self._streams)
-        batches = self._read(private)
+            self._begin(seed, drawn)
+        batches = self._read(contextlib.nullcontext() if self._quiet else self._private(seed, drawn))
         try:
             yield from self._parts(_without(batches, skip))
         finally:
             batches.close()
 
     def close(self) -> None:
-        """End worker processes that a DataLoader of the user's kept."""
+        """End worker processes that the loader kept."""
         iterator = self._reading() if self._reading is not None else None
-        if getattr(self._owners[0], "_iterator", None) is iterator is not None:
-            self._owners[0]._iterator = None  # type: ignore[attr-defined]  # or the next epoch would wait for the dead
+        if iterator is not None and getattr(self._loader, "_iterator", None) is iterator:
+            self._loader._iterator = None  # or the next epoch would wait for the dead
         stop_workers(iterator)
 
-    def _read(self, private: PrivateRandomness) -> Any:
-        if self._quiet:
-            yield from self._batches()
-            return
+    def _private(self, seed: int, epoch: int) -> PrivateRandomness:
+        return PrivateRandomness(order_seed(seed, epoch), self._streams)
+
+    def _read(self, private: contextlib.AbstractContextManager[None]) -> Any:
+        """Yield the loader's batches; its code runs with the generators of ``private`` in force."""
         with private:
-            source = iter(self._batches())
+            source = iter(self._loader() if inspect.isgeneratorfunction(self._loader) else self._loader)
         self._reading = _reference(source)
         try:
             while True:
                 with private:
-                    try:
-                        batch = next(source)
-                    except StopIteration:
-                        return
+                    batch = next(source, _END)
+                if batch is _END:
+                    return
                 yield batch
         finally:
-            if not getattr(self._owners[0], "persistent_workers", False):
+            if not getattr(self._loader, "persistent_workers", False):
                 stop_workers(source)
 
     def _parts(self, batches: Iterator[Sized]) -> Iterator[Part]:

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, defa
 from duoka.data.order import set_epoch
 from duoka.data.randomness import Watch, nth_seed
 
-__all__ = ["Request", "WorkerStart", "as_is", "samples_of"]
+__all__ = ["Request", "SeededCollate", "WorkerStart", "as_is", "samples_of"]
 
 Collate = Callable[[Any], Any]
 
@@ -51,7 +51,7 @@ class WorkerStart:
         """Run in worker process ``worker`` before it loads anything."""
         info: Any = get_worker_info()
         assert info is not None
-        info.__dict__["dataset"] = info.dataset.dataset  # torch refuses a plain assignment
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # torch refuses a plain assignment
         if self._function is not None:
             self._function(worker)
 
@@ -115,10 +115,10 @@ class _SeededSamples(_Samples):
 
     def __init__(self, dataset: Any, collate: Collate, whole: bool) -> None:
         super().__init__(dataset)
-        self._collate = collate
+        self._collate = SeededCollate(collate)
         self._whole = whole
         self._many_at_once = not whole and _loads_many(dataset)
-        self._loading, self._collating = Watch(), Watch()
+        self._loading = Watch()
         self._epoch: int | None = None
 
     def __getitems__(self, request: Request) -> Any:
@@ -126,9 +126,7 @@ class _SeededSamples(_Samples):
             set_epoch(request.epoch, self.dataset)  # here too: a worker that stays has a data set of its own
             self._epoch = request.epoch
         samples = self._loading.run(lambda: self._load(request))
-        if self._collate is default_collate:
-            return default_collate(samples)
-        return self._collating.run(lambda: self._collated(request, samples))
+        return self._collate(samples, request.stream, request.first)
 
     def _load(self, request: Request) -> Any:
         if self._whole:
@@ -144,8 +142,22 @@ class _SeededSamples(_Samples):
         self._loading.seed(nth_seed(stream, place))
         return self.dataset.__getitems__([index])[0] if self._many_at_once else self.dataset[index]
 
-    def _collated(self, request: Request, samples: Any) -> Any:
-        self._collating.seed(nth_seed(~request.stream, request.first))
+
+class SeededCollate:
+    """A collation whose randomness, if any, is a function of (seed, epoch, place of the part's first sample)."""
+
+    def __init__(self, collate: Collate) -> None:
+        self._collate = collate
+        self._watch = Watch()
+
+    def __call__(self, samples: Any, stream: int, first: int) -> Any:
+        """Return ``samples`` collated; ``stream`` and ``first`` are those of a ``Request``."""
+        if self._collate is default_collate:
+            return default_collate(samples)
+        return self._watch.run(lambda: self._seeded(samples, nth_seed(~stream, first)))
+
+    def _seeded(self, samples: Any, seed: int) -> Any:
+        self._watch.seed(seed)
         return self._collate(samples)
 
 

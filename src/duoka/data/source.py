@@ -41,8 +41,10 @@ class Share:
 class Source(Protocol):
     """A user's loader, seen as parts."""
 
-    samples: int | None
-    """How many samples an epoch has over all ranks, where that is known."""
+    @property
+    def samples(self) -> int | None:
+        """How many samples an epoch has over all ranks, where that is known."""
+        ...
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[Part]:
         """Yield this rank's parts of ``epoch`` without the first ``skip`` samples; ends its workers when it is closed."""

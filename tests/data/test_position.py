@@ -1,0 +1,104 @@
+"""A run continues at the next sample, on any number of devices; an epoch that was left early is over."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from duoka.data import Position, shard
+from duoka.errors import CheckpointError, ConfigError
+
+from . import helpers
+from .helpers import flat, globals_of, indices, numbers
+
+LOADERS = {
+    "shuffled": lambda: numbers(23, batch_size=4, shuffle=True),
+    "custom sampler": lambda: numbers(23, batch_size=4, sampler=helpers.Moody(23)),
+    "custom batches": lambda: numbers(23, batch_sampler=helpers.Buckets(23)),
+    "stream": lambda: DataLoader(helpers.Numbers(23), batch_size=4),
+    "custom loader": lambda: helpers.Batches(23),
+    "list": lambda: [(batch, batch) for batch in torch.arange(23).split(4)],
+}
+
+
+def rest_of(loader: Any, size: int, position: Position) -> list[int]:
+    ranks = []
+    for rank in range(size):
+        sharded = shard(loader, rank=rank, size=size, seed=0, merge=size)
+        sharded.set_position(position)
+        ranks.append([indices(part) for part in sharded])
+        assert sharded.position == Position(position.seed, position.epoch + 1, 0)
+    return flat([flat(list(step)) for step in zip(*ranks, strict=True)])
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_run_continues_at_the_next_sample_on_any_number_of_devices(name: str) -> None:
+    loader = LOADERS[name]()
+    whole = flat(globals_of(loader, 1, seed=9, epoch=1))
+    sharded = shard(loader, rank=0, size=2, seed=9)
+    list(sharded)
+    positions = [sharded.position]
+    for _ in sharded:
+        positions.append(sharded.position)
+    assert positions[-1].samples == 23
+    for position in positions:
+        for size in (1, 2, 3):
+            assert rest_of(loader, size, position) == whole[position.samples :]
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_run_continues_inside_a_batch_where_the_batch_size_changed(name: str) -> None:
+    loader = LOADERS[name]()
+    whole = flat(globals_of(loader, 1))
+    for samples in range(24):
+        assert rest_of(loader, 2, Position(5, 0, samples)) == whole[samples:]
+
+
+def test_nothing_before_the_position_is_loaded() -> None:
+    dataset = helpers.Logged(20)
+    sharded = shard(DataLoader(dataset, batch_size=4), rank=1, size=2, seed=0)
+    sharded.set_position(Position(0, 3, 8))
+    list(sharded)
+    assert dataset.loaded == [10, 11, 14, 15, 18, 19]
+
+
+def test_position_counts_what_was_taken_and_not_what_was_prefetched() -> None:
+    sharded = shard(numbers(40, batch_size=4, num_workers=2), rank=0, size=2, seed=3)
+    for taken, _ in enumerate(sharded, start=1):
+        assert sharded.position == Position(3, 0, 4 * taken)
+        if taken == 3:
+            break
+    assert sharded.position == Position(3, 0, 12)
+    sharded.close()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_epoch_left_early_is_followed_by_the_next_from_its_start(name: str) -> None:
+    loader = LOADERS[name]()
+    sharded = shard(loader, rank=0, size=1, seed=5)
+    for _ in itertools.islice(sharded, 2):
+        pass
+    assert [indices(part) for part in sharded] == globals_of(loader, 1, epoch=1)
+    assert [indices(part) for part in sharded] == globals_of(loader, 1, epoch=2)
+    assert sharded.position == Position(5, 3, 0)
+
+
+def test_looking_at_a_loader_without_taking_anything_begins_no_epoch() -> None:
+    sharded = shard(numbers(8, batch_size=4, shuffle=True), rank=0, size=1, seed=5)
+    iter(sharded)
+    assert sharded.position == Position(5, 0, 0)
+    assert next(iter(sharded)) is not None
+    assert sharded.position == Position(5, 0, 4)
+
+
+def test_position_goes_through_a_checkpoint() -> None:
+    position = Position(1, 2, 3)
+    assert Position.from_dict(position.to_dict()) == position
+    with pytest.raises(CheckpointError, match="epoch"):
+        Position.from_dict({"seed": 1, "samples": 2})
+    with pytest.raises(ConfigError, match=r"samples is -1"):
+        Position(0, 0, -1)

@@ -1,0 +1,135 @@
+"""Sources of ready-made batches and iterable data sets: every rank reads the same and keeps its part."""
+
+# ruff: noqa: NPY002
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from duoka.data import shard
+from duoka.errors import DataError
+
+from .helpers import LENGTHS, SIZES, Batches, Numbers, flat, globals_of, indices, parts_of
+
+
+def generated() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for batch in torch.randperm(11).split(4):
+        yield batch, torch.rand(len(batch))
+
+
+class Unbatched(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """A map-style data set of ready-made batches."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.arange(4 * index, min(4 * index + 4, 11))
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_parts_of_ready_batches_make_the_batches_of_one_device(length: int, merge: int) -> None:
+    for loader in (
+        Batches(length),
+        [(batch, batch) for batch in torch.arange(length).split(4)],
+        DataLoader(Numbers(length, shuffled=True), batch_size=4),
+        DataLoader(Numbers(length, shuffled=True), batch_size=4, drop_last=True),
+    ):
+        single = globals_of(loader, 1, merge=merge)
+        for size in SIZES[1:]:
+            assert globals_of(loader, size, merge=merge) == single
+        if getattr(loader, "drop_last", None) is not True:
+            assert sorted(flat(single)) == list(range(length))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_is_shared_out_once_with_worker_processes_too(workers: int) -> None:
+    loader: DataLoader[Any] = DataLoader(Numbers(11, shuffled=True), batch_size=2, num_workers=workers)
+    single = globals_of(loader, 1)
+    assert sorted(flat(single)) == list(range(11))
+    assert globals_of(loader, 2) == single
+    assert flat(globals_of(loader, 2, merge=2)) == flat(single)
+    assert globals_of(loader, 2, epoch=1) != single
+
+
+def test_stream_in_workers_that_stay_is_a_function_of_the_epoch() -> None:
+    loader: DataLoader[Any] = DataLoader(
+        Numbers(12, shuffled=True), batch_size=2, num_workers=1, persistent_workers=True
+    )
+    fresh: DataLoader[Any] = DataLoader(Numbers(12, shuffled=True), batch_size=2, num_workers=1)
+    assert globals_of(loader, 2, epoch=2) == globals_of(fresh, 1, epoch=2)
+
+
+def test_stream_without_workers_collates_only_the_ranks_own_samples() -> None:
+    def strange(samples: list[int]) -> frozenset[int]:  # nothing that could be cut or joined
+        return frozenset(samples)
+
+    loader: DataLoader[Any] = DataLoader(Numbers(11), batch_size=4, collate_fn=strange)
+    parts = [part.batch for part in shard(loader, rank=1, size=2, seed=0, merge=2)]
+    assert parts == [frozenset({4, 5, 6, 7}), frozenset({10})]
+
+
+def test_draws_of_a_collation_do_not_change_the_stream() -> None:
+    def drawing(samples: list[int]) -> torch.Tensor:
+        random.shuffle([*samples])
+        return default_collate(samples)
+
+    loader: DataLoader[Any] = DataLoader(Numbers(23, shuffled=True), batch_size=4, collate_fn=drawing)
+    assert globals_of(loader, 3) == globals_of(loader, 1)
+
+
+@pytest.mark.parametrize("loader", [generated, Batches(11), DataLoader(Unbatched(), batch_size=None, shuffle=True)])
+def test_order_of_a_custom_loader_is_a_function_of_seed_and_epoch(loader: Any) -> None:
+    first = globals_of(loader, 2)
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    assert globals_of(loader, 3) == first
+    assert sorted(flat(first)) == list(range(11))
+    assert len({str(globals_of(loader, 1, epoch=epoch)) for epoch in range(4)}) > 1
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), str(np.random.get_state()))
+
+
+def test_draws_at_each_step_of_a_custom_loader_are_the_same_on_all_ranks() -> None:
+    values = []
+    for size in (1, 3):
+        ranks = [list(shard(Batches(11), rank=rank, size=size, seed=0)) for rank in range(size)]
+        values.append([torch.cat([part.batch[1][: part.count] for part in step]).tolist() for step in zip(*ranks)])  # noqa: B905
+    assert values[0] == values[1]
+
+
+def test_dicts_and_names_are_cut_with_their_tensors() -> None:
+    batches = [{"x": torch.arange(5), "names": ["a", "b", "c", "d", "e"], "scale": 2.0}]
+    (part,) = shard(batches, rank=1, size=2, seed=0)
+    assert part.batch["x"].tolist() == [3, 4]
+    assert (part.batch["names"], part.batch["scale"]) == (["d", "e"], 2.0)
+
+
+def test_lengths_and_sample_counts_are_known_where_the_loader_knows() -> None:
+    batches = [torch.arange(4), torch.arange(3)]
+    assert (len(shard(batches, rank=0, size=2, seed=0)), shard(batches, rank=0, size=2, seed=0).samples_per_epoch) == (
+        2,
+        7,
+    )
+    assert len(shard(Batches(11), rank=0, size=2, seed=0, merge=2)) == 2
+    with pytest.raises(TypeError):
+        len(shard(generated, rank=0, size=2, seed=0))
+
+
+def test_batches_that_do_not_fit_together_are_an_error_that_says_what_to_do() -> None:
+    batches = [torch.zeros(2, 5), torch.zeros(1, 4)]
+    with pytest.raises(DataError, match=r"\(2, 5\), \(1, 4\).*pad them"):
+        list(shard(batches, rank=0, size=1, seed=0, merge=2))
+
+
+def test_empty_batches_are_passed_over() -> None:
+    batches = [torch.arange(0), torch.arange(3), torch.arange(0)]
+    assert parts_of([(batch,) for batch in batches], 2) == [[[0, 1], [2]]]
+    assert [indices(part) for part in shard([(b,) for b in batches], rank=0, size=1, seed=0)] == [[0, 1, 2]]
