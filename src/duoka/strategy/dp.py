@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from duoka.strategy.base import Strategy
 from duoka.world import World
@@ -42,14 +43,17 @@ class _PartSum(nn.Module):
         self.module = module
 
     def forward(self, batch: Any) -> torch.Tensor:
-        from duoka.data import batch_length
-
         loss = self.module(batch)
         if isinstance(loss, tuple):
             total, weight = loss
             return torch.stack([total, torch.as_tensor(weight).to(total), torch.ones_like(total)]).unsqueeze(0)
-        count = torch.full_like(loss, float(batch_length(batch)))
+        count = torch.full_like(loss, float(_length(batch)))
         return torch.stack([loss * count, count, torch.zeros_like(loss)]).unsqueeze(0)
+
+
+def _length(batch: Any) -> int:
+    """Return how many samples a part holds, of the containers that ``nn.DataParallel`` scatters."""
+    return next(len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf) and leaf.ndim)
 
 
 class _Gathered(nn.Module):

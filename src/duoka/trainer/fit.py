@@ -23,7 +23,6 @@ from duoka.trainer.optimization import build_optimizer, build_schedule
 from duoka.trainer.preparation import (
     Job,
     modes_kept,
-    own_copies,
     prepared_objective,
     seed_rank,
     sharded,
@@ -60,7 +59,6 @@ class Outcome:
 def fit_on_rank(job: Job) -> Outcome:
     """Train ``job.model`` on this rank; every rank of the world has to call it."""
     world = current_world()
-    own_copies(job, world)
     with contextlib.ExitStack() as stack:
         stack.enter_context(modes_kept(job.model))
         objective = stack.enter_context(prepared_objective(job, world))

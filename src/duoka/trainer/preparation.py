@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from duoka.checkpoint import rng_state, set_rng_state
 from duoka.data import ShardedLoader, shard, to_device
@@ -26,7 +25,6 @@ __all__ = [
     "Job",
     "MainOnly",
     "modes_kept",
-    "own_copies",
     "prepared_objective",
     "seed_rank",
     "sharded",
@@ -67,25 +65,6 @@ class Job:
         """Return this rank's strategy, and why it is this one."""
         options = dict(self.config.ddp_options)
         return choose(self.config.strategy, world, devices=self.devices, ddp_options=options)
-
-
-def own_copies(job: Job, world: World) -> None:
-    """Give a helper memory of its own for what arrives in shared memory, where rank 0 is about to change it."""
-    if world.is_main:
-        return
-    with torch.no_grad():
-        parts: list[nn.Module] = [job.model, *([job.loss] if isinstance(job.loss, nn.Module) else [])]
-        for module in parts:
-            for tensor in [*module.parameters(), *module.buffers()]:
-                tensor.data = _own(tensor.data)
-        if isinstance(job.config.optimizer, Optimizer):
-            for state in job.config.optimizer.state.values():
-                for name, value in state.items():
-                    state[name] = _own(value) if torch.is_tensor(value) else value
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.device.type == "cpu" and tensor.untyped_storage().is_shared() else tensor
 
 
 def seed_rank(seed: int, world: World) -> None:

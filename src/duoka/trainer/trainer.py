@@ -20,7 +20,7 @@ from duoka.trainer.config import TrainerConfig
 from duoka.trainer.evaluation import evaluate, predict
 from duoka.trainer.fit import Outcome, fit_on_rank
 from duoka.trainer.metrics import Metrics, Results
-from duoka.trainer.preparation import Job, MainOnly, own_copies, prepared_objective, sharded
+from duoka.trainer.preparation import Job, MainOnly, prepared_objective, sharded
 from duoka.world import current_world
 
 __all__ = ["FitResult", "Trainer"]
@@ -175,7 +175,6 @@ class Trainer:
 
 def _evaluate_on_rank(job: Job) -> Results:
     world = current_world()
-    own_copies(job, world)
     strategy, _ = job.strategy(world)
     data = sharded(job, job.eval_data, strategy, training=False)
     with contextlib.closing(data), prepared_objective(job, world) as objective:
@@ -184,7 +183,6 @@ def _evaluate_on_rank(job: Job) -> Results:
 
 def _predict_on_rank(job: Job) -> Any:
     world = current_world()
-    own_copies(job, world)
     strategy, _ = job.strategy(world)
     data = sharded(job, job.eval_data, strategy, training=False)
     with contextlib.closing(data), prepared_objective(job, world) as objective:

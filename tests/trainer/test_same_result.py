@@ -1,0 +1,241 @@
+"""A fit takes the same steps on one, two and three devices as a plain PyTorch loop does on one."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import cloudpickle
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from duoka.trainer import Trainer
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
+
+STEPS = 10
+DEVICES = ("cpu", "cpu:2", "cpu:3")
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+
+
+def labelled(samples: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(samples)
+    features = torch.randn(samples, 6, generator=generator)
+    return TensorDataset(features, torch.randint(4, (samples,), generator=generator))
+
+
+def relative_difference(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs)
+
+
+def raw_loop(model: nn.Module, loader: DataLoader, accumulate: int) -> nn.Module:
+    """The reference: the mean over all samples of an accumulation window, the last one of an epoch being shorter."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
+    steps = 0
+    while steps < STEPS:
+        batches = list(loader)
+        for start in range(0, len(batches), accumulate):
+            window = batches[start : start + accumulate]
+            samples = sum(len(target) for _, target in window)
+            for features, target in window:
+                (functional.cross_entropy(model(features), target, reduction="sum") / samples).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+            if steps == STEPS:
+                break
+    return model
+
+
+def fitted(model: nn.Module, loader: DataLoader, device: str, **options) -> tuple[nn.Module, Trainer]:
+    settings = {
+        "loss": nn.CrossEntropyLoss(),
+        "optimizer": "sgd",
+        "optimizer_options": {"momentum": 0.9},
+        "lr": 0.2,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.5,
+        "batch": "global",
+        "epochs": 100,
+        "max_steps": STEPS,
+        "verbose": False,
+    }
+    trainer = Trainer(model, loader, device=device, **(settings | options))
+    trainer.fit()
+    return model, trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("samples", [11, 12, 64])
+def test_one_two_and_three_devices_take_the_steps_of_a_raw_loop(samples, accumulate):
+    loader = DataLoader(labelled(samples), batch_size=4)
+    reference = raw_loop(classifier(), loader, accumulate)
+    for device in DEVICES:
+        model, trainer = fitted(classifier(), loader, device, accumulate=accumulate)
+        assert trainer.history[-1]["step"] == STEPS
+        assert relative_difference(model, reference) < 1e-6, device
+
+
+def test_shuffled_data_are_taken_in_the_same_order_on_any_number_of_devices():
+    loader = DataLoader(labelled(11), batch_size=4, shuffle=True)
+    one, *others = [fitted(classifier(), loader, device)[0] for device in DEVICES]
+    plain = fitted(classifier(), DataLoader(labelled(11), batch_size=4), "cpu")[0]
+    assert relative_difference(one, plain) > 1e-3  # the order matters
+    for other in others:
+        assert relative_difference(other, one) < 1e-6
+
+
+def test_a_global_batch_smaller_than_the_number_of_devices_takes_the_same_step():
+    loader = DataLoader(labelled(4), batch_size=2)
+    reference = raw_loop(classifier(), loader, 1)
+    model, _ = fitted(classifier(), loader, "cpu:3")
+    assert relative_difference(model, reference) < 1e-6
+
+
+def test_batch_per_device_makes_one_step_of_a_batch_a_device():
+    samples = labelled(11)
+    reference, _ = fitted(classifier(), DataLoader(samples, batch_size=6), "cpu")
+    model, trainer = fitted(classifier(), DataLoader(samples, batch_size=3), "cpu:2", batch="per_device")
+    assert trainer.history[0]["step"] == 2
+    assert relative_difference(model, reference) < 1e-6
+
+
+def token_loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mean over the tokens that count: those of class 0 do not."""
+    counted = target != 0
+    return functional.cross_entropy(output[counted], target[counted], reduction="sum"), counted.sum()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loss_of_sum_and_weight_gives_the_gradient_of_the_mean_over_all_tokens(accumulate):
+    loader = DataLoader(labelled(11), batch_size=4)
+    reference = classifier()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
+    batches = list(loader)
+    steps = 0
+    while steps < STEPS:
+        for start in range(0, len(batches), accumulate):
+            window = batches[start : start + accumulate]
+            parts = [token_loss(reference(features), target) for features, target in window]
+            (sum(total for total, _ in parts) / sum(weight for _, weight in parts)).backward()
+            nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+            if steps == STEPS:
+                break
+    for device in DEVICES:
+        model, _ = fitted(classifier(), loader, device, loss=token_loss, accumulate=accumulate)
+        assert relative_difference(model, reference) < 1e-6, device
+
+
+@pytest.mark.filterwarnings("ignore:No (positive|negative) samples")
+def test_evaluation_results_are_equal_to_the_last_digit_printed():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    metrics = {
+        "accuracy": torchmetrics.classification.MulticlassAccuracy(4, average="micro"),
+        "f1": torchmetrics.classification.MulticlassF1Score(4),
+        "auroc": torchmetrics.classification.MulticlassAUROC(4),
+        "confusion": torchmetrics.classification.MulticlassConfusionMatrix(4),
+    }
+    for samples in (2, 11, 64):  # 2 samples leave ranks without one
+        loader = DataLoader(labelled(samples), batch_size=4)
+        model = classifier()
+        results = [
+            Trainer(model, loss=nn.CrossEntropyLoss(), metrics=metrics, device=device).evaluate(loader)
+            for device in DEVICES
+        ]
+        with torch.no_grad():
+            features, target = loader.dataset.tensors
+            expected = float(functional.cross_entropy(model(features), target))
+        assert results[0]["loss"] == pytest.approx(expected, rel=1e-6)
+        for other in results[1:]:
+            for name in ("loss", "accuracy", "f1", "auroc"):
+                assert f"{other[name]:.6g}" == f"{results[0][name]:.6g}", (name, samples)
+            assert torch.equal(other["confusion"], results[0]["confusion"])
+
+
+def test_results_after_a_fit_are_equal_on_any_number_of_devices():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    loader = DataLoader(labelled(64), batch_size=8, shuffle=True)
+    accuracy = torchmetrics.classification.MulticlassAccuracy(4)
+    records = []
+    for device in DEVICES:
+        trainer = Trainer(
+            classifier(),
+            loader,
+            loader,
+            loader,
+            loss=nn.CrossEntropyLoss(),
+            metrics=accuracy,
+            batch="global",
+            device=device,
+            epochs=2,
+            lr=0.01,
+            monitor="loss",
+            verbose=False,
+        )
+        validation, test = trainer.fit()
+        assert f"{validation['loss']:.6g}" == f"{test['loss']:.6g}"
+        names = ("train_loss", "val_loss", "val_MulticlassAccuracy", "step", "samples", "lr")
+        records.append([[f"{record[name]:.6g}" for name in names] for record in trainer.history])
+    assert records[0] == records[1] == records[2]
+
+
+class WithUnused(nn.Module):
+    """A module of which one part is used only by some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.used = nn.Linear(6, 4)
+        self.idle = nn.Linear(6, 4)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.used(features)
+
+
+def test_parameters_that_take_no_part_are_found_without_changing_the_result():
+    loader = DataLoader(labelled(12), batch_size=4)
+    one, _ = fitted(WithUnused(), loader, "cpu")
+    two, _ = fitted(WithUnused(), loader, "cpu:2")
+    assert relative_difference(two, one) < 1e-6
+
+
+def test_batch_norm_keeps_the_statistics_of_rank_0_and_survives_ranks_without_samples():
+    def model() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+
+    features, target = labelled(10).tensors
+    loader = DataLoader(TensorDataset(features[:2], target[:2]), batch_size=2)
+    trained = model()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):  # as torch does with one sample
+        fitted(trained, loader, "cpu:2", max_steps=1)
+    trained = model()
+    loader = DataLoader(TensorDataset(features[:4], target[:4]), batch_size=4)
+    fitted(trained, loader, "cpu:2", max_steps=1)
+    hidden = model()[0](features[:2])  # rank 0's part
+    expected = 0.1 * hidden.mean(0)
+    assert torch.allclose(trained[1].running_mean, expected, atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was_but_for_its_weights():
+    model = classifier()
+    model[1].eval()
+    before = copy.deepcopy(model)
+    keys = list(model.state_dict())
+    fitted(model, DataLoader(labelled(12), batch_size=4), "cpu:2")
+    assert [part.training for part in model.modules()] == [part.training for part in before.modules()]
+    assert list(model.state_dict()) == keys
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
