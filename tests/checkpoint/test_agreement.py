@@ -32,7 +32,7 @@ dist.destroy_process_group()
 """
 
 
-def ranks(program: str, folder: Path, size: int = 3) -> list[dict]:
+def ranks(program: str, folder: Path, size: int = 2) -> list[dict]:
     """Run ``program`` on ``size`` ranks; return what each put into ``told``."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -60,7 +60,7 @@ for number in range(3):
     told[number] = checkpoint.load("m.pt")["w"][0].item()
     dist.barrier()
 """
-    assert ranks(program, tmp_path) == [{"0": 0.0, "1": 1.0, "2": 2.0}] * 3
+    assert ranks(program, tmp_path, size=3) == [{"0": 0.0, "1": 1.0, "2": 2.0}] * 3
 
 
 def test_rank_0_alone_may_save_and_all_may_save_afterwards(tmp_path):
@@ -72,8 +72,8 @@ told["value"] = checkpoint.load("together.safetensors")["w"].item()
 """
     rank_0, *others = ranks(program, tmp_path)
     assert rank_0["alone"] == "saved"
-    assert [rank["together"] for rank in (rank_0, *others)] == ["saved"] * 3
-    assert [rank["value"] for rank in others] == [0.0, 0.0]
+    assert [rank["together"] for rank in (rank_0, *others)] == ["saved"] * 2
+    assert [rank["value"] for rank in others] == [0.0]
 
 
 def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path):
@@ -87,7 +87,7 @@ told["after"] = attempt({"w": torch.zeros(1)}, "m.pt")
     assert first["storage"].startswith("StorageError: cannot write")
     assert first["state"].startswith("CheckpointError: state['w'] is of type")
     assert first["after"] == "saved"
-    assert others == [first, first]
+    assert others == [first]
 
 
 def test_a_rank_that_waits_for_a_save_that_never_begins_says_so(tmp_path):
@@ -96,7 +96,7 @@ agreement.PATIENCE_S = 0.5
 if rank == 1:
     told["said"] = attempt({"w": torch.zeros(1)}, "only_rank_1.pt")
 """
-    said = ranks(program, tmp_path, size=2)[1]["said"]
+    said = ranks(program, tmp_path)[1]["said"]
     assert said.startswith("CheckpointError: rank 1 has waited")
     assert "on every rank or on rank 0 alone" in said
     assert list(tmp_path.iterdir()) == []
@@ -112,7 +112,7 @@ else:
         time.sleep(0.01)
     told["first"] = attempt({"w": torch.zeros(1)}, "m.pt")
 """
-    assert ranks(program, tmp_path, size=2) == [{"first": "saved"}] * 2
+    assert ranks(program, tmp_path) == [{"first": "saved"}] * 2
 
 
 @pytest.mark.parametrize("size", [1])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.nn.functional  # imported while a group is up, its defaults would hold that group for ever
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

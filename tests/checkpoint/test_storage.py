@@ -112,7 +112,9 @@ except StorageError as error:
 
 
 def test_an_unwritable_folder_is_named(tmp_path):
-    with tempfile.TemporaryDirectory(prefix="checkpoint-test-") as name:  # pytest's own folder is closed to others
+    with tempfile.TemporaryDirectory(
+        prefix="checkpoint-", dir="/tmp"
+    ) as name:  # pytest's own folder is closed to others
         folder = Path(name)
         folder.chmod(0o755)
         (folder / "closed").mkdir(mode=0o555)
