@@ -94,22 +94,17 @@ def test_loading_in_this_process_leaves_the_users_generators_alone(dataset: str)
     np.random.seed(1)
     np.random.randn()
     sharded = shard(DataLoader(DATASETS[dataset], batch_size=4), rank=0, size=1, seed=0)
-    list(
-        sharded
-    )  # from here on it is known what the data set draws from; the first draw may use up NumPy's spare number
-    np.random.randn()
-    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    list(sharded)
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (random.getstate(), str(np.random.get_state()))
+    for _ in range(2):  # before and after it is known what the data set draws from
+        before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        list(sharded)
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert before[1:] == (random.getstate(), str(np.random.get_state()))
 
 
-def test_first_draw_of_a_data_set_leaves_the_users_generators_alone() -> None:
-    torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    expected = torch.rand(2).tolist(), random.random(), np.random.rand()
-    torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    list(shard(DataLoader(Noisy(), batch_size=4), rank=0, size=1, seed=0))
-    assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected
+def test_sample_drawn_twice_is_augmented_twice() -> None:
+    loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=2, sampler=[3, 3, 3, 3])
+    values = [part.batch[1].tolist() for part in shard(loader, rank=0, size=1, seed=1)]
+    assert len({value for batch in values for value in batch}) == 4
 
 
 def test_data_set_that_draws_late_is_noticed() -> None:
@@ -121,6 +116,18 @@ def test_data_set_that_draws_late_is_noticed() -> None:
             return index, random.gauss(0, 1) if index >= 9 else float(index)
 
     assert augmented(DataLoader(Late(), batch_size=4)) == augmented(DataLoader(Late(), batch_size=4), 4)
+
+
+def test_data_set_that_draws_late_leaves_the_users_generators_alone() -> None:
+    class Late(Noisy):
+        def __getitem__(self, index: int) -> tuple[int, float]:
+            return super().__getitem__(index) if index >= 9 else (index, 0.0)
+
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    expected = torch.rand(2).tolist(), random.random(), np.random.rand()
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    list(shard(DataLoader(Late(), batch_size=4), rank=0, size=1, seed=0))
+    assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected
 
 
 def test_bulk_loading_is_kept_where_nothing_is_drawn() -> None:

@@ -87,6 +87,12 @@ def test_rank_without_a_sample_gets_a_filler_in_training_and_none_in_evaluation(
         assert last.batch[0].tolist() == [4] if training else last.batch is None
 
 
+def test_filler_is_the_first_sample_of_the_global_batch() -> None:
+    for loader in (numbers(2, batch_size=2), [[torch.arange(2)]], DataLoader(helpers.Numbers(2), batch_size=2)):
+        (part,) = shard(loader, rank=2, size=3, seed=0)
+        assert (part.count, part.global_count, torch.as_tensor(part.batch[0]).tolist()) in ((0, 2, [0]), (0, 2, 0))
+
+
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "sequential"])
 def test_order_is_another_in_each_epoch_and_the_same_for_the_same_epoch(sampler: str) -> None:
     loader = numbers(64, **SAMPLERS[sampler](64))
@@ -129,6 +135,7 @@ def test_endless_sampler_is_read_no_further_than_needed() -> None:
     sharded = shard(numbers(7, batch_size=4, sampler=helpers.Endless()), rank=1, size=2, seed=0)
     parts = [part for part, _ in zip(sharded, range(100), strict=False)]
     assert all(part.global_count == 4 and part.count == 2 for part in parts)
+    assert len({str(parts[start : start + 8]) for start in range(0, 96, 8)}) == 12  # no draw is repeated
     sharded.close()
 
 

@@ -103,6 +103,7 @@ def test_draws_at_each_step_of_a_custom_loader_are_the_same_on_all_ranks() -> No
         ranks = [list(shard(Batches(11), rank=rank, size=size, seed=0)) for rank in range(size)]
         values.append([torch.cat([part.batch[1][: part.count] for part in step]).tolist() for step in zip(*ranks)])  # noqa: B905
     assert values[0] == values[1]
+    assert len({value for step in values[0] for value in step}) == 11
 
 
 def test_dicts_and_names_are_cut_with_their_tensors() -> None:
