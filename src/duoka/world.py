@@ -107,6 +107,11 @@ def entered(world: World) -> Iterator[World]:
         _current.reset(token)
 
 
+def is_entered() -> bool:
+    """Whether this code runs at a place that ``entered`` gave it."""
+    return _current.get() is not None
+
+
 def _default_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:

@@ -13,7 +13,7 @@ from duoka import devices as device_grammar
 from duoka import team
 from duoka.errors import ConfigError, LaunchError
 from duoka.launcher import job, rank
-from duoka.world import entered
+from duoka.world import entered, is_entered
 
 __all__ = ["launch"]
 
@@ -83,7 +83,7 @@ def launch(
     _check_choice("output", output, ("quiet", "all"))
     if not callable(fn):
         raise ConfigError(f"launch runs a function; fn is {fn!r}. Pass the function itself: launch(train, ...)")
-    if not _one_at_a_time.acquire(blocking=False):
+    if is_entered() or not _one_at_a_time.acquire(blocking=False):
         raise LaunchError(
             "a launch is running in this process already (launch was called inside a launched function, or from another "
             "thread); call it once, with all the devices it should use"
@@ -117,6 +117,7 @@ def _launch_here(
             (fn, args, returns == "all"),
             chosen,
             unblock=lambda: rank.abort(chosen[0]),
+            scratch=places[0].folder,
             show_output=output == "all",
         )
     return values if returns == "all" else values[0]

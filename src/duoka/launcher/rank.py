@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,14 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from duoka import scaling
-from duoka.team.payload import memory_file
 from duoka.world import World, entered
 
 __all__ = ["Place", "abort", "own_state_kept", "places", "run"]
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+_RENDEZVOUS_S = 4.0
+"""How long ranks that are all there may take to connect; if one dies meanwhile, the others wait this long in C++ code."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Place:
     """What one rank needs to take its place beside the others."""
 
     world: World
-    store: str
+    folder: str
     backend: str
     timeout_s: float
     threads: int
@@ -42,26 +43,32 @@ class Place:
 
 @contextlib.contextmanager
 def places(devices: Sequence[torch.device], timeout_s: float) -> Iterator[list[Place]]:
-    """Lay out the ranks, one a device, around a store that lives as long as the ``with`` block."""
+    """Lay out the ranks, one a device, around a private folder that lives as long as the ``with`` block.
+
+    The file in it through which the ranks find each other is no port and no other user's to read. It is a file with a path
+    of its own because torch's store opens that path once more whenever it happens to be freed, however late.
+    """
     size, backend, base = len(devices), _backend(devices), _base_seed()
     threads = scaling.threads_per_rank(size) if size > 1 else torch.get_num_threads()
-    with _store() as store:
+    seeds = [None, *(base + rank for rank in range(1, size))]
+    with tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True) as folder:
         yield [
-            Place(
-                World(rank, size, device, rank, size), store, backend, timeout_s, threads, base + rank if rank else None
-            )
+            Place(World(rank, size, device, rank, size), folder, backend, timeout_s, threads, seeds[rank])
             for rank, device in enumerate(devices)
         ]
 
 
 @contextlib.contextmanager
-def run(place: Place, fn: Callable[..., Any], args: tuple[Any, ...], wants_all: bool) -> Iterator[Any]:
+def run(
+    place: Place, meet: Callable[[], None], fn: Callable[..., Any], args: tuple[Any, ...], wants_all: bool
+) -> Iterator[Any]:
     """Run ``fn(*args)`` at ``place``; the value of the ``with`` block is its answer, and the group lives as long."""
     torch.set_num_threads(place.threads)
     if place.world.device.type != "cpu":
         torch.accelerator.set_device_index(place.world.device)
     if place.seed is not None:
         _seed(place.seed)
+    meet()  # torch's rendezvous cannot be interrupted: nobody enters it before all are there
     with _process_group(place), entered(place.world):
         value = fn(*args)
         yield value if wants_all or place.world.is_main else None
@@ -107,16 +114,20 @@ def _restore_environment(environment: dict[str, str]) -> None:
 def _process_group(place: Place) -> Iterator[None]:
     world = place.world
     os.environ.update(_variables(place))
-    store = dist.FileStore(place.store, world.size) if world.size > 1 else dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.FileStore(f"{place.folder}/store", world.size) if world.size > 1 else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(
         place.backend,
         store=store,
         rank=world.rank,
         world_size=world.size,
-        timeout=datetime.timedelta(seconds=place.timeout_s),
+        timeout=datetime.timedelta(seconds=_RENDEZVOUS_S),
         device_id=world.device if "nccl" in place.backend else None,
     )
     try:
+        set_timeout = (
+            getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        )  # its name before torch 2.14
+        set_timeout(datetime.timedelta(seconds=place.timeout_s))
         yield
     except BaseException:
         abort(world.device)
@@ -146,20 +157,6 @@ def _backend(devices: Sequence[torch.device]) -> str:
     if kind in ("cpu", "mps") or len(set(devices)) < len(devices):
         return "gloo"
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-
-
-@contextlib.contextmanager
-def _store() -> Iterator[str]:
-    """A file in memory through which the ranks find each other: it has no name, no port, and ends with this process."""
-    if not Path("/proc/self/fd").is_dir():
-        with tempfile.TemporaryDirectory(prefix="duoka-") as folder:
-            yield str(Path(folder) / "store")
-        return
-    fd = memory_file("duoka-store")
-    try:
-        yield f"/proc/{os.getpid()}/fd/{fd}"
-    finally:
-        os.close(fd)
 
 
 def _base_seed() -> int:

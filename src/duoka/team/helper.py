@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import queue
+import shutil
 import signal
 import socket
 import sys
@@ -30,46 +31,68 @@ def main() -> None:
     """Serve until the owner is gone."""
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     os.register_at_fork(after_in_child=connection.close)  # a data-loader worker must not keep the line open
-    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox), name="duoka-listen", daemon=True).start()
+    line = _Line(connection)
     connection.send("ready", Payload(b""))
     while True:
-        _serve(inbox.get(), connection, inbox)
+        _serve(line)
 
 
-def _listen(connection: Connection, inbox: queue.SimpleQueue[Message]) -> None:
+class _Line:
+    """The owner's end of the line as this process sees it; when the owner is gone, so is everything of this session."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.send = connection.send
+        self.scratch: str | None = None
+        self._connection = connection
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="duoka-listen", daemon=True).start()
+
+    def receive(self) -> Message:
+        return self._inbox.get()
+
+    def meet(self) -> None:
+        """Wait until every rank has come here."""
+        self.send("met", Payload(b""))
+        self.receive()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self._inbox.put(self._connection.receive())
+        finally:  # the owner is gone, or the line is broken: nothing of this session may stay
+            if self.scratch is not None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+            os.killpg(0, signal.SIGKILL)
+
+
+def _serve(line: _Line) -> None:
+    """Run one task and report its value; leave its context when the owner says that every rank has reported."""
+    message = line.receive()
     try:
-        while True:
-            inbox.put(connection.receive())
-    finally:  # the owner is gone, or the line is broken: nothing of this session may stay
-        os.killpg(0, signal.SIGKILL)
-
-
-def _serve(message: Message, connection: Connection, inbox: queue.SimpleQueue[Message]) -> None:
-    """Run one task, report its value, and leave its context when the owner says that every rank has reported."""
-    try:
-        with _open(message.payload) as value:
+        with _open(message.payload, line) as value:
             answer = dumps(value)
-            connection.send("done", answer)
+            line.send("done", answer)
             answer.close()
-            inbox.get()
+            line.receive()
     except BaseException as error:  # SystemExit too: the function ended, the helper serves on
-        connection.send("echo" if failure.is_echo(error) else "failed", failure.pack(error))
+        line.send("echo" if failure.is_echo(error) else "failed", failure.pack(error))
         return
     del value
     _tidy()
-    connection.send("idle", Payload(b""))
+    line.scratch = None
+    line.send("idle", Payload(b""))
 
 
-def _open(payload: Payload) -> contextlib.AbstractContextManager[Any]:
+def _open(payload: Payload, line: _Line) -> contextlib.AbstractContextManager[Any]:
     task: Task = loads(Payload(payload.data), torch.device("cpu"))
+    line.scratch = task.scratch
     task.surroundings.enter()
     work = Payload(task.work, task.sizes, payload.fd)
     try:
         function, arguments = loads(work, task.device)
     finally:
         work.close()
-    context: contextlib.AbstractContextManager[Any] = function(task.place, *arguments)
+    context: contextlib.AbstractContextManager[Any] = function(task.place, line.meet, *arguments)
     return context
 
 

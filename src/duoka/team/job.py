@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -28,43 +29,43 @@ def run_job(
     arguments: tuple[Any, ...],
     devices: Sequence[torch.device],
     *,
+    scratch: str | None = None,
     unblock: Callable[[], None] = lambda: None,
     show_output: bool = False,
 ) -> list[Any]:
-    """Run ``work(places[rank], *arguments)`` on every rank, rank 0 in this thread, and return the answers of all.
+    """Run ``work(places[rank], meet, *arguments)`` on every rank, rank 0 in this thread, and return the answers of all.
 
-    ``work`` returns a context manager whose value is the rank's answer and which is left when all have answered.
+    ``work`` returns a context manager whose value is the rank's answer and which is left when all have answered. Before it
+    first waits for the others outside Python it calls ``meet()``, once, which returns when all ranks have called it.
+    ``scratch`` is the caller's temporary folder for this job; helpers remove it should the caller be killed before it can.
     ``unblock`` is called from another thread, after the helpers have been ended, to free a rank 0 that waits for them.
 
     Raises the first failure of any rank as its own type; WorkerDied when a helper died; KeyboardInterrupt on Ctrl-C.
     """
+    failed: BaseException | None = None
     packed = _pack(work, arguments) if len(devices) > 1 else Payload(b"")
     try:
         with Interruption() as interruption:
             helpers = pool.acquire(devices[1:])
             watch = Watch(helpers, interruption, unblock, devices[0], show=show_output)
-            finished = False
             try:
                 watch.start()
                 for helper in helpers:
-                    helper.connection.send("run", _task(packed, helper.device, places[helper.rank]))
-                answer = _run_here(work, (places[0], *arguments), watch, helpers)
-                finished = True
+                    helper.connection.send("run", _task(packed, helper.device, places[helper.rank], scratch))
+                answer = _run_here(work, places[0], arguments, watch, helpers)
+                return [answer, *(_unpack(watch.answer(helper.rank), devices[0]) for helper in helpers)]
             except BaseException as error:
                 interruption.close()
-                cause = _cause(error, watch, interruption)
-                if cause is error:
+                failed = _cause(error, watch, interruption)
+                if failed is error:
                     raise
-                raise cause from cause.__cause__
             finally:
                 interruption.close()
-                if not finished:
-                    watch.kill()
-                watch.join()
-                pool.release(helpers, reusable=finished)
-        return [answer, *(loads(watch.answers[helper.rank], devices[0]) for helper in helpers)]
+                pool.release(helpers, reusable=watch.end())
     finally:
         packed.close()
+    gc.collect()  # what the stopped frames held of the group (sockets, ports) goes with them, not at some later time
+    raise failed
 
 
 def _pack(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Payload:
@@ -77,21 +78,32 @@ def _pack(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Payload:
         ) from error
 
 
-def _task(packed: Payload, device: torch.device, place: Any) -> Payload:
-    task = dumps(Task(Surroundings.here(), device, place, packed.data, packed.sizes))
+def _unpack(answer: Payload, device: torch.device) -> Any:
+    try:
+        return loads(answer, device)
+    finally:
+        answer.close()
+
+
+def _task(packed: Payload, device: torch.device, place: Any, scratch: str | None) -> Payload:
+    task = dumps(Task(Surroundings.here(), device, place, scratch, packed.data, packed.sizes))
     return Payload(task.data, fd=packed.fd)
 
 
-def _run_here(work: Callable[..., Any], arguments: tuple[Any, ...], watch: Watch, helpers: Sequence[Helper]) -> Any:
-    with work(*arguments) as answer:
-        watch.await_answers()
+def _run_here(
+    work: Callable[..., Any], place: Any, arguments: tuple[Any, ...], watch: Watch, helpers: Sequence[Helper]
+) -> Any:
+    def await_all(kind: str, then: str | None = None) -> None:
+        watch.await_all(kind)
         if watch.error is not None:
             raise Stopped
-        for helper in helpers:
-            helper.connection.send("finish", Payload(b""))
-    watch.await_idle()
-    if watch.error is not None:
-        raise Stopped
+        if then is not None:
+            for helper in helpers:
+                helper.connection.send(then, Payload(b""))
+
+    with work(place, lambda: await_all("met", then="go"), *arguments) as answer:
+        await_all("done", then="finish")
+    await_all("idle")
     return answer
 
 

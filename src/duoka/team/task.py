@@ -45,12 +45,13 @@ class Surroundings:
 class Task:
     """What to run, once the surroundings are right: ``work`` is a pickled ``(function, arguments)``.
 
-    ``function(place, *arguments)`` returns a context manager: its value is the rank's answer, and it is left when all ranks
-    have answered, so that no rank takes a process group away from under another.
+    ``function(place, meet, *arguments)`` returns a context manager: its value is the rank's answer, and it is left when
+    all ranks have answered, so that no rank takes a process group away from under another.
     """
 
     surroundings: Surroundings
     device: torch.device
     place: Any
+    scratch: str | None
     work: bytes
     sizes: tuple[int, ...]

@@ -25,7 +25,7 @@ _POLL_S = 0.2
 
 
 class Watch:
-    """Watches one job. ``answers`` fills by rank; ``error`` is the first failure; the caller's thread is stopped by it."""
+    """Watches one job: what each helper has reported, and in ``error`` the first failure, which stops the caller's thread."""
 
     def __init__(
         self,
@@ -36,14 +36,13 @@ class Watch:
         *,
         show: bool,
     ) -> None:
-        self.answers: dict[int, Payload] = {}
         self.error: BaseException | None = None
         self._helpers = helpers
         self._interruption = interruption
         self._unblock = unblock
         self._receiver = receiver
         self._show = show
-        self._idle: set[int] = set()
+        self._reports: dict[str, dict[int, Payload]] = {"met": {}, "done": {}, "idle": {}}
         self._echo: tuple[Helper, Message, float] | None = None
         self._ended = False
         self._changed = threading.Condition()
@@ -53,13 +52,13 @@ class Watch:
         """Begin to watch."""
         self._thread.start()
 
-    def await_answers(self) -> None:
-        """Wait until every helper has answered; returns early when one has failed."""
-        self._await(lambda: len(self.answers) == len(self._helpers))
+    def await_all(self, kind: str) -> None:
+        """Wait until every helper has ``met`` the others, is ``done``, or is ``idle``; returns early when one has failed."""
+        self._await(lambda: len(self._reports[kind]) == len(self._helpers))
 
-    def await_idle(self) -> None:
-        """Wait until every helper has left its task; returns early when one has failed."""
-        self._await(lambda: len(self._idle) == len(self._helpers))
+    def answer(self, rank: int) -> Payload:
+        """What the helper of ``rank`` was ``done`` with."""
+        return self._reports["done"][rank]
 
     def await_failure(self, timeout_s: float) -> None:
         """Wait for a failure, if there is to be one."""
@@ -71,11 +70,13 @@ class Watch:
         for helper in self._helpers:
             helper.kill()
 
-    def join(self) -> None:
-        """Wait for the watching thread's end, which comes when all are idle or ended."""
+    def end(self) -> bool:
+        """Stop watching; helpers that are not idle are ended. Returns whether all of them are idle, to be used again."""
+        is_clean = len(self._reports["idle"]) == len(self._helpers)
+        if not is_clean:
+            self.kill()
         self._thread.join()
-        for payload in self.answers.values():
-            payload.close()
+        return is_clean
 
     def _await(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
         with self._changed:
@@ -89,7 +90,7 @@ class Watch:
                 selector.register(helper.output_fd, selectors.EVENT_READ, lambda h=helper: self._on_output(h))
                 if helper.death_fd is not None:
                     selector.register(helper.death_fd, selectors.EVENT_READ, lambda h=helper: self._on_death(h))
-            while not self._ended and len(self._idle) < len(self._helpers):
+            while not self._ended and len(self._reports["idle"]) < len(self._helpers):
                 for key, _ in selector.select(_POLL_S):
                     if not self._ended:
                         key.data()
@@ -112,12 +113,10 @@ class Watch:
             self._fail(self._unpack(helper, message))
         elif message.kind == "echo":
             self._echo = self._echo or (helper, message, time.monotonic() + _ECHO_S)
-        with self._changed:
-            if message.kind == "done":
-                self.answers[helper.rank] = message.payload
-            elif message.kind == "idle":
-                self._idle.add(helper.rank)
-            self._changed.notify_all()
+        else:
+            with self._changed:
+                self._reports[message.kind][helper.rank] = message.payload
+                self._changed.notify_all()
 
     def _on_output(self, helper: Helper) -> None:
         text = helper.read_output().decode(errors="replace")

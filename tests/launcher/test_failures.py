@@ -1,0 +1,356 @@
+"""What happens when a rank raises, dies, or is interrupted: the user learns why, everything stops, and nothing stays."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+import duoka
+from duoka import errors
+from duoka.team.failure import RemoteTraceback
+
+LIMIT_S = 5.0
+"""The longest that any failure may take to arrive, or any process to go."""
+
+
+class PickyError(Exception):
+    def __init__(self, value: int, unit: str) -> None:
+        super().__init__(f"{value} {unit}")
+        self.value = value
+
+
+def rank() -> int:
+    return duoka.current_world().rank
+
+
+def stay_in_collective() -> None:
+    dist.all_reduce(torch.ones(1))
+
+
+def stay_in_sleep() -> None:
+    time.sleep(60)
+
+
+def stay_in_python() -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        pass
+
+
+WAITS = [stay_in_collective, stay_in_sleep, stay_in_python]
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def wait_until_gone(pids: list[int], limit_s: float = LIMIT_S) -> list[int]:
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end and any(map(is_running, pids)):
+        time.sleep(0.02)
+    return [pid for pid in pids if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_exception_on_any_rank_arrives_as_its_own_type(failing: int, wait) -> None:
+    def fail() -> None:
+        if rank() == failing:
+            raise PickyError(3, "apples")
+        wait()
+
+    start = time.monotonic()
+    with pytest.raises(PickyError, match="3 apples") as caught:
+        duoka.launch(fail, devices="cpu:3")
+    assert time.monotonic() - start < LIMIT_S + 5  # a cold start of the helpers comes before it
+    assert caught.value.value == 3
+    assert not children()
+    assert not dist.is_initialized()
+    if failing:
+        assert isinstance(caught.value.__cause__, RemoteTraceback)
+        assert f"Traceback of rank {failing} (cpu:{failing})" in str(caught.value.__cause__)
+        assert "in fail" in str(caught.value.__cause__)
+        assert "rank.py" not in str(caught.value.__cause__)
+
+
+def test_an_exception_that_cannot_travel_arrives_with_its_name_and_words() -> None:
+    def fail() -> None:
+        class LockedError(Exception):
+            pass
+
+        error = LockedError("held")
+        error.lock = threading.Lock()
+        if rank() == 1:
+            raise error
+        stay_in_collective()
+
+    with pytest.raises(errors.DuokaError, match="LockedError: held"):
+        duoka.launch(fail, devices="cpu:2")
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize(
+    ("end", "exit_code", "signal_name"),
+    [
+        (lambda: os._exit(7), 7, None),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), None, "SIGKILL"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), None, "SIGSEGV"),
+    ],
+)
+def test_a_helper_that_dies_is_reported_with_rank_signal_and_output(end, exit_code, signal_name, wait) -> None:
+    def die() -> None:
+        if rank() == 2:
+            print("last words")
+            end()
+        wait()
+
+    with pytest.raises(errors.WorkerDied) as caught:
+        duoka.launch(die, devices="cpu:3")
+    assert (caught.value.rank, caught.value.exit_code, caught.value.signal) == (2, exit_code, signal_name)
+    assert "last words" in caught.value.last_output
+    assert "rank 2 (cpu:2)" in str(caught.value)
+    assert not children()
+
+
+def test_a_helper_that_died_between_launches_is_replaced() -> None:
+    duoka.launch(rank, devices="cpu:2")
+    pids = [child.pid for child in children()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert not wait_until_gone(pids)
+    assert duoka.launch(rank, devices="cpu:2", returns="all") == [0, 1]
+
+
+def test_a_launch_works_after_every_kind_of_failure() -> None:
+    def fail() -> None:
+        if rank() == 1:
+            raise ValueError("first")
+        stay_in_sleep()
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="first"):
+            duoka.launch(fail, devices="cpu:2")
+        assert duoka.launch(rank, devices="cpu:2", returns="all") == [0, 1]
+
+
+def test_a_failure_frees_a_caller_that_is_not_the_main_thread() -> None:
+    def fail() -> None:
+        if rank() == 1:
+            raise ValueError("from helper")
+        stay_in_python()
+
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            duoka.launch(fail, devices="cpu:2")
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert [type(error) for error in caught] == [ValueError]
+
+
+def test_sys_exit_in_a_helper_arrives_as_itself() -> None:
+    def leave() -> None:
+        if rank() == 1:
+            sys.exit("done here")
+        stay_in_collective()
+
+    with pytest.raises(SystemExit, match="done here"):
+        duoka.launch(leave, devices="cpu:2")
+
+
+SCRIPT = """
+    import os, sys, time
+    import torch, torch.distributed as dist
+    import duoka
+
+    def stay_in_collective(): dist.all_reduce(torch.ones(1))
+    def stay_in_sleep(): time.sleep(60)
+    def stay_in_python():
+        while True: pass
+    def stay_in_loader():
+        data = torch.utils.data.TensorDataset(torch.arange(10_000_000.0))
+        for _ in torch.utils.data.DataLoader(data, batch_size=1, num_workers=2): pass
+
+    def work(wait):
+        world = duoka.current_world()
+        if world.rank == 0:
+            print("working", flush=True)
+        if world.rank == 0 and wait is not stay_in_loader or world.rank and wait is stay_in_loader:
+            wait()
+        else:
+            time.sleep(60)
+
+    wait = globals()[sys.argv[1]]
+    duoka.launch(lambda: 0, devices="cpu:3")
+    duoka.launch(work, wait, devices="cpu:3")
+"""
+
+
+def start_script(folder: Path, wait: str) -> subprocess.Popen[str]:
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    process = subprocess.Popen(
+        [sys.executable, str(script), wait], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "working\n"
+    return process
+
+
+@pytest.mark.parametrize("wait", ["stay_in_collective", "stay_in_sleep", "stay_in_python", "stay_in_loader"])
+def test_ctrl_c_ends_everything_once(tmp_path: Path, wait: str) -> None:
+    process = start_script(tmp_path, wait)
+    time.sleep(0.5)
+    pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=30)
+    assert time.monotonic() - start < LIMIT_S
+    assert shown.count("KeyboardInterrupt") == 1
+    assert shown.rstrip().endswith("KeyboardInterrupt")
+    assert process.returncode == -signal.SIGINT
+    assert len(pids) >= 2
+    assert not wait_until_gone(pids, 0.5)
+
+
+@pytest.mark.parametrize("wait", ["stay_in_collective", "stay_in_loader"])
+def test_helpers_and_their_workers_are_gone_when_the_caller_is_killed(tmp_path: Path, wait: str) -> None:
+    process = start_script(tmp_path, wait)
+    time.sleep(0.5)
+    pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert len(pids) >= (6 if wait == "stay_in_loader" else 2)
+    process.kill()
+    process.communicate()
+    assert not wait_until_gone(pids)
+
+
+def test_a_program_that_ends_leaves_no_helper_behind(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import duoka, os, psutil\n"
+        "duoka.launch(lambda: 0, devices='cpu:3')\n"
+        "print(*[child.pid for child in psutil.Process().children()])\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2
+    assert not done.stderr
+    assert not wait_until_gone(pids, 1.0)
+
+
+def test_a_forked_child_of_the_caller_keeps_no_helper_alive(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import duoka, os, psutil, time\n"
+        "duoka.launch(lambda: 0, devices='cpu:2')\n"
+        "pids = [child.pid for child in psutil.Process().children()]\n"
+        "if os.fork() == 0:\n"
+        "    time.sleep(30); os._exit(0)\n"
+        "print(*pids, flush=True)\n"
+        "time.sleep(30)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(word) for word in process.stdout.readline().split()]
+    forked = [child.pid for child in psutil.Process(process.pid).children() if child.pid not in pids]
+    process.kill()
+    process.wait()
+    try:
+        assert len(pids) == 1
+        assert not wait_until_gone(pids)
+    finally:
+        for pid in forked:
+            os.kill(pid, signal.SIGKILL)
+        process.stdout.close()
+
+
+@pytest.mark.slow
+def test_fifty_launches_in_a_row_leave_nothing() -> None:
+    duoka.launch(rank, devices="cpu:3")
+    found = psutil.Process().num_fds(), psutil.Process().num_threads(), [child.pid for child in children()]
+    for _ in range(50):
+        assert duoka.launch(rank, devices="cpu:3", returns="all") == [0, 1, 2]
+    assert (psutil.Process().num_fds(), psutil.Process().num_threads(), [c.pid for c in children()]) == found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_fifty_helper_kills_at_random_moments_are_all_reported_in_time() -> None:
+    """A helper is killed at a moment drawn from start-up, work and tear-down: a launch ends well or says who died."""
+    draws = random.Random(5)
+    duoka.launch(reduce_often, devices="cpu:3")
+    reports = [launch_while_killing(draws) for _ in range(50)]
+    died = [report for report in reports if report is not None]
+    assert len(died) >= 10
+    assert {error.signal for error, _ in died} == {"SIGKILL"}
+    assert max(delay_s for _, delay_s in died) < LIMIT_S
+
+
+def reduce_often() -> int:
+    for _ in range(20):
+        dist.all_reduce(torch.ones(1000))
+    return rank()
+
+
+def launch_while_killing(draws: random.Random) -> tuple[errors.WorkerDied, float] | None:
+    """Launch while a thread kills a helper, and return what was reported and how long after the kill, if anything."""
+    delay_s, number, warm = draws.uniform(0, 0.15), draws.randrange(2), children()
+    killed_at: list[float] = []
+
+    def kill_one() -> None:
+        time.sleep(delay_s)
+        found = warm or children()
+        if number < len(found):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[number].kill()
+                killed_at.append(time.monotonic())
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        assert duoka.launch(reduce_often, devices="cpu:3", returns="all") == [0, 1, 2]
+    except errors.WorkerDied as error:
+        return error, time.monotonic() - killed_at[0]
+    finally:
+        killer.join()
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_twenty_kills_of_the_caller_leave_no_process(tmp_path: Path) -> None:
+    draws = random.Random(6)
+    for number in range(20):
+        process = start_script(tmp_path, ["stay_in_collective", "stay_in_sleep"][number % 2])
+        time.sleep(draws.uniform(0, 0.2))
+        pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        process.kill()
+        process.communicate()
+        assert len(pids) == 2
+        assert not wait_until_gone(pids)

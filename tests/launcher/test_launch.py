@@ -1,0 +1,286 @@
+"""What ``launch`` does when all goes well, and how it leaves the user's process."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import duoka
+from duoka import errors
+
+
+def helper_pids() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+def place() -> tuple[int, int, int, int]:
+    world = duoka.current_world()
+    return world.rank, world.size, dist.get_rank(), dist.get_world_size()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_device_runs_the_function_with_the_group_initialised(size: int) -> None:
+    assert duoka.launch(place, devices=f"cpu:{size}", returns="all") == [(r, size, r, size) for r in range(size)]
+
+
+def test_the_caller_is_rank_zero_and_gets_its_value() -> None:
+    assert duoka.launch(lambda: (os.getpid(), duoka.current_world().rank), devices="cpu:2") == (os.getpid(), 0)
+
+
+def test_collectives_reach_every_rank() -> None:
+    def collect() -> tuple[float, str, list[int], bool]:
+        world = duoka.current_world()
+        total = world.all_reduce(torch.tensor([float(world.rank)]))
+        return total.item(), world.broadcast(f"from {world.rank}"), world.gather(world.rank), world.any(world.rank == 2)
+
+    assert duoka.launch(collect, devices="cpu:3", returns="all") == [(3.0, "from 0", [0, 1, 2], True)] * 3
+
+
+def test_rank_zero_works_on_the_very_objects_of_the_user() -> None:
+    model = nn.Linear(2, 2)
+
+    def fill(given: nn.Linear) -> bool:
+        nn.init.constant_(given.weight, 5.0 + duoka.current_world().rank)
+        return given is model
+
+    assert duoka.launch(fill, model, devices="cpu:2")
+    assert model.weight.unique().tolist() == [5.0]
+
+
+def test_helpers_get_copies_that_keep_types_views_and_ties() -> None:
+    base = torch.arange(1_000_000, dtype=torch.float32)
+    array = np.arange(500_000)
+
+    def look(data: dict[str, object]) -> tuple[object, ...]:
+        whole, part, kept = data["whole"], data["part"], data["array"]
+        assert isinstance(whole, torch.Tensor)
+        assert isinstance(part, torch.Tensor)
+        assert isinstance(kept, np.ndarray)
+        whole[0] = 7.0  # each rank's own copy, and writable
+        kept[0] = 9
+        return (
+            whole[1:3].tolist(),
+            part[0].item(),
+            int(kept[1]),
+            part.untyped_storage()._cdata == whole.untyped_storage()._cdata,
+        )
+
+    def on_helper(data: dict[str, object]) -> tuple[object, ...] | None:
+        return look(data) if duoka.current_world().rank else None
+
+    values = duoka.launch(on_helper, {"whole": base, "part": base[:10], "array": array}, devices="cpu:3", returns="all")
+    assert values[1:] == [([1.0, 2.0], 7.0, 1, True)] * 2
+    assert base[0] == 0
+    assert array[0] == 0
+
+
+def test_a_large_tensor_is_mapped_by_helpers_and_not_copied() -> None:
+    data = torch.ones(64 << 20, dtype=torch.uint8)
+
+    def private_bytes_used(given: torch.Tensor) -> int:
+        before = psutil.Process().memory_full_info().uss
+        assert int(given.sum()) == given.numel()
+        return int(psutil.Process().memory_full_info().uss - before)
+
+    used = duoka.launch(private_bytes_used, data, devices="cpu:3", returns="all")
+    assert max(used[1:]) < data.numel() / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.bool, torch.float64])
+def test_tensors_of_every_kind_travel_both_ways(dtype: torch.dtype) -> None:
+    sent = torch.eye(3).to(dtype)
+    empty, scalar = torch.empty(0, 4, dtype=dtype), torch.ones((), dtype=dtype)
+    returned = duoka.launch(lambda *given: given, sent, empty, scalar, devices="cpu:2", returns="all")[1]
+    for before, after in zip((sent, empty, scalar), returned, strict=True):
+        assert torch.equal(before, after)
+        assert before.dtype == after.dtype
+
+
+def test_returned_parameters_keep_gradients_and_hooks_stay_out_of_the_way() -> None:
+    def train() -> nn.Parameter:
+        parameter = nn.Parameter(torch.ones(3))
+        (parameter * 2).sum().backward()
+        return parameter
+
+    returned = duoka.launch(train, devices="cpu:2", returns="all")[1]
+    assert isinstance(returned, nn.Parameter)
+    assert returned.requires_grad
+
+
+def test_a_second_launch_reuses_the_warm_helpers() -> None:
+    duoka.launch(place, devices="cpu:3")
+    first = helper_pids()
+    duoka.launch(place, devices="cpu:3")
+    duoka.launch(place, devices="cpu:2")
+    assert helper_pids() == first
+    assert len(first) == 2
+
+
+def test_helpers_see_the_folder_environment_path_and_arguments_of_now(tmp_path, monkeypatch) -> None:
+    def look() -> tuple[str, str | None, bool, list[str]]:
+        return os.getcwd(), os.environ.get("DUOKA_TEST_X"), "extra" in sys.path, sys.argv
+
+    duoka.launch(look, devices="cpu:2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DUOKA_TEST_X", "1")
+    monkeypatch.syspath_prepend("extra")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--fast"])
+    assert duoka.launch(look, devices="cpu:2", returns="all")[1] == (str(tmp_path), "1", True, ["train.py", "--fast"])
+    monkeypatch.delenv("DUOKA_TEST_X")
+    assert duoka.launch(look, devices="cpu:2", returns="all")[1][1] is None
+
+
+def test_a_module_edited_between_launches_runs_in_its_new_edition(tmp_path, monkeypatch) -> None:
+    import importlib
+
+    source = tmp_path / "duoka_edited_module.py"
+    source.write_text("def answer():\n    return 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("duoka_edited_module")
+    try:
+        assert duoka.launch(module.answer, devices="cpu:2", returns="all") == [1, 1]
+        source.write_text("def answer():\n    return 22\n")
+        importlib.reload(module)
+        assert duoka.launch(module.answer, devices="cpu:2", returns="all") == [22, 22]
+    finally:
+        del sys.modules["duoka_edited_module"]
+
+
+def test_the_callers_process_is_given_back_as_it_was_found() -> None:
+    def disturb() -> None:
+        os.environ["DUOKA_LEFT_BEHIND"] = "1"
+        torch.manual_seed(99)
+        random.seed(99)
+        np.random.seed(99)  # noqa: NPY002
+        torch.set_num_threads(1)
+
+    duoka.launch(disturb, devices="cpu:2")  # helpers are warm from here on
+    state = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    found = dict(os.environ), torch.get_num_threads(), signal.getsignal(signal.SIGINT), threading.enumerate()
+    descriptors = psutil.Process().num_fds()
+    duoka.launch(disturb, devices="cpu:2")
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (random.getstate(), str(np.random.get_state())) == state[1:]  # noqa: NPY002
+    assert (dict(os.environ), torch.get_num_threads(), signal.getsignal(signal.SIGINT), threading.enumerate()) == found
+    assert signal.set_wakeup_fd(-1) == -1
+    assert not dist.is_initialized()
+    assert duoka.current_world().size == 1
+    assert psutil.Process().num_fds() == descriptors
+
+
+def test_a_seed_repeats_every_ranks_draws_and_ranks_draw_differently() -> None:
+    def draw() -> tuple[float, float, float]:
+        return torch.rand(()).item(), random.random(), float(np.random.rand())  # noqa: NPY002
+
+    torch.manual_seed(3)
+    first = duoka.launch(draw, devices="cpu:3", returns="all")
+    torch.manual_seed(3)
+    again = duoka.launch(draw, devices="cpu:3", returns="all")
+    torch.manual_seed(4)
+    other = duoka.launch(draw, devices="cpu:3", returns="all")
+    assert first[1:] == again[1:]
+    assert first[0][0] == again[0][0]
+    assert len({value[0] for value in first + other}) == 6
+
+
+def test_ranks_share_the_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert sum(duoka.launch(torch.get_num_threads, devices="cpu:2", returns="all")) <= max(cores, 2)
+
+
+def test_helpers_print_nothing_unless_asked_and_then_with_a_label(capfd) -> None:
+    def speak() -> None:
+        print(f"hello from {duoka.current_world().rank}")
+
+    duoka.launch(speak, devices="cpu:2")
+    assert capfd.readouterr().out == "hello from 0\n"
+    duoka.launch(speak, devices="cpu:2", output="all")
+    assert "[rank 1 cpu:1] hello from 1\n" in capfd.readouterr().out
+
+
+def test_a_helper_that_prints_a_lot_does_not_stall() -> None:
+    def speak() -> int:
+        if duoka.current_world().rank:
+            for _ in range(3000):
+                print("x" * 1000)
+        return 1
+
+    assert duoka.launch(speak, devices="cpu:2", returns="all") == [1, 1]
+
+
+def test_a_launch_inside_a_launch_is_refused() -> None:
+    with pytest.raises(errors.LaunchError, match="running in this process already"):
+        duoka.launch(lambda: duoka.launch(place, devices="cpu:2"), devices="cpu:2")
+
+
+def test_arguments_that_cannot_travel_are_named() -> None:
+    with pytest.raises(errors.LaunchError, match="lock"):
+        duoka.launch(print, threading.Lock(), devices="cpu:2")
+
+
+def test_a_group_of_the_users_own_is_left_alone_and_named() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(errors.LaunchError, match="destroy_process_group"):
+            duoka.launch(place, devices="cpu:2")
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("option", "value"), [("returns", "some"), ("output", "loud")])
+def test_a_wrong_option_names_the_choices(option: str, value: str) -> None:
+    with pytest.raises(errors.ConfigError, match=f"{option}='{value}' is not one of"):
+        duoka.launch(place, devices="cpu:2", **{option: value})
+
+
+def test_a_thread_can_launch_and_its_end_does_not_end_the_helpers() -> None:
+    values: list[object] = []
+    thread = threading.Thread(target=lambda: values.append(duoka.launch(place, devices="cpu:2")))
+    thread.start()
+    thread.join()
+    warm = helper_pids()
+    time.sleep(0.1)
+    duoka.launch(place, devices="cpu:2")
+    assert values == [(0, 2, 0, 2)]
+    assert helper_pids() == warm
+
+
+def test_data_loader_workers_run_in_helpers() -> None:
+    def load() -> float:
+        data = torch.utils.data.TensorDataset(torch.arange(8.0))
+        return sum(float(batch.sum()) for (batch,) in torch.utils.data.DataLoader(data, batch_size=2, num_workers=2))
+
+    assert duoka.launch(load, devices="cpu:2", returns="all") == [28.0, 28.0]
+
+
+def test_a_rank_may_come_later_than_the_rendezvous_allows_and_earlier_than_the_timeout() -> None:
+    def meet_late() -> float:
+        if duoka.current_world().rank:
+            time.sleep(5)
+        return duoka.current_world().all_reduce(torch.ones(1)).item()
+
+    assert duoka.launch(meet_late, devices="cpu:2", timeout_s=30) == 2.0
+
+
+def test_a_collective_that_a_rank_does_not_join_fails_after_the_timeout() -> None:
+    def wait_alone() -> None:
+        if duoka.current_world().rank:
+            time.sleep(30)
+        duoka.current_world().barrier()
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)timed out"):
+        duoka.launch(wait_alone, devices="cpu:2", timeout_s=2)
+    assert time.monotonic() - start < 20
