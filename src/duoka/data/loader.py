@@ -88,6 +88,15 @@ class ShardedLoader:
 def shard(loader: Any, *, rank: int, size: int, seed: int, merge: int = 1, training: bool = True) -> ShardedLoader:
     """Return rank ``rank``'s part of each global batch of ``loader``, for ``size`` ranks.
 
+    The order is a function of (seed, epoch), whatever draws it: samplers and loaders run with generators of their own, and
+    the process's generators stay as they were. A ``torch.Generator`` (or NumPy's, or ``random.Random``) that a sampler or
+    loader holds starts each epoch from ``seed`` mixed with the seed it was given, which must be the same on every rank.
+    Of map-style data a rank loads its own samples only; a stream (``IterableDataset``) or a loader of ready-made batches is
+    read whole by every rank, and so is a map-style data set with ``batch_size=None`` whose sampler is no ``BatchSampler``.
+
+    A map-style data set may be asked again for the samples of a batch in which it draws from a generator for the first
+    time; with ``batch_size=None`` or in ``collate_fn`` randomness belongs to a rank's part, not to each sample.
+
     Args:
         loader: a ``DataLoader`` of any kind, or any iterable (or generator function) that yields ready-made batches.
         rank: this process's number, from 0.
