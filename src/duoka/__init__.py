@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from duoka.launcher import launch
+    from duoka.mirror import DataParallel
     from duoka.world import World, current_world
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DataParallel",
     "World",
     "current_world",
     "launch",
 ]
 
 _WHERE = {
+    "DataParallel": "duoka.mirror",
     "World": "duoka.world",
     "current_world": "duoka.world",
     "launch": "duoka.launcher",

@@ -11,6 +11,7 @@ __all__ = [
     "LaunchError",
     "MissingDependencyError",
     "StorageError",
+    "UnsupportedError",
     "WorkerDied",
 ]
 
@@ -41,6 +42,10 @@ class StorageError(DuokaError, OSError):
 
 class MissingDependencyError(DuokaError, ImportError):
     """An optional package is needed and not installed; the message names the command that installs it."""
+
+
+class UnsupportedError(DuokaError, NotImplementedError):
+    """Something that one device can do and several together cannot; the message says what to use instead."""
 
 
 class LaunchError(DuokaError, RuntimeError):

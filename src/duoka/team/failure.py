@@ -56,7 +56,8 @@ def unpack(payload: Payload, rank: int, device: str, receiver: torch.device) -> 
 
 def _own_frames(frames: TracebackType | None) -> TracebackType | None:
     """The traceback from the user's function on, without the frames that led to it."""
-    ours = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "launcher"), contextlib.__file__)
+    package = Path(__file__).parents[1]
+    ours = (*(str(package / part) for part in ("team", "launcher", "mirror")), contextlib.__file__)
     inner = frames
     while inner is not None and inner.tb_frame.f_code.co_filename.startswith(ours):
         inner = inner.tb_next

@@ -92,7 +92,9 @@ def _open(payload: Payload, line: _Line) -> contextlib.AbstractContextManager[An
         function, arguments = loads(work, task.device)
     finally:
         work.close()
-    context: contextlib.AbstractContextManager[Any] = function(task.place, line.meet, *arguments)
+    context: contextlib.AbstractContextManager[Any] = function(
+        task.place, line if task.talks else line.meet, *arguments
+    )
     return context
 
 

@@ -12,7 +12,7 @@ import mmap
 import os
 import pickle
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +41,14 @@ class Payload:
             os.close(self.fd)
 
 
-def dumps(value: Any) -> Payload:
-    """Pickle ``value``, functions and classes of ``__main__`` included; raises what pickling raises."""
+def dumps(value: Any, replace: Callable[[Any], Any] | None = None) -> Payload:
+    """Pickle ``value``, functions and classes of ``__main__`` included; raises what pickling raises.
+
+    ``replace`` may return for an object what to pickle in its place, as ``__reduce__`` does, or ``NotImplemented``.
+    """
     file = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
-    _Pickler(file, buffers).dump(value)
+    _Pickler(file, buffers, replace).dump(value)
     if not buffers:
         return Payload(file.getvalue())
     views = [buffer.raw() for buffer in buffers]
@@ -70,9 +73,12 @@ def memory_file(name: str) -> int:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is not annotated
-    def __init__(self, file: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
+    def __init__(
+        self, file: io.BytesIO, buffers: list[pickle.PickleBuffer], replace: Callable[[Any], Any] | None
+    ) -> None:
         super().__init__(file, protocol=5, buffer_callback=self._keep_large)
         self._buffers = buffers
+        self._replace = replace
         self._storages: dict[int, _Storage] = {}
 
     def _keep_large(self, buffer: pickle.PickleBuffer) -> bool:
@@ -82,6 +88,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is not 
         return False
 
     def reducer_override(self, obj: Any) -> Any:
+        if self._replace is not None and (other := self._replace(obj)) is not NotImplemented:
+            return other
         if type(obj) is torch.storage.TypedStorage and obj._untyped_storage.device.type != "meta":
             storage = obj._untyped_storage
             handle = self._storages.setdefault(storage._cdata, _Storage(storage))

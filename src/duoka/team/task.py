@@ -46,7 +46,8 @@ class Task:
     """What to run, once the surroundings are right: ``work`` is a pickled ``(function, arguments)``.
 
     ``function(place, meet, *arguments)`` returns a context manager: its value is the rank's answer, and it is left when
-    all ranks have answered, so that no rank takes a process group away from under another.
+    all ranks have answered, so that no rank takes a process group away from under another. Where the task ``talks``, it is
+    given the whole line to its owner in place of ``meet``.
     """
 
     surroundings: Surroundings
@@ -55,3 +56,4 @@ class Task:
     scratch: str | None
     work: bytes
     sizes: tuple[int, ...]
+    talks: bool = False

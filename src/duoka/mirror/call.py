@@ -1,0 +1,256 @@
+"""One call of a wrapped model: its questions to the helpers, and its place in the user's autograd graph.
+
+Two nodes stand around the part that the user's process computes itself. ``Finish`` is made before that part, so autograd
+comes to it last; ``Gather`` is made after it, so autograd comes to it first: that sends each helper its slice of the
+gradient at once, and ``Finish`` fetches what has become of it when this process is through with its own part.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd import Function, Variable
+
+from duoka.errors import UnsupportedError
+from duoka.mirror import ambient
+from duoka.mirror.crew import Crew
+from duoka.mirror.memory import Lease, Piece, lay_out, tensor_at
+from duoka.mirror.messages import Answered, Backward, Forward, Outputs, Packed
+from duoka.mirror.nested import Joint
+from duoka.mirror.replica import unpack
+from duoka.mirror.weights import Weights
+from duoka.team.payload import dumps
+
+__all__ = ["Call", "Finish", "Gather", "join_tensors"]
+
+_SEEDS_APART = 0x9E3779B97F4A7C15
+
+
+class Call:
+    """One forward on all devices, and the backwards through it."""
+
+    def __init__(self, crew: Crew, model: int, weights: Weights, sizes: Sequence[int], dim: int) -> None:
+        self.sizes, self.dim = sizes, dim
+        self.has_graph: list[list[bool]] = []
+        self._crew, self._model = crew, model
+        self._generation = crew.generation
+        self._ticket = crew.new_ticket()
+        self._weights = weights
+        self._seats = weights.seats
+        self._pieces, self._gradient_bytes = weights.gradient_pieces, weights.gradient_bytes
+        self._inputs: list[list[tuple[Piece, bool]]] = []
+        self._leases: list[Lease] = []
+        self._backward: list[tuple[int, int, Lease, list[Piece | None]]] = []
+
+    def ask(self, parts: Sequence[Sequence[torch.Tensor]], arguments: Any) -> torch.Tensor | None:
+        """Send each helper its part; returns what ties the helpers' graphs to the user's, if there is to be one."""
+        parameters = [parameter for parameter in self._weights.parameters if parameter.requires_grad]
+        inputs = [tensor for part in parts for tensor in part if tensor.requires_grad]
+        keeps_graph = torch.is_grad_enabled() and bool(parameters or inputs)
+        payload, modes, seed = dumps(arguments), ambient.capture(self._crew.devices[0]), ambient.draw_seed()
+        for index, part in enumerate(parts):
+            question = Forward(
+                self._ticket,
+                self._model,
+                index + 1,
+                *self._put(part, keeps_graph),
+                Packed(payload.data, payload.sizes),
+                modes,
+                (seed + (index + 1) * _SEEDS_APART) % 2**63,
+                keeps_graph,
+                (),
+            )
+            self._crew.ask(index, question, self._leases[index], payload.fd)
+        payload.close()
+        weakref.finalize(self, _drop, self._crew, self._ticket, len(parts)).atexit = False
+        return Finish.apply(self, *parameters, *inputs) if keeps_graph else None
+
+    def _put(self, part: Sequence[torch.Tensor], keeps_graph: bool) -> tuple[Any, tuple[tuple[Piece, bool], ...]]:
+        pieces, size = lay_out(part)
+        lease = self._crew.traffic.lend(size)
+        with torch.no_grad():
+            for tensor, piece in zip(part, pieces, strict=True):
+                tensor_at(lease.base, piece).copy_(tensor)
+        forms = [(piece, keeps_graph and tensor.requires_grad) for piece, tensor in zip(pieces, part, strict=True)]
+        self._inputs.append(forms)
+        self._leases.append(lease)
+        return lease.place, tuple(forms)
+
+    def outputs(self) -> list[tuple[list[torch.Tensor], Any]]:
+        """Return each helper's tensors, in its own memory, and its value with holes for them."""
+        values = []
+        for index in range(len(self._leases)):
+            answer, fd = self._crew.answer(index, self._ticket)
+            assert isinstance(answer, Outputs)
+            tensors = self._crew.window(index).tensors(answer.place, [piece for piece, _ in answer.tensors])
+            self.has_graph.append([has_graph for _, has_graph in answer.tensors])
+            values.append((tensors, unpack(answer.value, fd)))
+        return values
+
+    def send_gradients(self, gradients: Sequence[Sequence[torch.Tensor | None]]) -> None:
+        """Let the helpers go backward."""
+        if self._generation != self._crew.generation:
+            raise RuntimeError(
+                "the helpers that computed parts of this graph were ended after a failure or by close(); run the forward "
+                "again"
+            )
+        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        for index, ticket, *_ in self._backward:  # one that failed half-way
+            self._crew.give_up(index, ticket)
+        self._backward = []
+        self._crew.threads.share()
+        Variable._execution_engine.queue_callback(self._crew.threads.give_back)
+        for index, given in enumerate(gradients):
+            if any(gradient is not None for gradient in given):
+                self._send_gradients(index, given, keeps_graph)
+
+    def _send_gradients(self, index: int, given: Sequence[torch.Tensor | None], keeps_graph: bool) -> None:
+        pieces, size = lay_out([g for g in given if g is not None], self._gradient_bytes)
+        wanting = [piece for piece, wants in self._inputs[index] if wants]
+        input_pieces = []
+        for piece in wanting:
+            input_pieces.append(piece._replace(offset=size + piece.offset))
+        size += max((p.offset for p in wanting), default=0) + max((_nbytes(p) for p in wanting), default=0)
+        lease = self._crew.traffic.lend(size)
+        rest, inputs = iter(pieces), iter(input_pieces)
+        outputs = [None if gradient is None else next(rest) for gradient in given]
+        with torch.no_grad():
+            for gradient, place in zip(given, outputs, strict=True):
+                if gradient is not None and place is not None:
+                    tensor_at(lease.base, place).copy_(gradient)
+        slots = [next(inputs) if wants else None for _, wants in self._inputs[index]]
+        ticket = self._crew.new_ticket()
+        question = Backward(ticket, self._ticket, lease.place, tuple(outputs), tuple(slots), keeps_graph, ())
+        self._crew.ask(index, question, lease)
+        self._backward.append((index, ticket, lease, slots))
+
+    def fetch_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
+        """Return the sums of the helpers' gradients: of parameters by number, and of inputs in the order of ``Finish``."""
+        sums: dict[int, torch.Tensor] = {}
+        inputs: dict[int, dict[int, torch.Tensor]] = {}
+        for index, ticket, lease, slots in self._backward:
+            answer, fd = self._crew.answer(index, ticket)
+            assert isinstance(answer, Answered)
+            own = {n: tensor_at(lease.base, piece) for n in answer.parameters if (piece := self._pieces[n]) is not None}
+            _add(sums, own)
+            if answer.sparse.data:
+                _add(sums, unpack(answer.sparse, fd))
+            inputs[index] = {n: tensor_at(lease.base, piece) for n in answer.inputs if (piece := slots[n]) is not None}
+        self._backward = []
+        self._crew.threads.give_back()
+        wanted = [(i, n) for i, forms in enumerate(self._inputs) for n, (_, wants) in enumerate(forms) if wants]
+        return sums, [inputs.get(index, {}).get(number) for index, number in wanted]
+
+    @property
+    def parameter_numbers(self) -> list[int]:
+        """The numbers of the parameters that required a gradient when the call was made."""
+        return [number for number, piece in enumerate(self._pieces) if piece is not None]
+
+
+class Finish(Function):
+    """The parameters' place in the graph before the user's part: its backward returns the helpers' gradients for them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return a token that only ``Gather`` uses."""
+        ctx.call = call
+        ctx.hooked = [weakref.ref(tensor) for tensor in tensors]
+        return torch.zeros((), device=tensors[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the helpers' gradients."""
+        parameters, inputs = ctx.call.fetch_gradients()
+        gradients = [parameters.get(number) for number in ctx.call.parameter_numbers] + inputs
+        for index, tensor in enumerate(ctx.hooked):
+            if gradients[index] is not None and (held := tensor()) is not None and held._backward_hooks:
+                gradients[index] = gradients[index].clone()  # a hook may keep what it is shown
+        # Held until the backward is over, so that autograd copies them rather than making shared memory someone's `grad`.
+        Variable._execution_engine.queue_callback(list(gradients).clear)
+        return None, *gradients
+
+
+class Gather(Function):
+    """The parts' outputs joined: its backward sends each helper its slice of the gradient, first of all nodes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        joints: Sequence[Joint],
+        others: list[list[torch.Tensor]],
+        token: torch.Tensor,
+        *own: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return one tensor for each joint."""
+        tensors = [list(own), *others]
+        graphs = [list(ctx.needs_input_grad[4:]), *call.has_graph]
+        ctx.call, ctx.joints, ctx.graphs = call, joints, graphs
+        ctx.shapes = [[tensor.shape for tensor in part] for part in tensors]
+        ctx.like_token = token.detach()
+        ctx.set_materialize_grads(False)
+        results = tuple(join_tensors(joint, tensors, call.dim) for joint in joints)
+        without = [
+            r
+            for r, joint in zip(results, joints, strict=True)
+            if not any(graphs[h.part][h.number] for h in joint.holes)
+        ]
+        ctx.mark_non_differentiable(*without)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Share out the gradients."""
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "a backward with create_graph=True (double backward) cannot go through duoka.DataParallel: helpers return "
+                "gradients, not graphs. Compute this part of the loss on the wrapped model itself: model.module(x)"
+            )
+        parts: list[list[torch.Tensor | None]] = [[None] * len(shapes) for shapes in ctx.shapes]
+        for joint, gradient in zip(ctx.joints, gradients, strict=True):
+            if gradient is not None:
+                for hole, piece in zip(joint.holes, _cut(gradient, joint, ctx.shapes, ctx.call.dim), strict=True):
+                    parts[hole.part][hole.number] = piece if ctx.graphs[hole.part][hole.number] else None
+        ctx.call.send_gradients(parts[1:])
+        return None, None, None, torch.zeros_like(ctx.like_token), *parts[0]
+
+
+def join_tensors(joint: Joint, tensors: Sequence[Sequence[torch.Tensor]], dim: int) -> torch.Tensor:
+    """Return the parts' tensors one after the other along ``dim``; of numbers, a vector with one from each part."""
+    given = [tensors[hole.part][hole.number] for hole in joint.holes]
+    if not joint.is_joined:
+        return given[0].clone()
+    return torch.stack(given) if given[0].dim() == 0 else torch.cat(given, dim)
+
+
+def _cut(
+    gradient: torch.Tensor, joint: Joint, shapes: Sequence[Sequence[torch.Size]], dim: int
+) -> Sequence[torch.Tensor]:
+    of = [shapes[hole.part][hole.number] for hole in joint.holes]
+    if not joint.is_joined:
+        return [gradient]
+    if not of[0]:
+        return gradient.unbind()
+    return torch.split(gradient, [shape[dim] for shape in of], dim)
+
+
+def _add(sums: dict[int, torch.Tensor], new: dict[int, torch.Tensor]) -> None:
+    """Add what is new to the sums, in place where a sum is the first helper's own memory."""
+    both = [n for n in new if n in sums and sums[n].layout is torch.strided and new[n].layout is torch.strided]
+    if both:
+        torch._foreach_add_([sums[n] for n in both], [new[n] for n in both])
+    for n in new.keys() - set(both):
+        sums[n] = sums[n] + new[n] if n in sums else new[n]
+
+
+def _nbytes(piece: Piece) -> int:
+    return piece.dtype.itemsize * max(1, sum((s - 1) * t for s, t in zip(piece.shape, piece.stride, strict=True)) + 1)
+
+
+def _drop(crew: Crew, ticket: int, helpers: int) -> None:
+    for index in range(helpers):
+        crew.give_up(index, ticket)
+    crew.drop(ticket)

@@ -1,0 +1,180 @@
+"""One wrapped model on its crew: what has changed is told to the helpers, then each call is split, computed and joined."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.errors import LaunchError
+from duoka.mirror import nested
+from duoka.mirror.call import Call, Gather, join_tensors
+from duoka.mirror.crew import Crew, crew_of
+from duoka.mirror.messages import Configure, Packed, Patch, Reseat
+from duoka.mirror.replica import pack_structure, pack_values
+from duoka.mirror.structure import Structure
+from duoka.mirror.weights import Weights
+from duoka.team.payload import Payload
+
+__all__ = ["Engine"]
+
+_numbers = itertools.count(1)
+
+
+class Engine:
+    """Computes a model's calls on all devices of a crew."""
+
+    def __init__(self, devices: Sequence[torch.device], dim: int) -> None:
+        self.number = next(_numbers)
+        self.crew: Crew = crew_of(devices)
+        self.crew.join()
+        self._dim = dim
+        self._generation = 0
+        self._structure: Structure | None = None
+        self._weights: Weights | None = None
+
+    def close(self) -> None:
+        """Give the helpers back, if no other model uses them."""
+        self.crew.leave(self.number)
+
+    def close_later(self) -> None:
+        """Close from a thread of its own: for the garbage collector, which may come in the middle of anything."""
+        try:
+            threading.Thread(target=self.close, name="duoka-close", daemon=True).start()
+        except RuntimeError:  # the interpreter is ending, and the helpers with it
+            pass
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute ``module(*args, **kwargs)``, each device its part of the batch."""
+        if not self.crew.is_ours or _is_lazy(module):
+            return module(*args, **kwargs)
+        with self.crew.lock:
+            if self.crew.in_forward:  # called inside another wrapped model's part, which has this device only
+                return module(*args, **kwargs)
+            self.crew.in_forward = True
+            try:
+                return self._run(module, args, kwargs)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    self.crew.stop()
+                raise
+            finally:
+                self.crew.threads.give_back()
+                self.crew.in_forward = False
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors, arguments = nested.take_out((args, kwargs))
+        sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
+        if len(sizes) == 1:
+            return _joined([nested.take_out(module(*args, **kwargs))], sizes, self._dim, None, None)
+        weights = self._tell_changes(module)
+        call = Call(self.crew, self.number, weights, sizes, self._dim)
+        parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
+        self.crew.threads.share()
+        token = call.ask(parts[1:], arguments)
+        args, kwargs = nested.fill(arguments, parts[0])
+        own = nested.take_out(module(*args, **kwargs))
+        return _joined([own, *call.outputs()], sizes, self._dim, call, token)
+
+    def _tell_changes(self, module: nn.Module) -> Weights:
+        self.crew.start()
+        structure, weights = self._structure, self._weights
+        if structure is None or weights is None or self._generation != self.crew.generation:
+            return self._tell_all(module)
+        changes = structure.take_changes() if structure.is_current() else None
+        if changes is None or (changes and not self._tell_values(changes, structure)):
+            return self._tell_all(module)
+        if moved := weights.follow():
+            if not weights.fit(moved):
+                return self._tell_all(module)
+            places = weights.parameter_places
+            self.crew.tell(Reseat(self.number, {index: places[index] for index in moved}))
+        weights.copy(structure.buffers())
+        return weights
+
+    def _tell_all(self, module: nn.Module) -> Weights:
+        structure = Structure(module)
+        buffers = structure.buffers()
+        weights = Weights(structure.parameters, buffers, self.crew.weights, self.crew.traffic)
+        weights.copy(buffers)
+        payload = _packed(module, _tensors(structure))
+        try:
+            self.crew.tell(
+                Configure(
+                    self.number,
+                    Packed(payload.data, payload.sizes),
+                    weights.parameter_places,
+                    weights.buffer_places,
+                    list(sys.path),
+                ),
+                payload.fd,
+            )
+        finally:
+            payload.close()
+        self._structure, self._weights, self._generation = structure, weights, self.crew.generation
+        return weights
+
+    def _tell_values(self, changes: dict[int, dict[str, Any]], structure: Structure) -> bool:
+        """Send new values of attributes; returns whether that could be done so."""
+        try:
+            payload = pack_values(changes, _tensors(structure))
+        except Exception:
+            return False  # packing the whole model tells what it is
+        try:
+            self.crew.tell(Patch(self.number, Packed(payload.data, payload.sizes)), payload.fd)
+        finally:
+            payload.close()
+        return True
+
+
+def _tensors(structure: Structure) -> list[torch.Tensor]:
+    return [*structure.parameters, *(buffer for buffer in structure.buffers() if buffer is not None)]
+
+
+def _packed(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Payload:
+    try:
+        return pack_structure(module, tensors)
+    except Exception as error:
+        raise LaunchError(
+            f"the model cannot be sent to the helper processes: {error}. Something in it ({_culprit(module)}) cannot leave "
+            "this process: an open file, a lock, a generator, a logger's handler. Keep it outside the model, or make it "
+            "where it is used."
+        ) from error
+
+
+def _culprit(module: nn.Module) -> str:
+    """Name the first attribute that cannot be pickled."""
+    for name, part in module.named_modules():
+        for attribute, value in part.__dict__.items():
+            if attribute in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                pack_values(value, ()).close()
+            except Exception:
+                return f"attribute {attribute!r} of {name or 'the model itself'}"
+    return "its class"
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether a parameter has no shape yet: the first call gives it one, on this device alone."""
+    return any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters())
+
+
+def _joined(
+    parts: Sequence[tuple[Sequence[torch.Tensor], Any]],
+    sizes: Sequence[int],
+    dim: int,
+    call: Call | None,
+    token: torch.Tensor | None,
+) -> Any:
+    """Return one value from the parts' tensors and values, with a graph if the call has one."""
+    value, joints = nested.join([skeleton for _, skeleton in parts], sizes)
+    tensors = [list(part) for part, _ in parts]
+    if token is None or call is None:
+        return nested.fill(value, [join_tensors(joint, tensors, dim) for joint in joints])
+    return nested.fill(value, Gather.apply(call, joints, tensors[1:], token, *tensors[0]))

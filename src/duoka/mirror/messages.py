@@ -1,0 +1,107 @@
+"""What the user's process and its helpers say to each other; tensors lie in shared memory, these say where."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from duoka.mirror.memory import Piece, Place
+
+__all__ = ["Ambient", "Answered", "Backward", "Configure", "Forget", "Forward", "Outputs", "Packed", "Patch", "Reseat"]
+
+
+class Packed(NamedTuple):
+    """A pickled object; large buffers lie in the file that travels beside the message."""
+
+    data: bytes
+    sizes: tuple[int, ...] = ()
+
+
+class Ambient(NamedTuple):
+    """The modes of torch around a call that decide what it computes."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast_cache: bool
+    default_dtype: torch.dtype
+    deterministic: tuple[bool, bool]
+    precision: str
+
+
+class Configure(NamedTuple):
+    """A model, without its tensors: what to build a replica from."""
+
+    model: int
+    structure: Packed
+    parameters: tuple[tuple[Place, Piece, bool, bool], ...]
+    """Place, form, whether it requires grad, and whether it lies in the weights' own memory."""
+    buffers: tuple[tuple[Place, Piece] | None, ...]
+    path: list[str]
+
+
+class Patch(NamedTuple):
+    """New values of attributes: for each module by its number, names and values."""
+
+    model: int
+    values: Packed
+
+
+class Reseat(NamedTuple):
+    """Parameters that lie elsewhere now or do not require a gradient any more, by number; see ``Configure``."""
+
+    model: int
+    parameters: dict[int, tuple[Place, Piece, bool, bool]]
+
+
+class Forget(NamedTuple):
+    """A model that is gone."""
+
+    model: int
+
+
+class Forward(NamedTuple):
+    """One part of a batch to compute."""
+
+    ticket: int
+    model: int
+    part: int
+    place: Place
+    inputs: tuple[tuple[Piece, bool], ...]
+    """Form, and whether its gradient is wanted."""
+    arguments: Packed
+    ambient: Ambient
+    seed: int
+    keeps_graph: bool
+    done_with: tuple[int, ...]
+    """Tickets of earlier forwards whose graphs nobody needs any more."""
+
+
+class Outputs(NamedTuple):
+    """The answer to ``Forward``."""
+
+    place: Place
+    tensors: tuple[tuple[Piece, bool], ...]
+    """Form, and whether it has a graph."""
+    value: Packed
+
+
+class Backward(NamedTuple):
+    """Gradients of a part's outputs, and where to put those of inputs; those of parameters begin the region."""
+
+    ticket: int
+    forward: int
+    place: Place
+    outputs: tuple[Piece | None, ...]
+    inputs: tuple[Piece | None, ...]
+    keeps_graph: bool
+    done_with: tuple[int, ...]
+
+
+class Answered(NamedTuple):
+    """The answer to ``Backward``: the numbers of the parameters and inputs that have a gradient."""
+
+    parameters: tuple[int, ...]
+    inputs: tuple[int, ...]
+    sparse: Any

@@ -1,0 +1,183 @@
+"""A helper's copy of the user's model: built from its structure, brought to its state before each call, never the reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.mirror.memory import Piece, Place, Window, lay_out
+from duoka.mirror.messages import Configure, Packed, Reseat
+from duoka.mirror.structure import modules_of
+from duoka.team.payload import Payload, dumps, loads
+
+__all__ = ["Replica", "gradient_pieces", "pack_structure", "pack_values", "unpack"]
+
+_CPU = torch.device("cpu")
+_tensors: ContextVar[Sequence[torch.Tensor]] = ContextVar("duoka_replica_tensors")
+
+
+def pack_structure(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Payload:
+    """Pickle a model with a number in the place of each of ``tensors``, its parameters and buffers."""
+    return dumps(module, _without(tensors))
+
+
+def pack_values(values: Any, tensors: Sequence[torch.Tensor]) -> Payload:
+    """Pickle new values of a model's attributes in the same way."""
+    return dumps(values, _without(tensors))
+
+
+def unpack(packed: Packed, fd: int | None, device: torch.device = _CPU) -> Any:
+    """Rebuild what was packed, and close the file that came with it."""
+    payload = Payload(packed.data, packed.sizes, fd)
+    try:
+        return loads(payload, device)
+    finally:
+        payload.close()
+
+
+def _without(tensors: Sequence[torch.Tensor]) -> Any:
+    numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, nn.DataParallel):
+            return _itself, (value.module,)
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        if id(value) in numbers:
+            return _numbered, (numbers[id(value)],)
+        if value.grad_fn is not None:  # a result of the last call that somebody keeps in the model
+            return _itself, (value.detach(),)
+        return NotImplemented
+
+    return replace
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _numbered(number: int) -> torch.Tensor:
+    return _tensors.get()[number]
+
+
+@contextmanager
+def _numbers_mean(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    token = _tensors.set(tensors)
+    try:
+        yield
+    finally:
+        _tensors.reset(token)
+
+
+class Replica:
+    """One model on this helper's device; its parameters lie in the user's memory, its gradients and buffers are its own."""
+
+    def __init__(self, message: Configure, fd: int | None, weights: Window, traffic: Window) -> None:
+        self._windows = traffic, weights
+        self._sources = [self._source(*seat) for seat in message.parameters]
+        self.parameters = [
+            nn.Parameter(source, requires_grad=wants)
+            for source, (_, _, wants, _) in zip(self._sources, message.parameters, strict=True)
+        ]
+        slots = [None if where is None else traffic.tensor(*where) for where in message.buffers]
+        self._tensors = [*self.parameters, *(slot for slot in slots if slot is not None)]
+        with _numbers_mean(self._tensors):
+            self.module: nn.Module = unpack(message.structure, fd)
+        self._modules = modules_of(self.module)
+        names = [(m._buffers, name) for m in self._modules for name in m._buffers]
+        self._buffers = [(*name, slot) for name, slot in zip(names, slots, strict=True) if slot is not None]
+        self.gradients = Gradients(self.parameters)
+        self.gradient_pieces = gradient_pieces(self.parameters)[0]
+        self._state = [dict(m.__dict__) for m in self._modules]
+        self._registries: list[tuple[Any, dict[str, Any]]] = [
+            (r, dict(r)) for m in self._modules for r in (m._parameters, m._buffers, m._modules)
+        ]
+
+    def reseat(self, message: Reseat) -> None:
+        """Let parameters lie elsewhere, or begin or cease to require a gradient."""
+        for index, seat in message.parameters.items():
+            self._sources[index] = self.parameters[index].data = self._source(*seat)
+            self.parameters[index].requires_grad_(seat[2])
+            self.gradients.hook(index, self.parameters[index])
+        self.gradient_pieces = gradient_pieces(self.parameters)[0]
+
+    def patch(self, packed: Packed, fd: int | None) -> None:
+        """Take over new values of attributes."""
+        with _numbers_mean(self._tensors):
+            changes: dict[int, dict[str, Any]] = unpack(packed, fd)
+        for index, values in changes.items():
+            self._state[index].update(values)
+
+    def restore(self) -> None:
+        """Make it what the user's model is: what the last call left in it goes, buffers are read anew.
+
+        Buffers are new tensors each time, so that graphs of earlier calls keep the ones that they have used.
+        """
+        for module, state in zip(self._modules, self._state, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        for registry, content in self._registries:
+            registry.clear()
+            registry.update(content)
+        for registry, name, slot in self._buffers:
+            registry[name] = slot.clone()
+        for parameter, source in zip(self.parameters, self._sources, strict=True):
+            if parameter.data_ptr() != source.data_ptr():
+                parameter.data = source
+
+    def _source(self, place: Place, piece: Piece, _: bool, is_own: bool) -> torch.Tensor:
+        return self._windows[is_own].tensor(place, piece)
+
+
+def gradient_pieces(parameters: Sequence[nn.Parameter]) -> tuple[list[Piece | None], int]:
+    """Return where the gradients of those parameters that require one lie, and how many bytes they take."""
+    pieces, size = lay_out([parameter for parameter in parameters if parameter.requires_grad])
+    rest = iter(pieces)
+    return [next(rest) if parameter.requires_grad else None for parameter in parameters], size
+
+
+class Gradients:
+    """Takes each parameter's gradient as it comes and writes it where the owner reads it, while it is still in the cache."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.taken: set[int] = set()
+        self.sparse: dict[int, torch.Tensor] = {}
+        self._slots: Sequence[torch.Tensor | None] = ()
+        self._hooked: set[int] = set()
+        for index, parameter in enumerate(parameters):
+            self.hook(index, parameter)
+
+    def hook(self, index: int, parameter: nn.Parameter) -> None:
+        """Take the gradients of this one too, if it has any."""
+        if parameter.requires_grad and index not in self._hooked:
+            parameter.register_post_accumulate_grad_hook(partial(self._take, index))  # type: ignore[no-untyped-call]
+            self._hooked.add(index)
+
+    @contextmanager
+    def into(self, slots: Sequence[torch.Tensor | None]) -> Iterator[None]:
+        """Write to ``slots`` inside the ``with`` block."""
+        self.taken, self.sparse, self._slots = set(), {}, slots
+        try:
+            yield
+        finally:
+            self._slots = ()
+
+    def _take(self, index: int, parameter: torch.Tensor) -> None:
+        """Copy the gradient, or add it where checkpointing makes several of one backward."""
+        gradient, slot = parameter.grad, self._slots[index]
+        parameter.grad = None
+        assert gradient is not None
+        assert slot is not None
+        if gradient.layout is not torch.strided:
+            self.sparse[index] = self.sparse[index] + gradient if index in self.sparse else gradient
+        elif index in self.taken:
+            slot.add_(gradient)
+        else:
+            slot.copy_(gradient)
+            self.taken.add(index)

@@ -1,0 +1,126 @@
+"""Parameters and buffers of the user's model in memory that helpers share, so that no change of a value has to be sent.
+
+A parameter whose storage is its own is moved into shared memory once: whatever changes it afterwards, ``.data`` included,
+helpers see. One whose storage somebody else looks at too (a state dict taken before, an embedding made from a tensor, a
+view of a flat vector) stays where it is, so that they keep seeing each other, and is copied for helpers before each call.
+Buffers are copied as well: a call changes them while helpers still read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from duoka.mirror.memory import Arena, Piece, Place, dense_stride, lay_out, tensor_at
+from duoka.mirror.replica import gradient_pieces
+
+__all__ = ["Weights"]
+
+
+class Weights:
+    """Where each parameter and buffer of one model lies for helpers to read."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], buffers: Sequence[torch.Tensor | None], own: Arena, traffic: Arena
+    ) -> None:
+        self.parameters = parameters
+        self._own, self._traffic = own, traffic
+        self.seats: tuple[_Seat, ...] = tuple(self._seat(parameter) for parameter in parameters)
+        """Replaced, never changed: a call that keeps them keeps the memory of the parameters that it used."""
+        self._forms = [_form(parameter) for parameter in parameters]
+        self._measure()
+        filled = [buffer for buffer in buffers if buffer is not None]
+        pieces, size = lay_out(filled)
+        lease = traffic.lend(size)
+        self._buffer_slots = [tensor_at(lease.base, piece) for piece in pieces]
+        places = iter((lease.place, piece) for piece in pieces)
+        self.buffer_places = tuple(None if buffer is None else next(places) for buffer in buffers)
+
+    @property
+    def parameter_places(self) -> tuple[tuple[Place, Piece, bool, bool], ...]:
+        """Place, form, ``requires_grad``, and whether it is the user's own memory, for each parameter."""
+        return tuple((s.place, s.piece, s.requires_grad, s.copy is None) for s in self.seats)
+
+    def follow(self) -> list[int]:
+        """Give a new place to what has become another tensor since the last call, and return the numbers of these."""
+        pairs = list(zip(self.parameters, self.seats, strict=True))
+        moved = [index for index, (parameter, seat) in enumerate(pairs) if not seat.holds(parameter)]
+        if moved:
+            self.seats = tuple(seat if seat.holds(parameter) else self._seat(parameter) for parameter, seat in pairs)
+            self._measure()
+        return moved
+
+    def fit(self, numbers: Sequence[int]) -> bool:
+        """Whether these have the shape and type that they had at first, so that a replica can go on with them."""
+        return all(self._forms[number] == _form(self.parameters[number]) for number in numbers)
+
+    def _measure(self) -> None:
+        self.gradient_pieces, self.gradient_bytes = gradient_pieces(self.parameters)
+
+    def copy(self, buffers: Sequence[torch.Tensor | None]) -> None:
+        """Copy what is not shared to where helpers read it."""
+        sources = [buffer for buffer in buffers if buffer is not None]
+        targets = list(self._buffer_slots)
+        for parameter, seat in zip(self.parameters, self.seats, strict=True):
+            if seat.copy is not None:
+                sources.append(parameter)
+                targets.append(seat.copy)
+        with torch.no_grad():
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+
+    def _seat(self, parameter: nn.Parameter) -> _Seat:
+        pieces, size = lay_out([parameter])
+        place = self._own.find(parameter)
+        if place is None and _is_alone(parameter):
+            place = self._move(parameter, pieces[0])
+        if place is not None:
+            form = Piece(0, tuple(parameter.shape), parameter.stride(), parameter.dtype)
+            return _Seat(parameter, place, form, None)
+        lease = self._traffic.lend(size)
+        return _Seat(parameter, lease.place, pieces[0], tensor_at(lease.base, pieces[0]))
+
+    def _move(self, parameter: nn.Parameter, piece: Piece) -> Place:
+        lease = self._own.lend(parameter.untyped_storage().nbytes())
+        view = tensor_at(lease.base, piece)
+        view.copy_(parameter.data)
+        parameter.data = view
+        return lease.place
+
+
+class _Seat:
+    """Where one parameter lies for helpers, and how to see that it has become another tensor."""
+
+    __slots__ = ("_dtype", "_held", "_pointer", "_shape", "copy", "piece", "place", "requires_grad")
+
+    def __init__(self, parameter: nn.Parameter, place: Place, piece: Piece, copy: torch.Tensor | None) -> None:
+        self.place, self.piece, self.copy = place, piece, copy
+        self.requires_grad = parameter.requires_grad
+        self._held = parameter.data  # its memory is not lent to others while a helper may read it
+        self._shape, self._dtype, self._pointer = parameter.shape, parameter.dtype, parameter.data_ptr()
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter is as it was: shape, type and ``requires_grad``, and its memory, where that is shared."""
+        return (
+            (self.copy is not None or parameter.data_ptr() == self._pointer)
+            and parameter.requires_grad == self.requires_grad
+            and parameter.shape == self._shape
+            and parameter.dtype == self._dtype
+        )
+
+
+def _form(parameter: nn.Parameter) -> tuple[torch.Size, torch.dtype]:
+    return parameter.shape, parameter.dtype
+
+
+def _is_alone(parameter: nn.Parameter) -> bool:
+    """Whether nothing else looks at its storage, so that moving it goes unnoticed."""
+    storage = parameter.untyped_storage()
+    if storage.nbytes() != parameter.numel() * parameter.element_size() or storage.nbytes() == 0:
+        return False
+    if parameter.stride() != dense_stride(parameter):
+        return False
+    holders: int = torch._C._storage_Use_Count(storage._cdata)
+    return holders <= 2  # the parameter, and the name `storage` here

@@ -1,0 +1,137 @@
+"""``DataParallel``, the drop-in class: a wrapped model that computes each batch on several devices at once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka import devices as device_grammar
+from duoka.errors import ConfigError, UnsupportedError
+from duoka.mirror.engine import Engine
+
+__all__ = ["DataParallel"]
+
+DeviceSpec = str | int | torch.device | Sequence[str | int | torch.device] | None
+
+
+class DataParallel(nn.DataParallel[nn.Module]):
+    """Computes each batch on several devices, from this process, and leaves everything else as it is with one.
+
+    ``forward`` splits the batch, every device computes its part on a replica of the model, and the outputs are joined;
+    ``backward`` brings the gradients of all parts to the parameters of the wrapped model. Optimiser, clipping, accumulation,
+    hooks, ``state_dict`` and the attributes of the wrapped model work as without the wrapper. The first device is this
+    process; each further one has a helper process, started by the first call and shared by all wrapped models.
+
+    Inputs of the batch's size along ``dim`` are split, all others go to every device whole; so with a batch smaller than the
+    number of devices, fewer are used. Outputs are concatenated along ``dim``; numbers become a vector with one from
+    each device, as with ``torch.nn.DataParallel``. Buffers are those of the first device's part.
+
+    Args:
+        module: the model; its parameters stay the same objects. Where devices are CPU workers their values move into memory
+            that the processes share.
+        device_ids: the devices, as in ``torch.nn.DataParallel``; or use ``devices``.
+        output_device: kept for scripts that give it; outputs are on the first device.
+        dim: the dimension of the batch.
+        devices: the device grammar: ``"auto"``, ``"all"``, ``"0,1"``, ``"cpu:2"``, ``torch.device`` or a list of these.
+
+    Raises:
+        what the model raises on any device, as its own type, the remote traceback being its cause; WorkerDied when a helper
+        process ends; UnsupportedError for a backward with ``create_graph=True``; DeviceError for devices that are not there.
+
+    Example:
+        >>> import torch, duoka
+        >>> model = duoka.DataParallel(torch.nn.Linear(4, 2), devices="cpu:2")
+        >>> model(torch.ones(6, 4)).sum().backward()
+        >>> model.weight.grad.shape
+        torch.Size([2, 4])
+        >>> model.close()
+
+    """
+
+    module: nn.Module
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Sequence[int | torch.device] | None = None,
+        output_device: int | torch.device | None = None,
+        dim: int = 0,
+        *,
+        devices: DeviceSpec = "auto",
+    ) -> None:
+        nn.Module.__init__(self)
+        if device_ids is not None and devices != "auto":
+            raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
+        chosen = device_grammar.resolve(devices if device_ids is None else list(device_ids)).devices
+        if len(chosen) > 1 and chosen[0].type != "cpu":
+            raise UnsupportedError(
+                f"duoka.DataParallel cannot use {len(chosen)} accelerators yet; use one, CPU workers, or duoka.launch"
+            )
+        self.module = module
+        self.dim = dim
+        self.device_ids = [index if one.type == "cpu" else one.index for index, one in enumerate(chosen)]
+        self.output_device = self.device_ids[0] if output_device is None else output_device  # type: ignore[assignment]
+        self.src_device_obj = chosen[0]
+        self._duoka_devices = chosen
+        self._duoka_engine: Engine | None = None
+        self._duoka_end: Any = None
+        self.training = module.training
+        if chosen[0].type != "cpu":
+            module.to(chosen[0])
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Compute the wrapped model's forward, each device its part."""
+        if len(self._duoka_devices) == 1:
+            return self.module(*inputs, **kwargs)
+        if self._duoka_engine is None:
+            self._duoka_engine = Engine(self._duoka_devices, self.dim)
+            self._duoka_end = weakref.finalize(self, self._duoka_engine.close_later)
+            self._duoka_end.atexit = False
+        return self._duoka_engine.run(self.module, inputs, kwargs)
+
+    def close(self) -> None:
+        """Give the helper processes back; the wrapped model stays as it is. A later call starts them again."""
+        if self._duoka_engine is not None:
+            self._duoka_end.detach()
+            self._duoka_engine.close()
+            self._duoka_engine = None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the wrapped model's own state, without ``module.`` in its names."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state with or without ``module.`` in its names."""
+        return self.module.load_state_dict(_own_names(state_dict, self.module), strict=strict, assign=assign)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+        return getattr(self.module, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
+        import copy
+
+        return _rebuild(copy.deepcopy(self.module, memo), self._duoka_devices, self.dim)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.module, self._duoka_devices, self.dim)
+
+
+def _rebuild(module: nn.Module, devices: tuple[torch.device, ...], dim: int) -> DataParallel:
+    return DataParallel(module, dim=dim, devices=list(devices))
+
+
+def _own_names(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    """Take ``module.`` off the names if the wrapped model knows them only without it."""
+    names = module.state_dict().keys()
+    if not state or any(name in names for name in state) or not all(name.startswith("module.") for name in state):
+        return state
+    return {name.removeprefix("module."): value for name, value in state.items()}
