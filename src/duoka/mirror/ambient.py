@@ -11,7 +11,7 @@ import torch
 
 from duoka.mirror.messages import Ambient
 
-__all__ = ["Threads", "capture", "draw_seed", "entered", "seed_all"]
+__all__ = ["Threads", "capture", "draw_seed", "entered", "kept", "seed_all"]
 
 
 def capture(device: torch.device) -> Ambient:
@@ -31,11 +31,7 @@ def capture(device: torch.device) -> Ambient:
 @contextlib.contextmanager
 def entered(ambient: Ambient) -> Iterator[None]:
     """Let the modes hold inside the ``with`` block."""
-    if torch.get_default_dtype() != ambient.default_dtype:
-        torch.set_default_dtype(ambient.default_dtype)
-    if torch.get_float32_matmul_precision() != ambient.precision:
-        torch.set_float32_matmul_precision(ambient.precision)
-    torch.use_deterministic_algorithms(ambient.deterministic[0], warn_only=ambient.deterministic[1])
+    _set_lasting(ambient)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(ambient.inference))
         stack.enter_context(torch.set_grad_enabled(ambient.grad))
@@ -43,6 +39,27 @@ def entered(ambient: Ambient) -> Iterator[None]:
             if is_enabled:
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=ambient.autocast_cache))
         yield
+
+
+@contextlib.contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Give the process its own modes back after the ``with`` block."""
+    before = capture(device)
+    try:
+        yield
+    finally:
+        _set_lasting(before)
+
+
+def _set_lasting(ambient: Ambient) -> None:
+    """Set the modes that hold for a whole process."""
+    if torch.get_default_dtype() != ambient.default_dtype:
+        torch.set_default_dtype(ambient.default_dtype)
+    if torch.get_float32_matmul_precision() != ambient.precision:
+        torch.set_float32_matmul_precision(ambient.precision)
+    now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if now != ambient.deterministic:
+        torch.use_deterministic_algorithms(ambient.deterministic[0], warn_only=ambient.deterministic[1])
 
 
 def draw_seed() -> int:

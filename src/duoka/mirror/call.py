@@ -35,6 +35,7 @@ class Call:
     def __init__(self, crew: Crew, model: int, weights: Weights, sizes: Sequence[int], dim: int) -> None:
         self.sizes, self.dim = sizes, dim
         self.has_graph: list[list[bool]] = []
+        self.writes = False
         self._crew, self._model = crew, model
         self._generation = crew.generation
         self._ticket = crew.new_ticket()
@@ -43,6 +44,7 @@ class Call:
         self._pieces, self._gradient_bytes = weights.gradient_pieces, weights.gradient_bytes
         self._inputs: list[list[tuple[Piece, bool]]] = []
         self._leases: list[Lease] = []
+        self._is_spent = False
         self._backward: list[tuple[int, int, Lease, list[Piece | None]]] = []
 
     def ask(self, parts: Sequence[Sequence[torch.Tensor]], arguments: Any) -> torch.Tensor | None:
@@ -86,6 +88,7 @@ class Call:
             answer, fd = self._crew.answer(index, self._ticket)
             assert isinstance(answer, Outputs)
             tensors = self._crew.window(index).tensors(answer.place, [piece for piece, _ in answer.tensors])
+            self.writes = self.writes or answer.writes
             self.has_graph.append([has_graph for _, has_graph in answer.tensors])
             values.append((tensors, unpack(answer.value, fd)))
         return values
@@ -103,6 +106,11 @@ class Call:
         self._backward = []
         self._crew.threads.share()
         Variable._execution_engine.queue_callback(self._crew.threads.give_back)
+        self._is_spent = not keeps_graph and all(
+            gradient is not None or not has_graph
+            for given, graphs in zip(gradients, self.has_graph, strict=True)
+            for gradient, has_graph in zip(given, graphs, strict=True)
+        )
         for index, given in enumerate(gradients):
             if any(gradient is not None for gradient in given):
                 self._send_gradients(index, given, keeps_graph)
@@ -140,6 +148,8 @@ class Call:
                 _add(sums, unpack(answer.sparse, fd))
             inputs[index] = {n: tensor_at(lease.base, piece) for n in answer.inputs if (piece := slots[n]) is not None}
         self._backward = []
+        if self._is_spent:
+            self._leases.clear()  # a loss that is kept until the next step keeps no inputs
         self._crew.threads.give_back()
         wanted = [(i, n) for i, forms in enumerate(self._inputs) for n, (_, wants) in enumerate(forms) if wants]
         return sums, [inputs.get(index, {}).get(number) for index, number in wanted]

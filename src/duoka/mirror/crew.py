@@ -36,7 +36,7 @@ class Crew:
         self.lock = threading.RLock()
         self.in_forward = False
         self.generation = 0
-        """How often helpers were started: what was sent to earlier ones must be sent again."""
+        """Another number whenever helpers start or end: what earlier ones were sent must be sent again."""
         self._pid = os.getpid()
         self._tickets = itertools.count(1)
         self._conversation: Conversation | None = None
@@ -126,12 +126,14 @@ class Crew:
         self._answers.clear()
         self._asked.clear()
         self._unwanted.clear()
+        self.generation += 1
         self.threads.give_back()
         if conversation is not None and self.is_ours:
             conversation.kill()
 
     def _end(self) -> None:
         conversation, self._conversation = self._conversation, None
+        self.generation += 1
         self.threads.give_back()
         if conversation is not None and self.is_ours:
             conversation.end()

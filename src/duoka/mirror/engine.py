@@ -35,6 +35,7 @@ class Engine:
         self.crew.join()
         self._dim = dim
         self._generation = 0
+        self._copies_all = False
         self._structure: Structure | None = None
         self._weights: Weights | None = None
 
@@ -51,7 +52,7 @@ class Engine:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute ``module(*args, **kwargs)``, each device its part of the batch."""
-        if not self.crew.is_ours or _is_lazy(module):
+        if not self.crew.is_ours or (self._structure is None and _is_lazy(module)):
             return module(*args, **kwargs)
         with self.crew.lock:
             if self.crew.in_forward:  # called inside another wrapped model's part, which has this device only
@@ -79,12 +80,15 @@ class Engine:
         token = call.ask(parts[1:], arguments)
         args, kwargs = nested.fill(arguments, parts[0])
         own = nested.take_out(module(*args, **kwargs))
-        return _joined([own, *call.outputs()], sizes, self._dim, call, token)
+        others = call.outputs()
+        self._copies_all = self._copies_all or call.writes
+        return _joined([own, *others], sizes, self._dim, call, token)
 
     def _tell_changes(self, module: nn.Module) -> Weights:
         self.crew.start()
         structure, weights = self._structure, self._weights
-        if structure is None or weights is None or self._generation != self.crew.generation:
+        is_known = structure is not None and self._generation == self.crew.generation
+        if structure is None or weights is None or not is_known or weights.copies_all != self._copies_all:
             return self._tell_all(module)
         changes = structure.take_changes() if structure.is_current() else None
         if changes is None or (changes and not self._tell_values(changes, structure)):
@@ -100,7 +104,8 @@ class Engine:
     def _tell_all(self, module: nn.Module) -> Weights:
         structure = Structure(module)
         buffers = structure.buffers()
-        weights = Weights(structure.parameters, buffers, self.crew.weights, self.crew.traffic)
+        arenas = self.crew.weights, self.crew.traffic
+        weights = Weights(structure.parameters, buffers, *arenas, copies_all=self._copies_all)
         weights.copy(buffers)
         payload = _packed(module, _tensors(structure))
         try:

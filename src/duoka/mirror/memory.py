@@ -12,6 +12,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -144,6 +145,7 @@ class Window:
 
     def __init__(self, *, is_private: bool = False) -> None:
         self._bases: list[torch.Tensor] = []
+        self._mappings: list[mmap.mmap] = []
         self._access = mmap.ACCESS_COPY if is_private else mmap.ACCESS_WRITE
 
     def add(self, fd: int) -> None:
@@ -152,7 +154,25 @@ class Window:
             mapping = mmap.mmap(fd, 0, access=self._access)
         finally:
             os.close(fd)
+        self._mappings.append(mapping)
         self._bases.append(torch.frombuffer(mapping, dtype=torch.uint8))
+
+    def refresh(self) -> None:
+        """Undo what was written to a private window: the owner's values are seen again everywhere (Linux)."""
+        for mapping in self._mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def is_written_to(self) -> bool:
+        """Whether something was written to a private window (Linux): the system counts such pages as anonymous."""
+        addresses = {f"{base.data_ptr():x}" for base in self._bases}
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, _, rest = line.partition(" ")
+            if "-" in name:
+                inside = name.partition("-")[0] in addresses
+            elif inside and name == "Anonymous:" and rest.split()[0] != "0":
+                return True
+        return False
 
     def tensor(self, place: Place, piece: Piece) -> torch.Tensor:
         """Return one tensor of a region, with a version counter of its own."""

@@ -35,8 +35,8 @@ class Configure(NamedTuple):
 
     model: int
     structure: Packed
-    parameters: tuple[tuple[Place, Piece, bool, bool], ...]
-    """Place, form, whether it requires grad, and whether it lies in the weights' own memory."""
+    parameters: tuple[tuple[Place, Piece, bool], ...]
+    """Place, form, and whether it requires a gradient."""
     buffers: tuple[tuple[Place, Piece] | None, ...]
     path: list[str]
 
@@ -52,7 +52,7 @@ class Reseat(NamedTuple):
     """Parameters that lie elsewhere now or do not require a gradient any more, by number; see ``Configure``."""
 
     model: int
-    parameters: dict[int, tuple[Place, Piece, bool, bool]]
+    parameters: dict[int, tuple[Place, Piece, bool]]
 
 
 class Forget(NamedTuple):
@@ -85,6 +85,8 @@ class Outputs(NamedTuple):
     tensors: tuple[tuple[Piece, bool], ...]
     """Form, and whether it has a graph."""
     value: Packed
+    writes: bool
+    """Whether the model writes to its parameters when it is called."""
 
 
 class Backward(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from duoka.mirror.memory import Piece, Place, Window, lay_out
+from duoka.mirror.memory import Piece, Window, lay_out
 from duoka.mirror.messages import Configure, Packed, Reseat
 from duoka.mirror.structure import modules_of
 from duoka.team.payload import Payload, dumps, loads
@@ -47,6 +49,9 @@ def _without(tensors: Sequence[torch.Tensor]) -> Any:
     def replace(value: Any) -> Any:
         if isinstance(value, nn.DataParallel):
             return _itself, (value.module,)
+        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):
+            names: Any = value.parametrizations
+            return _parametrized, (type(value).__bases__[0], list(names)), dict(value.__dict__)
         if not isinstance(value, torch.Tensor):
             return NotImplemented
         if id(value) in numbers:
@@ -60,6 +65,15 @@ def _without(tensors: Sequence[torch.Tensor]) -> Any:
 
 def _itself(value: Any) -> Any:
     return value
+
+
+def _parametrized(kind: type[nn.Module], names: list[str]) -> nn.Module:
+    """An empty module with the properties that ``torch.nn.utils.parametrize`` gives; its classes refuse to be pickled."""
+    module = kind.__new__(kind)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
 
 
 def _numbered(number: int) -> torch.Tensor:
@@ -79,11 +93,12 @@ class Replica:
     """One model on this helper's device; its parameters lie in the user's memory, its gradients and buffers are its own."""
 
     def __init__(self, message: Configure, fd: int | None, weights: Window, traffic: Window) -> None:
-        self._windows = traffic, weights
-        self._sources = [self._source(*seat) for seat in message.parameters]
+        self._weights = weights
+        self._calls, self.writes = 0, False
+        self._sources = [self._weights.tensor(*seat[:2]) for seat in message.parameters]
         self.parameters = [
             nn.Parameter(source, requires_grad=wants)
-            for source, (_, _, wants, _) in zip(self._sources, message.parameters, strict=True)
+            for source, (_, _, wants) in zip(self._sources, message.parameters, strict=True)
         ]
         slots = [None if where is None else traffic.tensor(*where) for where in message.buffers]
         self._tensors = [*self.parameters, *(slot for slot in slots if slot is not None)]
@@ -102,7 +117,7 @@ class Replica:
     def reseat(self, message: Reseat) -> None:
         """Let parameters lie elsewhere, or begin or cease to require a gradient."""
         for index, seat in message.parameters.items():
-            self._sources[index] = self.parameters[index].data = self._source(*seat)
+            self._sources[index] = self.parameters[index].data = self._weights.tensor(*seat[:2])
             self.parameters[index].requires_grad_(seat[2])
             self.gradients.hook(index, self.parameters[index])
         self.gradient_pieces = gradient_pieces(self.parameters)[0]
@@ -113,6 +128,17 @@ class Replica:
             changes: dict[int, dict[str, Any]] = unpack(packed, fd)
         for index, values in changes.items():
             self._state[index].update(values)
+
+    def look_for_writes(self) -> bool:
+        """Return whether the model writes to its parameters when it is called, as one with a momentum encoder does.
+
+        It writes to pages of its own, which then hide what the owner writes, so they must be given up before each call.
+        Looking takes a millisecond or two, so it is done after calls number 1, 2, 4, 8 and so on.
+        """
+        self._calls += 1
+        if not self.writes and self._calls & (self._calls - 1) == 0 and sys.platform == "linux":
+            self.writes = self._weights.is_written_to()
+        return self.writes
 
     def restore(self) -> None:
         """Make it what the user's model is: what the last call left in it goes, buffers are read anew.
@@ -130,9 +156,6 @@ class Replica:
         for parameter, source in zip(self.parameters, self._sources, strict=True):
             if parameter.data_ptr() != source.data_ptr():
                 parameter.data = source
-
-    def _source(self, place: Place, piece: Piece, _: bool, is_own: bool) -> torch.Tensor:
-        return self._windows[is_own].tensor(place, piece)
 
 
 def gradient_pieces(parameters: Sequence[nn.Parameter]) -> tuple[list[Piece | None], int]:

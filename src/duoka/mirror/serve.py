@@ -25,9 +25,10 @@ __all__ = ["serve"]
 def serve(threads: int, line: Line) -> Iterator[None]:
     """Answer until the owner ends the conversation."""
     torch.set_num_threads(threads)
-    server = _Server(line)
-    while (message := line.receive()).kind != "finish":
-        server.take(message)
+    with ambient.kept(torch.device("cpu")):
+        server = _Server(line)
+        while (message := line.receive()).kind != "finish":
+            server.take(message)
     del server
     yield
 
@@ -104,6 +105,8 @@ class _Server:
         if request.model in self._failed:
             raise self._failed[request.model]
         replica = self._replicas[request.model]
+        if replica.writes:
+            self._windows["weights"].refresh()
         replica.restore()
         inputs = [self._windows["traffic"].tensor(request.place, piece) for piece, _ in request.inputs]
         for tensor, (_, wants) in zip(inputs, request.inputs, strict=True):
@@ -119,7 +122,7 @@ class _Server:
         place, pieces = self._put(outputs)
         packed = dumps(skeleton)
         forms = tuple((piece, index in with_graph) for index, piece in enumerate(pieces))
-        return Outputs(place, forms, Packed(packed.data, packed.sizes)), packed
+        return Outputs(place, forms, Packed(packed.data, packed.sizes), replica.look_for_writes()), packed
 
     def _put(self, outputs: list[torch.Tensor]) -> tuple[Place, list[Piece]]:
         """Write outputs to memory that the owner sees; it has read them before it asks for the next forward."""

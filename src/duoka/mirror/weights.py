@@ -3,7 +3,8 @@
 A parameter whose storage is its own is moved into shared memory once: whatever changes it afterwards, ``.data`` included,
 helpers see. One whose storage somebody else looks at too (a state dict taken before, an embedding made from a tensor, a
 view of a flat vector) stays where it is, so that they keep seeing each other, and is copied for helpers before each call.
-Buffers are copied as well: a call changes them while helpers still read them.
+Buffers are copied as well, because a call changes them while helpers still read them; so are all parameters of a model
+that changes its parameters when it is called.
 """
 
 from __future__ import annotations
@@ -23,10 +24,17 @@ class Weights:
     """Where each parameter and buffer of one model lies for helpers to read."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], buffers: Sequence[torch.Tensor | None], own: Arena, traffic: Arena
+        self,
+        parameters: Sequence[nn.Parameter],
+        buffers: Sequence[torch.Tensor | None],
+        own: Arena,
+        traffic: Arena,
+        *,
+        copies_all: bool,
     ) -> None:
         self.parameters = parameters
-        self._own, self._traffic = own, traffic
+        self.copies_all = copies_all
+        self._own = own
         self.seats: tuple[_Seat, ...] = tuple(self._seat(parameter) for parameter in parameters)
         """Replaced, never changed: a call that keeps them keeps the memory of the parameters that it used."""
         self._forms = [_form(parameter) for parameter in parameters]
@@ -39,9 +47,9 @@ class Weights:
         self.buffer_places = tuple(None if buffer is None else next(places) for buffer in buffers)
 
     @property
-    def parameter_places(self) -> tuple[tuple[Place, Piece, bool, bool], ...]:
-        """Place, form, ``requires_grad``, and whether it is the user's own memory, for each parameter."""
-        return tuple((s.place, s.piece, s.requires_grad, s.copy is None) for s in self.seats)
+    def parameter_places(self) -> tuple[tuple[Place, Piece, bool], ...]:
+        """Place, form, and ``requires_grad`` of each parameter."""
+        return tuple((s.place, s.piece, s.requires_grad) for s in self.seats)
 
     def follow(self) -> list[int]:
         """Give a new place to what has become another tensor since the last call, and return the numbers of these."""
@@ -73,13 +81,13 @@ class Weights:
 
     def _seat(self, parameter: nn.Parameter) -> _Seat:
         pieces, size = lay_out([parameter])
-        place = self._own.find(parameter)
-        if place is None and _is_alone(parameter):
+        place = None if self.copies_all else self._own.find(parameter)
+        if place is None and not self.copies_all and _is_alone(parameter):
             place = self._move(parameter, pieces[0])
         if place is not None:
             form = Piece(0, tuple(parameter.shape), parameter.stride(), parameter.dtype)
             return _Seat(parameter, place, form, None)
-        lease = self._traffic.lend(size)
+        lease = self._own.lend(size)
         return _Seat(parameter, lease.place, pieces[0], tensor_at(lease.base, pieces[0]))
 
     def _move(self, parameter: nn.Parameter, piece: Piece) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,6 +81,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
         self._duoka_engine: Engine | None = None
         self._duoka_end: Any = None
         self.training = module.training
+        self.register_load_state_dict_pre_hook(_add_own_name)  # type: ignore[no-untyped-call]
         if chosen[0].type != "cpu":
             module.to(chosen[0])
 
@@ -116,9 +118,15 @@ class DataParallel(nn.DataParallel[nn.Module]):
                 raise
         return getattr(self.module, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
-        import copy
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set it where it is: what the wrapped model has and the wrapper has not belongs to the wrapped model."""
+        module = self.__dict__.get("_modules", {}).get("module")
+        if module is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(module, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(module, name, value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
         return _rebuild(copy.deepcopy(self.module, memo), self._duoka_devices, self.dim)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,3 +143,9 @@ def _own_names(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]
     if not state or any(name in names for name in state) or not all(name.startswith("module.") for name in state):
         return state
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _add_own_name(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Let a model with a wrapped part load what its own prefix-free ``state_dict`` says."""
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}module.")]:
+        state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -96,10 +96,6 @@ class Conversation:
         """End the helpers now."""
         self._release(reusable=False)
 
-    def forget(self) -> None:
-        """In a forked child: the helpers are its parent's."""
-        self._is_over = True
-
     def _listen_to(self, index: int, helper: Helper) -> None:
         self._selector.register(helper.connection, selectors.EVENT_READ, ("message", index))
         self._selector.register(helper.output_fd, selectors.EVENT_READ, ("output", index))
