@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from duoka.mirror.definitions import globals_of
+
 __all__ = ["Structure", "modules_of"]
 
 _ATOMS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type)
@@ -52,6 +54,7 @@ class Structure:
         self._buffers = [m._buffers for m in self.modules]
         self._buffer_forms = [_form(buffer) for buffer in self.buffers()]
         self._kinds = [_kind(m) for m in self.modules]
+        self._globals = [(*where, _freeze(where[0][where[1]], 1)) for where in globals_of(map(type, self.modules))]
         self._attributes = [dict(m.__dict__) for m in self.modules]
         self._watched = [list(_watched(m)) for m in self.modules]
         self._empty = [list(_empty(m)) for m in self.modules]
@@ -67,6 +70,8 @@ class Structure:
             if len(registry) != len(known) or not all(map(is_, registry.values(), known)):
                 return False
         if [_kind(m) for m in self.modules] != self._kinds:
+            return False
+        if any(name not in space or _freeze(space[name], 1) != held for space, name, held in self._globals):
             return False
         return list(map(_form, self.buffers())) == self._buffer_forms
 

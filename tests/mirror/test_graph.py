@@ -1,0 +1,165 @@
+"""The user's autograd graph around several devices: what can be done with it on one device can be done with it here."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from duoka import errors
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.left, self.right = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.trunk(x))
+        return self.left(h), self.right(h)
+
+
+def test_inputs_get_their_gradients_too(pair, compare) -> None:
+    model, reference = pair(nn.Linear(4, 3))
+    xs = [torch.arange(28.0).view(7, 4).requires_grad_() for _ in range(2)]
+    for m, x in zip((model, reference), xs, strict=True):
+        m(x * 2).pow(2).sum().backward()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad)
+    assert compare.same_gradients(model, reference)
+
+
+def test_several_forwards_before_one_backward(pair, compare) -> None:
+    model, reference = pair(Two())
+    inputs = [torch.randn(5, 4), torch.randn(3, 4), torch.randn(1, 4)]
+    for m in (model, reference):
+        outs = [m(x) for x in inputs]
+        (sum(left.pow(2).sum() for left, _ in outs) * outs[0][1].mean()).backward()
+    assert compare.same_gradients(model, reference)
+
+
+def test_a_retained_graph_can_be_walked_again(pair, compare) -> None:
+    model, reference = pair(Two())
+    x = torch.randn(5, 4)
+    for m in (model, reference):
+        left, right = m(x)
+        left.sum().backward(retain_graph=True)
+        right.pow(2).sum().backward(retain_graph=True)
+        (left.mean() + right.mean()).backward()
+    assert compare.same_gradients(model, reference)
+
+
+def test_a_freed_graph_says_so(wrap) -> None:
+    model = wrap(Two())
+    left, _ = model(torch.randn(5, 4))
+    left.pow(2).sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        left.sum().backward()
+    assert model(torch.randn(5, 4))[0].shape == (5, 2)
+
+
+def test_part_of_the_outputs_may_be_used(pair, compare) -> None:
+    model, reference = pair(Two())
+    x = torch.randn(5, 4)
+    for m in (model, reference):
+        m(x)[1][:2].sum().backward()
+    assert compare.same_gradients(model, reference)
+    assert model.left.weight.grad is None
+
+
+def test_autograd_grad_returns_what_one_device_returns_and_keeps_it(pair) -> None:
+    model, reference = pair(nn.Linear(4, 3))
+    x = torch.randn(5, 4)
+    expected = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
+    first = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    for _ in range(3):
+        torch.autograd.grad(model(x * 5).sum(), list(model.parameters()))
+    for own, other in zip(first, expected, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_double_backward_says_what_to_use_instead(wrap) -> None:
+    model = wrap(nn.Linear(4, 3))
+    x = torch.randn(5, 4, requires_grad=True)
+    with pytest.raises(errors.UnsupportedError, match=r"model\.module"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    torch.autograd.grad(model.module(x).pow(2).sum(), x, create_graph=True)[0].sum().backward()
+
+
+def test_outputs_without_a_graph_stay_without(wrap) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            out = self.layer(x)
+            return out, out.argmax(1), out.detach(), x
+
+    out, best, detached, same = wrap(Mixed())(torch.randn(5, 4))
+    assert [t.requires_grad for t in (out, best, detached, same)] == [True, False, False, False]
+
+
+def test_eval_forwards_keep_their_buffers_for_their_own_backward(pair, compare) -> None:
+    model, reference = pair(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).eval())
+    first, second = torch.randn(6, 4), torch.randn(6, 4)
+    for m in (model, reference):
+        (m(first) * m(second)).sum().backward()
+    assert compare.same_gradients(model, reference)
+
+
+def shared_bytes(model) -> int:
+    crew = model._duoka_engine.crew
+    return sum(len(s.mapping) - crew.traffic._unused for s in crew.traffic.segments)
+
+
+def test_dropped_forwards_free_what_helpers_keep(wrap) -> None:
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            alive = sum(
+                1 for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (3, 4) and o.requires_grad
+            )
+            return self.layer(x), torch.full((len(x),), alive)
+
+    model = wrap(Probe())
+    counts = [int(model(torch.randn(6, 4, requires_grad=True))[1][-1]) for _ in range(12)]
+    assert counts[-1] == counts[4]
+
+
+def test_memory_does_not_grow_over_many_steps(wrap) -> None:
+    import psutil
+
+    model = wrap(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def steps(count: int) -> None:
+        for number in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(8 + number % 5, 16)).pow(2).mean().backward()
+            model(torch.randn(8, 16))
+            optimizer.step()
+
+    def used() -> int:
+        gc.collect()
+        return sum(p.memory_full_info().uss for p in (psutil.Process(), *psutil.Process().children()))
+
+    steps(300)
+    before, shared = used(), shared_bytes(model)
+    steps(1000)
+    assert shared_bytes(model) == shared
+    assert used() - before < 4 << 20
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_ten_thousand_steps(wrap) -> None:
+    model = wrap(nn.Linear(4, 2))
+    for number in range(10_000):
+        model(torch.ones(2 + number % 7, 4)).sum().backward()
+        if number == 1000:
+            before = shared_bytes(model)
+    assert shared_bytes(model) == before
