@@ -73,7 +73,8 @@ class Engine:
         sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
         if len(sizes) == 1:
             return _joined([nested.take_out(module(*args, **kwargs))], sizes, self._dim, None, None)
-        weights = self._tell_changes(module)
+        with torch.inference_mode(False), torch.no_grad():
+            weights = self._tell_changes(module)
         call = Call(self.crew, self.number, weights, sizes, self._dim)
         parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
         self.crew.threads.share()
@@ -180,6 +181,6 @@ def _joined(
     """Return one value from the parts' tensors and values, with a graph if the call has one."""
     value, joints = nested.join([skeleton for _, skeleton in parts], sizes)
     tensors = [list(part) for part, _ in parts]
-    if token is None or call is None:
+    if token is None or call is None or not joints:
         return nested.fill(value, [join_tensors(joint, tensors, dim) for joint in joints])
     return nested.fill(value, Gather.apply(call, joints, tensors[1:], token, *tensors[0]))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from duoka.errors import DeviceError
 from duoka.mirror.memory import Arena, Piece, Place, dense_stride, lay_out, tensor_at
 from duoka.mirror.replica import gradient_pieces
 
@@ -75,11 +76,15 @@ class Weights:
             if seat.copy is not None:
                 sources.append(parameter)
                 targets.append(seat.copy)
-        with torch.no_grad():
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
 
     def _seat(self, parameter: nn.Parameter) -> _Seat:
+        if parameter.device.type != "cpu":
+            raise DeviceError(
+                f"a parameter of shape {tuple(parameter.shape)} is on {parameter.device}, and duoka.DataParallel was given "
+                "CPU workers. Move the model to the CPU, or wrap it with its own device."
+            )
         pieces, size = lay_out([parameter])
         place = None if self.copies_all else self._own.find(parameter)
         if place is None and not self.copies_all and _is_alone(parameter):

@@ -13,6 +13,7 @@ from duoka.team.payload import Payload
 __all__ = ["Connection", "Message"]
 
 _HEADER = struct.Struct("!Q")
+_SMALL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ class Connection:
         """Send one message; raises OSError when the other side is gone."""
         body = pickle.dumps((kind, payload.data, payload.sizes), protocol=5)
         header = _HEADER.pack(len(body))
-        if payload.fd is None:
-            self._socket.sendall(header)
-        else:
+        if payload.fd is not None:
             socket.send_fds(self._socket, [header], [payload.fd])
-        self._socket.sendall(body)
+            self._socket.sendall(body)
+        elif len(body) < _SMALL_BYTES:
+            self._socket.sendall(header + body)  # the receiver is woken once
+        else:
+            self._socket.sendall(header)
+            self._socket.sendall(body)
 
     def receive(self) -> Message:
         """Wait for one message; raises EOFError when the other side is gone."""

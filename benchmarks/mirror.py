@@ -1,0 +1,148 @@
+"""Time a step of ResNet-18 (64x64 images, 32 a device) on two CPU workers: one device, the limit, DDP, and duoka.
+
+The limit is two processes that do the same work and never talk. All contestants are started first, then take turns of a few
+steps in one run on one machine, so that whatever else the machine does meets all of them alike; the ratios are medians over
+the rounds. Run ``python benchmarks/mirror.py [--minutes 3]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
+
+PER_DEVICE, SIZE, DEVICES, STEPS = 32, 64, 2, 1
+NAMES = {
+    "one": "one device, one thread, the whole batch",
+    "limit": "two processes without any communication",
+    "ddp": "DistributedDataParallel by torchrun over gloo",
+    "duoka": "duoka.DataParallel",
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--minutes", type=float, default=3.0)
+    options.add_argument("--role", help=argparse.SUPPRESS)
+    options.add_argument("--address", help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.role:
+        contest(given.role, given.address)
+    else:
+        compare(given.minutes)
+
+
+def compare(minutes: float) -> None:
+    with Listener(family="AF_UNIX") as listener:
+        processes = [start(role, str(listener.address)) for role in ("one", "limit", "limit", "ddp", "duoka")]
+        try:
+            lines: dict[str, list[Connection]] = {role: [] for role in NAMES}
+            for _ in range(len(processes) + DEVICES - 1):
+                line = listener.accept()
+                lines[line.recv()].append(line)
+            show(measure(lines, time.monotonic() + 60 * minutes))
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+
+
+def start(role: str, address: str) -> subprocess.Popen[bytes]:
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(DEVICES)] if role == "ddp" else []
+    )
+    command = [sys.executable, *torchrun, __file__, "--role", role, "--address", address]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def measure(lines: dict[str, list[Connection]], end: float) -> dict[str, list[float]]:
+    """Let each contestant take its turn, in another order each round; a step takes as long as its slowest process."""
+    times: dict[str, list[float]] = {role: [] for role in lines}
+    order = list(lines)
+    for role in order:
+        turn(lines[role])  # to warm up
+    while time.monotonic() < end:
+        for role in order:
+            times[role].append(turn(lines[role]))
+        order = order[1:] + order[:1]
+    return times
+
+
+def turn(lines: list[Connection]) -> float:
+    for line in lines:
+        line.send(STEPS)
+    return max(line.recv() for line in lines)
+
+
+def show(times: dict[str, list[float]]) -> None:
+    rounds = len(times["one"])
+    lows = {role: statistics.quantiles(values, n=4)[0] for role, values in times.items()}
+    print(f"ResNet-18, {SIZE}x{SIZE} images, {PER_DEVICE} a device, {DEVICES} CPU workers of one thread, float32")
+    print(f"{rounds} rounds of {STEPS} steps each, in turn; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{'':46} {'median':>9} {'fastest':>9} {'quartiles':>17}")
+    for role, values in times.items():
+        _, middle, high = statistics.quantiles(values, n=4)
+        low = lows[role]
+        print(
+            f"{NAMES[role]:46} {middle * 1e3:6.0f} ms {min(values) * 1e3:6.0f} ms {low * 1e3:7.0f}-{high * 1e3:.0f} ms"
+        )
+    for role in ("ddp", "limit", "one"):
+        ratios = [own / other for own, other in zip(times["duoka"], times[role], strict=True)]
+        quiet, fastest = lows["duoka"] / lows[role], min(times["duoka"]) / min(times[role])
+        print(
+            f"duoka / {role}: {statistics.median(ratios):.3f} (median of rounds), {quiet:.3f} (lower quartiles), "
+            f"{fastest:.3f} (fastest of each)"
+        )
+
+
+def contest(role: str, address: str) -> None:
+    step = make_step(role)
+    step()
+    with Client(address) as line:
+        line.send(role)
+        while True:
+            try:
+                count = line.recv()
+            except EOFError:
+                return
+            begin = time.perf_counter()
+            for _ in range(count):
+                step()
+            line.send((time.perf_counter() - begin) / count)
+
+
+def make_step(role: str) -> Callable[[], None]:
+    import torch
+    import torchvision
+    from torch import nn
+
+    if role != "duoka":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model: nn.Module = torchvision.models.resnet18(num_classes=10)
+    batch = PER_DEVICE * (DEVICES if role in ("one", "duoka") else 1)
+    images, labels = torch.randn(batch, 3, SIZE, SIZE), torch.randint(10, (batch,))
+    if role == "ddp":
+        torch.distributed.init_process_group("gloo")
+        model = nn.parallel.DistributedDataParallel(model)
+    elif role == "duoka":
+        import duoka
+
+        model = duoka.DataParallel(model, devices=f"cpu:{DEVICES}")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
