@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from duoka.launcher import launch
-    from duoka.mirror import DataParallel
+    from duoka.mirror.wrapper import DataParallel
     from duoka.world import World, current_world
 
 __version__ = "0.1.0"

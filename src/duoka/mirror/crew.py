@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from duoka import scaling
 from duoka.mirror.ambient import Threads
 from duoka.mirror.memory import Arena, Lease, Window
 from duoka.mirror.messages import Backward, Configure, Forget, Forward, Patch, Reseat
 from duoka.mirror.serve import serve
+from duoka.scaling import threads_per_rank
 from duoka.team import Conversation, failure
 from duoka.team.connection import Message
 from duoka.team.payload import Payload
@@ -32,7 +32,7 @@ class Crew:
         self.devices = tuple(devices)
         self.weights = weights
         self.traffic = Arena("traffic")
-        self.threads = Threads(min(torch.get_num_threads(), scaling.threads_per_rank(len(devices))))
+        self.threads = Threads(min(torch.get_num_threads(), threads_per_rank(len(devices))))
         self.lock = threading.RLock()
         self.in_forward = False
         self.generation = 0

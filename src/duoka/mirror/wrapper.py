@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoka import devices as device_grammar
+from duoka.devices import resolve
 from duoka.errors import ConfigError, UnsupportedError
 from duoka.mirror.engine import Engine
 
@@ -67,7 +67,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
         nn.Module.__init__(self)
         if device_ids is not None and devices != "auto":
             raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
-        chosen = device_grammar.resolve(devices if device_ids is None else list(device_ids)).devices
+        chosen = resolve(devices if device_ids is None else list(device_ids)).devices
         if len(chosen) > 1 and chosen[0].type != "cpu":
             raise UnsupportedError(
                 f"duoka.DataParallel cannot use {len(chosen)} accelerators yet; use one, CPU workers, or duoka.launch"
