@@ -121,8 +121,7 @@ def make_step(role: str) -> Callable[[], None]:
     import torchvision
     from torch import nn
 
-    if role != "duoka":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.resnet18(num_classes=10)
     batch = PER_DEVICE * (DEVICES if role in ("one", "duoka") else 1)
