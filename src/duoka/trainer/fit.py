@@ -209,7 +209,7 @@ class _Fit:
                 if names:
                     self._say(f"unused in the first step: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
             self.strategy.options["find_unused_parameters"] = bool(unused)  # type: ignore[attr-defined]
-        self.stepper.module = self.strategy.wrap(objective)
+        self.stepper.use(self.strategy.wrap(objective), objective, compiled=self.config.compile)
         if self.rank_rng is not None:
             set_rng_state(self.rank_rng)
         self.wrapped = True

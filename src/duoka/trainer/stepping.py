@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Stepper:
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.module = module
+        self.call: Callable[[Any], Any] = module
         self.strategy = strategy
         self.optimizer = optimizer
         self.schedule = schedule
@@ -63,6 +63,7 @@ class Stepper:
         self.scaler = scaler
         self.device = strategy.world.device
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.modules = list(module.modules())
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._weight: torch.Tensor | None = None
         self._scheduled = not schedule.idle
@@ -80,14 +81,21 @@ class Stepper:
         self._update()
         return total
 
+    def use(self, wrapped: nn.Module, module: nn.Module, *, compiled: bool) -> None:
+        """Call ``wrapped``, the strategy's wrapper around ``module``, in every step to come.
+
+        Without a wrapper the forward is called directly: the objective is duoka's own and has no hooks.
+        """
+        self.call = module.forward if wrapped is module and not compiled else wrapped
+
     def _add_gradient(self, part: Any, total: int) -> None:
         count = part.count
         batch = to_device(part.batch, self.device, True)
         if count:
-            loss = self.module(batch)
+            loss = self.call(batch)
         else:
-            with _batch_norm_at_rest(self.module):
-                loss = self.module(batch)
+            with _batch_norm_at_rest(self.modules):
+                loss = self.call(batch)
         if type(loss) is tuple:
             loss = self._weighted(loss, count)
         else:
@@ -136,14 +144,14 @@ def _scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
 
 
 @contextlib.contextmanager
-def _batch_norm_at_rest(module: nn.Module) -> Iterator[None]:
+def _batch_norm_at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let a filler, which counts for nothing, leave no trace in running statistics; one sample has no variance either.
 
     SyncBatchNorm talks to the other ranks in training, so it goes on.
     """
     resting = [
         part
-        for part in module.modules()
+        for part in modules
         if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm) and part.training
     ]
     for part in resting:
