@@ -31,6 +31,7 @@ def main() -> None:
     """Serve until the owner is gone."""
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     os.register_at_fork(after_in_child=connection.close)  # a data-loader worker must not keep the line open
+    gc.freeze()  # what torch's import has made stays: collecting after each task looks at the task's objects only
     line = _Line(connection)
     connection.send("ready", Payload(b""))
     while True:
