@@ -162,7 +162,8 @@ def train(config: Config) -> Outcome:
     torch.manual_seed(config.seed)
     model = resnet(_given(config.model), len(images.classes), images.shape[0], _given(config.width))
     trainer = _trainer(model, config, images, statistics, run)
-    trainer.fit(save_model=True, model_path=run.model)
+    with run.resumable(NAME):
+        trainer.fit(save_model=True, model_path=run.model)
     return _tested(run, trainer, config, images, statistics)
 
 
