@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # first imported while a group is up it would keep that group for good
 
 from duoka.errors import LaunchError
 from duoka.world import World

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # first imported while a group is up it would keep that group for good
 from torch.distributed import distributed_c10d
 
 from duoka import scaling

@@ -1,11 +1,11 @@
 """Helper processes: started on demand, kept warm, and gone when the process that they help is gone.
 
-``run_job`` runs one task on every device; ``close_all`` ends the warm helpers before the process ends.
+``run_job`` runs one task on every device; ``close_helpers`` ends the warm helpers before the process ends.
 """
 
 from __future__ import annotations
 
 from duoka.team.job import run_job
-from duoka.team.pool import acquire, close_all, release
+from duoka.team.pool import acquire, close_helpers, release
 
-__all__ = ["acquire", "close_all", "release", "run_job"]
+__all__ = ["acquire", "close_helpers", "release", "run_job"]
