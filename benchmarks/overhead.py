@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import logging
 import os
 import platform
@@ -121,7 +122,12 @@ def lightning(net: nn.Module, data: DataLoader) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, **quiet).fit(Module(), data)
 
 
@@ -150,7 +156,7 @@ def median_step_s(loop: Loop, steps: int, kind: str) -> float:
     with quiet():
         loop(net, loader(steps, kind))
     began = net.began[WARM_UP_STEPS:]
-    return statistics.median(after - before for before, after in zip(began, began[1:], strict=False))
+    return statistics.median(after - before for before, after in itertools.pairwise(began))
 
 
 def measure(rounds: int, steps: int, kind: str) -> dict[str, list[float]]:
@@ -180,7 +186,9 @@ def main() -> None:
     parser.add_argument("--data", choices=("tensors", "rows", "both"), default="both")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores")
+    print(
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
+    )
     for kind in ("tensors", "rows") if options.data == "both" else (options.data,):
         report(measure(options.rounds, options.steps, kind), kind, options.steps)
 

@@ -93,9 +93,9 @@ class _Fit:
         self.weights_path = weights_path(config, job.save_model, job.model_path)
         self.best_weights = BestWeights(config, self.weights_path)
         self.watch_steps = world.broadcast(self.callbacks.watch_steps)
+        self.order_seed = config.seed
         self.rank_rng: Any = None
         self.wrapped = False
-        self.epoch_seconds_before = 0.0
 
     def _count_steps(self) -> int | None:
         try:
@@ -128,8 +128,8 @@ class _Fit:
         for epoch in range(first_epoch, self.config.epochs):
             if self._is_over():
                 break
-            self._train_epoch(epoch)
-            self._end_epoch(epoch)
+            whole = self._train_epoch(epoch)
+            self._end_epoch(epoch, whole=whole)
         return self._finish()
 
     def _is_over(self) -> bool:
@@ -151,7 +151,7 @@ class _Fit:
                 path,
                 place["seed"],
             )
-        self._seed = place["seed"]
+        self.order_seed = int(place["seed"])
         self._say(f"resumed: {path}, after {self.state.step:,} steps, in epoch {place['epoch'] + 1}")
         return int(place["epoch"])
 
@@ -176,10 +176,11 @@ class _Fit:
 
     # -- one epoch -----------------------------------------------------------------------------------------------------
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int) -> bool:
+        """Take the steps of an epoch; return whether it was gone through to its end."""
         state, stepper, reporter = self.state, self.stepper, self.reporter
         state.epoch = epoch + 1
-        self.train.set_position(Position(self._seed, epoch, state.samples_in_epoch))
+        self.train.set_position(Position(self.order_seed, epoch, state.samples_in_epoch))
         self.samples_before, self.steps_before, self.began = state.samples, state.step, time.perf_counter()
         reporter.begin_epoch(state.epoch, self.config.epochs, self.steps_per_epoch)
         watching = self.watch_steps or self.config.checkpoint_every_steps or self.config.max_steps
@@ -194,7 +195,8 @@ class _Fit:
             if clock() >= reporter.due:
                 self._show()
             if watching and self._after_step(epoch):
-                break
+                return False
+        return True
 
     def _wrap(self, window: list[Any]) -> None:
         """Put the strategy's wrapper around the objective, which DDP can only do when it is known what takes part."""
@@ -246,21 +248,23 @@ class _Fit:
             )
         )
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, *, whole: bool) -> None:
+        """Evaluate and record. Of an epoch that was left early the checkpoint has the middle, from where it can go on."""
         state, tally = self.state, self.stepper.tally
         record = self._record(tally.global_mean(self.world))
-        tally.reset()
-        self.stepper.schedule.after_epoch()
         self.reporter.end_epoch()
-        is_best = False
-        if self._evaluation_is_due(epoch):
-            is_best = self._evaluate(record)
+        if whole:
+            self.stepper.schedule.after_epoch()
+        is_best = self._evaluation_is_due(epoch) and self._evaluate(record, whole=whole)
+        if not whole:
+            self._write_checkpoint(epoch, state.samples_in_epoch)
+        tally.reset()
         state.history.append(record)
         self.callbacks.call("on_epoch_end", state)
         self._say(self._line(record, is_best))
         self.folder.record(state.history)
-        state.samples_in_epoch = 0
-        if self.config.out_dir is not None:
+        if whole:
+            state.samples_in_epoch = 0
             self._write_checkpoint(epoch + 1, 0)
 
     def _record(self, train_loss: float) -> dict[str, Any]:
@@ -283,7 +287,7 @@ class _Fit:
         ending = epoch + 1 == config.epochs or (config.max_steps is not None and self.state.step >= config.max_steps)
         return ending or (epoch + 1) % config.eval_step == 0 or self._is_over()
 
-    def _evaluate(self, record: dict[str, Any]) -> bool:
+    def _evaluate(self, record: dict[str, Any], *, whole: bool) -> bool:
         """Evaluate, add the results to ``record`` and return whether they are the best so far."""
         state = self.state
         self.strategy.synchronize_buffers(self.objective)
@@ -292,7 +296,8 @@ class _Fit:
         is_best = self.judge.take(state)
         if is_best and self.world.is_main:
             self.best_weights.keep(self.job.model)
-        self.stepper.schedule.after_evaluation(self._plateau_value())
+        if whole:
+            self.stepper.schedule.after_evaluation(self._plateau_value())
         self.callbacks.call("on_evaluate", state)
         return is_best
 
@@ -311,8 +316,9 @@ class _Fit:
         return " · ".join(parts) + (" · best" if is_best else "")
 
     def _write_checkpoint(self, epoch: int, samples: int) -> None:
-        assert self.config.out_dir is not None  # TrainerConfig has checked
-        place = Position(self._seed, epoch, samples).to_dict()
+        if self.config.out_dir is None:
+            return
+        place = Position(self.order_seed, epoch, samples).to_dict()
         path = checkpoint_path(self.config.out_dir)
         write_training(path, self.objective, self.stepper, self.state, place, rng_state(), self.world)
 
@@ -353,17 +359,4 @@ class _Fit:
 
     def _final_validation(self) -> Results:
         """Return the evaluation of the weights that the model ends with."""
-        if self.state.best is None:
-            return self.state.validation
-        record = self.state.history[self.state.best.epoch - 1]
-        return {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}
-
-    @property
-    def _seed(self) -> int:
-        return self._order_seed if self._order_seed is not None else self.config.seed
-
-    @_seed.setter
-    def _seed(self, seed: int) -> None:
-        self._order_seed = seed
-
-    _order_seed: int | None = None
+        return self.state.validation if self.state.best is None else self.state.best.results

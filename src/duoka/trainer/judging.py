@@ -52,7 +52,7 @@ class Judge:
         if value is None:
             return False
         if self._is_better(value, state.best):
-            state.best, state.bad_evaluations = Best(value, state.epoch), 0
+            state.best, state.bad_evaluations = Best(value, state.epoch, dict(state.validation)), 0
             return True
         state.bad_evaluations += 1
         if self.patience is not None and state.bad_evaluations >= self.patience:

@@ -107,8 +107,9 @@ class Schedule:
 
     def after_epoch(self) -> None:
         """Advance by one epoch, unless the warm-up still lasts."""
+        warm = self.warmup_steps == 0 or self.steps > self.warmup_steps
         plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-        if self.scheduler is not None and not self.every_step and not plateau and self.steps > self.warmup_steps:
+        if self.scheduler is not None and warm and not self.every_step and not plateau:
             self.scheduler.step()
 
     def after_evaluation(self, value: float | None) -> None:
