@@ -6,8 +6,9 @@ import doctest
 import importlib
 import pkgutil
 
-import duoka
 import pytest
+
+import duoka
 
 NOT_IMPORTED = {"duoka.__main__", "duoka.team.helper"}  # programs
 MODULES = [found.name for found in pkgutil.walk_packages(duoka.__path__, "duoka.") if found.name not in NOT_IMPORTED]
