@@ -101,7 +101,7 @@ def test_the_target_of_a_dict_is_found_by_its_usual_names_or_by_the_one_given():
         loader = DataLoader(Dicts(name), batch_size=4)
         model = fitted(Plain(), loader, "cpu", loss=functional.cross_entropy, **options)
         assert torch.allclose(model.layer.weight, reference(), atol=1e-6)
-    with pytest.raises(DataError, match="answer.*target="):
+    with pytest.raises(DataError, match=r"answer.*target="):
         fitted(Plain(), DataLoader(Dicts("answer"), batch_size=4), "cpu", loss=functional.cross_entropy)
 
 
@@ -175,7 +175,7 @@ def test_a_loss_with_parameters_trains_them_on_any_number_of_devices():
 
 def test_what_is_no_loss_is_refused_with_a_remedy():
     loader = DataLoader(TensorDataset(*tensors()), batch_size=4)
-    with pytest.raises(ConfigError, match="carries no loss|give one"):
+    with pytest.raises(ConfigError, match="carries no loss"):
         fitted(TwoReturns(), DataLoader(TensorDataset(tensors()[0]), batch_size=4), "cpu")
     with pytest.raises(ConfigError, match="no_such_method"):
         fitted(nn.Linear(6, 3), loader, "cpu", loss="no_such_method")
