@@ -68,10 +68,13 @@ def rates(**options) -> list[float]:
         ({"scheduler_options": {"gamma": 0.1}}, "named schedule"),
         ({"optimizer": torch.optim.Adam, "optimizer_options": {"momentun": 1}, "fit": True}, "momentun"),
         ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1), "lr": 0.1}, "optimiser of your own"),
-        ({"optimizer": lambda parameters: None, "fit": True}, "no torch.optim.Optimizer"),
-        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))]), "fit": True}, "1 of the optimiser's 1 parameters"),
+        ({"optimizer": lambda _: None, "fit": True}, "no torch.optim.Optimizer"),
+        (
+            {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))]), "fit": True},
+            "1 of the optimiser's 1 parameters",
+        ),
         ({"optimizer": 3}, "optimizer=3 is neither"),
-        ({"scheduler": lambda optimizer: 3, "fit": True}, "no torch LRScheduler"),
+        ({"scheduler": lambda _: 3, "fit": True}, "no torch LRScheduler"),
         ({"monitor": "loss", "fit": True}, "no eval_data"),
         ({"monitor": "accurcy", "eval_data": loader(), "fit": True}, "no result of the evaluation, which has loss"),
         ({"sync_batchnorm": True, "fit": True}, "needs accelerators"),
@@ -81,9 +84,7 @@ def rates(**options) -> list[float]:
 def test_what_cannot_be_is_refused_in_words(options, message):
     fits = options.pop("fit", False)
     with pytest.raises(ConfigError, match=message):
-        trainer = trainer_of(**options)
-        if fits:
-            trainer.fit()
+        trainer_of(**options).fit() if fits else trainer_of(**options)
 
 
 def test_a_built_schedule_is_refused_with_the_way_to_write_it():
@@ -201,7 +202,13 @@ def test_training_stops_when_nothing_gets_better_and_the_best_weights_are_kept(d
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else -1.0)
 
     trainer = trainer_of(
-        optimizer="sgd", lr=0.1, scheduler=worsening, eval_data=loader(), epochs=20, early_stop_patience=2, device=device
+        optimizer="sgd",
+        lr=0.1,
+        scheduler=worsening,
+        eval_data=loader(),
+        epochs=20,
+        early_stop_patience=2,
+        device=device,
     )
     validation, test = trainer.fit()
     assert len(trainer.history) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,7 @@ class _Fit:
         self.order_seed = config.seed
         self.rank_rng: Any = None
         self.wrapped = False
+        self.warned_of_loss = False
 
     def _count_steps(self) -> int | None:
         try:
@@ -228,6 +230,17 @@ class _Fit:
             self._write_checkpoint(epoch, state.samples_in_epoch)
         return config.max_steps is not None and state.step >= config.max_steps
 
+    def _check_loss(self, loss: float) -> float:
+        """Say once when the loss is no number any more: nothing can be learnt from then on."""
+        if not math.isfinite(loss) and not self.warned_of_loss and self.world.is_main:
+            self.warned_of_loss = True
+            logger.warning(
+                "the loss is %s after %d steps; a lower lr, max_grad_norm=1.0, or precision='fp32' may help",
+                loss,
+                self.state.step,
+            )
+        return loss
+
     def _show(self) -> None:
         state, elapsed = self.state, time.perf_counter() - self.began
         done = state.step - self.steps_before
@@ -241,7 +254,7 @@ class _Fit:
                 epochs=self.config.epochs,
                 step=done,
                 steps=self.steps_per_epoch,
-                loss=self.stepper.tally.mean(),
+                loss=self._check_loss(self.stepper.tally.mean()),
                 samples_per_s=(state.samples - self.samples_before) / elapsed,
                 eta_s=eta_s,
                 memory_bytes=device_memory_bytes(self.world.device),
@@ -251,7 +264,7 @@ class _Fit:
     def _end_epoch(self, epoch: int, *, whole: bool) -> None:
         """Evaluate and record. Of an epoch that was left early the checkpoint has the middle, from where it can go on."""
         state, tally = self.state, self.stepper.tally
-        record = self._record(tally.global_mean(self.world))
+        record = self._record(self._check_loss(tally.global_mean(self.world)))
         self.reporter.end_epoch()
         if whole:
             self.stepper.schedule.after_epoch()
