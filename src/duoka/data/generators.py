@@ -39,7 +39,11 @@ class GlobalStream(Stream, Protocol):
     """A generator that every piece of code in the process may draw from."""
 
     def mark(self) -> Any:
-        """Return something cheap that equals another mark only if nothing was drawn between them."""
+        """Return, cheaply, where the generator is."""
+        ...
+
+    def moved(self, mark: Any) -> bool:
+        """Whether anything was drawn since ``mark`` was taken."""
         ...
 
     def rewind(self, mark: Any) -> None:
@@ -59,11 +63,14 @@ class _Torch:
     def set(self, state: Any) -> None:
         torch.default_generator.set_state(state)
 
-    def mark(self) -> bytes:
-        return torch.default_generator.get_state().numpy().tobytes()
+    def mark(self) -> torch.Tensor:
+        return torch.default_generator.get_state()
 
-    def rewind(self, mark: bytes) -> None:
-        self.set(torch.frombuffer(bytearray(mark), dtype=torch.uint8))
+    def moved(self, mark: torch.Tensor) -> bool:
+        return not torch.equal(torch.default_generator.get_state(), mark)
+
+    def rewind(self, mark: torch.Tensor) -> None:
+        self.set(mark)
 
 
 class _Python:
@@ -80,6 +87,9 @@ class _Python:
 
     def mark(self) -> Any:
         return _python_memory() if _memory_is_readable() else random.getstate()
+
+    def moved(self, mark: Any) -> bool:
+        return bool(self.mark() != mark)
 
     def rewind(self, mark: Any) -> None:
         self.set(_python_state(mark) if _memory_is_readable() else mark)
@@ -103,6 +113,9 @@ class _Numpy:
             return ctypes.string_at(bits.ctypes.state_address, _STATE_BYTES)
         return repr(bits.state).encode()  # set_bit_generator was given another one: its state is a few numbers
 
+    def moved(self, mark: bytes) -> bool:
+        return self.mark() != mark
+
     def rewind(self, mark: bytes) -> None:
         if len(mark) != _STATE_BYTES:
             return
@@ -125,12 +138,14 @@ class _Accelerator:
         if state is not None and (module := _device_module()) is not None:
             module.set_rng_state(state)
 
-    def mark(self) -> bytes | None:
-        return None if (module := _device_module()) is None else module.get_rng_state().numpy().tobytes()
+    def mark(self) -> torch.Tensor | None:
+        return None if (module := _device_module()) is None else module.get_rng_state()
 
-    def rewind(self, mark: bytes | None) -> None:
-        if mark is not None:
-            self.set(torch.frombuffer(bytearray(mark), dtype=torch.uint8))
+    def moved(self, mark: torch.Tensor | None) -> bool:
+        return mark is not None and not torch.equal(self.get(), mark)
+
+    def rewind(self, mark: torch.Tensor | None) -> None:
+        self.set(mark)
 
 
 def _python_memory() -> tuple[bytes, float | None]:

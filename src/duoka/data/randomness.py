@@ -93,7 +93,7 @@ class Watch:
                 try:
                     result = work()
                 finally:
-                    moved = marks != [stream.mark() for stream in self._unused]
+                    moved = any(stream.moved(mark) for stream, mark in zip(self._unused, marks, strict=True))
                     if moved:
                         found += self._rewind(marks)
                 if not moved:
@@ -110,7 +110,7 @@ class Watch:
 
     def _rewind(self, marks: list[Any]) -> list[tuple[GlobalStream, Any]]:
         """Rewind what was drawn from, and count it as used; return the states that were found."""
-        moved = [(stream, mark) for stream, mark in zip(self._unused, marks, strict=True) if stream.mark() != mark]
+        moved = [(stream, mark) for stream, mark in zip(self._unused, marks, strict=True) if stream.moved(mark)]
         for stream, mark in moved:
             if self._first and stream in self._first:
                 stream.set(self._first[stream])
