@@ -55,6 +55,7 @@ class Stepper:
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.call: Callable[[Any], Any] = module
+        self._scale = strategy.scale
         self.strategy = strategy
         self.optimizer = optimizer
         self.schedule = schedule
@@ -65,6 +66,7 @@ class Stepper:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.modules = list(module.modules())
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._on_cpu = self.device.type == "cpu"  # where loaders put their batches anyway
         self._weight: torch.Tensor | None = None
         self._scheduled = not schedule.idle
 
@@ -90,7 +92,7 @@ class Stepper:
 
     def _add_gradient(self, part: Any, total: int) -> None:
         count = part.count
-        batch = to_device(part.batch, self.device, True)
+        batch = part.batch if self._on_cpu else to_device(part.batch, self.device, True)
         if count:
             loss = self.call(batch)
         else:
@@ -100,7 +102,7 @@ class Stepper:
             loss = self._weighted(loss, count)
         else:
             self.tally.add(loss, count)
-            scale = self.strategy.scale(count, total)
+            scale = self._scale(count, total)
             if scale != 1.0:
                 loss = loss * scale
         if self.scaler is not None:
