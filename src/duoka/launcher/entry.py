@@ -66,7 +66,7 @@ def launch(
         devices: the device grammar: ``"all"``, ``"auto"``, ``"0,1"``, ``"cpu:2"``, ``torch.device`` or a list of these.
         returns: ``"first"`` for rank 0's value, ``"all"`` for the list of every rank's.
         output: ``"quiet"`` keeps what helpers print for error reports only; ``"all"`` shows it, each line labelled.
-        timeout_s: seconds after which a collective that some rank does not join fails.
+        timeout_s: seconds after which a collective over gloo that some rank does not join fails; NCCL waits on.
 
     Raises:
         what ``fn`` raises on any rank, as its own type, the remote traceback being its cause; WorkerDied when a helper

@@ -89,7 +89,7 @@ def own_state_kept(device: torch.device) -> Iterator[None]:
     threads = torch.get_num_threads()
     index = torch.accelerator.current_device_index() if device.type != "cpu" else None
     generators = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own
-    on_device = torch.get_device_module(device).get_rng_state(device) if device.type != "cpu" else None
+    on_device = _device_generator(device)
     try:
         yield
     finally:
@@ -99,8 +99,21 @@ def own_state_kept(device: torch.device) -> Iterator[None]:
         random.setstate(generators[1])
         np.random.set_state(generators[2])  # noqa: NPY002
         if index is not None:
-            torch.get_device_module(device).set_rng_state(on_device, device)
+            _set_device_generator(device, on_device)
             torch.accelerator.set_device_index(index)
+
+
+def _device_generator(device: torch.device) -> torch.Tensor | None:
+    if device.type == "cpu":
+        return None
+    where = () if device.type == "mps" else (device,)  # there is one, and its functions take no device
+    state: torch.Tensor = torch.get_device_module(device).get_rng_state(*where)
+    return state
+
+
+def _set_device_generator(device: torch.device, state: torch.Tensor | None) -> None:
+    where = () if device.type == "mps" else (device,)
+    torch.get_device_module(device).set_rng_state(state, *where)
 
 
 def _restore_environment(environment: dict[str, str]) -> None:

@@ -99,8 +99,10 @@ def _open(payload: Payload, line: _Line) -> contextlib.AbstractContextManager[An
 
 def _tidy() -> None:
     gc.collect()
-    if torch.accelerator.is_available() and torch.get_device_module().is_initialized():
-        torch.accelerator.memory.empty_cache()
+    if torch.accelerator.is_available():
+        is_initialized = getattr(torch.get_device_module(), "is_initialized", bool)  # Apple's has none, and no helpers
+        if is_initialized():
+            torch.accelerator.memory.empty_cache()
 
 
 if __name__ == "__main__":
