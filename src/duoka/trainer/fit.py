@@ -61,6 +61,7 @@ def fit_on_rank(job: Job) -> Outcome:
     """Train ``job.model`` on this rank; every rank of the world has to call it."""
     world = current_world()
     with contextlib.ExitStack() as stack:
+        stack.callback(set_rng_state, rng_state())
         stack.enter_context(modes_kept(job.model))
         objective = stack.enter_context(prepared_objective(job, world))
         return _Fit(job, world, objective, stack).run()
