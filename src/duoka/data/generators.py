@@ -5,18 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import random
-import struct
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 __all__ = ["GLOBAL", "TORCH", "GlobalStream", "Stream"]
-
-_KEY_BYTES = 624 * 4  # of MT19937: 624 words of 32 bits, and after them the place in them
-_STATE_BYTES = _KEY_BYTES + 4
 
 
 class Stream(Protocol):
@@ -73,8 +69,66 @@ class _Torch:
         self.set(mark)
 
 
-class _Python:
-    """What the functions of the module ``random`` draw from. Two states take 20 µs to compare, two marks 1 µs."""
+class _Words(NamedTuple):
+    """Words of a Mersenne twister's own memory: its place and two of its 624 words, which no two states share."""
+
+    owner: Any
+    """Whose memory it is; it must not be freed while it is read."""
+    place: ctypes.c_uint32
+    early: ctypes.c_uint32
+    late: ctypes.c_uint32
+
+    @staticmethod
+    def at(owner: Any, place: int, key: int) -> _Words:
+        """Those of ``owner``, whose place and whose first word lie at these addresses."""
+        words = ctypes.c_uint32
+        return _Words(owner, words.from_address(place), words.from_address(key + 4), words.from_address(key + 623 * 4))
+
+    def read(self) -> tuple[int, int, int]:
+        return self.place.value, self.early.value, self.late.value
+
+
+class _Twister:
+    """A Mersenne twister that is watched by three of its words: reading those takes a hundredth of reading its state.
+
+    The state itself is read again only where the words are not those of the state that was read last.
+    """
+
+    def __init__(self) -> None:
+        self._words: _Words | None = None
+        self._kept: tuple[tuple[int, int, int], Any] | None = None
+
+    def get(self) -> Any:
+        raise NotImplementedError
+
+    def set(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def find(self) -> _Words | None:
+        """Return where its words are, ``None`` where they cannot be read."""
+        raise NotImplementedError
+
+    def mark(self) -> Any:
+        words = self._words or self.find()
+        if words is None:
+            return None, self.get()
+        self._words = words
+        place = words.read()
+        if self._kept is None or self._kept[0] != place:
+            self._kept = (place, self.get())
+        return self._kept
+
+    def moved(self, mark: Any) -> bool:
+        if mark[0] is None or self._words is None:
+            return repr(self.get()) != repr(mark[1])
+        return bool(self._words.read() != mark[0])
+
+    def rewind(self, mark: Any) -> None:
+        self.set(mark[1])
+
+
+class _Python(_Twister):
+    """What the functions of the module ``random`` draw from."""
 
     def seed(self, seed: int) -> None:
         random.seed(seed)
@@ -85,18 +139,19 @@ class _Python:
     def set(self, state: Any) -> None:
         random.setstate(state)
 
-    def mark(self) -> Any:
-        return _python_memory() if _memory_is_readable() else random.getstate()
+    def find(self) -> _Words | None:
+        """CPython's generator object is a header, a place, then 624 words: so it is, or nothing is read."""
+        generator: Any = getattr(random.random, "__self__", None)
+        header = object.__basicsize__
+        if sys.implementation.name != "cpython" or generator.__sizeof__() < header + 4 + 624 * 4:
+            return None
+        words = _Words.at(generator, id(generator) + header, id(generator) + header + 4)
+        state = random.getstate()[1]
+        return words if words.read() == (state[624], state[1], state[623]) else None
 
-    def moved(self, mark: Any) -> bool:
-        return bool(self.mark() != mark)
 
-    def rewind(self, mark: Any) -> None:
-        self.set(_python_state(mark) if _memory_is_readable() else mark)
-
-
-class _Numpy:
-    """What the functions of ``numpy.random`` draw from. Its state takes 40 µs to read or write, the mark of it 1 µs."""
+class _Numpy(_Twister):
+    """What the functions of ``numpy.random`` draw from."""
 
     def seed(self, seed: int) -> None:
         np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002 - the global generator is what users draw from
@@ -107,21 +162,13 @@ class _Numpy:
     def set(self, state: Any) -> None:
         np.random.set_state(state)  # noqa: NPY002
 
-    def mark(self) -> bytes:
+    def find(self) -> _Words | None:
+        """NumPy gives out its state's address: 624 words, then the place; ``set_bit_generator`` may have set another kind."""
         bits: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        if isinstance(bits, np.random.MT19937):
-            return ctypes.string_at(bits.ctypes.state_address, _STATE_BYTES)
-        return repr(bits.state).encode()  # set_bit_generator was given another one: its state is a few numbers
-
-    def moved(self, mark: bytes) -> bool:
-        return self.mark() != mark
-
-    def rewind(self, mark: bytes) -> None:
-        if len(mark) != _STATE_BYTES:
-            return
-        key = np.frombuffer(mark[:_KEY_BYTES], dtype=np.uint32)
-        state = {"key": key, "pos": int.from_bytes(mark[_KEY_BYTES:], sys.byteorder)}
-        self.set({"bit_generator": "MT19937", "state": state, "has_gauss": 0, "gauss": 0.0})
+        if not isinstance(bits, np.random.MT19937):
+            return None
+        address = bits.ctypes.state_address
+        return _Words.at(bits, address + 624 * 4, address)
 
 
 class _Accelerator:
@@ -148,27 +195,6 @@ class _Accelerator:
         self.set(mark)
 
 
-def _python_memory() -> tuple[bytes, float | None]:
-    """Return the bytes of CPython's generator object behind its header (a place, then 624 words), and its spare number."""
-    generator: Any = _PYTHON
-    header = object.__basicsize__
-    return ctypes.string_at(id(generator) + header, _STATE_BYTES), generator.gauss_next
-
-
-def _python_state(memory: tuple[bytes, float | None]) -> Any:
-    """Return what ``random.getstate()`` returned when ``memory`` was read."""
-    place, *words = struct.unpack("=625I", memory[0])
-    return 3, (*words, place), memory[1]
-
-
-@functools.cache
-def _memory_is_readable() -> bool:
-    """Whether this interpreter lays its generator out as ``_python_memory`` reads it: found by comparing the two."""
-    if sys.implementation.name != "cpython" or _PYTHON.__sizeof__() < object.__basicsize__ + _STATE_BYTES:
-        return False
-    return bool(_python_state(_python_memory()) == random.getstate())
-
-
 def _device_module() -> Any:
     """Return torch's module of the accelerator if this process has initialised it, else ``None``."""
     module, is_initialized = _device()
@@ -182,6 +208,5 @@ def _device() -> tuple[Any, Callable[[], bool]]:
     return module, getattr(module, "is_initialized", bool)
 
 
-_PYTHON: Any = getattr(random.random, "__self__", None)  # the object that the module's functions are methods of
 TORCH: GlobalStream = _Torch()
 GLOBAL: tuple[GlobalStream, ...] = (TORCH, _Python(), _Numpy(), _Accelerator())

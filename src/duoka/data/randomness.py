@@ -80,24 +80,22 @@ class Watch:
         self.used: list[GlobalStream] = []
         """The generators that were drawn from: what is to be seeded."""
         self._unused = list(GLOBAL)
-        self._first: dict[GlobalStream, Any] | None = None
 
     def run(self, work: Callable[[], T]) -> T:
         """Return ``work()``, which seeds ``used``; it is called again where it drew from another generator."""
         found = [] if get_worker_info() is not None else [(stream, stream.get()) for stream in self.used]
         try:
             while True:
-                if self._first is None:  # whole states once: most data sets draw in their first batch or never
-                    self._first = {stream: stream.get() for stream in self._unused}
-                marks = [stream.mark() for stream in self._unused]
+                marks = [(stream, stream.mark()) for stream in self._unused]
+                moved = []
                 try:
                     result = work()
                 finally:
-                    moved = any(stream.moved(mark) for stream, mark in zip(self._unused, marks, strict=True))
-                    if moved:
-                        found += self._rewind(marks)
+                    for stream, mark in marks:
+                        if stream.moved(mark):
+                            moved.append((stream, mark))
+                    found += self._rewind(moved)
                 if not moved:
-                    self._first = {}
                     return result
         finally:
             for stream, state in found:
@@ -108,14 +106,10 @@ class Watch:
         for stream in self.used:
             stream.seed(seed)
 
-    def _rewind(self, marks: list[Any]) -> list[tuple[GlobalStream, Any]]:
+    def _rewind(self, moved: list[tuple[GlobalStream, Any]]) -> list[tuple[GlobalStream, Any]]:
         """Rewind what was drawn from, and count it as used; return the states that were found."""
-        moved = [(stream, mark) for stream, mark in zip(self._unused, marks, strict=True) if stream.moved(mark)]
         for stream, mark in moved:
-            if self._first and stream in self._first:
-                stream.set(self._first[stream])
-            else:
-                stream.rewind(mark)
+            stream.rewind(mark)
             self._unused.remove(stream)
             self.used.append(stream)
         return [(stream, stream.get()) for stream, _ in moved]

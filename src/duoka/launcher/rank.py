@@ -34,7 +34,8 @@ class Place:
     """What one rank needs to take its place beside the others."""
 
     world: World
-    folder: str
+    folder: str | None
+    """Where ranks of this machine find each other; ``None`` for one alone."""
     backend: str
     timeout_s: float
     threads: int
@@ -52,7 +53,7 @@ def places(devices: Sequence[torch.device], timeout_s: float) -> Iterator[list[P
     size, backend, base = len(devices), _backend(devices), _base_seed()
     threads = scaling.threads_per_rank(size) if size > 1 else torch.get_num_threads()
     seeds = [None, *(base + rank for rank in range(1, size))]
-    with tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True) as folder:
+    with _folder() if size > 1 else contextlib.nullcontext() as folder:
         yield [
             Place(World(rank, size, device, rank, size), folder, backend, timeout_s, threads, seeds[rank])
             for rank, device in enumerate(devices)
@@ -171,6 +172,10 @@ def _backend(devices: Sequence[torch.device]) -> str:
     if kind in ("cpu", "mps") or len(set(devices)) < len(devices):
         return "gloo"
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True)
 
 
 def _base_seed() -> int:
