@@ -354,3 +354,68 @@ def test_twenty_kills_of_the_caller_leave_no_process(tmp_path: Path) -> None:
         process.communicate()
         assert len(pids) == 2
         assert not wait_until_gone(pids)
+
+
+class HeavyError(Exception):
+    pass
+
+
+def test_descriptors_of_answers_and_exceptions_that_nobody_takes_are_closed() -> None:
+    def fail() -> torch.Tensor:
+        if rank() == 2:
+            time.sleep(0.3)  # rank 1 has answered by then
+            raise HeavyError(torch.zeros(1 << 20))
+        return torch.ones(1 << 20)
+
+    def once() -> None:
+        with pytest.raises(HeavyError):
+            duoka.launch(fail, devices="cpu:3", returns="all")
+
+    once()
+    before = psutil.Process().num_fds()
+    once()
+    assert psutil.Process().num_fds() <= before
+
+
+SPEAKING_SCRIPT = """
+import os, duoka
+duoka.launch(lambda: [os.write(1, "\u00e9 spoken\\n".encode()) for _ in range(300)], devices="cpu:2", output="all")
+"""
+
+
+@pytest.mark.parametrize("reader", ["cat", "head -1"])
+def test_output_that_cannot_be_shown_stops_nobody(tmp_path: Path, reader: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SPEAKING_SCRIPT, encoding="utf-8")
+    command = f"{sys.executable} {script} | {reader}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=60, env=environment, check=False)
+    assert b"spoken" in done.stdout
+
+
+def test_a_failure_frees_a_caller_that_ignores_ctrl_c(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import signal, time, duoka\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "def work():\n"
+        "    if duoka.current_world().rank: raise ValueError('from helper')\n"
+        "    time.sleep(60)\n"
+        "try:\n    duoka.launch(work, devices='cpu:2')\n"
+        "except ValueError as error:\n    print(error, signal.getsignal(signal.SIGINT) is signal.SIG_IGN)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=40, check=True)
+    assert done.stdout == "from helper True\n"
+
+
+def test_ctrl_c_while_a_launch_puts_things_away_is_not_lost(monkeypatch) -> None:
+    from duoka.team import pool
+
+    def interrupted() -> dict[str, int]:
+        signal.raise_signal(signal.SIGINT)
+        return {}
+
+    duoka.launch(rank, devices="cpu:2")
+    monkeypatch.setattr(pool, "_user_sources", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        duoka.launch(rank, devices="cpu:2")

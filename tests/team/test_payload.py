@@ -62,6 +62,12 @@ def test_layouts_and_kinds_of_tensors_are_kept(make) -> None:
         assert torch.equal(got.to_dense(), sent.to_dense())
 
 
+def test_sparse_tensors_that_travelled_are_kept_by_nobody(tmp_path) -> None:
+    travel(torch.eye(4).to_sparse())
+    torch.save(torch.ones(1), tmp_path / "file.pt")
+    assert torch.load(tmp_path / "file.pt", weights_only=True) == 1  # torch would warn of what it had kept
+
+
 def test_tied_weights_stay_tied_and_an_optimizer_keeps_its_parameters() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
     model[1].weight = model[0].weight

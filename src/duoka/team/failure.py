@@ -50,6 +50,8 @@ def unpack(payload: Payload, rank: int, device: str, receiver: torch.device) -> 
         error, text, _ = loads(payload, receiver)
     except Exception as failed:  # its class can be rebuilt there but not here
         error, text = RemoteError(f"an exception that cannot be rebuilt here: {failed}"), ""
+    finally:
+        payload.close()
     error.__cause__ = RemoteTraceback(f"Traceback of rank {rank} ({device}):\n{text}")
     return error  # type: ignore[no-any-return]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from duoka.errors import LaunchError
 from duoka.team import failure
 from duoka.team.connection import Connection, Message
 from duoka.team.payload import Payload, dumps, loads
@@ -71,7 +72,7 @@ def _serve(line: _Line) -> None:
     message = line.receive()
     try:
         with _open(message.payload, line) as value:
-            answer = dumps(value)
+            answer = _answer(value)
             line.send("done", answer)
             answer.close()
             line.receive()
@@ -82,6 +83,16 @@ def _serve(line: _Line) -> None:
     _tidy()
     line.scratch = None
     line.send("idle", Payload(b""))
+
+
+def _answer(value: Any) -> Payload:
+    try:
+        return dumps(value)
+    except Exception as error:
+        raise LaunchError(
+            f"the value that this rank returned, a {type(value).__name__}, cannot be sent to rank 0: {error}. "
+            "Return numbers, tensors or a state_dict."
+        ) from error
 
 
 def _open(payload: Payload, line: _Line) -> contextlib.AbstractContextManager[Any]:

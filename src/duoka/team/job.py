@@ -53,7 +53,7 @@ def run_job(
                 for helper in helpers:
                     helper.connection.send("run", _task(packed, helper.device, places[helper.rank], scratch))
                 answer = _run_here(work, places[0], arguments, watch, helpers)
-                return [answer, *(_unpack(watch.answer(helper.rank), devices[0]) for helper in helpers)]
+                answers = [answer, *(_unpack(watch.answer(helper.rank), devices[0]) for helper in helpers)]
             except BaseException as error:
                 interruption.close()
                 failed = _cause(error, watch, interruption)
@@ -64,6 +64,10 @@ def run_job(
                 pool.release(helpers, reusable=watch.end())
     finally:
         packed.close()
+    if failed is None and interruption.interrupted:  # while all was being put away
+        raise KeyboardInterrupt
+    if failed is None:
+        return answers
     gc.collect()  # what the stopped frames held of the group (sockets, ports) goes with them, not at some later time
     raise failed
 
