@@ -213,3 +213,58 @@ def test_metrics_of_every_kind_are_the_same_on_any_number_of_devices(kind):
         assert {name: f"{value:.5g}" for name, value in other.items()} == {
             name: f"{value:.5g}" for name, value in results[0].items()
         }
+
+
+def column_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(output, target).reshape(1)
+
+
+def weighted_column_loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return functional.cross_entropy(output, target, reduction="sum").reshape(1), torch.tensor([len(target)])
+
+
+@pytest.mark.parametrize("loss", [column_loss, weighted_column_loss])
+def test_a_loss_of_one_element_is_reported_as_the_scalar_that_it_is(loss):
+    histories = []
+    for function in (functional.cross_entropy, loss):
+        torch.manual_seed(1)
+        loader = DataLoader(TensorDataset(*tensors()), batch_size=4)
+        options = {"loss": function, "optimizer": "sgd", "lr": 0.1, "epochs": 2, "device": "cpu", "verbose": False}
+        trainer = Trainer(nn.Linear(6, 3), loader, loader, **options)
+        trainer.fit()
+        histories.append([(record["train_loss"], record["val_loss"]) for record in trainer.history])
+    for one, other in zip(*histories, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_a_loss_of_more_than_one_number_is_refused_in_training_and_in_evaluation():
+    features, _ = tensors()
+    loader = DataLoader(TensorDataset(features, features[:, :3]), batch_size=4)
+    trainer = Trainer(nn.Linear(6, 3), loader, loss=nn.MSELoss(reduction="none"), device="cpu", verbose=False)
+    for start in (trainer.fit, lambda: trainer.evaluate(loader)):
+        with pytest.raises(ConfigError, match=r"shape \(4, 3\).*one number"):
+            start()
+
+
+class OwnSum(OwnLoss):
+    """A model that returns its own loss as ``(sum, weight)``."""
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return functional.cross_entropy(self.layer(features), labels, reduction="sum"), len(labels)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_a_models_own_sum_and_weight_are_its_loss_in_evaluation_too(device):
+    loader = DataLoader(Dicts("labels"), batch_size=4)
+    expected = Trainer(OwnLoss(), device="cpu").evaluate(loader)
+    assert Trainer(OwnSum(), device=device).evaluate(loader) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_tuple_of_loss_and_logits_is_not_taken_for_a_sum_and_its_weight():
+    class Pair(OwnLoss):
+        def forward(self, features, labels):
+            output = super().forward(features, labels)
+            return output.loss, output.logits
+
+    with pytest.raises(ConfigError, match="carries no loss"):
+        fitted(Pair(), DataLoader(Dicts("labels"), batch_size=4), "cpu")
