@@ -271,3 +271,17 @@ def test_a_compiled_step_gives_the_same_result():
     with torch._dynamo.config.patch(disable=True):  # the path is the same; compilers are not what is tested
         compiled.fit()
     assert torch.allclose(compiled.model.weight, eager.model.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_the_results_are_those_of_the_last_weights_where_training_stopped_between_two_evaluations(device):
+    class AfterFour(Callback):
+        def on_epoch_end(self, state):
+            if state.epoch == 4:
+                state.stop()
+
+    options = {"optimizer": "sgd", "lr": 0.1, "epochs": 9, "eval_step": 3, "device": device}
+    trainer = trainer_of(eval_data=loader(), callbacks=[AfterFour()], **options)
+    validation, _ = trainer.fit()
+    assert [record["epoch"] for record in trainer.history if "val_loss" in record] == [3, 4]
+    assert validation["loss"] == trainer.history[-1]["val_loss"] == pytest.approx(trainer.evaluate()["loss"], rel=1e-6)

@@ -176,3 +176,29 @@ def test_resuming_without_a_checkpoint_is_an_error_unless_it_is_automatic(tmp_pa
     trained(tmp_path, "cpu", resume="auto", epochs=1)
     with pytest.raises(ConfigError, match="out_dir"):
         trained(None, "cpu", resume=True)
+
+
+def worsening(optimizer):
+    """Climb from the third epoch on."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else -1.0)
+
+
+def test_a_run_that_patience_stopped_stays_stopped_when_it_is_resumed(tmp_path):
+    options = {"optimizer_options": {}, "scheduler": worsening, "early_stop_patience": 2, "epochs": 9}
+    model, stopped = trained(tmp_path, "cpu", **options)
+    assert len(stopped.history) == 4
+    again, resumed = trained(tmp_path, "cpu", resume=True, **options)
+    assert resumed.history == stopped.history
+    assert resumed.stopped == stopped.stopped
+    assert torch.equal(again.weight, model.weight)
+    _, patient = trained(tmp_path, "cpu", resume=True, **{**options, "early_stop_patience": 3})
+    assert len(patient.history) == 5
+
+
+def test_the_evaluation_of_an_epoch_that_was_left_early_tries_no_patience(tmp_path):
+    options = {"optimizer_options": {}, "scheduler": worsening, "early_stop_patience": 2}
+    _, whole = trained(None, "cpu", epochs=9, **options)
+    trained(tmp_path, "cpu", epochs=9, max_steps=10, **options)  # the middle of epoch 3, of 4 steps
+    _, resumed = trained(tmp_path, "cpu", epochs=9, resume=True, **options)
+    assert [record["step"] for record in whole.history] == [4, 8, 12, 16]
+    assert [record["step"] for record in resumed.history] == [4, 8, 12, 16]

@@ -124,6 +124,7 @@ class _Fit:
     def run(self) -> Outcome:
         """Train until the end, early or not, and return the results."""
         first_epoch = self._resume()
+        self.judge.lose_patience(self.state)
         self.folder.start(self.config.plain(), self.state.history)
         self._introduce()
         self.objective.train()
@@ -307,7 +308,7 @@ class _Fit:
         self.strategy.synchronize_buffers(self.objective)
         state.validation = evaluate(self.objective, self.evaluations or (), self.metrics, self.world)
         record.update({f"{PREFIX}{name}": value for name, value in state.validation.items()})
-        is_best = self.judge.take(state)
+        is_best = self.judge.take(state, whole=whole)
         if is_best and self.world.is_main:
             self.best_weights.keep(self.job.model)
         if whole:
@@ -342,18 +343,32 @@ class _Fit:
         state = self.state
         if state.stopping:
             self._say(f"stopped early: {state.stopping}")
+        self._evaluate_last_weights()
         self._settle_weights()
         test: Results = {}
         if self.job.test_data is not None:
             data = sharded(self.job, self.job.test_data, self.strategy, training=False)
             with contextlib.closing(data):
                 test = evaluate(self.objective, data, self.metrics, self.world)
-            self._say(
-                "test: " + " · ".join(f"{name} {number(v)}" for name, v in test.items() if isinstance(v, (int, float)))
-            )
+            self._say_results("test", test)
         self.folder.finish(state.history)
         self.callbacks.call("on_fit_end", state)
         return Outcome(self._final_validation(), test, state.history, state.best, state.stopping)
+
+    def _evaluate_last_weights(self) -> None:
+        """Evaluate once more where the model ends with weights that were not: training stopped between two evaluations."""
+        state = self.state
+        record = state.history[-1] if state.history and state.history[-1]["step"] == state.step else {}
+        if self.evaluations is None or state.best is not None or any(name.startswith(PREFIX) for name in record):
+            return
+        self._evaluate(record, whole=False)
+        if record:
+            self.folder.record(state.history)
+        self._say_results("validation", state.validation)
+
+    def _say_results(self, label: str, results: Results) -> None:
+        shown = (f"{name} {number(value)}" for name, value in results.items() if isinstance(value, (int, float)))
+        self._say(f"{label}: {' · '.join(shown)}")
 
     def _settle_weights(self) -> None:
         """Leave the best weights in the user's model, or the last ones, and on disk where that was asked for."""
