@@ -209,3 +209,23 @@ def test_torchs_dataparallel_trains_on_accelerators():
     module = MeanLoss().to(device)
     strategy.wrap(module)(batch(5).to(device)).backward()
     assert torch.allclose(module.layer.weight.grad.cpu(), reference(5), rtol=1e-4)
+
+
+def test_gradients_of_several_dtypes_are_each_divided_in_their_own():
+    strategy, _ = choose("auto", ALONE)
+    parameters = [nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    strategy.divide(parameters, torch.tensor(3.0))
+    assert torch.equal(parameters[0].grad, torch.full((2,), 1 / 3, dtype=torch.bfloat16))
+    assert torch.equal(parameters[1].grad, torch.full((2,), 1 / 3))
+
+
+def test_torchs_dataparallel_on_the_cpu_keeps_away_from_the_accelerators(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("nn.DataParallel without device_ids takes every accelerator")
+
+    monkeypatch.setattr(nn, "DataParallel", refuse)
+    module = MeanLoss()
+    choose("dp", ALONE, devices=[CPU, CPU])[0].wrap(module)(batch(5)).backward()
+    assert torch.allclose(module.layer.weight.grad, reference(5), rtol=1e-5)
