@@ -202,3 +202,19 @@ def test_the_evaluation_of_an_epoch_that_was_left_early_tries_no_patience(tmp_pa
     _, resumed = trained(tmp_path, "cpu", epochs=9, resume=True, **options)
     assert [record["step"] for record in whole.history] == [4, 8, 12, 16]
     assert [record["step"] for record in resumed.history] == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "onecycle", "multistep"])
+def test_a_schedule_does_not_go_on_past_the_end_that_was_planned(tmp_path, scheduler):
+    trained(tmp_path, "cpu", scheduler=scheduler, epochs=2)
+    unit = (8, 16, "steps") if scheduler == "onecycle" else (2, 4, "epochs")
+    with pytest.raises(CheckpointError, match="planned for {} {u} .* {} {u} now.*new run".format(*unit[:2], u=unit[2])):
+        trained(tmp_path, "cpu", scheduler=scheduler, epochs=4, resume=True)
+
+
+def test_a_schedule_whose_length_was_given_goes_on_with_more_epochs(tmp_path):
+    options = {"scheduler": "cosine", "scheduler_options": {"T_max": 4}}
+    trained(tmp_path, "cpu", epochs=2, **options)
+    longer, _ = trained(tmp_path, "cpu", epochs=4, resume=True, **options)
+    whole, _ = trained(None, "cpu", epochs=4, **options)
+    assert torch.equal(longer.weight, whole.weight)

@@ -61,6 +61,7 @@ def fit_on_rank(job: Job) -> Outcome:
     """Train ``job.model`` on this rank; every rank of the world has to call it."""
     world = current_world()
     with contextlib.ExitStack() as stack:
+        torch.empty(0, device=world.device)  # from here on an accelerator is used, so its generator has a state to keep
         stack.callback(set_rng_state, rng_state())
         stack.enter_context(modes_kept(job.model))
         objective = stack.enter_context(prepared_objective(job, world))
@@ -270,6 +271,8 @@ class _Fit:
         self.reporter.end_epoch()
         if whole:
             self.stepper.schedule.after_epoch()
+        if whole and self.evaluations is None:
+            self.stepper.schedule.after_evaluation(record["train_loss"])
         is_best = self._evaluation_is_due(epoch) and self._evaluate(record, whole=whole)
         if not whole:
             self._write_checkpoint(epoch, state.samples_in_epoch)

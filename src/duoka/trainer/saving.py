@@ -104,11 +104,11 @@ def restore_training(
     random state for each, and the training loss of the running epoch is carried on by rank 0.
     """
     kept = world.broadcast(load_training(path) if world.is_main else {})
+    stepper.schedule.load_state_dict(kept["schedule"])
     load_state(objective.model, kept["model"], source=str(path))
     if isinstance(objective.loss, torch.nn.Module):
         load_state(objective.loss, kept["loss"], source=str(path))
     load_optimizer_state(stepper.optimizer, objective, kept["optimizer"])
-    stepper.schedule.load_state_dict(kept["schedule"])
     if stepper.scaler is not None and kept["scaler"]:
         stepper.scaler.load_state_dict(kept["scaler"])
     set_fields(state, kept["state"])
