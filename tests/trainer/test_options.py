@@ -7,12 +7,15 @@ import inspect
 import sys
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from duoka.errors import ConfigError
+from duoka.launcher import launch
 from duoka.trainer import Callback, Trainer, TrainerConfig
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
@@ -79,6 +82,8 @@ def rates(**options) -> list[float]:
         ({"monitor": "accurcy", "eval_data": loader(), "fit": True}, "no result of the evaluation, which has loss"),
         ({"sync_batchnorm": True, "fit": True}, "needs accelerators"),
         ({"train_data": None, "fit": True}, "needs training data"),
+        ({"tensorboard": True}, "needs out_dir"),
+        ({"compile": True, "strategy": "dp"}, "use strategy='ddp'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(options, message):
@@ -285,3 +290,38 @@ def test_the_results_are_those_of_the_last_weights_where_training_stopped_betwee
     validation, _ = trainer.fit()
     assert [record["epoch"] for record in trainer.history if "val_loss" in record] == [3, 4]
     assert validation["loss"] == trainer.history[-1]["val_loss"] == pytest.approx(trainer.evaluate()["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_a_plateau_is_looked_for_in_the_training_loss_where_there_is_no_evaluation(device):
+    def plateau(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+
+    trainer = trainer_of(optimizer="sgd", lr=0.1, scheduler=plateau, epochs=4, device=device)
+    trainer.fit()
+    assert trainer.history[-1]["lr"] < 0.1
+    with pytest.raises(ConfigError, match="losses of epochs"):
+        trainer_of(scheduler=plateau, scheduler_interval="step").fit()
+
+
+def test_numpys_numbers_are_numbers():
+    config = TrainerConfig(
+        epochs=np.int64(3),
+        lr=np.float32(0.5),
+        compile=np.bool_(False),
+        optimizer_options={"betas": (np.float64(0.5), np.float32(0.25)), "eps": np.array([1.0])[0]},
+        scheduler="multistep",
+        scheduler_options={"milestones": np.array([1, 2]), "gamma": torch.tensor(0.5)},
+    )
+    written = yaml.safe_load(yaml.safe_dump(config.plain()))
+    assert (written["epochs"], written["lr"], written["compile"]) == (3, 0.5, False)
+    assert written["optimizer_options"] == {"betas": [0.5, 0.25], "eps": 1.0}
+    assert written["scheduler_options"] == {"milestones": [1, 2], "gamma": 0.5}
+
+
+def test_one_device_cannot_be_asked_for_in_a_job_of_two():
+    def on_each_rank() -> None:
+        Trainer(nn.Linear(5, 2), loss=nn.CrossEntropyLoss(), device="cpu", use_multi_gpu=False).evaluate(loader())
+
+    with pytest.raises(ConfigError, match=r"use_multi_gpu=False.*2 processes"):
+        launch(on_each_rank, devices="cpu:2")

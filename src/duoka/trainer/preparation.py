@@ -63,6 +63,11 @@ class Job:
 
     def strategy(self, world: World) -> tuple[Strategy, str]:
         """Return this rank's strategy, and why it is this one."""
+        if world.size > 1 and not self.config.use_multi_gpu:
+            raise ConfigError(
+                f"use_multi_gpu=False takes one device, and this job has {world.size} processes, one a device each; start "
+                "one process, or leave use_multi_gpu out"
+            )
         options = dict(self.config.ddp_options)
         return choose(self.config.strategy, world, devices=self.devices, ddp_options=options)
 
