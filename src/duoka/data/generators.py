@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
+import pickle
 import random
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
-__all__ = ["GLOBAL", "TORCH", "GlobalStream", "Stream"]
+__all__ = ["GLOBAL", "TORCH", "Stream", "WatchedStream"]
 
 
 class Stream(Protocol):
@@ -31,8 +33,8 @@ class Stream(Protocol):
         ...
 
 
-class GlobalStream(Stream, Protocol):
-    """A generator that every piece of code in the process may draw from."""
+class WatchedStream(Stream, Protocol):
+    """A generator that tells cheaply whether it was drawn from."""
 
     def mark(self) -> Any:
         """Return, cheaply, where the generator is."""
@@ -50,6 +52,9 @@ class GlobalStream(Stream, Protocol):
 class _Torch:
     """torch's CPU generator; not through ``torch.manual_seed``, which takes 100 times as long."""
 
+    def __reduce__(self) -> str:
+        return "TORCH"
+
     def seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
@@ -63,40 +68,36 @@ class _Torch:
         return torch.default_generator.get_state()
 
     def moved(self, mark: torch.Tensor) -> bool:
-        return not torch.equal(torch.default_generator.get_state(), mark)
+        now, size = (
+            torch.default_generator.get_state(),
+            mark.numel(),
+        )  # of bytes, which torch.equal takes longer to compare
+        return ctypes.string_at(now.data_ptr(), size) != ctypes.string_at(mark.data_ptr(), size)
 
     def rewind(self, mark: torch.Tensor) -> None:
         self.set(mark)
 
 
-class _Words(NamedTuple):
-    """Words of a Mersenne twister's own memory: its place and two of its 624 words, which no two states share."""
+Words: TypeAlias = tuple[Any, ...]
+"""Memory of a generator's own, which must not be freed while it is read: numbers of ctypes."""
+_value = operator.attrgetter("value")
 
-    owner: Any
-    """Whose memory it is; it must not be freed while it is read."""
-    place: ctypes.c_uint32
-    early: ctypes.c_uint32
-    late: ctypes.c_uint32
 
-    @staticmethod
-    def at(owner: Any, place: int, key: int) -> _Words:
-        """Those of ``owner``, whose place and whose first word lie at these addresses."""
-        words = ctypes.c_uint32
-        return _Words(owner, words.from_address(place), words.from_address(key + 4), words.from_address(key + 623 * 4))
-
-    def read(self) -> tuple[int, int, int]:
-        return self.place.value, self.early.value, self.late.value
+def _words_at(place: int, key: int) -> Words:
+    """Return a Mersenne twister's place and two of its 624 words, which no two states share, by their addresses."""
+    word = ctypes.c_uint32
+    return word.from_address(place), word.from_address(key + 4), word.from_address(key + 623 * 4)
 
 
 class _Twister:
     """A Mersenne twister that is watched by three of its words: reading those takes a hundredth of reading its state.
 
-    The state itself is read again only where the words are not those of the state that was read last.
+    Gaussians come in pairs, and taking the spare one moves no word; so whether there is one is read too. The state itself is
+    read again only where it is not the one that was read last.
     """
 
     def __init__(self) -> None:
-        self._words: _Words | None = None
-        self._kept: tuple[tuple[int, int, int], Any] | None = None
+        self._kept: tuple[Any, Any] | None = None
 
     def get(self) -> Any:
         raise NotImplementedError
@@ -104,24 +105,21 @@ class _Twister:
     def set(self, state: Any) -> None:
         raise NotImplementedError
 
-    def find(self) -> _Words | None:
-        """Return where its words are, ``None`` where they cannot be read."""
+    def here(self) -> Any:
+        """Return the words and the spare Gaussian, ``None`` where they cannot be read."""
         raise NotImplementedError
 
     def mark(self) -> Any:
-        words = self._words or self.find()
-        if words is None:
+        here = self.here()
+        if here is None:
             return None, self.get()
-        self._words = words
-        place = words.read()
-        if self._kept is None or self._kept[0] != place:
-            self._kept = (place, self.get())
+        if self._kept is None or self._kept[0] != here:
+            self._kept = (here, self.get())
         return self._kept
 
     def moved(self, mark: Any) -> bool:
-        if mark[0] is None or self._words is None:
-            return repr(self.get()) != repr(mark[1])
-        return bool(self._words.read() != mark[0])
+        here, state = mark
+        return bool(self.here() != here) if here is not None else pickle.dumps(self.get()) != pickle.dumps(state)
 
     def rewind(self, mark: Any) -> None:
         self.set(mark[1])
@@ -129,6 +127,9 @@ class _Twister:
 
 class _Python(_Twister):
     """What the functions of the module ``random`` draw from."""
+
+    def __reduce__(self) -> str:
+        return "PYTHON"
 
     def seed(self, seed: int) -> None:
         random.seed(seed)
@@ -139,22 +140,41 @@ class _Python(_Twister):
     def set(self, state: Any) -> None:
         random.setstate(state)
 
-    def find(self) -> _Words | None:
+    def here(self) -> Any:
+        return self._words and (*map(_value, self._words), self._generator.gauss_next)
+
+    @functools.cached_property
+    def _generator(self) -> Any:
+        return getattr(random.random, "__self__", None)
+
+    @functools.cached_property
+    def _words(self) -> Words | None:
         """CPython's generator object is a header, a place, then 624 words: so it is, or nothing is read."""
-        generator: Any = getattr(random.random, "__self__", None)
-        header = object.__basicsize__
+        generator, header = self._generator, object.__basicsize__
         if sys.implementation.name != "cpython" or generator.__sizeof__() < header + 4 + 624 * 4:
             return None
-        words = _Words.at(generator, id(generator) + header, id(generator) + header + 4)
+        words = _words_at(id(generator) + header, id(generator) + header + 4)
         state = random.getstate()[1]
-        return words if words.read() == (state[624], state[1], state[623]) else None
+        return words if tuple(map(_value, words)) == (state[624], state[1], state[623]) else None
 
 
 class _Numpy(_Twister):
     """What the functions of ``numpy.random`` draw from."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._bits: Any = None
+        self._words: Words | None = None
+
+    def __reduce__(self) -> str:
+        return "NUMPY"
+
     def seed(self, seed: int) -> None:
-        np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002 - the global generator is what users draw from
+        bits: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if isinstance(bits, np.random.MT19937):
+            np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002 - the global generator is what users draw from
+        else:
+            self.set({**type(bits)(seed).state, "has_gauss": 0, "gauss": 0.0})
 
     def get(self) -> Any:
         return np.random.get_state(legacy=False)  # noqa: NPY002
@@ -162,17 +182,45 @@ class _Numpy(_Twister):
     def set(self, state: Any) -> None:
         np.random.set_state(state)  # noqa: NPY002
 
-    def find(self) -> _Words | None:
-        """NumPy gives out its state's address: 624 words, then the place; ``set_bit_generator`` may have set another kind."""
+    def here(self) -> Any:
         bits: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if bits is not self._bits:  # ``set_bit_generator`` may set another, of another kind, at any time
+            self._bits, self._words = bits, self._find(bits)
+        return self._words and tuple(map(_value, self._words))
+
+    def _find(self, bits: Any) -> Words | None:
+        """NumPy gives out its state's address: 624 words, then the place."""
         if not isinstance(bits, np.random.MT19937):
             return None
         address = bits.ctypes.state_address
-        return _Words.at(bits, address + 624 * 4, address)
+        spare = self._spare()
+        return spare and (*_words_at(address + 624 * 4, address), *spare)
+
+    def _spare(self) -> Words | None:
+        """Whether there is a spare Gaussian, and which: they follow a pointer into their own object, or nothing is read."""
+        owner: Any = np.random.mtrand._rand
+        start, size, word = id(owner), type(owner).__basicsize__, 8
+        for place in range(start, start + size - 2 * word, word):
+            if start < ctypes.c_uint64.from_address(place).value < start + size:
+                spare = ctypes.c_int.from_address(place + word), ctypes.c_double.from_address(place + 2 * word)
+                return spare if self._shows(spare) else None
+        return None
+
+    def _shows(self, spare: Words) -> bool:
+        """Whether ``spare`` follows what is set."""
+        found, seen = self.get(), []
+        for wanted in ((1, 0.25), (0, 0.0)):
+            self.set({**found, "has_gauss": wanted[0], "gauss": wanted[1]})
+            seen.append(tuple(map(_value, spare)) == wanted)
+        self.set(found)
+        return all(seen)
 
 
 class _Accelerator:
     """The generator of the current accelerator device, once this process has initialised it."""
+
+    def __reduce__(self) -> str:
+        return "ACCELERATOR"
 
     def seed(self, seed: int) -> None:
         if (module := _device_module()) is not None:
@@ -208,5 +256,9 @@ def _device() -> tuple[Any, Callable[[], bool]]:
     return module, getattr(module, "is_initialized", bool)
 
 
-TORCH: GlobalStream = _Torch()
-GLOBAL: tuple[GlobalStream, ...] = (TORCH, _Python(), _Numpy(), _Accelerator())
+# Each is one object in a process: pickled, it is a name, since what it has seen of memory means nothing to another process.
+TORCH: WatchedStream = _Torch()
+PYTHON: WatchedStream = _Python()
+NUMPY: WatchedStream = _Numpy()
+ACCELERATOR: WatchedStream = _Accelerator()
+GLOBAL: tuple[WatchedStream, ...] = (TORCH, PYTHON, NUMPY, ACCELERATOR)
