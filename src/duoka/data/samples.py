@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from duoka.data.order import set_epoch
-from duoka.data.randomness import Watch, nth_seed
+from duoka.data.randomness import Watch, held_by, nth_seed
 
 __all__ = ["Request", "SeededCollate", "WorkerStart", "as_is", "samples_of"]
 
@@ -118,13 +118,14 @@ class _SeededSamples(_Samples):
         self._collate = SeededCollate(collate)
         self._whole = whole
         self._many_at_once = not whole and _loads_many(dataset)
-        self._loading = Watch()
+        self._loading = Watch(held_by(dataset))
         self._epoch: int | None = None
 
     def __getitems__(self, request: Request) -> Any:
         if request.epoch is not None and request.epoch != self._epoch:
             set_epoch(request.epoch, self.dataset)  # here too: a worker that stays has a data set of its own
             self._epoch = request.epoch
+            self._loading = Watch(held_by(self.dataset))  # it may have made its generators anew
         samples = self._loading.run(lambda: self._load(request))
         return self._collate(samples, request.stream, request.first)
 
@@ -148,7 +149,7 @@ class SeededCollate:
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
-        self._watch = Watch()
+        self._watch = Watch(held_by(collate))
 
     def __call__(self, samples: Any, stream: int, first: int) -> Any:
         """Return ``samples`` collated; ``stream`` and ``first`` are those of a ``Request``."""
