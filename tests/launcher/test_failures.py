@@ -93,6 +93,29 @@ def test_an_exception_on_any_rank_arrives_as_its_own_type(failing: int, wait) ->
         assert "rank.py" not in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "data.csv"), RuntimeError("of the user's own")])
+def test_an_error_of_rank_zero_is_not_hidden_by_what_it_makes_of_the_others(error: Exception) -> None:
+    def fail() -> None:
+        if rank() == 0:
+            time.sleep(0.2)  # the others wait in the collective, and will say that rank 0 has gone
+            raise error
+        stay_in_collective()
+
+    for _ in range(3):
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            duoka.launch(fail, devices="cpu:2")
+
+
+def test_the_traceback_begins_at_the_users_own_function() -> None:
+    def fail() -> None:
+        raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here") as caught:
+        duoka.launch(fail, devices="cpu")
+    files = [Path(entry.path).name for entry in caught.traceback]
+    assert files == ["test_failures.py", "entry.py", "test_failures.py"]
+
+
 def test_an_exception_that_cannot_travel_arrives_with_its_name_and_words() -> None:
     def fail() -> None:
         class LockedError(Exception):
@@ -137,7 +160,7 @@ def test_a_helper_that_died_between_launches_is_replaced() -> None:
     pids = [child.pid for child in children()]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert not wait_until_gone(pids)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # all of its threads have ended
     assert duoka.launch(rank, devices="cpu:2", returns="all") == [0, 1]
 
 

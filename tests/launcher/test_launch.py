@@ -167,12 +167,24 @@ def test_the_callers_process_is_given_back_as_it_was_found() -> None:
 
     duoka.launch(disturb, devices="cpu:2")  # helpers are warm from here on
     state = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
-    found = dict(os.environ), torch.get_num_threads(), signal.getsignal(signal.SIGINT), threading.enumerate()
+    found = (
+        dict(os.environ),
+        torch.get_num_threads(),
+        signal.getsignal(signal.SIGINT),
+        threading.enumerate(),
+        sys.excepthook,
+    )
     descriptors = psutil.Process().num_fds()
     duoka.launch(disturb, devices="cpu:2")
     assert torch.equal(torch.get_rng_state(), state[0])
     assert (random.getstate(), str(np.random.get_state())) == state[1:]  # noqa: NPY002
-    assert (dict(os.environ), torch.get_num_threads(), signal.getsignal(signal.SIGINT), threading.enumerate()) == found
+    assert found == (
+        dict(os.environ),
+        torch.get_num_threads(),
+        signal.getsignal(signal.SIGINT),
+        threading.enumerate(),
+        sys.excepthook,
+    )
     assert signal.set_wakeup_fd(-1) == -1
     assert not dist.is_initialized()
     assert duoka.current_world().size == 1

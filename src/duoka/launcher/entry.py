@@ -13,6 +13,7 @@ from duoka import devices as device_grammar
 from duoka import team
 from duoka.errors import ConfigError, LaunchError
 from duoka.launcher import job, rank
+from duoka.team.failure import own_frames
 from duoka.world import entered, is_entered
 
 __all__ = ["launch"]
@@ -92,6 +93,8 @@ def launch(
         if job.is_member():
             return _join(fn, args, devices, returns, timeout_s)
         return _launch_here(fn, args, devices, returns, output, timeout_s)
+    except BaseException as error:
+        raise error.with_traceback(own_frames(error.__traceback__))  # noqa: B904 - it is the same error
     finally:
         _one_at_a_time.release()
 

@@ -85,8 +85,8 @@ def abort(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def own_state_kept(device: torch.device) -> Iterator[None]:
-    """Give the user's process back as it was: environment, threads, current device, random generators."""
-    environment = dict(os.environ)
+    """Give the user's process back as it was: environment, hook, threads, current device, random generators."""
+    environment, excepthook = dict(os.environ), sys.excepthook  # torch's groups put a hook of their own around it
     threads = torch.get_num_threads()
     index = torch.accelerator.current_device_index() if device.type != "cpu" else None
     generators = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own
@@ -95,6 +95,7 @@ def own_state_kept(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _restore_environment(environment)
+        sys.excepthook = excepthook
         torch.set_num_threads(threads)
         torch.set_rng_state(generators[0])
         random.setstate(generators[1])

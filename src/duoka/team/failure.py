@@ -13,7 +13,7 @@ import torch
 from duoka.errors import DuokaError
 from duoka.team.payload import Payload, dumps, loads
 
-__all__ = ["RemoteTraceback", "is_echo", "pack", "unpack"]
+__all__ = ["RemoteTraceback", "is_echo", "own_frames", "pack", "unpack"]
 
 
 class RemoteTraceback(Exception):  # noqa: N818 - shown above the user's exception, it is no error of its own
@@ -33,7 +33,7 @@ class RemoteError(DuokaError):
 
 def pack(error: BaseException) -> Payload:
     """Pickle ``error`` and its traceback's text, with all of its causes."""
-    text = "".join(traceback.format_exception(type(error), error, _own_frames(error.__traceback__)))
+    text = "".join(traceback.format_exception(type(error), error, own_frames(error.__traceback__)))
     for how in (error, _Rebuilt(error), RemoteError(f"{type(error).__qualname__}: {error}")):
         try:
             payload = dumps((how, text, is_echo(error)))
@@ -56,8 +56,8 @@ def unpack(payload: Payload, rank: int, device: str, receiver: torch.device) -> 
     return error  # type: ignore[no-any-return]
 
 
-def _own_frames(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback from the user's function on, without the frames that led to it."""
+def own_frames(frames: TracebackType | None) -> TracebackType | None:
+    """Return the traceback from the user's function on, without the frames that led to it."""
     ours = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "launcher"), contextlib.__file__)
     inner = frames
     while inner is not None and inner.tb_frame.f_code.co_filename.startswith(ours):
