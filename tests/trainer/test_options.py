@@ -325,3 +325,53 @@ def test_one_device_cannot_be_asked_for_in_a_job_of_two():
 
     with pytest.raises(ConfigError, match=r"use_multi_gpu=False.*2 processes"):
         launch(on_each_rank, devices="cpu:2")
+
+
+def test_what_an_optimiser_does_not_hold_keeps_no_gradient():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    seen = []
+
+    class Gradients(Callback):
+        def on_step_end(self, state):  # noqa: ARG002
+            seen.append([parameter.grad for parameter in model.parameters()])
+
+    trainer_of(model=model, optimizer=torch.optim.SGD(model[1].parameters(), lr=0.1), callbacks=[Gradients()]).fit()
+    assert seen == [[None] * 4] * 6
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_a_gradient_from_before_the_fit_is_no_part_of_the_first_step(device):
+    models = [nn.Linear(5, 2), nn.Linear(5, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1](torch.ones(5)).sum().backward()
+    for model in models:
+        trainer_of(model=model, optimizer="sgd", lr=0.1, max_steps=1, device=device).fit()
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+def test_the_loss_scale_is_read_once_a_step_and_only_for_a_schedule(monkeypatch):
+    reads = []
+    get_scale = torch.amp.GradScaler.get_scale
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: reads.append(1) or get_scale(scaler))
+    trainer_of(precision="fp16").fit()
+    assert not reads
+    trainer_of(precision="fp16", scheduler="onecycle").fit()
+    assert len(reads) == 1 + 6
+
+
+def test_a_step_that_overflows_does_not_advance_the_schedule():
+    def overflowing(output, target):
+        return nn.functional.cross_entropy(output, target) * 1e38  # times the loss scale, past the largest float32
+
+    watcher = Rates()
+    trainer_of(
+        loss=overflowing,
+        precision="fp16",
+        optimizer="sgd",
+        lr=1.0,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        scheduler_interval="step",
+        max_steps=2,
+        callbacks=[watcher],
+    ).fit()
+    assert watcher.rates == [1.0, 1.0, 1.0]

@@ -15,6 +15,7 @@ import torch
 
 from duoka.checkpoint import load
 from duoka.errors import CheckpointError, ConfigError
+from duoka.launcher import launch
 from duoka.trainer import Trainer
 
 PROGRAM = textwrap.dedent(
@@ -218,3 +219,30 @@ def test_a_schedule_whose_length_was_given_goes_on_with_more_epochs(tmp_path):
     longer, _ = trained(tmp_path, "cpu", epochs=4, resume=True, **options)
     whole, _ = trained(None, "cpu", epochs=4, **options)
     assert torch.equal(longer.weight, whole.weight)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_checkpoint_that_rank_0_cannot_read_stops_every_rank(tmp_path, damaged):
+    path = tmp_path / "last.pt"
+    if damaged:
+        path.write_bytes(b"no checkpoint")
+
+    def on_each_rank() -> str:
+        data = torch.utils.data.TensorDataset(torch.zeros(4, 5), torch.zeros(4, dtype=torch.long))
+        trainer = Trainer(
+            torch.nn.Linear(5, 3),
+            torch.utils.data.DataLoader(data, batch_size=2),
+            loss=torch.nn.CrossEntropyLoss(),
+            device="cpu",
+            resume=path,
+            verbose=False,
+        )
+        try:
+            trainer.fit()
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    first, second = launch(on_each_rank, devices="cpu:2", returns="all", timeout_s=20)
+    assert "last.pt" in first
+    assert second == f"rank 0: CheckpointError: {first}"

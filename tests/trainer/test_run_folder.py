@@ -43,14 +43,21 @@ def files(folder: Path) -> set[str]:
 def test_a_run_folder_holds_the_whole_run(tmp_path, device):
     trainer = trainer_of(out_dir=tmp_path / "run", device=device, lr=0.01, monitor="loss")
     trainer.fit()
-    expected = {"config.yml", "metrics.jsonl", "log.txt", "model.safetensors", "checkpoint/last.pt", "plots/curves.png"}
+    expected = {
+        "trainer.yml",
+        "metrics.jsonl",
+        "log.txt",
+        "model.safetensors",
+        "checkpoint/last.pt",
+        "plots/curves.png",
+    }
     assert files(tmp_path / "run") == expected
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records == trainer.history
     names = {"epoch", "step", "samples", "train_loss", "val_loss", "lr", "seconds", "samples_per_s"}
     assert set(records[0]) == names
     assert [record["samples"] for record in records] == [12, 24, 36]
-    assert yaml.safe_load((tmp_path / "run" / "config.yml").read_text())["lr"] == 0.01
+    assert yaml.safe_load((tmp_path / "run" / "trainer.yml").read_text())["lr"] == 0.01
     assert (tmp_path / "run" / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
     weights = load(tmp_path / "run" / "model.safetensors")
     assert set(weights) == {"weight", "bias"}
@@ -213,3 +220,26 @@ def test_a_loss_that_is_no_number_is_told_once(caplog):
     with caplog.at_level(logging.WARNING, "duoka"):
         trainer.fit()
     assert [record.getMessage()[:21] for record in caplog.records] == ["the loss is nan after"]
+
+
+def test_a_config_of_the_users_own_in_the_folder_is_left_alone(tmp_path):
+    (tmp_path / "config.yml").write_text("mine: true\n")
+    trainer_of(out_dir=tmp_path).fit()
+    assert (tmp_path / "config.yml").read_text() == "mine: true\n"
+
+
+def test_the_time_left_ends_with_the_last_step_that_is_taken(monkeypatch):
+    from duoka.trainer import progress
+
+    shown = []
+
+    class Notes(progress.Reporter):
+        due = 0.0
+
+        def show(self, snapshot):
+            shown.append(snapshot.eta_s)
+
+    monkeypatch.setattr("duoka.trainer.fit.reporter_for", lambda _: Notes())
+    trainer_of(epochs=1000, max_steps=2).fit()
+    assert len(shown) == 2
+    assert shown[-1] == 0.0

@@ -34,6 +34,7 @@ from duoka.trainer.saving import (
     BestWeights,
     checkpoint_path,
     find_checkpoint,
+    on_main,
     restore_training,
     weights_path,
     write_training,
@@ -92,7 +93,8 @@ class _Fit:
         writes = world.is_main and config.out_dir is not None
         self.folder = RunFolder(str(config.out_dir), config.tensorboard) if writes else NoFolder()
         stack.callback(self.folder.close)
-        stack.callback(self.stepper.optimizer.zero_grad)
+        self.stepper.zero_grad()  # what the user's own backward has left is no part of the first step
+        stack.callback(self.stepper.zero_grad)
         self.weights_path = weights_path(config, job.save_model, job.model_path)
         self.best_weights = BestWeights(config, self.weights_path)
         self.watch_steps = world.broadcast(self.callbacks.watch_steps)
@@ -145,7 +147,7 @@ class _Fit:
 
     def _resume(self) -> int:
         """Continue from a checkpoint if there is one to continue from; return the epoch to begin with, from 0."""
-        path = self.world.broadcast(find_checkpoint(self.config) if self.world.is_main else None)
+        path = on_main(self.world, lambda: find_checkpoint(self.config))
         if path is None:
             return 0
         place, self.rank_rng = restore_training(path, self.objective, self.stepper, self.state, self.world)
@@ -248,9 +250,10 @@ class _Fit:
         state, elapsed = self.state, time.perf_counter() - self.began
         done = state.step - self.steps_before
         eta_s = None
-        if self.steps_per_epoch is not None and done:
-            remaining = self.steps_per_epoch * self.config.epochs - state.step
-            eta_s = max(0.0, remaining * elapsed / done)
+        planned = None if self.steps_per_epoch is None else self.steps_per_epoch * self.config.epochs
+        ends = [steps for steps in (planned, self.config.max_steps) if steps is not None]
+        if ends and done:
+            eta_s = max(0.0, (min(ends) - state.step) * elapsed / done)
         self.reporter.show(
             Snapshot(
                 epoch=state.epoch,

@@ -66,9 +66,12 @@ class Stepper:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.modules = list(module.modules())
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        held = {id(parameter) for parameter in self.parameters}
+        self._others = [parameter for parameter in self.trained if id(parameter) not in held]
         self._on_cpu = self.device.type == "cpu"  # where loaders put their batches anyway
         self._weight: torch.Tensor | None = None
         self._scheduled = not schedule.idle
+        self._loss_scale: float | None = None
 
     def step(self, window: list[Any]) -> int:
         """Take one optimiser step and return how many samples it took over all ranks."""
@@ -131,18 +134,28 @@ class Stepper:
         if scaler is None:
             optimizer.step()
         else:
-            stepped = _scaled_step(scaler, optimizer)
-        optimizer.zero_grad()
+            stepped = self._scaled_step(scaler)
+        self.zero_grad()
         if self._scheduled and stepped:
             self.schedule.after_step()
 
+    def zero_grad(self) -> None:
+        """Forget the gradients of everything that is trained, of what the optimiser does not hold, too."""
+        self.optimizer.zero_grad()
+        for parameter in self._others:
+            parameter.grad = None
 
-def _scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
-    """Step unless a gradient overflowed; return whether it stepped."""
-    before = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    return scaler.get_scale() >= before
+    def _scaled_step(self, scaler: torch.amp.GradScaler) -> bool:
+        """Step unless a gradient overflowed; return whether it stepped. Only a schedule needs to know: it costs a wait."""
+        before = self._loss_scale
+        if before is None and self._scheduled:
+            before = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        if before is None:
+            return True
+        self._loss_scale = scaler.get_scale()
+        return self._loss_scale >= before
 
 
 @contextlib.contextmanager
