@@ -70,7 +70,7 @@ class MappedSource:
     def _batches(self) -> Iterator[Any]:
         """Yield what was requested; where nothing but loading is to be done, without a DataLoader's own work around it."""
         if self._is_direct:
-            return map(self._samples.__getitem__, self._requests)
+            return map(self._samples.load, self._requests)
         return iter(self._loader)
 
     def close(self) -> None:
