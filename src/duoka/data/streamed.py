@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch._utils import ExceptionWrapper
-from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, default_collate, get_worker_info
 
 from duoka.data.generators import GLOBAL
 from duoka.data.order import set_epoch
@@ -145,7 +145,7 @@ def _with_workers(loader: DataLoader[Any], share: Share) -> Source:
         generator.manual_seed(samples_seed(seed, epoch))
         stream.plan.copy_(torch.tensor([order_seed(seed, epoch) >> 1, epoch]))
 
-    return ReadySource(remade, share, (loader.dataset,), begin)
+    return ReadySource(remade, share, (loader.dataset,), begin, loader.collate_fn is default_collate)
 
 
 class _SeededStream(Sent, IterableDataset[Any]):
