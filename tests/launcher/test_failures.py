@@ -442,3 +442,33 @@ def test_ctrl_c_while_a_launch_puts_things_away_is_not_lost(monkeypatch) -> None
     monkeypatch.setattr(pool, "_user_sources", interrupted)
     with pytest.raises(KeyboardInterrupt):
         duoka.launch(rank, devices="cpu:2")
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_failure_that_meets_a_caller_on_its_way_out_is_still_that_failure(in_thread: bool) -> None:
+    """Rank 0 ends its function at the moment in which a helper fails, again and again, a little earlier or later."""
+
+    def fail(delay_s: float) -> None:
+        if rank() == 1:
+            raise PickyError(1, "pear")
+        end = time.perf_counter() + delay_s
+        while time.perf_counter() < end:
+            pass
+
+    caught: list[BaseException] = []
+
+    def attempt(delay_s: float) -> None:
+        try:
+            duoka.launch(fail, delay_s, devices="cpu:2")
+        except BaseException as error:
+            caught.append(error)
+
+    for number in range(6):
+        run = threading.Thread(target=attempt, args=(number * 0.002,)) if in_thread else None
+        if run is None:
+            attempt(number * 0.002)
+        else:
+            run.start()
+            run.join()
+    assert [type(error) for error in caught] == [PickyError] * 6
+    assert not children()

@@ -63,6 +63,8 @@ class Interruption:
         """From now on nothing is raised in the caller's thread: signals are only noted."""
         with self._lock:
             self._open = False
+            if self._stopped and self._previous is None:  # it may be on its way and not have come yet: call it back
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
 
     def fileno(self) -> int:
         """Readable when a signal has come."""

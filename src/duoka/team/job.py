@@ -43,6 +43,7 @@ def run_job(
     Raises the first failure of any rank as its own type; WorkerDied when a helper died; KeyboardInterrupt on Ctrl-C.
     """
     failed: BaseException | None = None
+    watch: Watch | None = None
     packed = _pack(work, arguments) if len(devices) > 1 else Payload(b"")
     try:
         with Interruption() as interruption:
@@ -62,6 +63,8 @@ def run_job(
             finally:
                 interruption.close()
                 pool.release(helpers, reusable=watch.end())
+    except Stopped:  # its one signal came while the caller was already on its way out
+        failed = watch.error if watch is not None else None
     finally:
         packed.close()
     if failed is None and interruption.interrupted:  # while all was being put away
