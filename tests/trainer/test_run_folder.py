@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_is_told_once(caplog):
     trainer = trainer_of(loss=lambda output, _: output.sum() * float("nan"), epochs=2)
     with caplog.at_level(logging.WARNING, "duoka"):
         trainer.fit()
-    assert [record.getMessage()[:21] for record in caplog.records] == ["the loss is nan after"]
+    assert [record.getMessage()[:21] for record in caplog.records] == ["the loss became nan i"]
 
 
 def test_a_config_of_the_users_own_in_the_folder_is_left_alone(tmp_path):

@@ -79,12 +79,13 @@ class _Fit:
         self.metrics = Metrics(job.metrics, world.device)
         self.judge = Judge(config, self.metrics, job.eval_data is not None)
         self.callbacks = Callbacks(job.main.callbacks if world.is_main else ())
-        self.train = sharded(job, job.train_data, self.strategy, training=True)
-        stack.callback(self.train.close)
+        self.train = sharded(job, "train_data", self.strategy)
+        self.evaluations = None if job.eval_data is None else sharded(job, "eval_data", self.strategy)
+        self.tests = None if job.test_data is None else sharded(job, "test_data", self.strategy)
+        for data in (self.train, self.evaluations, self.tests):
+            if data is not None:
+                stack.callback(data.close)
         self.steps_per_epoch = self._count_steps()
-        self.evaluations = None if job.eval_data is None else sharded(job, job.eval_data, self.strategy, training=False)
-        if self.evaluations is not None:
-            stack.callback(self.evaluations.close)
         seed_rank(config.seed, world)
         self.stepper = self._build_stepper()
         self.state = State(job.model, self.stepper.optimizer, config.epochs, self.stepper.tally)
@@ -235,13 +236,15 @@ class _Fit:
             self._write_checkpoint(epoch, state.samples_in_epoch)
         return config.max_steps is not None and state.step >= config.max_steps
 
-    def _check_loss(self, loss: float) -> float:
+    def _check_loss(self, loss: float, name: str = "loss") -> float:
         """Say once when the loss is no number any more: nothing can be learnt from then on."""
         if not math.isfinite(loss) and not self.warned_of_loss and self.world.is_main:
             self.warned_of_loss = True
             logger.warning(
-                "the loss is %s after %d steps; a lower lr, max_grad_norm=1.0, or precision='fp32' may help",
+                "the %s became %s in epoch %d, after %d steps; a lower lr, max_grad_norm=1.0, or precision='fp32' may help",
+                name,
                 loss,
+                self.state.epoch,
                 self.state.step,
             )
         return loss
@@ -270,7 +273,8 @@ class _Fit:
     def _end_epoch(self, epoch: int, *, whole: bool) -> None:
         """Evaluate and record. Of an epoch that was left early the checkpoint has the middle, from where it can go on."""
         state, tally = self.state, self.stepper.tally
-        record = self._record(self._check_loss(tally.global_mean(self.world)))
+        loss = tally.global_mean(self.world)
+        record = self._record(math.nan if loss is None else self._check_loss(loss))
         self.reporter.end_epoch()
         if whole:
             self.stepper.schedule.after_epoch()
@@ -312,7 +316,9 @@ class _Fit:
         """Evaluate, add the results to ``record`` and return whether they are the best so far."""
         state = self.state
         self.strategy.synchronize_buffers(self.objective)
-        state.validation = evaluate(self.objective, self.evaluations or (), self.metrics, self.world)
+        assert self.evaluations is not None  # the caller has looked
+        state.validation = evaluate(self.objective, self.evaluations, self.metrics, self.world)
+        self._check_loss(state.validation.get("loss", 0.0), "evaluation's loss")
         record.update({f"{PREFIX}{name}": value for name, value in state.validation.items()})
         is_best = self.judge.take(state, whole=whole)
         if is_best and self.world.is_main:
@@ -352,10 +358,8 @@ class _Fit:
         self._evaluate_last_weights()
         self._settle_weights()
         test: Results = {}
-        if self.job.test_data is not None:
-            data = sharded(self.job, self.job.test_data, self.strategy, training=False)
-            with contextlib.closing(data):
-                test = evaluate(self.objective, data, self.metrics, self.world)
+        if self.tests is not None:
+            test = evaluate(self.objective, self.tests, self.metrics, self.world)
             self._say_results("test", test)
         self.folder.finish(state.history)
         self.callbacks.call("on_fit_end", state)

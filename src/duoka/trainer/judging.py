@@ -79,7 +79,9 @@ class Judge:
             return
         close = difflib.get_close_matches(self.name, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"monitor={self.name!r} is no result of the evaluation, which has {', '.join(names)}{hint}")
+        raise ConfigError(
+            f"monitor={self.name!r} is no result of the evaluation, which has {', '.join(names) or 'none'}{hint}"
+        )
 
     def _smaller_is_better(self, config: TrainerConfig, metrics: Metrics) -> bool:
         if config.monitor_mode != "auto":

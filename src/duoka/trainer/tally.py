@@ -62,11 +62,11 @@ class Tally:
         total, weight = self.read()
         return total / weight if weight else float("nan")
 
-    def global_mean(self, world: World) -> float:
-        """Return the mean over all ranks; waits for the device and the ranks."""
+    def global_mean(self, world: World) -> float | None:
+        """Return the mean over all ranks, ``None`` of nothing; waits for the device and the ranks."""
         both = torch.tensor(self.read(), dtype=torch.float64)
         total, weight = world.all_reduce(both).tolist()
-        return total / weight if weight else float("nan")
+        return total / weight if weight else None
 
     def _fold(self) -> None:
         if self._counts:
