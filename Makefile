@@ -7,7 +7,7 @@ EXTRAS := vision,track,dev
 .PHONY: demo test check install clean bench
 
 demo: $(VENV)/installed  ## train a small ResNet on real images, on every device of this machine
-	$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
+	@$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
 
 test: $(VENV)/installed  ## the test-suite, as CI runs it
 	$(BIN)/python -m pytest

@@ -140,9 +140,9 @@ def no_helper_outlives_its_module(own_temporary_folder: None) -> Iterator[None]:
     before = take_snapshot()
     yield
     if team := sys.modules.get("duoka.team"):
-        team.close_all()
+        team.close_helpers()
         if left := still_left(before, helpers_stay=False):
-            pytest.fail("close_all() left behind:\n  " + "\n  ".join(left), pytrace=False)
+            pytest.fail("close_helpers() left behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -6,34 +6,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from duoka import checkpoint, data, devices, errors, scaling
+    from duoka.checkpoint import load, save, unwrap
     from duoka.launcher import launch
     from duoka.mirror.wrapper import DataParallel
+    from duoka.team import close_helpers
+    from duoka.trainer import Callback, Trainer
     from duoka.world import World, current_world
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "DataParallel",
+    "Trainer",
     "World",
+    "checkpoint",
+    "close_helpers",
     "current_world",
+    "data",
+    "devices",
+    "errors",
     "launch",
+    "load",
+    "save",
+    "scaling",
+    "unwrap",
 ]
 
-_WHERE = {
+_NAMES = {
+    "Callback": "duoka.trainer",
     "DataParallel": "duoka.mirror",
+    "Trainer": "duoka.trainer",
     "World": "duoka.world",
+    "close_helpers": "duoka.team",
     "current_world": "duoka.world",
     "launch": "duoka.launcher",
+    "load": "duoka.checkpoint",
+    "save": "duoka.checkpoint",
+    "unwrap": "duoka.checkpoint",
 }
+_MODULES = frozenset({"checkpoint", "data", "devices", "errors", "scaling"})
 
 
 def __getattr__(name: str) -> Any:  # imported when first used, so that `import duoka` costs next to nothing
-    if name in _WHERE:
-        value = getattr(importlib.import_module(_WHERE[name]), name)
-        globals()[name] = value
+    if name in _MODULES:
+        return importlib.import_module(f"duoka.{name}")
+    if name in _NAMES:
+        value = globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
         return value
     raise AttributeError(f"module 'duoka' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

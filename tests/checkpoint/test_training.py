@@ -269,3 +269,23 @@ def test_importing_it_starts_no_compiler_and_no_process():
     program = "import sys, duoka.checkpoint; print([n for n in ('torch._dynamo', 'triton', 'duoka.team') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_state_of_an_accelerator_that_this_process_does_not_use_is_left_alone(monkeypatch):
+    class Cuda:
+        used = False
+
+        @classmethod
+        def is_initialized(cls) -> bool:
+            return cls.used
+
+        @classmethod
+        def get_rng_state(cls) -> torch.Tensor:
+            assert cls.used, "this would initialise CUDA"
+            return torch.zeros(2)
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Cuda)
+    assert checkpoint.rng_state()["accelerator"] is None
+    Cuda.used = True
+    assert checkpoint.rng_state()["accelerator"]["type"] == "cuda"

@@ -168,3 +168,21 @@ def test_a_reader_that_went_away_is_no_error_message(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_ctrl_c_while_libraries_are_imported_ends_the_command_at_once(tmp_path):
+    """A library that catches everything while it is imported must not swallow the interruption."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "duoka", "devices"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, "duoka: interrupted\n")

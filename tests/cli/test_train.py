@@ -61,6 +61,7 @@ def test_the_run_folder_has_everything_that_was_promised(run):
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert {
         "config.yml",
+        "trainer.yml",
         "metrics.jsonl",
         "log.txt",
         "model.safetensors",

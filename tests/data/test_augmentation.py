@@ -143,3 +143,147 @@ def test_bulk_loading_is_kept_where_nothing_is_drawn() -> None:
 
     list(shard(DataLoader(Bulk(), batch_size=4), rank=1, size=2, seed=0))
     assert Bulk.asked == [[2, 3], [5]]
+
+
+class Holding(Dataset[Any]):
+    """A data set whose augmentation draws from a generator of its own."""
+
+    def __init__(self, rng: Any) -> None:
+        self.rng = rng
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        rng = self.rng
+        return index, torch.rand((), generator=rng).item() if isinstance(rng, torch.Generator) else rng.normal(0, 1)
+
+
+class Jitter:
+    """A transform that holds its generator."""
+
+    def __init__(self) -> None:
+        self.rng = random.Random(3)
+
+    def __call__(self, index: int) -> tuple[int, float]:
+        return index, self.rng.gauss(0, 1)
+
+
+class Steps:
+    """Transforms in a row, as torchvision's ``Compose``."""
+
+    def __init__(self, *transforms: Any) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, index: int) -> Any:
+        return self.transforms[0](index)
+
+
+class Transformed(Dataset[Any]):
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(index)
+
+
+class Renewed(Holding):
+    """Makes its generator anew for each epoch."""
+
+    def __init__(self) -> None:
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rng = np.random.default_rng(epoch)
+
+
+HOLDING = {
+    "NumPy's generator": lambda: Holding(np.random.default_rng(0)),
+    "NumPy's older generator": lambda: Holding(np.random.RandomState(0)),
+    "torch's generator": lambda: Holding(torch.Generator()),
+    "subset": lambda: Subset(Holding(np.random.default_rng(0)), range(11)),
+    "chained": lambda: ConcatDataset(
+        [Subset(Transformed(Jitter()), range(4)), Subset(Transformed(Jitter()), range(4, 11))]
+    ),
+    "transform": lambda: Transformed(Steps(Jitter())),
+    "made anew each epoch": Renewed,
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_generator_that_a_data_set_holds_is_seeded_for_each_sample(name: str) -> None:
+    def seen(*args: Any, workers: int = 0, epoch: int = 0, samples: int = 0) -> dict[int, Any]:
+        loader = DataLoader(HOLDING[name](), batch_size=4, num_workers=workers)
+        return augmented(loader, *args, Position(seed=1, epoch=epoch, samples=samples))
+
+    single = seen(1)
+    assert len(set(single.values())) == 11
+    assert seen(2) == seen(3) == seen(1, workers=2) == single
+    assert seen(2, samples=5).items() <= single.items()
+    assert set(seen(1, epoch=1).values()).isdisjoint(single.values())
+
+
+def test_generator_that_a_data_set_holds_is_given_back_as_it_was() -> None:
+    dataset = Holding(np.random.default_rng(0))
+    sharded = shard(DataLoader(dataset, batch_size=4), rank=0, size=1, seed=0)
+    first, second = ([part.batch[1].tolist() for part in sharded] for _ in range(2))
+    assert first != second
+    assert dataset.rng.random() == np.random.default_rng(0).random()
+
+
+def test_collation_that_holds_a_generator_depends_on_the_place_only() -> None:
+    class Masking:
+        def __init__(self) -> None:
+            self.generator = torch.Generator()
+
+        def __call__(self, samples: list[Any]) -> Any:
+            return torch.tensor(samples), torch.rand(len(samples), generator=self.generator)
+
+    loader: DataLoader[Any] = DataLoader(range(11), batch_size=4, collate_fn=Masking())  # type: ignore[arg-type]
+    first = augmented(loader)
+    assert len(set(first.values())) == 11
+    assert augmented(loader, 1, Position(seed=1, samples=4)).items() <= first.items()
+
+
+class Gaussian(Dataset[Any]):
+    """Draws Gaussians, of which every other one is a spare that was drawn before."""
+
+    def __init__(self, draw: Any) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        return index, self.draw()
+
+
+@pytest.mark.parametrize("draw", [np.random.randn, lambda: random.gauss(0, 1)])
+def test_spare_gaussian_of_the_users_is_neither_used_nor_lost(draw: Any) -> None:
+    loader: DataLoader[Any] = DataLoader(Gaussian(draw), batch_size=1)
+    np.random.seed(0), random.seed(0)
+    expected = augmented(loader)
+    following = [draw() for _ in range(3)]
+    for drawn in (1, 2):
+        np.random.seed(0), random.seed(0)
+        before = [draw() for _ in range(drawn)]
+        assert augmented(loader) == expected
+        assert [*before, *(draw() for _ in range(3 - drawn))] == following
+
+
+def test_another_bit_generator_of_numpys_is_noticed() -> None:
+    loader: DataLoader[Any] = DataLoader(Gaussian(np.random.rand), batch_size=1)
+    list(shard(loader, rank=0, size=1, seed=0))
+    found = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(1))
+        following = np.random.PCG64(1)
+        assert augmented(loader) == augmented(loader, 2)
+        assert str(np.random.get_bit_generator().state) == str(following.state)
+        np.random.set_bit_generator(np.random.MT19937(1))
+        assert augmented(loader) == augmented(loader, 2)
+    finally:
+        np.random.set_bit_generator(found)

@@ -106,6 +106,41 @@ def test_tuple_of_as_many_columns_as_samples_is_cut_by_samples() -> None:
     assert (x.tolist(), y.tolist()) == (X[:1].tolist(), X[2:3].tolist())
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        [torch.arange(2), torch.arange(2) + 10],
+        (torch.zeros(2, 4), torch.ones(2, 4)),
+        [{"box": torch.zeros(2, 4)}, {"box": torch.ones(2, 4)}],
+    ],
+)
+@pytest.mark.parametrize("batch", [lambda inner: (torch.zeros(2, 3), inner), lambda inner: {"x": X[:2], "y": inner}])
+def test_list_that_may_be_one_tensor_a_sample_or_columns_is_an_error(batch: Any, inner: Any) -> None:
+    with pytest.raises(DataError, match=r"batch of 2 samples .* of 2 entries .* in a dict, or join"):
+        split_batch(batch(inner), 0, 2)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        [torch.zeros(2, 4), torch.arange(2)],
+        [torch.zeros(2, 4), torch.zeros(2, 5)],
+        {"ids": torch.arange(2), "mask": torch.arange(2)},
+        [torch.arange(2), torch.arange(2), torch.arange(2)],
+    ],
+)
+def test_columns_within_a_batch_are_cut_as_columns(columns: Any) -> None:
+    cut = split_batch((torch.zeros(2, 3), columns), 1, 2)[1]
+    assert [len(column) for column in (cut.values() if isinstance(cut, dict) else cut)] == [1] * len(columns)
+
+
+@pytest.mark.parametrize("rows", [(2, 1), (3, 3), (0, 0)])
+def test_tensors_of_other_lengths_than_the_batch_are_one_a_sample(rows: tuple[int, int]) -> None:
+    boxes = [torch.zeros(count, 4) for count in rows]
+    assert split_batch((torch.zeros(2, 3), boxes), 0, 2)[1] is not boxes
+    assert [len(box) for box in split_batch((torch.zeros(2, 3), boxes), 1, 2)[1]] == [rows[1]]
+
+
 def test_tensor_of_another_length_is_an_error_with_both_numbers() -> None:
     with pytest.raises(DataError, match=r"of 7 samples .* shape \(3, 2\)"):
         split_batch((X, torch.zeros(3, 2)), 0, 2)

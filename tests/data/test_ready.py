@@ -134,3 +134,17 @@ def test_empty_batches_are_passed_over() -> None:
     batches = [torch.arange(0), torch.arange(3), torch.arange(0)]
     assert parts_of([(batch,) for batch in batches], 2) == [[[0, 1], [2]]]
     assert [indices(part) for part in shard([(b,) for b in batches], rank=0, size=1, seed=0)] == [[0, 1, 2]]
+
+
+class Nested(Numbers):
+    def __iter__(self) -> Iterator[Any]:
+        for number in super().__iter__():
+            yield (number, number + 10), number + 20
+
+
+def test_columns_that_default_collation_nests_are_cut_even_where_they_are_as_many_as_samples() -> None:
+    loader: DataLoader[Any] = DataLoader(Nested(4), batch_size=2, num_workers=1)
+    parts = list(shard(loader, rank=1, size=2, seed=0))
+    assert repr([part.batch for part in parts]) == repr(
+        [[[torch.tensor([n]), torch.tensor([n + 10])], torch.tensor([n + 20])] for n in (1, 3)]
+    )

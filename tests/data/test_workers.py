@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +139,139 @@ def test_only_the_ranks_own_samples_are_loaded() -> None:
     dataset = Logged(11)
     list(shard(DataLoader(dataset, batch_size=4), rank=1, size=3, seed=0, merge=2))
     assert dataset.loaded == [3, 4, 5, 9]
+
+
+SCRIPT = """
+import sys
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import duoka
+from duoka.data import shard
+
+
+class Sample(NamedTuple):
+    number: torch.Tensor
+
+
+class Refused(Exception):
+    pass
+
+
+class Table(Dataset):
+    def __init__(self, refused):
+        self.refused = refused
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == self.refused:
+            raise Refused(index)
+        return Sample(torch.tensor(index))
+
+
+class Stream(Table, IterableDataset):
+    def __iter__(self):
+        yield from (self[index] for index in range(8))
+
+
+def joined(samples):
+    return Sample(torch.stack([sample.number for sample in samples]))
+
+
+def started(worker):
+    assert isinstance(torch.utils.data.get_worker_info().dataset, Table)
+
+
+def load(kind, context, refused):
+    world = duoka.current_world()
+    options = {"collate_fn": joined, "worker_init_fn": started, "multiprocessing_context": context}
+    loader = DataLoader(kind(refused), batch_size=4, num_workers=1, persistent_workers=True, **options)
+    sharded = shard(loader, rank=world.rank, size=world.size, seed=0)
+    seen = []
+    for _ in range(2):
+        for part in sharded:
+            assert type(part.batch) is Sample
+            seen += part.batch.number.tolist()
+    sharded.close()
+    return seen
+
+
+if __name__ == "__main__":
+    context, name = sys.argv[1:]
+    kind = {"Table": Table, "Stream": Stream}[name]
+    print(duoka.launch(load, kind, context, None, devices="cpu:2", returns="all"))
+    try:
+        duoka.launch(load, kind, context, 2, devices="cpu:2")
+    except Refused as error:
+        print("refused", error.__class__ is Refused)
+"""
+
+
+@pytest.mark.parametrize("kind", ["Table", "Stream"])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_helpers_know_what_the_script_defines(context: str, kind: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-W", "ignore", str(script), context, kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["[[0, 1, 4, 5, 0, 1, 4, 5], [2, 3, 6, 7, 2, 3, 6, 7]]", "refused True"], (
+        done.stderr
+    )
+
+
+class Counting(Numbers):
+    """Counts in shared memory what its workers load."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.loaded = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.lock = multiprocessing.get_context("spawn").Lock()
+
+    def __iter__(self) -> Iterator[int]:
+        for number in super().__iter__():
+            with self.lock:
+                self.loaded += 1
+            yield number
+
+
+def test_spawned_workers_share_what_a_data_set_shares() -> None:
+    dataset = Counting(6)
+    loader = DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    list(shard(loader, rank=0, size=1, seed=0))
+    assert dataset.loaded == 6
+
+
+def test_spawned_workers_watch_generators_of_their_own() -> None:
+    alone = list(shard(DataLoader(Noisy(), batch_size=4), rank=0, size=1, seed=0))  # this process's are found by now
+    loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=4, num_workers=1, multiprocessing_context="spawn")
+    spawned = list(shard(loader, rank=0, size=1, seed=0))
+    assert [part.batch[1].tolist() for part in spawned] == [part.batch[1].tolist() for part in alone]
+
+
+class Permuted(Numbers):
+    """Its workers agree by a generator that it holds on who yields what."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.rng = torch.Generator()
+
+    def __iter__(self) -> Iterator[int]:
+        info: Any = get_worker_info()
+        yield from torch.randperm(self.length, generator=self.rng).tolist()[info.id :: info.num_workers]
+
+
+def test_generator_that_a_stream_holds_starts_alike_in_all_workers_and_anew_in_each_epoch() -> None:
+    def epochs(**options: Any) -> list[list[int]]:
+        sharded = shard(DataLoader(Permuted(12), batch_size=3, num_workers=2, **options), rank=0, size=1, seed=0)
+        seen = [[number for part in sharded for number in part.batch.tolist()] for _ in range(2)]
+        sharded.close()
+        return seen
+
+    first, second = epochs()
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    assert epochs(persistent_workers=True) == [first, second]

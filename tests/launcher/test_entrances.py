@@ -11,6 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 from jupyter_client.manager import KernelManager
+from jupyter_core.utils import ensure_event_loop
+
+import duoka
 
 
 def run(*command: str, folder: Path, text: str | None = None, **variables: str) -> str:
@@ -79,6 +82,7 @@ def kernel():
     client.stop_channels()
     manager.shutdown_kernel(now=True)
     manager.cleanup_resources()
+    ensure_event_loop().close()  # jupyter_client would keep it for the whole process
 
 
 def execute(client, code: str) -> str:
@@ -95,7 +99,6 @@ def execute(client, code: str) -> str:
     return "".join(shown)
 
 
-@pytest.mark.leaks_allowed  # jupyter_client keeps an event loop for the whole process
 def test_a_notebook_launches_functions_and_classes_of_its_cells_again_and_again(kernel) -> None:
     _, client = kernel
     execute(client, "import torch, duoka, psutil\nfrom torch import nn")
@@ -131,7 +134,6 @@ def test_a_notebook_launches_functions_and_classes_of_its_cells_again_and_again(
     assert execute(client, "print(len(psutil.Process().children()))") == "1\n"
 
 
-@pytest.mark.leaks_allowed  # jupyter_client keeps an event loop for the whole process
 def test_interrupting_a_cell_stops_all_ranks_and_the_next_cell_works(kernel) -> None:
     manager, client = kernel
     execute(client, "import duoka, torch, torch.distributed as dist, time\nduoka.launch(lambda: 0, devices='cpu:2')")
@@ -147,7 +149,6 @@ def test_interrupting_a_cell_stops_all_ranks_and_the_next_cell_works(kernel) -> 
     assert execute(client, "print(duoka.launch(lambda: 3, devices='cpu:2', returns='all'))") == "[3, 3]\n"
 
 
-@pytest.mark.leaks_allowed  # jupyter_client keeps an event loop for the whole process
 def test_the_helpers_of_a_killed_kernel_are_gone(kernel) -> None:
     manager, client = kernel
     execute(client, "import duoka\nduoka.launch(lambda: 0, devices='cpu:2')")
@@ -189,9 +190,10 @@ def test_under_slurm_the_tasks_find_each_other_by_slurms_variables(tmp_path: Pat
     (tmp_path / "job.py").write_text(textwrap.dedent(JOB_SCRIPT))
     slurm = {
         "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_JOB_ID": "731",
         "SLURM_JOB_NODELIST": "localhost",
-        "SLURM_NTASKS_PER_NODE": "2",
     }
     tasks = [
         subprocess.Popen(
@@ -203,3 +205,16 @@ def test_under_slurm_the_tasks_find_each_other_by_slurms_variables(tmp_path: Pat
     ]
     assert [task.wait(120) for task in tasks] == [0, 0]
     assert (tmp_path / "out1").read_text() == "[(30.0, 0, 2), (30.0, 1, 2)] (3.0, 0, 2) 0"
+
+
+def test_a_batch_script_that_slurm_started_without_srun_waits_for_nobody(tmp_path: Path) -> None:
+    code = "import duoka; print(duoka.launch(lambda: duoka.current_world().size, devices='cpu'))"
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1", "SLURM_LOCALID": "0"}
+    assert run(sys.executable, "-c", code, folder=tmp_path, **slurm) == "1\n"
+
+
+def test_in_a_job_a_device_that_cannot_be_is_an_error_too(monkeypatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(duoka.errors.DeviceError, match="nonsense"):
+        duoka.launch(lambda: 0, devices="nonsense")

@@ -93,6 +93,29 @@ def test_an_exception_on_any_rank_arrives_as_its_own_type(failing: int, wait) ->
         assert "rank.py" not in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "data.csv"), RuntimeError("of the user's own")])
+def test_an_error_of_rank_zero_is_not_hidden_by_what_it_makes_of_the_others(error: Exception) -> None:
+    def fail() -> None:
+        if rank() == 0:
+            time.sleep(0.2)  # the others wait in the collective, and will say that rank 0 has gone
+            raise error
+        stay_in_collective()
+
+    for _ in range(3):
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            duoka.launch(fail, devices="cpu:2")
+
+
+def test_the_traceback_begins_at_the_users_own_function() -> None:
+    def fail() -> None:
+        raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here") as caught:
+        duoka.launch(fail, devices="cpu")
+    files = [Path(entry.path).name for entry in caught.traceback]
+    assert files == ["test_failures.py", "entry.py", "test_failures.py"]
+
+
 def test_an_exception_that_cannot_travel_arrives_with_its_name_and_words() -> None:
     def fail() -> None:
         class LockedError(Exception):
@@ -137,7 +160,7 @@ def test_a_helper_that_died_between_launches_is_replaced() -> None:
     pids = [child.pid for child in children()]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert not wait_until_gone(pids)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # all of its threads have ended
     assert duoka.launch(rank, devices="cpu:2", returns="all") == [0, 1]
 
 
@@ -354,3 +377,98 @@ def test_twenty_kills_of_the_caller_leave_no_process(tmp_path: Path) -> None:
         process.communicate()
         assert len(pids) == 2
         assert not wait_until_gone(pids)
+
+
+class HeavyError(Exception):
+    pass
+
+
+def test_descriptors_of_answers_and_exceptions_that_nobody_takes_are_closed() -> None:
+    def fail() -> torch.Tensor:
+        if rank() == 2:
+            time.sleep(0.3)  # rank 1 has answered by then
+            raise HeavyError(torch.zeros(1 << 20))
+        return torch.ones(1 << 20)
+
+    def once() -> None:
+        with pytest.raises(HeavyError):
+            duoka.launch(fail, devices="cpu:3", returns="all")
+
+    once()
+    before = psutil.Process().num_fds()
+    once()
+    assert psutil.Process().num_fds() <= before
+
+
+SPEAKING_SCRIPT = """
+import os, duoka
+duoka.launch(lambda: [os.write(1, "\u00e9 spoken\\n".encode()) for _ in range(300)], devices="cpu:2", output="all")
+"""
+
+
+@pytest.mark.parametrize("reader", ["cat", "head -1"])
+def test_output_that_cannot_be_shown_stops_nobody(tmp_path: Path, reader: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SPEAKING_SCRIPT, encoding="utf-8")
+    command = f"{sys.executable} {script} | {reader}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=60, env=environment, check=False)
+    assert b"spoken" in done.stdout
+
+
+def test_a_failure_frees_a_caller_that_ignores_ctrl_c(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import signal, time, duoka\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "def work():\n"
+        "    if duoka.current_world().rank: raise ValueError('from helper')\n"
+        "    time.sleep(60)\n"
+        "try:\n    duoka.launch(work, devices='cpu:2')\n"
+        "except ValueError as error:\n    print(error, signal.getsignal(signal.SIGINT) is signal.SIG_IGN)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=40, check=True)
+    assert done.stdout == "from helper True\n"
+
+
+def test_ctrl_c_while_a_launch_puts_things_away_is_not_lost(monkeypatch) -> None:
+    from duoka.team import pool
+
+    def interrupted() -> dict[str, int]:
+        signal.raise_signal(signal.SIGINT)
+        return {}
+
+    duoka.launch(rank, devices="cpu:2")
+    monkeypatch.setattr(pool, "_user_sources", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        duoka.launch(rank, devices="cpu:2")
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_failure_that_meets_a_caller_on_its_way_out_is_still_that_failure(in_thread: bool) -> None:
+    """Rank 0 ends its function at the moment in which a helper fails, again and again, a little earlier or later."""
+
+    def fail(delay_s: float) -> None:
+        if rank() == 1:
+            raise PickyError(1, "pear")
+        end = time.perf_counter() + delay_s
+        while time.perf_counter() < end:
+            pass
+
+    caught: list[BaseException] = []
+
+    def attempt(delay_s: float) -> None:
+        try:
+            duoka.launch(fail, delay_s, devices="cpu:2")
+        except BaseException as error:
+            caught.append(error)
+
+    for number in range(6):
+        run = threading.Thread(target=attempt, args=(number * 0.002,)) if in_thread else None
+        if run is None:
+            attempt(number * 0.002)
+        else:
+            run.start()
+            run.join()
+    assert [type(error) for error in caught] == [PickyError] * 6
+    assert not children()

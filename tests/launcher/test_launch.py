@@ -167,12 +167,24 @@ def test_the_callers_process_is_given_back_as_it_was_found() -> None:
 
     duoka.launch(disturb, devices="cpu:2")  # helpers are warm from here on
     state = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
-    found = dict(os.environ), torch.get_num_threads(), signal.getsignal(signal.SIGINT), threading.enumerate()
+    found = (
+        dict(os.environ),
+        torch.get_num_threads(),
+        signal.getsignal(signal.SIGINT),
+        threading.enumerate(),
+        sys.excepthook,
+    )
     descriptors = psutil.Process().num_fds()
     duoka.launch(disturb, devices="cpu:2")
     assert torch.equal(torch.get_rng_state(), state[0])
     assert (random.getstate(), str(np.random.get_state())) == state[1:]  # noqa: NPY002
-    assert (dict(os.environ), torch.get_num_threads(), signal.getsignal(signal.SIGINT), threading.enumerate()) == found
+    assert found == (
+        dict(os.environ),
+        torch.get_num_threads(),
+        signal.getsignal(signal.SIGINT),
+        threading.enumerate(),
+        sys.excepthook,
+    )
     assert signal.set_wakeup_fd(-1) == -1
     assert not dist.is_initialized()
     assert duoka.current_world().size == 1
@@ -284,3 +296,53 @@ def test_a_collective_that_a_rank_does_not_join_fails_after_the_timeout() -> Non
     with pytest.raises(RuntimeError, match=r"(?i)timed out"):
         duoka.launch(wait_alone, devices="cpu:2", timeout_s=2)
     assert time.monotonic() - start < 20
+
+
+def test_functions_may_mention_modules_of_torch_that_are_classes_of_their_own() -> None:
+    def look() -> tuple[bool, bool, bool]:
+        torch.backends.cudnn.benchmark = bool(torch.backends.cudnn.benchmark)
+        return torch.backends.mkldnn.is_available(), torch.backends.cuda.is_built(), callable(torch.ops.aten.add)
+
+    first, second = duoka.launch(look, devices="cpu:2", returns="all")
+    assert first == second
+
+
+def test_a_loader_whose_workers_are_running_can_be_launched_with() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(4.0))
+    loader = torch.utils.data.DataLoader(data, num_workers=1, persistent_workers=True)
+    next(iter(loader))
+    try:
+        assert (
+            duoka.launch(lambda given: sum(float(x) for (x,) in given), loader, devices="cpu:2", returns="all")
+            == [6.0] * 2
+        )
+    finally:
+        loader._iterator._shutdown_workers()
+
+
+def test_what_a_script_sets_for_torch_holds_on_every_rank_and_no_longer_than_it_says() -> None:
+    def look() -> tuple[object, ...]:
+        return (
+            torch.get_default_dtype(),
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    before = look()
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(True)
+    try:
+        changed = look()
+        assert duoka.launch(look, devices="cpu:2", returns="all") == [changed] * 2
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        torch.use_deterministic_algorithms(False)
+    assert changed != before
+    assert duoka.launch(look, devices="cpu:2", returns="all") == [before] * 2
+
+
+def test_a_value_that_cannot_travel_is_named_with_what_can() -> None:
+    with pytest.raises(errors.LaunchError, match=r"a lock, cannot be sent to rank 0.*state_dict"):
+        duoka.launch(threading.Lock, devices="cpu:2", returns="all")

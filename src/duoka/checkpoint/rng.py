@@ -12,7 +12,7 @@ __all__ = ["rng_state", "set_rng_state"]
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the states of Python's, NumPy's and torch's generators and of this process's current accelerator.
+    """Return the states of Python's, NumPy's and torch's generators and of the accelerator that this process uses, if any.
 
     Holds numbers and tensors only, so that it goes into a checkpoint as it is; ``set_rng_state`` takes it back.
 
@@ -54,7 +54,9 @@ def _accelerator_state() -> dict[str, Any] | None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return None
-    return {"type": accelerator.type, "state": torch.get_device_module(accelerator.type).get_rng_state().cpu()}
+    module = torch.get_device_module(accelerator.type)
+    is_used = getattr(module, "is_initialized", lambda: True)  # MPS has none, and nothing to initialise
+    return {"type": accelerator.type, "state": module.get_rng_state().cpu()} if is_used() else None
 
 
 def _set_accelerator_state(state: dict[str, Any] | None) -> None:

@@ -5,13 +5,16 @@ Nothing heavy is imported here: a subcommand's module is imported when that subc
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from duoka.cli.console import complain
@@ -82,8 +85,28 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if first not in COMMANDS:
         raise ConfigError(_unknown(first))
-    run = importlib.import_module(COMMANDS[first].module).run
+    with _ending_on_interrupt():
+        run = importlib.import_module(COMMANDS[first].module).run
+        importlib.import_module("torch")
     return int(run(rest))
+
+
+@contextlib.contextmanager
+def _ending_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: a library that is being imported may swallow a KeyboardInterrupt, or choke on it."""
+
+    def end(*_: object) -> None:
+        os.write(2, b"duoka: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _help() -> str:

@@ -3,6 +3,9 @@
 A batch is a tensor, or tuples, lists, mappings, named tuples and dataclasses of batches, nested to any depth. Tensors and
 NumPy arrays are cut along dimension 0; so are lists and tuples that hold one entry a sample (names, say); everything else
 (a number, a string, a tensor without dimensions) belongs to the whole batch and is passed on as it is.
+
+A list of 2 tensors with 2 rows each, in a batch of 2, may be one tensor a sample or 2 columns. The batch itself holds columns;
+so does a list within it whose tensors differ in kind, and one that torch's ``default_collate`` made. Others are not guessed at.
 """
 
 from __future__ import annotations
@@ -44,13 +47,19 @@ def batch_length(batch: Any) -> int:
     )
 
 
-def slice_batch(batch: Any, start: int, stop: int, length: int | None = None) -> Any:
+def slice_batch(batch: Any, start: int, stop: int, length: int | None = None, *, has_columns: bool = False) -> Any:
     """Return samples ``start`` to ``stop`` of ``batch``, in the batch's own structure and classes.
 
-    ``length`` is the batch's, where the caller knows it. Raises ``DataError`` where a tensor's dimension 0 is another.
+    ``length`` is the batch's, where the caller knows it; ``has_columns`` says that its lists of tensors are columns, as
+    those of ``default_collate`` are. Raises ``DataError`` where a tensor's dimension 0 is another than ``length``, and where a
+    list within the batch may be one tensor a sample as well as columns.
     """
     length = batch_length(batch) if length is None else length
-    return batch if (start, stop) == (0, length) else _cut(batch, length, slice(start, stop))
+    if (start, stop) == (0, length):
+        return batch
+    if not has_columns:
+        _check_lists(batch, length)
+    return _cut(batch, length, slice(start, stop))
 
 
 def split_batch(batch: Any, index: int, parts: int) -> Any:
@@ -138,18 +147,46 @@ def _like_dataclass(node: Any, names: list[str], children: list[Any]) -> Any:
     return like
 
 
-def _is_one_a_sample(node: Any, length: int) -> bool:
+def _is_one_a_sample(node: Any, length: int, is_within: bool) -> bool:
     """Whether ``node`` is a list with one entry a sample, and not a structure whose tensors hold the samples."""
     if not isinstance(node, (list, tuple)) or hasattr(node, "_fields") or len(node) != length:
         return False
     sizes = {len(array) for array in _arrays(node)}
     if not sizes:
         return True
-    is_columns = len({type(entry) for entry in node}) > 1 or (_is_array(node[0]) and node[0].shape[:1] == (length,))
-    return sizes != {length} and not is_columns
+    is_columns = not is_within and _is_array(node[0]) and node[0].shape[:1] == (length,)
+    return sizes != {length} and len({type(entry) for entry in node}) == 1 and not is_columns
 
 
-def _cut(node: Any, length: int, samples: slice) -> Any:
+def _check_lists(node: Any, length: int, is_within: bool = False) -> None:
+    """Raise ``DataError`` where a list within the batch may be either one entry a sample or columns."""
+    if _is_one_a_sample(node, length, is_within):
+        return
+    children = (_open(node) or ([],))[0]
+    is_list = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
+    if is_within and is_list and len(node) == length and any(True for _ in _arrays(node)) and _are_alike(children):
+        raise DataError(
+            f"a batch of {length} samples holds a {type(node).__name__} of {length} entries whose tensors have {length} rows "
+            "each: that may be one entry a sample, or columns of the batch, which are cut in different ways. Name columns in a "
+            "dict, or join one tensor a sample to one padded tensor; of a map-style data set nothing is cut"
+        )
+    for child in children:
+        _check_lists(child, length, is_within=True)
+
+
+def _are_alike(nodes: list[Any]) -> bool:
+    """Whether ``nodes`` have one structure and tensors of one kind, as one entry a sample has."""
+    return all(_kind(node) == _kind(nodes[0]) for node in nodes)
+
+
+def _kind(node: Any) -> Any:
+    if _is_array(node):
+        return type(node), node.dtype, node.shape[1:]
+    keys = list(node) if isinstance(node, Mapping) else None
+    return type(node), keys, [_kind(child) for child in (_open(node) or ([],))[0]]
+
+
+def _cut(node: Any, length: int, samples: slice, is_within: bool = False) -> Any:
     if _is_array(node):
         if node.ndim and len(node) != length:
             raise DataError(
@@ -157,27 +194,27 @@ def _cut(node: Any, length: int, samples: slice) -> Any:
                 f"{length}. What is not one row a sample cannot be cut into parts: keep it out of the batch"
             )
         return node[samples] if node.ndim else node
-    if _is_one_a_sample(node, length):
+    if _is_one_a_sample(node, length, is_within):
         return node[samples]
     opened = _open(node)
     if opened is None:
         return node
     children, rebuild = opened
-    return rebuild([_cut(child, length, samples) for child in children])
+    return rebuild([_cut(child, length, samples, is_within=True) for child in children])
 
 
-def _join(nodes: list[Any], lengths: list[int]) -> Any:
+def _join(nodes: list[Any], lengths: list[int], is_within: bool = False) -> Any:
     first = nodes[0]
     if _is_array(first):
         return _join_arrays(nodes) if first.ndim else first
-    one_a_sample = [_is_one_a_sample(node, length) for node, length in zip(nodes, lengths, strict=True)]
+    one_a_sample = [_is_one_a_sample(node, length, is_within) for node, length in zip(nodes, lengths, strict=True)]
     if all(one_a_sample) or (any(one_a_sample) and any(True for _ in _arrays(nodes))):  # one alone may look like either
         return type(first)([item for node in nodes for item in node])
     opened = [_open(node) for node in nodes]
     if opened[0] is None:
         return first
     columns = zip(*(children for children, _ in opened if children is not None), strict=True)  # type: ignore[misc]
-    return opened[0][1]([_join(list(column), lengths) for column in columns])
+    return opened[0][1]([_join(list(column), lengths, is_within=True) for column in columns])
 
 
 def _join_arrays(arrays: list[Any]) -> Any:

@@ -89,8 +89,10 @@ def shard(loader: Any, *, rank: int, size: int, seed: int, merge: int = 1, train
     """Return rank ``rank``'s part of each global batch of ``loader``, for ``size`` ranks.
 
     The order is a function of (seed, epoch), whatever draws it: samplers and loaders run with generators of their own, and
-    the process's generators stay as they were. A ``torch.Generator`` (or NumPy's, or ``random.Random``) that a sampler or
-    loader holds starts each epoch from ``seed`` mixed with the seed it was given, which must be the same on every rank.
+    the process's generators stay as they were. A ``torch.Generator`` (or NumPy's, or ``random.Random``) that a sampler,
+    loader, data set, transform or collation holds as an attribute starts each epoch, or each sample of map-style data, from
+    ``seed`` mixed with the state it was given, which must be the same on every rank and after a resume. One that is held
+    otherwise (in a list, a closure, a global variable) or made while samples are loaded is not known: its draws differ.
     Of map-style data a rank loads its own samples only; a stream (``IterableDataset``) or a loader of ready-made batches is
     read whole by every rank, and so is a map-style data set with ``batch_size=None`` whose sampler is no ``BatchSampler``.
 

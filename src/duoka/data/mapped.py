@@ -31,8 +31,10 @@ class MappedSource:
         self._generator = torch.Generator()
         whole = loader.batch_sampler is None  # the sampler yields lists, and dataset[list] is a ready-made batch
         workers = loader.num_workers
+        self._samples = samples_of(loader.dataset, loader.collate_fn, whole)
+        self._is_direct = not workers and not loader.pin_memory
         self._loader: DataLoader[Any] = DataLoader(
-            samples_of(loader.dataset, loader.collate_fn, whole),
+            self._samples,
             batch_sampler=self._requests,  # type: ignore[arg-type]
             collate_fn=as_is,
             num_workers=workers,
@@ -53,7 +55,7 @@ class MappedSource:
         """Yield this rank's parts of ``epoch``, without loading the first ``skip`` samples."""
         self._generator.manual_seed(samples_seed(seed, epoch))
         taken = self._requests.begin(seed, epoch, skip)
-        batches = iter(self._loader)
+        batches = self._batches()
         try:
             for batch in batches:
                 while not (sizes := taken.popleft())[0] and not sizes[2]:
@@ -64,6 +66,12 @@ class MappedSource:
         finally:
             if not self._loader.persistent_workers:
                 stop_workers(batches)
+
+    def _batches(self) -> Iterator[Any]:
+        """Yield what was requested; where nothing but loading is to be done, without a DataLoader's own work around it."""
+        if self._is_direct:
+            return map(self._samples.load, self._requests)
+        return iter(self._loader)
 
     def close(self) -> None:
         """End worker processes that were kept."""

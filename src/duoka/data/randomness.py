@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from duoka.data.generators import GLOBAL, GlobalStream, Stream
+from duoka.data.generators import GLOBAL, Stream, WatchedStream
 
 __all__ = ["PrivateRandomness", "Watch", "held_by", "mixed", "nth_seed"]
 
 T = TypeVar("T")
 Generator: TypeAlias = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+_BUILT_FROM = ("dataset", "datasets", "transform", "transforms", "target_transform")
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -76,28 +77,27 @@ class Watch:
     process all generators are given back as they were found; a worker process has no other use for them.
     """
 
-    def __init__(self) -> None:
-        self.used: list[GlobalStream] = []
+    def __init__(self, held: Sequence[WatchedStream] = ()) -> None:
+        """Watch the process's global generators and ``held``, those of the user's own objects."""
+        self.used: list[WatchedStream] = []
         """The generators that were drawn from: what is to be seeded."""
-        self._unused = list(GLOBAL)
-        self._first: dict[GlobalStream, Any] | None = None
+        self._unused = [*GLOBAL, *held]
 
     def run(self, work: Callable[[], T]) -> T:
         """Return ``work()``, which seeds ``used``; it is called again where it drew from another generator."""
         found = [] if get_worker_info() is not None else [(stream, stream.get()) for stream in self.used]
         try:
             while True:
-                if self._first is None:  # whole states once: most data sets draw in their first batch or never
-                    self._first = {stream: stream.get() for stream in self._unused}
-                marks = [stream.mark() for stream in self._unused]
+                marks = [(stream, stream.mark()) for stream in self._unused]
+                moved = []
                 try:
                     result = work()
                 finally:
-                    moved = marks != [stream.mark() for stream in self._unused]
-                    if moved:
-                        found += self._rewind(marks)
+                    for stream, mark in marks:
+                        if stream.moved(mark):
+                            moved.append((stream, mark))
+                    found += self._rewind(moved)
                 if not moved:
-                    self._first = {}
                     return result
         finally:
             for stream, state in found:
@@ -108,26 +108,33 @@ class Watch:
         for stream in self.used:
             stream.seed(seed)
 
-    def _rewind(self, marks: list[Any]) -> list[tuple[GlobalStream, Any]]:
+    def _rewind(self, moved: list[tuple[WatchedStream, Any]]) -> list[tuple[WatchedStream, Any]]:
         """Rewind what was drawn from, and count it as used; return the states that were found."""
-        moved = [(stream, mark) for stream, mark in zip(self._unused, marks, strict=True) if stream.mark() != mark]
         for stream, mark in moved:
-            if self._first and stream in self._first:
-                stream.set(self._first[stream])
-            else:
-                stream.rewind(mark)
+            stream.rewind(mark)
             self._unused.remove(stream)
             self.used.append(stream)
         return [(stream, stream.get()) for stream, _ in moved]
 
 
-def held_by(*owners: object) -> list[Stream]:
-    """Return the generators that ``owners`` (a user's samplers and loaders) hold as attributes, each once."""
+def held_by(*owners: object) -> list[WatchedStream]:
+    """Return the generators that ``owners`` hold as attributes, each once.
+
+    So do those that they are built from: the data sets of a data set (``Subset``, ``ConcatDataset``), the transforms of
+    either, and the steps of such a transform.
+    """
     found: dict[int, Generator] = {}
-    for owner in owners:
-        for value in getattr(owner, "__dict__", {}).values():
-            if isinstance(value, Generator):
-                found[id(value)] = value
+    seen: dict[int, object] = {}
+    waiting = list(owners)
+    while waiting:
+        owner = waiting.pop(0)
+        if id(owner) in seen:
+            continue
+        seen[id(owner)] = owner
+        attributes = getattr(owner, "__dict__", {})
+        found |= {id(value): value for value in attributes.values() if isinstance(value, Generator)}
+        for inner in (attributes[name] for name in _BUILT_FROM if name in attributes):
+            waiting += inner if isinstance(inner, (list, tuple)) else [inner]
     return [_Held(generator) for generator in found.values()]
 
 
@@ -163,3 +170,12 @@ class _Held:
             self._generator.bit_generator.state = state
         else:
             self._generator.set_state(state)
+
+    def mark(self) -> bytes:
+        return pickle.dumps(self.get())
+
+    def moved(self, mark: bytes) -> bool:
+        return self.mark() != mark
+
+    def rewind(self, mark: bytes) -> None:
+        self.set(pickle.loads(mark))

@@ -32,17 +32,19 @@ class ReadySource:
         share: Share,
         owners: tuple[object, ...] = (),
         begin: Callable[[int, int], None] | None = None,
+        has_columns: bool = False,
     ) -> None:
         """Read ``loader`` (or the generator function) once an epoch.
 
         ``owners`` are further objects that may hold generators or have ``set_epoch``. ``begin(seed, epoch)`` is called before
-        each epoch of a loader that draws nothing in this process.
+        each epoch of a loader that draws nothing in this process. ``has_columns`` is ``slice_batch``'s.
         """
         self._loader = loader
         self._share = share
         self._owners = (loader, *owners)
         self._streams = (*GLOBAL, *held_by(*self._owners))
         self._begin = begin
+        self._has_columns = has_columns
         self._quiet = begin is not None or isinstance(loader, (list, tuple))
         self._whole_only = share.training and getattr(loader, "drop_last", False) is True
         self._reading: weakref.ref[Any] | None = None
@@ -61,7 +63,7 @@ class ReadySource:
             self._begin(seed, drawn)
         batches = self._read(contextlib.nullcontext() if self._quiet else self._private(seed, drawn))
         try:
-            yield from self._parts(_without(batches, skip))
+            yield from self._parts(_without(batches, skip, self._has_columns))
         finally:
             batches.close()
 
@@ -100,29 +102,29 @@ class ReadySource:
             total = sum(length for _, length in group)
             start, stop = share.bounds(total)
             if start < stop:
-                yield Part(_between(group, start, stop), stop - start, total)
+                yield Part(_between(group, start, stop, self._has_columns), stop - start, total)
             else:
-                yield Part(_between(group, 0, 1) if share.training else None, 0, total)
+                yield Part(_between(group, 0, 1, self._has_columns) if share.training else None, 0, total)
 
 
-def _without(batches: Iterable[Any], skip: int) -> Iterator[Sized]:
+def _without(batches: Iterable[Any], skip: int, has_columns: bool) -> Iterator[Sized]:
     """Yield ``batches`` with their lengths, without the first ``skip`` samples."""
     for batch in batches:
         length = batch_length(batch)
         if skip >= length:
             skip -= length
             continue
-        yield slice_batch(batch, skip, length, length), length - skip
+        yield slice_batch(batch, skip, length, length, has_columns=has_columns), length - skip
         skip = 0
 
 
-def _between(group: list[Sized], start: int, stop: int) -> Any:
+def _between(group: list[Sized], start: int, stop: int, has_columns: bool) -> Any:
     """Return samples ``start`` to ``stop`` of the batches of ``group`` laid end to end."""
     pieces, first = [], 0
     for batch, length in group:
         low, high = max(start - first, 0), min(stop - first, length)
         if low < high:
-            pieces.append(slice_batch(batch, low, high, length))
+            pieces.append(slice_batch(batch, low, high, length, has_columns=has_columns))
         first += length
     return concat_batches(pieces)
 

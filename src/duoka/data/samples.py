@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from duoka.data.order import set_epoch
-from duoka.data.randomness import Watch, nth_seed
+from duoka.data.randomness import Watch, held_by, nth_seed
+from duoka.data.sending import Sent, answer
 
-__all__ = ["Request", "SeededCollate", "WorkerStart", "as_is", "samples_of"]
+__all__ = ["Request", "Samples", "SeededCollate", "WorkerStart", "as_is", "samples_of"]
 
 Collate = Callable[[Any], Any]
 
@@ -29,7 +30,7 @@ class Request(NamedTuple):
     """The epoch that a data set with ``set_epoch`` is told, or ``None``."""
 
 
-def samples_of(dataset: Any, collate: Collate, whole: bool) -> Dataset[Any]:
+def samples_of(dataset: Any, collate: Collate, whole: bool) -> Samples:
     """Return what answers ``Request``s with collated batches; ``whole`` asks ``dataset[indices]`` for a ready batch."""
     if not whole and collate is default_collate and _draws_nothing(dataset):
         return _TensorRows(dataset) if _has_plain_rows(dataset) else _PlainSamples(dataset)
@@ -41,7 +42,7 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
-class WorkerStart:
+class WorkerStart(Sent):
     """The ``worker_init_fn``: shows the user's own function the user's own data set, as it would be without duoka."""
 
     def __init__(self, function: Callable[[int], None] | None) -> None:
@@ -74,23 +75,25 @@ def _has_plain_rows(dataset: Any) -> bool:
     )
 
 
-class _Samples(Dataset[Any]):
+class Samples(Sent, Dataset[Any]):
     """Base: a data set that answers requests."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, request: Request) -> Any:
-        return self.__getitems__(request)
-
     def __getitems__(self, request: Request) -> Any:
+        """Answer a DataLoader, here or in a worker process."""
+        return answer(lambda: self.load(request))
+
+    def load(self, request: Request) -> Any:
+        """Return the collated batch."""
         raise NotImplementedError
 
 
-class _TensorRows(_Samples):
+class _TensorRows(Samples):
     """Tensors, or a subset of them: all rows of a batch are taken at once, as collating them one by one would yield."""
 
-    def __getitems__(self, request: Request) -> Any:
+    def load(self, request: Request) -> Any:
         dataset: Any = self.dataset
         indices = request.indices
         while type(dataset) is Subset:
@@ -99,14 +102,14 @@ class _TensorRows(_Samples):
         return [tensor[rows] for tensor in dataset.tensors]
 
 
-class _PlainSamples(_Samples):
+class _PlainSamples(Samples):
     """A data set without randomness."""
 
-    def __getitems__(self, request: Request) -> Any:
+    def load(self, request: Request) -> Any:
         return default_collate([self.dataset[index] for index in request.indices])
 
 
-class _SeededSamples(_Samples):
+class _SeededSamples(Samples):
     """Any data set: a sample's randomness is a function of (seed, epoch, place in the epoch).
 
     A data set that loads many samples at once (``__getitems__``) does so until it is seen to draw random numbers; from then
@@ -118,13 +121,14 @@ class _SeededSamples(_Samples):
         self._collate = SeededCollate(collate)
         self._whole = whole
         self._many_at_once = not whole and _loads_many(dataset)
-        self._loading = Watch()
+        self._loading = Watch(held_by(dataset))
         self._epoch: int | None = None
 
-    def __getitems__(self, request: Request) -> Any:
+    def load(self, request: Request) -> Any:
         if request.epoch is not None and request.epoch != self._epoch:
             set_epoch(request.epoch, self.dataset)  # here too: a worker that stays has a data set of its own
             self._epoch = request.epoch
+            self._loading = Watch(held_by(self.dataset))  # it may have made its generators anew
         samples = self._loading.run(lambda: self._load(request))
         return self._collate(samples, request.stream, request.first)
 
@@ -148,7 +152,7 @@ class SeededCollate:
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
-        self._watch = Watch()
+        self._watch = Watch(held_by(collate))
 
     def __call__(self, samples: Any, stream: int, first: int) -> Any:
         """Return ``samples`` collated; ``stream`` and ``first`` are those of a ``Request``."""

@@ -7,11 +7,12 @@ what ``collate_fn`` returns must be a structure of tensors.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, get_worker_info
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, default_collate, get_worker_info
 
 from duoka.data.generators import GLOBAL
 from duoka.data.order import set_epoch
@@ -19,6 +20,7 @@ from duoka.data.position import Part
 from duoka.data.randomness import PrivateRandomness, held_by, nth_seed
 from duoka.data.ready import ReadySource
 from duoka.data.samples import SeededCollate, WorkerStart, as_is
+from duoka.data.sending import Sent, answer, failure
 from duoka.data.source import Share, Source, order_seed, samples_seed
 from duoka.errors import ConfigError
 
@@ -128,7 +130,7 @@ def _with_workers(loader: DataLoader[Any], share: Share) -> Source:
         stream,
         batch_size=loader.batch_size,
         drop_last=loader.drop_last,
-        collate_fn=loader.collate_fn,
+        collate_fn=_Collation(loader.collate_fn),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -143,24 +145,47 @@ def _with_workers(loader: DataLoader[Any], share: Share) -> Source:
         generator.manual_seed(samples_seed(seed, epoch))
         stream.plan.copy_(torch.tensor([order_seed(seed, epoch) >> 1, epoch]))
 
-    return ReadySource(remade, share, (loader.dataset,), begin)
+    return ReadySource(remade, share, (loader.dataset,), begin, loader.collate_fn is default_collate)
 
 
-class _SeededStream(IterableDataset[Any]):
-    """A user's stream in a worker process: every epoch of it is drawn from seeds of that epoch, in workers that stay too."""
+class _SeededStream(Sent, IterableDataset[Any]):
+    """A user's stream in a worker process: every epoch of it is drawn from seeds of that epoch, in workers that stay too.
+
+    A generator that the data set holds starts alike in all workers, which may agree by it on who yields what.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self.plan = torch.zeros(2, dtype=torch.int64)  # seed and epoch, seen by workers that are running
         self.plan.share_memory_()  # type: ignore[no-untyped-call]
+        self._held = held_by(dataset)
 
     def __iter__(self) -> Iterator[Any]:
+        try:
+            self._begin()
+            yield from self.dataset
+        except Exception:
+            yield from itertools.repeat(failure())  # for the collation, which sends it
+
+    def _begin(self) -> None:
         info: Any = get_worker_info()
         seed, epoch = self.plan.tolist()
         for stream in GLOBAL:
             stream.seed(nth_seed(seed, info.id))
+        for stream in self._held:
+            stream.seed(seed)
         set_epoch(epoch, self.dataset)
-        return iter(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+class _Collation(Sent):
+    """A user's collation in a worker process."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        last = samples[-1] if type(samples) is list and samples else samples
+        return answer(lambda: last if isinstance(last, ExceptionWrapper) else self._collate(samples))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import re
 import subprocess
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # first imported while a group is up it would keep that group for good
 
+from duoka.devices import grammar as device_grammar
 from duoka.errors import LaunchError
+from duoka.log import logger
 from duoka.world import World
 
 __all__ = ["is_member", "join"]
@@ -35,6 +39,7 @@ def join(spec: Any, timeout_s: float) -> World:
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
     if not dist.is_initialized():
+        logger.info("joining a job as rank %s of %s", os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
         dist.init_process_group(
             "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_accelerator_backend(device)}",
             timeout=datetime.timedelta(seconds=timeout_s),
@@ -54,7 +59,7 @@ def _accelerator_backend(device: torch.device) -> str:
 
 def _device(spec: Any, local_rank: int) -> torch.device:
     """The accelerator of this process's number on its machine, unless the CPU was asked for or is all there is."""
-    if str(spec).startswith("cpu") or not torch.accelerator.is_available():
+    if device_grammar.parse(spec).kind == "cpu" or not torch.accelerator.is_available():
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     if local_rank >= count:
@@ -68,7 +73,8 @@ def _device(spec: Any, local_rank: int) -> torch.device:
 
 
 def _slurm_tasks() -> int:
-    return int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
+    """How many tasks ``srun`` started with this one; a batch script itself, and what it starts without srun, is alone."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_PROCID" in os.environ else 1
 
 
 def _slurm_variables() -> dict[str, str]:
@@ -76,12 +82,20 @@ def _slurm_variables() -> dict[str, str]:
     get = os.environ.get
     return {
         "RANK": os.environ["SLURM_PROCID"],
-        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": get("SLURM_NTASKS_PER_NODE", "1"),
+        "LOCAL_WORLD_SIZE": str(_slurm_tasks_here()),
         "MASTER_ADDR": get("MASTER_ADDR") or _first_slurm_host(),
         "MASTER_PORT": get("MASTER_PORT") or str(20000 + int(get("SLURM_JOB_ID", "0")) % 20000),
     }
+
+
+def _slurm_tasks_here() -> int:
+    """Read this node's entry of ``SLURM_STEP_TASKS_PER_NODE``, which reads like ``4(x2),3``."""
+    counts: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")):
+        counts += [int(count)] * int(repeat or 1)
+    return counts[min(int(os.environ.get("SLURM_NODEID", 0)), len(counts) - 1)]
 
 
 def _first_slurm_host() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # first imported while a group is up it would keep that group for good
 from torch.distributed import distributed_c10d
 
 from duoka import scaling
@@ -33,7 +34,8 @@ class Place:
     """What one rank needs to take its place beside the others."""
 
     world: World
-    folder: str
+    folder: str | None
+    """Where ranks of this machine find each other; ``None`` for one alone."""
     backend: str
     timeout_s: float
     threads: int
@@ -51,7 +53,7 @@ def places(devices: Sequence[torch.device], timeout_s: float) -> Iterator[list[P
     size, backend, base = len(devices), _backend(devices), _base_seed()
     threads = scaling.threads_per_rank(size) if size > 1 else torch.get_num_threads()
     seeds = [None, *(base + rank for rank in range(1, size))]
-    with tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True) as folder:
+    with _folder() if size > 1 else contextlib.nullcontext() as folder:
         yield [
             Place(World(rank, size, device, rank, size), folder, backend, timeout_s, threads, seeds[rank])
             for rank, device in enumerate(devices)
@@ -83,23 +85,37 @@ def abort(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def own_state_kept(device: torch.device) -> Iterator[None]:
-    """Give the user's process back as it was: environment, threads, current device, random generators."""
-    environment = dict(os.environ)
+    """Give the user's process back as it was: environment, hook, threads, current device, random generators."""
+    environment, excepthook = dict(os.environ), sys.excepthook  # torch's groups put a hook of their own around it
     threads = torch.get_num_threads()
     index = torch.accelerator.current_device_index() if device.type != "cpu" else None
     generators = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own
-    on_device = torch.get_device_module(device).get_rng_state(device) if device.type != "cpu" else None
+    on_device = _device_generator(device)
     try:
         yield
     finally:
         _restore_environment(environment)
+        sys.excepthook = excepthook
         torch.set_num_threads(threads)
         torch.set_rng_state(generators[0])
         random.setstate(generators[1])
         np.random.set_state(generators[2])  # noqa: NPY002
         if index is not None:
-            torch.get_device_module(device).set_rng_state(on_device, device)
+            _set_device_generator(device, on_device)
             torch.accelerator.set_device_index(index)
+
+
+def _device_generator(device: torch.device) -> torch.Tensor | None:
+    if device.type == "cpu":
+        return None
+    where = () if device.type == "mps" else (device,)  # there is one, and its functions take no device
+    state: torch.Tensor = torch.get_device_module(device).get_rng_state(*where)
+    return state
+
+
+def _set_device_generator(device: torch.device, state: torch.Tensor | None) -> None:
+    where = () if device.type == "mps" else (device,)
+    torch.get_device_module(device).set_rng_state(state, *where)
 
 
 def _restore_environment(environment: dict[str, str]) -> None:
@@ -157,6 +173,10 @@ def _backend(devices: Sequence[torch.device]) -> str:
     if kind in ("cpu", "mps") or len(set(devices)) < len(devices):
         return "gloo"
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True)
 
 
 def _base_seed() -> int:

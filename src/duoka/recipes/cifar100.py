@@ -26,7 +26,7 @@ from duoka.recipes.runs import Run
 from duoka.recipes.sets import cifar, digits, folder
 from duoka.recipes.sets.imageset import ImageSet, Statistics, read_image, statistics_of, write_image
 from duoka.recipes.sets.loading import Collate, augmentation, loader
-from duoka.trainer import Callback, State, Trainer
+from duoka.trainer import Trainer
 from duoka.world import current_world
 
 __all__ = ["Config", "evaluate", "predict", "train"]
@@ -162,7 +162,10 @@ def train(config: Config) -> Outcome:
     torch.manual_seed(config.seed)
     model = resnet(_given(config.model), len(images.classes), images.shape[0], _given(config.width))
     trainer = _trainer(model, config, images, statistics, run)
-    trainer.fit(save_model=True, model_path=run.model)
+    if current_world().is_main:
+        run.write_config(NAME, dataclasses.replace(config, resume=None))
+    with run.resumable(NAME):
+        trainer.fit(save_model=True, model_path=run.model)
     return _tested(run, trainer, config, images, statistics)
 
 
@@ -203,16 +206,6 @@ def load(config: Config) -> ImageSet:
     return cifar.load(source, config.root, download=config.download, verify=config.verify)
 
 
-class _OwnConfig(Callback):
-    """Writes the recipe's options over the trainer's, on rank 0."""
-
-    def __init__(self, run: Run, config: Config) -> None:
-        self.run, self.config = run, config
-
-    def on_fit_start(self, state: State) -> None:  # noqa: ARG002
-        self.run.write_config(NAME, dataclasses.replace(self.config, resume=None))
-
-
 @dataclass(frozen=True)
 class _Facts:
     """What a finished run remembers of its images."""
@@ -237,7 +230,6 @@ def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Statisti
         options = {
             "out_dir": run.folder,
             "resume": "auto" if config.resume else False,
-            "callbacks": [_OwnConfig(run, config)],
         }
     return Trainer(
         model,

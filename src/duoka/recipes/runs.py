@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import yaml
 
 from duoka.errors import ConfigError, DataError, StorageError
+from duoka.log import logger
 
 __all__ = ["Run"]
 
@@ -83,6 +86,15 @@ class Run:
         """Add a line to ``log.txt``."""
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{text}\n")
+
+    @contextlib.contextmanager
+    def resumable(self, recipe: str) -> Iterator[None]:
+        """Where the user interrupts the block, say how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            logger.warning("stopped; go on with: duoka train %s --resume %s", recipe, self.folder)
+            raise
 
     def recipe(self) -> str:
         """Return the name of the recipe that made the run."""

@@ -49,9 +49,12 @@ class Strategy(ABC):
         """Turn gradients of a sum into those of a mean: ``weight`` is this rank's share of the sum's weight."""
         total = self.world.all_reduce(weight.detach().double() if weight.device.type != "mps" else weight.detach())
         factor = torch.where(total > 0, self.replicas_averaged / total, torch.zeros_like(total))
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for dtype, gradients in by_dtype.items():
+            torch._foreach_mul_(gradients, factor.to(dtype))
 
     @property
     def replicas_averaged(self) -> int:

@@ -32,7 +32,8 @@ class DP(Strategy):
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return ``module`` behind ``nn.DataParallel``; its forward takes a batch and returns the batch's loss."""
         ids = [device.index or 0 for device in self.devices if device.type != "cpu"]
-        return _Gathered(nn.DataParallel(_PartSum(module), device_ids=ids or None))
+        parts = _PartSum(module)
+        return _Gathered(nn.DataParallel(parts, device_ids=ids) if ids else parts)  # no ids would mean every GPU
 
 
 class _PartSum(nn.Module):

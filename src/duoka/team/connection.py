@@ -77,7 +77,10 @@ class Connection:
         view = memoryview(data)
         done = 0
         while done < size:
-            count = self._socket.recv_into(view[done:])
+            try:
+                count = self._socket.recv_into(view[done:])
+            except ConnectionError as error:
+                raise EOFError from error
             if count == 0:
                 raise EOFError
             done += count

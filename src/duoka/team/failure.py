@@ -13,7 +13,7 @@ import torch
 from duoka.errors import DuokaError
 from duoka.team.payload import Payload, dumps, loads
 
-__all__ = ["RemoteTraceback", "is_echo", "pack", "unpack"]
+__all__ = ["RemoteTraceback", "is_echo", "own_frames", "pack", "unpack"]
 
 
 class RemoteTraceback(Exception):  # noqa: N818 - shown above the user's exception, it is no error of its own
@@ -33,7 +33,7 @@ class RemoteError(DuokaError):
 
 def pack(error: BaseException) -> Payload:
     """Pickle ``error`` and its traceback's text, with all of its causes."""
-    text = "".join(traceback.format_exception(type(error), error, _own_frames(error.__traceback__)))
+    text = "".join(traceback.format_exception(type(error), error, own_frames(error.__traceback__)))
     for how in (error, _Rebuilt(error), RemoteError(f"{type(error).__qualname__}: {error}")):
         try:
             payload = dumps((how, text, is_echo(error)))
@@ -50,12 +50,14 @@ def unpack(payload: Payload, rank: int, device: str, receiver: torch.device) -> 
         error, text, _ = loads(payload, receiver)
     except Exception as failed:  # its class can be rebuilt there but not here
         error, text = RemoteError(f"an exception that cannot be rebuilt here: {failed}"), ""
+    finally:
+        payload.close()
     error.__cause__ = RemoteTraceback(f"Traceback of rank {rank} ({device}):\n{text}")
     return error  # type: ignore[no-any-return]
 
 
-def _own_frames(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback from the user's function on, without the frames that led to it."""
+def own_frames(frames: TracebackType | None) -> TracebackType | None:
+    """Return the traceback from the user's function on, without the frames that led to it."""
     package = Path(__file__).parents[1]
     ours = (*(str(package / part) for part in ("team", "launcher", "mirror")), contextlib.__file__)
     inner = frames

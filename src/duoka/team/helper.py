@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from duoka.errors import LaunchError
 from duoka.team import failure
 from duoka.team.connection import Connection, Message
 from duoka.team.payload import Payload, dumps, loads
@@ -31,6 +32,7 @@ def main() -> None:
     """Serve until the owner is gone."""
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     os.register_at_fork(after_in_child=connection.close)  # a data-loader worker must not keep the line open
+    gc.freeze()  # what torch's import has made stays: collecting after each task looks at the task's objects only
     line = _Line(connection)
     connection.send("ready", Payload(b""))
     while True:
@@ -70,7 +72,7 @@ def _serve(line: _Line) -> None:
     message = line.receive()
     try:
         with _open(message.payload, line) as value:
-            answer = dumps(value)
+            answer = _answer(value)
             line.send("done", answer)
             answer.close()
             line.receive()
@@ -81,6 +83,16 @@ def _serve(line: _Line) -> None:
     _tidy()
     line.scratch = None
     line.send("idle", Payload(b""))
+
+
+def _answer(value: Any) -> Payload:
+    try:
+        return dumps(value)
+    except Exception as error:
+        raise LaunchError(
+            f"the value that this rank returned, a {type(value).__name__}, cannot be sent to rank 0: {error}. "
+            "Return numbers, tensors or a state_dict."
+        ) from error
 
 
 def _open(payload: Payload, line: _Line) -> contextlib.AbstractContextManager[Any]:
@@ -100,8 +112,10 @@ def _open(payload: Payload, line: _Line) -> contextlib.AbstractContextManager[An
 
 def _tidy() -> None:
     gc.collect()
-    if torch.accelerator.is_available() and torch.get_device_module().is_initialized():
-        torch.accelerator.memory.empty_cache()
+    if torch.accelerator.is_available():
+        is_initialized = getattr(torch.get_device_module(), "is_initialized", bool)  # Apple's has none, and no helpers
+        if is_initialized():
+            torch.accelerator.memory.empty_cache()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ class Interruption:
         self._reader.setblocking(False)
         self._writer.setblocking(False)
         self._open = True
-        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+        previous = signal.getsignal(signal.SIGINT)
+        replaceable = callable(previous) or previous is signal.SIG_IGN  # else Ctrl-C ends the process, or C code has it
+        if threading.current_thread() is threading.main_thread() and replaceable:
             self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
@@ -61,6 +63,8 @@ class Interruption:
         """From now on nothing is raised in the caller's thread: signals are only noted."""
         with self._lock:
             self._open = False
+            if self._stopped and self._previous is None:  # it may be on its way and not have come yet: call it back
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
 
     def fileno(self) -> int:
         """Readable when a signal has come."""
@@ -92,9 +96,9 @@ class Interruption:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self._open:
-            self.interrupted = self.interrupted or not self._stopped
+            self.interrupted |= not self._stopped and self._previous is not signal.SIG_IGN
         elif self._stopped:
             raise Stopped
-        else:
+        elif self._previous is not signal.SIG_IGN:
             handler: Callable[[int, FrameType | None], Any] = self._previous
             handler(number, frame)

@@ -43,6 +43,7 @@ def run_job(
     Raises the first failure of any rank as its own type; WorkerDied when a helper died; KeyboardInterrupt on Ctrl-C.
     """
     failed: BaseException | None = None
+    watch: Watch | None = None
     packed = _pack(work, arguments) if len(devices) > 1 else Payload(b"")
     try:
         with Interruption() as interruption:
@@ -51,9 +52,9 @@ def run_job(
             try:
                 watch.start()
                 for helper in helpers:
-                    helper.connection.send("run", _task(packed, helper.device, places[helper.rank], scratch))
+                    _tell(helper, "run", _task(packed, helper, places[helper.rank], scratch), watch)
                 answer = _run_here(work, places[0], arguments, watch, helpers)
-                return [answer, *(_unpack(watch.answer(helper.rank), devices[0]) for helper in helpers)]
+                answers = [answer, *(_unpack(watch.answer(helper.rank), devices[0]) for helper in helpers)]
             except BaseException as error:
                 interruption.close()
                 failed = _cause(error, watch, interruption)
@@ -62,8 +63,14 @@ def run_job(
             finally:
                 interruption.close()
                 pool.release(helpers, reusable=watch.end())
+    except Stopped:  # its one signal came while the caller was already on its way out
+        failed = watch.error if watch is not None else None
     finally:
         packed.close()
+    if failed is None and interruption.interrupted:  # while all was being put away
+        raise KeyboardInterrupt
+    if failed is None:
+        return answers
     gc.collect()  # what the stopped frames held of the group (sockets, ports) goes with them, not at some later time
     raise failed
 
@@ -85,8 +92,8 @@ def _unpack(answer: Payload, device: torch.device) -> Any:
         answer.close()
 
 
-def _task(packed: Payload, device: torch.device, place: Any, scratch: str | None) -> Payload:
-    task = dumps(Task(Surroundings.here(), device, place, scratch, packed.data, packed.sizes))
+def _task(packed: Payload, helper: Helper, place: Any, scratch: str | None) -> Payload:
+    task = dumps(Task(Surroundings.here(), helper.device, place, scratch, packed.data, packed.sizes))
     return Payload(task.data, fd=packed.fd)
 
 
@@ -99,7 +106,7 @@ def _run_here(
             raise Stopped
         if then is not None:
             for helper in helpers:
-                helper.connection.send(then, Payload(b""))
+                _tell(helper, then, Payload(b""), watch)
 
     with work(place, lambda: await_all("met", then="go"), *arguments) as answer:
         await_all("done", then="finish")
@@ -107,12 +114,20 @@ def _run_here(
     return answer
 
 
+def _tell(helper: Helper, kind: str, payload: Payload, watch: Watch) -> None:
+    try:
+        helper.connection.send(kind, payload)
+    except OSError:  # one has just died: the watch is about to say which
+        watch.await_failure(_ECHO_S)
+        raise Stopped from None
+
+
 def _cause(error: BaseException, watch: Watch, interruption: Interruption) -> BaseException:
     """What the user is told: of several failures the one that made the others."""
     if interruption.interrupted or isinstance(error, KeyboardInterrupt):
         return error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
-    if watch.error is None and (failure.is_echo(error) or isinstance(error, OSError)):
+    if watch.error is None and failure.is_echo(error):
         watch.await_failure(_ECHO_S)
-    if watch.error is not None and (isinstance(error, Stopped) or failure.is_echo(error) or isinstance(error, OSError)):
+    if watch.error is not None and (isinstance(error, Stopped) or failure.is_echo(error)):
         return watch.error
     return error

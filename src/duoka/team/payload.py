@@ -7,18 +7,23 @@ therefore a value, and a data set of 2 GB is held once more in all, not once mor
 
 from __future__ import annotations
 
+import copy
+import importlib
 import io
 import mmap
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
 import torch
+from torch.utils.data import DataLoader
 
 __all__ = ["Payload", "dumps", "loads", "memory_file"]
 
@@ -62,6 +67,9 @@ def loads(payload: Payload, device: torch.device) -> Any:
         return pickle.loads(payload.data, buffers=_map(payload))
     finally:
         _receiver.reset(token)
+        getattr(
+            torch._utils, "_sparse_tensors_to_validate", []
+        ).clear()  # torch.load's list: it would keep them for good
 
 
 def memory_file(name: str) -> int:
@@ -96,6 +104,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is not 
             return _typed_storage, (handle, obj.dtype)
         if type(obj) is torch.Generator:
             return _generator, (obj.device, obj.get_state())
+        if isinstance(obj, ModuleType) and type(obj) is not ModuleType and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)  # torch.backends.cudnn, torch.ops: classes of their own
+        if isinstance(obj, DataLoader) and obj._iterator is not None:
+            idle = copy.copy(obj)  # its persistent workers stay where they were started
+            idle._iterator = None
+            return idle.__reduce_ex__(5)
         return super().reducer_override(obj)
 
 

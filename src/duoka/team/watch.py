@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -43,6 +45,7 @@ class Watch:
         self._receiver = receiver
         self._show = show
         self._reports: dict[str, dict[int, Payload]] = {"met": {}, "done": {}, "idle": {}}
+        self._unread: list[Payload] = []
         self._echo: tuple[Helper, Message, float] | None = None
         self._ended = False
         self._changed = threading.Condition()
@@ -57,8 +60,10 @@ class Watch:
         self._await(lambda: len(self._reports[kind]) == len(self._helpers))
 
     def answer(self, rank: int) -> Payload:
-        """What the helper of ``rank`` was ``done`` with."""
-        return self._reports["done"][rank]
+        """What the helper of ``rank`` was ``done`` with; whoever takes it closes it."""
+        payload = self._reports["done"][rank]
+        self._unread.remove(payload)
+        return payload
 
     def await_failure(self, timeout_s: float) -> None:
         """Wait for a failure, if there is to be one."""
@@ -76,6 +81,8 @@ class Watch:
         if not is_clean:
             self.kill()
         self._thread.join()
+        for payload in self._unread:
+            payload.close()
         return is_clean
 
     def _await(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
@@ -83,20 +90,26 @@ class Watch:
             self._changed.wait_for(lambda: condition() or self.error is not None or self._ended, timeout_s)
 
     def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._interruption, selectors.EVENT_READ, self._on_signal)
-            for helper in self._helpers:
-                selector.register(helper.connection, selectors.EVENT_READ, lambda h=helper: self._on_message(h))
-                selector.register(helper.output_fd, selectors.EVENT_READ, lambda h=helper: self._on_output(h))
-                if helper.death_fd is not None:
-                    selector.register(helper.death_fd, selectors.EVENT_READ, lambda h=helper: self._on_death(h))
-            while not self._ended and len(self._reports["idle"]) < len(self._helpers):
-                for key, _ in selector.select(_POLL_S):
-                    if not self._ended:
-                        key.data()
-                self._on_time()
+        try:
+            with selectors.DefaultSelector() as selector:
+                self._watch(selector)
+        except BaseException as error:  # whatever it is, rank 0 must not wait for a thread that has gone
+            self._fail(error)
         with self._changed:
             self._changed.notify_all()
+
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        selector.register(self._interruption, selectors.EVENT_READ, self._on_signal)
+        for helper in self._helpers:
+            selector.register(helper.connection, selectors.EVENT_READ, partial(self._on_message, helper))
+            selector.register(helper.output_fd, selectors.EVENT_READ, partial(self._on_output, helper))
+            if helper.death_fd is not None:
+                selector.register(helper.death_fd, selectors.EVENT_READ, partial(self._on_death, helper))
+        while not self._ended and len(self._reports["idle"]) < len(self._helpers):
+            for key, _ in selector.select(_POLL_S):
+                if not self._ended:
+                    key.data()
+            self._on_time()
 
     def _on_signal(self) -> None:
         if self._interruption.read_signals():
@@ -111,18 +124,20 @@ class Watch:
             return
         if message.kind == "failed":
             self._fail(self._unpack(helper, message))
-        elif message.kind == "echo":
+            return
+        self._unread.append(message.payload)
+        if message.kind == "echo":
             self._echo = self._echo or (helper, message, time.monotonic() + _ECHO_S)
-        else:
-            with self._changed:
-                self._reports[message.kind][helper.rank] = message.payload
-                self._changed.notify_all()
+            return
+        with self._changed:
+            self._reports[message.kind][helper.rank] = message.payload
+            self._changed.notify_all()
 
     def _on_output(self, helper: Helper) -> None:
         text = helper.read_output().decode(errors="replace")
         if self._show:
-            for line in text.splitlines():
-                sys.stdout.write(f"[rank {helper.rank} {helper.label}] {line}\n")
+            label = f"[rank {helper.rank} {helper.label}]"
+            _write("".join(f"{label} {line}\n" for line in text.splitlines()))
 
     def _on_death(self, helper: Helper) -> None:
         self._fail(helper.death())
@@ -134,7 +149,9 @@ class Watch:
             if helper.death_fd is None and not helper.is_alive():
                 self._on_death(helper)
         if self._echo is not None and time.monotonic() > self._echo[2]:
-            self._fail(self._unpack(*self._echo[:2]))
+            helper, message, _ = self._echo
+            self._unread.remove(message.payload)
+            self._fail(self._unpack(helper, message))
 
     def _unpack(self, helper: Helper, message: Message) -> BaseException:
         return failure.unpack(message.payload, helper.rank, helper.label, self._receiver)
@@ -149,3 +166,10 @@ class Watch:
         with self._changed:
             self._changed.notify_all()
         self._interruption.stop_caller()
+
+
+def _write(text: str) -> None:
+    """Print what a helper wrote, as well as the user's own output can show it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):  # a closed pipe or file: rank 0 will meet that by itself
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))

@@ -24,6 +24,8 @@ class Best:
     """Of the monitored result."""
     epoch: int
     """In which it was reached, counted from 1."""
+    results: Results
+    """All results of that evaluation."""
 
 
 @dataclass

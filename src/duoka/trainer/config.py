@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -35,11 +37,18 @@ class TrainerConfig:
     device: Any = "auto"
     """What to compute on, in the device grammar: ``"auto"``, ``"cuda"`` (all GPUs), ``"0,1"``, ``"cpu"``, ``"cpu:2"``."""
     use_multi_gpu: bool = True
-    """Whether to use every device that ``device`` names; ``False`` takes the first one only."""
+    """Whether to use every device that ``device`` names; ``False`` takes the first one only.
+
+    In a job of several processes that torchrun or Slurm started, ``False`` is refused.
+    """
     strategy: str = "auto"
     """How devices are kept together: ``"auto"`` (DDP where there are several), ``"ddp"``, ``"single"``, ``"dp"``."""
     sync_batchnorm: bool = False
-    """Whether batch norm takes its statistics over all devices (accelerators only) instead of its own part."""
+    """Whether batch norm takes its statistics over all devices (accelerators only) instead of its own part.
+
+    Where a global batch has fewer samples than there are devices, those without one take part with a copy of a sample,
+    which enters these statistics though not the loss: every device has to answer.
+    """
     find_unused_parameters: bool | None = None
     """Whether some parameters take no part in a step's loss; ``None`` finds out with one trial step that leaves no trace.
 
@@ -72,7 +81,10 @@ class TrainerConfig:
     lr_scaling: str = "none"
     """How ``lr`` grows with the number of devices: ``"none"``, ``"linear"`` or ``"sqrt"``."""
     scheduler: Any = None
-    """``"cosine"``, ``"multistep"``, ``"onecycle"``, ``None``, or a function from an optimiser to a schedule."""
+    """``"cosine"``, ``"multistep"``, ``"onecycle"``, ``None``, or a function from an optimiser to a schedule.
+
+    ``ReduceLROnPlateau`` watches what is monitored, else the evaluation's loss, without ``eval_data`` the training loss.
+    """
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of a named schedule, such as ``{"milestones": [30, 40], "gamma": 0.1}``."""
     scheduler_interval: str | None = None
@@ -112,6 +124,10 @@ class TrainerConfig:
     """Whether to print what is found and done."""
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, item.name, value.item())
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
@@ -176,6 +192,12 @@ class TrainerConfig:
                 raise ConfigError(f"{name}={value!r} has to be a number {least}")
 
     def _check_combinations(self) -> None:
+        if self.tensorboard and self.out_dir is None:
+            raise ConfigError("tensorboard=True needs out_dir, the folder that gets the events")
+        if self.compile and self.strategy == "dp":
+            raise ConfigError(
+                "compile=True with strategy='dp': nn.DataParallel's replicas cannot be compiled; use strategy='ddp'"
+            )
         built = isinstance(self.optimizer, Optimizer) or (
             callable(self.optimizer) and not isinstance(self.optimizer, (str, type))
         )
@@ -223,6 +245,8 @@ def _whole(name: str, value: object, least: int) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

@@ -44,7 +44,7 @@ def evaluate(
             tick()
     results: Results = {}
     loss = tally.global_mean(world)
-    if loss == loss:  # not nan: a loss was computed somewhere
+    if loss is not None:  # nan is a loss, too
         results["loss"] = loss
     return {**results, **metrics.compute(world)}
 

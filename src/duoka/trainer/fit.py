@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from duoka.trainer.saving import (
     BestWeights,
     checkpoint_path,
     find_checkpoint,
+    on_main,
     restore_training,
     weights_path,
     write_training,
@@ -60,6 +62,8 @@ def fit_on_rank(job: Job) -> Outcome:
     """Train ``job.model`` on this rank; every rank of the world has to call it."""
     world = current_world()
     with contextlib.ExitStack() as stack:
+        torch.empty(0, device=world.device)  # from here on an accelerator is used, so its generator has a state to keep
+        stack.callback(set_rng_state, rng_state())
         stack.enter_context(modes_kept(job.model))
         objective = stack.enter_context(prepared_objective(job, world))
         return _Fit(job, world, objective, stack).run()
@@ -75,12 +79,13 @@ class _Fit:
         self.metrics = Metrics(job.metrics, world.device)
         self.judge = Judge(config, self.metrics, job.eval_data is not None)
         self.callbacks = Callbacks(job.main.callbacks if world.is_main else ())
-        self.train = sharded(job, job.train_data, self.strategy, training=True)
-        stack.callback(self.train.close)
+        self.train = sharded(job, "train_data", self.strategy)
+        self.evaluations = None if job.eval_data is None else sharded(job, "eval_data", self.strategy)
+        self.tests = None if job.test_data is None else sharded(job, "test_data", self.strategy)
+        for data in (self.train, self.evaluations, self.tests):
+            if data is not None:
+                stack.callback(data.close)
         self.steps_per_epoch = self._count_steps()
-        self.evaluations = None if job.eval_data is None else sharded(job, job.eval_data, self.strategy, training=False)
-        if self.evaluations is not None:
-            stack.callback(self.evaluations.close)
         seed_rank(config.seed, world)
         self.stepper = self._build_stepper()
         self.state = State(job.model, self.stepper.optimizer, config.epochs, self.stepper.tally)
@@ -89,13 +94,15 @@ class _Fit:
         writes = world.is_main and config.out_dir is not None
         self.folder = RunFolder(str(config.out_dir), config.tensorboard) if writes else NoFolder()
         stack.callback(self.folder.close)
-        stack.callback(self.stepper.optimizer.zero_grad)
+        self.stepper.zero_grad()  # what the user's own backward has left is no part of the first step
+        stack.callback(self.stepper.zero_grad)
         self.weights_path = weights_path(config, job.save_model, job.model_path)
         self.best_weights = BestWeights(config, self.weights_path)
         self.watch_steps = world.broadcast(self.callbacks.watch_steps)
+        self.order_seed = config.seed
         self.rank_rng: Any = None
         self.wrapped = False
-        self.epoch_seconds_before = 0.0
+        self.warned_of_loss = False
 
     def _count_steps(self) -> int | None:
         try:
@@ -121,6 +128,7 @@ class _Fit:
     def run(self) -> Outcome:
         """Train until the end, early or not, and return the results."""
         first_epoch = self._resume()
+        self.judge.lose_patience(self.state)
         self.folder.start(self.config.plain(), self.state.history)
         self._introduce()
         self.objective.train()
@@ -128,8 +136,8 @@ class _Fit:
         for epoch in range(first_epoch, self.config.epochs):
             if self._is_over():
                 break
-            self._train_epoch(epoch)
-            self._end_epoch(epoch)
+            whole = self._train_epoch(epoch)
+            self._end_epoch(epoch, whole=whole)
         return self._finish()
 
     def _is_over(self) -> bool:
@@ -140,7 +148,7 @@ class _Fit:
 
     def _resume(self) -> int:
         """Continue from a checkpoint if there is one to continue from; return the epoch to begin with, from 0."""
-        path = self.world.broadcast(find_checkpoint(self.config) if self.world.is_main else None)
+        path = on_main(self.world, lambda: find_checkpoint(self.config))
         if path is None:
             return 0
         place, self.rank_rng = restore_training(path, self.objective, self.stepper, self.state, self.world)
@@ -151,7 +159,7 @@ class _Fit:
                 path,
                 place["seed"],
             )
-        self._seed = place["seed"]
+        self.order_seed = int(place["seed"])
         self._say(f"resumed: {path}, after {self.state.step:,} steps, in epoch {place['epoch'] + 1}")
         return int(place["epoch"])
 
@@ -176,10 +184,11 @@ class _Fit:
 
     # -- one epoch -----------------------------------------------------------------------------------------------------
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int) -> bool:
+        """Take the steps of an epoch; return whether it was gone through to its end."""
         state, stepper, reporter = self.state, self.stepper, self.reporter
         state.epoch = epoch + 1
-        self.train.set_position(Position(self._seed, epoch, state.samples_in_epoch))
+        self.train.set_position(Position(self.order_seed, epoch, state.samples_in_epoch))
         self.samples_before, self.steps_before, self.began = state.samples, state.step, time.perf_counter()
         reporter.begin_epoch(state.epoch, self.config.epochs, self.steps_per_epoch)
         watching = self.watch_steps or self.config.checkpoint_every_steps or self.config.max_steps
@@ -194,7 +203,8 @@ class _Fit:
             if clock() >= reporter.due:
                 self._show()
             if watching and self._after_step(epoch):
-                break
+                return False
+        return True
 
     def _wrap(self, window: list[Any]) -> None:
         """Put the strategy's wrapper around the objective, which DDP can only do when it is known what takes part."""
@@ -209,7 +219,7 @@ class _Fit:
                 if names:
                     self._say(f"unused in the first step: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
             self.strategy.options["find_unused_parameters"] = bool(unused)  # type: ignore[attr-defined]
-        self.stepper.module = self.strategy.wrap(objective)
+        self.stepper.use(self.strategy.wrap(objective), objective, compiled=self.config.compile)
         if self.rank_rng is not None:
             set_rng_state(self.rank_rng)
         self.wrapped = True
@@ -226,41 +236,60 @@ class _Fit:
             self._write_checkpoint(epoch, state.samples_in_epoch)
         return config.max_steps is not None and state.step >= config.max_steps
 
+    def _check_loss(self, loss: float, name: str = "loss") -> float:
+        """Say once when the loss is no number any more: nothing can be learnt from then on."""
+        if not math.isfinite(loss) and not self.warned_of_loss and self.world.is_main:
+            self.warned_of_loss = True
+            logger.warning(
+                "the %s became %s in epoch %d, after %d steps; a lower lr, max_grad_norm=1.0, or precision='fp32' may help",
+                name,
+                loss,
+                self.state.epoch,
+                self.state.step,
+            )
+        return loss
+
     def _show(self) -> None:
         state, elapsed = self.state, time.perf_counter() - self.began
         done = state.step - self.steps_before
         eta_s = None
-        if self.steps_per_epoch is not None and done:
-            remaining = self.steps_per_epoch * self.config.epochs - state.step
-            eta_s = max(0.0, remaining * elapsed / done)
+        planned = None if self.steps_per_epoch is None else self.steps_per_epoch * self.config.epochs
+        ends = [steps for steps in (planned, self.config.max_steps) if steps is not None]
+        if ends and done:
+            eta_s = max(0.0, (min(ends) - state.step) * elapsed / done)
         self.reporter.show(
             Snapshot(
                 epoch=state.epoch,
                 epochs=self.config.epochs,
                 step=done,
                 steps=self.steps_per_epoch,
-                loss=self.stepper.tally.mean(),
+                loss=self._check_loss(self.stepper.tally.mean()),
                 samples_per_s=(state.samples - self.samples_before) / elapsed,
                 eta_s=eta_s,
                 memory_bytes=device_memory_bytes(self.world.device),
             )
         )
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, *, whole: bool) -> None:
+        """Evaluate and record. Of an epoch that was left early the checkpoint has the middle, from where it can go on."""
         state, tally = self.state, self.stepper.tally
-        record = self._record(tally.global_mean(self.world))
-        tally.reset()
-        self.stepper.schedule.after_epoch()
+        loss = tally.global_mean(self.world)
+        record = self._record(math.nan if loss is None else self._check_loss(loss))
         self.reporter.end_epoch()
-        is_best = False
-        if self._evaluation_is_due(epoch):
-            is_best = self._evaluate(record)
+        if whole:
+            self.stepper.schedule.after_epoch()
+        if whole and self.evaluations is None:
+            self.stepper.schedule.after_evaluation(record["train_loss"])
+        is_best = self._evaluation_is_due(epoch) and self._evaluate(record, whole=whole)
+        if not whole:
+            self._write_checkpoint(epoch, state.samples_in_epoch)
+        tally.reset()
         state.history.append(record)
         self.callbacks.call("on_epoch_end", state)
         self._say(self._line(record, is_best))
         self.folder.record(state.history)
-        state.samples_in_epoch = 0
-        if self.config.out_dir is not None:
+        if whole:
+            state.samples_in_epoch = 0
             self._write_checkpoint(epoch + 1, 0)
 
     def _record(self, train_loss: float) -> dict[str, Any]:
@@ -283,16 +312,19 @@ class _Fit:
         ending = epoch + 1 == config.epochs or (config.max_steps is not None and self.state.step >= config.max_steps)
         return ending or (epoch + 1) % config.eval_step == 0 or self._is_over()
 
-    def _evaluate(self, record: dict[str, Any]) -> bool:
+    def _evaluate(self, record: dict[str, Any], *, whole: bool) -> bool:
         """Evaluate, add the results to ``record`` and return whether they are the best so far."""
         state = self.state
         self.strategy.synchronize_buffers(self.objective)
-        state.validation = evaluate(self.objective, self.evaluations or (), self.metrics, self.world)
+        assert self.evaluations is not None  # the caller has looked
+        state.validation = evaluate(self.objective, self.evaluations, self.metrics, self.world)
+        self._check_loss(state.validation.get("loss", 0.0), "evaluation's loss")
         record.update({f"{PREFIX}{name}": value for name, value in state.validation.items()})
-        is_best = self.judge.take(state)
+        is_best = self.judge.take(state, whole=whole)
         if is_best and self.world.is_main:
             self.best_weights.keep(self.job.model)
-        self.stepper.schedule.after_evaluation(self._plateau_value())
+        if whole:
+            self.stepper.schedule.after_evaluation(self._plateau_value())
         self.callbacks.call("on_evaluate", state)
         return is_best
 
@@ -311,8 +343,9 @@ class _Fit:
         return " · ".join(parts) + (" · best" if is_best else "")
 
     def _write_checkpoint(self, epoch: int, samples: int) -> None:
-        assert self.config.out_dir is not None  # TrainerConfig has checked
-        place = Position(self._seed, epoch, samples).to_dict()
+        if self.config.out_dir is None:
+            return
+        place = Position(self.order_seed, epoch, samples).to_dict()
         path = checkpoint_path(self.config.out_dir)
         write_training(path, self.objective, self.stepper, self.state, place, rng_state(), self.world)
 
@@ -322,18 +355,30 @@ class _Fit:
         state = self.state
         if state.stopping:
             self._say(f"stopped early: {state.stopping}")
+        self._evaluate_last_weights()
         self._settle_weights()
         test: Results = {}
-        if self.job.test_data is not None:
-            data = sharded(self.job, self.job.test_data, self.strategy, training=False)
-            with contextlib.closing(data):
-                test = evaluate(self.objective, data, self.metrics, self.world)
-            self._say(
-                "test: " + " · ".join(f"{name} {number(v)}" for name, v in test.items() if isinstance(v, (int, float)))
-            )
+        if self.tests is not None:
+            test = evaluate(self.objective, self.tests, self.metrics, self.world)
+            self._say_results("test", test)
         self.folder.finish(state.history)
         self.callbacks.call("on_fit_end", state)
         return Outcome(self._final_validation(), test, state.history, state.best, state.stopping)
+
+    def _evaluate_last_weights(self) -> None:
+        """Evaluate once more where the model ends with weights that were not: training stopped between two evaluations."""
+        state = self.state
+        record = state.history[-1] if state.history and state.history[-1]["step"] == state.step else {}
+        if self.evaluations is None or state.best is not None or any(name.startswith(PREFIX) for name in record):
+            return
+        self._evaluate(record, whole=False)
+        if record:
+            self.folder.record(state.history)
+        self._say_results("validation", state.validation)
+
+    def _say_results(self, label: str, results: Results) -> None:
+        shown = (f"{name} {number(value)}" for name, value in results.items() if isinstance(value, (int, float)))
+        self._say(f"{label}: {' · '.join(shown)}")
 
     def _settle_weights(self) -> None:
         """Leave the best weights in the user's model, or the last ones, and on disk where that was asked for."""
@@ -353,17 +398,4 @@ class _Fit:
 
     def _final_validation(self) -> Results:
         """Return the evaluation of the weights that the model ends with."""
-        if self.state.best is None:
-            return self.state.validation
-        record = self.state.history[self.state.best.epoch - 1]
-        return {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}
-
-    @property
-    def _seed(self) -> int:
-        return self._order_seed if self._order_seed is not None else self.config.seed
-
-    @_seed.setter
-    def _seed(self, seed: int) -> None:
-        self._order_seed = seed
-
-    _order_seed: int | None = None
+        return self.state.validation if self.state.best is None else self.state.best.results

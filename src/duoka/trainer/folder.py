@@ -41,7 +41,7 @@ class NoFolder:
 
 
 class RunFolder(NoFolder):
-    """``config.yml``, ``metrics.jsonl``, ``log.txt``, ``plots/curves.png`` and TensorBoard's ``events.*`` in one folder."""
+    """``trainer.yml``, ``metrics.jsonl``, ``log.txt``, ``plots/curves.png`` and TensorBoard's ``events.*`` in one folder."""
 
     def __init__(self, path: str | Path, tensorboard: bool | None) -> None:
         self.path: Path = Path(path)
@@ -50,7 +50,7 @@ class RunFolder(NoFolder):
         self.drawn_at = 0.0
 
     def start(self, options: dict[str, Any], history: list[dict[str, Any]]) -> None:
-        """Write the configuration, and the records that a resumed run begins with."""
+        """Write the trainer's options, and the records that a resumed run begins with."""
         import yaml
 
         try:
@@ -59,7 +59,7 @@ class RunFolder(NoFolder):
             raise StorageError(
                 f"out_dir={str(self.path)!r} cannot be made: {error}; name a folder that is writable"
             ) from error
-        self._write("config.yml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
+        self._write("trainer.yml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
         self._write("metrics.jsonl", _lines(history))
         if not history:
             self._write("log.txt", b"")

@@ -46,18 +46,26 @@ class Judge:
             )
         return float(value)
 
-    def take(self, state: State) -> bool:
-        """Take in ``state.validation``; return whether it is the best so far, and say in ``state`` when to stop."""
+    def take(self, state: State, *, whole: bool = True) -> bool:
+        """Take in ``state.validation``; return whether it is the best so far, and say in ``state`` when to stop.
+
+        An evaluation in an epoch that was left early may be the best, but tries no patience: where training goes on from
+        there, the end of the epoch is evaluated.
+        """
         value = self.value(state.validation)
         if value is None:
             return False
         if self._is_better(value, state.best):
-            state.best, state.bad_evaluations = Best(value, state.epoch), 0
+            state.best, state.bad_evaluations = Best(value, state.epoch, dict(state.validation)), 0
             return True
-        state.bad_evaluations += 1
+        state.bad_evaluations += whole
+        self.lose_patience(state)
+        return False
+
+    def lose_patience(self, state: State) -> None:
+        """Say in ``state`` that training stops if there were too many evaluations in a row that were no better."""
         if self.patience is not None and state.bad_evaluations >= self.patience:
             state.stop(f"{self.name} has not become better in {state.bad_evaluations} evaluations")
-        return False
 
     def _is_better(self, value: float, best: Best | None) -> bool:
         if math.isnan(value):
@@ -71,7 +79,9 @@ class Judge:
             return
         close = difflib.get_close_matches(self.name, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"monitor={self.name!r} is no result of the evaluation, which has {', '.join(names)}{hint}")
+        raise ConfigError(
+            f"monitor={self.name!r} is no result of the evaluation, which has {', '.join(names) or 'none'}{hint}"
+        )
 
     def _smaller_is_better(self, config: TrainerConfig, metrics: Metrics) -> bool:
         if config.monitor_mode != "auto":

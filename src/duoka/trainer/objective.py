@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +76,9 @@ class Objective(nn.Module):
         if loss is None:
             return loss_of(model_output(self.model, batch))
         if isinstance(loss, str):
-            return loss_of(getattr(self.model, loss)(batch))
+            return as_loss(getattr(self.model, loss)(batch))
         inputs, target = split_target(batch, self.target)
-        return loss(model_output(self.model, inputs), target)  # type: ignore[no-any-return]
+        return as_loss(loss(model_output(self.model, inputs), target))
 
     def judge(self, batch: Any, with_output: bool) -> Judged:
         """Return loss, predictions and target of ``batch``, from one forward where that is possible."""
@@ -85,15 +86,14 @@ class Objective(nn.Module):
             loss = self.loss
             if loss is None:
                 output = model_output(self.model, batch)
-                own = loss_of(output) if has_loss(output) else None
-                return Judged(own, self._predictions(batch, output), target_of(batch, self.target))
+                return Judged(own_loss(output), self._predictions(batch, output), target_of(batch, self.target))
             if isinstance(loss, str):
-                own = loss_of(getattr(self.model, loss)(batch))
+                own = as_loss(getattr(self.model, loss)(batch))
                 output = self.predictions(batch) if with_output else None
                 return Judged(own, output, target_of(batch, self.target))
             inputs, target = split_target(batch, self.target)
             output = model_output(self.model, inputs)
-            return Judged(loss(output, target), self._predictions(batch, output), target)
+            return Judged(as_loss(loss(output, target)), self._predictions(batch, output), target)
 
     def predictions(self, batch: Any) -> Any:
         """Return the model's predictions for ``batch``, which may hold a target or not."""
@@ -170,30 +170,58 @@ def _required(model: nn.Module) -> int:
     return sum(item.kind in positional and item.default is inspect.Parameter.empty for item in parameters) or 1
 
 
-def has_loss(output: Any) -> bool:
-    """Whether a model's output carries a loss."""
-    if isinstance(output, Mapping):
-        return output.get("loss") is not None
-    return getattr(output, "loss", None) is not None or (isinstance(output, torch.Tensor) and output.ndim == 0)
+def own_loss(output: Any) -> Loss | None:
+    """Return the loss that a model's ``output`` carries, in training or evaluation; ``None`` where it carries none.
+
+    It is ``.loss``, ``["loss"]``, a scalar, or ``(sum, weight)`` with a scalar sum. A tensor with one element is not taken
+    for one: it may be the prediction for a batch of one sample.
+    """
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if named is not None:
+        return as_loss(named)
+    if isinstance(output, torch.Tensor):
+        return output if output.ndim == 0 else None
+    return tuple(output) if _is_pair(output) and output[0].ndim == 0 else None
 
 
 def loss_of(output: Any) -> Loss:
-    """Return the loss that a model's ``output`` carries: a scalar, ``(sum, weight)``, ``.loss`` or ``["loss"]``."""
+    """Return the loss that a model's ``output`` carries, which has to carry one."""
+    loss = own_loss(output)
+    if loss is None:
+        raise _no_loss(output)
+    return loss
+
+
+def as_loss(result: Any) -> Loss:
+    """Return what a loss has returned as a scalar or ``(sum, weight)``; one number in any shape is that number."""
+    if isinstance(result, torch.Tensor):
+        if result.ndim == 0:
+            return result
+        if result.numel() == 1:
+            return result.reshape(())
+    elif _is_pair(result) and result[0].numel() == 1:
+        total, weight = result
+        return total.reshape(()), weight.reshape(()) if isinstance(weight, torch.Tensor) else weight
+    return loss_of(result)
+
+
+def _is_pair(output: Any) -> bool:
+    """Whether ``output`` may be ``(sum, weight)``; a tuple of loss and logits is not."""
+    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], torch.Tensor)):
+        return False
+    weight = output[1]
+    return weight.numel() == 1 if isinstance(weight, torch.Tensor) else isinstance(weight, numbers.Real)
+
+
+def _no_loss(output: Any) -> ConfigError:
     if isinstance(output, torch.Tensor):
-        if output.ndim == 0:
-            return output
-        raise ConfigError(
-            f"the loss has the shape {tuple(output.shape)} and has to be one number; if the model returns no loss, "
-            "give one: Trainer(..., loss=torch.nn.functional.cross_entropy)"
+        return ConfigError(
+            f"the loss has the shape {tuple(output.shape)} and has to be one number, the mean over the batch "
+            '(reduction="mean"); if the model returns no loss, give one: '
+            "Trainer(..., loss=torch.nn.functional.cross_entropy)"
         )
-    if isinstance(output, Mapping) and output.get("loss") is not None:
-        return output["loss"]  # type: ignore[no-any-return]
-    if getattr(output, "loss", None) is not None:
-        return output.loss  # type: ignore[no-any-return]
-    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], torch.Tensor) and output[0].ndim == 0:
-        return output
-    raise ConfigError(
-        f"the model returned {type(output).__name__}, which carries no loss; give one: "
+    return ConfigError(
+        f"what was returned is a {type(output).__name__}, which carries no loss; give one: "
         "Trainer(..., loss=torch.nn.functional.cross_entropy), or loss='name of a method of the model that takes a batch'"
     )
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR, ReduceLROnPlateau
 
-from duoka.errors import ConfigError
+from duoka.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from duoka.trainer.config import TrainerConfig
@@ -29,7 +29,10 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 """Optimisers that can be named."""
 
-SCHEDULERS = ("cosine", "multistep", "onecycle")
+LENGTH_OPTIONS = {"cosine": {"T_max"}, "multistep": {"milestones"}, "onecycle": {"total_steps"}}
+"""The schedules that can be named, each with the option that says its length where the run does not."""
+
+SCHEDULERS = tuple(LENGTH_OPTIONS)
 """Schedules that can be named."""
 
 
@@ -72,7 +75,8 @@ class Schedule:
     """Sets the learning rate: a linear warm-up of ``warmup_steps`` optimiser steps, then ``scheduler``.
 
     The warm-up rises from ``warmup_start``, a fraction of the full rate. The schedule is
-    advanced once an optimiser step and once an epoch of the whole job, however many devices there are.
+    advanced once an optimiser step or once an epoch of the whole job, however many devices there are. ``length`` is how
+    often it was planned to advance after the warm-up, ``None`` where the schedule does not depend on it.
     """
 
     def __init__(
@@ -82,12 +86,14 @@ class Schedule:
         interval: str = "epoch",
         warmup_steps: int = 0,
         warmup_start: float = 0.0,
+        length: int | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.every_step = interval == "step"
         self.warmup_steps = warmup_steps
         self.warmup_start = warmup_start
+        self.length = length
         self.steps = 0
         self._full = [float(group["lr"]) for group in optimizer.param_groups]
         self._set_warmup()
@@ -107,22 +113,37 @@ class Schedule:
 
     def after_epoch(self) -> None:
         """Advance by one epoch, unless the warm-up still lasts."""
+        warm = self.warmup_steps == 0 or self.steps > self.warmup_steps
         plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-        if self.scheduler is not None and not self.every_step and not plateau and self.steps > self.warmup_steps:
+        if self.scheduler is not None and warm and not self.every_step and not plateau:
             self.scheduler.step()
 
     def after_evaluation(self, value: float | None) -> None:
-        """Give the monitored ``value`` to a schedule that waits for a plateau."""
+        """Give ``value``, what is monitored or the loss, to a schedule that waits for a plateau."""
         if isinstance(self.scheduler, ReduceLROnPlateau) and value is not None:
             self.scheduler.step(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` continues from."""
         inner = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"steps": self.steps, "full": self._full, "scheduler": inner}
+        return {"steps": self.steps, "full": self._full, "scheduler": inner, "length": self.length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``."""
+        """Continue from ``state``, to the end that was planned then.
+
+        Raises:
+            CheckpointError: this run is longer than that.
+
+        """
+        planned = state.get("length")
+        if planned is not None and self.length is not None and self.length > planned:
+            unit = "steps" if self.every_step else "epochs"
+            raise CheckpointError(
+                f"the checkpoint's schedule was planned for {planned} {unit} and would go on for {self.length} {unit} now, "
+                "past its end; resume with the epochs, max_steps, batch size and devices that it was planned with, or begin "
+                "a new run with its weights: duoka.load('model.safetensors', into=model)"
+            )
+        self.length = planned
         self.steps = state["steps"]
         self._full = list(state["full"])
         if self.scheduler is not None and state["scheduler"] is not None:
@@ -160,9 +181,15 @@ def build_schedule(
         scheduler = config.scheduler(optimizer)
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"scheduler= returned {scheduler!r}, which is no torch LRScheduler")
+        if isinstance(scheduler, ReduceLROnPlateau) and interval == "step":
+            raise ConfigError(
+                "scheduler_interval='step' with ReduceLROnPlateau: a plateau shows in the losses of epochs; leave it out"
+            )
         return Schedule(optimizer, scheduler, interval, warmup, start)
     length = _length(config, interval, steps_per_epoch, warmup)
-    return Schedule(optimizer, _named(config, optimizer, length), interval, warmup, start)
+    scheduler = _named(config, optimizer, length)
+    planned = None if LENGTH_OPTIONS[config.scheduler] & config.scheduler_options.keys() else length
+    return Schedule(optimizer, scheduler, interval, warmup, start, planned)
 
 
 def _length(config: TrainerConfig, interval: str, steps_per_epoch: int | None, warmup: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from duoka.checkpoint import rng_state, set_rng_state
-from duoka.data import ShardedLoader, shard, to_device
-from duoka.errors import ConfigError
+from duoka.data import Part, ShardedLoader, shard, to_device
+from duoka.errors import ConfigError, DataError
 from duoka.strategy import Strategy, choose
 from duoka.trainer.callbacks import Callback
 from duoka.trainer.config import TrainerConfig
@@ -63,6 +63,11 @@ class Job:
 
     def strategy(self, world: World) -> tuple[Strategy, str]:
         """Return this rank's strategy, and why it is this one."""
+        if world.size > 1 and not self.config.use_multi_gpu:
+            raise ConfigError(
+                f"use_multi_gpu=False takes one device, and this job has {world.size} processes, one a device each; start "
+                "one process, or leave use_multi_gpu out"
+            )
         options = dict(self.config.ddp_options)
         return choose(self.config.strategy, world, devices=self.devices, ddp_options=options)
 
@@ -75,11 +80,57 @@ def seed_rank(seed: int, world: World) -> None:
     torch.manual_seed(mixed)
 
 
-def sharded(job: Job, data: Any, strategy: Strategy, *, training: bool) -> ShardedLoader:
-    """Return this rank's part of ``data``."""
-    world = strategy.world
+class Sharded:
+    """A rank's part of a user's data, which has at least one sample.
+
+    Raises:
+        DataError: there is none, when it is built or, for data that do not tell their length, when it has been read.
+
+    """
+
+    def __init__(self, loader: ShardedLoader, empty: DataError) -> None:
+        self.loader = loader
+        self.empty = empty
+        self.set_position, self.close = loader.set_position, loader.close
+        with contextlib.suppress(TypeError, NotImplementedError):  # its length is not known
+            if len(loader) == 0:
+                raise empty
+        if loader.samples_per_epoch == 0:
+            raise empty
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Part]:
+        begins = self.loader.position.samples == 0
+        part = None
+        for part in self.loader:
+            yield part
+        if part is None and begins:
+            raise self.empty
+
+
+def sharded(job: Job, name: str, strategy: Strategy) -> Sharded:
+    """Return this rank's part of the ``train_data``, ``eval_data`` or ``test_data`` of ``job``."""
+    world, data, training = strategy.world, getattr(job, name), name == "train_data"
     merge = strategy.replicas if job.config.batch == "per_device" else 1
-    return shard(data, rank=world.rank, size=world.size, seed=job.config.seed, merge=merge, training=training)
+    loader = shard(data, rank=world.rank, size=world.size, seed=job.config.seed, merge=merge, training=training)
+    return Sharded(loader, _empty(name, data, merge if training else 1))
+
+
+def _empty(name: str, data: Any, merge: int) -> DataError:
+    """Return the error for data without a sample; ``merge`` is how many batches a step needs."""
+    dataset = getattr(data, "dataset", None)
+    length = len(dataset) if isinstance(dataset, Sized) else 0
+    size = getattr(data, "batch_size", None) or getattr(getattr(data, "batch_sampler", None), "batch_size", None)
+    drops = getattr(data, "drop_last", False) or getattr(getattr(data, "batch_sampler", None), "drop_last", False)
+    if not (length and drops):
+        return DataError(f"{name} has no sample (a {type(data).__name__} of length 0); give data with at least one")
+    devices = f" on each of {merge} devices" if merge > 1 else ""
+    return DataError(
+        f"{name} has no batch: its {length} samples are fewer than batch_size={size}{devices}, and drop_last=True leaves an "
+        "incomplete batch out; give drop_last=False or a smaller batch_size"
+    )
 
 
 @contextlib.contextmanager

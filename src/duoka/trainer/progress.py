@@ -165,10 +165,10 @@ def duration(seconds: float) -> str:
     """Return a length of time in words.
 
     >>> duration(3.2), duration(75), duration(7384)
-    ('3 s', '1 min 15 s', '2 h 03 min')
+    ('3.2 s', '1 min 15 s', '2 h 03 min')
     """
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,7 +24,17 @@ from duoka.trainer.objective import Objective
 from duoka.trainer.stepping import Stepper
 from duoka.world import World
 
-__all__ = ["BestWeights", "checkpoint_path", "find_checkpoint", "restore_training", "weights_path", "write_training"]
+__all__ = [
+    "BestWeights",
+    "checkpoint_path",
+    "find_checkpoint",
+    "on_main",
+    "restore_training",
+    "weights_path",
+    "write_training",
+]
+
+T = TypeVar("T")
 
 
 def checkpoint_path(out_dir: str | Path) -> Path:
@@ -65,6 +75,27 @@ def weights_path(config: TrainerConfig, save_model: bool, model_path: str | Path
     return None if config.out_dir is None else Path(config.out_dir) / "model.safetensors"
 
 
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Return on every rank what ``work`` returns on rank 0; where it fails there, no rank is left waiting.
+
+    Raises:
+        CheckpointError: on the other ranks, with rank 0's words; rank 0 raises what ``work`` did.
+
+    """
+    if not world.is_main:
+        result, failure = world.broadcast((None, ""))
+        if failure:
+            raise CheckpointError(f"rank 0: {failure}")
+        return result  # type: ignore[return-value]
+    try:
+        result = work()
+    except Exception as error:
+        world.broadcast((None, f"{type(error).__name__}: {error}"))
+        raise
+    world.broadcast((result, ""))
+    return result
+
+
 def write_training(
     path: Path,
     objective: Objective,
@@ -103,12 +134,12 @@ def restore_training(
     Rank 0 reads the file, so that it need not be on every machine. Where another number of ranks wrote it there is no
     random state for each, and the training loss of the running epoch is carried on by rank 0.
     """
-    kept = world.broadcast(load_training(path) if world.is_main else {})
+    kept = on_main(world, lambda: load_training(path))
+    stepper.schedule.load_state_dict(kept["schedule"])
     load_state(objective.model, kept["model"], source=str(path))
     if isinstance(objective.loss, torch.nn.Module):
         load_state(objective.loss, kept["loss"], source=str(path))
     load_optimizer_state(stepper.optimizer, objective, kept["optimizer"])
-    stepper.schedule.load_state_dict(kept["schedule"])
     if stepper.scaler is not None and kept["scaler"]:
         stepper.scaler.load_state_dict(kept["scaler"])
     set_fields(state, kept["state"])

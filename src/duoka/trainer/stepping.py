@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ class Stepper:
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.module = module
+        self.call: Callable[[Any], Any] = module
+        self._scale = strategy.scale
         self.strategy = strategy
         self.optimizer = optimizer
         self.schedule = schedule
@@ -63,9 +64,14 @@ class Stepper:
         self.scaler = scaler
         self.device = strategy.world.device
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.modules = list(module.modules())
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        held = {id(parameter) for parameter in self.parameters}
+        self._others = [parameter for parameter in self.trained if id(parameter) not in held]
+        self._on_cpu = self.device.type == "cpu"  # where loaders put their batches anyway
         self._weight: torch.Tensor | None = None
         self._scheduled = not schedule.idle
+        self._loss_scale: float | None = None
 
     def step(self, window: list[Any]) -> int:
         """Take one optimiser step and return how many samples it took over all ranks."""
@@ -80,19 +86,26 @@ class Stepper:
         self._update()
         return total
 
+    def use(self, wrapped: nn.Module, module: nn.Module, *, compiled: bool) -> None:
+        """Call ``wrapped``, the strategy's wrapper around ``module``, in every step to come.
+
+        Without a wrapper the forward is called directly: the objective is duoka's own and has no hooks.
+        """
+        self.call = module.forward if wrapped is module and not compiled else wrapped
+
     def _add_gradient(self, part: Any, total: int) -> None:
         count = part.count
-        batch = to_device(part.batch, self.device, True)
+        batch = part.batch if self._on_cpu else to_device(part.batch, self.device, True)
         if count:
-            loss = self.module(batch)
+            loss = self.call(batch)
         else:
-            with _batch_norm_at_rest(self.module):
-                loss = self.module(batch)
+            with _batch_norm_at_rest(self.modules):
+                loss = self.call(batch)
         if type(loss) is tuple:
             loss = self._weighted(loss, count)
         else:
             self.tally.add(loss, count)
-            scale = self.strategy.scale(count, total)
+            scale = self._scale(count, total)
             if scale != 1.0:
                 loss = loss * scale
         if self.scaler is not None:
@@ -121,29 +134,39 @@ class Stepper:
         if scaler is None:
             optimizer.step()
         else:
-            stepped = _scaled_step(scaler, optimizer)
-        optimizer.zero_grad()
+            stepped = self._scaled_step(scaler)
+        self.zero_grad()
         if self._scheduled and stepped:
             self.schedule.after_step()
 
+    def zero_grad(self) -> None:
+        """Forget the gradients of everything that is trained, of what the optimiser does not hold, too."""
+        self.optimizer.zero_grad()
+        for parameter in self._others:
+            parameter.grad = None
 
-def _scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
-    """Step unless a gradient overflowed; return whether it stepped."""
-    before = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    return scaler.get_scale() >= before
+    def _scaled_step(self, scaler: torch.amp.GradScaler) -> bool:
+        """Step unless a gradient overflowed; return whether it stepped. Only a schedule needs to know: it costs a wait."""
+        before = self._loss_scale
+        if before is None and self._scheduled:
+            before = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        if before is None:
+            return True
+        self._loss_scale = scaler.get_scale()
+        return self._loss_scale >= before
 
 
 @contextlib.contextmanager
-def _batch_norm_at_rest(module: nn.Module) -> Iterator[None]:
+def _batch_norm_at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let a filler, which counts for nothing, leave no trace in running statistics; one sample has no variance either.
 
     SyncBatchNorm talks to the other ranks in training, so it goes on.
     """
     resting = [
         part
-        for part in module.modules()
+        for part in modules
         if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm) and part.training
     ]
     for part in resting:

@@ -10,25 +10,36 @@ from duoka.world import World
 
 __all__ = ["Tally"]
 
+FOLD_EVERY = 64
+
 
 class Tally:
-    """A weighted mean: nothing is read from the device while it grows."""
+    """A weighted mean. Nothing is read from the device while it grows, and adding to it computes nothing.
+
+    The losses of some steps wait in a list and are summed up together, in double precision, which for numbers of single
+    precision is exact in practice: the order of adding, and so an interruption, leaves no trace.
+    """
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total = torch.zeros((), dtype=dtype, device=device)
         self.weight: Any = 0
-        self.reset()
+        self._means: list[torch.Tensor] = []
+        self._counts: list[int] = []
 
     def reset(self) -> None:
         """Begin again at nothing."""
         self.total.zero_()
         self.weight = 0
+        self._means.clear()
+        self._counts.clear()
 
     def add(self, mean: torch.Tensor, count: int) -> None:
         """Add the mean over ``count`` samples."""
-        self.total.add_(mean.detach(), alpha=count)
-        self.weight += count
+        self._means.append(mean.detach())
+        self._counts.append(count)
+        if len(self._counts) == FOLD_EVERY:
+            self._fold()
 
     def add_sum(self, total: torch.Tensor, weight: Any) -> None:
         """Add a sum and its weight, a number or a tensor on the device."""
@@ -37,10 +48,12 @@ class Tally:
 
     def read(self) -> tuple[float, float]:
         """Return this rank's ``(sum, weight)``; waits for the device."""
+        self._fold()
         return float(self.total), float(self.weight)
 
     def restore(self, state: tuple[float, float]) -> None:
         """Continue from what ``read`` returned."""
+        self.reset()
         self.total.fill_(state[0])
         self.weight = state[1]
 
@@ -49,8 +62,16 @@ class Tally:
         total, weight = self.read()
         return total / weight if weight else float("nan")
 
-    def global_mean(self, world: World) -> float:
-        """Return the mean over all ranks; waits for the device and the ranks."""
+    def global_mean(self, world: World) -> float | None:
+        """Return the mean over all ranks, ``None`` of nothing; waits for the device and the ranks."""
         both = torch.tensor(self.read(), dtype=torch.float64)
         total, weight = world.all_reduce(both).tolist()
-        return total / weight if weight else float("nan")
+        return total / weight if weight else None
+
+    def _fold(self) -> None:
+        if self._counts:
+            counts = torch.tensor(self._counts, dtype=self.total.dtype).to(self.total.device, non_blocking=True)
+            self.total.add_((torch.stack(self._means).to(self.total.dtype) * counts).sum())
+            self.weight = self.weight + sum(self._counts)
+            self._means.clear()
+            self._counts.clear()

@@ -176,16 +176,14 @@ class Trainer:
 def _evaluate_on_rank(job: Job) -> Results:
     world = current_world()
     strategy, _ = job.strategy(world)
-    data = sharded(job, job.eval_data, strategy, training=False)
-    with contextlib.closing(data), prepared_objective(job, world) as objective:
+    with contextlib.closing(sharded(job, "eval_data", strategy)) as data, prepared_objective(job, world) as objective:
         return evaluate(objective, data, Metrics(job.metrics, world.device), world)
 
 
 def _predict_on_rank(job: Job) -> Any:
     world = current_world()
     strategy, _ = job.strategy(world)
-    data = sharded(job, job.eval_data, strategy, training=False)
-    with contextlib.closing(data), prepared_objective(job, world) as objective:
+    with contextlib.closing(sharded(job, "eval_data", strategy)) as data, prepared_objective(job, world) as objective:
         return predict(objective, data, world)
 
 

@@ -83,7 +83,7 @@ def load(source: Source, root: str | Path, *, download: bool = True, verify: boo
         if not archive.exists():
             _fetch(source, archive, download)
         if verify:
-            check(archive, size=source.size, md5=source.md5, remedy=f"delete it; {_again(source)}")
+            check(archive, size=source.size, md5=source.md5, remedy=f"delete it and {_again(source)}")
         read = _from_archive(source, archive)
     names = _unpickle(read(source.meta[0]), unpacked / source.meta[0]).get(source.names_key)
     if not isinstance(names, list):
@@ -98,7 +98,7 @@ def load(source: Source, root: str | Path, *, download: bool = True, verify: boo
 
 def _again(source: Source) -> str:
     """Say how to get the archive anew."""
-    return f"it is downloaded again at the next start, or comes from {source.url}"
+    return f"start again to download it anew, or fetch {source.url}"
 
 
 def _fetch(source: Source, archive: Path, download: bool) -> None:
@@ -114,7 +114,7 @@ def _fetch(source: Source, archive: Path, download: bool) -> None:
 def _from_folder(source: Source, folder: Path, verify: bool) -> Callable[[str], bytes]:
     """Return what reads a file of the unpacked folder."""
     checksums = dict((*source.train, *source.test, source.meta))
-    remedy = f"unpack {source.archive} again, or delete {folder} and {_again(source)}"
+    remedy = f"unpack {source.archive} again, or delete {folder} and {_again(source)}; for other data, --verify false"
 
     def read(name: str) -> bytes:
         if not (folder / name).is_file():
@@ -133,12 +133,12 @@ def _from_archive(source: Source, archive: Path) -> Callable[[str], bytes]:
             contents = {entry.name: file.read() for entry in tar if (file := tar.extractfile(entry)) is not None}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         found = f"{archive} ({archive.stat().st_size:,} bytes, the official one has {source.size:,})"
-        raise DataError(f"{found} is truncated or no archive: {error}: delete it; {_again(source)}") from error
+        raise DataError(f"{found} is truncated or no archive: {error}: delete it and {_again(source)}") from error
 
     def read(name: str) -> bytes:
         path = f"{source.folder}/{name}"
         if path not in contents:
-            raise DataError(f"{archive} holds no {path}: is it {source.name}? Delete it; {_again(source)}")
+            raise DataError(f"{archive} holds no {path}: is it {source.name}? Delete it and {_again(source)}")
         return contents[path]
 
     return read

@@ -13,6 +13,7 @@ from duoka import devices as device_grammar
 from duoka import team
 from duoka.errors import ConfigError, LaunchError
 from duoka.launcher import job, rank
+from duoka.team.failure import own_frames
 from duoka.world import entered, is_entered
 
 __all__ = ["launch"]
@@ -66,7 +67,7 @@ def launch(
         devices: the device grammar: ``"all"``, ``"auto"``, ``"0,1"``, ``"cpu:2"``, ``torch.device`` or a list of these.
         returns: ``"first"`` for rank 0's value, ``"all"`` for the list of every rank's.
         output: ``"quiet"`` keeps what helpers print for error reports only; ``"all"`` shows it, each line labelled.
-        timeout_s: seconds after which a collective that some rank does not join fails.
+        timeout_s: seconds after which a collective over gloo that some rank does not join fails; NCCL waits on.
 
     Raises:
         what ``fn`` raises on any rank, as its own type, the remote traceback being its cause; WorkerDied when a helper
@@ -92,6 +93,8 @@ def launch(
         if job.is_member():
             return _join(fn, args, devices, returns, timeout_s)
         return _launch_here(fn, args, devices, returns, output, timeout_s)
+    except BaseException as error:
+        raise error.with_traceback(own_frames(error.__traceback__))  # noqa: B904 - it is the same error
     finally:
         _one_at_a_time.release()
 

@@ -1,0 +1,37 @@
+"""A signal that stops rank 0 may come at any moment, and ends the job as the failure that it stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+
+import pytest
+import torch
+
+from duoka.team import job
+from duoka.team.interruption import Interruption, Stopped
+
+
+def test_a_stop_that_comes_while_the_caller_is_closing_is_turned_into_the_failure(monkeypatch) -> None:
+    """The first closing is hit by the signal, as happened once in a dozen runs."""
+    real_close, hits = Interruption.close, []
+
+    def close(self: Interruption) -> None:
+        if not hits:
+            hits.append(1)
+            raise Stopped
+        real_close(self)
+
+    @contextlib.contextmanager
+    def work(place, meet):
+        if place:
+            raise KeyError("of rank 1")
+        threading.Event().wait(30)
+        yield
+
+    monkeypatch.setattr(Interruption, "close", close)
+    with pytest.raises(KeyError, match="of rank 1"):
+        job.run_job(work, [0, 1], (), [torch.device("cpu")] * 2)
+    assert hits
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,377 @@
+"""Options: what is refused and with which words, optimisers, schedules, precision, early stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from duoka.errors import ConfigError
+from duoka.launcher import launch
+from duoka.trainer import Callback, Trainer, TrainerConfig
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
+
+
+def loader(samples: int = 12, batch_size: int = 4) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(samples, 5, generator=generator)
+    return DataLoader(TensorDataset(features, (features.sum(1) > 0).long()), batch_size=batch_size)
+
+
+def trainer_of(**options) -> Trainer:
+    torch.manual_seed(0)
+    model = options.pop("model", None) or nn.Linear(5, 2)
+    settings = {"loss": nn.CrossEntropyLoss(), "device": "cpu", "epochs": 2, "verbose": False}
+    return Trainer(model, options.pop("train_data", loader()), options.pop("eval_data", None), **(settings | options))
+
+
+class Rates(Callback):
+    """Notes the learning rate that each step was taken with."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_fit_start(self, state):
+        self.rates.append(state.optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, state):
+        self.rates.append(state.optimizer.param_groups[0]["lr"])
+
+
+def rates(**options) -> list[float]:
+    watcher = Rates()
+    trainer_of(callbacks=[watcher], **options).fit()
+    return watcher.rates[:-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, "no option 'epoch'; did you mean 'epochs'"),
+        ({"precision": "fp23"}, "precision='fp23'.*did you mean 'fp32'"),
+        ({"optimizer": "adamm"}, "did you mean 'adam'"),
+        ({"scheduler": "cosin"}, "did you mean 'cosine'"),
+        ({"strategy": "dpp"}, "did you mean 'd"),
+        ({"epochs": 0}, "epochs=0 has to be a whole number, 1 or more"),
+        ({"epochs": 2.5}, "epochs=2.5"),
+        ({"accumulate": True}, "accumulate=True"),
+        ({"lr": -1}, "lr=-1 has to be a number above 0"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0"),
+        ({"lr_scaling": "linear"}, "needs lr"),
+        ({"warmup_steps": 3, "warmup_epochs": 1}, "give one"),
+        ({"scheduler_options": {"gamma": 0.1}}, "named schedule"),
+        ({"optimizer": torch.optim.Adam, "optimizer_options": {"momentun": 1}, "fit": True}, "momentun"),
+        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1), "lr": 0.1}, "optimiser of your own"),
+        ({"optimizer": lambda _: None, "fit": True}, "no torch.optim.Optimizer"),
+        (
+            {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))]), "fit": True},
+            "1 of the optimiser's 1 parameters",
+        ),
+        ({"optimizer": 3}, "optimizer=3 is neither"),
+        ({"scheduler": lambda _: 3, "fit": True}, "no torch LRScheduler"),
+        ({"monitor": "loss", "fit": True}, "no eval_data"),
+        ({"monitor": "accurcy", "eval_data": loader(), "fit": True}, "no result of the evaluation, which has loss"),
+        ({"sync_batchnorm": True, "fit": True}, "needs accelerators"),
+        ({"train_data": None, "fit": True}, "needs training data"),
+        ({"tensorboard": True}, "needs out_dir"),
+        ({"compile": True, "strategy": "dp"}, "use strategy='ddp'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(options, message):
+    fits = options.pop("fit", False)
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(**options).fit() if fits else trainer_of(**options)
+
+
+def test_a_built_schedule_is_refused_with_the_way_to_write_it():
+    schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(1, 1).parameters()), 1)
+    with pytest.raises(ConfigError, match="scheduler=lambda optimizer: StepLR"):
+        trainer_of(scheduler=schedule)
+
+
+def test_every_option_is_shown_in_the_signature_and_has_a_meaning():
+    shown = inspect.signature(Trainer).parameters
+    source = inspect.getsource(TrainerConfig)
+    for option in dataclasses.fields(TrainerConfig):
+        assert option.name in shown
+        after = source.split(f"\n    {option.name}: ", 1)[1].split("\n", 2)
+        assert after[1].strip().startswith('"""'), f"{option.name} has no docstring"
+
+
+def test_options_given_by_name_take_precedence_over_those_put_together_before():
+    config = TrainerConfig(epochs=7, lr=0.5)
+    assert Trainer(nn.Linear(1, 1), config=config, epochs=3).config == TrainerConfig(epochs=3, lr=0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop", "adagrad", torch.optim.Adamax])
+def test_optimisers_by_name_and_class_move_the_model_on_two_devices(optimizer):
+    trainer = trainer_of(optimizer=optimizer, lr=0.05, weight_decay=0.01, device="cpu:2")
+    before = trainer.model.weight.detach().clone()
+    trainer.fit()
+    assert not torch.equal(trainer.model.weight, before)
+
+
+def test_an_optimiser_of_the_users_own_is_the_one_that_steps():
+    model = nn.Linear(5, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for device in ("cpu", "cpu:2"):
+        before = model.weight.detach().clone()
+        trainer_of(model=model, optimizer=optimizer, device=device).fit()
+        assert not torch.equal(model.weight, before)
+        assert optimizer.state[model.weight]["momentum_buffer"].abs().sum() > 0
+
+
+def test_a_factory_gets_the_parameters_that_are_trained():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    seen = []
+
+    def build(parameters):
+        seen.extend(parameters)
+        return torch.optim.SGD(seen, lr=0.1)
+
+    frozen = model[0].weight.clone()
+    trainer_of(model=model, optimizer=build).fit()
+    assert [tuple(parameter.shape) for parameter in seen] == [(2, 4), (2,)]
+    assert torch.equal(model[0].weight, frozen)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_schedules_advance_once_an_epoch_or_step_whatever_the_number_of_devices(device):
+    common = {"optimizer": "sgd", "lr": 1.0, "batch": "global", "device": device}  # three steps an epoch
+
+    def halving(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    epochwise = rates(scheduler=halving, epochs=3, **common)
+    assert epochwise[:3] == [1.0] * 3
+    assert epochwise[4:6] == [0.5] * 2
+    stepwise = rates(scheduler=halving, scheduler_interval="step", **common)
+    assert stepwise == [1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125]
+
+
+def test_the_warm_up_rises_linearly_and_the_schedule_begins_after_it():
+    warm = rates(optimizer="sgd", lr=1.0, warmup_epochs=1, scheduler="cosine", epochs=3)
+    assert warm[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert warm[3:6] == pytest.approx([1.0] * 3)
+    assert warm[7:] == pytest.approx([0.5] * 2)
+
+
+def test_a_scaled_rate_is_warmed_up_from_what_it_was():
+    warm = rates(optimizer="sgd", lr=1.0, lr_scaling="linear", warmup_steps=2, device="cpu:2", epochs=2)
+    assert warm == pytest.approx([1.5, 2.0, 2.0, 2.0])
+
+
+def test_onecycle_ends_at_its_lowest_rate_and_plateau_waits_for_evaluations():
+    cycle = rates(optimizer="sgd", lr=1.0, scheduler="onecycle", epochs=4)
+    assert max(cycle) == pytest.approx(1.0, rel=0.2)
+    assert cycle[-1] < 0.01
+
+    def plateau(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+
+    trainer = trainer_of(optimizer="sgd", lr=0.1, scheduler=plateau, eval_data=loader(), epochs=4)
+    trainer.fit()
+    assert trainer.history[-1]["lr"] < 0.1
+
+
+def test_multistep_falls_at_its_milestones():
+    options = {"milestones": [1, 2], "gamma": 0.1}
+    falling = rates(optimizer="sgd", lr=1.0, scheduler="multistep", scheduler_options=options, epochs=3)
+    assert [falling[1], falling[4], falling[7]] == pytest.approx([1.0, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_within_its_rounding(precision):
+    exact = trainer_of(optimizer="sgd", lr=0.1, max_grad_norm=1.0)
+    exact.fit()
+    half = trainer_of(optimizer="sgd", lr=0.1, max_grad_norm=1.0, precision=precision, device="cpu:2", batch="global")
+    half.fit()
+    assert torch.allclose(half.model.weight, exact.model.weight, atol=0.02)
+    assert half.model.weight.dtype == torch.float32
+    assert not torch.equal(half.model.weight, exact.model.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_training_stops_when_nothing_gets_better_and_the_best_weights_are_kept(device):
+    def worsening(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else -1.0)
+
+    trainer = trainer_of(
+        optimizer="sgd",
+        lr=0.1,
+        scheduler=worsening,
+        eval_data=loader(),
+        epochs=20,
+        early_stop_patience=2,
+        device=device,
+    )
+    validation, test = trainer.fit()
+    assert len(trainer.history) == 4
+    assert trainer.best.epoch == 2
+    assert "not become better in 2 evaluations" in trainer.stopped
+    assert test == {}
+    assert validation["loss"] == trainer.best.value == trainer.history[1]["val_loss"]
+    assert trainer.evaluate()["loss"] == pytest.approx(validation["loss"], rel=1e-6)
+
+
+def test_whether_more_is_better_is_asked_of_the_metric():
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    def worsening(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 1 else -3.0)
+
+    accuracy = torchmetrics.classification.MulticlassAccuracy(2)
+    options = {"optimizer": "sgd", "lr": 0.5, "scheduler": worsening, "eval_data": loader(), "epochs": 3}
+    trainer = trainer_of(metrics={"score": accuracy}, monitor="val_score", **options)
+    trainer.fit()
+    assert trainer.best.value == max(record["val_score"] for record in trainer.history)
+    upside_down = trainer_of(metrics={"score": accuracy}, monitor="score", monitor_mode="min", **options)
+    upside_down.fit()
+    assert upside_down.best.value == min(record["val_score"] for record in upside_down.history)
+
+
+def test_evaluation_happens_every_so_many_epochs_and_at_the_end():
+    trainer = trainer_of(eval_data=loader(), epochs=5, eval_step=2)
+    trainer.fit()
+    assert [record["epoch"] for record in trainer.history if "val_loss" in record] == [2, 4, 5]
+
+
+def test_one_device_is_taken_of_many_when_that_is_asked_for():
+    assert len(trainer_of(device="cpu:3", use_multi_gpu=False).devices) == 1
+    assert len(trainer_of(device="cpu:3", strategy="single").devices) == 1
+    assert len(trainer_of(device="cpu:3").devices) == 3
+
+
+def test_the_seed_decides_the_dropout_masks_and_the_users_generator_is_left_alone():
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(9)
+        model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 2))
+        trainer_of(model=model, seed=seed).fit()
+        return model[1].weight
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    trainer = trainer_of(model=nn.Linear(5, 2))
+    torch.set_rng_state(before)
+    trainer.fit()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_a_compiled_step_gives_the_same_result():
+    eager = trainer_of(optimizer="sgd", lr=0.1)
+    eager.fit()
+    compiled = trainer_of(optimizer="sgd", lr=0.1, compile=True)
+    with torch._dynamo.config.patch(disable=True):  # the path is the same; compilers are not what is tested
+        compiled.fit()
+    assert torch.allclose(compiled.model.weight, eager.model.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_the_results_are_those_of_the_last_weights_where_training_stopped_between_two_evaluations(device):
+    class AfterFour(Callback):
+        def on_epoch_end(self, state):
+            if state.epoch == 4:
+                state.stop()
+
+    options = {"optimizer": "sgd", "lr": 0.1, "epochs": 9, "eval_step": 3, "device": device}
+    trainer = trainer_of(eval_data=loader(), callbacks=[AfterFour()], **options)
+    validation, _ = trainer.fit()
+    assert [record["epoch"] for record in trainer.history if "val_loss" in record] == [3, 4]
+    assert validation["loss"] == trainer.history[-1]["val_loss"] == pytest.approx(trainer.evaluate()["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_a_plateau_is_looked_for_in_the_training_loss_where_there_is_no_evaluation(device):
+    def plateau(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+
+    trainer = trainer_of(optimizer="sgd", lr=0.1, scheduler=plateau, epochs=4, device=device)
+    trainer.fit()
+    assert trainer.history[-1]["lr"] < 0.1
+    with pytest.raises(ConfigError, match="losses of epochs"):
+        trainer_of(scheduler=plateau, scheduler_interval="step").fit()
+
+
+def test_numpys_numbers_are_numbers():
+    config = TrainerConfig(
+        epochs=np.int64(3),
+        lr=np.float32(0.5),
+        compile=np.bool_(False),
+        optimizer_options={"betas": (np.float64(0.5), np.float32(0.25)), "eps": np.array([1.0])[0]},
+        scheduler="multistep",
+        scheduler_options={"milestones": np.array([1, 2]), "gamma": torch.tensor(0.5)},
+    )
+    written = yaml.safe_load(yaml.safe_dump(config.plain()))
+    assert (written["epochs"], written["lr"], written["compile"]) == (3, 0.5, False)
+    assert written["optimizer_options"] == {"betas": [0.5, 0.25], "eps": 1.0}
+    assert written["scheduler_options"] == {"milestones": [1, 2], "gamma": 0.5}
+
+
+def test_one_device_cannot_be_asked_for_in_a_job_of_two():
+    def on_each_rank() -> None:
+        Trainer(nn.Linear(5, 2), loss=nn.CrossEntropyLoss(), device="cpu", use_multi_gpu=False).evaluate(loader())
+
+    with pytest.raises(ConfigError, match=r"use_multi_gpu=False.*2 processes"):
+        launch(on_each_rank, devices="cpu:2")
+
+
+def test_what_an_optimiser_does_not_hold_keeps_no_gradient():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    seen = []
+
+    class Gradients(Callback):
+        def on_step_end(self, state):  # noqa: ARG002
+            seen.append([parameter.grad for parameter in model.parameters()])
+
+    trainer_of(model=model, optimizer=torch.optim.SGD(model[1].parameters(), lr=0.1), callbacks=[Gradients()]).fit()
+    assert seen == [[None] * 4] * 6
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_a_gradient_from_before_the_fit_is_no_part_of_the_first_step(device):
+    models = [nn.Linear(5, 2), nn.Linear(5, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1](torch.ones(5)).sum().backward()
+    for model in models:
+        trainer_of(model=model, optimizer="sgd", lr=0.1, max_steps=1, device=device).fit()
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+def test_the_loss_scale_is_read_once_a_step_and_only_for_a_schedule(monkeypatch):
+    reads = []
+    get_scale = torch.amp.GradScaler.get_scale
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: reads.append(1) or get_scale(scaler))
+    trainer_of(precision="fp16").fit()
+    assert not reads
+    trainer_of(precision="fp16", scheduler="onecycle").fit()
+    assert len(reads) == 1 + 6
+
+
+def test_a_step_that_overflows_does_not_advance_the_schedule():
+    def overflowing(output, target):
+        return nn.functional.cross_entropy(output, target) * 1e38  # times the loss scale, past the largest float32
+
+    watcher = Rates()
+    trainer_of(
+        loss=overflowing,
+        precision="fp16",
+        optimizer="sgd",
+        lr=1.0,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        scheduler_interval="step",
+        max_steps=2,
+        callbacks=[watcher],
+    ).fit()
+    assert watcher.rates == [1.0, 1.0, 1.0]

@@ -1,0 +1,248 @@
+"""A run that was stopped anywhere and resumed ends as one that was not stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from duoka.checkpoint import load
+from duoka.errors import CheckpointError, ConfigError
+from duoka.launcher import launch
+from duoka.trainer import Trainer
+
+PROGRAM = textwrap.dedent(
+    """
+    import os, signal, sys
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, TensorDataset
+    from duoka.trainer import Callback, Trainer
+
+    out_dir, device, kill_at, resume = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "resume"
+
+    class Kill(Callback):
+        def on_step_end(self, state):
+            if state.step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randn(40, 6, generator=generator), torch.randint(3, (40,), generator=generator))
+    loader = DataLoader(data, batch_size=8, shuffle=True)
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # what the user's generator holds has no say
+    trainer = Trainer(
+        model, loader, loader, loss=nn.CrossEntropyLoss(), optimizer="adamw", lr=0.01, weight_decay=0.1, epochs=3,
+        scheduler="onecycle", scheduler_options={"max_lr": 0.02}, accumulate=2, batch="global", device=device, seed=7,
+        out_dir=out_dir, checkpoint_every_steps=1, resume=resume, monitor="loss", verbose=False, tensorboard=False,
+        callbacks=[Kill()] if kill_at else [],
+    )
+    trainer.fit()
+    from duoka.checkpoint import save
+    save(model, os.path.join(out_dir, "final.pt"))
+    """
+)
+
+
+def run(folder: Path, device: str, kill_at: int = 0, resume: bool = False) -> subprocess.CompletedProcess:
+    temporary = folder.parent / "tmp"  # a process that is killed cannot tidy up
+    temporary.mkdir(exist_ok=True)
+    arguments = [str(folder), device, str(kill_at), "resume" if resume else "new"]
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+
+
+def outcome(folder: Path) -> tuple[dict, list[dict]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = {"seconds", "samples_per_s"}
+    return load(folder / "final.pt"), [{k: v for k, v in record.items() if k not in timed} for record in records]
+
+
+def checked(done: subprocess.CompletedProcess) -> None:
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_a_run_killed_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_bits(tmp_path, device):
+    checked(run(tmp_path / "whole", device))
+    killed = run(tmp_path / "killed", device, kill_at=5)  # of 3 steps an epoch: the checkpoint is of step 4, in epoch 2
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final.pt").exists()
+    checked(run(tmp_path / "killed", device, resume=True))
+    weights, records = outcome(tmp_path / "killed")
+    expected_weights, expected_records = outcome(tmp_path / "whole")
+    assert records == expected_records
+    assert list(weights) == list(expected_weights)
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+
+
+def loader_of(samples: int = 24) -> torch.utils.data.DataLoader:
+    generator = torch.Generator().manual_seed(2)
+    data = torch.utils.data.TensorDataset(
+        torch.randn(samples, 5, generator=generator), torch.randint(3, (samples,), generator=generator)
+    )
+    return torch.utils.data.DataLoader(data, batch_size=6, shuffle=True)
+
+
+def trained(folder: Path | None, device: str, **options) -> tuple[torch.nn.Module, Trainer]:
+    torch.manual_seed(4)
+    model = torch.nn.Linear(5, 3)
+    settings = {
+        "loss": torch.nn.CrossEntropyLoss(),
+        "optimizer": "sgd",
+        "optimizer_options": {"momentum": 0.9},
+        "lr": 0.1,
+        "batch": "global",
+        "epochs": 4,
+        "out_dir": folder,
+        "verbose": False,
+        "tensorboard": False,
+    }
+    trainer = Trainer(model, loader_of(), loader_of(), device=device, **(settings | options))
+    trainer.fit()
+    return model, trainer
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpu:2", "cpu"), ("cpu", "cpu:3")])
+def test_a_run_resumed_on_another_number_of_devices_ends_the_same_within_rounding(tmp_path, first, second):
+    whole, reference = trained(None, "cpu")
+    trained(tmp_path, first, max_steps=6, checkpoint_every_steps=3)
+    resumed, trainer = trained(tmp_path, second, resume=True)
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+    losses = [record["val_loss"] for record in trainer.history]
+    assert losses[2:] == pytest.approx([record["val_loss"] for record in reference.history][2:], rel=1e-5)
+
+
+def test_resuming_a_finished_run_trains_no_further(tmp_path):
+    model, trainer = trained(tmp_path, "cpu")
+    again, resumed = trained(tmp_path, "cpu", resume=True)
+    assert resumed.history == trainer.history
+    assert torch.equal(again.weight, model.weight)
+
+
+def test_a_finished_run_can_be_resumed_with_more_epochs(tmp_path):
+    trained(tmp_path, "cpu", epochs=2)
+    longer, trainer = trained(tmp_path, "cpu", epochs=4, resume="auto")
+    whole, _ = trained(None, "cpu")
+    assert len(trainer.history) == 4
+    assert torch.equal(longer.weight, whole.weight)
+
+
+def ruin(optimizer):
+    """Make everything worse from the third epoch on."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else 1e6)
+
+
+def test_the_best_weights_survive_an_interruption(tmp_path):
+    first, _ = trained(tmp_path, "cpu", monitor="loss", scheduler=ruin, epochs=2)
+    resumed, trainer = trained(tmp_path, "cpu", monitor="loss", scheduler=ruin, epochs=4, resume=True)
+    assert trainer.history[-1]["val_loss"] > 10
+    assert trainer.best.epoch == 2
+    assert torch.equal(resumed.weight, first.weight)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(tmp_path):
+    trained(tmp_path, "cpu", epochs=1)
+    trainer = Trainer(
+        torch.nn.Linear(5, 4),
+        loader_of(),
+        loss=torch.nn.CrossEntropyLoss(),
+        device="cpu",
+        out_dir=tmp_path,
+        resume=True,
+    )
+    with pytest.raises(CheckpointError, match="weight"):
+        trainer.fit()
+
+
+def test_resuming_without_a_checkpoint_is_an_error_unless_it_is_automatic(tmp_path):
+    with pytest.raises(CheckpointError, match="resume='auto'"):
+        trained(tmp_path, "cpu", resume=True)
+    trained(tmp_path, "cpu", resume="auto", epochs=1)
+    with pytest.raises(ConfigError, match="out_dir"):
+        trained(None, "cpu", resume=True)
+
+
+def worsening(optimizer):
+    """Climb from the third epoch on."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else -1.0)
+
+
+def test_a_run_that_patience_stopped_stays_stopped_when_it_is_resumed(tmp_path):
+    options = {"optimizer_options": {}, "scheduler": worsening, "early_stop_patience": 2, "epochs": 9}
+    model, stopped = trained(tmp_path, "cpu", **options)
+    assert len(stopped.history) == 4
+    again, resumed = trained(tmp_path, "cpu", resume=True, **options)
+    assert resumed.history == stopped.history
+    assert resumed.stopped == stopped.stopped
+    assert torch.equal(again.weight, model.weight)
+    _, patient = trained(tmp_path, "cpu", resume=True, **{**options, "early_stop_patience": 3})
+    assert len(patient.history) == 5
+
+
+def test_the_evaluation_of_an_epoch_that_was_left_early_tries_no_patience(tmp_path):
+    options = {"optimizer_options": {}, "scheduler": worsening, "early_stop_patience": 2}
+    _, whole = trained(None, "cpu", epochs=9, **options)
+    trained(tmp_path, "cpu", epochs=9, max_steps=10, **options)  # the middle of epoch 3, of 4 steps
+    _, resumed = trained(tmp_path, "cpu", epochs=9, resume=True, **options)
+    assert [record["step"] for record in whole.history] == [4, 8, 12, 16]
+    assert [record["step"] for record in resumed.history] == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "onecycle", "multistep"])
+def test_a_schedule_does_not_go_on_past_the_end_that_was_planned(tmp_path, scheduler):
+    trained(tmp_path, "cpu", scheduler=scheduler, epochs=2)
+    unit = (8, 16, "steps") if scheduler == "onecycle" else (2, 4, "epochs")
+    with pytest.raises(CheckpointError, match="planned for {} {u} .* {} {u} now.*new run".format(*unit[:2], u=unit[2])):
+        trained(tmp_path, "cpu", scheduler=scheduler, epochs=4, resume=True)
+
+
+def test_a_schedule_whose_length_was_given_goes_on_with_more_epochs(tmp_path):
+    options = {"scheduler": "cosine", "scheduler_options": {"T_max": 4}}
+    trained(tmp_path, "cpu", epochs=2, **options)
+    longer, _ = trained(tmp_path, "cpu", epochs=4, resume=True, **options)
+    whole, _ = trained(None, "cpu", epochs=4, **options)
+    assert torch.equal(longer.weight, whole.weight)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_checkpoint_that_rank_0_cannot_read_stops_every_rank(tmp_path, damaged):
+    path = tmp_path / "last.pt"
+    if damaged:
+        path.write_bytes(b"no checkpoint")
+
+    def on_each_rank() -> str:
+        data = torch.utils.data.TensorDataset(torch.zeros(4, 5), torch.zeros(4, dtype=torch.long))
+        trainer = Trainer(
+            torch.nn.Linear(5, 3),
+            torch.utils.data.DataLoader(data, batch_size=2),
+            loss=torch.nn.CrossEntropyLoss(),
+            device="cpu",
+            resume=path,
+            verbose=False,
+        )
+        try:
+            trainer.fit()
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    first, second = launch(on_each_rank, devices="cpu:2", returns="all", timeout_s=20)
+    assert "last.pt" in first
+    assert second == f"rank 0: CheckpointError: {first}"
