@@ -143,3 +143,11 @@ def test_a_script_archive_is_refused(tmp_path):
         archive.writestr("m/version", "3\n")
     with pytest.raises(CheckpointError, match="TorchScript"):
         checkpoint.load(tmp_path / "script.pt")
+
+
+def test_a_text_file_is_refused_in_words_of_our_own(tmp_path):
+    path = tmp_path / "notes.pt"
+    path.write_text("these are notes\n")
+    with pytest.raises(CheckpointError, match="is no checkpoint of PyTorch; give a file that duoka") as caught:
+        checkpoint.load(path)
+    assert "weights_only" not in str(caught.value)

@@ -132,7 +132,9 @@ def _refuse_a_program(path: Path, names: list[str]) -> None:
 
 def _refusal(path: Path, said: str) -> str:
     if not (names := _code_named_in(path, said)):
-        return f"{path} is damaged, or is no checkpoint of PyTorch: {said.strip().splitlines()[0]}"
+        return (
+            f"{path} is damaged, or is no checkpoint of PyTorch; give a file that duoka.save or torch.save has written"
+        )
     return (
         f"{path} was not loaded: it names code to be run on loading ({', '.join(names)}), and a checkpoint needs only "
         "numbers, strings and tensors. If you trust whoever wrote it, convert it once, in a process of its own:\n"

@@ -20,7 +20,7 @@ from duoka.checkpoint.storage import atomic_write
 from duoka.checkpoint.tensorfile import read_tensor_file, verify_tensor_file, write_tensor_file
 from duoka.errors import CheckpointError, ConfigError
 
-__all__ = ["load", "model_state", "read", "save", "write"]
+__all__ = ["check_suffix", "load", "model_state", "read", "save", "write"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,7 +42,7 @@ def save(model_or_state: nn.Module | Mapping[Any, Any], path: str | os.PathLike[
 
     Args:
         model_or_state: a module, wrapped or not, or a dict, in which modules stand for their state.
-        path: where to; the suffix decides the format.
+        path: where to; the suffix decides the format. Folders that are not there are made.
 
     Raises:
         ConfigError: the suffix is none of these.
@@ -56,7 +56,7 @@ def save(model_or_state: nn.Module | Mapping[Any, Any], path: str | os.PathLike[
 
     """
     path = Path(path)
-    _known_suffix(path)
+    check_suffix(path)
     written_by_one(str(path), lambda: write(_plain(model_or_state), path))
 
 
@@ -72,7 +72,13 @@ def _writer(path: Path) -> Any:
     return write_tensor_file if path.suffix == _TENSORS else write_archive
 
 
-def _known_suffix(path: Path) -> None:
+def check_suffix(path: Path) -> None:
+    """Make sure that ``save`` knows the format that the suffix of ``path`` names.
+
+    Raises:
+        ConfigError: it does not.
+
+    """
     if path.suffix not in (*_ARCHIVES, _TENSORS):
         raise ConfigError(f"{path} has the suffix {path.suffix!r}; a model is saved as .pt, .pth or .safetensors")
 

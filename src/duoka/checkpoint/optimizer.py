@@ -42,6 +42,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     current = [[names[number] for number in group["params"]] for group in optimizer.state_dict()["param_groups"]]
     found = [[matched.get(name, name) for name in group["params"]] for group in state["param_groups"]]
     _check_groups(type(optimizer).__name__, found, current)
+    _check_settings(type(optimizer).__name__, state["param_groups"], optimizer.param_groups)
     groups = [
         {**group, "params": [numbers[name] for name in members]}
         for group, members in zip(state["param_groups"], current, strict=True)
@@ -51,6 +52,17 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
         optimizer.load_state_dict({**state, "state": values, "param_groups": groups})
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"the state of {type(optimizer).__name__} does not fit: {error}") from error
+
+
+def _check_settings(kind: str, saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> None:
+    """Refuse the state of another kind of optimiser: torch takes its settings over, and the next step fails on them."""
+    added = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}  # by schedules
+    for index, (old, new) in enumerate(zip(saved, current, strict=True)):
+        if missing := sorted(new.keys() - old.keys() - added):
+            raise CheckpointError(
+                f"the state is of another optimiser than {kind}: its group {index} has no {', '.join(missing)}; load it into "
+                "the kind of optimiser that it was saved from"
+            )
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, str]:

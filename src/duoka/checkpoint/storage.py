@@ -8,13 +8,14 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from duoka.errors import StorageError
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "check_writable"]
 
 _TEMPORARY = ".duoka-tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -60,6 +61,25 @@ def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = Non
         if cause is None:
             raise
         raise StorageError(_explain(target, cause, needed_bytes)) from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make sure that ``atomic_write`` can begin to write ``path``; missing folders are created.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_what_is_no_file(target)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(_explain(target, error, None)) from error
 
 
 def _refuse_what_is_no_file(target: Path) -> None:
