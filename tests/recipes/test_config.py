@@ -9,7 +9,7 @@ import yaml
 
 from duoka.errors import ConfigError
 from duoka.recipes.cifar100 import Config
-from duoka.recipes.config import at_least, check, field_docs, read
+from duoka.recipes.config import at_least, check, field_docs, read, read_yaml
 from duoka.recipes.runs import Run
 
 GUIDE = (
@@ -186,3 +186,10 @@ def test_resume_takes_the_runs_own_options_unless_others_are_given(tmp_path):
     run.write_config("cifar100", Config(dataset="digits", epochs=7).resolved())
     config = read(Config, ["--resume", str(run.folder), "--device", "cpu:2"], recipe="cifar100")
     assert (config.epochs, config.device, config.resume) == (7, "cpu:2", str(run.folder))
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
+    path = tmp_path / "config.yml"
+    path.write_text("lr: 0.1\nepochs: 3\nlr: 0.2\n")
+    with pytest.raises(ConfigError, match="`lr` stands in line 1 and in line 3; remove one"):
+        read_yaml(path)

@@ -22,7 +22,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(DataError, match="the folder is not there"):
         Run.at(tmp_path / "none")
+    with pytest.raises(DataError, match="stopped before it began; start it again"):
+        Run.at(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"holds no config\.yml"):
+        Run.at(tmp_path)
+    (tmp_path / "trainer.yml").write_text("lr: 1\n")
+    with pytest.raises(DataError, match="of a Trainer of your own, not of `duoka train`"):
         Run.at(tmp_path)
     (tmp_path / "config.yml").write_text("lr: 1\n")
     with pytest.raises(ConfigError, match="does not say which recipe"):

@@ -64,6 +64,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"cannot read the configuration file {path}: {reason}") from error
     try:
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
         options = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -78,6 +79,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{path} holds a {type(options).__name__}: write one `key: value` a line, such as `epochs: 50`"
         )
     return options
+
+
+def _refuse_repeated_keys(root: yaml.Node | None, path: str | Path) -> None:
+    """YAML's reader would take the last of several values without a word."""
+    lines: dict[str, int] = {}
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        line = key.start_mark.line + 1
+        if str(key.value) in lines:
+            raise ConfigError(
+                f"{path}: `{key.value}` stands in line {lines[str(key.value)]} and in line {line}; remove one of them"
+            )
+        lines[str(key.value)] = line
 
 
 def check(config: Any) -> None:

@@ -59,8 +59,7 @@ class Run:
         """
         path = Path(folder)
         if not (path / "config.yml").is_file():
-            what = "holds no config.yml" if path.is_dir() else "is not there"
-            raise DataError(f"no run at {path}: the folder {what}; give a folder that `duoka train` has named")
+            raise DataError(f"no run at {path}: {_what_there_is(path)}")
         return cls(path)
 
     @property
@@ -153,3 +152,17 @@ class Run:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise StorageError(f"cannot write {self.folder / name}: {error}") from error
+
+
+def _what_there_is(path: Path) -> str:
+    """Say what is in the place of a run, and what to do."""
+    if not path.is_dir():
+        return "the folder is not there; give a folder that `duoka train` has named"
+    if (path / "trainer.yml").is_file():
+        return (
+            "the folder is of a Trainer of your own, not of `duoka train`, which alone knows model and data; load the "
+            "weights in your script with duoka.load, and call Trainer.evaluate or Trainer.predict there"
+        )
+    if not any(path.iterdir()):
+        return "the folder is empty, as the run was stopped before it began; start it again"
+    return "the folder holds no config.yml; give a folder that `duoka train` has named"
