@@ -167,7 +167,7 @@ class TrainerConfig:
             _one_of("scheduler", self.scheduler, SCHEDULERS)
         elif self.scheduler is not None and not callable(self.scheduler):
             raise ConfigError(
-                f"scheduler={self.scheduler!r} is neither a name ({', '.join(SCHEDULERS)}) nor a function"
+                f"scheduler={self.scheduler!r} is neither a name ({', '.join(SCHEDULERS)}), a class nor a function"
             )
 
     def _check_numbers(self) -> None:
@@ -218,9 +218,10 @@ class TrainerConfig:
             raise ConfigError(
                 f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs} say the same thing; give one"
             )
-        if self.scheduler_options and not isinstance(self.scheduler, str):
+        if self.scheduler_options and not isinstance(self.scheduler, (str, type)):
             raise ConfigError(
-                f"scheduler_options={dict(self.scheduler_options)!r} belong to a named schedule; scheduler={self.scheduler!r}"
+                f"scheduler_options={dict(self.scheduler_options)!r} belong to a named schedule or a class; "
+                f"scheduler={self.scheduler!r}"
             )
         if self.out_dir is None and (self.checkpoint_every_steps or self.resume is True or self.resume == "auto"):
             option = "checkpoint_every_steps" if self.checkpoint_every_steps else "resume"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ class _Fit:
 
     def run(self) -> Outcome:
         """Train until the end, early or not, and return the results."""
+        if self.weights_path is not None:
+            on_main(self.world, functools.partial(checkpoint.check_writable, self.weights_path))
         first_epoch = self._resume()
         self.judge.lose_patience(self.state)
         self.folder.start(self.config.plain(), self.state.history)
@@ -160,8 +163,16 @@ class _Fit:
                 place["seed"],
             )
         self.order_seed = int(place["seed"])
-        self._say(f"resumed: {path}, after {self.state.step:,} steps, in epoch {place['epoch'] + 1}")
+        self._say(f"resumed: {path}, after {self.state.step:,} steps, {self._place_in_words(place['epoch'])}")
         return int(place["epoch"])
+
+    def _place_in_words(self, epoch: int) -> str:
+        limit = self.config.max_steps
+        if epoch >= self.config.epochs:
+            return f"and nothing is left to train: all {self.config.epochs} epochs are done"
+        if limit is not None and self.state.step >= limit:
+            return f"and nothing is left to train: all {limit} steps of max_steps are done"
+        return f"in epoch {epoch + 1}"
 
     def _introduce(self) -> None:
         if not self.world.is_main:

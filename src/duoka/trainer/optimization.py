@@ -39,6 +39,11 @@ SCHEDULERS = tuple(LENGTH_OPTIONS)
 def build_optimizer(config: TrainerConfig, module: nn.Module, lr_factor: float) -> Optimizer:
     """Return the optimiser that ``config`` asks for, on the parameters of ``module`` that are trained."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError(
+            "no parameter of the model has requires_grad, so there is nothing to train; let some be trained: "
+            "model.requires_grad_()"
+        )
     chosen = config.optimizer
     if isinstance(chosen, Optimizer):
         return _checked(chosen, trained)
@@ -174,11 +179,11 @@ def build_schedule(
         )
     warmup = config.warmup_steps or math.ceil(config.warmup_epochs * (steps_per_epoch or 0))
     start = 1 / lr_factor if lr_factor > 1 else 0.0
-    interval = config.scheduler_interval or ("step" if config.scheduler == "onecycle" else "epoch")
+    interval = config.scheduler_interval or ("step" if config.scheduler in ("onecycle", OneCycleLR) else "epoch")
     if config.scheduler is None:
         return Schedule(optimizer, None, interval, warmup, start)
     if not isinstance(config.scheduler, str):
-        scheduler = config.scheduler(optimizer)
+        scheduler = _given(config, optimizer)
         if not isinstance(scheduler, LRScheduler):
             raise ConfigError(f"scheduler= returned {scheduler!r}, which is no torch LRScheduler")
         if isinstance(scheduler, ReduceLROnPlateau) and interval == "step":
@@ -190,6 +195,19 @@ def build_schedule(
     scheduler = _named(config, optimizer, length)
     planned = None if LENGTH_OPTIONS[config.scheduler] & config.scheduler_options.keys() else length
     return Schedule(optimizer, scheduler, interval, warmup, start, planned)
+
+
+def _given(config: TrainerConfig, optimizer: Optimizer) -> object:
+    """Build a schedule by the class or the function that was given; only a class has options."""
+    options = dict(config.scheduler_options)
+    if not isinstance(config.scheduler, type):
+        return config.scheduler(optimizer)
+    try:
+        return config.scheduler(optimizer, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"scheduler={config.scheduler.__name__} with scheduler_options={options!r}: {error}"
+        ) from error
 
 
 def _length(config: TrainerConfig, interval: str, steps_per_epoch: int | None, warmup: int) -> int:

@@ -117,6 +117,7 @@ def write_training(
             "model": model_state(objective.model),
             "loss": model_state(loss) if isinstance(loss, torch.nn.Module) else {},
             "optimizer": optimizer_state(stepper.optimizer, objective),
+            "optimizer_name": type(stepper.optimizer).__name__,
             "schedule": stepper.schedule.state_dict(),
             "scaler": {} if stepper.scaler is None else stepper.scaler.state_dict(),
             "position": dict(position),
@@ -135,6 +136,13 @@ def restore_training(
     random state for each, and the training loss of the running epoch is carried on by rank 0.
     """
     kept = on_main(world, lambda: load_training(path))
+    mine = type(stepper.optimizer).__name__
+    theirs = kept.get("optimizer_name", mine)  # files of before do not say
+    if theirs != mine:
+        raise CheckpointError(
+            f"{path}: the checkpoint is of {theirs}, this Trainer has {mine}; resume with optimizer={theirs.lower()!r}, or "
+            "begin a new run with its weights: duoka.load('model.safetensors', into=model)"
+        )
     stepper.schedule.load_state_dict(kept["schedule"])
     load_state(objective.model, kept["model"], source=str(path))
     if isinstance(objective.loss, torch.nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from duoka import devices
+from duoka import checkpoint, devices
 from duoka.errors import ConfigError
 from duoka.trainer.callbacks import Best, Callback
 from duoka.trainer.config import TrainerConfig
@@ -126,6 +126,8 @@ class Trainer:
         if self.train_data is None:
             raise ConfigError("fit needs training data: Trainer(model, train_data, ...)")
         path = None if model_path is None else str(model_path)
+        if save_model and path is not None:
+            checkpoint.check_suffix(Path(path))
         outcome: Outcome = self._launch(fit_on_rank, self._job(save_model=save_model, model_path=path))
         self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stopping
         return FitResult(outcome.validation, outcome.test)

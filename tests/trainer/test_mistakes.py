@@ -1,0 +1,73 @@
+"""Mistakes that are easily made: each is said before the first step, in words that name the remedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from duoka.errors import CheckpointError, ConfigError, StorageError
+from duoka.trainer import Trainer
+
+
+def loader(**options) -> DataLoader:
+    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(features, (features.sum(1) > 0).long()), batch_size=4, **options)
+
+
+def trainer_of(**options) -> Trainer:
+    settings = {"loss": nn.CrossEntropyLoss(), "device": "cpu", "epochs": 1, "verbose": False}
+    return Trainer(options.pop("model", None) or nn.Linear(5, 2), loader(), **(settings | options))
+
+
+class Untouched(nn.Linear):
+    """Fails when it is called."""
+
+    def forward(self, features):  # noqa: ARG002
+        raise AssertionError("training began")
+
+
+def test_where_the_weights_go_is_checked_before_the_first_step(tmp_path):
+    trainer = trainer_of(model=Untouched(5, 2))
+    with pytest.raises(ConfigError, match=r"suffix '\.bin'"):
+        trainer.fit(model_path=tmp_path / "m.bin")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot write"):
+        trainer.fit(model_path=tmp_path / "file" / "m.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_another_optimiser_cannot_go_on_with_a_checkpoint(tmp_path, device):
+    trainer_of(out_dir=tmp_path, device=device).fit()
+    with pytest.raises(CheckpointError, match=r"is of AdamW, this Trainer has SGD; resume with optimizer='adamw'"):
+        trainer_of(out_dir=tmp_path, device=device, resume=True, epochs=2, optimizer="sgd").fit()
+
+
+@pytest.mark.parametrize("limit", [{"epochs": 1}, {"epochs": 5, "max_steps": 3}])
+def test_a_finished_run_says_that_nothing_is_left(tmp_path, capsys, limit):
+    trainer_of(out_dir=tmp_path, **limit).fit()
+    capsys.readouterr()
+    trainer_of(out_dir=tmp_path, resume=True, verbose=True, **limit).fit()
+    expected = "all 3 steps of max_steps are done" if "max_steps" in limit else "all 1 epochs are done"
+    assert f"after 3 steps, and nothing is left to train: {expected}" in capsys.readouterr().out
+
+
+def test_a_frozen_model_is_called_so():
+    with pytest.raises(ConfigError, match=r"no parameter of the model has requires_grad.*model\.requires_grad_"):
+        trainer_of(model=nn.Linear(5, 2).requires_grad_(False)).fit()
+
+
+def test_a_schedule_may_be_a_class_with_its_options():
+    trainer = trainer_of(
+        optimizer="sgd",
+        lr=1.0,
+        scheduler=torch.optim.lr_scheduler.StepLR,
+        scheduler_options={"step_size": 1, "gamma": 0.5},
+        epochs=3,
+    )
+    trainer.fit()
+    assert [record["lr"] for record in trainer.history] == [1.0, 0.5, 0.25]
+    with pytest.raises(ConfigError, match=r"scheduler=StepLR with scheduler_options=\{\}: .*step_size"):
+        trainer_of(scheduler=torch.optim.lr_scheduler.StepLR).fit()
