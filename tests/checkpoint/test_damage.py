@@ -145,9 +145,10 @@ def test_a_script_archive_is_refused(tmp_path):
         checkpoint.load(tmp_path / "script.pt")
 
 
-def test_a_text_file_is_refused_in_words_of_our_own(tmp_path):
+@pytest.mark.parametrize("text", ["these are notes\n", "hello world\n", "# Notes\n"])
+def test_a_text_file_is_refused_in_words_of_our_own(tmp_path, text):
     path = tmp_path / "notes.pt"
-    path.write_text("these are notes\n")
+    path.write_text(text)
     with pytest.raises(CheckpointError, match="is no checkpoint of PyTorch; give a file that duoka") as caught:
         checkpoint.load(path)
     assert "weights_only" not in str(caught.value)

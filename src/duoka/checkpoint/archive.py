@@ -64,7 +64,7 @@ def read_archive(path: Path, map_location: str | torch.device) -> Any:
         raise CheckpointError(_refusal(path, str(error))) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged, or is no checkpoint of PyTorch: {first}") from error
+        raise CheckpointError(f"{_no_checkpoint(path)} ({first})") from error
 
 
 def verify_archive(path: Path) -> bool:
@@ -132,15 +132,17 @@ def _refuse_a_program(path: Path, names: list[str]) -> None:
 
 def _refusal(path: Path, said: str) -> str:
     if not (names := _code_named_in(path, said)):
-        return (
-            f"{path} is damaged, or is no checkpoint of PyTorch; give a file that duoka.save or torch.save has written"
-        )
+        return _no_checkpoint(path)
     return (
         f"{path} was not loaded: it names code to be run on loading ({', '.join(names)}), and a checkpoint needs only "
         "numbers, strings and tensors. If you trust whoever wrote it, convert it once, in a process of its own:\n"
         f'    state = torch.load("{path}", weights_only=False)\n'
         '    duoka.save(state, "converted.pt")  # a model, or a dict of state; for other objects, their state_dict()'
     )
+
+
+def _no_checkpoint(path: Path) -> str:
+    return f"{path} is damaged, or is no checkpoint of PyTorch; give a file that duoka.save or torch.save has written"
 
 
 def _code_named_in(path: Path, said: str) -> list[str]:
