@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from duoka.errors import CheckpointError, ConfigError, StorageError
-from duoka.trainer import Trainer
+from duoka.trainer import Callback, Trainer
 
 
 def loader(**options) -> DataLoader:
@@ -71,3 +71,71 @@ def test_a_schedule_may_be_a_class_with_its_options():
     assert [record["lr"] for record in trainer.history] == [1.0, 0.5, 0.25]
     with pytest.raises(ConfigError, match=r"scheduler=StepLR with scheduler_options=\{\}: .*step_size"):
         trainer_of(scheduler=torch.optim.lr_scheduler.StepLR).fit()
+
+
+class Named(nn.Linear):
+    """Has its loss as a method."""
+
+    def training_loss(self, batch):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"loss": nn.CrossEntropyLoss},
+            r"loss is the class CrossEntropyLoss itself; call it: loss=CrossEntropyLoss\(\)",
+        ),
+        ({"loss": 3}, "loss=3 cannot be called"),
+        ({"loss": "trainin_loss", "model": Named(5, 2)}, r"Named has none; did you mean training_loss\?"),
+        ({"predict": "forwrd"}, r"predict='forwrd'.*did you mean forward\?"),
+        ({"callbacks": print}, r"callbacks has <built-in function print>; give a list"),
+        ({"callbacks": [Callback]}, r"callbacks has the class Callback itself; call it"),
+        ({"model": nn.Linear}, r"model is the class Linear itself; call it: Linear\(\.\.\.\)"),
+    ],
+)
+def test_what_was_forgotten_is_said_in_the_constructor(options, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(**options)
+
+
+class Conditional(nn.Linear):
+    """Takes all of a batch, and returns no loss."""
+
+    def forward(self, features, target):  # noqa: ARG002
+        return super().forward(features)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": lambda output, target: nn.functional.cross_entropy(output, target).item()}, r"without \.item\(\)"),
+        ({"loss": None}, r"no loss was given, and the model does not return its own: its forward takes \(input\)"),
+        (
+            {"loss": None, "model": Conditional(5, 2)},
+            r"does not return its own: it returned a tensor of shape \(4, 2\)",
+        ),
+    ],
+)
+def test_a_loss_that_is_none_is_said_at_the_first_batch(options, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(**options).fit()
+
+
+def test_a_type_error_inside_a_model_with_its_own_loss_is_the_users_own():
+    class Broken(nn.Linear):
+        def forward(self, features, target):  # noqa: ARG002
+            return 1 + "one"
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        trainer_of(loss=None, model=Broken(5, 2)).fit()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_predictions_come_in_the_order_of_the_data_set_however_the_loader_shuffles(device):
+    trainer = trainer_of(device=device)
+    shuffled = loader(shuffle=True)
+    expected = trainer.model(shuffled.dataset.tensors[0])
+    assert torch.allclose(trainer.predict(shuffled), expected, atol=1e-6)
+    assert type(shuffled.sampler).__name__ == "RandomSampler"

@@ -6,6 +6,7 @@ DDP synchronises what goes through a module's ``forward``, so a loss that is a m
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch import nn
 
 from duoka.errors import ConfigError, DataError
 
-__all__ = ["Judged", "Objective", "model_output"]
+__all__ = ["Judged", "Objective", "check_calls", "model_output"]
 
 TARGETS = ("labels", "label", "targets", "target", "y")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,11 +59,6 @@ class Objective(nn.Module):
         self.target = target
         self.predict = predict
         self.autocast = (device_type, DTYPES[precision]) if precision in DTYPES else None
-        for option, name in (("loss", loss), ("predict", predict)):
-            if isinstance(name, str) and not callable(getattr(model, name, None)):
-                raise ConfigError(
-                    f"{option}={name!r} is to be a method of the model, and {type(model).__name__} has none"
-                )
 
     def forward(self, batch: Any) -> Loss:
         """Return the loss of ``batch``: its mean over the samples, or ``(sum, weight)``."""
@@ -74,7 +70,11 @@ class Objective(nn.Module):
     def _loss(self, batch: Any) -> Loss:
         loss = self.loss
         if loss is None:
-            return loss_of(model_output(self.model, batch))
+            output = _own_output(self.model, batch)
+            own = own_loss(output)
+            if own is None:
+                raise _no_own_loss(f"it returned {_in_words(output)}")
+            return own
         if isinstance(loss, str):
             return as_loss(getattr(self.model, loss)(batch))
         inputs, target = split_target(batch, self.target)
@@ -85,7 +85,7 @@ class Objective(nn.Module):
         with torch.autocast(*self.autocast) if self.autocast else contextlib.nullcontext():
             loss = self.loss
             if loss is None:
-                output = model_output(self.model, batch)
+                output = _own_output(self.model, batch)
                 return Judged(own_loss(output), self._predictions(batch, output), target_of(batch, self.target))
             if isinstance(loss, str):
                 own = as_loss(getattr(self.model, loss)(batch))
@@ -111,6 +111,65 @@ class Objective(nn.Module):
         if isinstance(self.predict, str):
             return getattr(self.model, self.predict)(batch)
         return self.predict(self.model, batch)
+
+
+def check_calls(model: nn.Module, loss: Any, predict: Any) -> None:
+    """Make sure that ``loss`` and ``predict`` are what can be called, as far as that shows before a batch is there.
+
+    Raises:
+        ConfigError: one is not; with what was meant.
+
+    """
+    for option, value in (("loss", loss), ("predict", predict)):
+        if isinstance(value, str) and not callable(getattr(model, value, None)):
+            methods = [name for name in dir(type(model)) if callable(getattr(type(model), name))]
+            close = difflib.get_close_matches(value, methods, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(
+                f"{option}={value!r} is to be a method of the model, and {type(model).__name__} has none{hint}"
+            )
+        if isinstance(value, type):
+            raise ConfigError(f"{option} is the class {value.__name__} itself; call it: {option}={value.__name__}()")
+        if value is not None and not isinstance(value, str) and not callable(value):
+            raise ConfigError(
+                f"{option}={value!r} cannot be called; give a function, a module, or the name of a method of the model"
+            )
+
+
+def _own_output(model: nn.Module, batch: Any) -> Any:
+    """Call a model that is to return its own loss with the whole batch."""
+    try:
+        return model_output(model, batch)
+    except TypeError as error:
+        if _takes(model, batch):
+            raise
+        names = ", ".join(inspect.signature(model.forward).parameters)
+        raise _no_own_loss(f"its forward takes ({names}), which is not all of a batch") from error
+
+
+def _takes(model: nn.Module, batch: Any) -> bool:
+    signature = inspect.signature(model.forward)
+    try:
+        if isinstance(batch, Mapping):
+            signature.bind(**batch)
+        else:
+            signature.bind(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    except TypeError:
+        return False
+    return True
+
+
+def _no_own_loss(why: str) -> ConfigError:
+    return ConfigError(
+        f"no loss was given, and the model does not return its own: {why}; give one: "
+        "Trainer(..., loss=torch.nn.functional.cross_entropy), or loss='name of a method of the model that takes a batch'"
+    )
+
+
+def _in_words(output: Any) -> str:
+    if isinstance(output, torch.Tensor):
+        return f"a tensor of shape {tuple(output.shape)}, where a loss is one number"
+    return f"a {type(output).__name__}, which carries no loss"
 
 
 def model_output(model: nn.Module, inputs: Any) -> Any:
@@ -214,6 +273,11 @@ def _is_pair(output: Any) -> bool:
 
 
 def _no_loss(output: Any) -> ConfigError:
+    if isinstance(output, numbers.Number):
+        return ConfigError(
+            f"the loss returned the number {output!r}, from which no gradient can be taken; return the tensor that it was "
+            "made from, without .item() or float()"
+        )
     if isinstance(output, torch.Tensor):
         return ConfigError(
             f"the loss has the shape {tuple(output.shape)} and has to be one number, the mean over the batch "

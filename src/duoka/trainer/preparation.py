@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from duoka.checkpoint import rng_state, set_rng_state
 from duoka.data import Part, ShardedLoader, shard, to_device
@@ -28,6 +30,7 @@ __all__ = [
     "prepared_objective",
     "seed_rank",
     "sharded",
+    "unshuffled",
     "unused_parameters",
 ]
 
@@ -131,6 +134,22 @@ def _empty(name: str, data: Any, merge: int) -> DataError:
         f"{name} has no batch: its {length} samples are fewer than batch_size={size}{devices}, and drop_last=True leaves an "
         "incomplete batch out; give drop_last=False or a smaller batch_size"
     )
+
+
+def unshuffled(data: Any) -> Any:
+    """Return ``data``, or in place of a shuffled ``DataLoader`` the same one in the order of its data set."""
+    batches = getattr(data, "batch_sampler", None)
+    if (
+        not isinstance(data, DataLoader)
+        or type(batches) is not BatchSampler
+        or type(batches.sampler) is not RandomSampler
+    ):
+        return data
+    ordered = copy.copy(data)
+    sampler = SequentialSampler(data.dataset)  # type: ignore[arg-type]
+    in_order = BatchSampler(sampler, batches.batch_size, batches.drop_last)
+    vars(ordered).update(sampler=sampler, batch_sampler=in_order)  # a loader lets nobody set them; this one is new
+    return ordered
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from duoka.trainer.config import TrainerConfig
 from duoka.trainer.evaluation import evaluate, predict
 from duoka.trainer.fit import Outcome, fit_on_rank
 from duoka.trainer.metrics import Metrics, Results
-from duoka.trainer.preparation import Job, MainOnly, prepared_objective, sharded
+from duoka.trainer.objective import check_calls
+from duoka.trainer.preparation import Job, MainOnly, prepared_objective, sharded, unshuffled
 from duoka.world import current_world
 
 __all__ = ["FitResult", "Trainer"]
@@ -82,11 +83,14 @@ class Trainer:
         config: TrainerConfig | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(model, type):
+            raise ConfigError(f"model is the class {model.__name__} itself; call it: {model.__name__}(...)")
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is a {type(model).__name__}; it has to be a torch.nn.Module")
         self.model: nn.Module = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
         self.config = TrainerConfig.of({**(_fields(config) if config is not None else {}), **options})
-        self.callbacks = tuple(callbacks)
+        check_calls(self.model, loss, self.config.predict)
+        self.callbacks = _checked(callbacks)
         self.train_data, self.eval_data, self.test_data = train_data, eval_data, test_data
         self.loss, self.metrics = loss, metrics
         self.history: list[dict[str, Any]] = []
@@ -140,12 +144,15 @@ class Trainer:
         return self._launch(_evaluate_on_rank, self._job(eval_data=data))  # type: ignore[no-any-return]
 
     def predict(self, data: Any) -> Any:
-        """Return the model's predictions for ``data`` on the CPU: in the order of the samples, each once.
+        """Return the model's predictions for ``data`` on the CPU: in the order of the data set, each sample once.
+
+        A ``DataLoader`` with ``shuffle=True`` is read in the order of its data set, too; one with a sampler of your own in
+        the sampler's order. What its ``drop_last`` leaves out is left out.
 
         Batches may hold a target, which is left out: a tuple that is longer than what the model's ``forward`` requires
         ends with one. ``Trainer(..., predict=...)`` says otherwise.
         """
-        return self._launch(_predict_on_rank, self._job(eval_data=data))
+        return self._launch(_predict_on_rank, self._job(eval_data=unshuffled(data)))
 
     def _job(self, **changes: Any) -> Job:
         job = Job(
@@ -187,6 +194,17 @@ def _predict_on_rank(job: Job) -> Any:
     strategy, _ = job.strategy(world)
     with contextlib.closing(sharded(job, "eval_data", strategy)) as data, prepared_objective(job, world) as objective:
         return predict(objective, data, world)
+
+
+def _checked(callbacks: Any) -> tuple[Callback, ...]:
+    """Return ``callbacks`` as a tuple, and say what is none."""
+    given = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    wrong = [one for one in given if not isinstance(one, Callback)]
+    if wrong or not isinstance(callbacks, Iterable):
+        one = (wrong or given)[0]
+        what = f"the class {one.__name__} itself; call it" if isinstance(one, type) else repr(one)
+        raise ConfigError(f"callbacks has {what}; give a list of duoka.Callback objects: callbacks=[MyCallback()]")
+    return given
 
 
 def _fields(config: TrainerConfig) -> dict[str, Any]:
