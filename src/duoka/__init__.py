@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from duoka.launcher import launch
     from duoka.mirror.wrapper import DataParallel
     from duoka.team import close_helpers
-    from duoka.trainer import Callback, Trainer
+    from duoka.trainer import Callback, Trainer, TrainerConfig
     from duoka.world import World, current_world
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "Callback",
     "DataParallel",
     "Trainer",
+    "TrainerConfig",
     "World",
     "checkpoint",
     "close_helpers",
@@ -38,6 +39,7 @@ _NAMES = {
     "Callback": "duoka.trainer",
     "DataParallel": "duoka.mirror",
     "Trainer": "duoka.trainer",
+    "TrainerConfig": "duoka.trainer",
     "World": "duoka.world",
     "close_helpers": "duoka.team",
     "current_world": "duoka.world",

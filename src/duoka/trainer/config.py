@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,76 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 BATCHES = ("per_device", "global")
 LR_SCALINGS = ("none", "linear", "sqrt")
 
+KINDS: tuple[tuple[str, tuple[type, ...], tuple[str, ...]], ...] = (
+    ("True or False", (bool,), ("use_multi_gpu", "sync_batchnorm", "compile", "verbose")),
+    ("True, False or None", (bool, NoneType), ("find_unused_parameters", "tensorboard")),
+    ("a name or None", (str, NoneType), ("monitor", "target")),
+    ("the path of a folder or None", (str, Path, NoneType), ("out_dir",)),
+    ("True, False, 'auto' or a path", (bool, str, Path), ("resume",)),
+    ("a dict of names and values", (Mapping,), ("ddp_options", "optimizer_options", "scheduler_options")),
+)
+"""What an option has to be, the types, and the options."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """How a model is trained. Every field is a keyword argument of ``Trainer``.
+
+    Options:
+        device: What to compute on, in the device grammar: ``"auto"``, ``"cuda"`` (all GPUs), ``"0,1"``, ``"cpu"``,
+            ``"cpu:2"``.
+        use_multi_gpu: Whether to use every device that ``device`` names; ``False`` takes the first one only. In a job
+            of several processes that torchrun or Slurm started, ``False`` is refused.
+        strategy: How devices are kept together: ``"auto"`` (DDP where there are several), ``"ddp"``, ``"single"``,
+            ``"dp"``.
+        sync_batchnorm: Whether batch norm takes its statistics over all devices (accelerators only) instead of its
+            own part. Where a global batch has fewer samples than there are devices, those without one take part with
+            a copy of a sample, which enters these statistics though not the loss: every device has to answer.
+        find_unused_parameters: Whether some parameters take no part in a step's loss; ``None`` finds out with one
+            trial step that leaves no trace. Give ``True`` where the unused parameters differ from step to step.
+        ddp_options: Passed to ``DistributedDataParallel`` as they are: ``static_graph``, ``bucket_cap_mb``, ...
+        compile: Whether ``torch.compile`` compiles the model together with its loss.
+        precision: Number format of forward and backward: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast, with loss
+            scaling).
+        epochs: How many times the training data are gone through.
+        max_steps: Stop after this many optimiser steps, if that is earlier.
+        batch: What the loader's batch size means: ``"per_device"`` (N devices take N batches a step) or ``"global"``
+            (one, split).
+        accumulate: How many global batches make one optimiser step.
+        optimizer: A name, a class, a function from parameters to an optimiser, or an optimiser of the model's own
+            parameters.
+        lr: Learning rate for one device's batch; ``None`` leaves the optimiser's own default.
+        weight_decay: Weight decay; ``None`` leaves the optimiser's own default.
+        optimizer_options: Further arguments of a named optimiser or optimiser class, such as ``{"momentum": 0.9}``.
+        lr_scaling: How ``lr`` grows with the number of devices: ``"none"``, ``"linear"`` or ``"sqrt"``.
+        scheduler: ``"cosine"``, ``"multistep"``, ``"onecycle"``, ``None``, a class, or a function from an optimiser
+            to a schedule. ``ReduceLROnPlateau`` watches what is monitored, else the evaluation's loss, without
+            ``eval_data`` the training loss.
+        scheduler_options: Further arguments of a named schedule or schedule class, such as ``{"milestones": [30, 40],
+            "gamma": 0.1}``.
+        scheduler_interval: When the schedule advances: every ``"step"`` or ``"epoch"``; ``None`` is a step for
+            onecycle, else an epoch.
+        warmup_epochs: Epochs, or a fraction of one, in which the learning rate rises linearly from 0 before the
+            schedule begins.
+        warmup_steps: The same in optimiser steps, for data of unknown length; give one of the two.
+        max_grad_norm: Largest norm of the gradient over all parameters and ranks; a longer one is shortened to it.
+        eval_step: Epochs from one evaluation to the next; the last epoch is always evaluated.
+        monitor: Name of the evaluation result that decides which weights are best; ``None`` keeps the last weights.
+        monitor_mode: Whether a lower (``"min"``) or higher (``"max"``) value is better; ``"auto"`` asks the metric,
+            then its name.
+        early_stop_patience: Stop after this many evaluations in a row without a better one; monitors ``"loss"`` if
+            nothing else is named.
+        target: Key of the target where batches are dicts; ``None`` looks for labels, label, targets, target, y.
+        predict: What predicts: the name of a method of the model that takes a batch, or a function ``(model,
+            batch)``.
+        seed: Decides the order of samples, random augmentation and, with the rank, the random masks.
+        out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing.
+        resume: ``True`` continues from ``out_dir``'s checkpoint, ``"auto"`` does so if there is one; or a
+            checkpoint's path.
+        checkpoint_every_steps: Also write a checkpoint after every so many optimiser steps, not only after each
+            epoch.
+        tensorboard: Whether ``out_dir`` gets TensorBoard events; ``None`` writes them where TensorBoard is installed.
+        verbose: Whether to print what is found and done.
 
     Raises:
         ConfigError: a value that an option cannot have.
@@ -35,99 +102,52 @@ class TrainerConfig:
     """
 
     device: Any = "auto"
-    """What to compute on, in the device grammar: ``"auto"``, ``"cuda"`` (all GPUs), ``"0,1"``, ``"cpu"``, ``"cpu:2"``."""
     use_multi_gpu: bool = True
-    """Whether to use every device that ``device`` names; ``False`` takes the first one only.
-
-    In a job of several processes that torchrun or Slurm started, ``False`` is refused.
-    """
     strategy: str = "auto"
-    """How devices are kept together: ``"auto"`` (DDP where there are several), ``"ddp"``, ``"single"``, ``"dp"``."""
     sync_batchnorm: bool = False
-    """Whether batch norm takes its statistics over all devices (accelerators only) instead of its own part.
-
-    Where a global batch has fewer samples than there are devices, those without one take part with a copy of a sample,
-    which enters these statistics though not the loss: every device has to answer.
-    """
     find_unused_parameters: bool | None = None
-    """Whether some parameters take no part in a step's loss; ``None`` finds out with one trial step that leaves no trace.
-
-    Give ``True`` where the unused parameters differ from step to step.
-    """
     ddp_options: Mapping[str, Any] = field(default_factory=dict)
-    """Passed to ``DistributedDataParallel`` as they are: ``static_graph``, ``bucket_cap_mb``, ..."""
     compile: bool = False
-    """Whether ``torch.compile`` compiles the model together with its loss."""
     precision: str = "fp32"
-    """Number format of forward and backward: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast, with loss scaling)."""
 
     epochs: int = 10
-    """How many times the training data are gone through."""
     max_steps: int | None = None
-    """Stop after this many optimiser steps, if that is earlier."""
     batch: str = "per_device"
-    """What the loader's batch size means: ``"per_device"`` (N devices take N batches a step) or ``"global"`` (one, split)."""
     accumulate: int = 1
-    """How many global batches make one optimiser step."""
 
     optimizer: Any = "adamw"
-    """A name, a class, a function from parameters to an optimiser, or an optimiser of the model's own parameters."""
     lr: float | None = None
-    """Learning rate for one device's batch; ``None`` leaves the optimiser's own default."""
     weight_decay: float | None = None
-    """Weight decay; ``None`` leaves the optimiser's own default."""
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of a named optimiser or optimiser class, such as ``{"momentum": 0.9}``."""
     lr_scaling: str = "none"
-    """How ``lr`` grows with the number of devices: ``"none"``, ``"linear"`` or ``"sqrt"``."""
     scheduler: Any = None
-    """``"cosine"``, ``"multistep"``, ``"onecycle"``, ``None``, or a function from an optimiser to a schedule.
-
-    ``ReduceLROnPlateau`` watches what is monitored, else the evaluation's loss, without ``eval_data`` the training loss.
-    """
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of a named schedule, such as ``{"milestones": [30, 40], "gamma": 0.1}``."""
     scheduler_interval: str | None = None
-    """When the schedule advances: every ``"step"`` or ``"epoch"``; ``None`` is a step for onecycle, else an epoch."""
     warmup_epochs: float = 0.0
-    """Epochs, or a fraction of one, in which the learning rate rises linearly from 0 before the schedule begins."""
     warmup_steps: int = 0
-    """The same in optimiser steps, for data of unknown length; give one of the two."""
     max_grad_norm: float | None = None
-    """Largest norm of the gradient over all parameters and ranks; a longer one is shortened to it."""
 
     eval_step: int = 1
-    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
     monitor: str | None = None
-    """Name of the evaluation result that decides which weights are best; ``None`` keeps the last weights."""
     monitor_mode: str = "auto"
-    """Whether a lower (``"min"``) or higher (``"max"``) value is better; ``"auto"`` asks the metric, then its name."""
     early_stop_patience: int | None = None
-    """Stop after this many evaluations in a row without a better one; monitors ``"loss"`` if nothing else is named."""
 
     target: str | None = None
-    """Key of the target where batches are dicts; ``None`` looks for labels, label, targets, target, y."""
     predict: Any = None
-    """What predicts: the name of a method of the model that takes a batch, or a function ``(model, batch)``."""
 
     seed: int = 0
-    """Decides the order of samples, random augmentation and, with the rank, the random masks."""
     out_dir: str | Path | None = None
-    """Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing."""
     resume: bool | str | Path = False
-    """``True`` continues from ``out_dir``'s checkpoint, ``"auto"`` does so if there is one; or a checkpoint's path."""
     checkpoint_every_steps: int | None = None
-    """Also write a checkpoint after every so many optimiser steps, not only after each epoch."""
     tensorboard: bool | None = None
-    """Whether ``out_dir`` gets TensorBoard events; ``None`` writes them where TensorBoard is installed."""
     verbose: bool = True
-    """Whether to print what is found and done."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, item.name, value.item())
+        self._check_kinds()
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
@@ -142,6 +162,12 @@ class TrainerConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(names)}"
                 raise ConfigError(f"Trainer has no option {option!r}; {hint}")
         return cls(**options)
+
+    def _check_kinds(self) -> None:
+        for words, kinds, names in KINDS:
+            for name in names:
+                if not isinstance(value := getattr(self, name), kinds):
+                    raise ConfigError(f"{name}={value!r} has to be {words}")
 
     def _check_choices(self) -> None:
         _one_of("strategy", self.strategy, STRATEGIES)

@@ -128,11 +128,11 @@ class _Fit:
 
     def run(self) -> Outcome:
         """Train until the end, early or not, and return the results."""
-        if self.weights_path is not None:
-            on_main(self.world, functools.partial(checkpoint.check_writable, self.weights_path))
         first_epoch = self._resume()
         self.judge.lose_patience(self.state)
         self.folder.start(self.config.plain(), self.state.history)
+        if self.weights_path is not None:
+            on_main(self.world, functools.partial(checkpoint.check_writable, self.weights_path))
         self._introduce()
         self.objective.train()
         self.callbacks.call("on_fit_start", self.state)

@@ -48,7 +48,8 @@ class Trainer:
         metrics: torchmetrics: one, a list, a dict of names and metrics, or a ``MetricCollection``.
         callbacks: called on rank 0.
         config: options put together before; options given by name take precedence.
-        options: the fields of ``TrainerConfig``: ``device``, ``epochs``, ``lr``, ``optimizer``, ``precision``, ...
+        options: the fields of ``TrainerConfig``: ``device``, ``epochs``, ``lr``, ``optimizer``, ``precision``, ...;
+            ``help(duoka.TrainerConfig)`` explains each.
 
     Raises:
         ConfigError: an option that does not exist (naming the one that was meant) or cannot have its value.
