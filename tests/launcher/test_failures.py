@@ -54,7 +54,15 @@ WAITS = [stay_in_collective, stay_in_sleep, stay_in_python]
 
 
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """All processes below this one, but for the one that Python's multiprocessing keeps once it has been used."""
+    return [child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in command(child)]
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def wait_until_gone(pids: list[int], limit_s: float = LIMIT_S) -> list[int]:
@@ -351,8 +359,8 @@ def launch_while_killing(draws: random.Random) -> tuple[errors.WorkerDied, float
         found = warm or children()
         if number < len(found):
             with contextlib.suppress(psutil.NoSuchProcess):
+                killed_at.append(time.monotonic())  # before: the report may be faster than this thread
                 found[number].kill()
-                killed_at.append(time.monotonic())
 
     killer = threading.Thread(target=kill_one)
     killer.start()

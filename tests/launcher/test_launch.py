@@ -21,7 +21,7 @@ from duoka import errors
 
 
 def helper_pids() -> set[int]:
-    return {child.pid for child in psutil.Process().children()}
+    return {child.pid for child in psutil.Process().children() if "duoka.team.helper" in " ".join(child.cmdline())}
 
 
 def place() -> tuple[int, int, int, int]:
