@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -48,6 +49,7 @@ class Helper:
         self.connection = Connection(ours)
         self.output_fd = reading
         self.death_fd = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else None
+        self._open_fds = [fd for fd in (self.output_fd, self.death_fd) if fd is not None]
         self._is_ready = False
 
     @property
@@ -112,9 +114,9 @@ class Helper:
     def forget(self) -> None:
         """Close the lines to it without a signal: in a forked child, which does not own it."""
         self.connection.close()
-        for fd in (self.output_fd, self.death_fd):
-            if fd is not None:
-                os.close(fd)
+        with contextlib.suppress(IndexError):  # taken one by one: two threads may close at once, and each number once
+            while True:
+                os.close(self._open_fds.pop())
 
 
 def _spawn(line: int, output: int) -> subprocess.Popen[bytes]:
