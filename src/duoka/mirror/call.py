@@ -16,6 +16,7 @@ from torch.autograd import Function, Variable
 
 from duoka.errors import UnsupportedError
 from duoka.mirror import ambient
+from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew
 from duoka.mirror.memory import Lease, Piece, lay_out, tensor_at
 from duoka.mirror.messages import Answered, Backward, Forward, Outputs, Packed
@@ -173,7 +174,8 @@ class Finish(Function):
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the helpers' gradients."""
-        parameters, inputs = ctx.call.fetch_gradients()
+        with CLOCK.moves():
+            parameters, inputs = ctx.call.fetch_gradients()
         gradients = [parameters.get(number) for number in ctx.call.parameter_numbers] + inputs
         for index, tensor in enumerate(ctx.hooked):
             if gradients[index] is not None and (held := tensor()) is not None and held._backward_hooks:
@@ -219,12 +221,13 @@ class Gather(Function):
                 "a backward with create_graph=True (double backward) cannot go through duoka.DataParallel: helpers return "
                 "gradients, not graphs. Compute this part of the loss on the wrapped model itself: model.module(x)"
             )
-        parts: list[list[torch.Tensor | None]] = [[None] * len(shapes) for shapes in ctx.shapes]
-        for joint, gradient in zip(ctx.joints, gradients, strict=True):
-            if gradient is not None:
-                for hole, piece in zip(joint.holes, _cut(gradient, joint, ctx.shapes, ctx.call.dim), strict=True):
-                    parts[hole.part][hole.number] = piece if ctx.graphs[hole.part][hole.number] else None
-        ctx.call.send_gradients(parts[1:])
+        with CLOCK.moves():
+            parts: list[list[torch.Tensor | None]] = [[None] * len(shapes) for shapes in ctx.shapes]
+            for joint, gradient in zip(ctx.joints, gradients, strict=True):
+                if gradient is not None:
+                    for hole, piece in zip(joint.holes, _cut(gradient, joint, ctx.shapes, ctx.call.dim), strict=True):
+                        parts[hole.part][hole.number] = piece if ctx.graphs[hole.part][hole.number] else None
+            ctx.call.send_gradients(parts[1:])
         return None, None, None, torch.zeros_like(ctx.like_token), *parts[0]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from duoka.mirror.ambient import Threads
+from duoka.mirror.clock import CLOCK
 from duoka.mirror.memory import Arena, Lease, Window
 from duoka.mirror.messages import Backward, Configure, Forget, Forward, Patch, Reseat
 from duoka.mirror.serve import serve
@@ -102,7 +103,7 @@ class Crew:
 
     def answer(self, index: int, ticket: int) -> tuple[Any, int | None]:
         """Wait for an answer and return it, and the file that came with it; raises what the helper raised, or WorkerDied."""
-        with self.lock:
+        with self.lock, CLOCK.waits():
             message = self._await((index, ticket))
         if message.kind.startswith("raised"):
             helper = self._talk().helpers[index]

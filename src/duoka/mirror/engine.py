@@ -13,6 +13,7 @@ from torch import nn
 
 from duoka.errors import LaunchError
 from duoka.mirror import nested
+from duoka.mirror.clock import CLOCK
 from duoka.mirror.call import Call, Gather, join_tensors
 from duoka.mirror.crew import Crew, crew_of
 from duoka.mirror.messages import Configure, Packed, Patch, Reseat
@@ -73,17 +74,19 @@ class Engine:
         sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
         if len(sizes) == 1:
             return _joined([nested.take_out(module(*args, **kwargs))], sizes, self._dim, None, None)
-        with torch.inference_mode(False), torch.no_grad():
-            weights = self._tell_changes(module)
-        call = Call(self.crew, self.number, weights, sizes, self._dim)
-        parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
-        self.crew.threads.share()
-        token = call.ask(parts[1:], arguments)
-        args, kwargs = nested.fill(arguments, parts[0])
+        with CLOCK.moves():
+            with torch.inference_mode(False), torch.no_grad():
+                weights = self._tell_changes(module)
+            call = Call(self.crew, self.number, weights, sizes, self._dim)
+            parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
+            self.crew.threads.share()
+            token = call.ask(parts[1:], arguments)
+            args, kwargs = nested.fill(arguments, parts[0])
         own = nested.take_out(module(*args, **kwargs))
-        others = call.outputs()
-        self._copies_all = self._copies_all or call.writes
-        return _joined([own, *others], sizes, self._dim, call, token)
+        with CLOCK.moves():
+            others = call.outputs()
+            self._copies_all = self._copies_all or call.writes
+            return _joined([own, *others], sizes, self._dim, call, token)
 
     def _tell_changes(self, module: nn.Module) -> Weights:
         self.crew.start()
