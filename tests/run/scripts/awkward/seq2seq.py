@@ -1,4 +1,4 @@
-# Encoder and decoder as two modules called token by token; the hidden state is (layers, batch, hidden).
+# Encoder and decoder as two modules called token by token; the hidden state is (layers, batch, hidden), the batch is dimension 1.
 import random
 
 import torch
