@@ -88,9 +88,11 @@ class TrainerConfig:
         predict: What predicts: the name of a method of the model that takes a batch, or a function ``(model,
             batch)``.
         seed: Decides the order of samples, random augmentation and, with the rank, the random masks.
-        out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing.
-        resume: ``True`` continues from ``out_dir``'s checkpoint, ``"auto"`` does so if there is one; or a
-            checkpoint's path.
+        out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing. A run that begins
+            anew in the folder of another removes the other's checkpoint and weights.
+        resume: ``True`` continues from ``out_dir``'s checkpoint, ``"auto"`` does so if there is one; or the path of
+            a checkpoint, or of the folder of a run that has one. Model, optimiser and schedule have to be those of
+            then; a checkpoint that is refused leaves ``out_dir`` as it was.
         checkpoint_every_steps: Also write a checkpoint after every so many optimiser steps, not only after each
             epoch.
         tensorboard: Whether ``out_dir`` gets TensorBoard events; ``None`` writes them where TensorBoard is installed.
