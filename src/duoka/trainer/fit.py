@@ -117,6 +117,7 @@ class _Fit:
         config, factor = self.config, learning_rate(self.config, self.strategy.replicas).factor
         optimizer = build_optimizer(config, self.objective, factor)
         schedule = build_schedule(config, optimizer, self.steps_per_epoch, factor)
+        self.objective.alone = self.strategy.name == "single" and config.accumulate == 1 and not config.compile
         scaler = torch.amp.GradScaler(self.world.device.type) if config.precision == "fp16" else None
         return Stepper(
             self.objective,
