@@ -13,8 +13,8 @@ from torch import nn
 
 from duoka.errors import LaunchError
 from duoka.mirror import nested
-from duoka.mirror.clock import CLOCK
 from duoka.mirror.call import Call, Gather, join_tensors
+from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew, crew_of
 from duoka.mirror.messages import Configure, Packed, Patch, Reseat
 from duoka.mirror.replica import pack_structure, pack_values
