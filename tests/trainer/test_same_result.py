@@ -284,3 +284,31 @@ def test_the_model_is_left_as_it_was_but_for_its_weights():
     assert list(model.state_dict()) == keys
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+class Annealed(nn.Module):
+    """A model whose loss depends on how often it was called, and which has a part that its loss never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layer, self.spare, self.calls = nn.Linear(6, 4), nn.Linear(1, 1), 0
+
+    def loss(self, batch):
+        self.calls += 1
+        return functional.cross_entropy(self.layer(batch[0]), batch[1]) * self.calls
+
+
+class NotCopied(Annealed):
+    def __deepcopy__(self, memo):
+        raise TypeError("holds a lock")
+
+
+@pytest.mark.parametrize("kind", [Annealed, NotCopied])
+@pytest.mark.filterwarnings("ignore:find_unused_parameters")
+def test_looking_for_unused_parameters_calls_nothing_of_the_users_model(kind):
+    loader = DataLoader(labelled(12), batch_size=4)
+    options = {"loss": "loss", "max_grad_norm": None, "weight_decay": None}
+    one, two = [fitted(kind(), loader, device, **options)[0] for device in ("cpu", "cpu:2")]
+    assert two.calls == one.calls == STEPS
+    assert relative_difference(two.layer, one.layer) < 1e-5

@@ -51,7 +51,8 @@ class TrainerConfig:
             own part. Where a global batch has fewer samples than there are devices, those without one take part with
             a copy of a sample, which enters these statistics though not the loss: every device has to answer.
         find_unused_parameters: Whether some parameters take no part in a step's loss; ``None`` finds out with one
-            trial step that leaves no trace. Give ``True`` where the unused parameters differ from step to step.
+            forward and backward of a copy of the model and loss before the first step, where there are several ranks.
+            Give ``True`` where the unused parameters differ from step to step, ``False`` to leave the trial out.
         ddp_options: Passed to ``DistributedDataParallel`` as they are: ``static_graph``, ``bucket_cap_mb``, ...
         compile: Whether ``torch.compile`` compiles the model together with its loss.
         precision: Number format of forward and backward: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast, with loss

@@ -226,8 +226,8 @@ class _Fit:
             unused = options.find_unused_parameters
             if unused is None and not options.ddp_options.get("static_graph"):
                 names = unused_parameters(objective, window[0].batch, self.world)
-                unused = bool(names)
-                self.teller.unused(names)
+                unused = names is None or bool(names)
+                self.teller.unused(names or [])
             self.strategy.options["find_unused_parameters"] = bool(unused)  # type: ignore[attr-defined]
         self.stepper.use(self.strategy.wrap(objective), objective, compiled=self.config.compile)
         if self.rank_rng is not None:

@@ -213,21 +213,22 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def unused_parameters(objective: Objective, batch: Any, world: World) -> list[str]:
+def unused_parameters(objective: Objective, batch: Any, world: World) -> list[str] | None:
     """Return the trained parameters that take no part in the loss of ``batch`` on some rank.
 
-    One forward and backward find out; buffers, gradients and random generators are as before afterwards.
+    One forward and backward of a copy find out, so that what modules count or keep is as before; so are random generators.
+    ``None`` where a module cannot be copied on some rank: then nothing is called.
     """
+    try:
+        trial = copy.deepcopy(objective)
+    except Exception:  # locks, open files, tensors with a graph: whatever a user's module holds
+        trial = None
+    if world.any(trial is None) or trial is None:
+        return None
     generators = rng_state()
-    buffers = [buffer.clone() for buffer in objective.buffers()]
-    trained = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
-    loss = objective(to_device(batch, world.device))
+    loss = trial(to_device(batch, world.device))
     (loss[0] if isinstance(loss, tuple) else loss).backward()
+    trained = ((name, parameter) for name, parameter in trial.named_parameters() if parameter.requires_grad)
     unused = [name for name, parameter in trained if parameter.grad is None]
-    for _, parameter in trained:
-        parameter.grad = None
-    with torch.no_grad():
-        for buffer, value in zip(objective.buffers(), buffers, strict=True):
-            buffer.copy_(value)
     set_rng_state(generators)
     return sorted({name for names in world.gather(unused) for name in names})
