@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := vision,track,dev
 
-.PHONY: demo test check install clean bench
+.PHONY: demo test test-all check install clean bench
 
 demo: $(VENV)/installed  ## train a small ResNet on real images, on every device of this machine
 	@$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
 
 test: $(VENV)/installed  ## the test-suite, as CI runs it
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed  ## the test-suite, and what is too much like it or too long for every time
+	$(BIN)/python -m pytest -m "extended or not extended"
 
 check: $(VENV)/installed  ## style, types, import order, documentation's code
 	$(BIN)/ruff check .

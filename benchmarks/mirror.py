@@ -1,4 +1,4 @@
-"""Time a step of ResNet-18 (64x64 images, 32 a device) on two CPU workers: one device, the limit, DDP, and duoka.
+"""Time a step of ResNet-18 (64x64 images, 32 a device) on two CPU workers: one device, the limit, DDP, and duoka's two ways.
 
 The limit is two processes that do the same work and never talk. All contestants are started first, then take turns of a few
 steps in one run on one machine, so that whatever else the machine does meets all of them alike; the ratios are medians over
@@ -17,11 +17,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 
 PER_DEVICE, SIZE, DEVICES, STEPS = 32, 64, 2, 1
+FIRST_STEPS = 6
+"""Not timed: `duoka run` computes its first four batches whole."""
 NAMES = {
     "one": "one device, one thread, the whole batch",
     "limit": "two processes without any communication",
     "ddp": "DistributedDataParallel by torchrun over gloo",
     "duoka": "duoka.DataParallel",
+    "run": "the script of one device under `duoka run`",
 }
 
 
@@ -39,7 +42,7 @@ def main() -> None:
 
 def compare(minutes: float) -> None:
     with Listener(family="AF_UNIX") as listener:
-        processes = [start(role, str(listener.address)) for role in ("one", "limit", "limit", "ddp", "duoka")]
+        processes = [start(role, str(listener.address)) for role in ("one", "limit", "limit", "ddp", "duoka", "run")]
         try:
             lines: dict[str, list[Connection]] = {role: [] for role in NAMES}
             for _ in range(len(processes) + DEVICES - 1):
@@ -53,10 +56,11 @@ def compare(minutes: float) -> None:
 
 
 def start(role: str, address: str) -> subprocess.Popen[bytes]:
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(DEVICES)] if role == "ddp" else []
-    )
-    command = [sys.executable, *torchrun, __file__, "--role", role, "--address", address]
+    launchers = {
+        "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(DEVICES)],
+        "run": ["-m", "duoka", "run", "--device", f"cpu:{DEVICES}"],
+    }
+    command = [sys.executable, *launchers.get(role, []), __file__, "--role", role, "--address", address]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
@@ -91,18 +95,20 @@ def show(times: dict[str, list[float]]) -> None:
         print(
             f"{NAMES[role]:46} {middle * 1e3:6.0f} ms {min(values) * 1e3:6.0f} ms {low * 1e3:7.0f}-{high * 1e3:.0f} ms"
         )
-    for role in ("ddp", "limit", "one"):
-        ratios = [own / other for own, other in zip(times["duoka"], times[role], strict=True)]
-        quiet, fastest = lows["duoka"] / lows[role], min(times["duoka"]) / min(times[role])
-        print(
-            f"duoka / {role}: {statistics.median(ratios):.3f} (median of rounds), {quiet:.3f} (lower quartiles), "
-            f"{fastest:.3f} (fastest of each)"
-        )
+    for ours in ("duoka", "run"):
+        for role in ("ddp", "limit", "one"):
+            ratios = [own / other for own, other in zip(times[ours], times[role], strict=True)]
+            quiet, fastest = lows[ours] / lows[role], min(times[ours]) / min(times[role])
+            print(
+                f"{ours} / {role}: {statistics.median(ratios):.3f} (median of rounds), {quiet:.3f} (lower quartiles), "
+                f"{fastest:.3f} (fastest of each)"
+            )
 
 
 def contest(role: str, address: str) -> None:
     step = make_step(role)
-    step()
+    for _ in range(FIRST_STEPS):
+        step()
     with Client(address) as line:
         line.send(role)
         while True:
@@ -124,7 +130,7 @@ def make_step(role: str) -> Callable[[], None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.resnet18(num_classes=10)
-    batch = PER_DEVICE * (DEVICES if role in ("one", "duoka") else 1)
+    batch = PER_DEVICE * (DEVICES if role in ("one", "duoka", "run") else 1)
     images, labels = torch.randn(batch, 3, SIZE, SIZE), torch.randint(10, (batch,))
     if role == "ddp":
         torch.distributed.init_process_group("gloo")

@@ -1,6 +1,6 @@
 """Runs scripts in fresh forks of one process that has imported torch: plain, as Python does, or under ``duoka run``.
 
-It reads a line of JSON a job from standard input and answers each with the exit status.
+It reads a line of JSON a pair of jobs from standard input, runs both at once, and answers with their exit statuses.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ def run_job(job: dict) -> int:
 
 def main() -> int:
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            nowhere = os.open(os.devnull, os.O_RDONLY)
-            os.dup2(nowhere, 0)
-            return run_job(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        children = []
+        for job in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                nowhere = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(nowhere, 0)
+                return run_job(job)
+            children.append(child)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        os.write(1, f"{json.dumps(statuses)}\n".encode())
     return 0
 
 
