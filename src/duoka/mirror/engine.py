@@ -18,7 +18,7 @@ from duoka.mirror.crew import Crew, crew_of
 from duoka.mirror.messages import Configure, Packed, Patch, Reseat
 from duoka.mirror.replica import pack_structure, pack_values
 from duoka.mirror.structure import Structure
-from duoka.mirror.weights import Weights
+from duoka.mirror.transport import Weights
 from duoka.team.payload import Payload
 
 __all__ = ["Engine"]
@@ -73,14 +73,20 @@ class Engine:
         sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
         if len(sizes) == 1:
             return _joined([nested.take_out(module(*args, **kwargs))], sizes, self._dim, None, None)
+        trains = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.no_grad():
             weights = self._tell_changes(module)
+            weights.bring(self._buffers(), trains=trains)
         call = Call(self.crew, self.number, weights, sizes, self._dim)
         parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
         self.crew.threads.share()
-        token = call.ask(parts[1:], arguments)
-        args, kwargs = nested.fill(arguments, parts[0])
-        own = nested.take_out(module(*args, **kwargs))
+        try:
+            token = call.ask(parts[1:], arguments)
+            args, kwargs = nested.fill(arguments, [tensor.to(self.crew.devices[0]) for tensor in parts[0]])
+            own = nested.take_out(module(*args, **kwargs))
+        except Exception:
+            call.abandon()
+            raise
         others = call.outputs()
         self._copies_all = self._copies_all or call.writes
         return _joined([own, *others], sizes, self._dim, call, token)
@@ -99,15 +105,18 @@ class Engine:
                 return self._tell_all(module)
             places = weights.parameter_places
             self.crew.tell(Reseat(self.number, {index: places[index] for index in moved}))
-        weights.copy(structure.buffers())
         return weights
+
+    def _buffers(self) -> list[torch.Tensor | None]:
+        assert self._structure is not None
+        return self._structure.buffers()
 
     def _tell_all(self, module: nn.Module) -> Weights:
         structure = Structure(module)
         buffers = structure.buffers()
-        arenas = self.crew.weights, self.crew.traffic
-        weights = Weights(structure.parameters, buffers, *arenas, copies_all=self._copies_all)
-        weights.copy(buffers)
+        weights = self.crew.transport.weights(
+            self.crew, self.number, structure.parameters, buffers, copies_all=self._copies_all
+        )
         payload = _packed(module, _tensors(structure))
         try:
             self.crew.tell(
@@ -116,6 +125,7 @@ class Engine:
                     Packed(payload.data, payload.sizes),
                     weights.parameter_places,
                     weights.buffer_places,
+                    weights.bucket_sizes,
                     list(sys.path),
                 ),
                 payload.fd,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from duoka.devices import resolve
-from duoka.errors import ConfigError, UnsupportedError
+from duoka.errors import ConfigError
 from duoka.mirror.engine import Engine
 
 __all__ = ["DataParallel"]
@@ -68,10 +68,6 @@ class DataParallel(nn.DataParallel[nn.Module]):
         if device_ids is not None and devices != "auto":
             raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
         chosen = resolve(devices if device_ids is None else list(device_ids)).devices
-        if len(chosen) > 1 and chosen[0].type != "cpu":
-            raise UnsupportedError(
-                f"duoka.DataParallel cannot use {len(chosen)} accelerators yet; use one, CPU workers, or duoka.launch"
-            )
         self.module = module
         self.dim = dim
         self.device_ids = [index if one.type == "cpu" else one.index for index, one in enumerate(chosen)]
