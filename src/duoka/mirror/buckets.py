@@ -93,7 +93,7 @@ class Checksum:
     def __call__(self, base: torch.Tensor) -> torch.Tensor:
         """Return the number, ``()``."""
         total = torch.zeros((), dtype=torch.int64, device=base.device)
-        for part in base.view(torch.int32).split(_HASHED_AT_ONCE):
+        for part in torch.split(base.view(torch.int32), _HASHED_AT_ONCE):
             total = total * 1_000_003 + (part * self._factors[: len(part)]).sum(dtype=torch.int64)
         return total
 

@@ -103,7 +103,7 @@ class Call:
 
     def abandon(self) -> None:
         """The user's own part has failed: fetch what others bring, where it would be in the way of what comes next."""
-        if self._crew.transport.drains and self._generation == self._crew.generation:
+        if self._crew.transport.sends and self._generation == self._crew.generation:
             with contextlib.suppress(Exception):
                 self.outputs()
 

@@ -17,6 +17,7 @@ from duoka.mirror.call import Call, Gather, join_tensors
 from duoka.mirror.crew import Crew, crew_of
 from duoka.mirror.messages import Configure, Packed, Patch, Reseat
 from duoka.mirror.replica import pack_structure, pack_values
+from duoka.mirror.stepping import StepHook
 from duoka.mirror.structure import Structure
 from duoka.mirror.transport import Weights
 from duoka.team.payload import Payload
@@ -38,9 +39,13 @@ class Engine:
         self._copies_all = False
         self._structure: Structure | None = None
         self._weights: Weights | None = None
+        self._steps: StepHook | None = StepHook(self._begin_early) if self.crew.transport.sends else None
+        self._failed: Exception | None = None
 
     def close(self) -> None:
         """Give the helpers back, if no other model uses them."""
+        if self._steps is not None:
+            self._steps.remove()
         self.crew.leave(self.number)
 
     def close_later(self) -> None:
@@ -68,7 +73,23 @@ class Engine:
                 self.crew.threads.give_back()
                 self.crew.in_forward = False
 
+    def _begin_early(self) -> None:
+        """An optimiser of the model's parameters has stepped: send them while the user's program does other things."""
+        if self._weights is None or not self.crew.is_ours or not self.crew.lock.acquire(blocking=False):
+            return
+        try:
+            if not self.crew.in_forward and self._generation == self.crew.generation:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._weights.begin_early()
+        except Exception as error:
+            self._failed = error  # the step itself was taken: the next forward says so
+        finally:
+            self.crew.lock.release()
+
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (failed := self._failed) is not None:
+            self._failed = None
+            raise failed
         tensors, arguments = nested.take_out((args, kwargs))
         sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
         if len(sizes) == 1:
@@ -86,8 +107,13 @@ class Engine:
             own = nested.take_out(module(*args, **kwargs))
         except Exception:
             call.abandon()
+            weights.distrust()
             raise
-        others = call.outputs()
+        try:
+            others = call.outputs()
+        except Exception:
+            weights.distrust()
+            raise
         self._copies_all = self._copies_all or call.writes
         return _joined([own, *others], sizes, self._dim, call, token)
 
@@ -133,6 +159,8 @@ class Engine:
         finally:
             payload.close()
         self._structure, self._weights, self._generation = structure, weights, self.crew.generation
+        if self._steps is not None:
+            self._steps.watch(structure.parameters)
         return weights
 
     def _tell_values(self, changes: dict[int, dict[str, Any]], structure: Structure) -> bool:

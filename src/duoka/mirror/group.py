@@ -44,6 +44,10 @@ class Pending:
     def __init__(self, work: Any, timeout: datetime.timedelta | None, target: torch.Tensor, host: torch.Tensor) -> None:
         self._work, self._timeout, self._target, self._host = work, timeout, target, host
 
+    def is_done(self) -> bool:
+        """Whether it has arrived or gone; asks, and waits for nothing."""
+        return bool(self._work.is_completed())
+
     def wait(self) -> None:
         """Let what comes after see it: NCCL makes the device's stream wait, gloo this thread."""
         if self._timeout is None:
@@ -106,15 +110,15 @@ class Group:
 
     def _gloo(self, store: Any) -> Any:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(interface=_LOOPBACK)]  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(interface=_LOOPBACK)]
         options._timeout = _RENDEZVOUS
-        return dist.ProcessGroupGloo(store, self.rank, self.size, options)  # type: ignore[attr-defined]
+        return dist.ProcessGroupGloo(store, self.rank, self.size, options)
 
     def _nccl(self, store: Any) -> Any:
-        options = dist.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
+        options = dist.ProcessGroupNCCL.Options()
         options._timeout = _FOREVER
         with _environment(_ENVIRONMENT):
-            group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)  # type: ignore[attr-defined]
+            group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
             group.eager_connect_single_device(self._device)  # so that everything is one communicator's, in one order
         return group
 

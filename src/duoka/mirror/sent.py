@@ -3,12 +3,16 @@
 A bucket with a parameter that is being trained, or with buffers, is sent before each forward that keeps a graph: it has nearly
 always changed, and to find out would make this process wait for the device. Any other bucket, and all of them in a forward
 without a graph, are sent if a version counter or an address has moved; if none has, the content's checksum on the device
-decides, because edits through ``.data`` move neither. To read that is the one time that this process waits for its device.
+decides, because edits through ``.data`` move neither.
+
+What is trained is sent early too, when an optimiser has stepped, while the user's program does other things. If all of it
+has gone when the next forward begins, the device has nothing else to do, so the checksum is asked for then as well, and only
+what was edited meanwhile is sent again. If not, it was of no use, and is tried less and less often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from duoka.mirror.crew import Crew
 
 __all__ = ["SentWeights"]
+
+_LONGEST_PAUSE = 1023
+"""Steps after which sending early is tried again at the latest, where it has not been of use."""
 
 
 class SentWeights:
@@ -60,6 +67,8 @@ class SentWeights:
         self._known: list[torch.Tensor | None] = [None] * len(self._buckets)
         self._checksum: Checksum | None = None
         self._under_way: list[Pending] = []
+        self._early: dict[int, Pending] = {}
+        self._pause, self._waits = 0, 0
         self._measure()
 
     @property
@@ -91,21 +100,58 @@ class SentWeights:
     def bring(self, buffers: Sequence[torch.Tensor | None], *, trains: bool) -> None:
         """Send what may have changed."""
         tensors = [*self.parameters, *_filled(buffers)]
-        marks = [[_mark(tensors[n]) for n in bucket.pieces] for bucket in self._buckets]
-        live = [trains and self._is_live(bucket) for bucket in self._buckets]
-        moved = {n for n, known in enumerate(self._known) if live[n] or known is None or marks[n] != self._marks[n]}
+        marks = self._look(tensors)
+        early = self._take_early()
+        live = self._live - early if trains else set()
+        moved = {n for n, known in enumerate(self._known) if n in live or known is None or marks[n] != self._marks[n]}
         moved |= self._edited([n for n in range(len(marks)) if n not in moved], tensors)
-        stale = tuple(n for n in sorted(moved) if self._buckets[n].nbytes)
-        if not stale:
+        self._under_way = list(self._send(sorted(moved), tensors, live).values())
+
+    def distrust(self) -> None:
+        """A call has failed: nobody knows what the model has written to its copies by then."""
+        self._known = [None] * len(self._buckets)
+
+    def begin_early(self) -> None:
+        """An optimiser has stepped: send what it has changed, if that was of use the last time."""
+        if self._pause > 0 or not self.fit(range(len(self.parameters))):
+            self._pause -= 1
             return
-        self._crew.tell(Refresh(self._model, stale))
-        self._under_way = []
+        marks = self._look(self.parameters)
+        stepped = [n for n in self._trained if marks[n] != self._marks[n]]
+        self._early.update(self._send(stepped, self.parameters, ()))
+
+    def _take_early(self) -> set[int]:
+        """Return the buckets of which all that was sent early has gone."""
+        early, self._early = self._early, {}
+        if not early:
+            return set()
+        if all(pending.is_done() for pending in early.values()):
+            self._waits = 0
+            return set(early)
+        self._waits = min(2 * self._waits + 1, _LONGEST_PAUSE)
+        self._pause = self._waits
+        return set()
+
+    def _look(self, tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
+        """Return what moves with most changes, of the given tensors in each bucket."""
+        return [[_mark(tensors[n]) for n in bucket.pieces if n < len(tensors)] for bucket in self._buckets]
+
+    def _send(
+        self, numbers: Sequence[int], tensors: Sequence[torch.Tensor], unwatched: Collection[int]
+    ) -> dict[int, Pending]:
+        """Send these buckets, and remember what they hold, unless that will not be asked."""
+        stale = [n for n in numbers if self._buckets[n].nbytes]
+        if not stale:
+            return {}
+        under_way = {}
+        self._crew.tell(Refresh(self._model, tuple(stale)))
         with self._crew.all_or_none():
             for n in stale:
                 base = pack(self._buckets[n], tensors, self._device)
-                self._under_way.append(self._group.broadcast(base))
-                self._marks[n] = marks[n]
-                self._known[n] = None if live[n] else self._sum(base)
+                under_way[n] = self._group.broadcast(base)
+                self._marks[n] = [_mark(tensors[index]) for index in self._buckets[n].pieces]
+                self._known[n] = None if n in unwatched else self._sum(base)
+        return under_way
 
     def _edited(self, numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> set[int]:
         """Return those whose content is another than what was sent."""
@@ -121,12 +167,12 @@ class SentWeights:
             self._checksum = Checksum(self._device)
         return self._checksum(base)
 
-    def _is_live(self, bucket: Bucket) -> bool:
-        count = len(self.parameters)
-        return any(n >= count or self._wants[n] for n in bucket.pieces)
-
     def _measure(self) -> None:
         self._wants = [parameter.requires_grad for parameter in self.parameters]
+        count = len(self.parameters)
+        wanted = {n for n in range(count) if self._wants[n]}
+        self._trained = [b for b, bucket in enumerate(self._buckets) if wanted & bucket.pieces.keys()]
+        self._live = {b for b, bucket in enumerate(self._buckets) if b in self._trained or max(bucket.pieces) >= count}
         self.plan = gradient_buckets(self.parameters)
 
     def _check_devices(self) -> None:

@@ -29,7 +29,7 @@ _CPU = torch.device("cpu")
 class SharingOwner:
     """What the user's process shares with the helpers of one crew."""
 
-    drains = False
+    sends = False
     folder = None
 
     def __init__(self, devices: Sequence[torch.device], weights: Arena) -> None:

@@ -82,6 +82,12 @@ class Weights(Protocol):
     def bring(self, buffers: Sequence[torch.Tensor | None], *, trains: bool) -> None:
         """Let helpers have the values as they are now."""
 
+    def begin_early(self) -> None:
+        """Begin with that, because an optimiser has stepped."""
+
+    def distrust(self) -> None:
+        """A call has failed half-way: helpers' copies may be anything."""
+
 
 class Exchange(Protocol):
     """One backward under way on the helpers."""
@@ -96,10 +102,12 @@ class Exchange(Protocol):
 class OwnerSide(Protocol):
     """A transport in the user's process, for one crew."""
 
-    drains: bool
-    """Whether what a helper has been asked must be fetched before anything else is asked."""
-    folder: str | None
-    """A private folder of this crew's, to be removed by helpers should the owner be killed."""
+    sends: bool
+    """Whether tensors are sent: then what was asked must be fetched before anything else is asked."""
+
+    @property
+    def folder(self) -> str | None:
+        """A private folder of this crew's, to be removed by helpers should the owner be killed."""
 
     def posts(self, threads: int) -> list[Post]:
         """Prepare to meet the helpers, and return what each is given."""
@@ -145,7 +153,7 @@ class OwnerSide(Protocol):
 class Task(Protocol):
     """One backward in a helper: what it begins with, and where its gradients go."""
 
-    given: Sequence[torch.Tensor]
+    given: list[torch.Tensor]
     taken: set[int]
     """Parameters whose gradient was taken."""
     apart: dict[int, torch.Tensor]

@@ -80,6 +80,12 @@ class SharedWeights:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
+    def begin_early(self) -> None:
+        """Do nothing: what an optimiser has changed is there."""
+
+    def distrust(self) -> None:
+        """Do nothing: what a helper writes stays in the helper."""
+
     def _seat(self, parameter: nn.Parameter) -> _Seat:
         if parameter.device.type != "cpu":
             raise DeviceError(
