@@ -35,6 +35,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "run": Command("duoka.cli.run", "run an unchanged script or notebook on every device"),
     "train": Command("duoka.cli.train", "train a recipe on every device"),
     "eval": Command("duoka.cli.evaluate", "evaluate a finished run"),
     "predict": Command("duoka.cli.predict", "predict with a finished run"),
@@ -64,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
-    """Return whether ``--debug`` is among the words, and the words without it; what follows ``--`` is not ours."""
-    end = words.index("--") if "--" in words else len(words)
+    """Return whether ``--debug`` is among our words, and the words without it; what follows ``run`` or ``--`` is not ours."""
+    end = next((index for index, word in enumerate(words) if word == "--" or words[:index] == ["run"]), len(words))
     ours = [word for word in words[:end] if word != "--debug"]
     return len(ours) < end, ours + words[end:]
 

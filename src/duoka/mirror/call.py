@@ -8,6 +8,7 @@ gradient at once, and ``Finish`` fetches what has become of it when this process
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch.autograd import Function, Variable
 
 from duoka.errors import UnsupportedError
 from duoka.mirror import ambient
+from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew
 from duoka.mirror.memory import Lease, Piece, lay_out, tensor_at
 from duoka.mirror.messages import Forward, Outputs, Packed
@@ -45,7 +47,7 @@ class Call:
         self.parameter_numbers = [n for n, parameter in enumerate(weights.parameters) if parameter.requires_grad]
         self._inputs: list[list[tuple[Piece, bool]]] = []
         self._leases: list[Lease] = []
-        self._is_spent = False
+        self._is_fetched = self._is_spent = False
         self._exchange: Exchange | None = None
 
     def ask(self, parts: Sequence[Sequence[torch.Tensor]], arguments: Any) -> torch.Tensor | None:
@@ -88,7 +90,8 @@ class Call:
 
     def outputs(self) -> list[tuple[list[torch.Tensor], Any]]:
         """Return each helper's tensors, in its own memory or sent here, and its value with holes for them."""
-        values = []
+        self._is_fetched = True
+        values: list[tuple[list[torch.Tensor], Packed, int | None]] = []
         answers, failed = self._crew.await_all([(index, self._ticket) for index in range(len(self._leases))])
         for index, (answer, fd) in answers.items():
             assert isinstance(answer, Outputs)
@@ -98,12 +101,15 @@ class Call:
             self.has_graph.append([has_graph for _, has_graph in answer.tensors])
             values.append((tensors, answer.value, fd))
         if failed is not None:
+            for _, _, fd in values:
+                if fd is not None:
+                    os.close(fd)
             raise failed
         return [(tensors, unpack(value, fd, self._crew.devices[0])) for tensors, value, fd in values]
 
     def abandon(self) -> None:
         """The user's own part has failed: fetch what others bring, where it would be in the way of what comes next."""
-        if self._crew.transport.sends and self._generation == self._crew.generation:
+        if not self._is_fetched and self._crew.transport.sends and self._generation == self._crew.generation:
             with contextlib.suppress(Exception):
                 self.outputs()
 
@@ -156,7 +162,8 @@ class Finish(Function):
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the helpers' gradients."""
-        parameters, inputs = ctx.call.fetch_gradients()
+        with CLOCK.moves():
+            parameters, inputs = ctx.call.fetch_gradients()
         gradients = [parameters.get(number) for number in ctx.call.parameter_numbers] + inputs
         for index, tensor in enumerate(ctx.hooked):
             if gradients[index] is not None and gradients[index].device != ctx.devices[index]:
@@ -204,12 +211,13 @@ class Gather(Function):
                 "a backward with create_graph=True (double backward) cannot go through duoka.DataParallel: helpers return "
                 "gradients, not graphs. Compute this part of the loss on the wrapped model itself: model.module(x)"
             )
-        parts: list[list[torch.Tensor | None]] = [[None] * len(shapes) for shapes in ctx.shapes]
-        for joint, gradient in zip(ctx.joints, gradients, strict=True):
-            if gradient is not None:
-                for hole, piece in zip(joint.holes, _cut(gradient, joint, ctx.shapes, ctx.call.dim), strict=True):
-                    parts[hole.part][hole.number] = piece if ctx.graphs[hole.part][hole.number] else None
-        ctx.call.send_gradients(parts[1:])
+        with CLOCK.moves():
+            parts: list[list[torch.Tensor | None]] = [[None] * len(shapes) for shapes in ctx.shapes]
+            for joint, gradient in zip(ctx.joints, gradients, strict=True):
+                if gradient is not None:
+                    for hole, piece in zip(joint.holes, _cut(gradient, joint, ctx.shapes, ctx.call.dim), strict=True):
+                        parts[hole.part][hole.number] = piece if ctx.graphs[hole.part][hole.number] else None
+            ctx.call.send_gradients(parts[1:])
         return None, None, None, torch.zeros_like(ctx.like_token), *parts[0]
 
 

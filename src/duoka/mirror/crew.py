@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from duoka.mirror.ambient import Threads
+from duoka.mirror.clock import CLOCK
 from duoka.mirror.memory import Arena, Lease
 from duoka.mirror.messages import Backward, Configure, Forget, Forward, Patch, Refresh, Reseat
 from duoka.mirror.sending import SendingOwner
@@ -117,6 +118,9 @@ class Crew:
         """Wait for all answers and return each and the file that came with it; raises what a helper raised, or WorkerDied."""
         answers, failed = self.await_all(asked)
         if failed is not None:
+            for _, fd in answers.values():
+                if fd is not None:
+                    os.close(fd)
             raise failed
         return list(answers.values())
 
@@ -124,7 +128,7 @@ class Crew:
         self, asked: Sequence[tuple[int, int]]
     ) -> tuple[dict[int, tuple[Any, int | None]], BaseException | None]:
         """Wait for all answers; return them by helper, and the first failure; raises WorkerDied."""
-        with self.lock:
+        with self.lock, CLOCK.waits():
             messages = [(index, self._await((index, ticket))) for index, ticket in asked]
         answers: dict[int, tuple[Any, int | None]] = {}
         failed: BaseException | None = None

@@ -14,6 +14,7 @@ from torch import nn
 from duoka.errors import LaunchError
 from duoka.mirror import nested
 from duoka.mirror.call import Call, Gather, join_tensors
+from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew, crew_of
 from duoka.mirror.messages import Configure, Packed, Patch, Reseat
 from duoka.mirror.replica import pack_structure, pack_values
@@ -93,29 +94,34 @@ class Engine:
         tensors, arguments = nested.take_out((args, kwargs))
         sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
         if len(sizes) == 1:
+            args, kwargs = nested.fill(arguments, self._here(tensors))
             return _joined([nested.take_out(module(*args, **kwargs))], sizes, self._dim, None, None)
-        trains = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.no_grad():
-            weights = self._tell_changes(module)
-            weights.bring(self._buffers(), trains=trains)
-        call = Call(self.crew, self.number, weights, sizes, self._dim)
-        parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
-        self.crew.threads.share()
+        with CLOCK.moves():
+            trains = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.no_grad():
+                weights = self._tell_changes(module)
+                weights.bring(self._buffers(), trains=trains)
+            call = Call(self.crew, self.number, weights, sizes, self._dim)
+            parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
+            self.crew.threads.share()
         try:
-            token = call.ask(parts[1:], arguments)
-            args, kwargs = nested.fill(arguments, [tensor.to(self.crew.devices[0]) for tensor in parts[0]])
+            with CLOCK.moves():
+                token = call.ask(parts[1:], arguments)
+                args, kwargs = nested.fill(arguments, self._here(parts[0]))
             own = nested.take_out(module(*args, **kwargs))
+            with CLOCK.moves():
+                others = call.outputs()
         except Exception:
             call.abandon()
             weights.distrust()
             raise
-        try:
-            others = call.outputs()
-        except Exception:
-            weights.distrust()
-            raise
-        self._copies_all = self._copies_all or call.writes
-        return _joined([own, *others], sizes, self._dim, call, token)
+        with CLOCK.moves():
+            self._copies_all = self._copies_all or call.writes
+            return _joined([own, *others], sizes, self._dim, call, token)
+
+    def _here(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors on the first device, to which ``torch.nn.DataParallel`` brings them too."""
+        return [tensor.to(self.crew.devices[0], non_blocking=True) for tensor in tensors]
 
     def _tell_changes(self, module: nn.Module) -> Weights:
         self.crew.start()

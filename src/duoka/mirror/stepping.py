@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,14 +14,14 @@ __all__ = ["StepHook"]
 
 
 class StepHook:
-    """Calls a function after each step of an optimiser that owns one of the parameters.
+    """Calls a method after each step of an optimiser that owns one of the parameters, for as long as its object exists.
 
     Which optimisers there will be nobody knows beforehand, so torch's hook for all of them is used. Any other optimiser costs a
     look at its list of parameters.
     """
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
+    def __init__(self, method: Callable[[], None]) -> None:
+        self._method = weakref.WeakMethod(method)
         self._parameters: frozenset[int] = frozenset()
         self._handle: Any = None
 
@@ -39,5 +40,9 @@ class StepHook:
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if any(id(parameter) in self._parameters for group in optimizer.param_groups for parameter in group["params"]):
-            self._function()
+        if (method := self._method()) is None:
+            self.remove()
+        elif any(
+            id(parameter) in self._parameters for group in optimizer.param_groups for parameter in group["params"]
+        ):
+            method()

@@ -1,0 +1,94 @@
+"""A notebook run from its first cell to its last, in a kernel of its own, its outputs saved beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from duoka.errors import ConfigError
+
+__all__ = ["begin", "end", "run_notebook"]
+
+_session: Any = None
+
+
+def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[int, Path, str]:
+    """Execute a notebook with its models shared out.
+
+    Args:
+        path: the ``.ipynb`` file; it is not changed.
+        spec: the devices, in the device grammar.
+        scale_batch: whether training loaders get batches as many times as large.
+
+    Returns:
+        The exit status (1 where a cell raised), the file with the outputs, and the account of the run.
+
+    Raises:
+        ConfigError: there is no such notebook, or nbclient is not installed.
+
+    """
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError, DeadKernelError
+    except ImportError as error:
+        raise ConfigError(f"running a notebook needs {error.name}: pip install 'duoka[notebook]'") from error
+    book = _read(path, nbformat)
+    target = path.with_name(f"{path.stem}.out.ipynb")
+    client = NotebookClient(book, timeout=None, resources={"metadata": {"path": str(path.resolve().parent)}})
+    status, report = 0, ""
+    with client.setup_kernel():
+        try:
+            _hidden(client, nbformat, f"from duoka.script import notebook as _duoka; _duoka.begin({spec!r}, {scale_batch!r})")
+            for index, cell in enumerate(book.cells):
+                client.execute_cell(cell, index)
+        except (CellExecutionError, DeadKernelError) as error:
+            status, report = 1, f"{error}\n"
+        finally:
+            nbformat.write(book, target)
+        if status == 0 or not report.startswith("Kernel died"):
+            outputs = _hidden(client, nbformat, "_duoka.end()")
+            report += "".join(output.get("text", "") for output in outputs)
+    return status, target, report
+
+
+def begin(spec: str, scale_batch: bool) -> None:
+    """Start sharing out, in the notebook's kernel."""
+    global _session
+    from duoka.devices import resolve
+    from duoka.script.session import Session
+
+    _session = Session(resolve(spec).devices, scale_batch=scale_batch)
+    _session.__enter__()
+
+
+def end() -> None:
+    """Print the account, in the notebook's kernel."""
+    from rich.console import Console
+
+    from duoka.script.report import print_report
+
+    _session.__exit__(None, None, None)
+    print_report(_session.account, Console(width=120, highlight=False, markup=False, emoji=False, color_system=None))
+
+
+def _hidden(client: Any, nbformat: Any, code: str) -> Sequence[Any]:
+    """Execute code that is not part of the notebook and return its outputs."""
+    cell = nbformat.v4.new_code_cell(code)
+    client.nb.cells.append(cell)
+    try:
+        client.execute_cell(cell, len(client.nb.cells) - 1, store_history=False)
+    finally:
+        client.nb.cells.pop()
+    return list(cell.outputs)
+
+
+def _read(path: Path, nbformat: Any) -> Any:
+    try:
+        return nbformat.read(path, as_version=4)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no notebook {str(path)!r}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, nbformat.reader.NotJSONError, AttributeError) as error:
+        raise ConfigError(f"{str(path)!r} is not a notebook that can be read: {error}") from error

@@ -1,0 +1,213 @@
+"""CPU workers that stand for GPUs: what a script asks CUDA for is answered as if each worker were one.
+
+So a script takes the branches that it would take on a machine with several GPUs: ``torch.cuda.device_count() > 1`` is
+true, ``cuda:0`` is the CPU. torch's own code, and duoka's, go on seeing the machine as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+from torch.overrides import TorchFunctionMode
+
+from duoka.script.patches import Patches
+
+__all__ = ["CudaMeansCpu", "rehearsal"]
+
+_INSIDERS = ("torch", "duoka")
+_CPU = torch.device("cpu")
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Every ``cuda`` device that is named to a function of torch means the CPU."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function with its devices translated."""
+        if kwargs and (device := kwargs.get("device")) is not None and is_cuda(device):
+            kwargs = {**kwargs, "device": _CPU}
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if function is torch.Tensor.to or function is torch._C._nn._parse_to:
+            args = tuple(_CPU if is_cuda(word) else word for word in args)
+        return function(*args, **(kwargs or {}))
+
+
+def is_cuda(device: object) -> bool:
+    """Whether this names a CUDA device: ``"cuda"``, ``"cuda:1"`` or ``torch.device("cuda")``."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.partition(":")[0] == "cuda"
+
+
+@contextlib.contextmanager
+def rehearsal(workers: int) -> Any:
+    """Let ``workers`` CPU workers stand for as many GPUs inside the ``with`` block."""
+    with Patches() as patches:
+        for name, answer in _answers(workers).items():
+            _answer(patches, torch.cuda, name, answer)
+        for name, answer in _accelerator_answers(workers).items():
+            _answer(patches, torch.accelerator, name, answer)
+        for name in [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]:
+            patches.put(torch.cuda, name, getattr(torch, name))
+        patches.around(torch.nn.Module, "cuda", lambda _, module, device=None: module)
+        patches.around(torch, "load", _load)
+        patches.around(torch, "set_default_device", lambda original, device: original(_CPU if is_cuda(device) else device))
+        patches.around(torch.amp.autocast_mode.autocast, "__init__", _autocast)
+        patches.around(torch.amp.grad_scaler.GradScaler, "__init__", _scaler)
+        patches.enter_context(CudaMeansCpu())
+        yield
+
+
+def _answer(patches: Patches, owner: Any, name: str, answer: Any) -> None:
+    """Give the script an answer of our own; whoever asks from within torch or duoka gets the true one."""
+    original = getattr(owner, name, None)
+    if original is None:
+        return
+    if isinstance(answer, type):
+        patches.put(owner, name, answer)
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        asking = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
+        return (original if asking in _INSIDERS else answer)(*args, **kwargs)
+
+    call.__name__, call.__doc__ = name, original.__doc__
+    patches.put(owner, name, call)
+
+
+def _answers(workers: int) -> dict[str, Any]:
+    """What ``torch.cuda`` says, by name."""
+    current = [0]
+
+    def number(device: Any = None) -> int:
+        index = current[0] if device is None else device if isinstance(device, int) else torch.device(device).index or 0
+        if not 0 <= index < workers:
+            raise RuntimeError(f"CUDA error: invalid device ordinal {index}: {workers} CPU workers stand for GPUs here")
+        return index
+
+    def set_device(device: Any) -> None:
+        current[0] = number(device)
+
+    def name_of(device: Any = None) -> str:
+        return f"CPU worker {number(device)} (duoka)"
+
+    def memory_used(device: Any = None) -> int:
+        number(device)
+        return int(psutil.Process().memory_info().rss)
+
+    def properties(device: Any = None) -> Any:
+        return SimpleNamespace(
+            name=name_of(device),
+            total_memory=psutil.virtual_memory().total,
+            multi_processor_count=max(1, (psutil.cpu_count() or 1) // workers),
+            major=0,
+            minor=0,
+        )
+
+    used: dict[str, Any] = dict.fromkeys(
+        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_cached"), memory_used
+    )
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("empty_cache", "synchronize", "reset_peak_memory_stats", "reset_max_memory_allocated", "init", "ipc_collect"), _nothing
+    )
+    return used | quiet | {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "device_count": lambda: workers,
+        "current_device": lambda: current[0],
+        "set_device": set_device,
+        "get_device_name": name_of,
+        "get_device_properties": properties,
+        "get_device_capability": lambda device=None: (0, 0),
+        "mem_get_info": lambda device=None: (psutil.virtual_memory().available, psutil.virtual_memory().total),
+        "memory_summary": lambda device=None, abbreviated=False: f"{name_of(device)}: {memory_used()} bytes in this process",
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state_all": lambda states: torch.set_rng_state(next(iter(states))),
+        "utilization": lambda device=None: int(psutil.cpu_percent()),
+        "current_stream": lambda device=None: _Stream(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "device": _Device,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }
+
+
+def _accelerator_answers(workers: int) -> dict[str, Any]:
+    return {
+        "is_available": lambda: True,
+        "device_count": lambda: workers,
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "current_device_index": lambda: 0,
+        "synchronize": _nothing,
+        "set_device_index": _nothing,
+    }
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+class _Stream:
+    """A stream of work on a CPU worker: everything is done when it is asked for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def record_event(self, event: Any = None) -> Any: ...
+
+
+class _Event:
+    """A moment, for scripts that time themselves."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, *_: Any) -> None:
+        import time
+
+        self._seconds = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: _Event) -> float:
+        """Milliseconds, as CUDA's."""
+        return 1000 * (end._seconds - self._seconds)
+
+
+class _Device(contextlib.nullcontext[None]):
+    """``with torch.cuda.device(1):``."""
+
+
+def _load(original: Callable[..., Any], f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if is_cuda(map_location):
+        map_location = _CPU
+    elif isinstance(map_location, dict):
+        map_location = {key: "cpu" if is_cuda(value) else value for key, value in map_location.items()}
+    return original(f, map_location, *args, **kwargs)
+
+
+def _autocast(original: Callable[..., Any], self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+    """CUDA's mixed precision is not rehearsed: CPU workers compute in full precision."""
+    if device_type == "cuda":
+        dtype = args[0] if args else kwargs.get("dtype")
+        original(self, device_type, dtype=dtype, enabled=False)
+    else:
+        original(self, device_type, *args, **kwargs)
+
+
+def _scaler(original: Callable[..., Any], self: Any, device: Any = "cuda", *args: Any, **kwargs: Any) -> None:
+    if is_cuda(device):
+        original(self, "cuda", enabled=False)
+    else:
+        original(self, device, *args, **kwargs)

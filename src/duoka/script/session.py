@@ -1,0 +1,44 @@
+"""One run of a script: what it sees, what is shared out, and what is said at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from duoka.mirror.clock import CLOCK
+from duoka.script.account import Account
+from duoka.script.loaders import watch_loaders
+from duoka.script.patches import Patches
+from duoka.script.rehearsal import rehearsal
+from duoka.script.wrapping import DOUBLE_BACKWARD, Finder
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Shares out the models of the code that runs inside its ``with`` block."""
+
+    def __init__(self, devices: Sequence[torch.device], *, scale_batch: bool = False, source: bytes = b"") -> None:
+        """Prepare for these devices; one device shares nothing. ``source`` is the script's text, as far as it is known."""
+        self.devices = tuple(devices)
+        self.account = Account(devices, CLOCK)
+        if b"create_graph=True" in source:
+            self.account.refuse_all(DOUBLE_BACKWARD)
+        self._factor = len(self.devices) if scale_batch else 1
+        self._patches = Patches()
+
+    def __enter__(self) -> Session:
+        patches = self._patches
+        if len(self.devices) > 1 and self.devices[0].type == "cpu":
+            patches.enter_context(rehearsal(len(self.devices)))
+        if len(self.devices) > 1:
+            Finder(self.devices, self.account).enter(patches)
+        watch_loaders(patches, self.account, self._factor)
+        handle = register_optimizer_step_post_hook(lambda optimizer, *_: self.account.stepped(optimizer))
+        patches.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()

@@ -1,0 +1,158 @@
+"""What stands in the place of a model's call: the whole batch here at first, and its parts on all devices from then on.
+
+The first call of each kind tries whether the model may be computed in parts at all; the next few training calls are still
+computed whole, which changes nothing about their results, so that there is something to compare the speed with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.errors import LaunchError
+from duoka.mirror import nested
+from duoka.mirror.crew import Crew
+from duoka.mirror.engine import Engine
+from duoka.script.account import ModelAccount
+from duoka.script.trial import Verdict, is_users, signature, try_parts
+
+__all__ = ["SharedCall"]
+
+_WHOLE_CALLS = 4
+"""Training calls that are computed whole first: one to try, three to time."""
+
+
+class SharedCall:
+    """A model's call, shared out; ``model._compiled_call_impl`` is where torch looks for one before its own."""
+
+    _inside = threading.local()
+
+    def __init__(self, module: nn.Module, devices: Sequence[torch.device], account: ModelAccount) -> None:
+        self._module = weakref.ref(module)
+        self._devices = tuple(devices)
+        self._account = account
+        self._engine: Engine | None = None
+        self._verdicts: dict[Any, Verdict] = {}
+        self._whole_calls = 0
+        self._end: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_call, ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute ``module(*args, **kwargs)``."""
+        module = self._module()
+        assert module is not None, "it is the module that is being called"
+        if getattr(self._inside, "is_so", False) or is_traced(module):
+            return module._call_impl(*args, **kwargs)
+        with self.only_here():
+            return self._call(module, args, kwargs)
+
+    @classmethod
+    @contextlib.contextmanager
+    def only_here(cls) -> Iterator[None]:
+        """Let models that are called inside the ``with`` block compute what they are given: it is a part already."""
+        before, cls._inside.is_so = getattr(cls._inside, "is_so", False), True
+        try:
+            yield
+        finally:
+            cls._inside.is_so = before
+
+    def close(self) -> None:
+        """Give the helpers back, and the model its own call."""
+        engine, self._engine = self._engine, None
+        if engine is not None and self._end is not None and self._end.detach():
+            engine.close()
+        if (module := self._module()) is not None and module._compiled_call_impl is self:
+            del module._compiled_call_impl
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors, skeleton = nested.take_out((args, kwargs))
+        batch = nested.batch_size(tensors, 0)
+        if batch is None or batch < 2 or self._account.refusal:
+            self._account.count(batch, split=False)
+            return module._call_impl(*args, **kwargs)
+        kind = signature(module, tensors, skeleton)
+        verdict = self._verdicts.get(kind)
+        if verdict is None:
+            verdict = self._verdicts[kind] = try_parts(module, args, kwargs, len(self._devices))
+        reason = verdict.reason or _reason_now(module, tensors, verdict)
+        if reason:
+            self._account.refuse(reason)
+        if reason or self._is_for_comparison():
+            self._account.count(batch, split=False)
+            return module._call_impl(*args, **kwargs)
+        return self._split(module, args, kwargs, batch, verdict)
+
+    def _is_for_comparison(self) -> bool:
+        if not torch.is_grad_enabled() or self._whole_calls >= _WHOLE_CALLS:
+            return False
+        self._whole_calls += 1
+        return True
+
+    def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, verdict: Verdict) -> Any:
+        if self._engine is None:
+            self._engine = Engine(self._devices, 0)
+            self._end = weakref.finalize(module, _leave_later, self._engine.crew, self._engine.number)
+            self._end.atexit = False
+        try:
+            value = self._engine.run(module, args, kwargs)
+        except LaunchError as error:
+            self._account.refuse(str(error))
+            self._account.count(batch, split=False)
+            return module._call_impl(*args, **kwargs)
+        self._account.count(batch, split=True)
+        return _averaged(value, verdict.numbers, nested.part_sizes(batch, len(self._devices)))
+
+
+def is_traced(module: nn.Module) -> bool:
+    """Whether this call is looked at rather than run, or runs with other tensors in the place of the parameters."""
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or any(p is not None and not isinstance(p, nn.Parameter) for m in module.modules() for p in m._parameters.values())
+    )
+
+
+def _no_call() -> None:
+    return None
+
+
+def _leave_later(crew: Crew, number: int) -> None:
+    """Tell that a model is gone, from a thread of its own: the garbage collector may come in the middle of anything."""
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and the helpers with it
+        threading.Thread(target=crew.leave, args=(number,), name="duoka-close", daemon=True).start()
+
+
+def _averaged(value: Any, numbers: Sequence[int], sizes: Sequence[int]) -> Any:
+    """Turn the numbers among the outputs, which came one a device, into their mean over the batch."""
+    if not numbers or len(sizes) == 1:
+        return value
+    tensors, skeleton = nested.take_out(value)
+    shares = torch.tensor(sizes) / sum(sizes)
+    for index in numbers:
+        tensors[index] = (tensors[index] * shares.to(tensors[index])).sum()
+    return nested.fill(skeleton, tensors)
+
+
+def _reason_now(module: nn.Module, tensors: Sequence[torch.Tensor], verdict: Verdict) -> str:
+    """Why this call must see the whole batch although its kind need not; empty if it need not."""
+    for name, part in module.named_modules():
+        registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        if any(is_users(hook) for registry in registries for hook in registry.values()):
+            return f"a hook of the script on {name or 'the model'} must see the whole batch"
+    if verdict.numbers and any(_marks_ignored(tensor) for tensor in tensors):
+        return "it computes its loss itself, over labels of which some do not count, so parts have unequal weight"
+    return ""
+
+
+def _marks_ignored(tensor: torch.Tensor) -> bool:
+    """Whether these look like labels of which some are to be ignored: whole numbers below zero."""
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool and bool((tensor < 0).any())

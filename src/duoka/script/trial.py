@@ -1,0 +1,237 @@
+"""Whether a model may be computed in parts: tried once on a real batch before anything relies on it.
+
+Nothing in a script says which dimension is the batch, or whether a model looks across samples. So a copy of the model
+computes a whole batch and the same batch in parts, both here and without randomness, and the parts joined must be the whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from duoka.mirror import nested
+
+__all__ = ["Verdict", "signature", "try_parts"]
+
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
+"""Of the largest value, by type; of float32 and others ``_USUAL``."""
+_USUAL = 2e-4
+_FILLED = frozenset(
+    {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli", "normal_", "uniform_", "bernoulli_", "randint",
+     "randint_like", "exponential_", "multinomial", "poisson", "log_normal_", "cauchy_", "geometric_", "random_", "rrelu"}
+)  # fmt: skip
+_DROPPED = frozenset(
+    {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "dropout_", "feature_dropout"}
+)
+
+
+class Verdict(NamedTuple):
+    """What came of a trial."""
+
+    reason: str
+    """Why the model may not be computed in parts; empty where it may."""
+    numbers: tuple[int, ...] = ()
+    """Which of its outputs are numbers: means over the samples."""
+
+
+def signature(module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any) -> Any:
+    """Return what a verdict holds for: the kinds of arguments, which of them are of the batch's size, and the mode."""
+    batch = nested.batch_size(tensors, 0)
+    forms = tuple((t.dim(), t.dtype, t.dim() > 0 and t.size(0) == batch) for t in tensors)
+    return module.training, torch.is_grad_enabled(), forms, repr(_shape_of(skeleton))
+
+
+def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], devices: int) -> Verdict:
+    """Compute a batch whole and in parts, and compare.
+
+    Args:
+        module: the model; it is not changed, nor is any random generator.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        devices: the number of parts.
+
+    Returns:
+        The verdict. The batch must have at least two samples.
+
+    """
+    tensors, skeleton = nested.take_out((args, kwargs))
+    sizes = nested.part_sizes(nested.batch_size(tensors, 0), devices)
+    split = [nested.split(tensor, sizes, 0) for tensor in tensors]
+    try:
+        model = _copy(module)
+    except Exception as error:
+        return Verdict(f"it cannot be copied: {error}")
+    with _undisturbed(), torch.no_grad(), _Sober():
+        try:
+            before = _held(model)
+            whole = model(*args, **kwargs)
+            if name := _keeps_results(model, before):
+                return Verdict(f"its forward keeps tensors in {name}, which would be those of one part only")
+        except Exception as error:
+            return Verdict(f"it could not be tried on a batch: {type(error).__name__}: {error}")
+        after_whole = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        try:
+            parts = [_part(model, module, skeleton, list(own)) for own in zip(*split, strict=True)]
+        except Exception as error:
+            return Verdict(f"it cannot compute a part of the batch: {type(error).__name__}: {_first_line(error)}")
+    for name, buffer in parts[0][1].items():
+        if not _close(buffer, after_whole[name]):
+            return Verdict(f"its forward changes the buffer {name!r} by what the whole batch holds")
+    return _compare(whole, [value for value, _ in parts], sizes)
+
+
+def _part(model: nn.Module, module: nn.Module, skeleton: Any, tensors: list[torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+    for buffer, first in zip(model.buffers(), module.buffers(), strict=True):
+        buffer.copy_(first)
+    args, kwargs = nested.fill(skeleton, tensors)
+    return model(*args, **kwargs), {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _compare(whole: Any, parts: list[Any], sizes: Sequence[int]) -> Verdict:
+    expected, shape = nested.take_out(whole)
+    taken = [nested.take_out(part, index) for index, part in enumerate(parts)]
+    if not expected:
+        return Verdict("it returns no tensors")
+    try:
+        value, joints = nested.join([skeleton for _, skeleton in taken], sizes)
+        joined = [_join(joint, [tensors for tensors, _ in taken], sizes) for joint in joints]
+    except (ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+        return Verdict(f"what it returns for parts cannot be joined: {_first_line(error)}")
+    if repr(_shape_of(value)) != repr(_shape_of(shape)) or len(joined) != len(expected):
+        return Verdict("what it returns is built differently for a part of a batch")
+    for one, other in zip(joined, expected, strict=True):
+        if one.shape != other.shape:
+            across = f"{tuple(other.shape)} for the whole batch, {tuple(one.shape)} from its parts joined"
+            return Verdict(f"what it returns does not have the batch as its first dimension ({across})")
+        if not _close(one, other):
+            number = "number" if other.dim() == 0 else "output"
+            return Verdict(f"its {number} for a whole batch is not what its parts give: it looks across samples")
+    return Verdict("", tuple(index for index, tensor in enumerate(expected) if tensor.dim() == 0))
+
+
+def _join(joint: nested.Joint, tensors: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int]) -> torch.Tensor:
+    parts = [tensors[hole.part][hole.number] for hole in joint.holes]
+    if parts[0].dim() == 0 and joint.is_joined and parts[0].is_floating_point():
+        return sum((part * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)), torch.zeros(()))
+    return parts[0] if not joint.is_joined or parts[0].dim() == 0 else torch.cat(parts)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if not (other.is_floating_point() or other.is_complex()) or other.numel() == 0:
+        return torch.equal(one, other)
+    scale = float(other.abs().nan_to_num(0, 0, 0).max())
+    return torch.allclose(one, other, rtol=0, atol=_TOLERANCE.get(other.dtype, _USUAL) * max(scale, 1e-6), equal_nan=True)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """Return a copy with the same parameters, buffers of its own, and without the user's hooks."""
+    model = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+    for part in model.modules():
+        for registry in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [key for key, hook in registry.items() if is_users(hook)]:
+                del registry[key]
+    return model
+
+
+def is_users(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is not torch's own."""
+    function = getattr(hook, "__wrapped__", hook)
+    where = getattr(function, "__module__", None) or type(function).__module__
+    return not str(where).startswith("torch.")
+
+
+def _held(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Return the tensors that the modules' attributes hold, apart from parameters and buffers, by the attributes' names."""
+    return {
+        f"{prefix}.{name}".lstrip("."): nested.take_out(value)[0]
+        for prefix, part in model.named_modules()
+        for name, value in part.__dict__.items()
+        if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, torch.Tensor | list | tuple | dict)
+    }
+
+
+def _keeps_results(model: nn.Module, before: dict[str, list[torch.Tensor]]) -> str:
+    """Name an attribute that holds other tensors than before the call; empty if there is none."""
+    for name, tensors in _held(model).items():
+        known = set(map(id, before.get(name, ())))
+        if any(id(tensor) not in known for tensor in tensors):
+            return name
+    return ""
+
+
+def _shape_of(value: Any) -> Any:
+    """The form of nested values, without what no comparison can be made of."""
+    if isinstance(value, dict):
+        return {key: _shape_of(item) for key, item in value.items()}
+    if isinstance(value, tuple | list) and type(value) is not nested.Hole:
+        return [_shape_of(item) for item in value]
+    return "tensor" if type(value) is nested.Hole else value if isinstance(value, bool | str | None) else type(value).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Give the random generators back as they were."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(enabled=torch.cuda.is_initialized()):
+            yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
+
+
+class _Sober(TorchFunctionMode):
+    """Random numbers are all one half, nothing is dropped, and batch norm uses its running statistics."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, or what stands for it."""
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name in _DROPPED:
+            return args[0] if args else kwargs["input"]
+        if function is functional.batch_norm:
+            return function(*_without_training(args, kwargs))
+        if function is functional.scaled_dot_product_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+            args = args[:4]
+        if function is functional.multi_head_attention_forward:
+            kwargs = {**kwargs, "training": False}
+        if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            return function(*_without_dropout(args), **kwargs)
+        result = function(*args, **kwargs)
+        if name in _FILLED and isinstance(result, torch.Tensor):
+            result.fill_(1 if not result.is_floating_point() else 0.5)
+        return result
+
+
+def _without_training(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """``batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)`` from running statistics."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    values = {**dict.fromkeys(names[1:5]), "training": False, "momentum": 0.1, "eps": 1e-5}
+    values |= dict(zip(names, args, strict=False)) | kwargs
+    one = values["input"]
+    if values["running_mean"] is None:
+        channels = one.size(1)
+        values["running_mean"], values["running_var"] = one.new_zeros(channels), one.new_ones(channels)
+    return [*(values[name] for name in names[:5]), False, values["momentum"], values["eps"]]
+
+
+def _without_dropout(args: Sequence[Any]) -> list[Any]:
+    """The recurrent functions take a probability of dropout, the one float among their arguments, and it becomes 0."""
+    return [0.0 if type(value) is float else value for value in args]

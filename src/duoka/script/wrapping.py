@@ -1,0 +1,205 @@
+"""Finds the models that a script trains, where it moves them to a device or hands their parameters to an optimiser."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.mirror import DataParallel
+from duoka.script.account import Account
+from duoka.script.patches import Patches
+from duoka.script.shared_call import SharedCall
+
+__all__ = ["DOUBLE_BACKWARD", "Finder"]
+
+DOUBLE_BACKWARD = "the script differentiates gradients (create_graph=True), and helpers return gradients without their graph"
+
+_INSIDERS = ("torch", "duoka", "contextlib", "functools", "importlib")
+
+
+class Finder:
+    """Gives each model of a script a call that is shared out, and ``nn.DataParallel`` the devices of this run."""
+
+    def __init__(self, devices: Sequence[torch.device], account: Account) -> None:
+        self._devices = tuple(devices)
+        self._account = account
+        self._calls: list[weakref.ref[SharedCall]] = []
+        self._wrapped: list[weakref.ref[DataParallel]] = []
+
+    def enter(self, patches: Patches) -> None:
+        """Look from now on, until the patches end."""
+        patches.around(nn.Module, "to", self._moved)
+        patches.around(nn.Module, "cuda", self._moved)
+        patches.around(torch.optim.Optimizer, "__init__", self._optimised)
+        patches.around(torch, "compile", self._compiled)
+        wrapper = self._data_parallel()
+        for owner in (nn, nn.parallel, nn.parallel.data_parallel):
+            if hasattr(owner, "DataParallel"):
+                patches.put(owner, "DataParallel", wrapper)
+        patches.put(sys.modules["torch.nn.parallel.data_parallel"], "DataParallel", wrapper)
+        patches.around(nn.parallel.DistributedDataParallel, "__init__", self._distributed)
+        patches.around(torch.autograd, "grad", self._differentiated)
+        patches.around(torch.autograd, "backward", self._differentiated)
+        patches.callback(self.close)
+
+    def close(self) -> None:
+        """Give every model its own call back, and the helpers up."""
+        for call in self._calls:
+            if (shared := call()) is not None:
+                shared.close()
+        for reference in self._wrapped:
+            if (model := reference()) is not None:
+                model.close()
+
+    def _moved(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(module, *args, **kwargs)
+        if _is_asked_by_script():
+            self._found(module, f"moved to a device at {where()}")
+        return result
+
+    def _optimised(self, original: Callable[..., Any], optimizer: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        original(optimizer, params, *args, **kwargs)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for module in owners(parameters):
+            self._found(module, f"trained by {type(optimizer).__name__} at {where()}")
+
+    def _compiled(self, original: Callable[..., Any], model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, nn.Module):
+            account = self._account.model(model)
+            account.found(type(model).__name__, f"compiled at {where()}")
+            account.refuse("torch.compile has compiled it for one device; duoka.DataParallel(model) before compiling shares it")
+        return original(model, *args, **kwargs)
+
+    def _differentiated(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if inspect.signature(original).bind(*args, **kwargs).arguments.get("create_graph"):
+            self._account.refuse_all(DOUBLE_BACKWARD)
+        return original(*args, **kwargs)
+
+    def _distributed(self, original: Callable[..., Any], wrapper: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._account.note(
+            "The script uses DistributedDataParallel: it shares work between processes that torchrun or duoka.launch start."
+        )
+        self._account.model(module).refuse("DistributedDataParallel already shares it between processes")
+        original(wrapper, module, *args, **kwargs)
+
+    def _found(self, module: nn.Module, how: str) -> None:
+        if isinstance(module, nn.parallel.DistributedDataParallel | torch.jit.ScriptModule | _Wrapper):
+            return
+        if module._compiled_call_impl is not None or not any(True for _ in module.parameters()):
+            return
+        if not has_forward(module):
+            for child in module.children():
+                self._found(child, how)
+            return
+        account = self._account.model(module)
+        account.found(type(module).__name__, how)
+        call = SharedCall(module, self._devices, account)
+        module._compiled_call_impl = call
+        self._calls.append(weakref.ref(call))
+
+    def _data_parallel(self) -> type:
+        finder = self
+
+        class DataParallel(_Wrapper):
+            __doc__ = _Wrapper.__doc__
+
+            def __init__(
+                self,
+                module: nn.Module,
+                device_ids: Sequence[int | torch.device] | None = None,
+                output_device: int | torch.device | None = None,
+                dim: int = 0,
+            ) -> None:
+                super().__init__(module, devices=list(finder._taken(device_ids)), dim=dim)
+                if output_device is not None:
+                    self.output_device = output_device  # type: ignore[assignment]
+                self._duoka_account = finder._account.model(module)
+                self._duoka_account.found(type(module).__name__, f"wrapped by the script at {where()}", explicit=True)
+                finder._wrapped.append(weakref.ref(self))
+
+        DataParallel.__module__, DataParallel.__qualname__ = "torch.nn.parallel.data_parallel", "DataParallel"
+        return DataParallel
+
+    def _taken(self, device_ids: Sequence[int | torch.device] | None) -> Sequence[torch.device]:
+        """The devices of this run that a script's ``device_ids`` name."""
+        if device_ids is None:
+            return self._devices
+        numbers = [one if isinstance(one, int) else torch.device(one).index or 0 for one in device_ids]
+        there = [self._devices[number] for number in numbers if 0 <= number < len(self._devices)]
+        if len(there) < len(numbers):
+            self._account.note(
+                f"The script names devices {numbers}, of which this run has {len(there)}: --device decides how many there are."
+            )
+        return there or self._devices[:1]
+
+
+class _Wrapper(DataParallel):
+    """What ``nn.DataParallel`` is while a script runs: see ``duoka.DataParallel``."""
+
+    _duoka_account: Any = None
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Compute the wrapped model's forward, each device its part."""
+        with SharedCall.only_here():
+            value = super().forward(*inputs, **kwargs)
+        self._duoka_account.count(_batch_of(inputs, kwargs, self.dim), split=len(self._duoka_devices) > 1)
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DataParallel, (self.module,)
+
+
+def _batch_of(inputs: Any, kwargs: Any, dim: int) -> int | None:
+    from duoka.mirror import nested
+
+    return nested.batch_size(nested.take_out((inputs, kwargs))[0], dim)
+
+
+def owners(parameters: Iterable[torch.Tensor]) -> list[nn.Module]:
+    """Return the largest living modules that hold any of these parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    living = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_parameters" in one.__dict__]
+    holding = {id(m): m for m in living if any(id(p) in wanted for p in _parameters_of(m))}
+    inner = {id(child) for module in holding.values() for child in _descendants(module)}
+    return [module for key, module in holding.items() if key not in inner]
+
+
+def _parameters_of(module: nn.Module) -> Iterable[Any]:
+    return (p for part in module.modules() for p in part._parameters.values() if p is not None)
+
+
+def _descendants(module: nn.Module) -> Iterable[nn.Module]:
+    return (part for part in module.modules() if part is not module)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether it can be called: containers such as ``nn.ModuleDict`` cannot."""
+    return getattr(type(module).forward, "__name__", "") != "_forward_unimplemented"
+
+
+def _is_asked_by_script() -> bool:
+    """Whether the patched function was called by other code than torch's own."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("duoka.script.patches"):
+        frame = frame.f_back
+    return frame is None or str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _INSIDERS
+
+
+def where() -> str:
+    """Return file and line of the script's code that is running, the innermost that is not a library's."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _INSIDERS and "site-packages" not in file:
+            cell = file.startswith("<") or "ipykernel_" in file
+            return f"line {frame.f_lineno}" + (" of a cell" if cell else f" of {Path(file).name}")
+        frame = frame.f_back
+    return "a place that is not known"

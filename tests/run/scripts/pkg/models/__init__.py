@@ -1,0 +1,4 @@
+"""The package's networks, by name."""
+from .mlp import MLP
+
+MODELS = {"mlp": MLP}
