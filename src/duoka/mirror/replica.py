@@ -13,24 +13,21 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from duoka.mirror.libraries import introduce
 from duoka.mirror.messages import Configure, Packed, Reseat
+from duoka.mirror.part import Part
 from duoka.mirror.structure import modules_of
 from duoka.mirror.transport import HelperSide, Task
 from duoka.team.payload import Payload, dumps, loads
 
-__all__ = ["Replica", "pack_structure", "pack_values", "unpack"]
+__all__ = ["Replica", "pack_values", "unpack"]
 
 _CPU = torch.device("cpu")
 _tensors: ContextVar[Sequence[torch.Tensor]] = ContextVar("duoka_replica_tensors")
 
 
-def pack_structure(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Payload:
-    """Pickle a model with a number in the place of each of ``tensors``, its parameters and buffers."""
-    return dumps(module, _without(tensors))
-
-
 def pack_values(values: Any, tensors: Sequence[torch.Tensor]) -> Payload:
-    """Pickle new values of a model's attributes in the same way."""
+    """Pickle a model, or new values of its attributes, with a number in the place of each of ``tensors``."""
     return dumps(values, _without(tensors))
 
 
@@ -104,8 +101,10 @@ class Replica:
         slots = [None if where is None else traffic.tensor(*where) for where in message.buffers]
         self._tensors = [*self.parameters, *(slot for slot in slots if slot is not None)]
         with _numbers_mean(self._tensors):
-            self.module: nn.Module = unpack(message.structure, fd, side.device)
-        self._modules = modules_of(self.module)
+            module, options = unpack(message.structure, fd, side.device)
+        introduce(module)
+        self.compute = Part(options).of(module)
+        self._modules = modules_of(module)
         names = [(m._buffers, name) for m in self._modules for name in m._buffers]
         self._buffers = [(*name, slot) for name, slot in zip(names, slots, strict=True) if slot is not None]
         self._task: Task | None = None
