@@ -17,7 +17,8 @@ from duoka.mirror.call import Call, Gather, join_tensors
 from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew, crew_of
 from duoka.mirror.messages import Configure, Packed, Patch, Reseat
-from duoka.mirror.replica import pack_structure, pack_values
+from duoka.mirror.part import Part
+from duoka.mirror.replica import pack_values
 from duoka.mirror.stepping import StepHook
 from duoka.mirror.structure import Structure
 from duoka.mirror.transport import Weights
@@ -31,11 +32,12 @@ _numbers = itertools.count(1)
 class Engine:
     """Computes a model's calls on all devices of a crew."""
 
-    def __init__(self, devices: Sequence[torch.device], dim: int) -> None:
+    def __init__(self, devices: Sequence[torch.device], dim: int, part: Part | None = None) -> None:
         self.number = next(_numbers)
         self.crew: Crew = crew_of(devices)
         self.crew.join()
         self._dim = dim
+        self._part = part or Part(None)
         self._generation = 0
         self._copies_all = False
         self._structure: Structure | None = None
@@ -95,7 +97,7 @@ class Engine:
         sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
         if len(sizes) == 1:
             args, kwargs = nested.fill(arguments, self._here(tensors))
-            return _joined([nested.take_out(module(*args, **kwargs))], sizes, self._dim, None, None)
+            return _joined([nested.take_out(self._part.of(module)(*args, **kwargs))], sizes, self._dim, None, None)
         with CLOCK.moves():
             trains = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.no_grad():
@@ -108,7 +110,7 @@ class Engine:
             with CLOCK.moves():
                 token = call.ask(parts[1:], arguments)
                 args, kwargs = nested.fill(arguments, self._here(parts[0]))
-            own = nested.take_out(module(*args, **kwargs))
+            own = nested.take_out(self._part.of(module)(*args, **kwargs))
             with CLOCK.moves():
                 others = call.outputs()
         except Exception:
@@ -149,7 +151,7 @@ class Engine:
         weights = self.crew.transport.weights(
             self.crew, self.number, structure.parameters, buffers, copies_all=self._copies_all
         )
-        payload = _packed(module, _tensors(structure))
+        payload = _packed(module, self._part.options, _tensors(structure))
         try:
             self.crew.tell(
                 Configure(
@@ -186,9 +188,9 @@ def _tensors(structure: Structure) -> list[torch.Tensor]:
     return [*structure.parameters, *(buffer for buffer in structure.buffers() if buffer is not None)]
 
 
-def _packed(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Payload:
+def _packed(module: nn.Module, options: dict[str, Any] | None, tensors: Sequence[torch.Tensor]) -> Payload:
     try:
-        return pack_structure(module, tensors)
+        return pack_values((module, options), tensors)
     except Exception as error:
         raise LaunchError(
             f"the model cannot be sent to the helper processes: {error}. Something in it ({_culprit(module)}) cannot leave "

@@ -50,6 +50,7 @@ class Configure(NamedTuple):
 
     model: int
     structure: Packed
+    """The model and the options to compile it with."""
     parameters: tuple[tuple[Place, Piece, bool], ...]
     """Place, form, and whether it requires a gradient."""
     buffers: tuple[tuple[Place, Piece] | None, ...]

@@ -139,7 +139,7 @@ class _Server:
         args, kwargs = nested.fill(unpack(request.arguments, fd, self._side.device), inputs)
         ambient.seed_all(request.seed)
         with ambient.entered(request.ambient):
-            value = replica.module(*args, **kwargs)
+            value = replica.compute(*args, **kwargs)
         outputs, skeleton = nested.take_out(value, request.part)
         with_graph = {i: t for i, t in enumerate(outputs) if t.requires_grad} if request.keeps_graph else {}
         packed = dumps(skeleton)
