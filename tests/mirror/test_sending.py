@@ -16,6 +16,7 @@ from torch.optim import optimizer as optimizers
 
 from duoka import errors
 from duoka.mirror.buckets import Checksum, gradient_buckets, value_buckets
+from duoka.mirror.group import Group
 from duoka.mirror.messages import Refresh
 
 
@@ -272,6 +273,44 @@ def test_a_backward_of_the_users_that_fails_leaves_the_order_whole(pair, compare
             for m in (model, reference):
                 m(X).pow(2).sum().backward()
             assert compare.same_gradients(model, reference)
+
+
+def helper_pid(model) -> int:
+    return model._duoka_engine.crew._conversation.helpers[0].pid
+
+
+def test_a_death_that_a_step_meets_is_told_by_the_next_forward(wrap) -> None:
+    model = wrap(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(X).sum().backward()
+    os.kill(helper_pid(model), signal.SIGKILL)
+    time.sleep(0.1)
+    before = model.module.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.module.weight, before)
+    with pytest.raises(errors.WorkerDied):
+        model(X)
+    torch.testing.assert_close(model(X), model.module(X))
+
+
+@pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
+def test_a_death_between_an_answer_and_its_tensors_is_one(devices: str, wrap, monkeypatch) -> None:
+    class Wide(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).repeat(1, 1_000_000)
+
+    model = wrap(Wide(4, 3), devices)
+    receive = Group.receive
+
+    def receiving(self, tensor, source):
+        os.kill(helper_pid(model), signal.SIGKILL)
+        return receive(self, tensor, source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "receive", receiving)
+        with pytest.raises(errors.WorkerDied, match="SIGKILL"):
+            model(X)
+    assert model(X).shape == (6, 3_000_000)
 
 
 def test_buckets_are_cut_and_complex_and_half_gradients_are_added(pair, compare) -> None:

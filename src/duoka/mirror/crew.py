@@ -42,7 +42,9 @@ class Crew:
     def __init__(self, devices: Sequence[torch.device], transport: OwnerSide) -> None:
         self.devices = tuple(devices)
         self.transport = transport
-        self.threads = Threads(_threads(devices))
+        share = min(torch.get_num_threads(), threads_per_rank(len(devices)))
+        self.threads = Threads(share if devices[0].type == "cpu" else torch.get_num_threads())
+        self._helpers_threads = share
         self.lock = threading.RLock()
         self.in_forward = False
         self.generation = 0
@@ -90,7 +92,7 @@ class Crew:
         self.generation += 1
         count = len(self.devices) - 1
         self._finished = [[] for _ in range(count)]
-        posts = self.transport.posts(threads_per_rank(count + 1))
+        posts = self.transport.posts(self._helpers_threads)
         try:
             self._conversation = Conversation(serve, posts, (), self.devices[1:], scratch=self.transport.folder)
             self.transport.connect(self._conversation)
@@ -239,12 +241,6 @@ class Crew:
             self._answers[key] = message
         for one in pending:  # it has come, for the helper has answered
             one.wait()
-
-
-def _threads(devices: Sequence[torch.device]) -> int:
-    """How many this process has while helpers compute: its share of the cores where they compute on the same ones."""
-    own = torch.get_num_threads()
-    return min(own, threads_per_rank(len(devices))) if devices[0].type == "cpu" else own
 
 
 class _Crews:
