@@ -57,25 +57,25 @@ class Call:
         keeps_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         payload, modes, seed = dumps(arguments), ambient.capture(self._crew.devices[0]), ambient.draw_seed()
         weakref.finalize(self, _drop, self._crew, self._ticket, len(parts)).atexit = False
-        for index, part in enumerate(parts):
-            lease, forms = self._put(part, keeps_graph)
-            question = Forward(
-                self._ticket,
-                self._model,
-                index + 1,
-                lease.place,
-                len(lease.base),
-                tuple(forms),
-                Packed(payload.data, payload.sizes),
-                modes,
-                (seed + (index + 1) * _SEEDS_APART) % 2**63,
-                keeps_graph,
-                (),
-            )
-            self._crew.ask(index, question, lease, payload.fd)
-            self._inputs.append(forms)
-            self._leases.append(lease)
-        payload.close()
+        with contextlib.closing(payload):
+            for index, part in enumerate(parts):
+                lease, forms = self._put(part, keeps_graph)
+                question = Forward(
+                    self._ticket,
+                    self._model,
+                    index + 1,
+                    lease.place,
+                    len(lease.base),
+                    tuple(forms),
+                    Packed(payload.data, payload.sizes),
+                    modes,
+                    (seed + (index + 1) * _SEEDS_APART) % 2**63,
+                    keeps_graph,
+                    (),
+                )
+                self._crew.ask(index, question, lease, payload.fd)
+                self._inputs.append(forms)
+                self._leases.append(lease)
         return Finish.apply(self, *parameters, *inputs) if keeps_graph else None
 
     def _put(self, part: Sequence[torch.Tensor], keeps_graph: bool) -> tuple[Lease, list[tuple[Piece, bool]]]:

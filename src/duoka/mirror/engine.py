@@ -96,7 +96,8 @@ class Engine:
         tensors, arguments = nested.take_out((args, kwargs))
         sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
         if len(sizes) == 1:
-            args, kwargs = nested.fill(arguments, self._here(tensors))
+            if self.crew.devices[0].type != "cpu":
+                args, kwargs = nested.fill(arguments, self._here(tensors))
             return _joined([nested.take_out(self._part.of(module)(*args, **kwargs))], sizes, self._dim, None, None)
         with CLOCK.moves():
             trains = torch.is_grad_enabled()

@@ -7,7 +7,10 @@ and what a backward has announced is completed even when it fails, with zeros. S
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,20 +43,18 @@ class SendingOwner:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
         self._backend = backend_of(devices)
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._group: Group | None = None
-
-    @property
-    def folder(self) -> str | None:
+        self._end: weakref.finalize[..., Any] | None = None
+        self.folder: str | None = None
         """Where the members find each other."""
-        return None if self._folder is None else self._folder.name
+        self._group: Group | None = None
 
     def posts(self, threads: int) -> list[Post]:
         """Make a private folder to meet in, and return what each helper is given."""
-        self._folder = tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True)
+        folder = self.folder = tempfile.mkdtemp(prefix="duoka-")
+        self._end = weakref.finalize(self, _remove, folder, os.getpid())
         size = len(self._devices)
         return [
-            Post(threads, device, (self._folder.name, rank, size, device, self._backend))
+            Post(threads, device, (folder, rank, size, device, self._backend))
             for rank, device in enumerate(self._devices)
         ][1:]
 
@@ -74,9 +75,9 @@ class SendingOwner:
         if self._group is not None:
             self._group.close()
             self._group = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._end is not None:
+            self._end()
+            self._end = self.folder = None
 
     def news(self, _: int) -> Iterator[tuple[str, Payload]]:
         """Tell nothing."""
@@ -199,3 +200,8 @@ class SendingHelper:
         if nbytes:
             self._group.receive(base, 0).wait()
         return base
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child that ends is not the one that met the helpers there
+        shutil.rmtree(folder, ignore_errors=True)
