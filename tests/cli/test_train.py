@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,16 @@ def test_a_checkpoint_of_another_model_is_refused_key_by_key(run, here, capfd):
         (here / name).write_bytes((run / name).read_bytes())
     assert main(["eval", str(here)]) == 2
     assert "conv1.weight" in capfd.readouterr().err
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(run, here, capfd):
+    copied = shutil.copytree(run, here / "copied")
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    for option in (["--optimizer", "sgd"], ["--epochs", "3"], ["--model", "resnet18"]):
+        assert main(["train", "cifar100", "--resume", str(copied), *option]) == 2
+        assert "Traceback" not in capfd.readouterr().err
+        assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    assert main(["train", "cifar100", "--resume", str(copied)]) == 0
 
 
 @pytest.mark.slow

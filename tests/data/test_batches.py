@@ -146,6 +146,14 @@ def test_tensor_of_another_length_is_an_error_with_both_numbers() -> None:
         split_batch((X, torch.zeros(3, 2)), 0, 2)
 
 
+@pytest.mark.parametrize("other", [None, torch.ones(2), {"a": torch.ones(2)}, (torch.ones(2),)], ids=str)
+def test_batches_of_different_structures_are_not_joined(other: Any) -> None:
+    one, two = {"x": torch.zeros(2, 1), "m": {"b": torch.ones(2)}}, {"x": torch.zeros(2, 1), "m": other}
+    for pair in ([one, two], [two, one], [two, {"x": torch.zeros(2, 1)}]):
+        with pytest.raises(DataError, match=r"do not fit together: where one has .*, another has"):
+            concat_batches(pair)
+
+
 @pytest.mark.parametrize("batch", [{"a": 1}, 5, "text", torch.tensor(1.0)])
 def test_batch_without_samples_is_an_error(batch: object) -> None:
     with pytest.raises(DataError, match="no tensor with dimensions"):

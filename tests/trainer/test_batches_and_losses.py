@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -246,11 +247,20 @@ def test_a_loss_of_more_than_one_number_is_refused_in_training_and_in_evaluation
             start()
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [nn.MSELoss(reduction="sum"), functools.partial(functional.cross_entropy, reduction="sum")],
+)
+def test_a_loss_of_torch_that_is_a_sum_is_refused_before_training(loss):
+    with pytest.raises(ConfigError, match=r'with reduction=.sum..*reduction="mean".*\(sum, weight\)'):
+        Trainer(nn.Linear(6, 3), loss=loss, device="cpu")
+
+
 class OwnSum(OwnLoss):
     """A model that returns its own loss as ``(sum, weight)``."""
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return functional.cross_entropy(self.layer(features), labels, reduction="sum"), len(labels)
+        return functional.cross_entropy(self.layer(features), labels, reduction="sum"), torch.tensor([len(labels)])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
@@ -258,6 +268,8 @@ def test_a_models_own_sum_and_weight_are_its_loss_in_evaluation_too(device):
     loader = DataLoader(Dicts("labels"), batch_size=4)
     expected = Trainer(OwnLoss(), device="cpu").evaluate(loader)
     assert Trainer(OwnSum(), device=device).evaluate(loader) == pytest.approx(expected, rel=1e-6)
+    model = fitted(OwnSum(), loader, device)
+    assert torch.allclose(model.layer.weight, reference(), atol=1e-6)
 
 
 def test_a_tuple_of_loss_and_logits_is_not_taken_for_a_sum_and_its_weight():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 
@@ -54,6 +55,29 @@ def test_evaluation_data_may_have_no_length(data):
     assert test["loss"] == pytest.approx(expected)
 
 
+class OwnShare(Stream):
+    """A stream that divides itself, as programs for torchrun do."""
+
+    def __iter__(self):
+        divided = torch.distributed.is_initialized()
+        rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if divided else (0, 1)
+        yield from itertools.islice(samples(self.count), rank, None, size)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_divides_itself_by_rank_is_refused_before_samples_are_lost(workers):
+    options = {"multiprocessing_context": "fork"} if workers else {}
+    data = DataLoader(OwnShare(), batch_size=4, num_workers=workers, **options)
+    trainer = trainer_of(data, device="cpu:2")
+    with pytest.raises(
+        DataError, match=r"train_data .*other samples on another rank.*leave torch.distributed.get_rank"
+    ):
+        trainer.fit()
+    with pytest.raises(DataError, match=r"eval_data .*other samples on another rank"):
+        trainer.evaluate(data)
+    trainer_of(DataLoader(OwnShare(), batch_size=4), device="cpu").fit()
+
+
 EMPTY = {
     "data set": DataLoader(TensorDataset(torch.empty(0, 5), torch.empty(0).long()), batch_size=4),
     "list": [],
@@ -66,7 +90,7 @@ EMPTY = {
 def test_data_without_a_sample_are_refused_wherever_they_are_given(data):
     with pytest.raises(DataError, match=r"train_data has no sample \(a .* of length 0\); give data with at least one"):
         trainer_of(data).fit()
-    with pytest.raises(DataError, match="eval_data has no sample"):
+    with pytest.raises(DataError, match=r"eval_data has no sample"):
         trainer_of(eval_data=data).fit()
     with pytest.raises(DataError, match="test_data has no sample"):
         trainer_of(test_data=data).fit()

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from duoka.checkpoint import load
+from duoka.checkpoint import load, load_training, save_training
 from duoka.errors import CheckpointError, ConfigError
 from duoka.launcher import launch
-from duoka.trainer import Trainer
+from duoka.trainer import Callback, Trainer
 
 PROGRAM = textwrap.dedent(
     """
@@ -113,8 +113,9 @@ def trained(folder: Path | None, device: str, **options) -> tuple[torch.nn.Modul
         "verbose": False,
         "tensorboard": False,
     }
+    save_model = options.pop("save_model", True)
     trainer = Trainer(model, loader_of(), loader_of(), device=device, **(settings | options))
-    trainer.fit()
+    trainer.result = trainer.fit(save_model=save_model)
     return model, trainer
 
 
@@ -155,6 +156,94 @@ def test_the_best_weights_survive_an_interruption(tmp_path):
     assert trainer.history[-1]["val_loss"] > 10
     assert trainer.best.epoch == 2
     assert torch.equal(resumed.weight, first.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_a_run_resumed_into_another_folder_has_its_best_weights_with_it(tmp_path, device):
+    first, before = trained(tmp_path / "A", device, monitor="loss", scheduler=ruin, epochs=2)
+    weights = first.weight.clone()
+    (tmp_path / "B").mkdir()
+    trained(tmp_path / "B", "cpu", epochs=1, lr=1e-3)  # what lies there is another run's
+    resumed, trainer = trained(
+        tmp_path / "B", device, monitor="loss", scheduler=ruin, epochs=3, resume=tmp_path / "A", save_model=False
+    )
+    assert trainer.best == before.best
+    assert torch.equal(resumed.weight, weights)
+    assert trainer.evaluate(loader_of())["loss"] == pytest.approx(trainer.best.results["loss"], rel=1e-6)
+    assert len(trainer.history) == 3
+    log = (tmp_path / "B" / "log.txt").read_text()
+    assert log.count("resumed: ") == 1
+    assert log.count("epoch 3/3") == 1
+    assert "epoch 1/1" not in log
+    assert not (tmp_path / "B" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("changed", ["lost", "monitor"])
+def test_a_best_evaluation_that_can_not_be_given_back_is_forgotten_with_a_warning(tmp_path, changed, caplog):
+    trained(tmp_path, "cpu", monitor="loss", scheduler=ruin, epochs=2)
+    path = tmp_path / "checkpoint" / "last.pt"
+    if changed == "lost":
+        state = load_training(path)
+        save_training(path, {name: value for name, value in state.items() if name != "best_weights"})
+    monitor = "loss" if changed == "lost" else None
+    _, trainer = trained(tmp_path, "cpu", monitor=monitor, scheduler=ruin, epochs=3, resume=True)
+    assert "the best is looked for anew" in caplog.text
+    assert trainer.best is None or trainer.best.epoch == 3
+    assert trainer.result.validation["loss"] == pytest.approx(trainer.evaluate(loader_of())["loss"], rel=1e-6)
+    assert trainer.result.validation["loss"] == trainer.history[-1]["val_loss"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"scheduler": "onecycle"}, {"scheduler": "cosine"}),
+        ({"scheduler": None}, {"scheduler": "cosine"}),
+        ({"scheduler": "cosine"}, {"scheduler": None}),
+        ({"scheduler": "cosine"}, {"scheduler": "cosine", "scheduler_interval": "step"}),
+    ],
+)
+def test_resuming_with_another_schedule_is_refused_and_changes_nothing(tmp_path, first, second):
+    trained(tmp_path, "cpu", max_steps=6, **first)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"learning rate has .* this Trainer's .*begin a new run"):
+        trained(tmp_path, "cpu", resume=True, **second)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_another_to_go_on_from(tmp_path):
+    class Stop(Callback):
+        def on_step_end(self, state):
+            if state.step:
+                raise KeyboardInterrupt
+
+    trained(tmp_path, "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, "cpu", callbacks=[Stop()])
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        trained(tmp_path, "cpu", resume=True)
+    assert len(trained(tmp_path, "cpu", resume="auto", epochs=1)[1].history) == 1
+
+
+def test_that_a_run_was_resumed_stays_in_its_log(tmp_path):
+    class Stop(Callback):
+        def on_step_end(self, state):
+            if state.step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, "cpu", checkpoint_every_steps=1, callbacks=[Stop()])
+    trained(tmp_path, "cpu", resume=True)  # no epoch was recorded yet
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("devices: ") == 2
+    assert "resumed: " in log
+    assert "after 1 steps, in epoch 1" in log
+
+
+def test_a_training_checkpoint_that_no_trainer_wrote_is_refused_with_what_to_do(tmp_path):
+    save_training(tmp_path / "own.pt", {"model": torch.nn.Linear(5, 3), "epoch": 3})
+    with pytest.raises(CheckpointError, match=r"no checkpoint of a Trainer: it has model, epoch and not.*duoka\.load"):
+        trained(None, "cpu", resume=tmp_path / "own.pt")
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(tmp_path):

@@ -97,6 +97,17 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(tmp_path):
     assert torch.equal(trainer.model.weight, before)
 
 
+def test_a_log_that_cannot_be_written_any_more_is_said_as_such(tmp_path):
+    class Fill(Callback):
+        def on_fit_start(self, state):
+            assert not state.history
+            (tmp_path / "log.txt").unlink()
+            (tmp_path / "log.txt").symlink_to("/dev/full")
+
+    with pytest.raises(StorageError, match=r"log\.txt.*space"):
+        trainer_of(out_dir=tmp_path, callbacks=[Fill()]).fit()
+
+
 def test_the_start_is_said_in_words_and_an_epoch_takes_a_line(capsys, tmp_path):
     model = nn.Sequential(nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 2))
     trainer_of(model=model, device="cpu:2", lr=0.1, lr_scaling="linear", verbose=True, out_dir=tmp_path, epochs=2).fit()

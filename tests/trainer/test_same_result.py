@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 
 import cloudpickle
@@ -107,6 +108,50 @@ def test_batch_per_device_makes_one_step_of_a_batch_a_device():
     model, trainer = fitted(classifier(), DataLoader(samples, batch_size=3), "cpu:2", batch="per_device")
     assert trainer.history[0]["step"] == 2
     assert relative_difference(model, reference) < 1e-6
+
+
+LOSSES = {
+    "ignored by default": (functional.cross_entropy, {}),
+    "ignored and weighed": (nn.CrossEntropyLoss(ignore_index=1, weight=torch.tensor([1.0, 9.0, 5.0, 0.1])), {}),
+    "smoothed": (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0, 0.1]), label_smoothing=0.2), {}),
+    "log-probabilities": (nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 5.0, 0.1])), {"accumulate": 2}),
+    "options": (functools.partial(functional.cross_entropy, ignore_index=2), {"accumulate": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_over_classes_are_the_mean_over_what_counts_in_the_global_batch(kind):
+    loss, options = LOSSES[kind]
+    data = labelled(11)
+    data.tensors[1][[0, 1, 5]] = -100 if kind in ("ignored by default", "smoothed") else 1
+    loader = DataLoader(data, batch_size=6)
+    raw = classifier()
+    optimizer = torch.optim.SGD(raw.parameters(), lr=0.2)
+    batches = [data[:]] if "accumulate" in options else loader
+    for _ in range(2):
+        for features, target in batches:
+            loss(raw(features), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    settings = {"optimizer_options": {}, "weight_decay": None, "max_grad_norm": None, "epochs": 2, "max_steps": None}
+    results = []
+    for device in DEVICES:
+        model, trainer = fitted(classifier(), loader, device, loss=loss, **settings, **options)
+        assert relative_difference(model, raw) < 1e-6, device
+        results.append((trainer.history[-1]["train_loss"], trainer.evaluate(loader)["loss"]))
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
+    with torch.no_grad():
+        whole = float(loss(raw(data.tensors[0]), data.tensors[1]))
+    assert results[0][1] == pytest.approx(whole, rel=1e-5)
+
+
+def test_targets_that_are_probabilities_are_a_mean_over_samples():
+    probabilities = TensorDataset(labelled(11).tensors[0], functional.one_hot(labelled(11).tensors[1], 4).float())
+    one, two = [fitted(classifier(), DataLoader(probabilities, batch_size=4), device)[0] for device in DEVICES[:2]]
+    classes, _ = fitted(classifier(), DataLoader(labelled(11), batch_size=4), "cpu")
+    assert relative_difference(two, one) < 1e-6
+    assert relative_difference(one, classes) < 1e-6
 
 
 def token_loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,3 +284,31 @@ def test_the_model_is_left_as_it_was_but_for_its_weights():
     assert list(model.state_dict()) == keys
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+class Annealed(nn.Module):
+    """A model whose loss depends on how often it was called, and which has a part that its loss never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layer, self.spare, self.calls = nn.Linear(6, 4), nn.Linear(1, 1), 0
+
+    def loss(self, batch):
+        self.calls += 1
+        return functional.cross_entropy(self.layer(batch[0]), batch[1]) * self.calls
+
+
+class NotCopied(Annealed):
+    def __deepcopy__(self, memo):
+        raise TypeError("holds a lock")
+
+
+@pytest.mark.parametrize("kind", [Annealed, NotCopied])
+@pytest.mark.filterwarnings("ignore:find_unused_parameters")
+def test_looking_for_unused_parameters_calls_nothing_of_the_users_model(kind):
+    loader = DataLoader(labelled(12), batch_size=4)
+    options = {"loss": "loss", "max_grad_norm": None, "weight_decay": None}
+    one, two = [fitted(kind(), loader, device, **options)[0] for device in ("cpu", "cpu:2")]
+    assert two.calls == one.calls == STEPS
+    assert relative_difference(two.layer, one.layer) < 1e-5

@@ -67,7 +67,9 @@ def run(argv: Sequence[str]) -> int:
     program = Program(request.target, request.arguments, is_module=request.is_module)
     _check_ambiguity(argv, request, program)
     if request.explain:
-        sys.stdout.write("\n".join(explain(program.source, program.path, devices, scale_batch=request.scale_batch)) + "\n")
+        sys.stdout.write(
+            "\n".join(explain(program.source, program.target, devices, scale_batch=request.scale_batch)) + "\n"
+        )
         return 0
     _narrow(devices, argv)
     return _run_program(program, request, devices)
@@ -104,7 +106,9 @@ def parse(argv: Sequence[str]) -> Request:
         raise ConfigError("which script? duoka run train.py --device 0,1")
     target, *rest = words
     if target.startswith("-"):
-        raise ConfigError(f"there is no option {target!r} here: --device, --scale-batch, --explain, -m, or a script's name.")
+        raise ConfigError(
+            f"there is no option {target!r} here: --device, --scale-batch, --explain, -m, or a script's name."
+        )
     if not first:
         rest, options = _options_anywhere(rest, options)
     elif rest[:1] == ["--"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from duoka.data.batches import batch_length, concat_batches, slice_batch, split_batch, to_device
+from duoka.data.glimpse import alike
 from duoka.data.loader import ShardedLoader, shard
 from duoka.data.position import Part, Position
 
@@ -10,6 +11,7 @@ __all__ = [
     "Part",
     "Position",
     "ShardedLoader",
+    "alike",
     "batch_length",
     "concat_batches",
     "shard",

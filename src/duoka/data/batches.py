@@ -22,7 +22,7 @@ import torch
 from duoka.data.position import part_bounds
 from duoka.errors import DataError
 
-__all__ = ["batch_length", "concat_batches", "slice_batch", "split_batch", "to_device"]
+__all__ = ["batch_length", "concat_batches", "opened", "slice_batch", "split_batch", "to_device"]
 
 Opened = tuple[list[Any], Callable[[list[Any]], Any]]
 
@@ -39,7 +39,7 @@ def batch_length(batch: Any) -> int:
         return len(batch[0])  # what nearly every loader yields, without walking through it
     for array in _arrays(batch):
         return len(array)
-    if isinstance(batch, (list, tuple)) and batch and _open(batch[0]) is None:
+    if isinstance(batch, (list, tuple)) and batch and opened(batch[0]) is None:
         return len(batch)
     raise DataError(
         f"a batch of type {type(batch).__name__} holds no tensor with dimensions, so it cannot be cut into parts; a loader "
@@ -93,10 +93,10 @@ def to_device(batch: Any, device: torch.device | str, non_blocking: bool = False
         return type(batch)([to_device(item, device, non_blocking) for item in batch])
     if not isinstance(batch, (dict, UserDict)) and callable(move := getattr(batch, "to", None)):
         return move(device)
-    opened = _open(batch)
-    if opened is None:
+    inside = opened(batch)
+    if inside is None:
         return batch
-    children, rebuild = opened
+    children, rebuild = inside
     return rebuild([to_device(child, device, non_blocking) for child in children])
 
 
@@ -110,12 +110,12 @@ def _arrays(node: Any) -> Iterator[Any]:
         if node.ndim:
             yield node
         return
-    opened = _open(node)
-    for child in opened[0] if opened else ():
+    inside = opened(node)
+    for child in inside[0] if inside else ():
         yield from _arrays(child)
 
 
-def _open(node: Any) -> Opened | None:
+def opened(node: Any) -> Opened | None:
     """Return what is in a container and how to build one like it of other contents; ``None`` for what is no container."""
     if isinstance(node, Mapping):
         return list(node.values()), lambda children: _like_mapping(node, children)
@@ -162,7 +162,7 @@ def _check_lists(node: Any, length: int, is_within: bool = False) -> None:
     """Raise ``DataError`` where a list within the batch may be either one entry a sample or columns."""
     if _is_one_a_sample(node, length, is_within):
         return
-    children = (_open(node) or ([],))[0]
+    children = (opened(node) or ([],))[0]
     is_list = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
     if is_within and is_list and len(node) == length and any(True for _ in _arrays(node)) and _are_alike(children):
         raise DataError(
@@ -183,7 +183,7 @@ def _kind(node: Any) -> Any:
     if _is_array(node):
         return type(node), node.dtype, node.shape[1:]
     keys = list(node) if isinstance(node, Mapping) else None
-    return type(node), keys, [_kind(child) for child in (_open(node) or ([],))[0]]
+    return type(node), keys, [_kind(child) for child in (opened(node) or ([],))[0]]
 
 
 def _cut(node: Any, length: int, samples: slice, is_within: bool = False) -> Any:
@@ -196,25 +196,47 @@ def _cut(node: Any, length: int, samples: slice, is_within: bool = False) -> Any
         return node[samples] if node.ndim else node
     if _is_one_a_sample(node, length, is_within):
         return node[samples]
-    opened = _open(node)
-    if opened is None:
+    inside = opened(node)
+    if inside is None:
         return node
-    children, rebuild = opened
+    children, rebuild = inside
     return rebuild([_cut(child, length, samples, is_within=True) for child in children])
 
 
 def _join(nodes: list[Any], lengths: list[int], is_within: bool = False) -> Any:
     first = nodes[0]
     if _is_array(first):
+        _check_structures(nodes)
         return _join_arrays(nodes) if first.ndim else first
     one_a_sample = [_is_one_a_sample(node, length, is_within) for node, length in zip(nodes, lengths, strict=True)]
     if all(one_a_sample) or (any(one_a_sample) and any(True for _ in _arrays(nodes))):  # one alone may look like either
         return type(first)([item for node in nodes for item in node])
-    opened = [_open(node) for node in nodes]
-    if opened[0] is None:
+    _check_structures(nodes)
+    inside = [found for node in nodes if (found := opened(node)) is not None]
+    if not inside:
         return first
-    columns = zip(*(children for children, _ in opened if children is not None), strict=True)  # type: ignore[misc]
-    return opened[0][1]([_join(list(column), lengths, is_within=True) for column in columns])
+    columns = zip(*(children for children, _ in inside), strict=True)
+    return inside[0][1]([_join(list(column), lengths, is_within=True) for column in columns])
+
+
+def _check_structures(nodes: list[Any]) -> None:
+    """Raise ``DataError`` where ``nodes`` do not hold the same things, so that some of them would be lost."""
+    shapes = [_structure(node) for node in nodes]
+    other = next((shape for shape in shapes if shape != shapes[0]), None)
+    if other is not None:
+        raise DataError(
+            f"batches do not fit together: where one has {shapes[0]}, another has {other}; let all batches have one structure"
+        )
+
+
+def _structure(node: Any) -> str:
+    if _is_array(node):
+        return "a tensor"
+    inside = opened(node)
+    if inside is None:
+        return "None" if node is None else "no tensor"
+    keys = f"the keys {', '.join(map(str, node))}" if isinstance(node, Mapping) else f"{len(inside[0])} entries"
+    return f"a {type(node).__name__} with {keys}"
 
 
 def _join_arrays(arrays: list[Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from duoka.data.glimpse import Glimpse
 from duoka.data.mapped import MappedSource, is_mapped
 from duoka.data.order import checked_whole
 from duoka.data.position import Part, Position
@@ -47,6 +48,11 @@ class ShardedLoader:
     def samples_per_epoch(self) -> int | None:
         """How many samples all ranks together take in a whole epoch, or ``None`` where only reading them would tell."""
         return self._source.samples
+
+    @property
+    def glimpse(self) -> Glimpse | None:
+        """What this rank has read first in the epoch, where every rank reads the whole stream: the same on all ranks."""
+        return self._source.glimpse
 
     @property
     def position(self) -> Position:

@@ -26,6 +26,8 @@ def is_mapped(loader: DataLoader[Any]) -> bool:
 class MappedSource:
     """The parts of a map-style ``loader``; a new DataLoader with the user's options loads them."""
 
+    glimpse = None
+
     def __init__(self, loader: DataLoader[Any], share: Share) -> None:
         self._requests = _Requests(loader, share)
         self._generator = torch.Generator()

@@ -11,6 +11,7 @@ from typing import Any
 
 from duoka.data.batches import batch_length, concat_batches, slice_batch
 from duoka.data.generators import GLOBAL
+from duoka.data.glimpse import Glimpse, glimpse
 from duoka.data.order import set_epoch
 from duoka.data.position import Part
 from duoka.data.randomness import PrivateRandomness, held_by
@@ -48,6 +49,7 @@ class ReadySource:
         self._quiet = begin is not None or isinstance(loader, (list, tuple))
         self._whole_only = share.training and getattr(loader, "drop_last", False) is True
         self._reading: weakref.ref[Any] | None = None
+        self.glimpse: Glimpse | None = None
         self.samples: int | None = sum(map(batch_length, loader)) if isinstance(loader, (list, tuple)) else None
 
     def __len__(self) -> int:
@@ -94,11 +96,13 @@ class ReadySource:
                 stop_workers(source)
 
     def _parts(self, batches: Iterator[Sized]) -> Iterator[Part]:
-        share = self._share
+        share, self.glimpse = self._share, None
         filled = ((batch, length) for batch, length in batches if length)
         while group := list(itertools.islice(filled, share.merge)):
             if len(group) < share.merge and self._whole_only:
                 return
+            if self.glimpse is None and share.size > 1:
+                self.glimpse = glimpse([batch for batch, _ in group])
             total = sum(length for _, length in group)
             start, stop = share.bounds(total)
             if start < stop:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from duoka.data.glimpse import Glimpse
 from duoka.data.position import Part, part_bounds
 from duoka.data.randomness import mixed
 from duoka.errors import ConfigError
@@ -40,6 +41,11 @@ class Share:
 
 class Source(Protocol):
     """A user's loader, seen as parts."""
+
+    @property
+    def glimpse(self) -> Glimpse | None:
+        """What this rank has read first in the epoch; ``None`` where a rank reads its own samples only, or none so far."""
+        ...
 
     @property
     def samples(self) -> int | None:

@@ -15,6 +15,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, default_collate, get_worker_info
 
 from duoka.data.generators import GLOBAL
+from duoka.data.glimpse import Glimpse, glimpse
 from duoka.data.order import set_epoch
 from duoka.data.position import Part
 from duoka.data.randomness import PrivateRandomness, held_by, nth_seed
@@ -65,6 +66,11 @@ class _InProcess:
         except (TypeError, NotImplementedError):
             return None
 
+    @property
+    def glimpse(self) -> Glimpse | None:
+        """What was read first in the epoch."""
+        return self._groups.glimpse
+
     def __len__(self) -> int:
         return -(-self._groups.kept(len(self._dataset)) // self._groups.length)  # type: ignore[arg-type]
 
@@ -85,6 +91,7 @@ class _Groups(IterableDataset[Part]):
     def __init__(self, loader: DataLoader[Any], share: Share) -> None:
         assert loader.batch_size is not None
         self.plan = (0, 0, 0)
+        self.glimpse: Glimpse | None = None
         self.length = loader.batch_size * share.merge
         self._unit = (self.length if share.training else loader.batch_size) if loader.drop_last else 1
         self._share = share
@@ -98,8 +105,10 @@ class _Groups(IterableDataset[Part]):
 
     def __iter__(self) -> Iterator[Part]:
         seed, epoch, first = self.plan
-        stream = samples_seed(seed, epoch)
+        stream, self.glimpse = samples_seed(seed, epoch), None
         for group in self._read(PrivateRandomness(order_seed(seed, epoch), self._streams), first):
+            if self.glimpse is None and self._share.size > 1:
+                self.glimpse = glimpse(group)
             start, stop = self._share.bounds(len(group))
             if start == stop and not self._share.training:
                 yield Part(None, 0, len(group))

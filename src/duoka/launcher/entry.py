@@ -90,7 +90,7 @@ def launch(
             "thread); call it once, with all the devices it should use"
         )
     try:
-        if job.is_member():
+        if job.is_member(devices):
             return _join(fn, args, devices, returns, timeout_s)
         return _launch_here(fn, args, devices, returns, output, timeout_s)
     except BaseException as error:

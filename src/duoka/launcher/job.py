@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # first imported while a group is up it would keep that group for good
 
 from duoka.devices import grammar as device_grammar
+from duoka.devices import resolve
 from duoka.errors import LaunchError
 from duoka.log import logger
 from duoka.world import World
@@ -23,11 +24,22 @@ __all__ = ["is_member", "join"]
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def is_member() -> bool:
-    """Whether this process belongs to a job of several ranks, or to one that torchrun or Slurm started."""
+def is_member(spec: Any = None) -> bool:
+    """Whether this process belongs to a job of several ranks, or to one that torchrun or Slurm started.
+
+    A job of one process whose ``spec`` names several devices is none: this process starts helpers for them.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         return True
-    return all(name in os.environ for name in _TORCHRUN) or _slurm_tasks() > 1
+    if all(name in os.environ for name in _TORCHRUN):
+        return os.environ["WORLD_SIZE"] != "1" or _named(spec) < 2
+    return _slurm_tasks() > 1
+
+
+def _named(spec: Any) -> int:
+    """How many devices ``spec`` names; 0 where it leaves that to what is there."""
+    request = device_grammar.parse(spec)
+    return len(request.indices) if request.kind == "index" else request.count or 0
 
 
 def join(spec: Any, timeout_s: float) -> World:
@@ -35,7 +47,7 @@ def join(spec: Any, timeout_s: float) -> World:
     if not dist.is_initialized() and "RANK" not in os.environ:
         os.environ.update(_slurm_variables())
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = _device(spec, local_rank)
+    device = _device(spec, local_rank, local_size)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
     if not dist.is_initialized():
@@ -57,19 +69,30 @@ def _accelerator_backend(device: torch.device) -> str:
     return dist.get_default_backend_for_device(device.type)
 
 
-def _device(spec: Any, local_rank: int) -> torch.device:
-    """The accelerator of this process's number on its machine, unless the CPU was asked for or is all there is."""
-    if device_grammar.parse(spec).kind == "cpu" or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    count = torch.accelerator.device_count()
-    if local_rank >= count:
+def _device(spec: Any, local_rank: int, local_size: int) -> torch.device:
+    """Return what this process computes on: of several devices that are named, the one of its number on its machine."""
+    request, named = device_grammar.parse(spec), _named(spec)
+    one_for_all = request.kind == "cpu" and named == 1
+    if named and named != local_size and not one_for_all:
         raise LaunchError(
-            f"this process is number {local_rank} on its machine, which has {count} accelerator(s); "
-            f"start at most {count} processes on it (torchrun --nproc-per-node {count})"
+            f"device {request.text!r} names {named} device(s), and the job has {local_size} process(es) on this machine, one "
+            f"a device: start as many (torchrun --nproc-per-node {named}), or write 'auto', by which each takes the device of "
+            "its number"
         )
-    kind = torch.accelerator.current_accelerator()
-    assert kind is not None
-    return torch.device(kind.type, local_rank)
+    if request.kind == "idle" and local_size > 1:
+        raise LaunchError(
+            f"device {request.text!r} in a job of {local_size} processes on this machine: each would look at another time and "
+            "find others idle; name the devices ('0,1'), or set CUDA_VISIBLE_DEVICES for the whole job"
+        )
+    chosen = resolve(spec).devices
+    if one_for_all or chosen[0].type == "cpu":
+        return chosen[0]
+    if local_rank >= len(chosen):
+        raise LaunchError(
+            f"this process is number {local_rank} on its machine, which has {len(chosen)} accelerator(s); "
+            f"start at most {len(chosen)} processes on it (torchrun --nproc-per-node {len(chosen)})"
+        )
+    return chosen[local_rank]
 
 
 def _slurm_tasks() -> int:

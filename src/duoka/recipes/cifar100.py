@@ -22,7 +22,7 @@ from duoka.recipes import pictures
 from duoka.recipes.config import at_least, check
 from duoka.recipes.nets.resnet import resnet
 from duoka.recipes.registry import Outcome, Prediction
-from duoka.recipes.runs import Run
+from duoka.recipes.runs import ConfigWriter, Run
 from duoka.recipes.sets import cifar, digits, folder
 from duoka.recipes.sets.imageset import ImageSet, Statistics, read_image, statistics_of, write_image
 from duoka.recipes.sets.loading import Collate, augmentation, loader
@@ -162,8 +162,6 @@ def train(config: Config) -> Outcome:
     torch.manual_seed(config.seed)
     model = resnet(_given(config.model), len(images.classes), images.shape[0], _given(config.width))
     trainer = _trainer(model, config, images, statistics, run)
-    if current_world().is_main:
-        run.write_config(NAME, dataclasses.replace(config, resume=None))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
     return _tested(run, trainer, config, images, statistics)
@@ -230,6 +228,7 @@ def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Statisti
         options = {
             "out_dir": run.folder,
             "resume": "auto" if config.resume else False,
+            "callbacks": [ConfigWriter(run, NAME, dataclasses.replace(config, resume=None))],
         }
     return Trainer(
         model,

@@ -16,8 +16,9 @@ import yaml
 
 from duoka.errors import ConfigError, DataError, StorageError
 from duoka.log import logger
+from duoka.trainer import Callback, State
 
-__all__ = ["Run"]
+__all__ = ["ConfigWriter", "Run"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,12 @@ class Run:
 
     def log(self, text: str) -> None:
         """Add a line to ``log.txt``."""
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{text}\n")
+        path = self.folder / "log.txt"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error}") from error
 
     @contextlib.contextmanager
     def resumable(self, recipe: str) -> Iterator[None]:
@@ -92,6 +97,8 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
+            if not self.config.is_file():
+                raise  # it had not begun
             logger.warning("stopped; go on with: duoka train %s --resume %s", recipe, self.folder)
             raise
 
@@ -152,6 +159,17 @@ class Run:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise StorageError(f"cannot write {self.folder / name}: {error}") from error
+
+
+class ConfigWriter(Callback):
+    """Writes a run's ``config.yml`` when its training begins: a checkpoint that was refused leaves the one that fits it."""
+
+    def __init__(self, run: Run, recipe: str, config: Any) -> None:
+        self.run, self.recipe, self.config = run, recipe, config
+
+    def on_fit_start(self, state: State) -> None:  # noqa: ARG002
+        """Write it."""
+        self.run.write_config(self.recipe, self.config)
 
 
 def _what_there_is(path: Path) -> str:

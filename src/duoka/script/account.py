@@ -138,7 +138,14 @@ class Account:
             self._leader, self._last = weakref.ref(optimizer), None
         if self._leader() is not optimizer:
             return
-        now = (time.perf_counter(), self.clock.moving, self.clock.waiting, self.loading, self.calls.whole, self.calls.split)
+        now = (
+            time.perf_counter(),
+            self.clock.moving,
+            self.clock.waiting,
+            self.loading,
+            self.calls.whole,
+            self.calls.split,
+        )
         if self._last is not None:
             seconds, moving, waiting, loading, whole, split = (a - b for a, b in zip(now, self._last, strict=True))
             if bool(whole) != bool(split):
@@ -157,5 +164,7 @@ class Account:
         typical = statistics.median(step.seconds for step in steps) if steps else 0.0
         usual = [step for step in steps if step.seconds <= 3 * typical]  # not those with an evaluation between them
         total = sum(step.seconds for step in usual) or 1.0
-        moving, waiting, loading = (sum(column) / total for column in list(zip(*usual, strict=True))[1:4]) if usual else (0, 0, 0)
+        moving, waiting, loading = (
+            (sum(column) / total for column in list(zip(*usual, strict=True))[1:4]) if usual else (0, 0, 0)
+        )
         return Shares(max(0.0, 1 - moving - waiting - loading), moving, waiting, loading)

@@ -63,7 +63,10 @@ def explain(source: bytes, name: str, devices: Sequence[torch.device], *, scale_
             "No place was found where a model is moved to a device, wrapped, or given to an optimiser: unless code that this "
             "script imports does so, it would run as it does without duoka."
         )
-    return [*said, "Each model is tried on its first batch before it is shared out: parts must give what the whole gives."]
+    return [
+        *said,
+        "Each model is tried on its first batch before it is shared out: parts must give what the whole gives.",
+    ]
 
 
 def findings(tree: ast.AST, devices: int, *, scale_batch: bool) -> Iterator[Finding]:
@@ -78,10 +81,14 @@ def findings(tree: ast.AST, devices: int, *, scale_batch: bool) -> Iterator[Find
         if last == "DataLoader":
             if meaning := _loader(node, devices, scale_batch=scale_batch):
                 yield Finding(node.lineno, short, meaning)
+        elif any(keyword.arg == "create_graph" and ast.unparse(keyword.value) == "True" for keyword in node.keywords):
+            yield Finding(node.lineno, short, "gradients of gradients: every model of this script stays on one device")
         elif last in _OPTIMIZERS and node.args:
             yield Finding(node.lineno, short, "the model that owns these parameters is computed on all devices")
         elif (last in ("to", "cuda")) and isinstance(node.func, ast.Attribute) and _looks_like_model(node):
-            meaning = "if this is a model: computed on all devices, each its part of the batch; otherwise moved as usual"
+            meaning = (
+                "if this is a model: computed on all devices, each its part of the batch; otherwise moved as usual"
+            )
             yield Finding(node.lineno, short, meaning)
         else:
             meaning = next((m for name, m in _CALLS.items() if called == name or called.endswith(f".{name}")), "")
@@ -96,7 +103,9 @@ def _looks_like_model(node: ast.Call) -> bool:
     if isinstance(owner, ast.Call):
         return ast.unparse(owner.func).rpartition(".")[2][:1].isupper()
     name = ast.unparse(owner).rpartition(".")[2].lower()
-    return any(word in name for word in ("model", "net", "encoder", "decoder", "generator", "critic", "student", "teacher"))
+    return any(
+        word in name for word in ("model", "net", "encoder", "decoder", "generator", "critic", "student", "teacher")
+    )
 
 
 def _loader(node: ast.Call, devices: int, *, scale_batch: bool) -> str:

@@ -19,13 +19,17 @@ __all__ = ["watch_loaders"]
 def watch_loaders(patches: Patches, account: Account, factor: int) -> None:
     """Time every loader until the patches end, and multiply the batch size of those that shuffle by ``factor``."""
 
-    def make(original: Callable[..., Any], loader: Any, dataset: Any, batch_size: Any = 1, *args: Any, **kwargs: Any) -> None:
+    def make(
+        original: Callable[..., Any], loader: Any, dataset: Any, batch_size: Any = 1, *args: Any, **kwargs: Any
+    ) -> None:
         scaled = batch_size
         if isinstance(batch_size, int) and kwargs.get("batch_sampler") is None and _is_for_training(args, kwargs):
             scaled = batch_size * factor
             account.loaders.append(LoaderAccount(where(), batch_size, scaled))
         elif factor > 1 and isinstance(kwargs.get("batch_sampler"), BatchSampler | Sampler):
-            account.note(f"The DataLoader at {where()} has a batch sampler of its own, which --scale-batch leaves alone.")
+            account.note(
+                f"The DataLoader at {where()} has a batch sampler of its own, which --scale-batch leaves alone."
+            )
         original(loader, dataset, scaled, *args, **kwargs)
 
     def take(original: Callable[..., Any], iterator: Any) -> Any:

@@ -38,19 +38,25 @@ def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[i
     book = _read(path, nbformat)
     target = path.with_name(f"{path.stem}.out.ipynb")
     client = NotebookClient(book, timeout=None, resources={"metadata": {"path": str(path.resolve().parent)}})
+    client.extra_arguments = ["--IPKernelApp.log_level=40"]  # the kernel's own start-up warnings are nobody's news
     status, report = 0, ""
     with client.setup_kernel():
         try:
-            _hidden(client, nbformat, f"from duoka.script import notebook as _duoka; _duoka.begin({spec!r}, {scale_batch!r})")
+            _hidden(
+                client,
+                nbformat,
+                f"from duoka.script import notebook as _duoka; _duoka.begin({spec!r}, {scale_batch!r})",
+            )
             for index, cell in enumerate(book.cells):
                 client.execute_cell(cell, index)
-        except (CellExecutionError, DeadKernelError) as error:
+        except CellExecutionError as error:
             status, report = 1, f"{error}\n"
+        except DeadKernelError:
+            return 1, target, "The notebook's kernel has died; the outputs up to then are saved.\n"
         finally:
-            nbformat.write(book, target)
-        if status == 0 or not report.startswith("Kernel died"):
-            outputs = _hidden(client, nbformat, "_duoka.end()")
-            report += "".join(output.get("text", "") for output in outputs)
+            nbformat.write(book, target)  # type: ignore[no-untyped-call]
+        outputs = _hidden(client, nbformat, "_duoka.end()")
+        report += "".join(output.get("text", "") for output in outputs)
     return status, target, report
 
 
@@ -71,7 +77,7 @@ def end() -> None:
     from duoka.script.report import print_report
 
     _session.__exit__(None, None, None)
-    print_report(_session.account, Console(width=120, highlight=False, markup=False, emoji=False, color_system=None))
+    print_report(_session.account, Console(width=120, highlight=False, force_jupyter=False, color_system=None))
 
 
 def _hidden(client: Any, nbformat: Any, code: str) -> Sequence[Any]:

@@ -37,9 +37,9 @@ class Program:
         """
         self.target, self.is_module = target, is_module
         self._spec = _find_module(target) if is_module else None
-        self.path = str(self._spec.origin) if self._spec is not None else target
-        self.argv = [os.path.abspath(self.path) if is_module else target, *arguments]
-        self.source = _read(Path(self.path))
+        self.path = str(Path(str(self._spec.origin) if self._spec is not None else target).absolute())
+        self.argv = [self.path if is_module else target, *arguments]
+        self.source = _read(Path(self.path if is_module else target))
         self._first_on_path = os.getcwd() if is_module else str(Path(target).resolve().parent)
 
     def run(self) -> int:
@@ -47,7 +47,7 @@ class Program:
         main = self._main_module()
         with _as_main(main, self.argv, self._first_on_path):
             try:
-                exec(self._compiled(), main.__dict__)
+                exec(self._compiled(), main.__dict__)  # noqa: S102 - it is the user's own script
             except SystemExit as stop:
                 return _status(stop)
             except BaseException as error:
@@ -88,7 +88,9 @@ def _find_module(name: str) -> ModuleSpec:
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"there is no module {name!r}: {error}. Run from the folder that holds its package.") from error
+        raise ConfigError(
+            f"there is no module {name!r}: {error}. Run from the folder that holds its package."
+        ) from error
     finally:
         sys.path.pop(0)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):

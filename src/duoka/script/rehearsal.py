@@ -57,9 +57,11 @@ def rehearsal(workers: int) -> Any:
             _answer(patches, torch.accelerator, name, answer)
         for name in [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]:
             patches.put(torch.cuda, name, getattr(torch, name))
-        patches.around(torch.nn.Module, "cuda", lambda _, module, device=None: module)
+        patches.around(torch.nn.Module, "cuda", lambda _, module, *__, **___: module)
         patches.around(torch, "load", _load)
-        patches.around(torch, "set_default_device", lambda original, device: original(_CPU if is_cuda(device) else device))
+        patches.around(
+            torch, "set_default_device", lambda original, device: original(_CPU if is_cuda(device) else device)
+        )
         patches.around(torch.amp.autocast_mode.autocast, "__init__", _autocast)
         patches.around(torch.amp.grad_scaler.GradScaler, "__init__", _scaler)
         patches.enter_context(CudaMeansCpu())
@@ -113,49 +115,58 @@ def _answers(workers: int) -> dict[str, Any]:
         )
 
     used: dict[str, Any] = dict.fromkeys(
-        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_cached"), memory_used
+        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_cached"),
+        memory_used,
     )
     quiet: dict[str, Any] = dict.fromkeys(
-        ("empty_cache", "synchronize", "reset_peak_memory_stats", "reset_max_memory_allocated", "init", "ipc_collect"), _nothing
+        ("empty_cache", "synchronize", "reset_peak_memory_stats", "reset_max_memory_allocated", "init", "ipc_collect"),
+        _nothing,
     )
-    return used | quiet | {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "is_bf16_supported": lambda including_emulation=True: True,
-        "device_count": lambda: workers,
-        "current_device": lambda: current[0],
-        "set_device": set_device,
-        "get_device_name": name_of,
-        "get_device_properties": properties,
-        "get_device_capability": lambda device=None: (0, 0),
-        "mem_get_info": lambda device=None: (psutil.virtual_memory().available, psutil.virtual_memory().total),
-        "memory_summary": lambda device=None, abbreviated=False: f"{name_of(device)}: {memory_used()} bytes in this process",
-        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
-        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
-        "get_rng_state_all": lambda: [torch.get_rng_state()],
-        "set_rng_state_all": lambda states: torch.set_rng_state(next(iter(states))),
-        "utilization": lambda device=None: int(psutil.cpu_percent()),
-        "current_stream": lambda device=None: _Stream(),
-        "Stream": _Stream,
-        "Event": _Event,
-        "device": _Device,
-        "stream": lambda stream: contextlib.nullcontext(),
-    }
+    return (
+        used
+        | quiet
+        | {
+            "is_available": _says(True),
+            "is_initialized": _says(True),
+            "is_bf16_supported": _says(True),
+            "device_count": _says(workers),
+            "current_device": lambda: current[0],
+            "set_device": set_device,
+            "get_device_name": name_of,
+            "get_device_properties": properties,
+            "get_device_capability": _says((0, 0)),
+            "mem_get_info": lambda *_, **__: (psutil.virtual_memory().available, psutil.virtual_memory().total),
+            "memory_summary": lambda device=None, **__: f"{name_of(device)}: {memory_used()} bytes in this process",
+            "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+            "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+            "get_rng_state_all": lambda: [torch.get_rng_state()],
+            "set_rng_state_all": lambda states: torch.set_rng_state(next(iter(states))),
+            "utilization": lambda *_, **__: int(psutil.cpu_percent()),
+            "current_stream": _says(_Stream()),
+            "Stream": _Stream,
+            "Event": _Event,
+            "device": _Device,
+            "stream": lambda *_, **__: contextlib.nullcontext(),
+        }
+    )
 
 
 def _accelerator_answers(workers: int) -> dict[str, Any]:
     return {
-        "is_available": lambda: True,
-        "device_count": lambda: workers,
-        "current_accelerator": lambda check_available=False: torch.device("cuda"),
-        "current_device_index": lambda: 0,
+        "is_available": _says(True),
+        "device_count": _says(workers),
+        "current_accelerator": _says(torch.device("cuda")),
+        "current_device_index": _says(0),
         "synchronize": _nothing,
         "set_device_index": _nothing,
     }
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+def _says(answer: Any) -> Callable[..., Any]:
+    return lambda *_, **__: answer
+
+
+_nothing = _says(None)
 
 
 class _Stream:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoka.errors import LaunchError
+from duoka.errors import WorkerDied
 from duoka.mirror import nested
 from duoka.mirror.crew import Crew
 from duoka.mirror.engine import Engine
 from duoka.script.account import ModelAccount
-from duoka.script.trial import Verdict, is_users, signature, try_parts
+from duoka.script.trial import Generators, Verdict, first_line, is_users, signature, try_parts
 
 __all__ = ["SharedCall"]
 
@@ -33,13 +33,17 @@ class SharedCall:
 
     _inside = threading.local()
 
-    def __init__(self, module: nn.Module, devices: Sequence[torch.device], account: ModelAccount) -> None:
+    def __init__(
+        self, module: nn.Module, devices: Sequence[torch.device], account: ModelAccount, *, fits_one: bool = True
+    ) -> None:
+        """Stand in for the calls of ``module``; ``fits_one`` tells whether a whole batch fits on one device."""
         self._module = weakref.ref(module)
         self._devices = tuple(devices)
         self._account = account
         self._engine: Engine | None = None
         self._verdicts: dict[Any, Verdict] = {}
-        self._whole_calls = 0
+        self._whole_calls = 0 if fits_one else _WHOLE_CALLS
+        self._fits_one = fits_one
         self._end: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -50,7 +54,7 @@ class SharedCall:
         module = self._module()
         assert module is not None, "it is the module that is being called"
         if getattr(self._inside, "is_so", False) or is_traced(module):
-            return module._call_impl(*args, **kwargs)
+            return _alone(module, args, kwargs)
         with self.only_here():
             return self._call(module, args, kwargs)
 
@@ -77,18 +81,27 @@ class SharedCall:
         batch = nested.batch_size(tensors, 0)
         if batch is None or batch < 2 or self._account.refusal:
             self._account.count(batch, split=False)
-            return module._call_impl(*args, **kwargs)
+            return _alone(module, args, kwargs)
         kind = signature(module, tensors, skeleton)
         verdict = self._verdicts.get(kind)
         if verdict is None:
-            verdict = self._verdicts[kind] = try_parts(module, args, kwargs, len(self._devices))
+            verdict = self._verdicts[kind] = self._try(module, tensors, skeleton, batch)
         reason = verdict.reason or _reason_now(module, tensors, verdict)
         if reason:
             self._account.refuse(reason)
         if reason or self._is_for_comparison():
             self._account.count(batch, split=False)
-            return module._call_impl(*args, **kwargs)
+            return _alone(module, args, kwargs)
         return self._split(module, args, kwargs, batch, verdict)
+
+    def _try(self, module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any, batch: int) -> Verdict:
+        """Try the model on this batch, or on one device's part of it where the whole may not fit."""
+        parts = len(self._devices)
+        if not self._fits_one and batch >= 2 * parts:
+            sizes = nested.part_sizes(batch, parts)
+            tensors = [nested.split(tensor, sizes, 0)[0] for tensor in tensors]
+        args, kwargs = nested.fill(skeleton, tensors)
+        return try_parts(module, args, kwargs, parts)
 
     def _is_for_comparison(self) -> bool:
         if not torch.is_grad_enabled() or self._whole_calls >= _WHOLE_CALLS:
@@ -96,28 +109,43 @@ class SharedCall:
         self._whole_calls += 1
         return True
 
-    def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, verdict: Verdict) -> Any:
+    def _split(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, verdict: Verdict
+    ) -> Any:
         if self._engine is None:
             self._engine = Engine(self._devices, 0)
             self._end = weakref.finalize(module, _leave_later, self._engine.crew, self._engine.number)
             self._end.atexit = False
+        generators = Generators()
         try:
             value = self._engine.run(module, args, kwargs)
-        except LaunchError as error:
-            self._account.refuse(str(error))
+        except WorkerDied:
+            raise
+        except Exception as error:  # of a part: if the whole fails too, its exception is the script's own
+            generators.rewind()
+            value = _alone(module, args, kwargs)
+            self._account.refuse(f"a part of a batch failed: {type(error).__name__}: {first_line(error)}")
             self._account.count(batch, split=False)
-            return module._call_impl(*args, **kwargs)
+            return value
         self._account.count(batch, split=True)
         return _averaged(value, verdict.numbers, nested.part_sizes(batch, len(self._devices)))
+
+
+def _alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's own call, on this device."""
+    own: Any = module._call_impl
+    return own(*args, **kwargs)
 
 
 def is_traced(module: nn.Module) -> bool:
     """Whether this call is looked at rather than run, or runs with other tensors in the place of the parameters."""
     return (
-        torch.jit.is_tracing()
+        torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
         or torch._C._functorch.maybe_current_level() is not None
-        or any(p is not None and not isinstance(p, nn.Parameter) for m in module.modules() for p in m._parameters.values())
+        or any(
+            p is not None and not isinstance(p, nn.Parameter) for m in module.modules() for p in m._parameters.values()
+        )
     )
 
 
@@ -155,4 +183,9 @@ def _reason_now(module: nn.Module, tensors: Sequence[torch.Tensor], verdict: Ver
 
 def _marks_ignored(tensor: torch.Tensor) -> bool:
     """Whether these look like labels of which some are to be ignored: whole numbers below zero."""
-    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool and bool((tensor < 0).any())
+    return (
+        not tensor.is_floating_point()
+        and not tensor.is_complex()
+        and tensor.dtype != torch.bool
+        and bool((tensor < 0).any())
+    )

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from duoka.data.generators import GLOBAL
 from duoka.mirror import nested
 
-__all__ = ["Verdict", "signature", "try_parts"]
+__all__ = ["Generators", "Verdict", "first_line", "is_users", "signature", "try_parts"]
 
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
 """Of the largest value, by type; of float32 and others ``_USUAL``."""
@@ -30,7 +29,16 @@ _FILLED = frozenset(
      "randint_like", "exponential_", "multinomial", "poisson", "log_normal_", "cauchy_", "geometric_", "random_", "rrelu"}
 )  # fmt: skip
 _DROPPED = frozenset(
-    {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "dropout_", "feature_dropout"}
+    {
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "dropout_",
+        "feature_dropout",
+    }
 )
 
 
@@ -82,14 +90,16 @@ def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         try:
             parts = [_part(model, module, skeleton, list(own)) for own in zip(*split, strict=True)]
         except Exception as error:
-            return Verdict(f"it cannot compute a part of the batch: {type(error).__name__}: {_first_line(error)}")
+            return Verdict(f"it cannot compute a part of the batch: {type(error).__name__}: {first_line(error)}")
     for name, buffer in parts[0][1].items():
         if not _close(buffer, after_whole[name]):
             return Verdict(f"its forward changes the buffer {name!r} by what the whole batch holds")
     return _compare(whole, [value for value, _ in parts], sizes)
 
 
-def _part(model: nn.Module, module: nn.Module, skeleton: Any, tensors: list[torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+def _part(
+    model: nn.Module, module: nn.Module, skeleton: Any, tensors: list[torch.Tensor]
+) -> tuple[Any, dict[str, torch.Tensor]]:
     for buffer, first in zip(model.buffers(), module.buffers(), strict=True):
         buffer.copy_(first)
     args, kwargs = nested.fill(skeleton, tensors)
@@ -105,7 +115,7 @@ def _compare(whole: Any, parts: list[Any], sizes: Sequence[int]) -> Verdict:
         value, joints = nested.join([skeleton for _, skeleton in taken], sizes)
         joined = [_join(joint, [tensors for tensors, _ in taken], sizes) for joint in joints]
     except (ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
-        return Verdict(f"what it returns for parts cannot be joined: {_first_line(error)}")
+        return Verdict(f"what it returns for parts cannot be joined: {first_line(error)}")
     if repr(_shape_of(value)) != repr(_shape_of(shape)) or len(joined) != len(expected):
         return Verdict("what it returns is built differently for a part of a batch")
     for one, other in zip(joined, expected, strict=True):
@@ -129,7 +139,9 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     if not (other.is_floating_point() or other.is_complex()) or other.numel() == 0:
         return torch.equal(one, other)
     scale = float(other.abs().nan_to_num(0, 0, 0).max())
-    return torch.allclose(one, other, rtol=0, atol=_TOLERANCE.get(other.dtype, _USUAL) * max(scale, 1e-6), equal_nan=True)
+    return torch.allclose(
+        one, other, rtol=0, atol=_TOLERANCE.get(other.dtype, _USUAL) * max(scale, 1e-6), equal_nan=True
+    )
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -174,24 +186,40 @@ def _shape_of(value: Any) -> Any:
         return {key: _shape_of(item) for key, item in value.items()}
     if isinstance(value, tuple | list) and type(value) is not nested.Hole:
         return [_shape_of(item) for item in value]
-    return "tensor" if type(value) is nested.Hole else value if isinstance(value, bool | str | None) else type(value).__name__
+    return (
+        "tensor"
+        if type(value) is nested.Hole
+        else value
+        if isinstance(value, bool | str | None)
+        else type(value).__name__
+    )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without a full stop at its end."""
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
+
+
+class Generators:
+    """The places of the global random generators as they are now."""
+
+    def __init__(self) -> None:
+        self._marks = [(stream, stream.mark()) for stream in GLOBAL]
+
+    def rewind(self) -> None:
+        """Let the generators go on from there again."""
+        for stream, mark in self._marks:
+            if stream.moved(mark):
+                stream.rewind(mark)
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Give the random generators back as they were."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    generators = Generators()
     try:
-        with torch.random.fork_rng(enabled=torch.cuda.is_initialized()):
-            yield
+        yield
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
+        generators.rewind()
 
 
 class _Sober(TorchFunctionMode):
@@ -223,10 +251,10 @@ class _Sober(TorchFunctionMode):
 def _without_training(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
     """``batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)`` from running statistics."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    values = {**dict.fromkeys(names[1:5]), "training": False, "momentum": 0.1, "eps": 1e-5}
+    values: dict[str, Any] = {**dict.fromkeys(names[1:5]), "training": False, "momentum": 0.1, "eps": 1e-5}
     values |= dict(zip(names, args, strict=False)) | kwargs
-    one = values["input"]
     if values["running_mean"] is None:
+        one: torch.Tensor = values["input"]
         channels = one.size(1)
         values["running_mean"], values["running_var"] = one.new_zeros(channels), one.new_ones(channels)
     return [*(values[name] for name in names[:5]), False, values["momentum"], values["eps"]]

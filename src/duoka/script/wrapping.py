@@ -20,7 +20,9 @@ from duoka.script.shared_call import SharedCall
 
 __all__ = ["DOUBLE_BACKWARD", "Finder"]
 
-DOUBLE_BACKWARD = "the script differentiates gradients (create_graph=True), and helpers return gradients without their graph"
+DOUBLE_BACKWARD = (
+    "the script differentiates gradients (create_graph=True), and helpers return gradients without their graph"
+)
 
 _INSIDERS = ("torch", "duoka", "contextlib", "functools", "importlib")
 
@@ -28,7 +30,8 @@ _INSIDERS = ("torch", "duoka", "contextlib", "functools", "importlib")
 class Finder:
     """Gives each model of a script a call that is shared out, and ``nn.DataParallel`` the devices of this run."""
 
-    def __init__(self, devices: Sequence[torch.device], account: Account) -> None:
+    def __init__(self, devices: Sequence[torch.device], account: Account, *, fits_one: bool = True) -> None:
+        self._fits_one = fits_one
         self._devices = tuple(devices)
         self._account = account
         self._calls: list[weakref.ref[SharedCall]] = []
@@ -75,7 +78,9 @@ class Finder:
         if isinstance(model, nn.Module):
             account = self._account.model(model)
             account.found(type(model).__name__, f"compiled at {where()}")
-            account.refuse("torch.compile has compiled it for one device; duoka.DataParallel(model) before compiling shares it")
+            account.refuse(
+                "torch.compile has compiled it for one device; duoka.DataParallel(model) before compiling shares it"
+            )
         return original(model, *args, **kwargs)
 
     def _differentiated(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +88,9 @@ class Finder:
             self._account.refuse_all(DOUBLE_BACKWARD)
         return original(*args, **kwargs)
 
-    def _distributed(self, original: Callable[..., Any], wrapper: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def _distributed(
+        self, original: Callable[..., Any], wrapper: Any, module: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
         self._account.note(
             "The script uses DistributedDataParallel: it shares work between processes that torchrun or duoka.launch start."
         )
@@ -91,7 +98,9 @@ class Finder:
         original(wrapper, module, *args, **kwargs)
 
     def _found(self, module: nn.Module, how: str) -> None:
-        if isinstance(module, nn.parallel.DistributedDataParallel | torch.jit.ScriptModule | _Wrapper):
+        if isinstance(module, nn.parallel.DistributedDataParallel | torch.jit.ScriptModule):
+            return
+        if any(isinstance(part, DataParallel) for part in module.modules()):  # the script shares it out itself
             return
         if module._compiled_call_impl is not None or not any(True for _ in module.parameters()):
             return
@@ -101,14 +110,14 @@ class Finder:
             return
         account = self._account.model(module)
         account.found(type(module).__name__, how)
-        call = SharedCall(module, self._devices, account)
+        call = SharedCall(module, self._devices, account, fits_one=self._fits_one)
         module._compiled_call_impl = call
         self._calls.append(weakref.ref(call))
 
     def _data_parallel(self) -> type:
         finder = self
 
-        class DataParallel(_Wrapper):
+        class DataParallel(_Wrapper, metaclass=_AnyDataParallel):
             __doc__ = _Wrapper.__doc__
 
             def __init__(
@@ -141,6 +150,13 @@ class Finder:
         return there or self._devices[:1]
 
 
+class _AnyDataParallel(type):
+    """Lets ``isinstance(model, nn.DataParallel)`` hold for a ``duoka.DataParallel`` of the script's own too."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, DataParallel)
+
+
 class _Wrapper(DataParallel):
     """What ``nn.DataParallel`` is while a script runs: see ``duoka.DataParallel``."""
 
@@ -152,6 +168,10 @@ class _Wrapper(DataParallel):
             value = super().forward(*inputs, **kwargs)
         self._duoka_account.count(_batch_of(inputs, kwargs, self.dim), split=len(self._duoka_devices) > 1)
         return value
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state with ``module.`` in its names, as the script knows it from torch and may cut it off."""
+        return nn.Module.state_dict(self, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DataParallel, (self.module,)

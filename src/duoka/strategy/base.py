@@ -47,14 +47,19 @@ class Strategy(ABC):
 
     def divide(self, parameters: Iterable[nn.Parameter], weight: torch.Tensor) -> None:
         """Turn gradients of a sum into those of a mean: ``weight`` is this rank's share of the sum's weight."""
-        total = self.world.all_reduce(weight.detach().double() if weight.device.type != "mps" else weight.detach())
-        factor = torch.where(total > 0, self.replicas_averaged / total, torch.zeros_like(total))
+        factor = self.inverse(weight)
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
                 by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for dtype, gradients in by_dtype.items():
             torch._foreach_mul_(gradients, factor.to(dtype))
+
+    def inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the factor that makes sums means, 0 where all weigh nothing: ``weight`` is this rank's share of theirs."""
+        weight = weight.detach()
+        total = self.world.all_reduce(weight.double() if weight.device.type != "mps" else weight)
+        return torch.where(total > 0, self.replicas_averaged / total, 0.0)
 
     @property
     def replicas_averaged(self) -> int:

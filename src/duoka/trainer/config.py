@@ -51,7 +51,8 @@ class TrainerConfig:
             own part. Where a global batch has fewer samples than there are devices, those without one take part with
             a copy of a sample, which enters these statistics though not the loss: every device has to answer.
         find_unused_parameters: Whether some parameters take no part in a step's loss; ``None`` finds out with one
-            trial step that leaves no trace. Give ``True`` where the unused parameters differ from step to step.
+            forward and backward of a copy of the model and loss before the first step, where there are several ranks.
+            Give ``True`` where the unused parameters differ from step to step, ``False`` to leave the trial out.
         ddp_options: Passed to ``DistributedDataParallel`` as they are: ``static_graph``, ``bucket_cap_mb``, ...
         compile: Whether ``torch.compile`` compiles the model together with its loss.
         precision: Number format of forward and backward: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast, with loss
@@ -88,9 +89,11 @@ class TrainerConfig:
         predict: What predicts: the name of a method of the model that takes a batch, or a function ``(model,
             batch)``.
         seed: Decides the order of samples, random augmentation and, with the rank, the random masks.
-        out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing.
-        resume: ``True`` continues from ``out_dir``'s checkpoint, ``"auto"`` does so if there is one; or a
-            checkpoint's path.
+        out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing. A run that begins
+            anew in the folder of another removes the other's checkpoint and weights.
+        resume: ``True`` continues from ``out_dir``'s checkpoint, ``"auto"`` does so if there is one; or the path of
+            a checkpoint, or of the folder of a run that has one. Model, optimiser and schedule have to be those of
+            then; a checkpoint that is refused leaves ``out_dir`` as it was.
         checkpoint_every_steps: Also write a checkpoint after every so many optimiser steps, not only after each
             epoch.
         tensorboard: Whether ``out_dir`` gets TensorBoard events; ``None`` writes them where TensorBoard is installed.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,18 +30,19 @@ from duoka.trainer.preparation import (
     sharded,
     unused_parameters,
 )
-from duoka.trainer.progress import Reporter, Snapshot, device_memory_bytes, duration, number, reporter_for
+from duoka.trainer.progress import Reporter, reporter_for
 from duoka.trainer.saving import (
     BestWeights,
+    Progress,
     checkpoint_path,
     find_checkpoint,
+    is_own,
     on_main,
-    restore_training,
     weights_path,
-    write_training,
 )
 from duoka.trainer.stepping import Stepper, windows
 from duoka.trainer.tally import Tally
+from duoka.trainer.telling import Teller
 from duoka.trainer.words import introduction, learning_rate
 from duoka.world import World, current_world
 
@@ -90,20 +91,21 @@ class _Fit:
         seed_rank(config.seed, world)
         self.stepper = self._build_stepper()
         self.state = State(job.model, self.stepper.optimizer, config.epochs, self.stepper.tally)
-        self.reporter: Reporter = reporter_for(config.verbose) if world.is_main else Reporter()
-        stack.callback(self.reporter.close)
+        reporter: Reporter = reporter_for(config.verbose) if world.is_main else Reporter()
+        stack.callback(reporter.close)
         writes = world.is_main and config.out_dir is not None
         self.folder = RunFolder(str(config.out_dir), config.tensorboard) if writes else NoFolder()
         stack.callback(self.folder.close)
+        self.teller = Teller(config, self.state, reporter, self.folder, is_main=world.is_main)
         self.stepper.zero_grad()  # what the user's own backward has left is no part of the first step
         stack.callback(self.stepper.zero_grad)
         self.weights_path = weights_path(config, job.save_model, job.model_path)
-        self.best_weights = BestWeights(config, self.weights_path)
+        self.best_weights = BestWeights()
+        self.progress = Progress(objective, self.stepper, self.state, self.best_weights, self.judge.name, world)
         self.watch_steps = world.broadcast(self.callbacks.watch_steps)
         self.order_seed = config.seed
         self.rank_rng: Any = None
         self.wrapped = False
-        self.warned_of_loss = False
 
     def _count_steps(self) -> int | None:
         try:
@@ -115,6 +117,7 @@ class _Fit:
         config, factor = self.config, learning_rate(self.config, self.strategy.replicas).factor
         optimizer = build_optimizer(config, self.objective, factor)
         schedule = build_schedule(config, optimizer, self.steps_per_epoch, factor)
+        self.objective.alone = self.strategy.name == "single" and config.accumulate == 1 and not config.compile
         scaler = torch.amp.GradScaler(self.world.device.type) if config.precision == "fp16" else None
         return Stepper(
             self.objective,
@@ -128,12 +131,7 @@ class _Fit:
 
     def run(self) -> Outcome:
         """Train until the end, early or not, and return the results."""
-        first_epoch = self._resume()
-        self.judge.lose_patience(self.state)
-        self.folder.start(self.config.plain(), self.state.history)
-        if self.weights_path is not None:
-            on_main(self.world, functools.partial(checkpoint.check_writable, self.weights_path))
-        self._introduce()
+        first_epoch = self._begin()
         self.objective.train()
         self.callbacks.call("on_fit_start", self.state)
         for epoch in range(first_epoch, self.config.epochs):
@@ -149,13 +147,25 @@ class _Fit:
         self.state.stopping = self.world.broadcast(self.state.stopping)
         return bool(self.state.stopping) or (limit is not None and self.state.step >= limit)
 
-    def _resume(self) -> int:
-        """Continue from a checkpoint if there is one to continue from; return the epoch to begin with, from 0."""
+    # -- the beginning -------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> int:
+        """Continue from a checkpoint if there is one to continue from; return the epoch to begin with, from 0.
+
+        Nothing is written before the checkpoint was accepted: a refused one leaves the folder as it was.
+        """
         path = on_main(self.world, lambda: find_checkpoint(self.config))
-        if path is None:
-            return 0
-        place, self.rank_rng = restore_training(path, self.objective, self.stepper, self.state, self.world)
-        if place["seed"] != self.config.seed:
+        epoch = 0 if path is None else self._resume(path)
+        self.judge.lose_patience(self.state)
+        on_main(self.world, lambda: self._open_folder(anew=not is_own(path, self.config.out_dir)))
+        if path is not None:
+            self.teller.say(f"resumed: {path}, after {self.state.step:,} steps, {self.teller.place(epoch)}")
+        self._introduce()
+        return epoch
+
+    def _resume(self, path: Path) -> int:
+        place, self.rank_rng = self.progress.restore(path)
+        if place["seed"] != self.config.seed and self.world.is_main:
             logger.warning(
                 "seed=%d is not the one that %s was written with; the order of samples goes on with seed %d",
                 self.config.seed,
@@ -163,16 +173,12 @@ class _Fit:
                 place["seed"],
             )
         self.order_seed = int(place["seed"])
-        self._say(f"resumed: {path}, after {self.state.step:,} steps, {self._place_in_words(place['epoch'])}")
         return int(place["epoch"])
 
-    def _place_in_words(self, epoch: int) -> str:
-        limit = self.config.max_steps
-        if epoch >= self.config.epochs:
-            return f"and nothing is left to train: all {self.config.epochs} epochs are done"
-        if limit is not None and self.state.step >= limit:
-            return f"and nothing is left to train: all {limit} steps of max_steps are done"
-        return f"in epoch {epoch + 1}"
+    def _open_folder(self, *, anew: bool) -> None:
+        self.folder.start(self.config.plain(), self.state.history, anew=anew)
+        if self.weights_path is not None:
+            checkpoint.check_writable(self.weights_path)
 
     def _introduce(self) -> None:
         if not self.world.is_main:
@@ -186,22 +192,16 @@ class _Fit:
             devices=self.job.devices,
             reasons=(self.job.reason, self.strategy_reason),
         )
-        for line in lines:
-            self._say(line)
-
-    def _say(self, text: str) -> None:
-        self.reporter.say(text)
-        self.folder.log(text)
+        self.teller.say(*lines)
 
     # -- one epoch -----------------------------------------------------------------------------------------------------
 
     def _train_epoch(self, epoch: int) -> bool:
         """Take the steps of an epoch; return whether it was gone through to its end."""
-        state, stepper, reporter = self.state, self.stepper, self.reporter
+        state, stepper, reporter = self.state, self.stepper, self.teller.reporter
         state.epoch = epoch + 1
         self.train.set_position(Position(self.order_seed, epoch, state.samples_in_epoch))
-        self.samples_before, self.steps_before, self.began = state.samples, state.step, time.perf_counter()
-        reporter.begin_epoch(state.epoch, self.config.epochs, self.steps_per_epoch)
+        self.teller.begin_epoch(self.steps_per_epoch)
         watching = self.watch_steps or self.config.checkpoint_every_steps or self.config.max_steps
         clock = time.perf_counter
         for window in windows(self.train, self.config.accumulate):
@@ -212,7 +212,7 @@ class _Fit:
             state.samples += taken
             state.samples_in_epoch += taken
             if clock() >= reporter.due:
-                self._show()
+                self.teller.show(self.world.device)
             if watching and self._after_step(epoch):
                 return False
         return True
@@ -226,9 +226,8 @@ class _Fit:
             unused = options.find_unused_parameters
             if unused is None and not options.ddp_options.get("static_graph"):
                 names = unused_parameters(objective, window[0].batch, self.world)
-                unused = bool(names)
-                if names:
-                    self._say(f"unused in the first step: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+                unused = names is None or bool(names)
+                self.teller.unused(names or [])
             self.strategy.options["find_unused_parameters"] = bool(unused)  # type: ignore[attr-defined]
         self.stepper.use(self.strategy.wrap(objective), objective, compiled=self.config.compile)
         if self.rank_rng is not None:
@@ -247,46 +246,12 @@ class _Fit:
             self._write_checkpoint(epoch, state.samples_in_epoch)
         return config.max_steps is not None and state.step >= config.max_steps
 
-    def _check_loss(self, loss: float, name: str = "loss") -> float:
-        """Say once when the loss is no number any more: nothing can be learnt from then on."""
-        if not math.isfinite(loss) and not self.warned_of_loss and self.world.is_main:
-            self.warned_of_loss = True
-            logger.warning(
-                "the %s became %s in epoch %d, after %d steps; a lower lr, max_grad_norm=1.0, or precision='fp32' may help",
-                name,
-                loss,
-                self.state.epoch,
-                self.state.step,
-            )
-        return loss
-
-    def _show(self) -> None:
-        state, elapsed = self.state, time.perf_counter() - self.began
-        done = state.step - self.steps_before
-        eta_s = None
-        planned = None if self.steps_per_epoch is None else self.steps_per_epoch * self.config.epochs
-        ends = [steps for steps in (planned, self.config.max_steps) if steps is not None]
-        if ends and done:
-            eta_s = max(0.0, (min(ends) - state.step) * elapsed / done)
-        self.reporter.show(
-            Snapshot(
-                epoch=state.epoch,
-                epochs=self.config.epochs,
-                step=done,
-                steps=self.steps_per_epoch,
-                loss=self._check_loss(self.stepper.tally.mean()),
-                samples_per_s=(state.samples - self.samples_before) / elapsed,
-                eta_s=eta_s,
-                memory_bytes=device_memory_bytes(self.world.device),
-            )
-        )
-
     def _end_epoch(self, epoch: int, *, whole: bool) -> None:
         """Evaluate and record. Of an epoch that was left early the checkpoint has the middle, from where it can go on."""
-        state, tally = self.state, self.stepper.tally
+        state, tally, teller = self.state, self.stepper.tally, self.teller
         loss = tally.global_mean(self.world)
-        record = self._record(math.nan if loss is None else self._check_loss(loss))
-        self.reporter.end_epoch()
+        record = teller.record(math.nan if loss is None else teller.checked_loss(loss))
+        teller.reporter.end_epoch()
         if whole:
             self.stepper.schedule.after_epoch()
         if whole and self.evaluations is None:
@@ -297,24 +262,10 @@ class _Fit:
         tally.reset()
         state.history.append(record)
         self.callbacks.call("on_epoch_end", state)
-        self._say(self._line(record, is_best))
-        self.folder.record(state.history)
+        teller.end_epoch(record, is_best=is_best)
         if whole:
             state.samples_in_epoch = 0
             self._write_checkpoint(epoch + 1, 0)
-
-    def _record(self, train_loss: float) -> dict[str, Any]:
-        state = self.state
-        seconds = time.perf_counter() - self.began
-        return {
-            "epoch": state.epoch,
-            "step": state.step,
-            "samples": state.samples,
-            "train_loss": train_loss,
-            "lr": float(state.optimizer.param_groups[0]["lr"]),
-            "seconds": round(seconds, 4),
-            "samples_per_s": round((state.samples - self.samples_before) / seconds, 1),
-        }
 
     def _evaluation_is_due(self, epoch: int) -> bool:
         if self.evaluations is None:
@@ -329,7 +280,7 @@ class _Fit:
         self.strategy.synchronize_buffers(self.objective)
         assert self.evaluations is not None  # the caller has looked
         state.validation = evaluate(self.objective, self.evaluations, self.metrics, self.world)
-        self._check_loss(state.validation.get("loss", 0.0), "evaluation's loss")
+        self.teller.checked_loss(state.validation.get("loss", 0.0), "evaluation's loss")
         record.update({f"{PREFIX}{name}": value for name, value in state.validation.items()})
         is_best = self.judge.take(state, whole=whole)
         if is_best and self.world.is_main:
@@ -343,38 +294,27 @@ class _Fit:
         value = self.judge.value(self.state.validation)
         return self.state.validation.get("loss") if value is None else value
 
-    def _line(self, record: dict[str, Any], is_best: bool) -> str:
-        parts = [f"epoch {record['epoch']}/{self.config.epochs}", f"loss {number(record['train_loss'])}"]
-        parts += [
-            f"{'val loss' if name == 'loss' else name} {number(value)}"
-            for name, value in self.state.validation.items()
-            if f"{PREFIX}{name}" in record and isinstance(value, (int, float))
-        ]
-        parts += [f"lr {record['lr']:.3g}", f"{record['samples_per_s']:,.0f} samples/s", duration(record["seconds"])]
-        return " · ".join(parts) + (" · best" if is_best else "")
-
     def _write_checkpoint(self, epoch: int, samples: int) -> None:
-        if self.config.out_dir is None:
-            return
-        place = Position(self.order_seed, epoch, samples).to_dict()
-        path = checkpoint_path(self.config.out_dir)
-        write_training(path, self.objective, self.stepper, self.state, place, rng_state(), self.world)
+        if self.config.out_dir is not None:
+            place = Position(self.order_seed, epoch, samples).to_dict()
+            self.progress.write(checkpoint_path(self.config.out_dir), place)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> Outcome:
         state = self.state
         if state.stopping:
-            self._say(f"stopped early: {state.stopping}")
+            self.teller.say(f"stopped early: {state.stopping}")
         self._evaluate_last_weights()
         self._settle_weights()
         test: Results = {}
         if self.tests is not None:
             test = evaluate(self.objective, self.tests, self.metrics, self.world)
-            self._say_results("test", test)
+            self.teller.results("test", test)
         self.folder.finish(state.history)
         self.callbacks.call("on_fit_end", state)
-        return Outcome(self._final_validation(), test, state.history, state.best, state.stopping)
+        validation = state.validation if state.best is None else state.best.results
+        return Outcome(validation, test, state.history, state.best, state.stopping)
 
     def _evaluate_last_weights(self) -> None:
         """Evaluate once more where the model ends with weights that were not: training stopped between two evaluations."""
@@ -385,28 +325,18 @@ class _Fit:
         self._evaluate(record, whole=False)
         if record:
             self.folder.record(state.history)
-        self._say_results("validation", state.validation)
-
-    def _say_results(self, label: str, results: Results) -> None:
-        shown = (f"{name} {number(value)}" for name, value in results.items() if isinstance(value, (int, float)))
-        self._say(f"{label}: {' · '.join(shown)}")
+        self.teller.results("validation", state.validation)
 
     def _settle_weights(self) -> None:
         """Leave the best weights in the user's model, or the last ones, and on disk where that was asked for."""
-        state, model = self.state, self.job.model
-        restored = False
+        best, model = self.state.best, self.job.model
         if self.world.is_main:
-            restored = state.best is not None and self.best_weights.load(model)
-            if not restored and self.weights_path is not None:
+            if best is not None:
+                self.best_weights.load(model)
+            if self.weights_path is not None:
                 checkpoint.save(model, self.weights_path)
         self.strategy.synchronize(self.objective)
-        if restored and state.best is not None:
-            self._say(
-                f"the model has the weights of epoch {state.best.epoch}, {self.judge.name} {number(state.best.value)}"
-            )
+        if best is not None:
+            self.teller.best(best, self.judge.name)
         if self.weights_path is not None:
-            self._say(f"weights: {self.weights_path}")
-
-    def _final_validation(self) -> Results:
-        """Return the evaluation of the weights that the model ends with."""
-        return self.state.validation if self.state.best is None else self.state.best.results
+            self.teller.say(f"weights: {self.weights_path}")

@@ -17,6 +17,8 @@ from duoka.trainer.curves import curves_png
 __all__ = ["NoFolder", "RunFolder"]
 
 CURVES_INTERVAL_S = 30.0
+STALE = ("checkpoint/last.pt", "model.safetensors", "plots/curves.png", "events.out.tfevents.*")
+"""What a run writes that another one, which begins in the same folder, must not be taken for."""
 
 
 class NoFolder:
@@ -24,7 +26,7 @@ class NoFolder:
 
     path: Path | None = None
 
-    def start(self, options: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, anew: bool) -> None:
         """Prepare the folder."""
 
     def log(self, text: str) -> None:
@@ -49,26 +51,36 @@ class RunFolder(NoFolder):
         self.events: Any = None
         self.drawn_at = 0.0
 
-    def start(self, options: dict[str, Any], history: list[dict[str, Any]]) -> None:
-        """Write the trainer's options, and the records that a resumed run begins with."""
+    def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, anew: bool) -> None:
+        """Write the trainer's options, and the records that a resumed run begins with.
+
+        Where a run begins ``anew``, what another left behind goes first, so that nobody goes on from it.
+        """
         import yaml
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in STALE if anew else ():
+                for left in self.path.glob(name):
+                    left.unlink()
         except OSError as error:
             raise StorageError(
-                f"out_dir={str(self.path)!r} cannot be made: {error}; name a folder that is writable"
+                f"out_dir={str(self.path)!r} cannot be made ready: {error}; name a folder that is writable"
             ) from error
         self._write("trainer.yml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
         self._write("metrics.jsonl", _lines(history))
-        if not history:
+        if anew:
             self._write("log.txt", b"")
-        self.events = _event_writer(self.path, self.tensorboard, len(history))
+        self.events = _event_writer(self.path, self.tensorboard)
 
     def log(self, text: str) -> None:
         """Add lines to ``log.txt``."""
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        path = self.path / "log.txt"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error}; free some space, or name another out_dir") from error
 
     def record(self, history: list[dict[str, Any]]) -> None:
         """Write the records of all epochs so far, and now and then the curves."""
@@ -117,7 +129,7 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _event_writer(path: Path, wanted: bool | None, epochs_before: int) -> Any:
+def _event_writer(path: Path, wanted: bool | None) -> Any:
     if wanted is False:
         return None
     try:
@@ -128,7 +140,4 @@ def _event_writer(path: Path, wanted: bool | None, epochs_before: int) -> Any:
                 "tensorboard=True needs TensorBoard, which is not installed: pip install 'duoka[track]'"
             ) from error
         return None
-    if not epochs_before:
-        for stale in path.glob("events.out.tfevents.*"):
-            stale.unlink()
     return SummaryWriter(str(path))

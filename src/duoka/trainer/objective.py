@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from duoka.errors import ConfigError, DataError
+from duoka.trainer.losses import Mean, check_reduction, measured
 
 __all__ = ["Judged", "Objective", "check_calls", "model_output"]
 
 TARGETS = ("labels", "label", "targets", "target", "y")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-Loss = torch.Tensor | tuple[torch.Tensor, Any]
+Loss = torch.Tensor | tuple[torch.Tensor, Any] | Mean
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Objective(nn.Module):
         self.loss = loss
         self.target = target
         self.predict = predict
+        self.alone = False
+        """Whether every batch is a whole step, on one device."""
         self.autocast = (device_type, DTYPES[precision]) if precision in DTYPES else None
 
     def forward(self, batch: Any) -> Loss:
@@ -78,7 +81,8 @@ class Objective(nn.Module):
         if isinstance(loss, str):
             return as_loss(getattr(self.model, loss)(batch))
         inputs, target = split_target(batch, self.target)
-        return as_loss(loss(model_output(self.model, inputs), target))
+        result = measured(loss, model_output(self.model, inputs), target, alone=self.alone)
+        return result if type(result) is Mean else as_loss(result)
 
     def judge(self, batch: Any, with_output: bool) -> Judged:
         """Return loss, predictions and target of ``batch``, from one forward where that is possible."""
@@ -93,7 +97,7 @@ class Objective(nn.Module):
                 return Judged(own, output, target_of(batch, self.target))
             inputs, target = split_target(batch, self.target)
             output = model_output(self.model, inputs)
-            return Judged(as_loss(loss(output, target)), self._predictions(batch, output), target)
+            return Judged(as_loss(measured(loss, output, target)), self._predictions(batch, output), target)
 
     def predictions(self, batch: Any) -> Any:
         """Return the model's predictions for ``batch``, which may hold a target or not."""
@@ -120,6 +124,7 @@ def check_calls(model: nn.Module, loss: Any, predict: Any) -> None:
         ConfigError: one is not; with what was meant.
 
     """
+    check_reduction(loss)
     for option, value in (("loss", loss), ("predict", predict)):
         if isinstance(value, str) and not callable(getattr(model, value, None)):
             methods = [name for name in dir(type(model)) if callable(getattr(type(model), name))]
@@ -240,7 +245,7 @@ def own_loss(output: Any) -> Loss | None:
         return as_loss(named)
     if isinstance(output, torch.Tensor):
         return output if output.ndim == 0 else None
-    return tuple(output) if _is_pair(output) and output[0].ndim == 0 else None
+    return _scalars(output) if _is_pair(output) and output[0].ndim == 0 else None
 
 
 def loss_of(output: Any) -> Loss:
@@ -259,9 +264,13 @@ def as_loss(result: Any) -> Loss:
         if result.numel() == 1:
             return result.reshape(())
     elif _is_pair(result) and result[0].numel() == 1:
-        total, weight = result
-        return total.reshape(()), weight.reshape(()) if isinstance(weight, torch.Tensor) else weight
+        return _scalars(result)
     return loss_of(result)
+
+
+def _scalars(pair: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+    total, weight = pair
+    return total.reshape(()), weight.reshape(()) if isinstance(weight, torch.Tensor) else weight
 
 
 def _is_pair(output: Any) -> bool:

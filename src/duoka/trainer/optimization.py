@@ -131,15 +131,33 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` continues from."""
         inner = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"steps": self.steps, "full": self._full, "scheduler": inner, "length": self.length}
+        return {
+            "kind": self.kind,
+            "steps": self.steps,
+            "full": self._full,
+            "scheduler": inner,
+            "length": self.length,
+        }
+
+    @property
+    def kind(self) -> str:
+        """What the schedule is and when it advances; only one of the same kind can go on from its state."""
+        unit = "step" if self.every_step else "epoch"
+        return "no schedule" if self.scheduler is None else f"{type(self.scheduler).__name__} every {unit}"
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``, to the end that was planned then.
 
         Raises:
-            CheckpointError: this run is longer than that.
+            CheckpointError: it is of another kind, or this run is longer than that.
 
         """
+        theirs = state.get("kind", self.kind)  # files of before do not say
+        if theirs != self.kind:
+            raise CheckpointError(
+                f"the checkpoint's learning rate has {theirs}, this Trainer's {self.kind}; resume with the scheduler and "
+                "scheduler_interval of then, or begin a new run with its weights: duoka.load('model.safetensors', into=model)"
+            )
         planned = state.get("length")
         if planned is not None and self.length is not None and self.length > planned:
             unit = "steps" if self.every_step else "epochs"

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from duoka.checkpoint import rng_state, set_rng_state
-from duoka.data import Part, ShardedLoader, shard, to_device
+from duoka.data import Part, ShardedLoader, alike, shard, to_device
 from duoka.errors import ConfigError, DataError
 from duoka.strategy import Strategy, choose
 from duoka.trainer.callbacks import Callback
@@ -84,16 +84,18 @@ def seed_rank(seed: int, world: World) -> None:
 
 
 class Sharded:
-    """A rank's part of a user's data, which has at least one sample.
+    """A rank's part of a user's data, which has at least one sample and is the same on every rank.
 
     Raises:
-        DataError: there is none, when it is built or, for data that do not tell their length, when it has been read.
+        DataError: there is none, when it is built or, for data that do not tell their length, when it has been read; or a
+            stream is another one on this rank.
 
     """
 
-    def __init__(self, loader: ShardedLoader, empty: DataError) -> None:
+    def __init__(self, loader: ShardedLoader, empty: DataError, name: str, world: World) -> None:
         self.loader = loader
         self.empty = empty
+        self.name, self.world = name, world
         self.set_position, self.close = loader.set_position, loader.close
         with contextlib.suppress(TypeError, NotImplementedError):  # its length is not known
             if len(loader) == 0:
@@ -106,11 +108,25 @@ class Sharded:
 
     def __iter__(self) -> Iterator[Part]:
         begins = self.loader.position.samples == 0
-        part = None
-        for part in self.loader:
-            yield part
-        if part is None and begins:
-            raise self.empty
+        parts = iter(self.loader)
+        part = next(parts, None)
+        self._check_same()
+        if part is None:
+            if begins:
+                raise self.empty
+            return
+        yield part
+        yield from parts
+
+    def _check_same(self) -> None:
+        """Compare what the ranks have read first of a stream, of which each is to read all, and to keep its part."""
+        read = self.world.gather(self.loader.glimpse)
+        if any(one is not None for one in read) and not all(one and read[0] and alike(one, read[0]) for one in read):
+            raise DataError(
+                f"{self.name} yields other samples on another rank: it divides itself by rank (or draws from a generator that "
+                "duoka does not know), so that samples would be lost, as duoka divides every global batch itself. Let it yield "
+                "all samples in one order on every rank: leave torch.distributed.get_rank() and RANK out of it"
+            )
 
 
 def sharded(job: Job, name: str, strategy: Strategy) -> Sharded:
@@ -118,7 +134,7 @@ def sharded(job: Job, name: str, strategy: Strategy) -> Sharded:
     world, data, training = strategy.world, getattr(job, name), name == "train_data"
     merge = strategy.replicas if job.config.batch == "per_device" else 1
     loader = shard(data, rank=world.rank, size=world.size, seed=job.config.seed, merge=merge, training=training)
-    return Sharded(loader, _empty(name, data, merge if training else 1))
+    return Sharded(loader, _empty(name, data, merge if training else 1), name, world)
 
 
 def _empty(name: str, data: Any, merge: int) -> DataError:
@@ -197,21 +213,22 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def unused_parameters(objective: Objective, batch: Any, world: World) -> list[str]:
+def unused_parameters(objective: Objective, batch: Any, world: World) -> list[str] | None:
     """Return the trained parameters that take no part in the loss of ``batch`` on some rank.
 
-    One forward and backward find out; buffers, gradients and random generators are as before afterwards.
+    One forward and backward of a copy find out, so that what modules count or keep is as before; so are random generators.
+    ``None`` where a module cannot be copied on some rank: then nothing is called.
     """
+    try:
+        trial = copy.deepcopy(objective)
+    except Exception:  # locks, open files, tensors with a graph: whatever a user's module holds
+        trial = None
+    if world.any(trial is None) or trial is None:
+        return None
     generators = rng_state()
-    buffers = [buffer.clone() for buffer in objective.buffers()]
-    trained = [(name, parameter) for name, parameter in objective.named_parameters() if parameter.requires_grad]
-    loss = objective(to_device(batch, world.device))
+    loss = trial(to_device(batch, world.device))
     (loss[0] if isinstance(loss, tuple) else loss).backward()
+    trained = ((name, parameter) for name, parameter in trial.named_parameters() if parameter.requires_grad)
     unused = [name for name, parameter in trained if parameter.grad is None]
-    for _, parameter in trained:
-        parameter.grad = None
-    with torch.no_grad():
-        for buffer, value in zip(objective.buffers(), buffers, strict=True):
-            buffer.copy_(value)
     set_rng_state(generators)
     return sorted({name for names in world.gather(unused) for name in names})

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from duoka.data import to_device
 from duoka.strategy import Strategy
+from duoka.trainer.losses import Mean
 from duoka.trainer.optimization import Schedule
 from duoka.trainer.tally import Tally
 
@@ -40,7 +41,7 @@ class Stepper:
 
     The gradient of a step is that of the mean loss over all samples of its window on all ranks. A part's loss is a mean and
     is weighted by the part's share before backward; or it is ``(sum, weight)``, then sums are what is added up and the
-    gradients are divided by the weight of the whole window, once, afterwards.
+    gradients are divided by the weight of the whole window, once, afterwards; a window of one part divides its sum.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Stepper:
         self._others = [parameter for parameter in self.trained if id(parameter) not in held]
         self._on_cpu = self.device.type == "cpu"  # where loaders put their batches anyway
         self._weight: torch.Tensor | None = None
+        self._alone = True
         self._scheduled = not schedule.idle
         self._loss_scale: float | None = None
 
     def step(self, window: list[Any]) -> int:
         """Take one optimiser step and return how many samples it took over all ranks."""
-        if len(window) == 1:
+        self._alone = len(window) == 1
+        if self._alone:
             total: int = window[0].global_count
         else:
             total = sum(part.global_count for part in window)
@@ -103,6 +106,9 @@ class Stepper:
                 loss = self.call(batch)
         if type(loss) is tuple:
             loss = self._weighted(loss, count)
+        elif type(loss) is Mean:
+            loss, weight = loss
+            self.tally.add(loss, weight)
         else:
             self.tally.add(loss, count)
             scale = self._scale(count, total)
@@ -118,6 +124,8 @@ class Stepper:
         if not count:
             total, weight = total * 0, weight * 0
         self.tally.add_sum(total, weight)
+        if self._alone:  # the weight of the whole step is known before backward
+            return total * self.strategy.inverse(weight).to(total.dtype)
         self._weight = weight if self._weight is None else self._weight + weight
         return total
 

@@ -26,13 +26,15 @@ class Tally:
         self.weight: Any = 0
         self._means: list[torch.Tensor] = []
         self._counts: list[int] = []
+        self._sums: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
 
     def reset(self) -> None:
         """Begin again at nothing."""
         self.total.zero_()
         self.weight = 0
-        self._means.clear()
-        self._counts.clear()
+        for waiting in (self._means, self._counts, self._sums, self._weights):
+            waiting.clear()
 
     def add(self, mean: torch.Tensor, count: int) -> None:
         """Add the mean over ``count`` samples."""
@@ -43,8 +45,10 @@ class Tally:
 
     def add_sum(self, total: torch.Tensor, weight: Any) -> None:
         """Add a sum and its weight, a number or a tensor on the device."""
-        self.total.add_(total.detach())
-        self.weight = self.weight + (weight.detach().to(self.total.dtype) if torch.is_tensor(weight) else weight)
+        self._sums.append(total.detach())
+        self._weights.append(torch.as_tensor(weight, dtype=self.total.dtype, device=self.total.device).detach())
+        if len(self._sums) == FOLD_EVERY:
+            self._fold()
 
     def read(self) -> tuple[float, float]:
         """Return this rank's ``(sum, weight)``; waits for the device."""
@@ -75,3 +79,8 @@ class Tally:
             self.weight = self.weight + sum(self._counts)
             self._means.clear()
             self._counts.clear()
+        if self._sums:
+            self.total.add_(torch.stack(self._sums).to(self.total.dtype).sum())
+            self.weight = self.weight + torch.stack(self._weights).sum()
+            self._sums.clear()
+            self._weights.clear()

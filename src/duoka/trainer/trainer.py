@@ -177,7 +177,7 @@ class Trainer:
 
         if is_entered():
             return function(dataclasses.replace(job, devices=(current_world().device,)))
-        if is_member():
+        if is_member(self.config.device):
             return launch(function, dataclasses.replace(job, devices=()), devices=self.config.device)
         used = self.devices[:1] if self.config.strategy == "dp" else self.devices
         return launch(function, job, devices=list(used))

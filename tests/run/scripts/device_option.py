@@ -62,8 +62,8 @@ if __name__ == '__main__':
     device, ids = pick_devices(args.device)
     print('device:', device, 'ids:', ids)
     digits = load_digits()
-    x = torch.tensor(digits.images[:500], dtype=torch.float32).unsqueeze(1) / 16
-    y = torch.tensor(digits.target[:500])
+    x = torch.tensor(digits.images[:230], dtype=torch.float32).unsqueeze(1) / 16
+    y = torch.tensor(digits.target[:230])
     loader = DataLoader(TensorDataset(x, y), batch_size=cfg['bsize'], shuffle=True, num_workers=cfg['workers'])
     net = ResNet()
     if len(ids) > 1:

@@ -87,8 +87,8 @@ def main():
     X, y = load_digits(return_X_y=True)
     X = torch.tensor(X / 16.0, dtype=torch.float).view(-1, 1, 8, 8)
     y = torch.tensor(y)
-    dataset1 = torch.utils.data.TensorDataset(X[:900], y[:900])
-    dataset2 = torch.utils.data.TensorDataset(X[900:1150], y[900:1150])
+    dataset1 = torch.utils.data.TensorDataset(X[:500], y[:500])
+    dataset2 = torch.utils.data.TensorDataset(X[900:1050], y[900:1050])
     train_loader = torch.utils.data.DataLoader(dataset1, **train_kwargs)
     test_loader = torch.utils.data.DataLoader(dataset2, **test_kwargs)
 

@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader, TensorDataset
 torch.manual_seed(0)
 device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 digits = load_digits()
-x = torch.tensor(digits.images[:700], dtype=torch.float32).unsqueeze(1) / 16
-y = torch.tensor(digits.target[:700])
-train = DataLoader(TensorDataset(x[:600], y[:600]), batch_size=64, shuffle=True)
+x = torch.tensor(digits.images[:400], dtype=torch.float32).unsqueeze(1) / 16
+y = torch.tensor(digits.target[:400])
+train = DataLoader(TensorDataset(x[:330], y[:330]), batch_size=64, shuffle=True)
 
 
 class CNN(nn.Module):
@@ -41,5 +41,5 @@ for epoch in range(4):
         total += loss.item() * len(xb)
     model.eval()
     with torch.no_grad():
-        val = criterion(model(x[600:].to(device)), y[600:].to(device)).item()
-    print("epoch %d loss %.6f val %.6f" % (epoch, total / 600, val))
+        val = criterion(model(x[330:].to(device)), y[330:].to(device)).item()
+    print("epoch %d loss %.6f val %.6f" % (epoch, total / 330, val))

@@ -1,0 +1,219 @@
+"""The command line of ``duoka run``: whose words are whose, what is explained, what is refused, and notebooks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from duoka.cli.main import main
+from duoka.cli.run import Request, parse
+from duoka.errors import ConfigError
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+@pytest.mark.parametrize(
+    ("words", "request_"),
+    [
+        (["t.py"], Request("t.py", ())),
+        (["t.py", "--epochs", "3", "--device", "0,1"], Request("t.py", ("--epochs", "3"), device="0,1")),
+        (["--device=cpu:2", "t.py", "--device", "cuda"], Request("t.py", ("--device", "cuda"), device="cpu:2")),
+        (
+            ["t.py", "--device", "cpu:2", "--", "--device", "cuda"],
+            Request("t.py", ("--device", "cuda"), device="cpu:2"),
+        ),
+        (["--scale-batch", "t.py", "--", "x"], Request("t.py", ("x",), scale_batch=True)),
+        (["t.py", "-m", "y", "--explain"], Request("t.py", ("-m", "y"), explain=True)),
+        (["--device", "cpu", "-m", "pkg.train", "-x"], Request("pkg.train", ("-x",), is_module=True, device="cpu")),
+        (["-m", "pkg.train", "--device", "cpu:2"], Request("pkg.train", (), is_module=True, device="cpu:2")),
+        (["t.py", "--debug"], Request("t.py", ("--debug",))),
+    ],
+)
+def test_words_belong_to_duoka_or_to_the_script(words: list[str], request_: Request) -> None:
+    assert parse(words) == request_
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device"], "needs a value"),
+        (["-m"], "name of a module"),
+        (["--device", "cpu:2"], "which script"),
+        (["--dvice", "cpu:2", "t.py"], "no option '--dvice'"),
+    ],
+)
+def test_a_command_line_that_is_not_understood_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere.py"], "there is no script 'nowhere.py'. Here there are: asks.py, here.py"),
+        (["."], "is a folder"),
+        (["-m", "no.such.module"], "there is no module 'no.such.module'"),
+        (["nowhere.ipynb"], "there is no notebook"),
+        (["bad.ipynb"], "is not a notebook"),
+        (["here.py", "--device", "cpu:0"], "cpu:0"),
+        (["here.py", "--device", "cuda:77"], "77"),
+        (["asks.py", "--device", "cpu:2"], "may be meant for duoka or for asks.py"),
+        (["--explain", "wrong.py"], "wrong.py, line 1"),
+        (["--explain", "here.ipynb"], "--explain reads scripts"),
+    ],
+)
+def test_mistakes_get_one_message_and_status_2(words, said, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "here.py").write_text("print('ran')")
+    (tmp_path / "asks.py").write_text("import argparse\np = argparse.ArgumentParser()\np.add_argument('--device')")
+    (tmp_path / "wrong.py").write_text("def (:")
+    (tmp_path / "bad.ipynb").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *words]) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert err.startswith("duoka: ")
+    assert "Traceback" not in err
+    assert "ran" not in out
+
+
+def test_explain_says_what_would_be_done_and_runs_nothing(capsys, tmp_path) -> None:
+    script = SCRIPTS / "gan.py"
+    assert main(["run", "--explain", "--scale-batch", "--device", "cpu:2", str(script)]) == 0
+    said = capsys.readouterr().out
+    lines = script.read_text().splitlines()
+    number = next(index for index, line in enumerate(lines, 1) if "nn.DataParallel(netG" in line)
+    assert f"line {number}: nn.DataParallel(netG" in said
+    assert "becomes 2 x batch_size" in said
+    assert "errD" not in said
+
+
+def test_explain_says_when_it_finds_nothing(capsys, tmp_path) -> None:
+    (tmp_path / "t.py").write_text("print(1)")
+    assert main(["run", "--explain", "--device", "cpu:2", str(tmp_path / "t.py")]) == 0
+    assert "run as it does without duoka" in capsys.readouterr().out
+
+
+def duoka(*words: str, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "duoka", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_a_script_finds_everything_where_python_puts_it(device, tmp_path) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "beside.py").write_text("VALUE = 5")
+    (folder / "t.py").write_text(
+        "import json, os, pickle, sys\n"
+        "import __main__, beside\n"
+        "class Own: pass\n"
+        "print(json.dumps([sys.argv, sys.path[0], os.getcwd(), __name__, __file__, __main__.beside.VALUE,\n"
+        "    type(pickle.loads(pickle.dumps(Own()))).__name__, __package__, __spec__]))\n"
+        "sys.exit(7)"
+    )
+    plain = subprocess.run(
+        [sys.executable, "project/t.py", "-x", "1"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    shared = duoka("run", "--device", device, "project/t.py", "-x", "1", cwd=tmp_path)
+    assert (shared.returncode, json.loads(shared.stdout)) == (7, json.loads(plain.stdout))
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "last"),
+    [
+        ("def f():\n    raise KeyError('x')\nf()", 1, "KeyError: 'x'"),
+        ("import sys\nsys.exit('stopped')", 1, "stopped"),
+        ("import os\nos.kill(os.getpid(), 2)\nimport time; time.sleep(9)", 130, "KeyboardInterrupt"),
+        ("x = (", 1, "SyntaxError: '(' was never closed"),
+    ],
+)
+def test_a_script_ends_as_under_python(code, status, last, tmp_path) -> None:
+    (tmp_path / "t.py").write_text(code)
+    ended = duoka("run", "--device", "cpu", "t.py", cwd=tmp_path)
+    assert ended.returncode == status
+    trace = ended.stderr.partition("\nduoka run on")[0].strip()
+    assert trace.endswith(last)
+    assert "duoka" not in trace
+    assert "runpy" not in trace
+
+
+TRAINING = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+data = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
+loader = DataLoader(data, 8, shuffle=True)
+test_loader = DataLoader(data, 8)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for x, y in loader:
+    optimizer.zero_grad()
+    torch.nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+print(len(loader), len(test_loader), loader.batch_size)
+"""
+
+
+def test_scale_batch_multiplies_training_batches_and_says_so(tmp_path) -> None:
+    (tmp_path / "t.py").write_text(TRAINING)
+    ended = duoka("run", "t.py", "--device", "cpu:2", "--scale-batch", cwd=tmp_path)
+    assert ended.stdout.split() == ["4", "8", "16"]
+    assert "DataLoader at line 7 of t.py: batch size 8 -> 16" in ended.stderr
+    assert "trained by SGD at line 9 of t.py" in " ".join(ended.stderr.replace("│", " ").split())
+
+
+def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:
+    pytest.importorskip("nbclient")
+    source = SCRIPTS / "notebooks" / "classification.ipynb"
+    book = tmp_path / source.name
+    book.write_bytes(source.read_bytes())
+    ended = duoka("run", source.name, "--device", "cpu:2", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert book.read_bytes() == source.read_bytes()
+    shared = texts(tmp_path / "classification.out.ipynb")
+    assert len(json.loads((tmp_path / "classification.out.ipynb").read_text())["cells"]) == len(
+        json.loads(book.read_text())["cells"]
+    )
+    plain = execute(book, tmp_path)
+    assert numbers(shared) == pytest.approx(numbers(plain), rel=1e-4)
+    assert len(numbers(shared)) > 3
+    assert "wrapped by the script at line" in ended.stderr
+
+
+def test_a_failing_cell_is_shown_and_what_was_done_is_saved(tmp_path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    cells = [nbformat.v4.new_code_cell(code) for code in ("print('first')", "1 / 0", "print('never')")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
+    ended = duoka("run", "n.ipynb", "--device", "cpu:2", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "ZeroDivisionError" in ended.stderr
+    assert texts(tmp_path / "n.out.ipynb")[0] == "first\n"
+
+
+def texts(path: Path) -> list[str]:
+    outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", [])]
+    return ["".join(output.get("text", "")) for output in outputs]
+
+
+def numbers(said: list[str]) -> list[float]:
+    return [
+        float(word)
+        for word in " ".join(said).replace(",", " ").split()
+        if word.replace(".", "", 1).isdigit() and "." in word
+    ]
+
+
+def execute(path: Path, folder: Path) -> list[str]:
+    """Run a notebook as its author would; in a process of its own, because nbclient leaves its event loop open."""
+    code = (
+        "import nbformat, nbclient, sys\n"
+        "book = nbformat.read(sys.argv[1], as_version=4)\n"
+        "nbclient.NotebookClient(book).execute()\n"
+        "nbformat.write(book, 'plain.ipynb')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=folder, check=True, capture_output=True, timeout=120)
+    return texts(folder / "plain.ipynb")

@@ -1,0 +1,126 @@
+"""Scripts as people write them print the same losses plain and under ``duoka run --device cpu:2``."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SCRIPTS = Path(__file__).parent / "scripts"
+NUMBER = re.compile(r"[-+]?\d+\.\d+(?:[eE][-+]?\d+)?|\bnan\b|\binf\b")
+ON_ONE_DEVICE = {  # and the words that say why
+    "attribute_set_in_forward": "keeps tensors in",
+    "edge_index": "cannot compute a part",
+    "embedding_bag_offsets": "cannot compute a part",
+    "forward_hook": "hook of the script",
+    "functional_per_sample": "create_graph",
+    "gradient_penalty": "create_graph",
+    "graph_network": "cannot compute a part",
+    "maml": "create_graph",
+    "packed_sequence": "a part of a batch failed",
+    "pinn": "create_graph",
+    "raw_tensors": "no model was found",
+    "seq2seq": "first dimension",
+    "sequence_first_lstm": "looks across samples",
+    "sequence_first_rnn_plain": "first dimension",
+    "compile_always": "torch.compile",
+    "batch_coupled_forward": "looks across samples",
+    "list_of_tensors": "",
+    "tiny_batches": "of one sample",
+    "raises_in_forward": "",
+    "hf_gpt2": "",
+}
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+    files: set[str]
+
+    @property
+    def numbers(self) -> list[float]:
+        return [float(word) for word in NUMBER.findall(self.out)]
+
+
+class Runner:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("runner.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *words: str, device: str = "") -> Result:
+        cwd = self._folder / f"{Path(words[-1]).stem}-{device or 'plain'}"
+        cwd.mkdir()
+        if words[0] == "-m":
+            (cwd / words[1].partition(".")[0]).symlink_to(SCRIPTS / words[1].partition(".")[0])
+        self._process.stdin.write(json.dumps({"cwd": str(cwd), "words": words, "device": device}) + "\n")
+        self._process.stdin.flush()
+        status = int(self._process.stdout.readline())
+        made = {str(path.relative_to(cwd)) for path in cwd.rglob("*") if path.is_file()}
+        return Result(status, (cwd / "stdout").read_text(), (cwd / "stderr").read_text(), made)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    runner = Runner(tmp_path_factory.mktemp("scripts"))
+    yield runner
+    runner.close()
+
+
+def found(*folders: str) -> list[Path]:
+    paths = [path for folder in folders for path in sorted((SCRIPTS / folder).glob("*.py"))]
+    return [path for path in paths if path.stem not in ("my_nets", "__init__")]
+
+
+@pytest.mark.leaks_allowed
+@pytest.mark.parametrize(
+    "path", [*found("", "awkward"), SCRIPTS / "recommender" / "main.py"], ids=lambda path: path.stem
+)
+def test_prints_the_same_losses(path: Path, runner: Runner) -> None:
+    plain, shared = runner.run(str(path)), runner.run(str(path), device="cpu:2")
+    assert shared.status == plain.status, shared.err
+    assert shared.numbers == pytest.approx(plain.numbers, rel=1e-4, abs=1e-7, nan_ok=True), shared.err
+    assert shared.files == plain.files
+    if "SKIP" in plain.out:
+        pytest.skip(plain.out.strip())
+    if path.stem in ON_ONE_DEVICE:
+        assert ON_ONE_DEVICE[path.stem] in " ".join(shared.err.split())
+    else:
+        assert calls_shared(shared.err) > 0, shared.err
+
+
+def calls_shared(report: str) -> int:
+    return sum(int(count) for count in re.findall(r"(\d+) / \d+\s*│", report))
+
+
+@pytest.mark.leaks_allowed
+@pytest.mark.parametrize("path", found("stochastic"), ids=lambda path: path.stem)
+def test_runs_and_learns(path: Path, runner: Runner) -> None:
+    shared = runner.run(str(path), device="cpu:2")
+    assert shared.status == 0, shared.err
+    losses = [float(word) for word in re.findall(r"loss:? (\d+\.\d+)", shared.out)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.leaks_allowed
+def test_a_module_of_a_package_runs_with_its_relative_imports(runner: Runner) -> None:
+    plain, shared = runner.run("-m", "pkg.train"), runner.run("-m", "pkg.train", device="cpu:2")
+    assert shared.numbers == pytest.approx(plain.numbers, rel=1e-4)
+    assert len(shared.numbers) > 2
+    assert calls_shared(shared.err) > 0
