@@ -12,8 +12,15 @@ from torch import nn
 import duoka
 
 
+@pytest.fixture(params=["sharing", "sending"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test twice: with CPU workers' shared memory, and with the collectives of accelerators, over gloo."""
+    monkeypatch.setenv("DUOKA_MIRROR_SENDS", "1" if request.param == "sending" else "")
+    return request.param
+
+
 @pytest.fixture
-def wrap() -> Iterator[Callable[..., duoka.DataParallel]]:
+def wrap(transport: str) -> Iterator[Callable[..., duoka.DataParallel]]:
     """Wrap models; they are closed after the test."""
     wrapped: list[duoka.DataParallel] = []
 

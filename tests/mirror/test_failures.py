@@ -132,7 +132,7 @@ def test_a_part_that_prints_much_does_not_block(wrap) -> None:
     assert wrap(Loud())(batch(None)).shape == (3, 1)
 
 
-def test_interrupting_a_call_stops_it_and_the_next_works(tmp_path: Path) -> None:
+def test_interrupting_a_call_stops_it_and_the_next_works(tmp_path: Path, transport: str) -> None:
     (tmp_path / "script.py").write_text(
         textwrap.dedent("""
         import os, signal, sys, threading, time, torch, duoka
@@ -161,7 +161,7 @@ def test_interrupting_a_call_stops_it_and_the_next_works(tmp_path: Path) -> None
     assert done.stderr == ""
 
 
-def test_a_script_that_ends_or_is_killed_leaves_no_helper(tmp_path: Path) -> None:
+def test_a_script_that_ends_or_is_killed_leaves_no_helper(tmp_path: Path, transport: str) -> None:
     script = """
         import os, psutil, torch, duoka
         model = duoka.DataParallel(torch.nn.Linear(2, 1), devices="cpu:2")

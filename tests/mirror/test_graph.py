@@ -134,8 +134,9 @@ def test_a_model_that_returns_nothing_may_be_trained_beside_others(wrap) -> None
 
 
 def shared_bytes(model) -> int:
-    crew = model._duoka_engine.crew
-    return sum(len(s.mapping) - crew.traffic._unused for s in crew.traffic.segments)
+    """What the owner ever asked for of shared memory; where tensors are sent, nothing."""
+    traffic = getattr(model._duoka_engine.crew.transport, "traffic", None)
+    return sum(len(s.mapping) - traffic._unused for s in traffic.segments) if traffic else 0
 
 
 def test_dropped_forwards_free_what_helpers_keep(wrap) -> None:

@@ -53,7 +53,7 @@ print("".join(out.get("text", "") for cell in notebook.cells for out in cell.out
 """
 
 
-def test_a_model_of_a_cell_is_wrapped_in_the_middle_of_a_session(tmp_path: Path) -> None:
+def test_a_model_of_a_cell_is_wrapped_in_the_middle_of_a_session(tmp_path: Path, transport: str) -> None:
     cells = json.dumps([textwrap.dedent(cell) for cell in CELLS])
     # a process of its own, because the notebook's client keeps an event loop for as long as its process lives
     done = subprocess.run([sys.executable, "-c", DRIVER], input=cells, cwd=tmp_path, capture_output=True, text=True)

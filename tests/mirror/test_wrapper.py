@@ -131,7 +131,7 @@ def test_closing_gives_the_helpers_back_and_leaves_the_parameters(wrap) -> None:
     assert helpers() == pids
 
 
-def test_a_collected_wrapper_gives_the_helpers_back() -> None:
+def test_a_collected_wrapper_gives_the_helpers_back(transport: str) -> None:
     model = duoka.DataParallel(Net(), devices="cpu:2")
     model(torch.randn(6, 4)).sum().backward()
     crew = model._duoka_engine.crew

@@ -7,6 +7,8 @@ gradient at once, and ``Finish`` fetches what has become of it when this process
 
 from __future__ import annotations
 
+import contextlib
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +21,10 @@ from duoka.mirror import ambient
 from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew
 from duoka.mirror.memory import Lease, Piece, lay_out, tensor_at
-from duoka.mirror.messages import Answered, Backward, Forward, Outputs, Packed
+from duoka.mirror.messages import Forward, Outputs, Packed
 from duoka.mirror.nested import Joint
 from duoka.mirror.replica import unpack
-from duoka.mirror.weights import Weights
+from duoka.mirror.transport import Exchange, Passage, Weights
 from duoka.team.payload import dumps
 
 __all__ = ["Call", "Finish", "Gather", "join_tensors"]
@@ -41,58 +43,75 @@ class Call:
         self._generation = crew.generation
         self._ticket = crew.new_ticket()
         self._weights = weights
-        self._seats = weights.seats
-        self._pieces, self._gradient_bytes = weights.gradient_pieces, weights.gradient_bytes
+        self._seats, self._plan = weights.seats, weights.plan
+        self.parameter_numbers = [n for n, parameter in enumerate(weights.parameters) if parameter.requires_grad]
         self._inputs: list[list[tuple[Piece, bool]]] = []
         self._leases: list[Lease] = []
-        self._is_spent = False
-        self._backward: list[tuple[int, int, Lease, list[Piece | None]]] = []
+        self._is_fetched = self._is_spent = False
+        self._exchange: Exchange | None = None
 
     def ask(self, parts: Sequence[Sequence[torch.Tensor]], arguments: Any) -> torch.Tensor | None:
         """Send each helper its part; returns what ties the helpers' graphs to the user's, if there is to be one."""
-        parameters = [parameter for parameter in self._weights.parameters if parameter.requires_grad]
+        parameters = [self._weights.parameters[number] for number in self.parameter_numbers]
         inputs = [tensor for part in parts for tensor in part if tensor.requires_grad]
         keeps_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         payload, modes, seed = dumps(arguments), ambient.capture(self._crew.devices[0]), ambient.draw_seed()
-        for index, part in enumerate(parts):
-            question = Forward(
-                self._ticket,
-                self._model,
-                index + 1,
-                *self._put(part, keeps_graph),
-                Packed(payload.data, payload.sizes),
-                modes,
-                (seed + (index + 1) * _SEEDS_APART) % 2**63,
-                keeps_graph,
-                (),
-            )
-            self._crew.ask(index, question, self._leases[index], payload.fd)
-        payload.close()
         weakref.finalize(self, _drop, self._crew, self._ticket, len(parts)).atexit = False
+        with contextlib.closing(payload):
+            for index, part in enumerate(parts):
+                lease, forms = self._put(part, keeps_graph)
+                question = Forward(
+                    self._ticket,
+                    self._model,
+                    index + 1,
+                    lease.place,
+                    len(lease.base),
+                    tuple(forms),
+                    Packed(payload.data, payload.sizes),
+                    modes,
+                    (seed + (index + 1) * _SEEDS_APART) % 2**63,
+                    keeps_graph,
+                    (),
+                )
+                self._crew.ask(index, question, lease, payload.fd)
+                self._inputs.append(forms)
+                self._leases.append(lease)
         return Finish.apply(self, *parameters, *inputs) if keeps_graph else None
 
-    def _put(self, part: Sequence[torch.Tensor], keeps_graph: bool) -> tuple[Any, tuple[tuple[Piece, bool], ...]]:
+    def _put(self, part: Sequence[torch.Tensor], keeps_graph: bool) -> tuple[Lease, list[tuple[Piece, bool]]]:
         pieces, size = lay_out(part)
-        lease = self._crew.traffic.lend(size)
+        lease = self._crew.transport.lend(size)
         with torch.no_grad():
             for tensor, piece in zip(part, pieces, strict=True):
-                tensor_at(lease.base, piece).copy_(tensor)
-        forms = [(piece, keeps_graph and tensor.requires_grad) for piece, tensor in zip(pieces, part, strict=True)]
-        self._inputs.append(forms)
-        self._leases.append(lease)
-        return lease.place, tuple(forms)
+                tensor_at(lease.base, piece).copy_(tensor, non_blocking=True)
+        return lease, [
+            (piece, keeps_graph and tensor.requires_grad) for piece, tensor in zip(pieces, part, strict=True)
+        ]
 
     def outputs(self) -> list[tuple[list[torch.Tensor], Any]]:
-        """Return each helper's tensors, in its own memory, and its value with holes for them."""
-        values = []
-        for index in range(len(self._leases)):
-            answer, fd = self._crew.answer(index, self._ticket)
+        """Return each helper's tensors, in its own memory or sent here, and its value with holes for them."""
+        self._is_fetched = True
+        values: list[tuple[list[torch.Tensor], Packed, int | None]] = []
+        answers, failed = self._crew.await_all([(index, self._ticket) for index in range(len(self._leases))])
+        for index, (answer, fd) in answers.items():
             assert isinstance(answer, Outputs)
-            tensors = self._crew.window(index).tensors(answer.place, [piece for piece, _ in answer.tensors])
+            with self._crew.all_or_none():
+                tensors = self._crew.transport.outputs(index, answer)
             self.writes = self.writes or answer.writes
             self.has_graph.append([has_graph for _, has_graph in answer.tensors])
-            values.append((tensors, unpack(answer.value, fd)))
-        return values
+            values.append((tensors, answer.value, fd))
+        if failed is not None:
+            for _, _, fd in values:
+                if fd is not None:
+                    os.close(fd)
+            raise failed
+        return [(tensors, unpack(value, fd, self._crew.devices[0])) for tensors, value, fd in values]
+
+    def abandon(self) -> None:
+        """The user's own part has failed: fetch what others bring, where it would be in the way of what comes next."""
+        if not self._is_fetched and self._crew.transport.sends and self._generation == self._crew.generation:
+            with contextlib.suppress(Exception):
+                self.outputs()
 
     def send_gradients(self, gradients: Sequence[Sequence[torch.Tensor | None]]) -> None:
         """Let the helpers go backward."""
@@ -102,9 +121,8 @@ class Call:
                 "again"
             )
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        for index, ticket, *_ in self._backward:  # one that failed half-way
-            self._crew.give_up(index, ticket)
-        self._backward = []
+        if self._exchange is not None:  # one that failed half-way
+            self._exchange.give_up()
         self._crew.threads.share()
         Variable._execution_engine.queue_callback(self._crew.threads.give_back)
         self._is_spent = not keeps_graph and all(
@@ -112,53 +130,22 @@ class Call:
             for given, graphs in zip(gradients, self.has_graph, strict=True)
             for gradient, has_graph in zip(given, graphs, strict=True)
         )
-        for index, given in enumerate(gradients):
-            if any(gradient is not None for gradient in given):
-                self._send_gradients(index, given, keeps_graph)
-
-    def _send_gradients(self, index: int, given: Sequence[torch.Tensor | None], keeps_graph: bool) -> None:
-        pieces, size = lay_out([g for g in given if g is not None], self._gradient_bytes)
-        wanting = [piece for piece, wants in self._inputs[index] if wants]
-        input_pieces = []
-        for piece in wanting:
-            input_pieces.append(piece._replace(offset=size + piece.offset))
-        size += max((p.offset for p in wanting), default=0) + max((_nbytes(p) for p in wanting), default=0)
-        lease = self._crew.traffic.lend(size)
-        rest, inputs = iter(pieces), iter(input_pieces)
-        outputs = [None if gradient is None else next(rest) for gradient in given]
-        with torch.no_grad():
-            for gradient, place in zip(given, outputs, strict=True):
-                if gradient is not None and place is not None:
-                    tensor_at(lease.base, place).copy_(gradient)
-        slots = [next(inputs) if wants else None for _, wants in self._inputs[index]]
-        ticket = self._crew.new_ticket()
-        question = Backward(ticket, self._ticket, lease.place, tuple(outputs), tuple(slots), keeps_graph, ())
-        self._crew.ask(index, question, lease)
-        self._backward.append((index, ticket, lease, slots))
+        passage = Passage(self._ticket, self._inputs, self._plan)
+        with self._crew.lock:
+            self._exchange = self._crew.transport.backward(self._crew, passage, gradients, keeps_graph=keeps_graph)
 
     def fetch_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
         """Return the sums of the helpers' gradients: of parameters by number, and of inputs in the order of ``Finish``."""
         sums: dict[int, torch.Tensor] = {}
         inputs: dict[int, dict[int, torch.Tensor]] = {}
-        for index, ticket, lease, slots in self._backward:
-            answer, fd = self._crew.answer(index, ticket)
-            assert isinstance(answer, Answered)
-            own = {n: tensor_at(lease.base, piece) for n in answer.parameters if (piece := self._pieces[n]) is not None}
-            _add(sums, own)
-            if answer.sparse.data:
-                _add(sums, unpack(answer.sparse, fd))
-            inputs[index] = {n: tensor_at(lease.base, piece) for n in answer.inputs if (piece := slots[n]) is not None}
-        self._backward = []
+        if self._exchange is not None:
+            sums, inputs = self._exchange.fetch()
+        self._exchange = None
         if self._is_spent:
             self._leases.clear()  # a loss that is kept until the next step keeps no inputs
         self._crew.threads.give_back()
         wanted = [(i, n) for i, forms in enumerate(self._inputs) for n, (_, wants) in enumerate(forms) if wants]
         return sums, [inputs.get(index, {}).get(number) for index, number in wanted]
-
-    @property
-    def parameter_numbers(self) -> list[int]:
-        """The numbers of the parameters that required a gradient when the call was made."""
-        return [number for number, piece in enumerate(self._pieces) if piece is not None]
 
 
 class Finish(Function):
@@ -169,6 +156,7 @@ class Finish(Function):
         """Return a token that only ``Gather`` uses."""
         ctx.call = call
         ctx.hooked = [weakref.ref(tensor) for tensor in tensors]
+        ctx.devices = [tensor.device for tensor in tensors]
         return torch.zeros((), device=tensors[0].device)
 
     @staticmethod
@@ -178,6 +166,8 @@ class Finish(Function):
             parameters, inputs = ctx.call.fetch_gradients()
         gradients = [parameters.get(number) for number in ctx.call.parameter_numbers] + inputs
         for index, tensor in enumerate(ctx.hooked):
+            if gradients[index] is not None and gradients[index].device != ctx.devices[index]:
+                gradients[index] = gradients[index].to(ctx.devices[index])
             if gradients[index] is not None and (held := tensor()) is not None and held._backward_hooks:
                 gradients[index] = gradients[index].clone()  # a hook may keep what it is shown
         # Held until the backward is over, so that autograd copies them rather than making shared memory someone's `grad`.
@@ -248,19 +238,6 @@ def _cut(
     if not of[0]:
         return gradient.unbind()
     return torch.split(gradient, [shape[dim] for shape in of], dim)
-
-
-def _add(sums: dict[int, torch.Tensor], new: dict[int, torch.Tensor]) -> None:
-    """Add what is new to the sums, in place where a sum is the first helper's own memory."""
-    both = [n for n in new if n in sums and sums[n].layout is torch.strided and new[n].layout is torch.strided]
-    if both:
-        torch._foreach_add_([sums[n] for n in both], [new[n] for n in both])
-    for n in new.keys() - set(both):
-        sums[n] = sums[n] + new[n] if n in sums else new[n]
-
-
-def _nbytes(piece: Piece) -> int:
-    return piece.dtype.itemsize * max(1, sum((s - 1) * t for s, t in zip(piece.shape, piece.stride, strict=True)) + 1)
 
 
 def _drop(crew: Crew, ticket: int, helpers: int) -> None:

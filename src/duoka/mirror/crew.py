@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from duoka.mirror.ambient import Threads
 from duoka.mirror.clock import CLOCK
-from duoka.mirror.memory import Arena, Lease, Window
-from duoka.mirror.messages import Backward, Configure, Forget, Forward, Patch, Reseat
+from duoka.mirror.memory import Arena, Lease
+from duoka.mirror.messages import Backward, Configure, Forget, Forward, Patch, Refresh, Reseat
+from duoka.mirror.sending import SendingOwner
 from duoka.mirror.serve import serve
+from duoka.mirror.sharing import SharingOwner
+from duoka.mirror.transport import OwnerSide, Pending
 from duoka.scaling import threads_per_rank
 from duoka.team import Conversation, failure
 from duoka.team.connection import Message
@@ -25,15 +30,21 @@ from duoka.team.payload import Payload
 
 __all__ = ["Crew", "crew_of"]
 
+_SENDS_ON_CPU = "DUOKA_MIRROR_SENDS"
+"""For tests: where this environment variable is set, CPU workers are sent their tensors as accelerators are, over gloo."""
+_ECHO_S = 1.0
+"""How long the death is looked for that a broken connection speaks of."""
+
 
 class Crew:
     """Helpers for all devices but the first; they are started by the first question, and by the first after a failure."""
 
-    def __init__(self, devices: Sequence[torch.device], weights: Arena) -> None:
+    def __init__(self, devices: Sequence[torch.device], transport: OwnerSide) -> None:
         self.devices = tuple(devices)
-        self.weights = weights
-        self.traffic = Arena("traffic")
-        self.threads = Threads(min(torch.get_num_threads(), threads_per_rank(len(devices))))
+        self.transport = transport
+        share = min(torch.get_num_threads(), threads_per_rank(len(devices)))
+        self.threads = Threads(share if devices[0].type == "cpu" else torch.get_num_threads())
+        self._helpers_threads = share
         self.lock = threading.RLock()
         self.in_forward = False
         self.generation = 0
@@ -43,13 +54,11 @@ class Crew:
         self._conversation: Conversation | None = None
         self._members = 0
         self._answers: dict[tuple[int, int], Message] = {}
-        self._asked: dict[tuple[int, int], Lease] = {}
+        self._asked: dict[tuple[int, int], tuple[Any, Sequence[Pending]]] = {}
         self._unwanted: set[tuple[int, int]] = set()
         self._dropped: deque[int] = deque()
         self._forgotten: deque[int] = deque()
         self._finished: list[list[int]] = []
-        self._announced: list[dict[str, int]] = []
-        self._windows: list[Window] = []
 
     @property
     def is_ours(self) -> bool:
@@ -82,44 +91,87 @@ class Crew:
             return
         self.generation += 1
         count = len(self.devices) - 1
-        places = [self.threads.while_shared] * count
         self._finished = [[] for _ in range(count)]
-        self._announced = [{} for _ in range(count)]
-        self._windows = [Window() for _ in range(count)]
-        self._conversation = Conversation(serve, places, (), self.devices[1:])
+        posts = self.transport.posts(self._helpers_threads)
+        try:
+            self._conversation = Conversation(serve, posts, (), self.devices[1:], scratch=self.transport.folder)
+            self.transport.connect(self._conversation)
+        except BaseException:
+            self.stop()
+            raise
 
-    def tell(self, message: Configure | Patch | Reseat, fd: int | None = None) -> None:
+    def tell(self, message: Configure | Patch | Refresh | Reseat, fd: int | None = None) -> None:
         """Tell every helper something that has no answer."""
         for index in range(len(self.devices) - 1):
             self._send(index, "tell", Payload(pickle.dumps(message), fd=fd))
 
     def ask(self, index: int, question: Forward | Backward, lease: Lease, fd: int | None = None) -> None:
-        """Send a question to helper ``index``; its answer is fetched with ``answer``, and ``lease`` kept as long."""
+        """Send a question to helper ``index``; its answer is fetched with ``answers``, and ``lease`` kept as long."""
         with self.lock:
-            self._asked[index, question.ticket] = lease
             finished, self._finished[index] = self._finished[index], []
+            self._asked[index, question.ticket] = lease, ()
             body = pickle.dumps(question._replace(done_with=tuple(finished)))
             self._send(index, "ask", Payload(body, fd=fd))
+            with self.all_or_none():
+                if (pending := self.transport.deliver(index, lease)) is not None:
+                    self._asked[index, question.ticket] = lease, [pending]
 
-    def answer(self, index: int, ticket: int) -> tuple[Any, int | None]:
-        """Wait for an answer and return it, and the file that came with it; raises what the helper raised, or WorkerDied."""
+    def answers(self, asked: Sequence[tuple[int, int]]) -> list[tuple[Any, int | None]]:
+        """Wait for all answers and return each and the file that came with it; raises what a helper raised, or WorkerDied."""
+        answers, failed = self.await_all(asked)
+        if failed is not None:
+            for _, fd in answers.values():
+                if fd is not None:
+                    os.close(fd)
+            raise failed
+        return list(answers.values())
+
+    def await_all(
+        self, asked: Sequence[tuple[int, int]]
+    ) -> tuple[dict[int, tuple[Any, int | None]], BaseException | None]:
+        """Wait for all answers; return them by helper, and the first failure; raises WorkerDied."""
         with self.lock, CLOCK.waits():
-            message = self._await((index, ticket))
-        if message.kind.startswith("raised"):
-            helper = self._talk().helpers[index]
-            error = failure.unpack(message.payload, helper.rank, helper.label, self.devices[0])
-            message.payload.close()
-            raise error
-        return pickle.loads(message.payload.data), message.payload.fd
+            messages = [(index, self._await((index, ticket))) for index, ticket in asked]
+        answers: dict[int, tuple[Any, int | None]] = {}
+        failed: BaseException | None = None
+        for index, message in messages:
+            if not message.kind.startswith("raised"):
+                answers[index] = pickle.loads(message.payload.data), message.payload.fd
+            elif failed is None:
+                helper = self._talk().helpers[index]
+                failed = failure.unpack(message.payload, helper.rank, helper.label, self.devices[0])
+            else:
+                message.payload.close()
+        return answers, failed
 
-    def window(self, index: int) -> Window:
-        """Return the memory that helper ``index`` writes its outputs to."""
-        return self._windows[index]
-
-    def give_up(self, index: int, ticket: int) -> None:
+    def give_up(self, index: int, ticket: int, keeping: Sequence[Pending] = ()) -> None:
         """An answer is not waited for any more; until it comes the helper may still use the memory that it was given."""
-        if self._answers.pop((index, ticket), None) is None and (index, ticket) in self._asked:
-            self._unwanted.add((index, ticket))
+        key = index, ticket
+        if self._answers.pop(key, None) is None and key in self._asked:
+            self._unwanted.add(key)
+            self._asked[key] = self._asked[key][0], [*self._asked[key][1], *keeping]
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """End the helpers if the ``with`` block, in which tensors are sent or received, is left half-way."""
+        try:
+            yield
+        except BaseException as error:
+            death = self._death() if failure.is_echo(error) else None
+            self.stop()
+            if death is not None:
+                raise death from None
+            raise
+
+    def _death(self) -> BaseException | None:
+        """Return the death of a helper, if there is or is about to be one."""
+        deadline = time.monotonic() + _ECHO_S
+        while self._conversation is not None and time.monotonic() < deadline:
+            for helper in self._conversation.helpers:
+                if not helper.is_alive():
+                    return helper.death()
+            time.sleep(0.01)
+        return None
 
     def stop(self) -> None:
         """End the helpers now: their state is not known any more, or the user has pressed Ctrl-C."""
@@ -129,8 +181,10 @@ class Crew:
         self._unwanted.clear()
         self.generation += 1
         self.threads.give_back()
-        if conversation is not None and self.is_ours:
-            conversation.kill()
+        if self.is_ours:
+            if conversation is not None:
+                conversation.kill()
+            self.transport.close()
 
     def _end(self) -> None:
         conversation, self._conversation = self._conversation, None
@@ -141,8 +195,7 @@ class Crew:
         self._answers.clear()
         self._asked.clear()
         self._unwanted.clear()
-        self._windows.clear()
-        self.traffic.close()
+        self.transport.close()
 
     def _talk(self) -> Conversation:
         assert self._conversation is not None, "start() comes first"
@@ -158,11 +211,8 @@ class Crew:
 
     def _tell_news(self, index: int) -> None:
         """Before anything refers to them: new memory, models that are gone; and with the next question, dropped graphs."""
-        for arena in (self.weights, self.traffic):
-            known = self._announced[index].get(arena.name, 0)
-            for segment in arena.segments[known:]:
-                self._talk().send(index, arena.name, Payload(b"", fd=segment.fd))
-            self._announced[index][arena.name] = len(arena.segments)
+        for kind, payload in self.transport.news(index):
+            self._talk().send(index, kind, payload)
         while self._dropped:
             ticket = self._dropped.popleft()
             for finished in self._finished:
@@ -174,26 +224,23 @@ class Crew:
 
     def _await(self, key: tuple[int, int]) -> Message:
         while key not in self._answers:
-            try:
+            with self.all_or_none():
                 index, message = self._talk().receive()
                 self._sort_in(index, message)
-            except BaseException:
-                self.stop()
-                raise
         return self._answers.pop(key)
 
     def _sort_in(self, index: int, message: Message) -> None:
-        if message.kind == "segment":
-            assert message.payload.fd is not None
-            self._windows[index].add(message.payload.fd)
+        if self.transport.takes(index, message):
             return
         key = index, int(message.kind.partition(":")[2])
-        self._asked.pop(key, None)
+        _, pending = self._asked.pop(key, (None, ()))
         if key in self._unwanted:
             self._unwanted.discard(key)
             message.payload.close()
         else:
             self._answers[key] = message
+        for one in pending:  # it has come, for the helper has answered
+            one.wait()
 
 
 class _Crews:
@@ -209,10 +256,12 @@ class _Crews:
         if self._weights is None or self._pid != os.getpid():
             self._weights, self._pid = Arena("weights"), os.getpid()
             self._crews = weakref.WeakValueDictionary()
-        key = tuple(map(str, devices))
+        sends = devices[0].type != "cpu" or bool(os.environ.get(_SENDS_ON_CPU))
+        key = (str(sends), *map(str, devices))
         crew = self._crews.get(key)
         if crew is None:
-            crew = self._crews[key] = Crew(devices, self._weights)
+            transport = SendingOwner(devices) if sends else SharingOwner(devices, self._weights)
+            crew = self._crews[key] = Crew(devices, transport)
         return crew
 
 

@@ -17,9 +17,11 @@ from duoka.mirror.call import Call, Gather, join_tensors
 from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew, crew_of
 from duoka.mirror.messages import Configure, Packed, Patch, Reseat
-from duoka.mirror.replica import pack_structure, pack_values
+from duoka.mirror.part import Part
+from duoka.mirror.replica import pack_values
+from duoka.mirror.stepping import StepHook
 from duoka.mirror.structure import Structure
-from duoka.mirror.weights import Weights
+from duoka.mirror.transport import Weights
 from duoka.team.payload import Payload
 
 __all__ = ["Engine"]
@@ -30,18 +32,23 @@ _numbers = itertools.count(1)
 class Engine:
     """Computes a model's calls on all devices of a crew."""
 
-    def __init__(self, devices: Sequence[torch.device], dim: int) -> None:
+    def __init__(self, devices: Sequence[torch.device], dim: int, part: Part | None = None) -> None:
         self.number = next(_numbers)
         self.crew: Crew = crew_of(devices)
         self.crew.join()
         self._dim = dim
+        self._part = part or Part(None)
         self._generation = 0
         self._copies_all = False
         self._structure: Structure | None = None
         self._weights: Weights | None = None
+        self._steps: StepHook | None = StepHook(self._begin_early) if self.crew.transport.sends else None
+        self._failed: Exception | None = None
 
     def close(self) -> None:
         """Give the helpers back, if no other model uses them."""
+        if self._steps is not None:
+            self._steps.remove()
         self.crew.leave(self.number)
 
     def close_later(self) -> None:
@@ -69,24 +76,55 @@ class Engine:
                 self.crew.threads.give_back()
                 self.crew.in_forward = False
 
+    def _begin_early(self) -> None:
+        """An optimiser of the model's parameters has stepped: send them while the user's program does other things."""
+        if self._weights is None or not self.crew.is_ours or not self.crew.lock.acquire(blocking=False):
+            return
+        try:
+            if not self.crew.in_forward and self._generation == self.crew.generation:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._weights.begin_early()
+        except Exception as error:
+            self._failed = error  # the step itself was taken: the next forward says so
+        finally:
+            self.crew.lock.release()
+
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (failed := self._failed) is not None:
+            self._failed = None
+            raise failed
         tensors, arguments = nested.take_out((args, kwargs))
         sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
         if len(sizes) == 1:
-            return _joined([nested.take_out(module(*args, **kwargs))], sizes, self._dim, None, None)
+            if self.crew.devices[0].type != "cpu":
+                args, kwargs = nested.fill(arguments, self._here(tensors))
+            return _joined([nested.take_out(self._part.of(module)(*args, **kwargs))], sizes, self._dim, None, None)
         with CLOCK.moves():
+            trains = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.no_grad():
                 weights = self._tell_changes(module)
+                weights.bring(self._buffers(), trains=trains)
             call = Call(self.crew, self.number, weights, sizes, self._dim)
             parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
             self.crew.threads.share()
-            token = call.ask(parts[1:], arguments)
-            args, kwargs = nested.fill(arguments, parts[0])
-        own = nested.take_out(module(*args, **kwargs))
+        try:
+            with CLOCK.moves():
+                token = call.ask(parts[1:], arguments)
+                args, kwargs = nested.fill(arguments, self._here(parts[0]))
+            own = nested.take_out(self._part.of(module)(*args, **kwargs))
+            with CLOCK.moves():
+                others = call.outputs()
+        except Exception:
+            call.abandon()
+            weights.distrust()
+            raise
         with CLOCK.moves():
-            others = call.outputs()
             self._copies_all = self._copies_all or call.writes
             return _joined([own, *others], sizes, self._dim, call, token)
+
+    def _here(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors on the first device, to which ``torch.nn.DataParallel`` brings them too."""
+        return [tensor.to(self.crew.devices[0], non_blocking=True) for tensor in tensors]
 
     def _tell_changes(self, module: nn.Module) -> Weights:
         self.crew.start()
@@ -102,16 +140,19 @@ class Engine:
                 return self._tell_all(module)
             places = weights.parameter_places
             self.crew.tell(Reseat(self.number, {index: places[index] for index in moved}))
-        weights.copy(structure.buffers())
         return weights
+
+    def _buffers(self) -> list[torch.Tensor | None]:
+        assert self._structure is not None
+        return self._structure.buffers()
 
     def _tell_all(self, module: nn.Module) -> Weights:
         structure = Structure(module)
         buffers = structure.buffers()
-        arenas = self.crew.weights, self.crew.traffic
-        weights = Weights(structure.parameters, buffers, *arenas, copies_all=self._copies_all)
-        weights.copy(buffers)
-        payload = _packed(module, _tensors(structure))
+        weights = self.crew.transport.weights(
+            self.crew, self.number, structure.parameters, buffers, copies_all=self._copies_all
+        )
+        payload = _packed(module, self._part.options, _tensors(structure))
         try:
             self.crew.tell(
                 Configure(
@@ -119,6 +160,7 @@ class Engine:
                     Packed(payload.data, payload.sizes),
                     weights.parameter_places,
                     weights.buffer_places,
+                    weights.bucket_sizes,
                     list(sys.path),
                 ),
                 payload.fd,
@@ -126,6 +168,8 @@ class Engine:
         finally:
             payload.close()
         self._structure, self._weights, self._generation = structure, weights, self.crew.generation
+        if self._steps is not None:
+            self._steps.watch(structure.parameters)
         return weights
 
     def _tell_values(self, changes: dict[int, dict[str, Any]], structure: Structure) -> bool:
@@ -145,9 +189,9 @@ def _tensors(structure: Structure) -> list[torch.Tensor]:
     return [*structure.parameters, *(buffer for buffer in structure.buffers() if buffer is not None)]
 
 
-def _packed(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Payload:
+def _packed(module: nn.Module, options: dict[str, Any] | None, tensors: Sequence[torch.Tensor]) -> Payload:
     try:
-        return pack_structure(module, tensors)
+        return pack_values((module, options), tensors)
     except Exception as error:
         raise LaunchError(
             f"the model cannot be sent to the helper processes: {error}. Something in it ({_culprit(module)}) cannot leave "

@@ -1,14 +1,29 @@
-"""What the user's process and its helpers say to each other; tensors lie in shared memory, these say where."""
+"""What the user's process and its helpers say to each other; tensors travel beside it, these say where they are.
+
+A ``Place`` is one in shared memory, or, of parameters and buffers that are sent, the number of a bucket.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from duoka.mirror.memory import Piece, Place
 
-__all__ = ["Ambient", "Answered", "Backward", "Configure", "Forget", "Forward", "Outputs", "Packed", "Patch", "Reseat"]
+__all__ = [
+    "Ambient",
+    "Answered",
+    "Backward",
+    "Configure",
+    "Forget",
+    "Forward",
+    "Outputs",
+    "Packed",
+    "Patch",
+    "Refresh",
+    "Reseat",
+]
 
 
 class Packed(NamedTuple):
@@ -35,9 +50,12 @@ class Configure(NamedTuple):
 
     model: int
     structure: Packed
+    """The model and the options to compile it with."""
     parameters: tuple[tuple[Place, Piece, bool], ...]
     """Place, form, and whether it requires a gradient."""
     buffers: tuple[tuple[Place, Piece] | None, ...]
+    buckets: tuple[int, ...]
+    """The bytes of each bucket that they are sent in, where they are sent."""
     path: list[str]
 
 
@@ -55,6 +73,13 @@ class Reseat(NamedTuple):
     parameters: dict[int, tuple[Place, Piece, bool]]
 
 
+class Refresh(NamedTuple):
+    """Buckets of parameters and buffers that are sent now, by number, in this order."""
+
+    model: int
+    buckets: tuple[int, ...]
+
+
 class Forget(NamedTuple):
     """A model that is gone."""
 
@@ -68,6 +93,7 @@ class Forward(NamedTuple):
     model: int
     part: int
     place: Place
+    nbytes: int
     inputs: tuple[tuple[Piece, bool], ...]
     """Form, and whether its gradient is wanted."""
     arguments: Packed
@@ -82,6 +108,7 @@ class Outputs(NamedTuple):
     """The answer to ``Forward``."""
 
     place: Place
+    nbytes: int
     tensors: tuple[tuple[Piece, bool], ...]
     """Form, and whether it has a graph."""
     value: Packed
@@ -90,13 +117,21 @@ class Outputs(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """Gradients of a part's outputs, and where to put those of inputs; those of parameters begin the region."""
+    """Gradients of a part's outputs, and where to put those of inputs.
+
+    In shared memory, all are in one region, which those of parameters begin. Where they are sent, ``nbytes`` come with those
+    of outputs, those of parameters go into ``buckets``, each so many bytes of one type, and ``returned`` bytes bring back those
+    of inputs.
+    """
 
     ticket: int
     forward: int
     place: Place
+    nbytes: int
     outputs: tuple[Piece | None, ...]
     inputs: tuple[Piece | None, ...]
+    buckets: tuple[tuple[int, torch.dtype], ...]
+    returned: int
     keeps_graph: bool
     done_with: tuple[int, ...]
 
@@ -106,4 +141,5 @@ class Answered(NamedTuple):
 
     parameters: tuple[int, ...]
     inputs: tuple[int, ...]
-    sparse: Any
+    apart: Packed
+    """Gradients of parameters that travel with the message, by number: sparse ones, and any that came too late."""

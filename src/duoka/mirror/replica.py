@@ -13,24 +13,21 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from duoka.mirror.memory import Piece, Window, lay_out
+from duoka.mirror.libraries import introduce
 from duoka.mirror.messages import Configure, Packed, Reseat
+from duoka.mirror.part import Part
 from duoka.mirror.structure import modules_of
+from duoka.mirror.transport import HelperSide, Task
 from duoka.team.payload import Payload, dumps, loads
 
-__all__ = ["Replica", "gradient_pieces", "pack_structure", "pack_values", "unpack"]
+__all__ = ["Replica", "pack_values", "unpack"]
 
 _CPU = torch.device("cpu")
 _tensors: ContextVar[Sequence[torch.Tensor]] = ContextVar("duoka_replica_tensors")
 
 
-def pack_structure(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Payload:
-    """Pickle a model with a number in the place of each of ``tensors``, its parameters and buffers."""
-    return dumps(module, _without(tensors))
-
-
 def pack_values(values: Any, tensors: Sequence[torch.Tensor]) -> Payload:
-    """Pickle new values of a model's attributes in the same way."""
+    """Pickle a model, or new values of its attributes, with a number in the place of each of ``tensors``."""
     return dumps(values, _without(tensors))
 
 
@@ -90,10 +87,11 @@ def _numbers_mean(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 class Replica:
-    """One model on this helper's device; its parameters lie in the user's memory, its gradients and buffers are its own."""
+    """One model on this helper's device; its parameters are the user's or copies of them, its gradients and buffers its own."""
 
-    def __init__(self, message: Configure, fd: int | None, weights: Window, traffic: Window) -> None:
-        self._weights = weights
+    def __init__(self, message: Configure, fd: int | None, side: HelperSide) -> None:
+        self._side = side
+        self._weights, traffic = side.memory(message)
         self._calls, self.writes = 0, False
         self._sources = [self._weights.tensor(*seat[:2]) for seat in message.parameters]
         self.parameters = [
@@ -103,12 +101,17 @@ class Replica:
         slots = [None if where is None else traffic.tensor(*where) for where in message.buffers]
         self._tensors = [*self.parameters, *(slot for slot in slots if slot is not None)]
         with _numbers_mean(self._tensors):
-            self.module: nn.Module = unpack(message.structure, fd)
-        self._modules = modules_of(self.module)
+            module, options = unpack(message.structure, fd, side.device)
+        introduce(module)
+        self.compute = Part(options).of(module)
+        self._modules = modules_of(module)
         names = [(m._buffers, name) for m in self._modules for name in m._buffers]
         self._buffers = [(*name, slot) for name, slot in zip(names, slots, strict=True) if slot is not None]
-        self.gradients = Gradients(self.parameters)
-        self.gradient_pieces = gradient_pieces(self.parameters)[0]
+        self._task: Task | None = None
+        self._hooked: set[int] = set()
+        for index, parameter in enumerate(self.parameters):
+            self._hook(index, parameter)
+        self.plan = side.plan(self.parameters)
         self._state = [dict(m.__dict__) for m in self._modules]
         self._registries: list[tuple[Any, dict[str, Any]]] = [
             (r, dict(r)) for m in self._modules for r in (m._parameters, m._buffers, m._modules)
@@ -119,13 +122,13 @@ class Replica:
         for index, seat in message.parameters.items():
             self._sources[index] = self.parameters[index].data = self._weights.tensor(*seat[:2])
             self.parameters[index].requires_grad_(seat[2])
-            self.gradients.hook(index, self.parameters[index])
-        self.gradient_pieces = gradient_pieces(self.parameters)[0]
+            self._hook(index, self.parameters[index])
+        self.plan = self._side.plan(self.parameters)
 
     def patch(self, packed: Packed, fd: int | None) -> None:
         """Take over new values of attributes."""
         with _numbers_mean(self._tensors):
-            changes: dict[int, dict[str, Any]] = unpack(packed, fd)
+            changes: dict[int, dict[str, Any]] = unpack(packed, fd, self._side.device)
         for index, values in changes.items():
             self._state[index].update(values)
 
@@ -145,6 +148,8 @@ class Replica:
 
         Buffers are new tensors each time, so that graphs of earlier calls keep the ones that they have used.
         """
+        if self.writes:
+            self._weights.refresh()
         for module, state in zip(self._modules, self._state, strict=True):
             module.__dict__.clear()
             module.__dict__.update(state)
@@ -157,50 +162,23 @@ class Replica:
             if parameter.data_ptr() != source.data_ptr():
                 parameter.data = source
 
+    @contextmanager
+    def gradients_to(self, task: Task, plan: Any) -> Iterator[None]:
+        """Give the task each parameter's gradient as it comes inside the ``with`` block."""
+        task.follow(plan)
+        self._task = task
+        try:
+            yield
+        finally:
+            self._task = None
 
-def gradient_pieces(parameters: Sequence[nn.Parameter]) -> tuple[list[Piece | None], int]:
-    """Return where the gradients of those parameters that require one lie, and how many bytes they take."""
-    pieces, size = lay_out([parameter for parameter in parameters if parameter.requires_grad])
-    rest = iter(pieces)
-    return [next(rest) if parameter.requires_grad else None for parameter in parameters], size
-
-
-class Gradients:
-    """Takes each parameter's gradient as it comes and writes it where the owner reads it, while it is still in the cache."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.taken: set[int] = set()
-        self.sparse: dict[int, torch.Tensor] = {}
-        self._slots: Sequence[torch.Tensor | None] = ()
-        self._hooked: set[int] = set()
-        for index, parameter in enumerate(parameters):
-            self.hook(index, parameter)
-
-    def hook(self, index: int, parameter: nn.Parameter) -> None:
-        """Take the gradients of this one too, if it has any."""
+    def _hook(self, index: int, parameter: nn.Parameter) -> None:
         if parameter.requires_grad and index not in self._hooked:
             parameter.register_post_accumulate_grad_hook(partial(self._take, index))  # type: ignore[no-untyped-call]
             self._hooked.add(index)
 
-    @contextmanager
-    def into(self, slots: Sequence[torch.Tensor | None]) -> Iterator[None]:
-        """Write to ``slots`` inside the ``with`` block."""
-        self.taken, self.sparse, self._slots = set(), {}, slots
-        try:
-            yield
-        finally:
-            self._slots = ()
-
     def _take(self, index: int, parameter: torch.Tensor) -> None:
-        """Copy the gradient, or add it where checkpointing makes several of one backward."""
-        gradient, slot = parameter.grad, self._slots[index]
-        parameter.grad = None
+        gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        assert slot is not None
-        if gradient.layout is not torch.strided:
-            self.sparse[index] = self.sparse[index] + gradient if index in self.sparse else gradient
-        elif index in self.taken:
-            slot.add_(gradient)
-        else:
-            slot.copy_(gradient)
-            self.taken.add(index)
+        assert self._task is not None
+        self._task.take(index, gradient)

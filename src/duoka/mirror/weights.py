@@ -1,4 +1,4 @@
-"""Parameters and buffers of the user's model in memory that helpers share, so that no change of a value has to be sent.
+"""Parameters and buffers of the user's model in memory that CPU workers share, so that no change of a value has to be sent.
 
 A parameter whose storage is its own is moved into shared memory once: whatever changes it afterwards, ``.data`` included,
 helpers see. One whose storage somebody else looks at too (a state dict taken before, an embedding made from a tensor, a
@@ -16,13 +16,14 @@ from torch import nn
 
 from duoka.errors import DeviceError
 from duoka.mirror.memory import Arena, Piece, Place, dense_stride, lay_out, tensor_at
-from duoka.mirror.replica import gradient_pieces
 
-__all__ = ["Weights"]
+__all__ = ["SharedWeights", "gradient_pieces"]
 
 
-class Weights:
+class SharedWeights:
     """Where each parameter and buffer of one model lies for helpers to read."""
+
+    bucket_sizes = ()
 
     def __init__(
         self,
@@ -66,9 +67,9 @@ class Weights:
         return all(self._forms[number] == _form(self.parameters[number]) for number in numbers)
 
     def _measure(self) -> None:
-        self.gradient_pieces, self.gradient_bytes = gradient_pieces(self.parameters)
+        self.plan = gradient_pieces(self.parameters)
 
-    def copy(self, buffers: Sequence[torch.Tensor | None]) -> None:
+    def bring(self, buffers: Sequence[torch.Tensor | None], *, trains: bool) -> None:  # noqa: ARG002 - it costs too little
         """Copy what is not shared to where helpers read it."""
         sources = [buffer for buffer in buffers if buffer is not None]
         targets = list(self._buffer_slots)
@@ -78,6 +79,12 @@ class Weights:
                 targets.append(seat.copy)
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+    def begin_early(self) -> None:
+        """Do nothing: what an optimiser has changed is there."""
+
+    def distrust(self) -> None:
+        """Do nothing: what a helper writes stays in the helper."""
 
     def _seat(self, parameter: nn.Parameter) -> _Seat:
         if parameter.device.type != "cpu":
@@ -101,6 +108,13 @@ class Weights:
         view.copy_(parameter.data)
         parameter.data = view
         return lease.place
+
+
+def gradient_pieces(parameters: Sequence[nn.Parameter]) -> tuple[list[Piece | None], int]:
+    """Return where the gradients of those parameters that require one lie, and how many bytes they take."""
+    pieces, size = lay_out([parameter for parameter in parameters if parameter.requires_grad])
+    rest = iter(pieces)
+    return [next(rest) if parameter.requires_grad else None for parameter in parameters], size
 
 
 class _Seat:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from duoka.devices import resolve
-from duoka.errors import ConfigError, UnsupportedError
+from duoka.errors import ConfigError
 from duoka.mirror.engine import Engine
+from duoka.mirror.part import Part
 
 __all__ = ["DataParallel"]
 
@@ -38,6 +39,8 @@ class DataParallel(nn.DataParallel[nn.Module]):
         output_device: kept for scripts that give it; outputs are on the first device.
         dim: the dimension of the batch.
         devices: the device grammar: ``"auto"``, ``"all"``, ``"0,1"``, ``"cpu:2"``, ``torch.device`` or a list of these.
+        compile: whether every device compiles its part with ``torch.compile``: ``True``, or that function's keyword arguments,
+            such as ``{"mode": "max-autotune"}``. The wrapped model itself and its ``state_dict`` stay as they are.
 
     Raises:
         what the model raises on any device, as its own type, the remote traceback being its cause; WorkerDied when a helper
@@ -63,21 +66,19 @@ class DataParallel(nn.DataParallel[nn.Module]):
         dim: int = 0,
         *,
         devices: DeviceSpec = "auto",
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 - torch's own word
     ) -> None:
         nn.Module.__init__(self)
         if device_ids is not None and devices != "auto":
             raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
         chosen = resolve(devices if device_ids is None else list(device_ids)).devices
-        if len(chosen) > 1 and chosen[0].type != "cpu":
-            raise UnsupportedError(
-                f"duoka.DataParallel cannot use {len(chosen)} accelerators yet; use one, CPU workers, or duoka.launch"
-            )
         self.module = module
         self.dim = dim
         self.device_ids = [index if one.type == "cpu" else one.index for index, one in enumerate(chosen)]
         self.output_device = self.device_ids[0] if output_device is None else output_device  # type: ignore[assignment]
         self.src_device_obj = chosen[0]
         self._duoka_devices = chosen
+        self._duoka_part = Part(compile)
         self._duoka_engine: Engine | None = None
         self._duoka_end: Any = None
         self.training = module.training
@@ -88,9 +89,9 @@ class DataParallel(nn.DataParallel[nn.Module]):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Compute the wrapped model's forward, each device its part."""
         if len(self._duoka_devices) == 1:
-            return self.module(*inputs, **kwargs)
+            return self._duoka_part.of(self.module)(*inputs, **kwargs)
         if self._duoka_engine is None:
-            self._duoka_engine = Engine(self._duoka_devices, self.dim)
+            self._duoka_engine = Engine(self._duoka_devices, self.dim, self._duoka_part)
             self._duoka_end = weakref.finalize(self, self._duoka_engine.close_later)
             self._duoka_end.atexit = False
         return self._duoka_engine.run(self.module, inputs, kwargs)
@@ -127,14 +128,19 @@ class DataParallel(nn.DataParallel[nn.Module]):
             setattr(module, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
-        return _rebuild(copy.deepcopy(self.module, memo), self._duoka_devices, self.dim)
+        return _rebuild(copy.deepcopy(self.module, memo), *self._duoka_options())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.module, self._duoka_devices, self.dim)
+        return _rebuild, (self.module, *self._duoka_options())
+
+    def _duoka_options(self) -> tuple[Any, ...]:
+        return self._duoka_devices, self.dim, self._duoka_part.options
 
 
-def _rebuild(module: nn.Module, devices: tuple[torch.device, ...], dim: int) -> DataParallel:
-    return DataParallel(module, dim=dim, devices=list(devices))
+def _rebuild(
+    module: nn.Module, devices: tuple[torch.device, ...], dim: int, options: Mapping[str, Any] | None = None
+) -> DataParallel:
+    return DataParallel(module, dim=dim, devices=list(devices), compile=False if options is None else options)
 
 
 def _own_names(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:

@@ -41,7 +41,10 @@ class Line(Protocol):
 
 
 class Conversation:
-    """Helpers, one a device, each running ``work(place, line, *arguments)`` until ``end``."""
+    """Helpers, one a device, each running ``work(place, line, *arguments)`` until ``end``.
+
+    ``scratch`` is a temporary folder of the owner's; helpers remove it should the owner be killed before it can.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,8 @@ class Conversation:
         places: Sequence[Any],
         arguments: tuple[Any, ...],
         devices: Sequence[torch.device],
+        *,
+        scratch: str | None = None,
     ) -> None:
         self.helpers: list[Helper] = pool.acquire(devices)
         self._selector = selectors.DefaultSelector()
@@ -58,7 +63,7 @@ class Conversation:
             for index, helper in enumerate(self.helpers):
                 self._listen_to(index, helper)
                 task = Task(
-                    Surroundings.here(), helper.device, places[index], None, packed.data, packed.sizes, talks=True
+                    Surroundings.here(), helper.device, places[index], scratch, packed.data, packed.sizes, talks=True
                 )
                 helper.connection.send("run", Payload(dumps(task).data, fd=packed.fd))
             packed.close()

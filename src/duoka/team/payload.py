@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -111,6 +111,35 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is not 
             idle._iterator = None
             return idle.__reduce_ex__(5)
         return super().reducer_override(obj)
+
+    def _dynamic_function_reduce(self, func: FunctionType) -> tuple[Any, ...]:
+        """Let a function made by an installed library use that library's globals there, rather than copies of them."""
+        make, arguments, state, *rest = super()._dynamic_function_reduce(func)
+        if _is_of_library(func):
+            arguments = (arguments[0], _Globals(func.__module__), *arguments[2:])
+            state[1]["__globals__"] = {}
+        return make, arguments, state, *rest
+
+
+class _Globals:
+    """Stands for the global names of a module."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _globals_of, (self.name,)
+
+
+def _globals_of(name: str) -> dict[str, Any]:
+    return importlib.import_module(name).__dict__
+
+
+def _is_of_library(func: FunctionType) -> bool:
+    module = sys.modules.get(func.__module__)
+    file = getattr(module, "__file__", None)
+    is_installed = isinstance(file, str) and file.startswith((sys.prefix, sys.base_prefix))
+    return is_installed and func.__globals__ is vars(module) and func.__module__ != "__main__"
 
 
 class _Storage:

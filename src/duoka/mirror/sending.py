@@ -1,0 +1,207 @@
+"""The transport between accelerators: tensors are sent from device to device, announced by messages.
+
+Every member of the group does the same things in the same order, which is that of the messages. Code of the user's stands
+nowhere between an announcement and what it announces: inputs are sent with their question, outputs after their answer,
+and what a backward has announced is completed even when it fails, with zeros. So nobody waits for what never comes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from duoka.errors import LaunchError
+from duoka.mirror.buckets import Bucket, Buckets, allocate, gradient_buckets
+from duoka.mirror.group import Group, Pending, backend_of
+from duoka.mirror.memory import Lease, Piece, Place, lay_out, tensor_at
+from duoka.mirror.messages import Backward, Configure, Forward, Outputs, Refresh
+from duoka.mirror.reduction import NOWHERE, SentExchange, SentTask
+from duoka.mirror.sent import SentWeights
+from duoka.mirror.transport import Passage, Post
+from duoka.team import Conversation, Line
+from duoka.team.connection import Message
+from duoka.team.payload import Payload
+
+if TYPE_CHECKING:
+    from duoka.mirror.crew import Crew
+
+__all__ = ["SendingHelper", "SendingOwner"]
+
+
+class SendingOwner:
+    """The user's process as member 0 of a group, the helpers being the others."""
+
+    sends = True
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = devices
+        self._backend = backend_of(devices)
+        self._end: weakref.finalize[..., Any] | None = None
+        self.folder: str | None = None
+        """Where the members find each other."""
+        self._group: Group | None = None
+
+    def posts(self, threads: int) -> list[Post]:
+        """Make a private folder to meet in, and return what each helper is given."""
+        folder = self.folder = tempfile.mkdtemp(prefix="duoka-")
+        self._end = weakref.finalize(self, _remove, folder, os.getpid())
+        size = len(self._devices)
+        return [
+            Post(threads, device, (folder, rank, size, device, self._backend))
+            for rank, device in enumerate(self._devices)
+        ][1:]
+
+    def connect(self, conversation: Conversation) -> None:
+        """Wait until all have come, in Python; only then enter torch's rendezvous, which cannot be interrupted."""
+        count = len(self._devices) - 1
+        for _ in range(count):
+            index, message = conversation.receive()
+            if message.kind != "met":
+                raise LaunchError(f"helper {index} answered {message.kind!r} instead of 'met'; this is a bug in duoka")
+        for index in range(count):
+            conversation.send(index, "go", Payload(b""))
+        assert self.folder is not None
+        self._group = Group(self.folder, 0, count + 1, self._devices[0], self._backend)
+
+    def close(self) -> None:
+        """Leave the group, and remove the folder."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+        if self._end is not None:
+            self._end()
+            self._end = self.folder = None
+
+    def news(self, _: int) -> Iterator[tuple[str, Payload]]:
+        """Tell nothing."""
+        return iter(())
+
+    def takes(self, _: int, __: Message) -> bool:
+        """Take nothing."""
+        return False
+
+    def weights(
+        self,
+        crew: Crew,
+        model: int,
+        parameters: Sequence[nn.Parameter],
+        buffers: Sequence[torch.Tensor | None],
+        *,
+        copies_all: bool,  # noqa: ARG002 - nothing is shared, so everything is copied
+    ) -> SentWeights:
+        """Return the weights of one model."""
+        return SentWeights(crew, self._members(), model, parameters, buffers)
+
+    def lend(self, nbytes: int) -> Lease:
+        """Return memory on the first device."""
+        return Lease(NOWHERE, allocate(nbytes, self._devices[0]))
+
+    def deliver(self, index: int, lease: Lease) -> Pending | None:
+        """Send it to the helper that was just sent the message."""
+        return self._members().send(lease.base, index + 1) if len(lease.base) else None
+
+    def outputs(self, index: int, answer: Outputs) -> list[torch.Tensor]:
+        """Receive the tensors of an answer."""
+        base = allocate(answer.nbytes, self._devices[0])
+        if answer.nbytes:
+            self._members().receive(base, index + 1).wait()
+        return [tensor_at(base, piece) for piece, _ in answer.tensors]
+
+    def backward(
+        self, crew: Crew, passage: Passage, gradients: Sequence[Sequence[torch.Tensor | None]], *, keeps_graph: bool
+    ) -> SentExchange:
+        """Let all helpers go backward, those without a part as well: a sum takes everybody."""
+        with crew.all_or_none():
+            return SentExchange(crew, self._members(), passage, gradients, keeps_graph=keeps_graph)
+
+    def _members(self) -> Group:
+        assert self._group is not None, "connect() comes first"
+        return self._group
+
+
+class SendingHelper:
+    """A helper as a member of the group."""
+
+    def __init__(self, device: torch.device, line: Line, meeting: tuple[Any, ...]) -> None:
+        self.device = device
+        line.send("met", Payload(b""))
+        line.receive()  # nobody enters the rendezvous before all are there
+        self._group = Group(*meeting)
+        self._models: dict[int, Buckets] = {}
+        self._base: torch.Tensor | None = None
+        self._task: SentTask | None = None
+
+    def takes(self, _: Message) -> bool:
+        """Take nothing."""
+        return False
+
+    def memory(self, request: Configure) -> tuple[Buckets, Buckets]:
+        """Return new memory for the copies of a model's parameters and buffers."""
+        buckets = self._models[request.model] = Buckets(request.buckets, self.device)
+        return buckets, buckets
+
+    def refresh(self, request: Refresh) -> None:
+        """Receive new values of parameters and buffers."""
+        bases = self._models[request.model].bases
+        for pending in [self._group.broadcast(bases[n]) for n in request.buckets]:
+            pending.wait()
+
+    def forget(self, model: int) -> None:
+        """Give the model's memory back."""
+        self._models.pop(model, None)
+
+    def plan(self, parameters: Sequence[nn.Parameter]) -> list[Bucket]:
+        """Return the buckets that gradients are sent in."""
+        return gradient_buckets(parameters)
+
+    def inputs(self, request: Forward) -> list[torch.Tensor]:
+        """Receive the tensors of a question."""
+        base = self._receive(request.nbytes)
+        return [tensor_at(base, piece).data for piece, _ in request.inputs]
+
+    def put(self, outputs: Sequence[torch.Tensor]) -> tuple[Place, int, list[Piece]]:
+        """Lay outputs out to be sent when they have been announced."""
+        pieces, size = lay_out(outputs)
+        self._base = allocate(size, self.device)
+        with torch.no_grad():
+            for output, piece in zip(outputs, pieces, strict=True):
+                tensor_at(self._base, piece).copy_(output)
+        return NOWHERE, size, pieces
+
+    def settle(self, *, is_answered: bool) -> None:
+        """Send outputs that have been announced; wait for what was begun."""
+        base, self._base = self._base, None
+        if is_answered and base is not None and len(base):
+            self._group.send(base, 0).wait()
+        task, self._task = self._task, None
+        if task is not None:
+            task.wait()
+
+    def task(self, request: Backward) -> SentTask:
+        """Receive what a backward begins with."""
+        base = self._receive(request.nbytes)
+        given = [tensor_at(base, piece).data for piece in request.outputs if piece is not None]
+        self._task = SentTask(request, given, self._group, self.device)
+        return self._task
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._group.close()
+
+    def _receive(self, nbytes: int) -> torch.Tensor:
+        base = allocate(nbytes, self.device)
+        if nbytes:
+            self._group.receive(base, 0).wait()
+        return base
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child that ends is not the one that met the helpers there
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,48 @@
+"""Notices when an optimiser of some parameters has stepped, until it is told to stop; nothing of it stays then."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["StepHook"]
+
+
+class StepHook:
+    """Calls a method after each step of an optimiser that owns one of the parameters, for as long as its object exists.
+
+    Which optimisers there will be nobody knows beforehand, so torch's hook for all of them is used. Any other optimiser costs a
+    look at its list of parameters.
+    """
+
+    def __init__(self, method: Callable[[], None]) -> None:
+        self._method = weakref.WeakMethod(method)
+        self._parameters: frozenset[int] = frozenset()
+        self._handle: Any = None
+
+    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Look out for these from now on; whoever calls keeps them."""
+        self._parameters = frozenset(map(id, parameters))
+        if self._handle is None:
+            self._handle = register_optimizer_step_post_hook(self._after)
+
+    def remove(self) -> None:
+        """Look no longer."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if (method := self._method()) is None:
+            self.remove()
+        elif any(
+            id(parameter) in self._parameters for group in optimizer.param_groups for parameter in group["params"]
+        ):
+            method()

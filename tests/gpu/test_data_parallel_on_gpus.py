@@ -1,0 +1,191 @@
+"""``DataParallel`` on real accelerators: several over NCCL, one GPU named twice over gloo, one alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import duoka
+from duoka import errors
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+    pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors for the life of the process
+    pytest.mark.filterwarnings("ignore"),
+]
+
+PLACES = [
+    pytest.param("0,0", id="one GPU named twice, over gloo"),
+    pytest.param(
+        "0,1",
+        id="two GPUs, over NCCL",
+        marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
+    ),
+    pytest.param(
+        "0,1,2",
+        id="three GPUs, over NCCL",
+        marks=pytest.mark.skipif(torch.cuda.device_count() < 3, reason="fewer than three GPUs"),
+    ),
+]
+
+
+@pytest.fixture
+def wrap() -> Iterator[Callable[..., duoka.DataParallel]]:
+    wrapped: list[duoka.DataParallel] = []
+
+    def make(module: nn.Module, devices: str) -> duoka.DataParallel:
+        wrapped.append(duoka.DataParallel(module, devices=devices))
+        return wrapped[-1]
+
+    torch.manual_seed(0)
+    yield make
+    for model in wrapped:
+        model.close()
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5)
+    )
+
+
+@pytest.mark.parametrize("devices", PLACES)
+@pytest.mark.parametrize("batch", [1, 2, 7, 32])
+def test_twenty_steps_end_where_one_gpu_ends(batch: int, devices: str, wrap) -> None:
+    module = net().double().cuda()
+    reference = copy.deepcopy(module)
+    runs = [(m, torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9)) for m in (wrap(module, devices), reference)]
+    for _ in range(20):
+        x = torch.randn(batch, 3, 8, 8, dtype=torch.float64, device="cuda")
+        y = torch.randint(5, (batch,), device="cuda")
+        for model, optimizer in runs:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for own, other in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("devices", PLACES)
+def test_inputs_of_the_host_are_brought_and_get_their_gradients(devices: str, wrap) -> None:
+    model = wrap(nn.Linear(4, 3), devices)
+    x = torch.randn(7, 4, requires_grad=True)
+    out = model(x)
+    assert out.device == torch.device("cuda:0")
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, model.weight.detach().cpu().sum(0).expand(7, 4))
+
+
+@pytest.mark.parametrize("devices", PLACES)
+@pytest.mark.parametrize("wait_s", [0.0, 0.2])
+def test_an_edit_through_data_after_the_step_is_seen(wait_s: float, devices: str, wrap) -> None:
+    model = wrap(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), devices)
+    model.module[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 4, device="cuda")
+    for _ in range(5):
+        model(x).pow(2).mean().backward()
+        optimizer.step()
+        time.sleep(wait_s)
+        for parameter in model.parameters():
+            parameter.data.mul_(0.5)
+        torch.testing.assert_close(model(x), model.module(x))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), model.module(x))
+
+
+@pytest.mark.parametrize("devices", PLACES)
+def test_failures_keep_nobody_waiting(devices: str, wrap) -> None:
+    class Moody(nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            if (x[0] < 0).any():
+                raise ValueError("negative")
+            if (x[0] > 5).any():
+                out.register_hook(lambda _: 1 / 0)
+            return out
+
+    model = wrap(Moody(2, 1), devices)
+    good = torch.ones(6, 2, device="cuda")
+    for part in (0, 5):
+        bad = good.clone()
+        bad[3 if part else 0] = -1
+        with pytest.raises(ValueError, match="negative"):
+            model(bad)
+        bad[3 if part else 0] = 9
+        with pytest.raises(ZeroDivisionError):
+            model(bad).sum().backward()
+        model.zero_grad()
+        model(good).sum().backward()
+        assert model.weight.grad.tolist() == [[6, 6]]
+
+
+@pytest.mark.parametrize("devices", PLACES)
+def test_a_helper_that_dies_is_reported_and_replaced(devices: str, wrap) -> None:
+    class Deadly(nn.Linear):
+        def forward(self, x, *, end: bool = False):
+            if end and os.getpid() != self.owner:
+                os._exit(3)
+            return super().forward(x)
+
+    model = wrap(Deadly(2, 1), devices)
+    model.module.owner = os.getpid()
+    x = torch.ones(6, 2, device="cuda")
+    model(x)
+    with pytest.raises(errors.WorkerDied):
+        model(x, end=True)
+    model(x).sum().backward()
+    assert model.weight.grad.tolist() == [[6, 6]]
+
+
+@pytest.mark.parametrize("devices", PLACES)
+def test_a_step_waits_for_no_device(devices: str, wrap) -> None:
+    """With everything trained and no user who asks for a number, the host is never made to wait for its device."""
+    if devices == "0,0":
+        pytest.skip("gloo goes through the host")
+    model = wrap(net(), devices)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(16, 3, 8, 8, device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).pow(2).mean().backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model._duoka_engine._weights._pause = 10  # else a checksum may be asked for, of a device that has nothing to do
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("devices", PLACES)
+def test_the_first_device_holds_one_model_and_the_buckets_no_longer_than_a_backward(devices: str, wrap) -> None:
+    model = wrap(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))), devices)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    x = torch.randn(8, 1024, device="cuda")
+    for _ in range(3):
+        model.zero_grad()
+        model(x).sum().backward()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated(0) < 2.5 * size + (16 << 20)
+
+
+def test_one_gpu_is_the_bare_model(wrap) -> None:
+    model = wrap(nn.Linear(4, 3), "0")
+    x = torch.randn(6, 4, device="cuda")
+    assert torch.equal(model(x), model.module(x))
+    assert model._duoka_engine is None
