@@ -379,3 +379,37 @@ def test_a_step_that_overflows_does_not_advance_the_schedule():
         callbacks=[watcher],
     ).fit()
     assert watcher.rates == [1.0, 1.0, 1.0]
+
+
+def direction_of(name: str, metrics: dict | None = None) -> bool:
+    from duoka.trainer.judging import Judge
+    from duoka.trainer.metrics import Metrics
+
+    pytest.importorskip("torchmetrics")
+    return Judge(TrainerConfig(monitor=name), Metrics(metrics, torch.device("cpu")), has_evaluation=True).smaller
+
+
+def test_a_monitored_result_goes_the_way_that_its_metric_or_a_word_of_its_name_says():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    accuracy = torchmetrics.classification.MulticlassAccuracy
+    by_class = torchmetrics.wrappers.ClasswiseWrapper(accuracy(2, average=None), labels=["healthy", "cancer"])
+    assert not direction_of("multiclassaccuracy_cancer", {"of": by_class})
+    assert not direction_of("smoothed", {"smoothed": torchmetrics.MinMaxMetric(accuracy(2))})
+    for name, smaller in {
+        "answer_f1": False,
+        "glossary_recall": False,
+        "cancer_nll": True,
+        "ppl": True,
+        "tokenError": True,
+        "CER": True,
+        "top5_accuracy": False,
+    }.items():
+        assert direction_of(name, {name: torchmetrics.SumMetric()}) is smaller, name
+    assert direction_of("loss")
+
+
+@pytest.mark.parametrize("name", ["cancer_score", "glossary_hits", "power", "accuracy_loss"])
+def test_a_direction_that_nothing_says_is_not_guessed(name):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    with pytest.raises(ConfigError, match=f'monitor=\'{name}\'.*monitor_mode="min" or monitor_mode="max"'):
+        direction_of(name, {name: torchmetrics.SumMetric()})

@@ -110,7 +110,8 @@ def test_a_log_that_cannot_be_written_any_more_is_said_as_such(tmp_path):
 
 def test_the_start_is_said_in_words_and_an_epoch_takes_a_line(capsys, tmp_path):
     model = nn.Sequential(nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 2))
-    trainer_of(model=model, device="cpu:2", lr=0.1, lr_scaling="linear", verbose=True, out_dir=tmp_path, epochs=2).fit()
+    options = {"lr": 0.1, "lr_scaling": "linear", "verbose": True, "out_dir": tmp_path, "epochs": 2, "monitor": "loss"}
+    trainer_of(model=model, device="cpu:2", **options).fit()
     shown = capsys.readouterr().out
     for words in (
         "devices: 2 CPU workers (2 CPU workers were asked for)",
@@ -118,6 +119,7 @@ def test_the_start_is_said_in_words_and_an_epoch_takes_a_line(capsys, tmp_path):
         "parameters: 8.00K",
         "batch: 4 per device x 2 devices = 8 global",
         "lr 0.1 -> 0.2 (linear)",
+        "monitors loss (lower is better)",
         "epoch 1/2 · loss ",
         "test: loss ",
     ):

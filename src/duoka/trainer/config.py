@@ -82,7 +82,7 @@ class TrainerConfig:
         eval_step: Epochs from one evaluation to the next; the last epoch is always evaluated.
         monitor: Name of the evaluation result that decides which weights are best; ``None`` keeps the last weights.
         monitor_mode: Whether a lower (``"min"``) or higher (``"max"``) value is better; ``"auto"`` asks the metric,
-            then its name.
+            then the words of its name, and refuses to guess where neither says it.
         early_stop_patience: Stop after this many evaluations in a row without a better one; monitors ``"loss"`` if
             nothing else is named.
         target: Key of the target where batches are dicts; ``None`` looks for labels, label, targets, target, y.

@@ -192,7 +192,7 @@ class _Fit:
             devices=self.job.devices,
             reasons=(self.job.reason, self.strategy_reason),
         )
-        self.teller.say(*lines)
+        self.teller.say(*lines, *filter(None, [self.judge.words]))
 
     # -- one epoch -----------------------------------------------------------------------------------------------------
 

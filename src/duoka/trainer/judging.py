@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 
 from duoka.errors import ConfigError
 from duoka.trainer.callbacks import Best, State
@@ -13,7 +14,15 @@ from duoka.trainer.metrics import Metrics, Results
 __all__ = ["Judge"]
 
 PREFIX = "val_"
-SMALLER_IS_BETTER = ("loss", "error", "mse", "mae", "rmse", "mape", "perplexity", "wer", "cer")
+SMALLER_IS_BETTER = frozenset({
+    "loss", "error", "err", "mse", "mae", "rmse", "mape", "smape", "nll", "bce", "perplexity", "ppl", "wer", "cer",
+    "divergence", "distance",
+})  # fmt: skip
+LARGER_IS_BETTER = frozenset({
+    "accuracy", "acc", "f1", "auc", "auroc", "ap", "map", "precision", "recall", "iou", "dice", "bleu", "rouge", "r2",
+    "correlation", "similarity", "psnr", "ssim",
+})  # fmt: skip
+"""Words that say it in a name, where they stand alone."""
 
 
 class Judge:
@@ -23,6 +32,7 @@ class Judge:
         name = config.monitor or ("loss" if config.early_stop_patience is not None else None)
         self.name = name.removeprefix(PREFIX) if name else None
         self.patience = config.early_stop_patience
+        self.smaller = True
         if self.name is None:
             return
         if not has_evaluation:
@@ -83,12 +93,30 @@ class Judge:
             f"monitor={self.name!r} is no result of the evaluation, which has {', '.join(names) or 'none'}{hint}"
         )
 
+    @property
+    def words(self) -> str:
+        """What is monitored, in words; empty where nothing is."""
+        return "" if self.name is None else f"monitors {self.name} ({'lower' if self.smaller else 'higher'} is better)"
+
     def _smaller_is_better(self, config: TrainerConfig, metrics: Metrics) -> bool:
+        """Return what was said, else what the metric says, else what its name says.
+
+        Raises:
+            ConfigError: nothing says it.
+
+        """
         if config.monitor_mode != "auto":
             return config.monitor_mode == "min"
         assert self.name is not None
         higher = metrics.higher_is_better(self.name)
         if higher is not None:
             return not higher
-        lowered = self.name.lower()
-        return any(word in lowered for word in SMALLER_IS_BETTER)
+        words = set(re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*", self.name))
+        words = {word.lower() for word in words} | set(re.split(r"[^a-z0-9]+", self.name.lower()))
+        smaller, larger = words & SMALLER_IS_BETTER, words & LARGER_IS_BETTER
+        if bool(smaller) == bool(larger):
+            raise ConfigError(
+                f"monitor={self.name!r}: neither the metric nor its name says whether a lower or a higher value is better; say "
+                'it: monitor_mode="min" or monitor_mode="max"'
+            )
+        return bool(smaller)

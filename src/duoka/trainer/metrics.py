@@ -75,9 +75,16 @@ class Metrics:
                 _set_states(metric, [rank[index] for rank in everyone])
 
     def higher_is_better(self, name: str) -> bool | None:
-        """Return what the metric called ``name`` says about itself, ``None`` if it does not say."""
-        found: Any = None if self.collection is None else dict(self.collection.items()).get(name)
-        return None if found is None else found.higher_is_better
+        """Return what the metric called ``name`` says about itself, ``None`` if it does not say.
+
+        A name that no metric has is a value of a wrapper's (of one class, say); then those that hold others are asked.
+        """
+        if self.collection is None:
+            return None
+        metrics = dict(self.collection.items())
+        asked = [metrics[name]] if name in metrics else [each for each in metrics.values() if _inner(each)]
+        said = {_direction(metric) for metric in asked}
+        return said.pop() if len(said) == 1 else None
 
     @property
     def names(self) -> list[str] | None:
@@ -104,6 +111,23 @@ def collection_of(metrics: Any) -> MetricCollection | None:
         raise ConfigError(
             f"metrics={metrics!r}: {error}. Give torchmetrics: one, a list, or a dict of names and metrics"
         ) from error
+
+
+def _inner(metric: Metric) -> list[Metric]:
+    """Return the metrics that ``metric`` wraps."""
+    from torchmetrics import Metric
+
+    return [module for module in metric.modules() if isinstance(module, Metric) and module is not metric]
+
+
+def _direction(metric: Metric) -> bool | None:
+    """Whether higher is better, by ``metric`` or all that it wraps; of a formula (1 - accuracy) they do not tell."""
+    from torchmetrics.metric import CompositionalMetric
+
+    if metric.higher_is_better is not None or isinstance(metric, CompositionalMetric):
+        return metric.higher_is_better
+    said = {inner.higher_is_better for inner in _inner(metric)}
+    return said.pop() if len(said) == 1 else None
 
 
 def _states(metric: Metric) -> dict[str, Any]:
