@@ -1,6 +1,5 @@
 """Small data sets, samplers and loaders that the tests of ``duoka.data`` share."""
 
-# ruff: noqa: NPY002 - users draw from the global generators
 from __future__ import annotations
 
 import itertools

@@ -1,6 +1,5 @@
 """What is drawn for a sample is a function of (seed, epoch, place in the epoch), and of nothing else."""
 
-# ruff: noqa: NPY002
 from __future__ import annotations
 
 import random

@@ -1,6 +1,5 @@
 """The global batches are those of one device, whatever the sampler and the number of ranks."""
 
-# ruff: noqa: NPY002, ARG005
 from __future__ import annotations
 
 import logging

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 from duoka.data import Position, shard
 from duoka.errors import CheckpointError, ConfigError
@@ -102,3 +105,46 @@ def test_position_goes_through_a_checkpoint() -> None:
         Position.from_dict({"seed": 1, "samples": 2})
     with pytest.raises(ConfigError, match=r"samples is -1"):
         Position(0, 0, -1)
+
+
+class InPlace(Sampler[int]):
+    """A sampler that shuffles its own list, or array, in place."""
+
+    def __init__(self, kind: str, length: int = 24) -> None:
+        numbers = list(range(length))
+        self.kept: Any = {"list": numbers, "array": np.arange(length), "tensor": torch.arange(length)}[kind]
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.kind == "tensor":
+            self.kept[:] = self.kept[torch.randperm(len(self.kept))]
+        else:
+            (random if self.kind == "list" else np.random).shuffle(self.kept)
+        return iter([int(number) for number in self.kept])
+
+
+class InPlaceStream(IterableDataset[int]):
+    def __init__(self) -> None:
+        self.files = list(range(24))
+
+    def __iter__(self) -> Iterator[int]:
+        random.shuffle(self.files)
+        yield from self.files
+
+
+@pytest.mark.parametrize("kind", ["list", "array", "tensor", "stream"])
+def test_what_is_shuffled_in_place_goes_on_from_any_epoch_as_if_it_had_not_stopped(kind: str) -> None:
+    def loader() -> DataLoader[Any]:
+        if kind == "stream":
+            return DataLoader(InPlaceStream(), batch_size=4)
+        return DataLoader(TensorDataset(torch.arange(24)), batch_size=4, sampler=InPlace(kind))
+
+    whole = shard(loader(), rank=0, size=1, seed=3)
+    epochs = [[helpers.indices(part) for part in whole] for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    resumed = shard(loader(), rank=0, size=1, seed=3)
+    resumed.set_position(Position(3, 2, 8))
+    assert [helpers.indices(part) for part in resumed] == epochs[2][2:]

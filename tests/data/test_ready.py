@@ -1,6 +1,5 @@
 """Sources of ready-made batches and iterable data sets: every rank reads the same and keeps its part."""
 
-# ruff: noqa: NPY002
 from __future__ import annotations
 
 import random

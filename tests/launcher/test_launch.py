@@ -168,11 +168,11 @@ def test_the_callers_process_is_given_back_as_it_was_found() -> None:
         os.environ["DUOKA_LEFT_BEHIND"] = "1"
         torch.manual_seed(99)
         random.seed(99)
-        np.random.seed(99)  # noqa: NPY002
+        np.random.seed(99)
         torch.set_num_threads(1)
 
     duoka.launch(disturb, devices="cpu:2")  # helpers are warm from here on
-    state = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    state = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     found = (
         dict(os.environ),
         torch.get_num_threads(),
@@ -183,7 +183,7 @@ def test_the_callers_process_is_given_back_as_it_was_found() -> None:
     descriptors = psutil.Process().num_fds()
     duoka.launch(disturb, devices="cpu:2")
     assert torch.equal(torch.get_rng_state(), state[0])
-    assert (random.getstate(), str(np.random.get_state())) == state[1:]  # noqa: NPY002
+    assert (random.getstate(), str(np.random.get_state())) == state[1:]
     assert found == (
         dict(os.environ),
         torch.get_num_threads(),
@@ -199,7 +199,7 @@ def test_the_callers_process_is_given_back_as_it_was_found() -> None:
 
 def test_a_seed_repeats_every_ranks_draws_and_ranks_draw_differently() -> None:
     def draw() -> tuple[float, float, float]:
-        return torch.rand(()).item(), random.random(), float(np.random.rand())  # noqa: NPY002
+        return torch.rand(()).item(), random.random(), float(np.random.rand())
 
     torch.manual_seed(3)
     first = duoka.launch(draw, devices="cpu:3", returns="all")

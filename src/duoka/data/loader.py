@@ -99,6 +99,8 @@ def shard(loader: Any, *, rank: int, size: int, seed: int, merge: int = 1, train
     loader, data set, transform or collation holds as an attribute starts each epoch, or each sample of map-style data, from
     ``seed`` mixed with the state it was given, which must be the same on every rank and after a resume. One that is held
     otherwise (in a list, a closure, a global variable) or made while samples are loaded is not known: its draws differ.
+    A list or array that a sampler, stream or loader shuffles in place is put back after the epoch; other state that it
+    carries from epoch to epoch is not known either, and begins anew after a resume: derive it in ``set_epoch(epoch)``.
     Of map-style data a rank loads its own samples only; a stream (``IterableDataset``) or a loader of ready-made batches is
     read whole by every rank, and so is a map-style data set with ``batch_size=None`` whose sampler is no ``BatchSampler``.
 

@@ -13,6 +13,7 @@ from duoka.data.order import cut_front, drawn_from, grouped, in_private, index_b
 from duoka.data.position import Part
 from duoka.data.randomness import PrivateRandomness
 from duoka.data.samples import Request, WorkerStart, as_is, samples_of
+from duoka.data.shuffles import shuffles_undone
 from duoka.data.source import Share, order_seed, samples_seed, stop_workers
 
 __all__ = ["MappedSource", "is_mapped"]
@@ -109,18 +110,19 @@ class _Requests(Sampler[Request]):
         stream = samples_seed(seed, drawn)
         told = epoch if share.training and hasattr(self._dataset, "set_epoch") else None
         first = skip
-        for indices in grouped(cut_front(batches, skip), share.merge, self._whole_only):
-            length = len(indices)
-            start, stop = share.bounds(length)
-            if start < stop:
-                taken.append((stop - start, length, True))
-                yield Request(indices if share.size == 1 else indices[start:stop], first + start, stream, told)
-            elif share.training:
-                taken.append((0, length, True))
-                yield Request(indices[:1], first, stream, told)
-            else:
-                taken.append((0, length, False))
-            first += length
+        with shuffles_undone(*self._owners[1:]):
+            for indices in grouped(cut_front(batches, skip), share.merge, self._whole_only):
+                length = len(indices)
+                start, stop = share.bounds(length)
+                if start < stop:
+                    taken.append((stop - start, length, True))
+                    yield Request(indices if share.size == 1 else indices[start:stop], first + start, stream, told)
+                elif share.training:
+                    taken.append((0, length, True))
+                    yield Request(indices[:1], first, stream, told)
+                else:
+                    taken.append((0, length, False))
+                first += length
 
     def __len__(self) -> int:
         batches = len(self._batches)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from duoka.data.glimpse import Glimpse, glimpse
 from duoka.data.order import set_epoch
 from duoka.data.position import Part
 from duoka.data.randomness import PrivateRandomness, held_by
+from duoka.data.shuffles import shuffles_undone
 from duoka.data.source import Share, order_seed, stop_workers
 
 __all__ = ["ReadySource"]
@@ -64,10 +65,9 @@ class ReadySource:
         if self._begin is not None:
             self._begin(seed, drawn)
         batches = self._read(contextlib.nullcontext() if self._quiet else self._private(seed, drawn))
-        try:
+        owners = () if isinstance(self._loader, (list, tuple)) else self._owners
+        with shuffles_undone(*owners), contextlib.closing(batches):
             yield from self._parts(_without(batches, skip, self._has_columns))
-        finally:
-            batches.close()
 
     def close(self) -> None:
         """End worker processes that the loader kept."""

@@ -22,6 +22,7 @@ from duoka.data.randomness import PrivateRandomness, held_by, nth_seed
 from duoka.data.ready import ReadySource
 from duoka.data.samples import SeededCollate, WorkerStart, as_is
 from duoka.data.sending import Sent, answer, failure
+from duoka.data.shuffles import shuffles_undone
 from duoka.data.source import Share, Source, order_seed, samples_seed
 from duoka.errors import ConfigError
 
@@ -79,7 +80,8 @@ class _InProcess:
         if self._share.training:
             set_epoch(epoch, self._dataset)
         self._groups.plan = (seed, self._share.epoch(epoch), skip)
-        yield from self._loader
+        with shuffles_undone(self._dataset):
+            yield from self._loader
 
     def close(self) -> None:
         """There are no worker processes."""
@@ -172,7 +174,8 @@ class _SeededStream(Sent, IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         try:
             self._begin()
-            yield from self.dataset
+            with shuffles_undone(self.dataset):
+                yield from self.dataset
         except Exception:
             yield from itertools.repeat(failure())  # for the collation, which sends it
 
