@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from duoka.mirror.messages import Ambient
+from duoka.mirror.naming import OwnDevice, is_renaming
 
 __all__ = ["Threads", "capture", "draw_seed", "entered", "kept", "seed_all"]
 
@@ -25,12 +26,13 @@ def capture(device: torch.device) -> Ambient:
         torch.get_default_dtype(),
         (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         torch.get_float32_matmul_precision(),
+        is_renaming(),
     )
 
 
 @contextlib.contextmanager
-def entered(ambient: Ambient) -> Iterator[None]:
-    """Let the modes hold inside the ``with`` block."""
+def entered(ambient: Ambient, device: torch.device) -> Iterator[None]:
+    """Let the modes hold inside the ``with`` block, on a helper's device."""
     _set_lasting(ambient)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(ambient.inference))
@@ -38,6 +40,8 @@ def entered(ambient: Ambient) -> Iterator[None]:
         for kind, is_enabled, dtype in ambient.autocast:
             if is_enabled:
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=ambient.autocast_cache))
+        if ambient.own_device:
+            stack.enter_context(OwnDevice(device))
         yield
 
 

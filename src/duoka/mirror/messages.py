@@ -43,6 +43,8 @@ class Ambient(NamedTuple):
     default_dtype: torch.dtype
     deterministic: tuple[bool, bool]
     precision: str
+    own_device: bool
+    """Whether a CUDA device that the model's code names means the device of whoever computes."""
 
 
 class Configure(NamedTuple):

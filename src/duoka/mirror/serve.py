@@ -138,7 +138,7 @@ class _Server:
             tensor.requires_grad_(wants)
         args, kwargs = nested.fill(unpack(request.arguments, fd, self._side.device), inputs)
         ambient.seed_all(request.seed)
-        with ambient.entered(request.ambient):
+        with ambient.entered(request.ambient, self._side.device):
             value = replica.compute(*args, **kwargs)
         outputs, skeleton = nested.take_out(value, request.part)
         with_graph = {i: t for i, t in enumerate(outputs) if t.requires_grad} if request.keeps_graph else {}

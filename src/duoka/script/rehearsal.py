@@ -8,43 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch
-from torch.overrides import TorchFunctionMode
 
+from duoka.mirror.naming import OwnDevice, is_cuda
 from duoka.script.patches import Patches
 
-__all__ = ["CudaMeansCpu", "rehearsal"]
+__all__ = ["rehearsal"]
 
 _INSIDERS = ("torch", "duoka")
 _CPU = torch.device("cpu")
-
-
-class CudaMeansCpu(TorchFunctionMode):
-    """Every ``cuda`` device that is named to a function of torch means the CPU."""
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call the function with its devices translated."""
-        if kwargs and (device := kwargs.get("device")) is not None and is_cuda(device):
-            kwargs = {**kwargs, "device": _CPU}
-        if function is torch.Tensor.cuda:
-            return args[0]
-        if function is torch.Tensor.to or function is torch._C._nn._parse_to:
-            args = tuple(_CPU if is_cuda(word) else word for word in args)
-        return function(*args, **(kwargs or {}))
-
-
-def is_cuda(device: object) -> bool:
-    """Whether this names a CUDA device: ``"cuda"``, ``"cuda:1"`` or ``torch.device("cuda")``."""
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.partition(":")[0] == "cuda"
 
 
 @contextlib.contextmanager
@@ -64,7 +41,7 @@ def rehearsal(workers: int) -> Any:
         )
         patches.around(torch.amp.autocast_mode.autocast, "__init__", _autocast)
         patches.around(torch.amp.grad_scaler.GradScaler, "__init__", _scaler)
-        patches.enter_context(CudaMeansCpu())
+        patches.enter_context(OwnDevice(_CPU))
         yield
 
 

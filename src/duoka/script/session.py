@@ -8,6 +8,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.mirror.clock import CLOCK
+from duoka.mirror.naming import renaming
 from duoka.script.account import Account
 from duoka.script.loaders import watch_loaders
 from duoka.script.patches import Patches
@@ -34,6 +35,7 @@ class Session:
         if len(self.devices) > 1 and self.devices[0].type == "cpu":
             patches.enter_context(rehearsal(len(self.devices)))
         if len(self.devices) > 1:
+            patches.enter_context(renaming())
             # A batch that was multiplied may be too large for the memory of one accelerator.
             fits_one = self._factor == 1 or self.devices[0].type == "cpu"
             Finder(self.devices, self.account, fits_one=fits_one).enter(patches)
