@@ -1,0 +1,150 @@
+"""Five networks for 64x64 images, in torch alone: this file works beside its weights on a machine without duoka.
+
+``duoka train tiny-imagenet`` writes a copy of it into every run's folder, as ``model.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MODELS", "baseline", "best", "build", "deeper_wider", "residual", "se_attention"]
+
+
+class SqueezeExcite(nn.Module):
+    """Weighs each channel by what all channels hold on average (Hu et al., 2018, https://arxiv.org/abs/1709.01507)."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.weigh = nn.Sequential(
+            nn.Linear(channels, channels // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // reduction, channels, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return ``features (batch, channels, height, width)``, weighed."""
+        weights: Tensor = self.weigh(features.mean(dim=(2, 3)))
+        return features * weights[:, :, None, None]
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, 1x1 where the shape changes (He et al., 2015)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return ``(batch, outputs, height / stride, width / stride)`` of ``(batch, inputs, height, width)``."""
+        return torch.relu(self.convolutions(features) + self.shortcut(features))
+
+
+def baseline(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
+    """Five 3x3 convolutions with bias, a pool and dropout 0.3 after the first, second and fifth; three linear layers."""
+    return _five_convolutions(num_classes, image_size, lambda _: [])
+
+
+def se_attention(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
+    """Return the baseline with batch-norm, and squeeze-and-excitation after each convolution."""
+    return _five_convolutions(num_classes, image_size, lambda channels: [nn.BatchNorm2d(channels)], SqueezeExcite)
+
+
+def residual(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa: ARG001
+    """One convolution, four residual blocks with stride 2, the average over places, one linear layer."""
+    widths = (64, 128, 256, 512, 512)
+    blocks = [ResidualBlock(inputs, outputs, 2) for inputs, outputs in itertools.pairwise(widths)]
+    return nn.Sequential(*_convolution(3, widths[0]), *blocks, *_average(), nn.Linear(widths[-1], num_classes))
+
+
+def deeper_wider(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa: ARG001
+    """Two convolutions with batch-norm at each of 128 to 1,024 channels, max-pool and dropout 0.2 between."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 128), (128, 256), (256, 512), (512, 1024)):
+        between = [nn.MaxPool2d(2), nn.Dropout(0.2)] if layers else []
+        layers += [*between, *_convolution(inputs, outputs), *_convolution(outputs, outputs)]
+    return nn.Sequential(*layers, *_average(), *_wide_head(num_classes))
+
+
+def best(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa: ARG001
+    """Return four residual blocks up to 1,024 channels, dropout 0.2 between, and the head of ``deeper_wider``."""
+    layers: list[nn.Module] = [ResidualBlock(3, 128, 1)]
+    for inputs in (128, 256, 512):
+        layers += [nn.Dropout(0.2), ResidualBlock(inputs, 2 * inputs, 2)]
+    return nn.Sequential(*layers, *_average(), *_wide_head(num_classes))
+
+
+MODELS: dict[str, Callable[..., nn.Sequential]] = {
+    "baseline": baseline,
+    "residual": residual,
+    "deeper_wider": deeper_wider,
+    "se_attention": se_attention,
+    "best": best,
+}
+
+
+def build(name: str, num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
+    """Return the network called ``name``: images ``(batch, 3, image_size, image_size)`` to logits ``(batch, num_classes)``.
+
+    ``image_size`` is a multiple of 8; only ``baseline`` and ``se_attention`` depend on it.
+
+    Raises:
+        ValueError: there is no such network, or the size is none.
+
+    >>> build("residual", 200)(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 200])
+
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no model {name!r}: choose one of {', '.join(MODELS)}")
+    if image_size < 8 or image_size % 8:
+        raise ValueError(f"image_size is {image_size}: it must be a multiple of 8, as it is halved three times")
+    return MODELS[name](num_classes, image_size)
+
+
+def _five_convolutions(
+    num_classes: int,
+    image_size: int,
+    after: Callable[[int], Sequence[nn.Module]],
+    last: Callable[[int], nn.Module] | None = None,
+) -> nn.Sequential:
+    """Return the baseline with ``after(channels)`` between each convolution and its ReLU, and ``last(channels)`` behind."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, pools in ((3, 128, 1), (128, 256, 1), (256, 512, 0), (512, 512, 0), (512, 256, 1)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), *after(outputs), nn.ReLU(inplace=True)]
+        layers += [last(outputs)] if last else []
+        layers += [nn.MaxPool2d(2), nn.Dropout(0.3)] if pools else []
+    side = image_size // 8
+    return nn.Sequential(*layers, nn.Flatten(), *_head((256 * side * side, 512, 256), num_classes, 0.5))
+
+
+def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+
+def _average() -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+
+
+def _head(widths: Sequence[int], num_classes: int, dropout: float) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+    return [*layers, nn.Linear(widths[-1], num_classes)]
+
+
+def _wide_head(num_classes: int) -> list[nn.Module]:
+    return _head((1024, 512, 256), num_classes, 0.5)
