@@ -13,7 +13,7 @@ from urllib.request import urlopen
 from duoka.errors import DataError, StorageError
 from duoka.log import logger
 
-__all__ = ["check", "fetch"]
+__all__ = ["check", "fetch", "one_at_a_time"]
 
 CHUNK = 1 << 20
 """Bytes read at once."""
@@ -28,7 +28,7 @@ def fetch(url: str, target: Path, *, size: int, md5: str, timeout_s: float = 30)
 
     """
     part = target.with_name(target.name + ".part")
-    with _one_at_a_time(target.parent):
+    with one_at_a_time(target.parent):
         if target.exists():
             return
         try:
@@ -84,7 +84,7 @@ def _chunks(url: str, by_hand: Path, timeout_s: float) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> Iterator[None]:
     """Hold ``folder`` against other processes that ask the same, where the system can lock; make it if needed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,8 @@ class ImageSet:
     test: Images
     mirrored_alike: bool = True
     """Whether an image's mirror image has the same label: not so for digits."""
+    statistics: Statistics | None = None
+    """Those of the training images, where they are known already; ``statistics_of`` counts them else."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
