@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from duoka.data.glimpse import Glimpse
+from duoka.data.keeping import Resident
+from duoka.data.kept import ResidentSource
 from duoka.data.mapped import MappedSource, is_mapped
 from duoka.data.order import checked_whole
 from duoka.data.position import Part, Position
@@ -129,6 +131,8 @@ def shard(loader: Any, *, rank: int, size: int, seed: int, merge: int = 1, train
 
 
 def _source(loader: Any, share: Share) -> Source:
+    if isinstance(loader, Resident):
+        return ResidentSource(loader, share)
     if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
         if isinstance(loader.dataset, IterableDataset):
             return streamed_source(loader, share)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from duoka.checkpoint import rng_state, set_rng_state
-from duoka.data import Part, ShardedLoader, alike, shard, to_device
+from duoka.data import Part, Resident, ShardedLoader, alike, shard, to_device
 from duoka.errors import ConfigError, DataError
 from duoka.strategy import Strategy, choose
 from duoka.trainer.callbacks import Callback
@@ -154,6 +154,8 @@ def _empty(name: str, data: Any, merge: int) -> DataError:
 
 def unshuffled(data: Any) -> Any:
     """Return ``data``, or in place of a shuffled ``DataLoader`` the same one in the order of its data set."""
+    if isinstance(data, Resident):
+        return data.in_order()
     batches = getattr(data, "batch_sampler", None)
     if (
         not isinstance(data, DataLoader)
