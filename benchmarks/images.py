@@ -1,10 +1,10 @@
-"""Images/s of random resized crop, flip, colour jitter and normalisation: a DataLoader over JPEG files, and duoka's resident data.
+"""Images/s of random resized crop, flip, colour jitter and normalisation: a DataLoader over JPEG files, and resident data.
 
-Both make batches of 64 of the same images with the same distributions of changes, on two cores: the DataLoader with two worker
-processes that decode and change image by image, duoka as two devices (``cpu:2``) would, half of each batch on one thread each,
-from a pack that was made once. They take turns, so that
-whatever else the machine does meets both alike; each number is a median over the rounds, and so is their ratio. Run
-``python benchmarks/images.py --root DIR [--rounds 7]``, where DIR holds Tiny-ImageNet or a set in its folders. Needs torchvision.
+Both make batches of 64 of the same images with the same distributions of changes, on two cores: the DataLoader with two
+worker processes that decode and change image by image, duoka as two devices (``cpu:2``) would, half of each batch on one
+thread each, from a pack that was made once. They take turns, so that whatever else the machine does meets both alike; each
+number is a median over the rounds, and so is their ratio. Run ``python benchmarks/images.py --root DIR [--rounds 7]``,
+where DIR holds Tiny-ImageNet or a set in its folders. Needs torchvision.
 """
 
 from __future__ import annotations

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from duoka import checkpoint, devices, scaling
 from duoka.launcher import launch
 from duoka.log import logger
-from duoka.recipes import pictures
+from duoka.recipes import classifying
+from duoka.recipes.classifying import Facts
 from duoka.recipes.config import at_least, check
 from duoka.recipes.nets.resnet import resnet
 from duoka.recipes.registry import Outcome, Prediction
 from duoka.recipes.runs import ConfigWriter, Run
 from duoka.recipes.sets import cifar, digits, folder
-from duoka.recipes.sets.imageset import ImageSet, Statistics, read_image, statistics_of, write_image
+from duoka.recipes.sets.imageset import ImageSet
 from duoka.recipes.sets.loading import Collate, augmentation, loader
 from duoka.trainer import Trainer
 from duoka.world import current_world
@@ -86,7 +86,8 @@ class Config:
     device: str = "auto"
     """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
     workers: int | None = None
-    """Processes that load data, for all devices of a machine together, never more than its cores allow; null is 4 a device."""
+    """Processes that load data, for all devices of a machine together, never more than its cores allow; null and 0 are none:
+    images stay on the device, where whole batches are changed at once."""
     bsize: int | None = None
     """Batch size, in images, of each device (see ``batch``); null is 256, for digits 64."""
     batch: Literal["per_device", "global"] | None = None
@@ -157,40 +158,31 @@ def train(config: Config) -> Outcome:
     config = config.resolved()
     chosen = devices.resolve(config.device).devices  # a device that is not there is said before any download
     images = load(config)
-    statistics = statistics_of(images.train)
+    facts = classifying.facts_of(images)
     run = _given(launch(_run_of, config, devices=list(chosen)))
     torch.manual_seed(config.seed)
     model = resnet(_given(config.model), len(images.classes), images.shape[0], _given(config.width))
-    trainer = _trainer(model, config, images, statistics, run)
+    trainer = _trainer(model, config, images, facts, run)
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
-    return _tested(run, trainer, config, images, statistics)
+    return classifying.tested(NAME, run, trainer, images, facts, _test_loader(config, images, facts))
 
 
 def evaluate(run: Run, config: Config) -> Outcome:
     """Test the model of a finished run again; writes ``evaluation.json`` into its folder."""
     model, facts = _finished(run, config)
     images = load(config)
-    trainer = _trainer(model, config, images, facts.statistics, None)
-    results = _results(trainer.evaluate(_test_loader(config, images, facts.statistics)))
+    trainer = _trainer(model, config, images, facts, None)
+    results = classifying.results_of(trainer.evaluate(_test_loader(config, images, facts)))
     if current_world().is_main:
         run.write_results(results, "evaluation.json")
-    return Outcome(run, results, _next_step(run, images))
+    return Outcome(run, results, classifying.next_step(run, images))
 
 
 def predict(run: Run, config: Config, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
     """Name the classes of image files, with the probabilities that the model of a finished run gives them."""
     model, facts = _finished(run, config)
-    pixels = torch.stack([read_image(source, facts.shape, invert=invert) for source in sources])
-    device = devices.resolve(config.device).devices[0]
-    model.to(device).eval()
-    with torch.inference_mode():
-        logits = model(Collate(facts.statistics).normalise(pixels).to(device))
-    ranked = logits.double().softmax(dim=1).cpu().sort(dim=1, descending=True)
-    return [
-        Prediction(source, tuple(zip((facts.classes[place] for place in places), values, strict=True)))
-        for source, values, places in zip(sources, ranked.values.tolist(), ranked.indices.tolist(), strict=True)
-    ]
+    return classifying.predictions(model, facts, devices.resolve(config.device).devices[0], sources, invert=invert)
 
 
 def load(config: Config) -> ImageSet:
@@ -204,15 +196,6 @@ def load(config: Config) -> ImageSet:
     return cifar.load(source, config.root, download=config.download, verify=config.verify)
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What a finished run remembers of its images."""
-
-    classes: tuple[str, ...]
-    shape: tuple[int, int, int]
-    statistics: Statistics
-
-
 def _run_of(config: Config) -> Run | None:
     """Return the run's folder on rank 0, the same for every rank of a job that others started; made if it is new."""
     if not current_world().is_main:
@@ -220,9 +203,8 @@ def _run_of(config: Config) -> Run | None:
     return Run.at(config.resume) if config.resume else Run.new(config.out, NAME, _given(config.name))
 
 
-def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Statistics, run: Run | None) -> Trainer:
+def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Facts, run: Run | None) -> Trainer:
     """Return a trainer with the options of ``config``, which writes into the folder of ``run``."""
-    collate, workers = Collate(facts), _workers(config)
     options: dict[str, Any] = {}
     if run is not None:
         options = {
@@ -232,10 +214,10 @@ def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Statisti
         }
     return Trainer(
         model,
-        loader(images.train, collate, _given(config.bsize), workers, augmentation(images)),
+        _train_loader(config, images, facts),
         _test_loader(config, images, facts),
         loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
-        metrics=_metrics(len(images.classes)),
+        metrics=classifying.metrics(len(images.classes)),
         device=config.device,
         batch=config.batch,
         precision=config.precision,
@@ -261,15 +243,6 @@ def _schedule(config: Config) -> dict[str, Any]:
     return {"scheduler": config.scheduler, "scheduler_options": options}
 
 
-def _metrics(classes: int) -> dict[str, Any]:
-    from torchmetrics.classification import MulticlassAccuracy
-
-    metrics = {"accuracy": MulticlassAccuracy(classes, average="micro")}
-    if classes >= 20:
-        metrics["top5_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=5)
-    return metrics
-
-
 def _workers(config: Config) -> int:
     """Return the loading processes of each device, and say so where fewer are taken than were asked for."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or len(devices.resolve(config.device).devices)
@@ -279,62 +252,23 @@ def _workers(config: Config) -> int:
     return workers.per_device
 
 
-def _test_loader(config: Config, images: ImageSet, facts: Statistics) -> Any:
-    return loader(images.test, Collate(facts), max(256, _given(config.bsize)), 0)
+def _train_loader(config: Config, images: ImageSet, facts: Facts) -> Any:
+    """Return a loader that makes batches on the device, or in worker processes where these were asked for."""
+    if not config.workers:
+        return classifying.loader(images.train, facts, _given(config.bsize), classifying.shifts(images))
+    return loader(images.train, Collate(facts.statistics), _given(config.bsize), _workers(config), augmentation(images))
 
 
-def _tested(run: Run, trainer: Trainer, config: Config, images: ImageSet, facts: Statistics) -> Outcome:
-    """Test the trained model; write numbers, pictures and a few images to try."""
-    test = _test_loader(config, images, facts)
-    results = _results(trainer.evaluate(test))
-    logits = trainer.predict(test)
-    if current_world().is_main:
-        counts = _confusion(images, logits)
-        right = (counts.diagonal() / counts.sum(dim=1).clamp_min(1)).tolist()
-        remembered = {"classes": images.classes, "shape": images.shape, **dataclasses.asdict(facts)}
-        by_class = dict(zip(images.classes, right, strict=True))
-        run.write_results({"recipe": NAME, **results, "class_accuracy": by_class, "images": remembered})
-        run.log(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
-        _draw(run, images, counts, logits.double().softmax(dim=1))
-    return Outcome(run, results, _next_step(run, images))
+def _test_loader(config: Config, images: ImageSet, facts: Facts) -> Any:
+    return classifying.loader(images.test, facts, max(256, _given(config.bsize)))
 
 
-def _draw(run: Run, images: ImageSet, counts: Tensor, probabilities: Tensor) -> None:
-    """Draw the pictures, and leave a test image of each of the first classes for ``duoka predict``."""
-    test = images.test
-    pictures.confusion_matrix(run.plots / "confusion.png", counts, images.classes)
-    pictures.class_accuracy(run.plots / "class_accuracy.png", counts, images.classes)
-    pictures.examples(run.plots / "examples.png", test.pixels, test.labels, probabilities, images.classes)
-    for label in torch.unique(test.labels)[:10].tolist():
-        place = int((test.labels == label).nonzero()[0])
-        write_image(run.sample(images.classes[label]), test.pixels[place])
-
-
-def _confusion(images: ImageSet, logits: Tensor) -> Tensor:
-    """Return how many test images of a class (row) were taken for which (column)."""
-    number, answers = len(images.classes), logits.argmax(dim=1)
-    return torch.bincount(images.test.labels * number + answers, minlength=number**2).view(number, number)
-
-
-def _results(measured: Any) -> dict[str, float]:
-    return {f"test_{name}": float(value) for name, value in measured.items()}
-
-
-def _next_step(run: Run, images: ImageSet) -> str:
-    """Return a command that works as it stands."""
-    return shlex.join(
-        ("duoka", "predict", str(run.folder), str(run.sample(images.classes[int(images.test.labels.min())])))
-    )
-
-
-def _finished(run: Run, config: Config) -> tuple[nn.Module, _Facts]:
+def _finished(run: Run, config: Config) -> tuple[nn.Module, Facts]:
     """Return the trained model of a run and what it remembers of its images."""
-    path, remembered = run.finished_model(), run.read_results()["images"]
-    classes, shape = tuple(remembered["classes"]), remembered["shape"]
-    statistics = Statistics(tuple(remembered["mean"]), tuple(remembered["std"]))
-    model = resnet(_given(config.model), len(classes), shape[0], _given(config.width))
+    path, facts = run.finished_model(), classifying.read_facts(run)
+    model = resnet(_given(config.model), len(facts.classes), facts.shape[0], _given(config.width))
     checkpoint.load(path, model)
-    return model, _Facts(classes, (shape[0], shape[1], shape[2]), statistics)
+    return model, facts
 
 
 def _given(value: T | None) -> T:

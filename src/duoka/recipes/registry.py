@@ -64,6 +64,10 @@ RECIPES = {
     "cifar100": Entry(
         "duoka.recipes.cifar100", "ResNets on CIFAR-100, CIFAR-10, a folder of images, or handwritten digits"
     ),
+    "tiny-imagenet": Entry(
+        "duoka.recipes.tiny_imagenet",
+        "five networks on Tiny-ImageNet, CIFAR-10 or CIFAR-100: experiments for `duoka compare`",
+    ),
 }
 
 

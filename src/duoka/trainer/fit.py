@@ -79,6 +79,7 @@ class _Fit:
         self.job, self.config, self.world, self.objective = job, config, world, objective
         self.strategy, self.strategy_reason = job.strategy(world)
         self.metrics = Metrics(job.metrics, world.device)
+        self.train_metrics = Metrics(job.train_metrics, world.device)
         self.judge = Judge(config, self.metrics, job.eval_data is not None)
         self.callbacks = Callbacks(job.main.callbacks if world.is_main else ())
         self.train = sharded(job, "train_data", self.strategy)
@@ -90,6 +91,8 @@ class _Fit:
         self.steps_per_epoch = self._count_steps()
         seed_rank(config.seed, world)
         self.stepper = self._build_stepper()
+        if not self.train_metrics.empty:
+            objective.keeps, self.stepper.observe = True, self._observe
         self.state = State(job.model, self.stepper.optimizer, config.epochs, self.stepper.tally)
         reporter: Reporter = reporter_for(config.verbose) if world.is_main else Reporter()
         stack.callback(reporter.close)
@@ -106,6 +109,12 @@ class _Fit:
         self.order_seed = config.seed
         self.rank_rng: Any = None
         self.wrapped = False
+
+    def _observe(self) -> None:
+        """Take what was just trained on into the metrics of training."""
+        assert self.objective.seen is not None  # its forward has set it
+        self.train_metrics.update(*self.objective.seen)
+        self.objective.seen = None
 
     def _count_steps(self) -> int | None:
         try:
@@ -251,6 +260,8 @@ class _Fit:
         state, tally, teller = self.state, self.stepper.tally, self.teller
         loss = tally.global_mean(self.world)
         record = teller.record(math.nan if loss is None else teller.checked_loss(loss))
+        record.update({f"train_{name}": value for name, value in self.train_metrics.compute(self.world).items()})
+        self.train_metrics.reset()
         teller.reporter.end_epoch()
         if whole:
             self.stepper.schedule.after_epoch()

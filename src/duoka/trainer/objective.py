@@ -59,6 +59,9 @@ class Objective(nn.Module):
         self.loss = loss
         self.target = target
         self.predict = predict
+        self.keeps = False
+        """Whether what the last batch's loss was taken of is kept in ``seen``, for metrics of training."""
+        self.seen: tuple[Any, Any] | None = None
         self.alone = False
         """Whether every batch is a whole step, on one device."""
         self.autocast = (device_type, DTYPES[precision]) if precision in DTYPES else None
@@ -81,7 +84,10 @@ class Objective(nn.Module):
         if isinstance(loss, str):
             return as_loss(getattr(self.model, loss)(batch))
         inputs, target = split_target(batch, self.target)
-        result = measured(loss, model_output(self.model, inputs), target, alone=self.alone)
+        output = model_output(self.model, inputs)
+        if self.keeps:
+            self.seen = output.detach(), target
+        result = measured(loss, output, target, alone=self.alone)
         return result if type(result) is Mean else as_loss(result)
 
     def judge(self, batch: Any, with_output: bool) -> Judged:

@@ -56,6 +56,7 @@ class Job:
     test_data: Any = None
     loss: Callable[..., Any] | str | None = None
     metrics: Any = None
+    train_metrics: Any = None
     devices: tuple[torch.device, ...] = ()
     """All devices; those of one process with ``strategy="dp"``."""
     reason: str = ""

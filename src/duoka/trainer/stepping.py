@@ -74,6 +74,8 @@ class Stepper:
         self._alone = True
         self._scheduled = not schedule.idle
         self._loss_scale: float | None = None
+        self.observe: Callable[[], None] | None = None
+        """Called after the backward of every part that counts; metrics of training."""
 
     def step(self, window: list[Any]) -> int:
         """Take one optimiser step and return how many samples it took over all ranks."""
@@ -117,6 +119,8 @@ class Stepper:
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         loss.backward()
+        if self.observe is not None and count:
+            self.observe()
 
     def _weighted(self, loss: tuple[torch.Tensor, Any], count: int) -> torch.Tensor:
         total, weight = loss

@@ -46,6 +46,8 @@ class Trainer:
         loss: ``loss(output, target)``, a function or a module; or the name of a method of the model that takes a batch;
             or ``None`` for a model that returns its own loss. It returns the mean over the batch, or ``(sum, weight)``.
         metrics: torchmetrics: one, a list, a dict of names and metrics, or a ``MetricCollection``.
+        train_metrics: the same, of each epoch's training batches as they are trained on: ``train_NAME`` in the history. It
+            needs a ``loss(output, target)``. Of an epoch that was resumed in its middle they tell what came after.
         callbacks: called on rank 0.
         config: options put together before; options given by name take precedence.
         options: the fields of ``TrainerConfig``: ``device``, ``epochs``, ``lr``, ``optimizer``, ``precision``, ...;
@@ -80,6 +82,7 @@ class Trainer:
         *,
         loss: Callable[..., Any] | str | None = None,
         metrics: Any = None,
+        train_metrics: Any = None,
         callbacks: Iterable[Callback] = (),
         config: TrainerConfig | None = None,
         **options: Any,
@@ -93,7 +96,12 @@ class Trainer:
         check_calls(self.model, loss, self.config.predict)
         self.callbacks = _checked(callbacks)
         self.train_data, self.eval_data, self.test_data = train_data, eval_data, test_data
-        self.loss, self.metrics = loss, metrics
+        self.loss, self.metrics, self.train_metrics = loss, metrics, train_metrics
+        if train_metrics is not None and (loss is None or isinstance(loss, str) or self.config.strategy == "dp"):
+            raise ConfigError(
+                f"train_metrics need loss(output, target) and a process a device, and loss is {loss!r}, strategy "
+                f"{self.config.strategy!r}; give a loss function, or measure with metrics on eval_data"
+            )
         self.history: list[dict[str, Any]] = []
         """One record an epoch of the last ``fit``, as in ``metrics.jsonl``."""
         self.best: Best | None = None
@@ -161,6 +169,7 @@ class Trainer:
             self.config,
             loss=self.loss,
             metrics=self.metrics,
+            train_metrics=self.train_metrics,
             devices=self.devices,
             reason=self.reason,
             main=MainOnly(self.callbacks),

@@ -1,0 +1,133 @@
+"""What image recipes share: loaders on the device, metrics, what a finished run tells, and predictions for files."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import duoka
+from duoka.data import augment
+from duoka.recipes import pictures
+from duoka.recipes.registry import Outcome, Prediction
+from duoka.recipes.runs import Run
+from duoka.recipes.sets.imageset import Images, ImageSet, Statistics, read_image, statistics_of, write_image
+from duoka.trainer import Trainer
+from duoka.world import current_world
+
+__all__ = [
+    "Facts", "facts_of", "loader", "metrics", "next_step", "predictions", "read_facts", "results_of", "shifts", "tested",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a finished run remembers of its images."""
+
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    statistics: Statistics
+
+
+def facts_of(images: ImageSet) -> Facts:
+    """Return what a model of ``images`` must be told."""
+    return Facts(images.classes, images.shape, images.statistics or statistics_of(images.train))
+
+
+def read_facts(run: Run) -> Facts:
+    """Return what ``tested`` wrote into the run's folder."""
+    remembered = run.read_results()["images"]
+    channels, height, width = remembered["shape"]
+    statistics = Statistics(tuple(remembered["mean"]), tuple(remembered["std"]))
+    return Facts(tuple(remembered["classes"]), (channels, height, width), statistics)
+
+
+def loader(images: Images, facts: Facts, batch_size: int, changes: Sequence[Any] | None = None, mix: Any = None) -> Any:
+    """Return a loader that keeps ``images`` on the device, normalised; shuffled and changed where there are ``changes``."""
+    transforms = [*(changes or ()), augment.Normalize(facts.statistics.mean, facts.statistics.std)]
+    data, shuffle = (images.pixels, images.labels), changes is not None
+    return duoka.data.resident(data, batch_size=batch_size, shuffle=shuffle, transforms=transforms, mix=mix)
+
+
+def shifts(images: ImageSet) -> list[Any]:
+    """Return the usual changes of CIFAR's images: a shift within a border, and a flip where that is the same thing.
+
+    The border is 4 pixels for 32 (He et al., 2015), and as much of other sizes.
+    """
+    side = min(images.shape[1:])
+    flip = [augment.RandomHorizontalFlip()] if images.mirrored_alike else []
+    return [augment.RandomCrop(side, padding=max(1, side // 8)), *flip]
+
+
+def metrics(classes: int) -> dict[str, Any]:
+    """Return accuracy, and where there are many classes that of the five likeliest."""
+    from torchmetrics.classification import MulticlassAccuracy
+
+    found = {"accuracy": MulticlassAccuracy(classes, average="micro")}
+    if classes >= 20:
+        found["top5_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+    return found
+
+
+def results_of(measured: Any) -> dict[str, float]:
+    """Return the numbers of an evaluation under the names of a test."""
+    return {f"test_{name}": float(value) for name, value in measured.items()}
+
+
+def tested(recipe: str, run: Run, trainer: Trainer, images: ImageSet, facts: Facts, test: Any, **told: Any) -> Outcome:
+    """Test the trained model on the loader ``test``; write numbers, what is ``told``, pictures and a few images to try."""
+    results = results_of(trainer.evaluate(test))
+    logits = trainer.predict(test)
+    if current_world().is_main:
+        counts = _confusion(images, logits)
+        right = (counts.diagonal() / counts.sum(dim=1).clamp_min(1)).tolist()
+        remembered = {"classes": images.classes, "shape": images.shape, **dataclasses.asdict(facts.statistics)}
+        by_class = dict(zip(images.classes, right, strict=True))
+        run.write_results({"recipe": recipe, **results, **told, "class_accuracy": by_class, "images": remembered})
+        run.log(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
+        _draw(run, images, counts, logits.double().softmax(dim=1))
+    return Outcome(run, results, next_step(run, images))
+
+
+def next_step(run: Run, images: ImageSet) -> str:
+    """Return a command that works as it stands."""
+    sample = run.sample(images.classes[int(images.test.labels.min())])
+    return shlex.join(("duoka", "predict", str(run.folder), str(sample)))
+
+
+def predictions(
+    model: nn.Module, facts: Facts, device: torch.device, sources: Sequence[str], *, invert: bool
+) -> list[Prediction]:
+    """Name the classes of image files, with the probabilities that ``model`` gives them."""
+    pixels = torch.stack([read_image(source, facts.shape, invert=invert) for source in sources])
+    normalise = augment.Normalize(facts.statistics.mean, facts.statistics.std)
+    model.to(device).eval()
+    with torch.inference_mode():
+        logits = model(normalise(pixels.float() / 255, torch.empty(len(pixels), 0)).to(device))
+    ranked = logits.double().softmax(dim=1).cpu().sort(dim=1, descending=True)
+    return [
+        Prediction(source, tuple(zip((facts.classes[place] for place in places), values, strict=True)))
+        for source, values, places in zip(sources, ranked.values.tolist(), ranked.indices.tolist(), strict=True)
+    ]
+
+
+def _draw(run: Run, images: ImageSet, counts: Tensor, probabilities: Tensor) -> None:
+    """Draw the pictures, and leave a test image of each of the first classes for ``duoka predict``."""
+    test = images.test
+    pictures.confusion_matrix(run.plots / "confusion.png", counts, images.classes)
+    pictures.class_accuracy(run.plots / "class_accuracy.png", counts, images.classes)
+    pictures.examples(run.plots / "examples.png", test.pixels, test.labels, probabilities, images.classes)
+    for label in torch.unique(test.labels)[:10].tolist():
+        place = int((test.labels == label).nonzero()[0])
+        write_image(run.sample(images.classes[label]), test.pixels[place])
+
+
+def _confusion(images: ImageSet, logits: Tensor) -> Tensor:
+    """Return how many test images of a class (row) were taken for which (column)."""
+    number, answers = len(images.classes), logits.argmax(dim=1)
+    return torch.bincount(images.test.labels * number + answers, minlength=number**2).view(number, number)

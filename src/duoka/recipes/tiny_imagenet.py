@@ -1,0 +1,249 @@
+"""Recipe ``tiny-imagenet``: five networks, three optimisers and three augmentations on Tiny-ImageNet, CIFAR-10 or CIFAR-100.
+
+It reads top to bottom: the options, what they come to, training, and what a finished run is asked afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from duoka import checkpoint, devices
+from duoka.data import augment
+from duoka.errors import ConfigError
+from duoka.launcher import launch
+from duoka.recipes import classifying
+from duoka.recipes.config import at_least, check
+from duoka.recipes.nets import tiny
+from duoka.recipes.optional import require
+from duoka.recipes.registry import Outcome, Prediction
+from duoka.recipes.runs import ConfigWriter, Run
+from duoka.recipes.sets import cifar, tinyimagenet
+from duoka.recipes.sets.imageset import ImageSet
+from duoka.trainer import Trainer
+from duoka.world import current_world
+
+__all__ = ["Config", "evaluate", "predict", "train"]
+
+NAME = "tiny-imagenet"
+PLAIN = """\
+from model import build  # this folder's model.py, which needs torch and nothing else
+model = build({model!r}, {classes}, {size})
+model.load_state_dict(torch.load("model.pth"))
+"""
+"""How weights are loaded without duoka: written into every run's folder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train one of five networks for small images, as one experiment of a suite.
+
+    The validation part is evaluated after every epoch, without any random change, and never chooses anything.
+    """
+
+    dataset: Literal["tiny-imagenet", "cifar10", "cifar100"] = "tiny-imagenet"
+    """What to train on."""
+    root: str = "./data"
+    """Folder of the data: of the official folder or archive, or that folder itself."""
+    download: bool = True
+    """Whether data may be downloaded (250 MB, CIFAR 170 MB) when ``root`` has none."""
+    image_size: int | None = None
+    """Side, in pixels, that images are scaled to, a multiple of 8; null is 64, of CIFAR 32, which keeps its own."""
+    limit: int | None = None
+    """How many images of each class are trained and tested on, at most; null is all: for a quick look."""
+
+    model: Literal["baseline", "residual", "deeper_wider", "se_attention", "best"] = "baseline"
+    """The network; with 200 classes of 13.6, 9.9, 19.4, 13.7 and 20.1 million parameters."""
+    augmentation: Literal["none", "basic", "mixup", "cutmix"] = "basic"
+    """Random changes in training: none; resized crop, flip and colours; or these and torchvision's MixUp or CutMix."""
+
+    device: str = "auto"
+    """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
+    bsize: int = 64
+    """Batch size, in images, of each device (see ``batch``)."""
+    batch: Literal["per_device", "global"] = "per_device"
+    """Whether ``bsize`` is each device's, or all devices' together."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of forward and backward."""
+
+    epochs: int = 50
+    """How many times the training images are gone through."""
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
+    """What changes the weights."""
+    lr: float = 3e-4
+    """Learning rate, for one device's batch."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How ``lr`` grows with the number of devices when the batch does."""
+    scheduler: Literal["cosine", "none"] | None = None
+    """How the learning rate changes: along a cosine to 0, or not; null is none for adam, cosine for the others."""
+    weight_decay: float | None = None
+    """Weight decay; null is 0.000001 for the model best, else 0.01 for adamw and 0 for the others."""
+    seed: int = 0
+    """Decides the first weights, the order of the images and their random changes."""
+
+    out: str = "runs"
+    """Folder of all runs; this one becomes OUT/tiny-imagenet/TIME-NAME."""
+    name: str | None = None
+    """The run's name; null is MODEL-AUGMENTATION-OPTIMIZER."""
+    resume: str | None = None
+    """A stopped run's folder, to go on with it there, with its own options unless others are given."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for option, least in {"bsize": 1, "epochs": 1, "seed": 0}.items():
+            at_least(self, option, least)
+        at_least(self, "lr", 0, exclusive=True)
+        at_least(self, "image_size", 8)
+        at_least(self, "limit", 1)
+        own = 64 if self.dataset == "tiny-imagenet" else 32
+        if self.image_size is not None and (self.image_size % 8 or (own == 32 and self.image_size != own)):
+            limits = "a multiple of 8" if own == 64 else f"{own}, the size of {self.dataset}'s images"
+            raise ConfigError(f"`image_size` is {self.image_size}: it must be {limits}")
+        at_least(self, "weight_decay", 0)
+
+    def resolved(self) -> Config:
+        """Return the same with a value for every option that was left open."""
+        decay = 1e-6 if self.model == "best" else 0.01 if self.optimizer == "adamw" else 0.0
+        chosen = {
+            "scheduler": "none" if self.optimizer == "adam" else "cosine",
+            "weight_decay": decay,
+            "image_size": 64 if self.dataset == "tiny-imagenet" else 32,
+            "name": f"{self.model}-{self.augmentation}-{self.optimizer}",
+        }
+        open_ones: dict[str, Any] = {option: value for option, value in chosen.items() if getattr(self, option) is None}
+        return dataclasses.replace(self, **open_ones)
+
+
+def train(config: Config) -> Outcome:
+    """Train, test, and write the run's folder with its results, pictures, and weights for plain torch."""
+    config = config.resolved()
+    chosen = devices.resolve(config.device).devices  # a device that is not there is said before any download
+    images = load(config)
+    facts = classifying.facts_of(images)
+    run = launch(_run_of, config, devices=list(chosen))
+    assert run is not None  # rank 0 has made it
+    torch.manual_seed(config.seed)
+    model = tiny.build(config.model, len(images.classes), images.shape[1])
+    trainer = _trainer(model, config, images, facts, run)
+    with run.resumable(NAME):
+        trainer.fit(save_model=True, model_path=run.model)
+    if current_world().is_main:
+        _write_plain(run, model, config, facts)
+    told = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    return classifying.tested(NAME, run, trainer, images, facts, _test_loader(config, images, facts), **told)
+
+
+def evaluate(run: Run, config: Config) -> Outcome:
+    """Test the model of a finished run again; writes ``evaluation.json`` into its folder."""
+    model, facts = _finished(run, config)
+    images = load(config)
+    trainer = _trainer(model, config, images, facts, None)
+    results = classifying.results_of(trainer.evaluate(_test_loader(config, images, facts)))
+    if current_world().is_main:
+        run.write_results(results, "evaluation.json")
+    return Outcome(run, results, classifying.next_step(run, images))
+
+
+def predict(run: Run, config: Config, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
+    """Name the classes of image files, with the probabilities that the model of a finished run gives them."""
+    model, facts = _finished(run, config)
+    return classifying.predictions(model, facts, devices.resolve(config.device).devices[0], sources, invert=invert)
+
+
+def load(config: Config) -> ImageSet:
+    """Return the images that ``config`` names."""
+    if config.dataset == "tiny-imagenet":
+        images = tinyimagenet.load(config.root, download=config.download, size=config.image_size or tinyimagenet.SIZE)
+    else:
+        images = cifar.load(cifar.official(config.dataset), config.root, download=config.download)
+    if config.limit is None:
+        return images
+    train, test = (part.take(_first_of_each(part.labels, config.limit)) for part in (images.train, images.test))
+    return dataclasses.replace(images, train=train, test=test)
+
+
+def changes(config: Config, size: int) -> list[Any]:
+    """Return the random changes of single images."""
+    if config.augmentation == "none":
+        return []
+    crop = augment.RandomResizedCrop(size, scale=(0.8, 1.0))
+    return [crop, augment.RandomHorizontalFlip(), augment.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)]
+
+
+def mixing(config: Config, classes: int) -> Any:
+    """Return torchvision's transform that mixes a batch, or ``None``."""
+    if config.augmentation not in ("mixup", "cutmix"):
+        return None
+    v2 = require("torchvision.transforms.v2", extra="vision")
+    return (v2.MixUp if config.augmentation == "mixup" else v2.CutMix)(num_classes=classes)
+
+
+def _first_of_each(labels: torch.Tensor, limit: int) -> torch.Tensor:
+    """Return the places of the first ``limit`` images of each class, in order."""
+    return torch.cat([(labels == label).nonzero().flatten()[:limit] for label in torch.unique(labels)]).sort().values
+
+
+def _run_of(config: Config) -> Run | None:
+    """Return the run's folder on rank 0, the same for every rank of a job that others started; made if it is new."""
+    if not current_world().is_main:
+        return None
+    return Run.at(config.resume) if config.resume else Run.new(config.out, NAME, str(config.name))
+
+
+def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: classifying.Facts, run: Run | None) -> Trainer:
+    """Return a trainer with the options of ``config``, which writes into the folder of ``run``."""
+    from duoka.recipes.measures import LabelWeightedAccuracy
+
+    options: dict[str, Any] = {}
+    if run is not None:
+        options = {
+            "out_dir": run.folder,
+            "resume": "auto" if config.resume else False,
+            "callbacks": [ConfigWriter(run, NAME, dataclasses.replace(config, resume=None))],
+        }
+    mix = mixing(config, len(facts.classes))
+    return Trainer(
+        model,
+        classifying.loader(images.train, facts, config.bsize, changes(config, facts.shape[1]), mix),
+        _test_loader(config, images, facts),
+        loss=nn.functional.cross_entropy,
+        metrics=classifying.metrics(len(facts.classes)),
+        train_metrics={"accuracy": LabelWeightedAccuracy()},
+        device=config.device,
+        batch=config.batch,
+        precision=config.precision,
+        epochs=config.epochs,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        lr_scaling=config.lr_scaling,
+        weight_decay=config.weight_decay,
+        scheduler=None if config.scheduler == "none" else config.scheduler,
+        seed=config.seed,
+        **options,
+    )
+
+
+def _test_loader(config: Config, images: ImageSet, facts: classifying.Facts) -> Any:
+    return classifying.loader(images.test, facts, max(256, config.bsize))
+
+
+def _write_plain(run: Run, model: nn.Module, config: Config, facts: classifying.Facts) -> None:
+    """Leave what loads the weights without duoka: the network's source, the weights, and three lines."""
+    shutil.copyfile(tiny.__file__, run.folder / "model.py")
+    checkpoint.save(model, run.folder / "model.pth")
+    text = PLAIN.format(model=config.model, classes=len(facts.classes), size=facts.shape[1])
+    (run.folder / "load.txt").write_text(text, encoding="utf-8")
+
+
+def _finished(run: Run, config: Config) -> tuple[nn.Module, classifying.Facts]:
+    """Return the trained model of a run and what it remembers of its images."""
+    path, facts = run.finished_model(), classifying.read_facts(run)
+    model = tiny.build(config.model, len(facts.classes), facts.shape[1])
+    checkpoint.load(path, model)
+    return model, facts

@@ -1,0 +1,129 @@
+"""``duoka train tiny-imagenet`` on the real subset, small: its options, its results, and weights that torch alone loads."""
+
+import json
+import shlex
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from duoka.cli.main import main
+from duoka.errors import ConfigError
+from duoka.recipes import tiny_imagenet
+from duoka.recipes.measures import LabelWeightedAccuracy
+from duoka.recipes.nets import tiny
+from duoka.recipes.sets.imageset import Images, ImageSet
+from duoka.recipes.tiny_imagenet import Config
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "tiny-imagenet-10.tar"
+needs_data = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data/tiny-imagenet-10.tar")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    with tarfile.open(REAL) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(root, tmp_path_factory) -> Path:
+    """A finished run of two epochs on two devices: 16x16 pixels, 16 images a class."""
+    out = tmp_path_factory.mktemp("out")
+    options = ["--image_size", "16", "--limit", "16", "--epochs", "2", "--device", "cpu:2", "--augmentation", "mixup"]
+    words = ["train", "tiny-imagenet", "--model", "residual", "--root", str(root), *options, "--out", str(out)]
+    assert main(words) == 0
+    (folder,) = (out / "tiny-imagenet").iterdir()
+    return folder
+
+
+@needs_data
+def test_weights_load_into_a_plain_torch_model_in_three_lines_without_duoka(run, tmp_path):
+    lines = (run / "load.txt").read_text()
+    assert len(lines.splitlines()) == 3
+    before, after = (
+        "import sys, torch; sys.modules['duoka'] = None",
+        "torch.save(model.eval()(torch.ones(2, 3, 16, 16)), 'out')",
+    )
+    code = f"{before}\n{lines}\n{after}"
+    subprocess.run([sys.executable, "-c", code], cwd=run, check=True)
+    model, _ = tiny_imagenet._finished(tiny_imagenet.Run.at(run), Config(model="residual"))
+    assert torch.equal(torch.load(run / "out"), model.eval()(torch.ones(2, 3, 16, 16)))
+
+
+@needs_data
+def test_the_run_says_what_it_came_to(run, capsys):
+    results = json.loads((run / "results.json").read_text())
+    assert results["parameters"] == sum(parameter.numel() for parameter in tiny.build("residual", 10).parameters())
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < epoch["train_accuracy"] < 1 for epoch in history), "mixed labels count by their shares"
+    assert results["test_accuracy"] == pytest.approx(history[-1]["val_accuracy"])
+    assert main(["eval", str(run), "--device", "cpu"]) == 0
+    assert json.loads((run / "evaluation.json").read_text())["test_accuracy"] == results["test_accuracy"]
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert main(shlex.split(following)[2:]) == 0
+
+
+@needs_data
+def test_evaluation_sees_no_random_change(root):
+    images = tiny_imagenet.load(Config(root=str(root), image_size=16, limit=4))
+    facts = tiny_imagenet.classifying.facts_of(images)
+    test = tiny_imagenet._test_loader(Config(), images, facts)
+    assert sum(transform.draws for transform in test.transforms) == 0
+    assert test.mix is None
+    assert not test.shuffle
+    mean = torch.tensor(facts.statistics.mean).view(3, 1, 1)
+    std = torch.tensor(facts.statistics.std).view(3, 1, 1)
+    assert torch.allclose(next(iter(test))[0], (images.test.pixels / 255 - mean) / std, atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "chosen"), [
+    ({}, {"scheduler": "none", "weight_decay": 0.0, "lr": 3e-4, "bsize": 64, "image_size": 64}),
+    ({"model": "best"}, {"weight_decay": 1e-6, "scheduler": "none", "optimizer": "adam"}),
+    ({"optimizer": "adamw"}, {"scheduler": "cosine", "weight_decay": 0.01}),
+    ({"optimizer": "rmsprop"}, {"scheduler": "cosine", "weight_decay": 0.0}),
+    ({"dataset": "cifar10"}, {"image_size": 32, "name": "baseline-basic-adam"}),
+])  # fmt: skip
+def test_open_options_become_the_guides(options, chosen):
+    resolved = Config(**options).resolved()
+    assert {name: getattr(resolved, name) for name in chosen} == chosen
+
+
+@pytest.mark.parametrize(
+    "options", [{"image_size": 60}, {"dataset": "cifar10", "image_size": 64}, {"lr": 0.0}, {"limit": 0}]
+)
+def test_what_cannot_be_is_refused(options):
+    with pytest.raises(ConfigError, match=next(reversed(options))):
+        Config(**options)
+
+
+@pytest.mark.parametrize(("augmentation", "optimizer"), [("none", "adam"), ("basic", "adamw"), ("cutmix", "rmsprop")])
+def test_every_augmentation_and_optimiser_trains_on_cifar_too(augmentation, optimizer, monkeypatch, tmp_path):
+    pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(16) % 2)
+    monkeypatch.setattr(tiny_imagenet.cifar, "load", lambda *_, **__: ImageSet("cifar10", ("a", "b"), images, images))
+    options = {"augmentation": augmentation, "optimizer": optimizer, "epochs": 1, "bsize": 8, "out": str(tmp_path)}
+    outcome = tiny_imagenet.train(Config(dataset="cifar10", model="residual", device="cpu", limit=4, **options))
+    assert outcome.results["test_loss"] > 0
+
+
+def test_mixed_labels_count_by_their_shares():
+    measure = LabelWeightedAccuracy()
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+    measure.update(logits, torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.6, 0.0]]))
+    assert measure.compute() == pytest.approx(0.35)
+    measure.update(logits, torch.tensor([0, 0]))
+    assert measure.compute() == pytest.approx((0.7 + 1) / 4)
