@@ -54,7 +54,7 @@ def lines_of(capsys) -> list[str]:
 def test_train_alone_lists_the_recipes_and_what_to_type(capsys):
     assert main(["train"]) == 0
     shown = capsys.readouterr().out
-    assert "cifar100  ResNets on CIFAR-100" in shown
+    assert "cifar100       ResNets on CIFAR-100" in shown
     assert "duoka train cifar100 --dataset digits --device cpu:2" in shown
 
 

@@ -37,6 +37,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("duoka.cli.run", "run an unchanged script or notebook on every device"),
     "train": Command("duoka.cli.train", "train a recipe on every device"),
+    "compare": Command("duoka.cli.compare", "train variants of a recipe and compare them"),
     "eval": Command("duoka.cli.evaluate", "evaluate a finished run"),
     "predict": Command("duoka.cli.predict", "predict with a finished run"),
     "devices": Command("duoka.cli.devices", "show the devices, who uses them, and which would be chosen"),

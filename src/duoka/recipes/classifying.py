@@ -79,8 +79,8 @@ def results_of(measured: Any) -> dict[str, float]:
     return {f"test_{name}": float(value) for name, value in measured.items()}
 
 
-def tested(recipe: str, run: Run, trainer: Trainer, images: ImageSet, facts: Facts, test: Any, **told: Any) -> Outcome:
-    """Test the trained model on the loader ``test``; write numbers, what is ``told``, pictures and a few images to try."""
+def tested(recipe: str, run: Run, trainer: Trainer, images: ImageSet, facts: Facts, test: Any) -> Outcome:
+    """Test the trained model on the loader ``test``; write numbers, pictures and a few images to try."""
     results = results_of(trainer.evaluate(test))
     logits = trainer.predict(test)
     if current_world().is_main:
@@ -88,7 +88,10 @@ def tested(recipe: str, run: Run, trainer: Trainer, images: ImageSet, facts: Fac
         right = (counts.diagonal() / counts.sum(dim=1).clamp_min(1)).tolist()
         remembered = {"classes": images.classes, "shape": images.shape, **dataclasses.asdict(facts.statistics)}
         by_class = dict(zip(images.classes, right, strict=True))
-        run.write_results({"recipe": recipe, **results, **told, "class_accuracy": by_class, "images": remembered})
+        count = sum(parameter.numel() for parameter in trainer.model.parameters())
+        run.write_results(
+            {"recipe": recipe, **results, "parameters": count, "class_accuracy": by_class, "images": remembered}
+        )
         run.log(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
         _draw(run, images, counts, logits.double().softmax(dim=1))
     return Outcome(run, results, next_step(run, images))

@@ -19,7 +19,7 @@ import yaml
 from duoka.errors import ConfigError
 from duoka.recipes.runs import Run
 
-__all__ = ["at_least", "check", "field_docs", "of_run", "read", "read_yaml"]
+__all__ = ["at_least", "check", "field_docs", "of_run", "read", "read_yaml", "typed"]
 
 C = TypeVar("C")
 COMMAND_LINE = "the command line"
@@ -44,6 +44,11 @@ def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
     if path is not None:
         options = _typed(kind, parser, read_yaml(path), path, recipe)
     return kind(**{**options, **_typed(kind, parser, given, COMMAND_LINE, recipe)})
+
+
+def typed(kind: type[C], options: Mapping[str, Any], where: str, *, recipe: str) -> C:
+    """Build the dataclass ``kind`` from ``options``, which stand in ``where``; raises ``ConfigError``."""
+    return kind(**_typed(kind, _parser(kind, recipe), options, where, recipe))
 
 
 def of_run(kind: type[C], run: Run) -> C:

@@ -135,8 +135,7 @@ def train(config: Config) -> Outcome:
         trainer.fit(save_model=True, model_path=run.model)
     if current_world().is_main:
         _write_plain(run, model, config, facts)
-    told = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    return classifying.tested(NAME, run, trainer, images, facts, _test_loader(config, images, facts), **told)
+    return classifying.tested(NAME, run, trainer, images, facts, _test_loader(config, images, facts))
 
 
 def evaluate(run: Run, config: Config) -> Outcome:

@@ -1,0 +1,178 @@
+"""``duoka compare``: finished work is skipped, stopped work goes on, failures stay alone, and the summary is right."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from duoka.cli.main import main
+from duoka.recipes.comparison import read_plan
+
+ROOT = Path(__file__).parents[2]
+REAL = ROOT.parent / "shared" / "data" / "tiny-imagenet-10.tar"
+SUITE = ROOT / "examples" / "tiny_imagenet_suite.yml"
+BASE = {"dataset": "digits", "device": "cpu", "epochs": 1, "width": 0.0625, "model": "resnet10"}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, **changes) -> str:
+    document = {
+        "recipe": "cifar100",
+        "base": BASE,
+        "variants": {"slow": {"lr": 0.001}, "fast": {"lr": 0.01}},
+        **changes,
+    }
+    (folder / "few.yml").write_text(yaml.safe_dump(document, sort_keys=False))
+    return "few.yml"
+
+
+def test_variants_are_trained_compared_and_not_trained_again(here, capsys):
+    file = write(here, seeds=[0, 1])
+    assert main(["compare", file]) == 0
+    folder = here / "runs" / "compare" / "few"
+    shown = capsys.readouterr().out
+    assert "±" in shown
+    assert "baseline" in shown
+    rows = json.loads((folder / "results.json").read_text())
+    assert [row["variant"] for row in rows] == ["slow", "fast"]
+    for row in rows:
+        for seed in (0, 1):
+            (run,) = (folder / f"{row['variant']}-seed{seed}" / "cifar100").iterdir()
+            values = [json.loads(line)["val_accuracy"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+            assert row["best"][seed] == max(values)
+            assert row["last"][seed] == values[-1]
+            assert row["parameters"] == json.loads((run / "results.json").read_text())["parameters"] > 0
+    for name in ("best", "curves", "contribution"):
+        with Image.open(folder / "plots" / f"{name}.png") as picture:
+            picture.verify()
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    assert main(["compare", file, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("finished, skipped") == 4
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == times
+
+
+def test_a_variant_that_changed_is_trained_anew_and_the_old_one_kept(here):
+    assert main(["compare", write(here, variants={"a": {"lr": 0.001}})]) == 0
+    assert main(["compare", write(here, variants={"a": {"lr": 0.01}})]) == 0
+    folders = sorted(path.name for path in (here / "runs" / "compare" / "few").glob("a-*"))
+    assert folders[0] == "a-seed0"
+    assert folders[1].startswith("a-seed0-before-")
+
+
+def test_a_variant_that_fails_leaves_the_others_alone_and_is_tried_again(here, capfd, monkeypatch):
+    from duoka.recipes import cifar100
+
+    real = cifar100.train
+
+    def fails(config):
+        if config.lr == 0.001:
+            raise RuntimeError("out of luck")
+        return real(config)
+
+    monkeypatch.setattr(cifar100, "train", fails)
+    file = write(here)
+    assert main(["compare", file]) == 1
+    told = capfd.readouterr()
+    assert "slow, seed 0 failed: RuntimeError: out of luck" in told.err
+    folder = here / "runs" / "compare" / "few"
+    assert "out of luck" in (folder / "slow-seed0" / "error.txt").read_text()
+    assert [row["variant"] for row in json.loads((folder / "results.json").read_text())] == ["fast"]
+    monkeypatch.setattr(cifar100, "train", real)
+    assert main(["compare", file]) == 0
+    assert not (folder / "slow-seed0" / "error.txt").exists()
+    assert "fast, seed 0: finished, skipped" in capfd.readouterr().out
+
+
+def test_a_sweep_of_a_recipe_needs_no_file(here, capsys):
+    words = ["compare", "cifar100", "--sweep", "lr=0.001,0.01", *(f"--{key}={value}" for key, value in BASE.items())]
+    assert main(words) == 0
+    assert "lr=0.001" in capsys.readouterr().out
+    assert (here / "runs" / "compare" / "cifar100-sweep" / "table.md").read_text().count("| lr=") == 2
+
+
+def test_variants_side_by_side_have_a_device_each_and_the_results_of_one_after_another(here, capsys):
+    file = write(here, base={**BASE, "device": "cpu:2"}, name="side")
+    assert main(["compare", file, "--parallel"]) == 0
+    side = json.loads((here / "runs" / "compare" / "side" / "results.json").read_text())
+    assert main(["compare", write(here, name="one")]) == 0
+    one = json.loads((here / "runs" / "compare" / "one" / "results.json").read_text())
+    assert [row["best"] for row in side] == [pytest.approx(row["best"], abs=0.02) for row in one]
+    assert (here / "runs" / "compare" / "side" / "fast-seed0" / "output.txt").is_file()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"variants": {}}, "no variants"),
+    ({"variants": {"a": {"lrr": 1}}}, "did you mean `lr`?"),
+    ({"variants": {"a": {"lr": "much"}}}, "`lr` is 'much' in the variant 'a'"),
+    ({"variants": {"a": {"seed": 3}}}, "write `seeds: [0, 1]`"),
+    ({"variants": {"a b": {}, "a-b": {}}}, "differ by punctuation only"),
+    ({"baseline": "none"}, "it must be a variant: slow, fast"),
+    ({"seeds": 3}, "`seeds` is 3"),
+    ({"recipe": "cifar"}, "did you mean `cifar100`?"),
+    ({"varaints": {}}, "unknown key `varaints`"),
+    ({"better": "more"}, "higher or lower"),
+])  # fmt: skip
+def test_a_mistake_is_said_before_anything_is_trained(here, capfd, changes, message):
+    assert main(["compare", write(here, **changes)]) == 2
+    assert message in capfd.readouterr().err
+    assert not (here / "runs").exists()
+
+
+def test_the_suite_is_the_guides_nine_experiments():
+    plan = read_plan(str(SUITE))
+    assert len(plan.trials) == 9
+    configs = {trial.variant: trial.config().resolved() for trial in plan.trials}
+    assert {config.model for config in configs.values()} == {
+        "baseline",
+        "residual",
+        "deeper_wider",
+        "se_attention",
+        "best",
+    }
+    assert all((config.bsize, config.lr, config.epochs) == (64, 3e-4, 50) for config in configs.values())
+    assert configs["rmsprop + cosine"].scheduler == "cosine"
+    assert configs["best"].weight_decay == 1e-6
+    assert plan.baseline == "baseline"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data/tiny-imagenet-10.tar")
+def test_a_suite_killed_at_a_random_moment_goes_on_without_repeating_what_is_finished(tmp_path):
+    with tarfile.open(REAL) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (tmp_path / "s.yml").write_text(yaml.safe_dump({
+        "recipe": "tiny-imagenet", "base": {"root": str(tmp_path), "image_size": 8, "limit": 8, "epochs": 2, "device": "cpu:2"},
+        "variants": {"a": {}, "b": {"augmentation": "cutmix"}, "c": {"optimizer": "rmsprop"}},
+    }))  # fmt: skip
+    command = [sys.executable, "-m", "duoka", "compare", "s.yml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    victim = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    folder, until = tmp_path / "runs" / "compare" / "s", time.monotonic() + 60
+    while not list(folder.glob("a-seed0/*/*/metrics.jsonl")) and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 4))
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count("finished, skipped") == len(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert (folder / "table.md").read_text().count("\n| ") == 5
+    for variant in "abc":
+        assert len(list((folder / f"{variant}-seed0" / "tiny-imagenet").glob("*/results.json"))) == 1
