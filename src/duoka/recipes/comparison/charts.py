@@ -75,7 +75,8 @@ def contributions(path: Path, metric: str, baseline: str, named: Named, *, highe
         )
         axes.axvline(0, color=GREY, linewidth=1)
         for place, (value, (_, values)) in enumerate(zip(means, others, strict=True)):
-            end = max(0.0, *values) if value >= 0 else min(0.0, *values)
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            end = max(value + spread, *values, 0.0) if value >= 0 else min(value - spread, *values, 0.0)
             shift, side = (5, "left") if value >= 0 else (-5, "right")
             axes.annotate(
                 f"{value:+.4f}", (end, place), (shift, 0), textcoords="offset points", va="center", ha=side, fontsize=9

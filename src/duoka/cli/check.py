@@ -1,0 +1,180 @@
+"""``duoka check``: whether every device computes, whether they reach each other, and whether weights move between them."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import duoka
+from duoka.cli.console import console, gibibytes, print_json
+from duoka.errors import DuokaError
+from duoka.scaling import Batch, loader_workers
+
+__all__ = ["SUMMARY", "Line", "check", "run"]
+
+SUMMARY = "check that every device computes and reaches the others"
+BATCH = 64
+
+
+class Line(NamedTuple):
+    """What came of one check."""
+
+    name: str
+    passed: bool
+    words: str
+    """What was found, or what went wrong."""
+    remedy: str = ""
+    """What to do; empty where it passed."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check the devices that ``argv`` names; return the exit status, 1 where a check failed."""
+    options = _parser().parse_args(argv)
+    choice = duoka.devices.resolve(options.device)
+    lines = check(choice.devices, choice.reason)
+    if options.json:
+        print_json([line._asdict() for line in lines])
+    else:
+        out = console()
+        for line in lines:
+            out.print(f"{'pass' if line.passed else 'FAIL'}  {line.name}: {line.words}", soft_wrap=True)
+            if line.remedy:
+                out.print(f"      remedy: {line.remedy}", soft_wrap=True)
+    return 0 if all(line.passed for line in lines) else 1
+
+
+def check(devices: Sequence[torch.device], reason: str = "") -> list[Line]:
+    """Return a line for each check of ``devices``; one that fails does not keep the others from being made."""
+    alone = [f"{len(devices)} devices" if len(devices) > 1 else str(devices[0])]
+    every = list(devices)
+    steps: list[tuple[str, Callable[[], str], str]] = [
+        ("devices", lambda: _memory(every, reason), "`duoka devices` shows what is there; name others with --device"),
+        ("configuration", lambda: _configuration(every), "name fewer devices with --device"),
+        *(
+            (f"forward and backward on {name}", lambda place=place: _computes(every[place]), _remedy(every[place]))  # type: ignore[misc]
+            for place, name in enumerate(_names(every))
+        ),
+        (
+            "all-reduce",
+            lambda: _reduces(every),
+            "try each device alone with --device; NCCL_DEBUG=INFO says what NCCL does",
+        ),
+        (
+            f"save on {alone[0]}, reload on one",
+            lambda: _saves(every),
+            "free some space in the folder of temporary files",
+        ),
+    ]
+    return [_line(*step) for step in steps]
+
+
+def _line(name: str, step: Callable[[], str], remedy: str) -> Line:
+    try:
+        return Line(name, passed=True, words=step())
+    except Exception as error:  # whatever a driver or a library raises: it is what the user wants to know
+        words = str(error).strip().splitlines() or [""]
+        own = isinstance(error, DuokaError)
+        return Line(name, passed=False, words=words[0] if own else f"{type(error).__name__}: {words[0]}", remedy=remedy)
+
+
+def _names(devices: Sequence[torch.device]) -> list[str]:
+    """Return the devices' names, CPU workers numbered."""
+    if len(devices) > 1 and devices[0].type == "cpu":
+        return [f"CPU worker {place}" for place in range(len(devices))]
+    return [str(device) for device in devices]
+
+
+def _remedy(device: torch.device) -> str:
+    if device.type == "cpu":
+        return (
+            "run `python -c 'import torch; print(torch.ones(2) @ torch.ones(2))'`: if it fails too, install torch anew"
+        )
+    return f"`duoka devices` shows who uses {device}; leave it out with --device, or check torch's build against the driver"
+
+
+def _memory(devices: Sequence[torch.device], reason: str) -> str:
+    facts = {fact.device: fact for fact in duoka.devices.describe()}
+    found = []
+    for device in dict.fromkeys(map(str, devices)):
+        fact = facts.get(device)
+        memory = f" ({fact.name}, {gibibytes(fact.memory_total_bytes)})" if fact else ""
+        found.append(f"{device}{memory}")
+    return f"{', '.join(found)}; {reason}"
+
+
+def _configuration(devices: Sequence[torch.device]) -> str:
+    batch = Batch(BATCH, len(devices), "per_device", 1).words
+    return f"batch {batch}; data-loader workers {loader_workers(len(devices), None).words}"
+
+
+def _small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+
+def _computes(device: torch.device) -> str:
+    """Compute one forward and backward, and compare them with the CPU's."""
+    losses = []
+    for place in (torch.device("cpu"), device):
+        model = _small().to(place)
+        images = torch.linspace(-1, 1, 16 * 3 * 64).view(16, 3, 8, 8).to(place)
+        loss = nn.functional.cross_entropy(model(images), torch.arange(16, device=place) % 10)
+        loss.backward()
+        gradient = torch.stack(
+            [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+        )
+        losses.append((float(loss), float(gradient.norm())))
+    (loss_cpu, gradient_cpu), (loss_here, gradient_here) = losses
+    if abs(loss_cpu - loss_here) > 1e-2 or abs(gradient_cpu - gradient_here) > 1e-2 * max(1.0, gradient_cpu):
+        raise ArithmeticError(f"loss and gradient are {losses[1]}, and on the CPU {losses[0]}")
+    return f"loss {loss_here:.4f}, as on the CPU"
+
+
+def _reduced() -> tuple[int, float]:
+    """Return this rank's size of the world and the sum over all ranks of rank + 1; runs on every device."""
+    world = duoka.current_world()
+    return world.size, float(world.all_reduce(torch.full((1024,), world.rank + 1.0, device=world.device)).mean())
+
+
+def _reduces(devices: Sequence[torch.device]) -> str:
+    if len(devices) == 1:
+        return "one device, nobody to add up with"
+    size, total = duoka.launch(_reduced, devices=list(devices))
+    expected = size * (size + 1) / 2
+    if size != len(devices) or total != expected:
+        raise ArithmeticError(f"{size} of {len(devices)} devices took part, and their sum is {total}, not {expected}")
+    return f"{size} devices added up to {total:g}, as they should"
+
+
+def _saves(devices: Sequence[torch.device]) -> str:
+    """Save a model that is spread over all devices, and load it into one that is not, and the other way round."""
+    with tempfile.TemporaryDirectory(prefix="duoka-check-") as folder:
+        path = Path(folder) / "model.safetensors"
+        spread = duoka.DataParallel(_small(), devices=list(devices))
+        duoka.save(spread, path)
+        plain = _small()
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.zero_()
+        duoka.load(path, plain)
+        duoka.save(plain, path)
+        duoka.load(path, spread)
+        mine = {name: value.cpu() for name, value in duoka.unwrap(spread).state_dict().items()}
+        if any(not torch.equal(value, mine[name]) for name, value in plain.state_dict().items()):
+            raise ArithmeticError("the weights that were loaded are not those that were saved")
+    return f"{len(mine)} tensors are the same"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "duoka check", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.", allow_abbrev=False
+    )
+    parser.add_argument("--device", default="auto", metavar="SPEC", help="what to check (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser
