@@ -9,7 +9,7 @@ from duoka.cli import check as checking
 from duoka.cli.main import main
 
 
-@pytest.mark.parametrize(("device", "count"), [("cpu", 5), ("cpu:2", 6)])
+@pytest.mark.parametrize(("device", "count"), [("cpu", 5), ("cpu:2", 5)])
 def test_every_check_passes_on_this_machine(device, count, capsys):
     assert main(["check", "--device", device]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -20,7 +20,7 @@ def test_every_check_passes_on_this_machine(device, count, capsys):
 
 def test_the_devices_really_reach_each_other(capsys):
     assert main(["check", "--device", "cpu:3", "--json"]) == 0
-    (line,) = [line for line in json.loads(capsys.readouterr().out) if line["name"] == "all-reduce"]
+    (line,) = [line for line in json.loads(capsys.readouterr().out) if "all-reduce" in line["name"]]
     assert line["words"] == "3 devices added up to 6, as they should"
 
 

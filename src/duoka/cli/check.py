@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +58,11 @@ def check(devices: Sequence[torch.device], reason: str = "") -> list[Line]:
         ("devices", lambda: _memory(every, reason), "`duoka devices` shows what is there; name others with --device"),
         ("configuration", lambda: _configuration(every), "name fewer devices with --device"),
         *(
-            (f"forward and backward on {name}", lambda place=place: _computes(every[place]), _remedy(every[place]))  # type: ignore[misc]
-            for place, name in enumerate(_names(every))
+            (f"forward and backward on {device}", partial(_computes, device), _remedy(device))
+            for device in dict.fromkeys(every)
         ),
         (
-            "all-reduce",
+            "all at once, and all-reduce",
             lambda: _reduces(every),
             "try each device alone with --device; NCCL_DEBUG=INFO says what NCCL does",
         ),
@@ -81,13 +82,6 @@ def _line(name: str, step: Callable[[], str], remedy: str) -> Line:
         words = str(error).strip().splitlines() or [""]
         own = isinstance(error, DuokaError)
         return Line(name, passed=False, words=words[0] if own else f"{type(error).__name__}: {words[0]}", remedy=remedy)
-
-
-def _names(devices: Sequence[torch.device]) -> list[str]:
-    """Return the devices' names, CPU workers numbered."""
-    if len(devices) > 1 and devices[0].type == "cpu":
-        return [f"CPU worker {place}" for place in range(len(devices))]
-    return [str(device) for device in devices]
 
 
 def _remedy(device: torch.device) -> str:
@@ -125,11 +119,11 @@ def _computes(device: torch.device) -> str:
         model = _small().to(place)
         images = torch.linspace(-1, 1, 16 * 3 * 64).view(16, 3, 8, 8).to(place)
         loss = nn.functional.cross_entropy(model(images), torch.arange(16, device=place) % 10)
-        loss.backward()
+        torch.autograd.backward(loss)
         gradient = torch.stack(
             [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
         )
-        losses.append((float(loss), float(gradient.norm())))
+        losses.append((float(loss.detach()), float(gradient.norm())))
     (loss_cpu, gradient_cpu), (loss_here, gradient_here) = losses
     if abs(loss_cpu - loss_here) > 1e-2 or abs(gradient_cpu - gradient_here) > 1e-2 * max(1.0, gradient_cpu):
         raise ArithmeticError(f"loss and gradient are {losses[1]}, and on the CPU {losses[0]}")
@@ -137,8 +131,9 @@ def _computes(device: torch.device) -> str:
 
 
 def _reduced() -> tuple[int, float]:
-    """Return this rank's size of the world and the sum over all ranks of rank + 1; runs on every device."""
+    """Compute, and return the size of the world and the sum over all ranks of rank + 1; runs on every device."""
     world = duoka.current_world()
+    _computes(world.device)
     return world.size, float(world.all_reduce(torch.full((1024,), world.rank + 1.0, device=world.device)).mean())
 
 
