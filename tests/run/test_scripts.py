@@ -42,7 +42,7 @@ ON_ONE_DEVICE = {  # and the words that say why
     "tiny_batches": "of one sample",
     "raises": "",
     "raises_in_forward": "",
-    "hf_gpt2": "",
+    "hf_padded_labels": "labels of which some do not count",
 }
 
 
