@@ -44,13 +44,19 @@ def _as_json(prediction: Prediction, top: int) -> dict[str, object]:
     return {"input": prediction.source, "class": best, "probability": probability, "top": ranked}
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be a whole number, 1 or more")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("duoka predict", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.")
     parser.add_argument("run", metavar="RUN", help="the run's folder, which `duoka train` has named")
     parser.add_argument("inputs", metavar="IMAGE", nargs="+", help="an image of any size and kind, grey or colour")
     parser.add_argument("--device", default="auto", metavar="SPEC", help="what to compute on (default: %(default)s)")
     parser.add_argument(
-        "--top", type=int, default=3, metavar="N", help="how many answers to show (default: %(default)s)"
+        "--top", type=_count, default=3, metavar="N", help="how many answers to show (default: %(default)s)"
     )
     parser.add_argument("--invert", action="store_true", help="swap dark and light: for a dark digit on white paper")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")

@@ -329,7 +329,7 @@ def _next_step(run: Run, images: ImageSet) -> str:
 
 def _finished(run: Run, config: Config) -> tuple[nn.Module, _Facts]:
     """Return the trained model of a run and what it remembers of its images."""
-    path, remembered = run.finished_model(), run.read_results()["images"]
+    path, remembered = run.finished_model(), run.read_results("images")["images"]
     classes, shape = tuple(remembered["classes"]), remembered["shape"]
     statistics = Statistics(tuple(remembered["mean"]), tuple(remembered["std"]))
     model = resnet(_given(config.model), len(classes), shape[0], _given(config.width))
