@@ -58,7 +58,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on at least one rank: how ranks agree to stop, skip or save."""
-        return bool(flag) if self.size == 1 else bool(self.all_reduce(torch.tensor(int(flag), device="cpu"), "max").item())
+        return (
+            bool(flag) if self.size == 1 else bool(self.all_reduce(torch.tensor(int(flag), device="cpu"), "max").item())
+        )
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return rank ``source``'s picklable ``value`` on every rank."""
