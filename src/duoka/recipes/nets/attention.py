@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from duoka.errors import ConfigError
 
-__all__ = ["CrossAttention", "SelfAttention", "log_length", "prob_sparse", "sampled_keys"]
+__all__ = ["CrossAttention", "SelfAttention", "check_heads", "log_length", "prob_sparse", "sampled_keys"]
 
 
 def prob_sparse(query: Tensor, key: Tensor, value: Tensor, sample: Tensor, top: int, *, causal: bool) -> Tensor:
@@ -76,6 +76,8 @@ def log_length(factor: int, length: int) -> int:
 class SelfAttention(nn.Module):
     """Every place of a sequence looks at the others.
 
+    A sequence so short that ProbSparse would take every query gets full attention, which is the same then.
+
     Args:
         width: of each place.
         heads: how many; they share ``width``.
@@ -104,11 +106,11 @@ class SelfAttention(nn.Module):
         """Return ``(batch, length, width)`` of ``places`` of that shape."""
         length = places.shape[1]
         query, key, value = self.inward(places).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.factor is None:
+        count = length if self.factor is None else log_length(self.factor, length)
+        if count == length:
             dropout = self.dropout if self.training else 0.0
             attended = scaled_dot_product_attention(query, key, value, is_causal=self.causal, dropout_p=dropout)
         else:
-            count = log_length(self.factor, length)
             attended = prob_sparse(query, key, value, self._sample(length, count), count, causal=self.causal)
         return self.outward(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
