@@ -20,7 +20,9 @@ def run(argv: Sequence[str]) -> int:
     from duoka.recipes.sets import datatry
 
     if options.rows < 1 or options.seed < 0:
-        raise ConfigError(f"--rows is {options.rows} and --seed {options.seed}: rows must be 1 or more, and the seed 0 or more")
+        raise ConfigError(
+            f"--rows is {options.rows} and --seed {options.seed}: rows must be 1 or more, and the seed 0 or more"
+        )
     example = datatry.make(options.rows, options.seed)
     path = Path(options.to)
     datatry.write(path, example)
@@ -36,8 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("duoka data", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     make = commands.add_parser("make", help="write a file of example data", description="Write a file of example data.")
-    make.add_argument("name", choices=["datatry"], help="datatry: a table of 10 features and 2 targets that follow a known law")
+    make.add_argument(
+        "name", choices=["datatry"], help="datatry: a table of 10 features and 2 targets that follow a known law"
+    )
     make.add_argument("--to", default="datatry.csv", metavar="FILE", help="the file to write (default: %(default)s)")
     make.add_argument("--rows", type=int, default=10_000, metavar="N", help="how many rows (default: %(default)s)")
-    make.add_argument("--seed", type=int, default=0, metavar="N", help="other rows by the same law (default: %(default)s)")
+    make.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="other rows by the same law (default: %(default)s)"
+    )
     return parser

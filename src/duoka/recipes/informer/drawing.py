@@ -86,7 +86,15 @@ def by_step(path: Path, results: Forecasts) -> None:
         for name, colour, marker in zip(results.forecasts, COLOURS, MARKERS, strict=False):
             errors = results.errors(name)["mse_by_step"]
             every = max(1, len(errors) // 12)
-            axes.plot(range(1, len(errors) + 1), errors, color=colour, marker=marker, markevery=every, markersize=4, label=name)
+            axes.plot(
+                range(1, len(errors) + 1),
+                errors,
+                color=colour,
+                marker=marker,
+                markevery=every,
+                markersize=4,
+                label=name,
+            )
         axes.set(xlabel="step of the forecast", ylabel="MSE, standardised", ylim=(0, None))
         axes.set_title("How the error grows with the horizon")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -140,7 +148,9 @@ def scatter(path: Path, truth: Tensor, predicted: Tensor, name: str, r2: float) 
 def residuals(path: Path, errors: Tensor, names: Sequence[str]) -> None:
     """Draw how often which error (predicted less true) ``(rows, columns)`` occurs, a panel a column."""
     with canvas(path, 4.8 * len(names), 3.8) as figure:
-        for axes, column, name in zip(figure.subplots(1, len(names), squeeze=False)[0], errors.unbind(1), names, strict=True):
+        for axes, column, name in zip(
+            figure.subplots(1, len(names), squeeze=False)[0], errors.unbind(1), names, strict=True
+        ):
             axes.hist(column.numpy(), bins=50, color=BLUE, alpha=0.8)
             axes.axvline(0, color=ORANGE, linewidth=1.2)
             axes.set(xlabel=f"predicted less true {name}", ylabel="test rows")
@@ -156,9 +166,10 @@ def _plain(axes: Any) -> None:
 
 def _dates(axes: Any) -> None:
     """Label a time axis briefly."""
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib import dates
 
-    locator = AutoDateLocator(minticks=3, maxticks=6)
+    ticks: Any = dates
+    locator = ticks.AutoDateLocator(minticks=3, maxticks=6)
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    axes.xaxis.set_major_formatter(ticks.ConciseDateFormatter(locator))
     _plain(axes)

@@ -83,9 +83,13 @@ def predict_table(run: Run, config: Config, source: str) -> Written:
     series = series_of(contents, config.date, places, fill=config.fill)
     past, _, horizon = config.lengths
     if len(series) < past:
-        raise DataError(f"{source} has {len(series):,} rows, and the model looks at the last {past:,} (seq_len): give a longer file")
+        raise DataError(
+            f"{source} has {len(series):,} rows, and the model looks at the last {past:,} (seq_len): give a longer file"
+        )
     if series.frequency != remembered["frequency"]:
-        raise DataError(f"{source} has a row every {series.frequency}, and the model was trained on a row every {remembered['frequency']}")
+        raise DataError(
+            f"{source} has a row every {series.frequency}, and the model was trained on a row every {remembered['frequency']}"
+        )
     model = _model(config, len(places), len(remembered["targets"]), remembered["marks"])
     load(path, into=model)
     scaling = Scaling(tuple(remembered["mean"]), tuple(remembered["std"]))
@@ -161,7 +165,7 @@ def _tested(trainer: Trainer, config: Config, data: Data) -> report.Forecasts:
 
 def _headline(config: Config, results: report.Forecasts) -> dict[str, float]:
     """Return the numbers that are printed."""
-    found = {}
+    found: dict[str, float] = {}
     for name in results.forecasts:
         errors = results.errors(name, original=config.inverse)
         prefix = "test" if name == "Informer" else name.lower().replace(" ", "_")
@@ -183,7 +187,13 @@ def _write(run: Run, config: Config, data: Data, results: report.Forecasts) -> N
     }
     parts = data.parts
     windows = {"training": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)}
-    numbers = {"recipe": NAME, **_headline(config, results), **results.numbers(), "windows": windows, "series": remembered}
+    numbers = {
+        "recipe": NAME,
+        **_headline(config, results),
+        **results.numbers(),
+        "windows": windows,
+        "series": remembered,
+    }
     run.write_results(numbers)
     text = results.text(f"{series.name}, {windows['test']:,} test windows, horizon {config.lengths[2]}")
     run.write_text("evaluation_results.txt", text)

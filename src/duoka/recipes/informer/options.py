@@ -18,10 +18,22 @@ NAME = "informer"
 LENGTHS = {"M": (48, 48, 24), "MS": (96, 48, 24), "S": (720, 168, 24)}
 """seq_len, label_len and pred_len by what is forecast: the authors' script for ETTh1, horizon 24; for MS their defaults."""
 FORECAST: dict[str, Any] = {
-    "bsize": 32, "epochs": 6, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0, "scheduler": "halving", "patience": 3,
+    "bsize": 32,
+    "epochs": 6,
+    "optimizer": "adam",
+    "lr": 1e-4,
+    "weight_decay": 0.0,
+    "scheduler": "halving",
+    "patience": 3,
 }
 REGRESS: dict[str, Any] = {
-    "bsize": 1024, "epochs": 300, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-4, "scheduler": "cosine", "patience": 0,
+    "bsize": 1024,
+    "epochs": 300,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "scheduler": "cosine",
+    "patience": 0,
 }
 
 
@@ -108,7 +120,7 @@ class Config:
     weight_decay: float | None = None
     """Weight decay; null is 0, for regress 0.0001."""
     scheduler: Literal["halving", "cosine", "none"] | None = None
-    """How the learning rate changes: half after each epoch but the first, along a cosine to 0, or not; null: halving, cosine."""
+    """How the learning rate changes: half after each epoch but the first, a cosine to 0, or not; null: halving, cosine."""
     patience: int | None = None
     """Forecast: stop after this many epochs without a better validation; 0 never stops, and keeps the best; null is 3."""
     seed: int = 0
@@ -123,7 +135,16 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-        for option in ("bsize", "epochs", "factor", "encoder_layers", "decoder_layers", "seq_len", "pred_len", "train_rows"):
+        for option in (
+            "bsize",
+            "epochs",
+            "factor",
+            "encoder_layers",
+            "decoder_layers",
+            "seq_len",
+            "pred_len",
+            "train_rows",
+        ):
             at_least(self, option, 1)
         for option in ("width", "heads", "hidden"):
             at_least(self, option, 1)
@@ -142,7 +163,12 @@ class Config:
 
         """
         size = Size() if self.task == "forecast" else SMALL
-        chosen = {"width": size.width, "heads": size.heads, "hidden": size.hidden, "dropout": size.dropout}
+        chosen: dict[str, Any] = {
+            "width": size.width,
+            "heads": size.heads,
+            "hidden": size.hidden,
+            "dropout": size.dropout,
+        }
         chosen |= FORECAST if self.task == "forecast" else REGRESS
         chosen |= zip(("seq_len", "label_len", "pred_len"), LENGTHS[self.features], strict=True)
         if self.seq_len is not None:
@@ -182,7 +208,11 @@ class Config:
     def _check_together(self) -> None:
         past, start, _ = self.lengths
         if start > past:
-            raise ConfigError(f"`label_len` is {start} and `seq_len` {past}: the decoder starts from steps of the past, so at most {past}")
+            raise ConfigError(
+                f"`label_len` is {start} and `seq_len` {past}: the decoder starts from steps of the past, so at most {past}"
+            )
         size = self.size()
         if size.width % size.heads or size.width % 2:
-            raise ConfigError(f"`width` is {size.width} and `heads` {size.heads}: give an even width that is a multiple of the heads")
+            raise ConfigError(
+                f"`width` is {size.width} and `heads` {size.heads}: give an even width that is a multiple of the heads"
+            )

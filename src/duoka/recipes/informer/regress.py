@@ -82,11 +82,13 @@ def predict_table(run: Run, config: Config, source: str) -> Written:
     model, remembered = _finished(run, config)
     contents = table.read(source)
     values = contents.numbers([contents.find_name(name) for name in remembered["inputs"]], fill=config.fill)
-    scaling, of_targets = (Scaling(*(tuple(remembered[part][key]) for key in ("mean", "std"))) for part in ("of_inputs", "of_targets"))
+    scaling, of_targets = (
+        Scaling(*(tuple(remembered[part][key]) for key in ("mean", "std"))) for part in ("of_inputs", "of_targets")
+    )
     device = devices.resolve(config.device).devices[0]
     model.to(device).eval()
     with torch.inference_mode():
-        parts = [model(part.to(device)).cpu() for part in scaling.apply(values).split(4096)]
+        parts = [model(part.to(device)).cpu() for part in torch.split(scaling.apply(values), 4096)]
     predicted = of_targets.invert(torch.cat(parts))
     targets: list[str] = remembered["targets"]
     written = [predictions_of(run, source, ".csv")]
@@ -106,9 +108,13 @@ def read(config: Config) -> Rows:
     contents = table.read(config.csv)
     width = len(contents.columns)
     if not config.targets and width <= TARGETS:
-        raise ConfigError(f"{config.csv} has {width} columns; the last {TARGETS} would be the targets: name them with --targets")
+        raise ConfigError(
+            f"{config.csv} has {width} columns; the last {TARGETS} would be the targets: name them with --targets"
+        )
     targets = contents.find(config.targets) if config.targets else list(range(width - TARGETS, width))
-    inputs = contents.find(config.inputs) if config.inputs else [place for place in range(width) if place not in targets]
+    inputs = (
+        contents.find(config.inputs) if config.inputs else [place for place in range(width) if place not in targets]
+    )
     if both := [contents.columns[place] for place in inputs if place in targets]:
         raise ConfigError(f"{table.listed(both)} is among inputs and targets: leave it out of one of them")
     if not inputs:
@@ -124,7 +130,9 @@ def read(config: Config) -> Rows:
         for part in (train, test)
     ]
     lines = tuple(contents.lines[row] for row in test.tolist())
-    return Rows(tuple(names[: len(inputs)]), tuple(names[len(inputs) :]), parts[0], parts[1], (of_inputs, of_targets), lines)
+    return Rows(
+        tuple(names[: len(inputs)]), tuple(names[len(inputs) :]), parts[0], parts[1], (of_inputs, of_targets), lines
+    )
 
 
 def measures(truth: Tensor, predicted: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
@@ -150,7 +158,10 @@ def measures(truth: Tensor, predicted: Tensor, names: tuple[str, ...]) -> dict[s
         for place, name in enumerate(names)
     }
     overall = {"rmse": error.square().mean().sqrt(), "mae": error.abs().mean(), "l2": error.norm() / truth.norm()}
-    return {"overall": {"r2": float(r2.mean()), **{key: float(value) for key, value in overall.items()}}, "targets": found}
+    return {
+        "overall": {"r2": float(r2.mean()), **{key: float(value) for key, value in overall.items()}},
+        "targets": found,
+    }
 
 
 def _split(config: Config, count: int) -> tuple[Tensor, Tensor]:
@@ -218,11 +229,15 @@ def _write(run: Run, rows: Rows, predicted: Tensor, found: dict[str, Any]) -> No
     truth = rows.truth
     header = ["line", *(f"{name}{kind}" for name in rows.targets for kind in ("", " predicted"))]
     pairs = torch.stack((truth, predicted), dim=2).flatten(1).tolist()
-    table.write(run.folder / "predictions.csv", header, [[line, *row] for line, row in zip(rows.test_lines, pairs, strict=True)])
+    table.write(
+        run.folder / "predictions.csv", header, [[line, *row] for line, row in zip(rows.test_lines, pairs, strict=True)]
+    )
     for place, name in enumerate(rows.targets):
         file = "".join(letter if letter.isalnum() else "_" for letter in name)
         drawing.lines(run.plots / f"lines_{file}.png", truth[:, place], predicted[:, place], name)
-        drawing.scatter(run.plots / f"scatter_{file}.png", truth[:, place], predicted[:, place], name, found["targets"][name]["r2"])
+        drawing.scatter(
+            run.plots / f"scatter_{file}.png", truth[:, place], predicted[:, place], name, found["targets"][name]["r2"]
+        )
     drawing.residuals(run.plots / "residuals.png", predicted - truth, rows.targets)
 
 

@@ -14,7 +14,7 @@ SMALL = Size(width=64, heads=4, hidden=128, encoder_layers=2, factor=5, distil=T
 
 
 class Regressor(nn.Module):
-    """Predicts ``outputs`` numbers from ``features``: tokens, encoder layers, halvings between them, mean, and two linear layers.
+    """Predicts ``outputs`` numbers from ``features``: tokens, encoder layers with halvings between, mean, two linear layers.
 
     With few features ProbSparse attention takes every query, and so is full attention.
 
@@ -36,7 +36,9 @@ class Regressor(nn.Module):
                 encoder.append(Halving(size.width))
             encoder.append(EncoderLayer(size, salt=number))
         self.encoder = nn.Sequential(*encoder)
-        self.head = nn.Sequential(nn.Linear(size.width, 128), nn.GELU(), nn.Dropout(size.dropout), nn.Linear(128, outputs))
+        self.head = nn.Sequential(
+            nn.Linear(size.width, 128), nn.GELU(), nn.Dropout(size.dropout), nn.Linear(128, outputs)
+        )
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return ``(batch, outputs)`` of ``rows (batch, features)``."""

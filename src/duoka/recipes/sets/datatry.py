@@ -1,4 +1,4 @@
-"""The example table ``datatry``: 10 features, 2 targets by a known law with noise, so that the best reachable result is known."""
+"""The example table ``datatry``: 10 features, and 2 targets by a known law with noise, so that the best result is known."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def make(rows: int = 10_000, seed: int = 0) -> Example:
     """
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(rows, len(FEATURES), generator=generator, dtype=torch.float64)
-    low, high = (torch.tensor(ends, dtype=torch.float64) for ends in zip(*(feature[1:] for feature in FEATURES), strict=True))
+    low, high = (
+        torch.tensor(ends, dtype=torch.float64) for ends in zip(*(feature[1:] for feature in FEATURES), strict=True)
+    )
     features = low + share * (high - low)
     depth, porosity, permeability, _, _, _, injection, production, distance, days = share.unbind(1)
     pressure = 80 + 120 * depth + 45 * torch.tanh(3 * (injection - production)) * torch.exp(-distance)

@@ -89,7 +89,9 @@ class Parts:
 
         """
         train, validation, test = _borders(series, split)
-        _check_lengths(series, {"training": train, "validation": validation - train, "test": test - validation}, past, horizon)
+        _check_lengths(
+            series, {"training": train, "validation": validation - train, "test": test - validation}, past, horizon
+        )
         scaling = Scaling.of(series.values[:train], series.columns)
         values, marks = scaling.apply(series.values), calendar(series.dates, series.step_s)
         bounds = ((0, train), (train - past, validation), (validation - past, test))
@@ -118,9 +120,10 @@ def series_of(table: Table, date: str, places: Sequence[int], *, fill: bool = Fa
 
 
 def calendar(dates: Any, step_s: float) -> Tensor:
-    """Return float32 ``(steps, features)`` from -0.5 to 0.5: minute and hour where steps are that short, days of week, month, year.
+    """Return float32 ``(steps, features)`` from -0.5 to 0.5: places in the hour, day, week, month and year.
 
-    The paper's code has the same ones for steps of a minute up to a day.
+    Minute, hour and day of the week are there where steps are shorter than an hour, a day, a week. The paper's code has the
+    same ones for steps of a minute up to a day.
     """
     features = [
         (step_s < HOUR_S, dates.minute / 59),
@@ -165,15 +168,17 @@ def _regular(table: Table, dates: Any, values: Tensor, fill: bool) -> tuple[Any,
     if frequency is not None:
         return pandas.DatetimeIndex(dates, freq=frequency), values
     if len(dates) < 3:
-        raise DataError(f"{table.path} has {len(dates)} rows: a series needs three at least, and many more to learn from")
+        raise DataError(
+            f"{table.path} has {len(dates)} rows: a series needs three at least, and many more to learn from"
+        )
     steps = np.diff(dates.asi8)
     common = _commonest(steps)
     row = int(np.flatnonzero(steps != common)[0]) + 1
     step, usual = dates[row] - dates[row - 1], dates[1] - dates[0] if steps[0] == common else _timedelta(dates, common)
     if not fill:
         raise DataError(
-            f"{table.path}, line {table.lines[row]}: {dates[row]} comes {step} after line {table.lines[row - 1]}, and the usual "
-            f"step is {usual}: add the missing rows, or give --fill true, which interpolates them"
+            f"{table.path}, line {table.lines[row]}: {dates[row]} comes {step} after line {table.lines[row - 1]}, and the "
+            f"usual step is {usual}: add the missing rows, or give --fill true, which interpolates them"
         )
     if np.any(steps % common):
         row = int(np.flatnonzero(steps % common)[0]) + 1

@@ -134,7 +134,8 @@ class Table:
         known = np.flatnonzero(np.isfinite(values))
         if not len(known):
             raise DataError(f"{self.path}: column {self.columns[place]!r} has no value at all: leave it out")
-        return np.interp(np.arange(len(values)), known, values[known])
+        filled: np.ndarray = np.interp(np.arange(len(values)), known, values[known])
+        return filled
 
     def _cell(self, row: int, place: int) -> str:
         return f"line {self.lines[row]}, column {place + 1} ({self.columns[place]})"
@@ -213,7 +214,9 @@ def _check_header(path: Path, columns: tuple[str, ...], line: int) -> None:
     if not columns:
         raise DataError(f"{path} is empty: the first line must hold the columns' names")
     if all(math.isfinite(_number(name)) for name in columns):
-        raise DataError(f"{path}, line {line}: numbers where the columns' names should be: add a line of names above them")
+        raise DataError(
+            f"{path}, line {line}: numbers where the columns' names should be: add a line of names above them"
+        )
     for place, name in enumerate(columns):
         if not name or name in columns[:place]:
             what = f"the name {name!r} again" if name else "no name"

@@ -52,7 +52,7 @@ class Windows(Samples):
         return history[0], marks[0], future[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the batch of these windows: history ``(batch, past, columns)``, marks, future ``(batch, horizon, targets)``."""
+        """Return the batch of these windows: ``(batch, past, columns)``, marks, ``(batch, horizon, targets)``."""
         values, marks = (view[torch.as_tensor(indices)] for view in self.views)
         return values[:, : self.past], marks, values[:, self.past :, self.targets].contiguous()
 
