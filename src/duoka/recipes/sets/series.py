@@ -21,6 +21,8 @@ from duoka.recipes.sets.windows import Windows
 __all__ = ["Parts", "Series", "calendar", "series_of"]
 
 HOUR_S, DAY_S = 3600, 86_400
+UNEQUAL = ("MS", "ME", "3MS", "3ME", "12MS", "12ME", "B")
+"""Steps that are regular though not equally long: months, quarters and years from first or last days, and working days."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Series:
         """Return the steps of a day; for daily data of a week, for longer steps of a year."""
         if self.step_s < DAY_S:
             return max(1, round(DAY_S / self.step_s))
-        return 7 if self.step_s < 7 * DAY_S else max(1, round(365.25 * DAY_S / self.step_s))
+        days = 7 if self.step_s < 7 * DAY_S else 365.25
+        return max(1, round(days * DAY_S / self.step_s))
 
     def after(self, steps: int) -> Any:
         """Return the dates of the ``steps`` that follow the last."""
@@ -128,9 +131,9 @@ def calendar(dates: Any, step_s: float) -> Tensor:
     features = [
         (step_s < HOUR_S, dates.minute / 59),
         (step_s < DAY_S, dates.hour / 23),
-        (step_s < 7 * DAY_S, dates.dayofweek / 6),
+        (step_s < 7 * DAY_S, dates.day_of_week / 6),
         (True, (dates.day - 1) / 30),
-        (True, (dates.dayofyear - 1) / 365),
+        (True, (dates.day_of_year - 1) / 365),
     ]
     return torch.from_numpy(np.stack([np.asarray(value) - 0.5 for used, value in features if used], axis=1)).float()
 
@@ -164,17 +167,20 @@ def _dates(table: Table, place: int) -> Any:
 def _regular(table: Table, dates: Any, values: Tensor, fill: bool) -> tuple[Any, Tensor]:
     """Return dates with a frequency and their values; gaps are filled where that is allowed."""
     pandas = require("pandas", extra="forecast")
-    frequency = pandas.infer_freq(dates) if len(dates) >= 3 else None
-    if frequency is not None:
-        return pandas.DatetimeIndex(dates, freq=frequency), values
     if len(dates) < 3:
         raise DataError(
             f"{table.path} has {len(dates)} rows: a series needs three at least, and many more to learn from"
         )
     steps = np.diff(dates.asi8)
     common = _commonest(steps)
+    place = int(np.flatnonzero(steps == common)[0])
+    usual = dates[place + 1] - dates[place]
+    for frequency in (usual, *UNEQUAL):
+        regular = pandas.date_range(dates[0], periods=len(dates), freq=frequency)
+        if np.array_equal(regular, dates):
+            return regular, values
     row = int(np.flatnonzero(steps != common)[0]) + 1
-    step, usual = dates[row] - dates[row - 1], dates[1] - dates[0] if steps[0] == common else _timedelta(dates, common)
+    step = dates[row] - dates[row - 1]
     if not fill:
         raise DataError(
             f"{table.path}, line {table.lines[row]}: {dates[row]} comes {step} after line {table.lines[row - 1]}, and the "
@@ -195,12 +201,6 @@ def _regular(table: Table, dates: Any, values: Tensor, fill: bool) -> tuple[Any,
 def _commonest(steps: np.ndarray) -> int:
     values, counts = np.unique(steps, return_counts=True)
     return int(values[counts.argmax()])
-
-
-def _timedelta(dates: Any, common: int) -> Any:
-    steps = np.diff(dates.asi8)
-    row = int(np.flatnonzero(steps == common)[0])
-    return dates[row + 1] - dates[row]
 
 
 def _borders(series: Series, split: str) -> tuple[int, int, int]:

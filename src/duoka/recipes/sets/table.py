@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duoka.errors import ConfigError, DataError
+from duoka.errors import ConfigError, DataError, StorageError
 from duoka.log import logger
 
 __all__ = ["Table", "listed", "read", "write"]
@@ -116,10 +116,7 @@ class Table:
         gaps = [row for row, cell in enumerate(cells) if cell.lower() in MISSING]
         for row in gaps:
             cells[row] = "nan"
-        try:
-            values = np.array(cells, dtype=str).astype(np.float64)
-        except ValueError:
-            values = np.array([_number(cell) for cell in cells])
+        values = np.array([_number(cell) for cell in cells])
         wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong) > len(gaps):
             bad = [int(row) for row in wrong if int(row) not in set(gaps)]
@@ -154,7 +151,7 @@ def read(path: str | Path) -> Table:
     text = _text(path)
     header = text.partition("\n")[0]
     separator = max(SEPARATORS, key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     rows, lines, before = [], [], 0
     try:
         for row in reader:
@@ -183,7 +180,10 @@ def write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {path.parent}: {error}: choose another place") from error
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
@@ -230,8 +230,9 @@ def _check_lengths(
         raise DataError(f"{path} has names of columns and no row below them")
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(columns):
-            where = f"the first that is too much is column {len(columns) + 1}, {row[len(columns)]!r}"
-            if len(row) < len(columns):
+            if len(row) > len(columns):
+                where = f"the first that is too much is column {len(columns) + 1}, {row[len(columns)]!r}"
+            else:
                 where = f"the first that is missing is column {len(row) + 1} ({columns[len(row)]})"
             name = {"\t": "tab"}.get(separator, separator)
             raise DataError(
