@@ -128,9 +128,9 @@ def lines(path: Path, truth: Tensor, predicted: Tensor, name: str) -> None:
         axes.plot(rows, truth[:SHOWN_ROWS].numpy(), color=BLUE, linewidth=1.2, label="true")
         axes.plot(rows, predicted[:SHOWN_ROWS].numpy(), color=ORANGE, linewidth=1.2, linestyle="--", label="predicted")
         axes.set(xlabel="test row", ylabel=name)
-        axes.set_title(f"{name}: the first {len(rows)} of {len(truth):,} test rows")
+        axes.set_title(f"{name}: the first {len(rows)} of {len(truth):,} test rows", loc="left")
         _plain(axes)
-        axes.legend(frameon=False, ncols=2, loc="upper right")
+        axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def scatter(path: Path, truth: Tensor, predicted: Tensor, name: str, r2: float) -> None:
