@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -379,6 +380,21 @@ def test_the_next_step_that_is_printed_works(folder, tmp_path, capsys):
     trained(tmp_path, "out", "--csv", str(folder / "waves.csv"), *SMALL, "--epochs", "1", "--baselines", "false")
     following = capsys.readouterr().out.splitlines()[-1]
     assert main(shlex.split(following.removeprefix("next: duoka "))) == 0
+
+
+def test_a_resumed_forecast_ends_with_the_bits_of_one_that_was_not_stopped(run, folder, tmp_path):
+    half = trained(tmp_path, "out", "-c", str(run / "config.yml"), "--epochs", "1")
+    assert main(["train", "informer", "--resume", str(half), "--epochs", "2"]) == 0
+    whole, resumed = load_file(run / "model.safetensors"), load_file(half / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert results(run)["standardised"] == results(half)["standardised"]
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    words = ["train", "informer", "--csv", str(folder / "waves.csv"), *SMALL, "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert "pandas is needed for this and is not installed: pip install 'duoka[forecast]'" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(not ETTH1.exists(), reason="needs ../shared/data/ETTh1.csv")
