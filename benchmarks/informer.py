@@ -62,9 +62,13 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(history[:1], marks[:1])
         theirs, ours = authors_operations(columns, past, start, size), counter.get_total_flops()
-        print(f"{name}: duoka {ours / 1e6:,.0f} M operations a window, the authors' code {theirs / 1e6:,.0f} M: {ours / theirs:.2f}")
+        print(
+            f"{name}: duoka {ours / 1e6:,.0f} M operations a window, the authors' code {theirs / 1e6:,.0f} M: {ours / theirs:.2f}"
+        )
         each, shared = gathered_bytes(past, size.width)
-        print(f"   gathered by the first layer for a batch: duoka {shared / 1e6:,.1f} MB, the authors' code {each / 1e6:,.0f} MB")
+        print(
+            f"   gathered by the first layer for a batch: duoka {shared / 1e6:,.1f} MB, the authors' code {each / 1e6:,.0f} MB"
+        )
         print(f"   a training step of {BATCH} windows: {step_s(model, history, marks, truth, seconds):.2f} s")
 
 

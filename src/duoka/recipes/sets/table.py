@@ -164,7 +164,7 @@ def read(path: str | Path) -> Table:
     columns = tuple(name.strip() for name in rows[0]) if rows else ()
     _check_header(path, columns, lines[0] if lines else 1)
     _check_lengths(path, columns, rows[1:], lines[1:], separator)
-    return Table(path, columns, tuple(rows[1:]), tuple(lines[1:]), decimal_comma=separator != ",")
+    return Table(path, columns, tuple(rows[1:]), tuple(lines[1:]), decimal_comma=separator == ";")
 
 
 def write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
