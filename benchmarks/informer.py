@@ -1,8 +1,10 @@
 """Operations of the Informer's forward per window: duoka's, as torch counts them, next to the account of the authors' code.
 
 The account is of https://github.com/zhouhaoyi/Informer2020 for the same model: the same layers, but each query measured on keys
-of its own (gathered for each), and every place of the decoder carried to the end, of which the forecast's are kept. Prints both,
-and the time of a training step of duoka's. Run: python benchmarks/informer.py [--seconds 20]
+of its own (gathered for each), and every place of the decoder carried to the end, of which the forecast's are kept. Prints
+both, and the time of a training step of duoka's.
+
+    python benchmarks/informer.py [--seconds 20]
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def main() -> None:
             model(history[:1], marks[:1])
         theirs, ours = authors_operations(columns, past, start, size), counter.get_total_flops()
         print(
-            f"{name}: duoka {ours / 1e6:,.0f} M operations a window, the authors' code {theirs / 1e6:,.0f} M: {ours / theirs:.2f}"
+            f"{name}: duoka {ours / 1e6:,.0f} M operations a window, the authors' {theirs / 1e6:,.0f} M: {ours / theirs:.2f}"
         )
         each, shared = gathered_bytes(past, size.width)
         print(

@@ -48,7 +48,7 @@ class Written:
 
 
 class Recipe(Protocol):
-    """What a recipe's module offers; one that answers with tables also has ``predict_table(run, config, source) -> Written``."""
+    """What a recipe's module offers; one that reads tables also has ``predict_table(run, config, source) -> Written``."""
 
     Config: type[Any]
     """A frozen dataclass whose fields are the options; each has its meaning as a docstring below it."""
