@@ -16,7 +16,7 @@ from duoka.recipes.sets.windows import Windows, loader
 __all__ = ["dlinear", "last_season", "last_value"]
 
 EPOCHS, RATE, BATCH = 10, 0.005, 32
-"""DLinear's training: the settings of its authors for ETTh1; the best of these epochs on the validation part is kept."""
+"""DLinear's training, at its authors' rate and batch for ETTh1; the best of these epochs on the validation part is kept."""
 
 
 def last_value(windows: Windows) -> Tensor:
