@@ -1,5 +1,6 @@
 """Series: regular dates, the paper's borders, windows that are views, features of the calendar."""
 
+import hashlib
 from pathlib import Path
 
 import pandas as pd
@@ -179,3 +180,20 @@ def test_a_set_that_is_not_there_or_changed_is_refused(tmp_path):
     (tmp_path / "ETTh2.csv").write_text("date,x\n")
     with pytest.raises(DataError, match="has 7 bytes, not 2,417,960: delete it"):
         ett.locate("ETTh2", tmp_path, download=False)
+
+
+def test_a_set_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "ETTh2.csv").write_bytes(b"date,OT\n2016-07-01,1\n")
+    monkeypatch.setattr(ett, "URL", (tmp_path / "server").as_uri() + "/")
+    with pytest.raises(DataError, match="has 21 bytes, not 2,417,960: the download of"):
+        ett.locate("ETTh2", tmp_path / "data")
+    monkeypatch.setitem(ett.FILES, "ETTh2", (21, "0" * 32))
+    with pytest.raises(DataError, match="has the MD5 checksum"):
+        ett.locate("ETTh2", tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+    digest = hashlib.md5(b"date,OT\n2016-07-01,1\n", usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(ett.FILES, "ETTh2", (21, digest))
+    path = ett.locate("ETTh2", tmp_path / "data")
+    monkeypatch.setattr(ett, "URL", "file:///nowhere/")
+    assert ett.locate("ETTh2", tmp_path / "data") == path
