@@ -39,6 +39,7 @@ COMMANDS = {
     "train": Command("duoka.cli.train", "train a recipe on every device"),
     "eval": Command("duoka.cli.evaluate", "evaluate a finished run"),
     "predict": Command("duoka.cli.predict", "predict with a finished run"),
+    "data": Command("duoka.cli.data", "make example data"),
     "devices": Command("duoka.cli.devices", "show the devices, who uses them, and which would be chosen"),
 }
 

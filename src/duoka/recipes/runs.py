@@ -130,6 +130,10 @@ class Run:
         """Write what the run came to."""
         self._write(name, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a page for people."""
+        self._write(name, text)
+
     def read_results(self, *needed: str) -> dict[str, Any]:
         """Return what ``write_results`` wrote.
 
