@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -388,6 +389,17 @@ def test_a_resumed_forecast_ends_with_the_bits_of_one_that_was_not_stopped(run, 
     whole, resumed = load_file(run / "model.safetensors"), load_file(half / "model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert results(run)["standardised"] == results(half)["standardised"]
+
+
+@pytest.mark.parametrize("task", ["forecast", "regress"])
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(run, table_run, tmp_path, capfd, task):
+    copied = shutil.copytree({"forecast": run, "regress": table_run}[task], tmp_path / "copied")
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    (copied / "checkpoint" / "last.pt").write_bytes(b"damaged")
+    before[copied / "checkpoint" / "last.pt"] = b"damaged"
+    assert main(["train", "informer", "--resume", str(copied), "--seed", "5"]) == 2
+    assert "last.pt" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
 def test_a_package_that_is_missing_is_named_with_what_installs_it(folder, tmp_path, monkeypatch, capfd):

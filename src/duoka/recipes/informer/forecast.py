@@ -15,7 +15,7 @@ from duoka import Trainer, current_world, devices, load
 from duoka.errors import DataError
 from duoka.recipes.informer import baselines, drawing, report
 from duoka.recipes.informer.options import NAME, Config
-from duoka.recipes.informer.running import folder_of, predictions_of, schedule
+from duoka.recipes.informer.running import folder_of, predictions_of, run_options, schedule
 from duoka.recipes.nets.informer import Informer
 from duoka.recipes.registry import Outcome, Written
 from duoka.recipes.runs import Run
@@ -51,9 +51,7 @@ def train(config: Config) -> Outcome:
     run = folder_of(config)
     torch.manual_seed(config.seed)
     model = _model(config, len(data.series.columns), len(data.targets), data.parts.test.marks.shape[1])
-    trainer = _trainer(model, config, data, {"out_dir": run.folder, "resume": "auto" if config.resume else False})
-    if current_world().is_main:
-        run.write_config(NAME, dataclasses.replace(config, resume=None))
+    trainer = _trainer(model, config, data, run_options(run, config))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
     results = _tested(trainer, config, data)

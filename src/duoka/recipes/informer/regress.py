@@ -15,7 +15,7 @@ from duoka import Trainer, current_world, devices, load
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.informer import drawing
 from duoka.recipes.informer.options import NAME, Config
-from duoka.recipes.informer.running import folder_of, predictions_of, schedule
+from duoka.recipes.informer.running import folder_of, predictions_of, run_options, schedule
 from duoka.recipes.nets.regressor import Regressor
 from duoka.recipes.registry import Outcome, Written
 from duoka.recipes.runs import Run
@@ -55,9 +55,7 @@ def train(config: Config) -> Outcome:
     run = folder_of(config)
     torch.manual_seed(config.seed)
     model = Regressor(len(rows.inputs), len(rows.targets), config.size())
-    trainer = _trainer(model, config, rows, {"out_dir": run.folder, "resume": "auto" if config.resume else False})
-    if current_world().is_main:
-        run.write_config(NAME, dataclasses.replace(config, resume=None))
+    trainer = _trainer(model, config, rows, run_options(run, config))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
     predicted = _predicted(trainer, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from duoka import current_world, launch
 from duoka.recipes.informer.options import NAME, Config
-from duoka.recipes.runs import Run
+from duoka.recipes.runs import ConfigWriter, Run
 
-__all__ = ["folder_of", "predictions_of", "schedule"]
+__all__ = ["folder_of", "predictions_of", "run_options", "schedule"]
 
 
 def folder_of(config: Config) -> Run:
@@ -27,6 +28,15 @@ def _folder_on_main(config: Config) -> Run | None:
         return None
     assert config.name is not None
     return Run.at(config.resume) if config.resume else Run.new(config.out, NAME, config.name)
+
+
+def run_options(run: Run, config: Config) -> dict[str, Any]:
+    """Return the trainer's options for the run's folder; its configuration is written when a checkpoint was accepted."""
+    return {
+        "out_dir": run.folder,
+        "resume": "auto" if config.resume else False,
+        "callbacks": [ConfigWriter(run, NAME, dataclasses.replace(config, resume=None))],
+    }
 
 
 def schedule(config: Config) -> dict[str, Any]:
