@@ -1,8 +1,9 @@
-"""Time a step of ResNet-18 (64x64 images, 32 a device) on two CPU workers: one device, the limit, DDP, and duoka's two ways.
+"""Time a step of ResNet-18 (64x64 images, 32 a device) on two devices: one device, the limit, DDP, and duoka's two ways.
 
 The limit is two processes that do the same work and never talk. All contestants are started first, then take turns of a few
 steps in one run on one machine, so that whatever else the machine does meets all of them alike; the ratios are medians over
-the rounds. Run ``python benchmarks/mirror.py [--minutes 3]``.
+the rounds. Run ``python benchmarks/mirror.py [--minutes 3] [--device cuda]``; with ``cuda`` (two GPUs, not run yet) a batch is
+256 a device, and ``nn.DataParallel`` takes part too.
 """
 
 from __future__ import annotations
@@ -16,52 +17,64 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 
-PER_DEVICE, SIZE, DEVICES, STEPS = 32, 64, 2, 1
+PER_DEVICE, SIZE, DEVICES, STEPS = {"cpu": 32, "cuda": 256}, 64, 2, 1
 FIRST_STEPS = 6
 """Not timed: `duoka run` computes its first four batches whole."""
 NAMES = {
-    "one": "one device, one thread, the whole batch",
+    "one": "one device (on CPU one thread), the whole batch",
     "limit": "two processes without any communication",
-    "ddp": "DistributedDataParallel by torchrun over gloo",
+    "ddp": "DistributedDataParallel by torchrun",
     "duoka": "duoka.DataParallel",
+    "alone": "duoka.DataParallel on one device, the whole batch",
     "run": "the script of one device under `duoka run`",
+    "dp": "nn.DataParallel",
 }
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--minutes", type=float, default=3.0)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument("--place", type=int, default=0, help=argparse.SUPPRESS)
     options.add_argument("--role", help=argparse.SUPPRESS)
     options.add_argument("--address", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.role:
-        contest(given.role, given.address)
+        contest(given.role, given.address, given.device, given.place)
     else:
-        compare(given.minutes)
+        compare(given.minutes, given.device)
 
 
-def compare(minutes: float) -> None:
+def compare(minutes: float, kind: str) -> None:
+    roles = ["one", "limit", "limit", "ddp", "duoka", "alone", "run", *(["dp"] if kind == "cuda" else [])]
     with Listener(family="AF_UNIX") as listener:
-        processes = [start(role, str(listener.address)) for role in ("one", "limit", "limit", "ddp", "duoka", "run")]
+        processes = [
+            start(role, str(listener.address), kind, roles[:place].count(role)) for place, role in enumerate(roles)
+        ]
         try:
-            lines: dict[str, list[Connection]] = {role: [] for role in NAMES}
+            lines: dict[str, list[Connection]] = {role: [] for role in roles}
             for _ in range(len(processes) + DEVICES - 1):
                 line = listener.accept()
                 lines[line.recv()].append(line)
-            show(measure(lines, time.monotonic() + 60 * minutes))
+            show(measure(lines, time.monotonic() + 60 * minutes), kind)
         finally:
             for process in processes:
                 process.terminate()
                 process.wait()
 
 
-def start(role: str, address: str) -> subprocess.Popen[bytes]:
+def start(role: str, address: str, kind: str, place: int) -> subprocess.Popen[bytes]:
     launchers = {
         "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(DEVICES)],
-        "run": ["-m", "duoka", "run", "--device", f"cpu:{DEVICES}"],
+        "run": ["-m", "duoka", "run", "--device", devices(kind)],
     }
-    command = [sys.executable, *launchers.get(role, []), __file__, "--role", role, "--address", address]
+    ours = ["--role", role, "--address", address, "--device", kind, "--place", str(place)]
+    command = [sys.executable, *launchers.get(role, []), __file__, *ours]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def devices(kind: str) -> str:
+    return f"cpu:{DEVICES}" if kind == "cpu" else f"0-{DEVICES - 1}"
 
 
 def measure(lines: dict[str, list[Connection]], end: float) -> dict[str, list[float]]:
@@ -83,10 +96,11 @@ def turn(lines: list[Connection]) -> float:
     return max(line.recv() for line in lines)
 
 
-def show(times: dict[str, list[float]]) -> None:
+def show(times: dict[str, list[float]], kind: str) -> None:
     rounds = len(times["one"])
     lows = {role: statistics.quantiles(values, n=4)[0] for role, values in times.items()}
-    print(f"ResNet-18, {SIZE}x{SIZE} images, {PER_DEVICE} a device, {DEVICES} CPU workers of one thread, float32")
+    where = f"{DEVICES} CPU workers of one thread" if kind == "cpu" else f"{DEVICES} GPUs"
+    print(f"ResNet-18, {SIZE}x{SIZE} images, {PER_DEVICE[kind]} a device, {where}, float32")
     print(f"{rounds} rounds of {STEPS} steps each, in turn; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':46} {'median':>9} {'fastest':>9} {'quartiles':>17}")
     for role, values in times.items():
@@ -95,8 +109,8 @@ def show(times: dict[str, list[float]]) -> None:
         print(
             f"{NAMES[role]:46} {middle * 1e3:6.0f} ms {min(values) * 1e3:6.0f} ms {low * 1e3:7.0f}-{high * 1e3:.0f} ms"
         )
-    for ours in ("duoka", "run"):
-        for role in ("ddp", "limit", "one"):
+    for ours, others in (("duoka", ("ddp", "limit", "one")), ("run", ("ddp", "limit", "one")), ("alone", ("one",))):
+        for role in (*others, *(["dp"] if ours != "alone" and kind == "cuda" else [])):
             ratios = [own / other for own, other in zip(times[ours], times[role], strict=True)]
             quiet, fastest = lows[ours] / lows[role], min(times[ours]) / min(times[role])
             print(
@@ -105,8 +119,8 @@ def show(times: dict[str, list[float]]) -> None:
             )
 
 
-def contest(role: str, address: str) -> None:
-    step = make_step(role)
+def contest(role: str, address: str, kind: str, place: int) -> None:
+    step = make_step(role, kind, int(os.environ.get("LOCAL_RANK", place)))
     for _ in range(FIRST_STEPS):
         step()
     with Client(address) as line:
@@ -122,29 +136,34 @@ def contest(role: str, address: str) -> None:
             line.send((time.perf_counter() - begin) / count)
 
 
-def make_step(role: str) -> Callable[[], None]:
+def make_step(role: str, kind: str, place: int) -> Callable[[], None]:
     import torch
     import torchvision
     from torch import nn
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model: nn.Module = torchvision.models.resnet18(num_classes=10)
-    batch = PER_DEVICE * (DEVICES if role in ("one", "duoka", "run") else 1)
-    images, labels = torch.randn(batch, 3, SIZE, SIZE), torch.randint(10, (batch,))
+    device = torch.device("cpu" if kind == "cpu" else f"cuda:{place}")
+    model: nn.Module = torchvision.models.resnet18(num_classes=10).to(device)
+    batch = PER_DEVICE[kind] * (1 if role in ("limit", "ddp") else DEVICES)
+    images, labels = torch.randn(batch, 3, SIZE, SIZE, device=device), torch.randint(10, (batch,), device=device)
     if role == "ddp":
-        torch.distributed.init_process_group("gloo")
-        model = nn.parallel.DistributedDataParallel(model)
-    elif role == "duoka":
+        torch.distributed.init_process_group("gloo" if kind == "cpu" else "nccl")
+        model = nn.parallel.DistributedDataParallel(model, device_ids=None if kind == "cpu" else [place])
+    elif role in ("duoka", "alone"):
         import duoka
 
-        model = duoka.DataParallel(model, devices=f"cpu:{DEVICES}")
+        model = duoka.DataParallel(model, devices=devices(kind) if role == "duoka" else str(device))
+    elif role == "dp":
+        model = nn.DataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
+        if kind == "cuda":
+            torch.cuda.synchronize()
 
     return step
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import psutil
 
 LEAKING = """
 import os, socket, subprocess, sys, tempfile, threading, time
@@ -57,3 +61,28 @@ def test_each_kind_of_leak_fails_its_test(tmp_path):
 
 def test_a_test_that_ends_what_it_starts_passes(tmp_path):
     assert "3 passed" in outcome(CLEAN, tmp_path)
+
+
+def test_a_thread_that_ends_while_its_list_is_read_is_no_error(monkeypatch):
+    spec = importlib.util.spec_from_file_location("fixtures", Path(__file__).with_name("conftest.py"))
+    fixtures = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fixtures", fixtures)
+    spec.loader.exec_module(fixtures)
+    reads = []
+
+    def read_text(path: Path) -> str:
+        reads.append(path)
+        raise FileNotFoundError(path) if len(reads) == 1 else ProcessLookupError(path)
+
+    waiting = threading.Event()
+    thread = threading.Thread(target=waiting.wait, args=(60,))
+    thread.start()
+    monkeypatch.setattr(Path, "read_text", read_text)
+    try:
+        children = fixtures.children()
+    finally:
+        monkeypatch.undo()
+        waiting.set()
+        thread.join()
+    assert children.keys() == {child.pid for child in psutil.Process().children()}
+    assert len(reads) > 1 or sys.platform != "linux"

@@ -46,7 +46,7 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.size > 1:
-            self.all_reduce(torch.zeros(1))
+            self.all_reduce(torch.zeros(1, device="cpu"))
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Return the sum (or ``"max"``, ``"min"``) of ``tensor`` over the ranks: same shape, type and device."""
@@ -58,7 +58,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on at least one rank: how ranks agree to stop, skip or save."""
-        return bool(flag) if self.size == 1 else bool(self.all_reduce(torch.tensor(int(flag)), "max").item())
+        return (
+            bool(flag) if self.size == 1 else bool(self.all_reduce(torch.tensor(int(flag), device="cpu"), "max").item())
+        )
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return rank ``source``'s picklable ``value`` on every rank."""

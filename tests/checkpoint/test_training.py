@@ -147,7 +147,7 @@ def test_the_gradient_scaler_is_the_same_afterwards(tmp_path):
 
 
 def draw() -> list[Any]:
-    old = [np.random.rand(), np.random.randn()]  # noqa: NPY002 - the generator that users' transforms draw from
+    old = [np.random.rand(), np.random.randn()]
     return [random.random(), random.gauss(0, 1), *old, torch.rand(3), torch.randn(1)]
 
 

@@ -1,6 +1,7 @@
 """``duoka predict``: what a finished run says of image files."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,20 @@ def test_an_image_that_cannot_be_read_is_one_message(run, tmp_path, monkeypatch,
     shown = capfd.readouterr()
     assert message in shown.err
     assert shown.out == ""
+
+
+def test_results_without_what_prediction_needs_are_one_message(run, tmp_path, capfd):
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "results.json").write_text("{}")
+    assert main(["predict", str(copied), "any.png"]) == 2
+    assert "results.json lacks images: `duoka train cifar100 --resume" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("top", ["0", "-1", "x"])
+def test_a_number_of_answers_that_is_none_is_refused(run, capfd, top):
+    with pytest.raises(SystemExit):
+        main(["predict", str(run), "any.png", f"--top={top}"])
+    assert "has to be a whole number, 1 or more" in capfd.readouterr().err
 
 
 def test_a_run_that_was_not_finished_says_how_to_finish_it(run, tmp_path, capfd):

@@ -66,6 +66,16 @@ def test_a_file_that_shadows_a_standard_module_does_not_reach_helpers_before_the
     assert run(sys.executable, "-P", "-c", script, folder=tmp_path) == "5\n"
 
 
+def test_what_lies_beside_the_installed_package_shadows_no_standard_module_in_helpers(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "argparse.py").write_text("raise ImportError('an old backport')\n")
+    (site / "duoka").symlink_to(Path(duoka.__file__).parent)
+    script = f"import sys\nsys.path = [p for p in sys.path if not p.endswith('/src')] + [{str(site)!r}]\n"
+    script += "import argparse, duoka\nassert 'site' in duoka.__file__\nprint(duoka.launch(lambda: 5, devices='cpu:2'))"
+    assert run(sys.executable, "-P", "-c", script, folder=tmp_path) == "5\n"
+
+
 def test_functions_typed_into_a_repl_are_launched(tmp_path: Path) -> None:
     lines = "import duoka\ndef f(): return duoka.current_world().rank + 7\n\n"
     lines += "print(duoka.launch(f, devices='cpu:2', returns='all'))\n"

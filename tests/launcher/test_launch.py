@@ -352,3 +352,17 @@ def test_what_a_script_sets_for_torch_holds_on_every_rank_and_no_longer_than_it_
 def test_a_value_that_cannot_travel_is_named_with_what_can() -> None:
     with pytest.raises(errors.LaunchError, match=r"a lock, cannot be sent to rank 0.*state_dict"):
         duoka.launch(threading.Lock, devices="cpu:2", returns="all")
+
+
+def test_a_default_device_of_the_scripts_own_does_not_reach_the_launch_itself() -> None:
+    torch.set_default_device("meta")
+    torch.autograd.set_detect_anomaly(True)
+    try:
+        found = duoka.launch(torch.is_anomaly_enabled, devices="cpu:2", returns="all")
+        summed = duoka.launch(lambda: duoka.current_world().any(True), devices="cpu:2")
+    finally:
+        torch.set_default_device("cpu")
+        torch.autograd.set_detect_anomaly(False)
+    assert found == [True, True]
+    assert summed is True
+    assert duoka.launch(torch.is_anomaly_enabled, devices="cpu:2", returns="all") == [False, False]

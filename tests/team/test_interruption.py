@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -35,3 +37,17 @@ def test_a_stop_that_comes_while_the_caller_is_closing_is_turned_into_the_failur
         job.run_job(work, [0, 1], (), [torch.device("cpu")] * 2)
     assert hits
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_to_a_forked_child_is_the_childs_alone() -> None:
+    with Interruption() as parent:
+        if (child := os.fork()) == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            except KeyboardInterrupt:
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert not parent.read_signals()
+    assert signal.set_wakeup_fd(-1) == -1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from duoka.errors import CheckpointError, ConfigError, StorageError
+from duoka.errors import CheckpointError, ConfigError, DataError, StorageError
 from duoka.trainer import Callback, Trainer
 
 
@@ -18,7 +20,8 @@ def loader(**options) -> DataLoader:
 
 def trainer_of(**options) -> Trainer:
     settings = {"loss": nn.CrossEntropyLoss(), "device": "cpu", "epochs": 1, "verbose": False}
-    return Trainer(options.pop("model", None) or nn.Linear(5, 2), loader(), **(settings | options))
+    model, data = options.pop("model", None), options.pop("train_data", None)
+    return Trainer(model or nn.Linear(5, 2), loader() if data is None else data, **(settings | options))
 
 
 class Untouched(nn.Linear):
@@ -139,3 +142,64 @@ def test_predictions_come_in_the_order_of_the_data_set_however_the_loader_shuffl
     expected = trainer.model(shuffled.dataset.tensors[0])
     assert torch.allclose(trainer.predict(shuffled), expected, atol=1e-6)
     assert type(shuffled.sampler).__name__ == "RandomSampler"
+
+
+def rows(count: int, width: int = 5) -> TensorDataset:
+    return TensorDataset(torch.zeros(count, width), torch.zeros(count, dtype=torch.long))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_batch_norm_on_a_part_of_one_sample_says_what_to_do(device):
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    data = DataLoader(rows(3 if device == "cpu:2" else 5), batch_size=4)
+    with pytest.raises(DataError, match=r"batch norm cannot be trained on one sample.*drop_last=True"):
+        trainer_of(model=model, train_data=data, device=device, batch="global").fit()
+
+
+class Longer(IterableDataset):
+    """Tells fewer samples than it has."""
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        yield from rows(14)
+
+
+def test_a_cycle_that_ends_before_the_data_do_stays_at_its_end():
+    data = DataLoader(Longer(), batch_size=4)
+    trainer = trainer_of(train_data=data, scheduler="onecycle", optimizer="sgd", lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit()
+    assert trainer.history[-1]["step"] == 4
+    assert trainer.history[-1]["lr"] < 1e-3
+
+
+def test_what_the_trainer_cannot_train_is_refused_with_a_remedy():
+    with pytest.raises(ConfigError, match=r"LBFGS evaluates the loss several times.*duoka\.launch"):
+        trainer_of(optimizer=torch.optim.LBFGS).fit()
+    with warnings.catch_warnings():  # torch says once in a process that these are new
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.LazyLinear(2))
+    with pytest.raises(ConfigError, match=r"without a shape yet \(0\.weight, 0\.bias\); call it once"):
+        trainer_of(model=model).fit()
+
+
+class Odd(nn.Linear):
+    """Returns a row for each position, or a number without a batch dimension."""
+
+    def __init__(self, squeezes: bool) -> None:
+        super().__init__(1, 1)
+        self.squeezes = squeezes
+
+    def forward(self, features):
+        output = super().forward(features.unsqueeze(-1))
+        return output.squeeze() if self.squeezes else output
+
+
+def test_predictions_that_fit_no_single_tensor_are_the_models_and_not_the_loaders_fault():
+    with pytest.raises(DataError, match=r"^predictions for different batches do not fit.*predict="):
+        Trainer(Odd(False), device="cpu").predict([torch.zeros(4, 5), torch.zeros(4, 7)])
+    with pytest.raises(DataError, match=r"single number without a batch dimension.*squeeze\(-1\)"):
+        Trainer(Odd(True), device="cpu").predict([torch.zeros(4, 1), torch.zeros(1, 1)])

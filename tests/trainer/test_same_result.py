@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from duoka.errors import DataError
 from duoka.trainer import Trainer
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
@@ -264,7 +265,7 @@ def test_batch_norm_keeps_the_statistics_of_rank_0_and_survives_ranks_without_sa
     features, target = labelled(10).tensors
     loader = DataLoader(TensorDataset(features[:2], target[:2]), batch_size=2)
     trained = model()
-    with pytest.raises(ValueError, match="more than 1 value per channel"):  # as torch does with one sample
+    with pytest.raises(DataError, match="cannot be trained on one sample"):
         fitted(trained, loader, "cpu:2", max_steps=1)
     trained = model()
     loader = DataLoader(TensorDataset(features[:4], target[:4]), batch_size=4)

@@ -29,7 +29,7 @@ def load_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool = Tru
         source: what a message calls ``state``.
 
     Raises:
-        CheckpointError: naming each missing, unexpected and mis-shaped key, with both shapes.
+        CheckpointError: naming the missing, unexpected and mis-shaped keys, the first 20 of many, with both shapes.
 
     """
     own = unwrap(model)

@@ -41,6 +41,7 @@ COMMANDS = {
     "eval": Command("duoka.cli.evaluate", "evaluate a finished run"),
     "predict": Command("duoka.cli.predict", "predict with a finished run"),
     "check": Command("duoka.cli.check", "check that every device computes and reaches the others"),
+    "data": Command("duoka.cli.data", "make example data"),
     "devices": Command("duoka.cli.devices", "show the devices, who uses them, and which would be chosen"),
 }
 

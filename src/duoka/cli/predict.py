@@ -1,16 +1,18 @@
-"""``duoka predict RUN INPUT...``: what the model of a finished run makes of new inputs."""
+"""``duoka predict RUN INPUT...`` and ``RUN --from FILE.csv``: what the model of a finished run makes of new inputs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from duoka.cli.console import console, print_json
+from duoka.errors import ConfigError
 
 if TYPE_CHECKING:
-    from duoka.recipes.registry import Prediction
+    from duoka.recipes.registry import Prediction, Recipe
+    from duoka.recipes.runs import Run
 
 __all__ = ["SUMMARY", "run"]
 
@@ -27,6 +29,10 @@ def run(argv: Sequence[str]) -> int:
     finished = Run.at(options.run)
     recipe = registry.find(finished.recipe())
     config = dataclasses.replace(of_run(recipe.Config, finished), device=options.device)
+    if options.table is not None:
+        return _write(recipe, finished, config, options)
+    if not options.inputs:
+        raise ConfigError("nothing to predict: name images after the run, or a table with --from data.csv")
     predictions = recipe.predict(finished, config, options.inputs, invert=options.invert)
     if options.json:
         print_json([_as_json(prediction, options.top) for prediction in predictions])
@@ -38,19 +44,43 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _write(recipe: Recipe, finished: Run, config: Any, options: argparse.Namespace) -> int:
+    """Let a recipe that predicts from tables write its answer, and say where it is."""
+    if options.inputs:
+        raise ConfigError(f"--from takes the only input; {options.inputs[0]!r} is one too many")
+    if not hasattr(recipe, "predict_table"):
+        raise ConfigError(f"a run of `{finished.recipe()}` predicts from images, not from a table: leave --from out")
+    written = recipe.predict_table(finished, config, options.table)
+    if options.json:
+        print_json({"input": options.table, "files": [str(path) for path in written.files], "summary": written.summary})
+        return 0
+    out = console()
+    out.print(f"{options.table}: {written.summary}", soft_wrap=True)
+    for path in written.files:
+        out.print(f"wrote {path}", soft_wrap=True)
+    return 0
+
+
 def _as_json(prediction: Prediction, top: int) -> dict[str, object]:
     (best, probability), *_ = prediction.ranked
     ranked = [{"class": name, "probability": value} for name, value in prediction.ranked[:top]]
     return {"input": prediction.source, "class": best, "probability": probability, "top": ranked}
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be a whole number, 1 or more")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("duoka predict", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.")
     parser.add_argument("run", metavar="RUN", help="the run's folder, which `duoka train` has named")
-    parser.add_argument("inputs", metavar="IMAGE", nargs="+", help="an image of any size and kind, grey or colour")
+    parser.add_argument("inputs", metavar="IMAGE", nargs="*", help="an image of any size and kind, grey or colour")
+    parser.add_argument("--from", dest="table", metavar="FILE.csv", help="a table, for a run of the recipe informer")
     parser.add_argument("--device", default="auto", metavar="SPEC", help="what to compute on (default: %(default)s)")
     parser.add_argument(
-        "--top", type=int, default=3, metavar="N", help="how many answers to show (default: %(default)s)"
+        "--top", type=_count, default=3, metavar="N", help="how many answers to show (default: %(default)s)"
     )
     parser.add_argument("--invert", action="store_true", help="swap dark and light: for a dark digit on white paper")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")

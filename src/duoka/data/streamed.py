@@ -154,7 +154,7 @@ def _with_workers(loader: DataLoader[Any], share: Share) -> Source:
 
     def begin(seed: int, epoch: int) -> None:
         generator.manual_seed(samples_seed(seed, epoch))
-        stream.plan.copy_(torch.tensor([order_seed(seed, epoch) >> 1, epoch]))
+        stream.plan.copy_(torch.tensor([order_seed(seed, epoch) >> 1, epoch], device="cpu"))
 
     return ReadySource(remade, share, (loader.dataset,), begin, loader.collate_fn is default_collate)
 
@@ -167,7 +167,7 @@ class _SeededStream(Sent, IterableDataset[Any]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.plan = torch.zeros(2, dtype=torch.int64)  # seed and epoch, seen by workers that are running
+        self.plan = torch.zeros(2, dtype=torch.int64, device="cpu")  # seed and epoch, seen by workers that are running
         self.plan.share_memory_()  # type: ignore[no-untyped-call]
         self._held = held_by(dataset)
 

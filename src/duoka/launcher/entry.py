@@ -72,7 +72,8 @@ def launch(
     Raises:
         what ``fn`` raises on any rank, as its own type, the remote traceback being its cause; WorkerDied when a helper
         process ends without an exception; LaunchError when ``args`` cannot be sent to another process, or when called
-        inside a launched function; DeviceError for devices that are not there.
+        inside a launched function; DeviceError for devices that are not there. Called from another thread than the main one,
+        it raises a helper's exception when the Python code of rank 0 next runs: a long sleep is not interrupted there.
 
     Example:
         >>> import duoka

@@ -181,9 +181,9 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def _base_seed() -> int:
     """Drawn from a copy of the user's generator: repeatable after ``manual_seed``, and the user's own draws stay."""
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     generator.set_state(torch.get_rng_state())
-    return int(torch.randint(2**31, (), generator=generator))
+    return int(torch.randint(2**31, (), generator=generator, device="cpu"))
 
 
 def _seed(seed: int) -> None:

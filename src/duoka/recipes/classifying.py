@@ -41,7 +41,7 @@ def facts_of(images: ImageSet) -> Facts:
 
 def read_facts(run: Run) -> Facts:
     """Return what ``tested`` wrote into the run's folder."""
-    remembered = run.read_results()["images"]
+    remembered = run.read_results("images")["images"]
     channels, height, width = remembered["shape"]
     statistics = Statistics(tuple(remembered["mean"]), tuple(remembered["std"]))
     return Facts(tuple(remembered["classes"]), (channels, height, width), statistics)

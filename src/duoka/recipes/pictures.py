@@ -14,7 +14,7 @@ from torch import Tensor
 
 from duoka.errors import StorageError
 
-__all__ = ["GREY", "RIGHT", "WRONG", "class_accuracy", "confusion_matrix", "examples", "figure_at"]
+__all__ = ["GREY", "RIGHT", "WRONG", "canvas", "class_accuracy", "confusion_matrix", "examples"]
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#6B6B6B"
 """Blue and vermilion of the Okabe-Ito palette, which colour-blind readers tell apart."""
@@ -28,7 +28,7 @@ def confusion_matrix(path: Path, counts: Tensor, classes: Sequence[str]) -> None
     share = counts.double() / counts.sum(dim=1, keepdim=True).clamp_min(1)
     few = number <= 20
     side = 2.6 + 0.5 * number if few else min(24.0, 4.0 + 0.135 * number)
-    with figure_at(path, side + 0.8, side) as figure:
+    with canvas(path, side + 0.8, side) as figure:
         from matplotlib.colors import PowerNorm
 
         axes = figure.add_subplot()
@@ -54,7 +54,7 @@ def class_accuracy(path: Path, counts: Tensor, classes: Sequence[str]) -> None:
     order = sorted(range(len(classes)), key=lambda place: -float(right[place] / total[place].clamp_min(1)))
     columns = 1 if len(order) <= 30 else 2 if len(order) <= 120 else math.ceil(len(order) / 60)
     rows = math.ceil(len(order) / columns)
-    with figure_at(path, 1.0 + 5.0 * columns, 1.4 + 0.2 * rows) as figure:
+    with canvas(path, 1.0 + 5.0 * columns, 1.4 + 0.2 * rows) as figure:
         grid = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
         for column, axes in enumerate(grid):
             part = order[column * rows : (column + 1) * rows]
@@ -82,7 +82,7 @@ def examples(path: Path, pixels: Tensor, labels: Tensor, probabilities: Tensor, 
     worst = mistakes[sure[mistakes].argsort(descending=True)][:16].tolist()
     parts = [("Test images, evenly spread", some)] + ([("Mistakes the model was surest of", worst)] if worst else [])
     heights = [math.ceil(len(places) / 8) for _, places in parts]
-    with figure_at(path, 13.0, 0.5 + sum(1.95 * rows + 0.45 for rows in heights)) as figure:
+    with canvas(path, 13.0, 0.5 + sum(1.95 * rows + 0.45 for rows in heights)) as figure:
         boxes = figure.subfigures(len(parts), 1, height_ratios=[1.95 * rows + 0.45 for rows in heights], squeeze=False)
         for box, (title, places), rows in zip(boxes[:, 0], parts, heights, strict=True):
             box.suptitle(title, x=0.01, ha="left", fontweight="bold")
@@ -137,7 +137,7 @@ def _short(name: str, limit: int = 16) -> str:
 
 
 @contextlib.contextmanager
-def figure_at(path: Path, width: float, height: float) -> Iterator[Any]:
+def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
     """Lend a figure, ``width`` x ``height`` inches, and write it to ``path``; the user's own plots are left alone."""
     import matplotlib
     from matplotlib import font_manager

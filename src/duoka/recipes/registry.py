@@ -6,12 +6,13 @@ import difflib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from duoka.errors import ConfigError
 from duoka.recipes.runs import Run
 
-__all__ = ["RECIPES", "Outcome", "Prediction", "Recipe", "find"]
+__all__ = ["RECIPES", "Outcome", "Prediction", "Recipe", "Written", "find"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,18 @@ class Prediction:
     """Answers and their probabilities, the likeliest first."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a trained model made of a table."""
+
+    files: tuple[Path, ...]
+    """What was written."""
+    summary: str
+    """One line about it."""
+
+
 class Recipe(Protocol):
-    """What a recipe's module offers."""
+    """What a recipe's module offers; one that reads tables also has ``predict_table(run, config, source) -> Written``."""
 
     Config: type[Any]
     """A frozen dataclass whose fields are the options; each has its meaning as a docstring below it."""
@@ -68,6 +79,7 @@ RECIPES = {
         "duoka.recipes.tiny_imagenet",
         "five networks on Tiny-ImageNet, CIFAR-10 or CIFAR-100: experiments for `duoka compare`",
     ),
+    "informer": Entry("duoka.recipes.informer", "forecasts of series, and numbers from a table's other columns"),
 }
 
 

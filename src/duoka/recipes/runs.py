@@ -130,11 +130,15 @@ class Run:
         """Write what the run came to."""
         self._write(name, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
-    def read_results(self) -> dict[str, Any]:
+    def write_text(self, name: str, text: str) -> None:
+        """Write a page for people."""
+        self._write(name, text)
+
+    def read_results(self, *needed: str) -> dict[str, Any]:
         """Return what ``write_results`` wrote.
 
         Raises:
-            DataError: it is not there or damaged.
+            DataError: it is not there, damaged, or lacks one of the entries ``needed``.
 
         """
         path = self.folder / "results.json"
@@ -145,6 +149,9 @@ class Run:
             raise DataError(f"cannot read {path}: {error}: {remedy}") from error
         if not isinstance(results, dict):
             raise DataError(f"{path} holds a {type(results).__name__}, not the results of a run")
+        if missing := [name for name in needed if name not in results]:
+            remedy = f"`duoka train {self.recipe()} --resume {self.folder}` writes it anew"
+            raise DataError(f"{path} lacks {', '.join(missing)}: {remedy}")
         return results
 
     def _write(self, name: str, text: str) -> None:

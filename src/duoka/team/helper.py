@@ -1,4 +1,4 @@
-"""The helper process, ``python -m duoka.team.helper FD``: waits for work, does it, reports, and dies with its owner.
+"""The helper process, which calls ``main`` and nothing else: waits for work, does it, reports, and dies with its owner.
 
 It never sees the user's main module. A thread of its own listens to the connection: when the other end closes, however
 that came about, this process and all that it started (data-loader workers) end at once.
@@ -116,7 +116,3 @@ def _tidy() -> None:
         is_initialized = getattr(torch.get_device_module(), "is_initialized", bool)  # Apple's has none, and no helpers
         if is_initialized():
             torch.accelerator.memory.empty_cache()
-
-
-if __name__ == "__main__":
-    main()

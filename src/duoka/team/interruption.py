@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
@@ -48,10 +50,19 @@ class Interruption:
         if threading.current_thread() is threading.main_thread() and replaceable:
             self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+            _entered.add(self)
+            _watch_forks()
         return self
+
+    def forget(self) -> None:
+        """Give the signals back, in a forked child: what it gets would else be read by its parent."""
+        with contextlib.suppress(ValueError):  # not the main thread of the child
+            signal.signal(signal.SIGINT, self._previous)
+            signal.set_wakeup_fd(self._previous_wakeup)
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        _entered.discard(self)
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             signal.set_wakeup_fd(self._previous_wakeup)
@@ -102,3 +113,17 @@ class Interruption:
         elif self._previous is not signal.SIG_IGN:
             handler: Callable[[int, FrameType | None], Any] = self._previous
             handler(number, frame)
+
+
+_entered: weakref.WeakSet[Interruption] = weakref.WeakSet()
+"""Those that have this process's signals; at most one."""
+
+
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def _forget_all() -> None:
+    for one in list(_entered):
+        one.forget()

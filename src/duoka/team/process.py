@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ __all__ = ["Helper"]
 _KEPT_OUTPUT_BYTES = 1 << 16
 _SHOWN_LINES = 20
 _END_TIMEOUT_S = 5.0
+_PROGRAM = "import sys; sys.path[:] = {path!r}\nfrom duoka.team.helper import main\nmain()"
 
 
 class Helper:
@@ -123,13 +124,12 @@ def _spawn(line: int, output: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-u"]  # type: ignore[attr-defined]
     try:
         return subprocess.Popen(
-            [*command, "-m", "duoka.team.helper", str(line)],
+            [*command, "-c", _PROGRAM.format(path=_path(sys.path, sys.argv[:1])), str(line)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             pass_fds=[line],
             start_new_session=True,
-            env=_environment(os.environ),
         )
     except OSError as error:
         raise LaunchError(
@@ -138,10 +138,15 @@ def _spawn(line: int, output: int) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _environment(own: Mapping[str, str]) -> dict[str, str]:
-    """The owner's, with the place of this package first, wherever the owner found it."""
+def _path(own: Sequence[str], script: Sequence[str]) -> list[str]:
+    """Return where a helper finds modules: where its owner does, in the owner's order, so that nothing shadows another module.
+
+    The folder of the script comes last until there is work: what lies there is the user's, and not for the helper itself.
+    """
+    beside = {str(Path(name).absolute().parent) for name in script}
+    path = sorted((entry for entry in own if entry and isinstance(entry, str)), key=beside.__contains__)
     package = str(Path(__file__).parents[2])
-    return {**own, "PYTHONPATH": os.pathsep.join(filter(None, [package, own.get("PYTHONPATH")]))}
+    return path if package in path else [*path, package]
 
 
 def _kill_group(pid: int) -> None:

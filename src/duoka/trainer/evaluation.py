@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from duoka.data import concat_batches, to_device
+from duoka.errors import DataError
 from duoka.trainer.metrics import Metrics, Results
 from duoka.trainer.objective import Objective
 from duoka.trainer.tally import Tally
@@ -64,8 +65,23 @@ def predict(objective: Objective, parts: Iterable[Any], world: World) -> Any:
     mine: list[Any] = []
     with evaluating(objective):
         for part in parts:
-            batch = to_device(part.batch, world.device) if part.count else None
-            mine.append(to_device(objective.predictions(batch), "cpu") if part.count else None)
+            mine.append(_predicted(objective, part, world) if part.count else None)
     steps = zip(*world.gather(mine), strict=True)  # of each global batch, its parts in the order of ranks
     outputs = [output for step in steps for output in step if output is not None]
-    return concat_batches(outputs) if outputs else None
+    try:
+        return concat_batches(outputs) if outputs else None
+    except DataError as error:
+        raise DataError(
+            f"predictions for different batches do not fit together: {str(error).partition(';')[0]}; let them have one shape a "
+            "sample: pad them in Trainer(..., predict=function of model and batch), or predict data of one length at a time"
+        ) from error
+
+
+def _predicted(objective: Objective, part: Any, world: World) -> Any:
+    output = to_device(objective.predictions(to_device(part.batch, world.device)), "cpu")
+    if isinstance(output, torch.Tensor) and not output.ndim:
+        raise DataError(
+            f"the model's prediction for {part.count} sample(s) is a single number without a batch dimension; a .squeeze() may "
+            "have taken it away: write .squeeze(-1)"
+        )
+    return output

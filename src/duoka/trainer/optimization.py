@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -56,15 +57,27 @@ def build_optimizer(config: TrainerConfig, module: nn.Module, lr_factor: float) 
         options["weight_decay"] = config.weight_decay
     kind: Any = OPTIMIZERS[chosen] if isinstance(chosen, str) else chosen
     try:
-        return kind(trained, **options)  # type: ignore[no-any-return]
+        built: Optimizer = kind(trained, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer={chosen!r} with {options!r}: {error}") from error
+    _check_closure(built)
+    return built
+
+
+def _check_closure(optimizer: Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer: {type(optimizer).__name__} evaluates the loss several times a step by a closure, which Trainer does "
+            "not do; take another, or write the loop yourself: duoka.launch"
+        )
 
 
 def _checked(optimizer: object, trained: Iterable[nn.Parameter]) -> Optimizer:
     """Make sure that an optimiser of the user's own moves this model."""
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"optimizer= returned {optimizer!r}, which is no torch.optim.Optimizer")
+    _check_closure(optimizer)
     known = {id(parameter) for parameter in trained}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in known for parameter in held)
@@ -113,8 +126,13 @@ class Schedule:
         self.steps += 1
         if self.steps <= self.warmup_steps:
             self._set_warmup()
-        elif self.every_step and self.scheduler is not None:
+        elif self.every_step and self.scheduler is not None and not self._is_at_its_end():
             self.scheduler.step()
+
+    def _is_at_its_end(self) -> bool:
+        """Whether a cycle has no step left: data may have more batches than they say, and torch would raise an error."""
+        scheduler = self.scheduler
+        return isinstance(scheduler, OneCycleLR) and scheduler.last_epoch + 1 >= scheduler.total_steps
 
     def after_epoch(self) -> None:
         """Advance by one epoch, unless the warm-up still lasts."""

@@ -21,6 +21,7 @@ from duoka.strategy import Strategy, choose
 from duoka.trainer.callbacks import Callback
 from duoka.trainer.config import TrainerConfig
 from duoka.trainer.objective import Objective
+from duoka.trainer.stepping import batch_norm_at_rest
 from duoka.world import World
 
 __all__ = [
@@ -229,7 +230,8 @@ def unused_parameters(objective: Objective, batch: Any, world: World) -> list[st
     if world.any(trial is None) or trial is None:
         return None
     generators = rng_state()
-    loss = trial(to_device(batch, world.device))
+    with batch_norm_at_rest(trial.modules()):  # a part of one sample has no variance, and need not have one here
+        loss = trial(to_device(batch, world.device))
     (loss[0] if isinstance(loss, tuple) else loss).backward()
     trained = ((name, parameter) for name, parameter in trial.named_parameters() if parameter.requires_grad)
     unused = [name for name, parameter in trained if parameter.grad is None]

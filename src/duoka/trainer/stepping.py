@@ -12,12 +12,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from duoka.data import to_device
+from duoka.errors import DataError
 from duoka.strategy import Strategy
 from duoka.trainer.losses import Mean
 from duoka.trainer.optimization import Schedule
 from duoka.trainer.tally import Tally
 
-__all__ = ["Stepper", "windows"]
+__all__ = ["Stepper", "batch_norm_at_rest", "windows"]
+
+ONE_SAMPLE = (
+    "batch norm cannot be trained on one sample, and a part of a global batch has just one; let no part be so small: "
+    "drop_last=True in the DataLoader, or a batch size that leaves at least two samples a device at the end"
+)
 
 
 def windows(parts: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -102,9 +108,14 @@ class Stepper:
         count = part.count
         batch = part.batch if self._on_cpu else to_device(part.batch, self.device, True)
         if count:
-            loss = self.call(batch)
+            try:
+                loss = self.call(batch)
+            except ValueError as error:
+                if count > 1 or not str(error).startswith("Expected more than 1 value per channel"):
+                    raise
+                raise DataError(ONE_SAMPLE) from error
         else:
-            with _batch_norm_at_rest(self.modules):
+            with batch_norm_at_rest(self.modules):
                 loss = self.call(batch)
         if type(loss) is tuple:
             loss = self._weighted(loss, count)
@@ -171,7 +182,7 @@ class Stepper:
 
 
 @contextlib.contextmanager
-def _batch_norm_at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
+def batch_norm_at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let a filler, which counts for nothing, leave no trace in running statistics; one sample has no variance either.
 
     SyncBatchNorm talks to the other ranks in training, so it goes on.

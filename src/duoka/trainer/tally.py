@@ -68,13 +68,15 @@ class Tally:
 
     def global_mean(self, world: World) -> float | None:
         """Return the mean over all ranks, ``None`` of nothing; waits for the device and the ranks."""
-        both = torch.tensor(self.read(), dtype=torch.float64)
+        both = torch.tensor(self.read(), dtype=torch.float64, device="cpu")
         total, weight = world.all_reduce(both).tolist()
         return total / weight if weight else None
 
     def _fold(self) -> None:
         if self._counts:
-            counts = torch.tensor(self._counts, dtype=self.total.dtype).to(self.total.device, non_blocking=True)
+            counts = torch.tensor(self._counts, dtype=self.total.dtype, device="cpu").to(
+                self.total.device, non_blocking=True
+            )
             self.total.add_((torch.stack(self._means).to(self.total.dtype) * counts).sum())
             self.weight = self.weight + sum(self._counts)
             self._means.clear()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from duoka import checkpoint, devices
 from duoka.errors import ConfigError
@@ -164,6 +165,12 @@ class Trainer:
         return self._launch(_predict_on_rank, self._job(eval_data=unshuffled(data)))
 
     def _job(self, **changes: Any) -> Job:
+        lazy = [name for name, parameter in self.model.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise ConfigError(
+                f"the model has parameters without a shape yet ({', '.join(lazy[:5])}); call it once with a batch before, as "
+                "lazy modules want: model(inputs)"
+            )
         job = Job(
             self.model,
             self.config,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from duoka.recipes.pictures import GREY, RIGHT, WRONG, figure_at
+from duoka.recipes.pictures import GREY, RIGHT, WRONG, canvas
 
 __all__ = ["bars", "contributions", "curves"]
 
@@ -22,7 +22,7 @@ def bars(path: Path, metric: str, named: Named) -> None:
     """Draw each variant's mean as a bar, its deviation over the seeds as a line, and each seed as a dot."""
     places = range(len(named))
     means = [statistics.fmean(values) for _, values in named]
-    with figure_at(path, 7.5, 1.3 + 0.42 * len(named)) as figure:
+    with canvas(path, 7.5, 1.3 + 0.42 * len(named)) as figure:
         axes = figure.add_subplot()
         axes.barh(places, means, color="#9CC9E5", height=0.65, xerr=_deviations(named), ecolor=RIGHT)
         _dots(axes, named)
@@ -32,7 +32,7 @@ def bars(path: Path, metric: str, named: Named) -> None:
 
 def curves(path: Path, metric: str, named: Sequence[tuple[str, Sequence[Sequence[tuple[int, float]]]]]) -> None:
     """Draw the mean over the seeds of every evaluation, with a band from the lowest to the highest seed."""
-    with figure_at(path, 9.0, max(4.2, 1.2 + 0.25 * len(named))) as figure:
+    with canvas(path, 9.0, max(4.2, 1.2 + 0.25 * len(named))) as figure:
         axes = figure.add_subplot()
         for place, (name, runs) in enumerate(named):
             by_epoch: dict[int, list[float]] = {}
@@ -67,7 +67,7 @@ def contributions(path: Path, metric: str, baseline: str, named: Named, *, highe
         return
     others.sort(key=lambda item: -statistics.fmean(item[1]) if higher else statistics.fmean(item[1]))
     means = [statistics.fmean(values) for _, values in others]
-    with figure_at(path, 7.5, 1.3 + 0.42 * len(others)) as figure:
+    with canvas(path, 7.5, 1.3 + 0.42 * len(others)) as figure:
         axes = figure.add_subplot()
         colours = [RIGHT if (value >= 0) == higher else WRONG for value in means]
         axes.barh(

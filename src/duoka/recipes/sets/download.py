@@ -63,7 +63,10 @@ def _receive(chunks: Iterator[bytes], part: Path, size: int) -> None:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        with part.open("wb") as file, Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        with (
+            part.open("wb") as file,
+            Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True, force_jupyter=False)) as bar,
+        ):
             task = bar.add_task(part.stem, total=size)
             for chunk in chunks:
                 file.write(chunk)

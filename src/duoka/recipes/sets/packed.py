@@ -167,7 +167,10 @@ def _decode(wanted: _Wanted, place: Callable[[int], object]) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     total = len(wanted.names)
     logger.info("packing %d images of %s, once", total, wanted.folder)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(*columns, console=Console(stderr=True)) as bar:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as bar,
+    ):
         task = bar.add_task("packing images", total=total)
         try:
             for start in range(0, total, CHUNK):

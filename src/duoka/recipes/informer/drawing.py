@@ -1,0 +1,175 @@
+"""Pictures of forecasts and of predicted columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duoka.recipes.informer.report import Forecasts
+from duoka.recipes.pictures import canvas
+from duoka.recipes.sets.series import Parts, Series
+
+__all__ = ["beyond", "by_column", "by_step", "examples", "lines", "residuals", "scatter"]
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6B6B6B"
+COLOURS = (ORANGE, GREY, PURPLE, GREEN)
+MARKERS = ("o", "s", "^", "D")
+SHOWN_COLUMNS, SHOWN_WINDOWS, SHOWN_ROWS = 4, 3, 150
+
+
+def examples(path: Path, results: Forecasts, dates: Any, parts: Parts) -> None:
+    """Draw three test windows of the first columns with their history: what came, the Informer's forecast, the next best.
+
+    Args:
+        path: the picture's file.
+        results: forecasts of the test windows.
+        dates: of all steps, from the first test window's history on.
+        parts: the series' parts.
+
+    """
+    test, scaling = parts.test, results.scaling
+    names = results.names[:SHOWN_COLUMNS]
+    windows = torch.linspace(0, len(test) - 1, SHOWN_WINDOWS + 2).long()[1:-1].tolist()
+    past = min(test.past, 4 * test.horizon)
+    others = sorted(list(results.forecasts)[1:], key=lambda name: float(results.errors(name)["mse"]))[:1]
+    with canvas(path, 4.6 * SHOWN_WINDOWS, 0.8 + 2.3 * len(names)) as figure:
+        grid = figure.subplots(len(names), SHOWN_WINDOWS, squeeze=False)
+        for column, window in enumerate(windows):
+            ends = window + test.past
+            when = dates[ends - past : ends + test.horizon]
+            truth = scaling.invert(test.values[ends - past : ends + test.horizon, test.targets])
+            for row, name in enumerate(names):
+                axes = grid[row, column]
+                axes.plot(when, truth[:, row].numpy(), color=BLUE, linewidth=1.3, label="what came")
+                for who, colour, style in zip(("Informer", *others), (ORANGE, GREEN), ("-", "--"), strict=False):
+                    forecast = scaling.invert(results.forecasts[who][window])[:, row]
+                    axes.plot(when[past:], forecast.numpy(), color=colour, linestyle=style, linewidth=1.5, label=who)
+                axes.axvspan(when[past], when[-1], color=GREY, alpha=0.1, linewidth=0)
+                _dates(axes)
+                axes.set_title(name if column == 0 else "", loc="left", fontsize=10, fontweight="bold")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+
+
+def beyond(path: Path, series: Series, targets: Sequence[int], dates: Any, forecast: Tensor, *, history: int) -> None:
+    """Draw the end of a series and the forecast beyond it.
+
+    Args:
+        path: the picture's file.
+        series: what is known.
+        targets: places of the forecast columns.
+        dates: of the forecast.
+        forecast: ``(steps, targets)``, in the columns' units.
+        history: how many known steps are drawn.
+
+    """
+    with canvas(path, 9.0, 0.8 + 2.0 * len(targets)) as figure:
+        grid = figure.subplots(len(targets), 1, squeeze=False, sharex=True)[:, 0]
+        for number, (axes, place) in enumerate(zip(grid, targets, strict=True)):
+            known = series.values[-history:, place]
+            axes.plot(series.dates[-history:], known.numpy(), color=BLUE, linewidth=1.3, label="known")
+            joined = torch.cat((known[-1:].double(), forecast[:, number].double()))
+            axes.plot(series.dates[-1:].append(dates), joined.numpy(), color=ORANGE, linewidth=1.6, label="forecast")
+            axes.axvspan(series.dates[-1], dates[-1], color=GREY, alpha=0.1, linewidth=0)
+            axes.set_title(series.columns[place], loc="left", fontsize=10, fontweight="bold")
+            _dates(axes)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+
+
+def by_step(path: Path, results: Forecasts) -> None:
+    """Draw the mean squared error of each step of the horizon, of every forecast."""
+    with canvas(path, 7.5, 4.2) as figure:
+        axes = figure.add_subplot()
+        for name, colour, marker in zip(results.forecasts, COLOURS, MARKERS, strict=False):
+            errors = results.errors(name)["mse_by_step"]
+            every = max(1, len(errors) // 12)
+            axes.plot(
+                range(1, len(errors) + 1),
+                errors,
+                color=colour,
+                marker=marker,
+                markevery=every,
+                markersize=4,
+                label=name,
+            )
+        axes.set(xlabel="step of the forecast", ylabel="MSE, standardised", ylim=(0, None))
+        axes.set_title("How the error grows with the horizon")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _plain(axes)
+        axes.legend(frameon=False)
+
+
+def by_column(path: Path, results: Forecasts) -> None:
+    """Draw the mean squared error of each column, of every forecast, as bars."""
+    names, makers = results.names, list(results.forecasts)
+    shown = names[:24]
+    with canvas(path, max(6.0, 1.8 + 0.35 * len(makers) * len(shown)), 4.2) as figure:
+        axes = figure.add_subplot()
+        for number, (maker, colour) in enumerate(zip(makers, COLOURS, strict=False)):
+            errors = results.errors(maker)["by_column"]
+            places = [place + (number - (len(makers) - 1) / 2) * 0.8 / len(makers) for place in range(len(shown))]
+            heights = [errors[name]["mse"] for name in shown]
+            axes.bar(places, heights, width=0.76 / len(makers), color=colour, label=maker)
+        axes.set_xticks(range(len(shown)), shown, rotation=0 if len(shown) < 12 else 60)
+        axes.set(ylabel="MSE, standardised")
+        axes.set_title("The error of each column")
+        _plain(axes)
+        axes.legend(frameon=False)
+
+
+def lines(path: Path, truth: Tensor, predicted: Tensor, name: str) -> None:
+    """Draw true and predicted values ``(rows,)`` of one column, of the first test rows."""
+    with canvas(path, 11.0, 3.6) as figure:
+        axes = figure.add_subplot()
+        rows = range(1, min(len(truth), SHOWN_ROWS) + 1)
+        axes.plot(rows, truth[:SHOWN_ROWS].numpy(), color=BLUE, linewidth=1.2, label="true")
+        axes.plot(rows, predicted[:SHOWN_ROWS].numpy(), color=ORANGE, linewidth=1.2, linestyle="--", label="predicted")
+        axes.set(xlabel="test row", ylabel=name)
+        axes.set_title(f"{name}: the first {len(rows)} of {len(truth):,} test rows", loc="left")
+        _plain(axes)
+        axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+
+
+def scatter(path: Path, truth: Tensor, predicted: Tensor, name: str, r2: float) -> None:
+    """Draw predicted against true values ``(rows,)`` of one column; a perfect prediction lies on the line."""
+    with canvas(path, 5.2, 5.0) as figure:
+        axes = figure.add_subplot()
+        ends = [float(torch.minimum(truth, predicted).min()), float(torch.maximum(truth, predicted).max())]
+        axes.plot(ends, ends, color=GREY, linewidth=1)
+        axes.scatter(truth.numpy(), predicted.numpy(), s=7, color=BLUE, alpha=0.35, linewidths=0)
+        axes.set(xlabel=f"true {name}", ylabel=f"predicted {name}", aspect="equal")
+        axes.set_title(f"{name}: R² {r2:.4f} on {len(truth):,} test rows")
+        _plain(axes)
+
+
+def residuals(path: Path, errors: Tensor, names: Sequence[str]) -> None:
+    """Draw how often which error (predicted less true) ``(rows, columns)`` occurs, a panel a column."""
+    with canvas(path, 4.8 * len(names), 3.8) as figure:
+        for axes, column, name in zip(
+            figure.subplots(1, len(names), squeeze=False)[0], errors.unbind(1), names, strict=True
+        ):
+            axes.hist(column.numpy(), bins=50, color=BLUE, alpha=0.8)
+            axes.axvline(0, color=ORANGE, linewidth=1.2)
+            axes.set(xlabel=f"predicted less true {name}", ylabel="test rows")
+            axes.set_title(f"mean {float(column.mean()):+.3g}, deviation {float(column.std(correction=0)):.3g}")
+            _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(visible=True, alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _dates(axes: Any) -> None:
+    """Label a time axis briefly."""
+    from matplotlib import dates
+
+    ticks: Any = dates
+    locator = ticks.AutoDateLocator(minticks=3, maxticks=6)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ticks.ConciseDateFormatter(locator))
+    _plain(axes)

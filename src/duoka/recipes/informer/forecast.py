@@ -1,0 +1,203 @@
+"""The task ``forecast``: the Informer on a series, measured on the paper's scale and against simpler forecasts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from duoka import Trainer, current_world, devices, load
+from duoka.errors import DataError
+from duoka.recipes.informer import baselines, drawing, report
+from duoka.recipes.informer.options import NAME, Config
+from duoka.recipes.informer.running import folder_of, predictions_of, run_options, schedule
+from duoka.recipes.nets.informer import Informer
+from duoka.recipes.registry import Outcome, Written
+from duoka.recipes.runs import Run
+from duoka.recipes.sets import ett, table
+from duoka.recipes.sets.scaling import Scaling
+from duoka.recipes.sets.series import Parts, Series, calendar, series_of
+from duoka.recipes.sets.windows import loader
+
+__all__ = ["Data", "evaluate", "predict_table", "read", "train"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A series, what of it is forecast, and its windows."""
+
+    source: str
+    """The file."""
+    series: Series
+    targets: tuple[int, ...]
+    """Places of the forecast columns among the series' columns."""
+    parts: Parts
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The forecast columns."""
+        return tuple(self.series.columns[place] for place in self.targets)
+
+
+def train(config: Config) -> Outcome:
+    """Train, test, and write the run's folder."""
+    devices.resolve(config.device)  # a device that is not there is said before any download
+    data = read(config)
+    run = folder_of(config)
+    torch.manual_seed(config.seed)
+    model = _model(config, len(data.series.columns), len(data.targets), data.parts.test.marks.shape[1])
+    trainer = _trainer(model, config, data, run_options(run, config))
+    with run.resumable(NAME):
+        trainer.fit(save_model=True, model_path=run.model)
+    results = _tested(trainer, config, data)
+    if current_world().is_main:
+        _write(run, config, data, results)
+    return Outcome(run, _headline(config, results), f"duoka predict {run.folder} --from {data.source}")
+
+
+def evaluate(run: Run, config: Config) -> Outcome:
+    """Test the model of a finished run again."""
+    path, remembered = run.finished_model(), run.read_results()["series"]
+    data = read(config)
+    model = _model(config, len(remembered["columns"]), len(remembered["targets"]), remembered["marks"])
+    load(path, into=model)
+    results = _tested(_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
+    headline = _headline(config, results)
+    if current_world().is_main:
+        run.write_results(headline, "evaluation.json")
+    return Outcome(run, headline, f"duoka predict {run.folder} --from {data.source}")
+
+
+def predict_table(run: Run, config: Config, source: str) -> Written:
+    """Forecast beyond the end of a file with the columns and the step of the one that was trained on."""
+    path, remembered = run.finished_model(), run.read_results()["series"]
+    contents = table.read(source)
+    places = [contents.find_name(name) for name in remembered["columns"]]
+    series = series_of(contents, config.date, places, fill=config.fill)
+    past, _, horizon = config.lengths
+    if len(series) < past:
+        raise DataError(
+            f"{source} has {len(series):,} rows, and the model looks at the last {past:,} (seq_len): give a longer file"
+        )
+    if series.frequency != remembered["frequency"]:
+        raise DataError(
+            f"{source} has a row every {series.frequency}, and the model was trained on a row every {remembered['frequency']}"
+        )
+    model = _model(config, len(places), len(remembered["targets"]), remembered["marks"])
+    load(path, into=model)
+    scaling = Scaling(tuple(remembered["mean"]), tuple(remembered["std"]))
+    dates = series.after(horizon)
+    marks = calendar(series.dates[-past:].append(dates), series.step_s)
+    device = devices.resolve(config.device).devices[0]
+    model.to(device).eval()
+    with torch.inference_mode():
+        forecast = model(scaling.apply(series.values[-past:])[None].to(device), marks[None].to(device))[0].cpu()
+    targets = [remembered["columns"].index(name) for name in remembered["targets"]]
+    forecast = scaling.at(targets).invert(forecast)
+    written = predictions_of(run, source, ".csv"), predictions_of(run, source, ".png")
+    rows = [[str(date), *values] for date, values in zip(dates, forecast.tolist(), strict=True)]
+    table.write(written[0], [config.date, *remembered["targets"]], rows)
+    drawing.beyond(written[1], series, targets, dates, forecast, history=max(past, 3 * horizon))
+    return Written(written, f"{horizon} steps from {dates[0]} to {dates[-1]}")
+
+
+def read(config: Config) -> Data:
+    """Return the series that ``config`` names, cut into windows."""
+    source = config.csv or str(ett.locate(config.dataset, config.root, download=config.download))
+    contents = table.read(source)
+    date = contents.find_name(config.date)
+    others = [place for place in range(len(contents.columns)) if place != date]
+    inputs = contents.find(config.inputs) if config.inputs else others
+    targets = contents.find(config.targets) if config.targets else inputs if config.features == "M" else inputs[-1:]
+    inputs = targets if config.features == "S" else [*inputs, *(place for place in targets if place not in inputs)]
+    series = series_of(contents, config.date, inputs, fill=config.fill)
+    places = tuple(inputs.index(place) for place in targets)
+    past, _, horizon = config.lengths
+    return Data(source, series, places, Parts.of(series, config.split, past, horizon, places))
+
+
+def _model(config: Config, inputs: int, outputs: int, marks: int) -> Informer:
+    _, start, horizon = config.lengths
+    return Informer(inputs, outputs, marks, label_length=start, horizon=horizon, size=config.size())
+
+
+def _trainer(model: Informer, config: Config, data: Data, options: dict[str, Any]) -> Trainer:
+    assert config.bsize is not None
+    return Trainer(
+        model,
+        loader(data.parts.train, config.bsize, shuffle=True),
+        loader(data.parts.validation, max(256, config.bsize)),
+        loss=mse_loss,
+        metrics={"mae": torchmetrics.MeanAbsoluteError()},
+        device=config.device,
+        batch=config.batch,
+        precision=config.precision,
+        epochs=config.epochs,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        monitor="loss",
+        early_stop_patience=config.patience or None,
+        seed=config.seed,
+        **schedule(config),
+        **options,
+    )
+
+
+def _tested(trainer: Trainer, config: Config, data: Data) -> report.Forecasts:
+    """Forecast all windows of the test part, with the model and with what it is measured against."""
+    test = data.parts.test
+    forecasts: dict[str, Tensor] = {"Informer": trainer.predict(loader(test, 256))}
+    if config.baselines:
+        forecasts["last value"] = baselines.last_value(test)
+        if (seasonal := baselines.last_season(test, data.series.season())) is not None:
+            forecasts["last season"] = seasonal
+        forecasts["DLinear"] = baselines.dlinear(data.parts, config.device, config.seed)
+    return report.Forecasts(forecasts, test.futures, data.names, data.parts.scaling.at(data.targets))
+
+
+def _headline(config: Config, results: report.Forecasts) -> dict[str, float]:
+    """Return the numbers that are printed."""
+    found: dict[str, float] = {}
+    for name in results.forecasts:
+        errors = results.errors(name, original=config.inverse)
+        prefix = "test" if name == "Informer" else name.lower().replace(" ", "_")
+        found |= {f"{prefix}_mse": errors["mse"], f"{prefix}_mae": errors["mae"]}
+    return found
+
+
+def _write(run: Run, config: Config, data: Data, results: report.Forecasts) -> None:
+    """Write numbers, forecasts and pictures into the run's folder."""
+    series, scaling = data.series, data.parts.scaling
+    remembered = {
+        "source": data.source,
+        "columns": series.columns,
+        "targets": data.names,
+        "frequency": series.frequency,
+        "marks": data.parts.test.marks.shape[1],
+        "mean": scaling.mean,
+        "std": scaling.std,
+    }
+    parts = data.parts
+    windows = {"training": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)}
+    numbers = {
+        "recipe": NAME,
+        **_headline(config, results),
+        **results.numbers(),
+        "windows": windows,
+        "series": remembered,
+    }
+    run.write_results(numbers)
+    text = results.text(f"{series.name}, {windows['test']:,} test windows, horizon {config.lengths[2]}")
+    run.write_text("evaluation_results.txt", text)
+    run.log(text)
+    dates = series.dates[parts.test_begins :]
+    report.write_forecasts(run.folder / "forecasts.csv", results, dates, parts.test, config.date)
+    drawing.examples(run.plots / "forecasts.png", results, dates, parts)
+    drawing.by_step(run.plots / "error_by_step.png", results)
+    drawing.by_column(run.plots / "error_by_column.png", results)

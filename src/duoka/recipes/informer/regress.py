@@ -1,0 +1,256 @@
+"""The task ``regress``: columns of a table predicted from other columns of the same row."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from duoka import Trainer, current_world, devices, load
+from duoka.errors import ConfigError, DataError
+from duoka.recipes.informer import drawing
+from duoka.recipes.informer.options import NAME, Config
+from duoka.recipes.informer.running import folder_of, predictions_of, run_options, schedule
+from duoka.recipes.nets.regressor import Regressor
+from duoka.recipes.registry import Outcome, Written
+from duoka.recipes.runs import Run
+from duoka.recipes.sets import table
+from duoka.recipes.sets.scaling import Scaling
+
+__all__ = ["Rows", "evaluate", "measures", "predict_table", "read", "train"]
+
+TRAIN_ROWS, TRAIN_SHARE, TARGETS = 10_000, 0.8, 2
+EVALUATIONS = 30
+"""How often the test rows are evaluated during training, for the curves."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table in two parts, standardised by its training rows."""
+
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+    train: TensorDataset
+    test: TensorDataset
+    scaling: tuple[Scaling, Scaling]
+    """Of inputs and of targets."""
+    test_lines: tuple[int, ...]
+    """Where the test rows stand in the file."""
+
+    @property
+    def truth(self) -> Tensor:
+        """The test rows' targets in their units, float64 ``(rows, targets)``."""
+        return self.scaling[1].invert(self.test.tensors[1])
+
+
+def train(config: Config) -> Outcome:
+    """Train, test, and write the run's folder."""
+    devices.resolve(config.device)
+    rows = read(config)
+    run = folder_of(config)
+    torch.manual_seed(config.seed)
+    model = Regressor(len(rows.inputs), len(rows.targets), config.size())
+    trainer = _trainer(model, config, rows, run_options(run, config))
+    with run.resumable(NAME):
+        trainer.fit(save_model=True, model_path=run.model)
+    predicted = _predicted(trainer, rows)
+    found = measures(rows.truth, predicted, rows.targets)
+    if current_world().is_main:
+        _write(run, rows, predicted, found)
+    return Outcome(run, _headline(found), f"duoka predict {run.folder} --from {config.csv}")
+
+
+def evaluate(run: Run, config: Config) -> Outcome:
+    """Test the model of a finished run again."""
+    model, _ = _finished(run, config)
+    rows = read(config)
+    found = measures(rows.truth, _predicted(_trainer(model, config, rows, {}), rows), rows.targets)
+    if current_world().is_main:
+        run.write_results(found, "evaluation.json")
+    return Outcome(run, _headline(found), f"duoka predict {run.folder} --from {config.csv}")
+
+
+def predict_table(run: Run, config: Config, source: str) -> Written:
+    """Predict the targets of each row of a file that has the columns that were learnt from."""
+    model, remembered = _finished(run, config)
+    contents = table.read(source)
+    values = contents.numbers([contents.find_name(name) for name in remembered["inputs"]], fill=config.fill)
+    scaling, of_targets = (
+        Scaling(*(tuple(remembered[part][key]) for key in ("mean", "std"))) for part in ("of_inputs", "of_targets")
+    )
+    device = devices.resolve(config.device).devices[0]
+    model.to(device).eval()
+    with torch.inference_mode():
+        parts = [model(part.to(device)).cpu() for part in torch.split(scaling.apply(values), 4096)]
+    predicted = of_targets.invert(torch.cat(parts))
+    targets: list[str] = remembered["targets"]
+    written = [predictions_of(run, source, ".csv")]
+    rows = [[line, *row] for line, row in zip(contents.lines, predicted.tolist(), strict=True)]
+    table.write(written[0], ["line", *targets], rows)
+    if set(targets) <= set(contents.columns):
+        truth = contents.numbers([contents.find_name(name) for name in targets], fill=config.fill)
+        for place, name in enumerate(targets):
+            written.append(predictions_of(run, source, f"-{name}.png"))
+            drawing.lines(written[-1], truth[:, place], predicted[:, place], name)
+    return Written(tuple(written), f"{len(predicted):,} rows")
+
+
+def read(config: Config) -> Rows:
+    """Return the table that ``config`` names, drawn into training and test rows."""
+    assert config.csv is not None
+    contents = table.read(config.csv)
+    width = len(contents.columns)
+    if not config.targets and width <= TARGETS:
+        raise ConfigError(
+            f"{config.csv} has {width} columns; the last {TARGETS} would be the targets: name them with --targets"
+        )
+    targets = contents.find(config.targets) if config.targets else list(range(width - TARGETS, width))
+    inputs = (
+        contents.find(config.inputs) if config.inputs else [place for place in range(width) if place not in targets]
+    )
+    if both := [contents.columns[place] for place in inputs if place in targets]:
+        raise ConfigError(f"{table.listed(both)} is among inputs and targets: leave it out of one of them")
+    if not inputs:
+        raise ConfigError(f"every column of {config.csv} is a target: leave some to learn from")
+    values = contents.numbers([*inputs, *targets], fill=config.fill)
+    train, test = _split(config, len(values))
+    names = [contents.columns[place] for place in (*inputs, *targets)]
+    _check_targets(contents, values[train][:, len(inputs) :], names[len(inputs) :])
+    scaling = Scaling.of(values[train], names)
+    of_inputs, of_targets = scaling.at(range(len(inputs))), scaling.at(range(len(inputs), len(names)))
+    parts = [
+        TensorDataset(of_inputs.apply(values[part, : len(inputs)]), of_targets.apply(values[part, len(inputs) :]))
+        for part in (train, test)
+    ]
+    lines = tuple(contents.lines[row] for row in test.tolist())
+    return Rows(
+        tuple(names[: len(inputs)]), tuple(names[len(inputs) :]), parts[0], parts[1], (of_inputs, of_targets), lines
+    )
+
+
+def measures(truth: Tensor, predicted: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return R², RMSE, MAE and the relative L2 error ``|predicted - true| / |true|`` of each target, and of all.
+
+    Over all, R² is the mean of the targets', the others are those of all values together.
+
+    Args:
+        truth: in the targets' units, ``(rows, targets)``.
+        predicted: likewise.
+        names: the targets'.
+
+    """
+    error = predicted - truth
+    r2 = 1 - error.square().sum(0) / (truth - truth.mean(0)).square().sum(0)
+    found = {
+        name: {
+            "r2": float(r2[place]),
+            "rmse": float(error[:, place].square().mean().sqrt()),
+            "mae": float(error[:, place].abs().mean()),
+            "l2": float(error[:, place].norm() / truth[:, place].norm()),
+        }
+        for place, name in enumerate(names)
+    }
+    overall = {"rmse": error.square().mean().sqrt(), "mae": error.abs().mean(), "l2": error.norm() / truth.norm()}
+    return {
+        "overall": {"r2": float(r2.mean()), **{key: float(value) for key, value in overall.items()}},
+        "targets": found,
+    }
+
+
+def _split(config: Config, count: int) -> tuple[Tensor, Tensor]:
+    """Return the places of training and test rows, each in the order of the file."""
+    share = TRAIN_ROWS if count > TRAIN_ROWS else int(TRAIN_SHARE * count)
+    wanted = share if config.train_rows is None else config.train_rows
+    if not 2 <= wanted <= count - 2:
+        raise DataError(
+            f"{config.csv} has {count:,} rows, {wanted:,} of them for training: at least 2 are needed for training and 2 for "
+            "the test: use more rows, or another --train_rows"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.split_seed))
+    return order[:wanted].sort().values, order[wanted:].sort().values
+
+
+def _check_targets(contents: table.Table, values: Tensor, names: list[str]) -> None:
+    for column, name in zip(values.unbind(1), names, strict=True):
+        if bool((column == column[0]).all()):
+            place = contents.columns.index(name) + 1
+            raise DataError(
+                f"{contents.path}, column {place} ({name}): {float(column[0]):g} in every training row, so there is nothing to "
+                "predict: choose other --targets"
+            )
+
+
+def _trainer(model: Regressor, config: Config, rows: Rows, options: dict[str, Any]) -> Trainer:
+    assert config.epochs is not None
+    return Trainer(
+        model,
+        DataLoader(rows.train, batch_size=config.bsize, shuffle=True),
+        DataLoader(rows.test, batch_size=4096),
+        loss=mse_loss,
+        device=config.device,
+        batch=config.batch,
+        precision=config.precision,
+        epochs=config.epochs,
+        eval_step=max(1, config.epochs // EVALUATIONS),
+        optimizer=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        **schedule(config),
+        **options,
+    )
+
+
+def _predicted(trainer: Trainer, rows: Rows) -> Tensor:
+    """Return the test rows' predictions in the targets' units, float64 ``(rows, targets)``."""
+    return rows.scaling[1].invert(trainer.predict(DataLoader(rows.test, batch_size=4096)))
+
+
+def _headline(found: dict[str, Any]) -> dict[str, float]:
+    overall = {f"test_{key}": value for key, value in found["overall"].items()}
+    return {**overall, **{f"{name} r2": values["r2"] for name, values in found["targets"].items()}}
+
+
+def _write(run: Run, rows: Rows, predicted: Tensor, found: dict[str, Any]) -> None:
+    """Write numbers, predictions and pictures into the run's folder."""
+    scaling = dict(zip(("of_inputs", "of_targets"), map(dataclasses.asdict, rows.scaling), strict=True))
+    remembered = {"inputs": rows.inputs, "targets": rows.targets, **scaling}
+    run.write_results({"recipe": NAME, **found, "table": remembered})
+    text = _text(found, len(predicted))
+    run.write_text("evaluation_results.txt", text)
+    run.log(text)
+    truth = rows.truth
+    header = ["line", *(f"{name}{kind}" for name in rows.targets for kind in ("", " predicted"))]
+    pairs = torch.stack((truth, predicted), dim=2).flatten(1).tolist()
+    table.write(
+        run.folder / "predictions.csv", header, [[line, *row] for line, row in zip(rows.test_lines, pairs, strict=True)]
+    )
+    for place, name in enumerate(rows.targets):
+        file = "".join(letter if letter.isalnum() else "_" for letter in name)
+        drawing.lines(run.plots / f"lines_{file}.png", truth[:, place], predicted[:, place], name)
+        drawing.scatter(
+            run.plots / f"scatter_{file}.png", truth[:, place], predicted[:, place], name, found["targets"][name]["r2"]
+        )
+    drawing.residuals(run.plots / "residuals.png", predicted - truth, rows.targets)
+
+
+def _text(found: dict[str, Any], count: int) -> str:
+    width = max(10, *(len(name) + 2 for name in found["targets"]))
+    lines = [f"{count:,} test rows, in the targets' own units; L2 is relative to the targets' own length", ""]
+    lines.append(f"{'':{width}}{'R²':>10}{'RMSE':>12}{'MAE':>12}{'L2 error':>12}")
+    for name, row in {**found["targets"], "overall": found["overall"]}.items():
+        lines.append(f"{name:{width}}{row['r2']:10.4f}{row['rmse']:12.5g}{row['mae']:12.5g}{row['l2']:12.5g}")
+    return "\n".join(lines) + "\n"
+
+
+def _finished(run: Run, config: Config) -> tuple[Regressor, dict[str, Any]]:
+    """Return the trained model of a run and what it remembers of its table."""
+    path, remembered = run.finished_model(), run.read_results()["table"]
+    model = Regressor(len(remembered["inputs"]), len(remembered["targets"]), config.size())
+    load(path, into=model)
+    return model, remembered

@@ -1,0 +1,40 @@
+"""DLinear: a forecast by two linear maps over time, one of the trend and one of the rest; the baseline that is hard to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+__all__ = ["DLinear"]
+
+TREND_STEPS = 25
+
+
+class DLinear(nn.Module):
+    """Forecasts each series from its own past alone, all by the same two maps.
+
+    A. Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023, https://arxiv.org/abs/2205.13504.
+
+    Args:
+        past: steps of the history.
+        horizon: steps to forecast.
+        targets: places of the columns that are forecast.
+
+    """
+
+    def __init__(self, past: int, horizon: int, targets: Sequence[int]) -> None:
+        super().__init__()
+        self.targets = list(targets)
+        self.trend, self.rest = nn.Linear(past, horizon), nn.Linear(past, horizon)
+        for layer in (self.trend, self.rest):
+            nn.init.constant_(layer.weight, 1 / past)
+        self.smooth = nn.AvgPool1d(TREND_STEPS, stride=1)
+
+    def forward(self, history: Tensor, marks: Tensor) -> Tensor:  # noqa: ARG002 - it is called as the Informer is
+        """Return ``(batch, horizon, targets)`` of ``history (batch, past, columns)``; the calendar is not looked at."""
+        series = history[:, :, self.targets].transpose(1, 2)
+        half = TREND_STEPS // 2
+        trend = self.smooth(nn.functional.pad(series, (half, half), mode="replicate"))
+        forecast: Tensor = self.trend(trend) + self.rest(series - trend)
+        return forecast.transpose(1, 2)

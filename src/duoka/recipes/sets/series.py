@@ -1,0 +1,232 @@
+"""A table with dates as a regular series: checked, cut into training, validation and test, with features of the calendar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duoka.errors import ConfigError, DataError
+from duoka.log import logger
+from duoka.recipes.optional import require
+from duoka.recipes.sets import ett
+from duoka.recipes.sets.scaling import Scaling
+from duoka.recipes.sets.table import Table, listed
+from duoka.recipes.sets.windows import Windows
+
+__all__ = ["Parts", "Series", "calendar", "series_of"]
+
+HOUR_S, DAY_S = 3600, 86_400
+UNEQUAL = ("MS", "ME", "3MS", "3ME", "12MS", "12ME", "B")
+"""Steps that are regular though not equally long: months, quarters and years from first or last days, and working days."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values at regular dates."""
+
+    name: str
+    """Of the file, without its ending."""
+    dates: Any
+    """``pandas.DatetimeIndex`` with its ``freq``."""
+    values: Tensor
+    """float64 ``(steps, columns)``."""
+    columns: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def frequency(self) -> str:
+        """The dates' step in pandas' words, such as ``"h"`` or ``"15min"``."""
+        return str(self.dates.freqstr)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds from one date to the next, on average."""
+        return float((self.dates[-1] - self.dates[0]).total_seconds()) / max(1, len(self.dates) - 1)
+
+    def season(self) -> int:
+        """Return the steps of a day; for daily data of a week, for longer steps of a year."""
+        if self.step_s < DAY_S:
+            return max(1, round(DAY_S / self.step_s))
+        days = 7 if self.step_s < 7 * DAY_S else 365.25
+        return max(1, round(days * DAY_S / self.step_s))
+
+    def after(self, steps: int) -> Any:
+        """Return the dates of the ``steps`` that follow the last."""
+        pandas = require("pandas", extra="forecast")
+        return pandas.date_range(self.dates[-1], periods=steps + 1, freq=self.dates.freq)[1:]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A standardised series in three parts, whose windows all lie within the part or its past."""
+
+    train: Windows
+    validation: Windows
+    test: Windows
+    scaling: Scaling
+    test_begins: int
+    """The step that the first test window's history begins with."""
+
+    @classmethod
+    def of(cls, series: Series, split: str, past: int, horizon: int, targets: Sequence[int]) -> Parts:
+        """Cut ``series``; a part's first window has its future at the part's beginning, as in the paper's code.
+
+        Args:
+            series: what is cut.
+            split: ``"paper"`` (12, 4 and 4 months of ETT), ``"ratio"`` (70, 10 and 20 %), or ``"auto"``: the paper's where
+                the file is called ETTh... or ETTm... and is long enough.
+            past: steps of a window's history.
+            horizon: steps that follow.
+            targets: places of the columns that are forecast.
+
+        Raises:
+            ConfigError: the paper's split does not fit the series.
+            DataError: a part is too short for one window.
+
+        """
+        train, validation, test = _borders(series, split)
+        _check_lengths(
+            series, {"training": train, "validation": validation - train, "test": test - validation}, past, horizon
+        )
+        scaling = Scaling.of(series.values[:train], series.columns)
+        values, marks = scaling.apply(series.values), calendar(series.dates, series.step_s)
+        bounds = ((0, train), (train - past, validation), (validation - past, test))
+        parts = [Windows(values[low:high], marks[low:high], past, horizon, targets) for low, high in bounds]
+        return cls(parts[0], parts[1], parts[2], scaling, validation - past)
+
+
+def series_of(table: Table, date: str, places: Sequence[int], *, fill: bool = False) -> Series:
+    """Return the columns at ``places`` of ``table`` as a series over its column ``date``.
+
+    Args:
+        table: what was read.
+        date: name of the column of dates.
+        places: of the columns of values, from 0.
+        fill: whether missing values and missing dates are interpolated.
+
+    Raises:
+        ConfigError: there is no column ``date``.
+        DataError: dates that are none, do not rise, or are not regular; values that are missing or no numbers.
+
+    """
+    dates = _dates(table, table.find_name(date))
+    values = table.numbers(places, fill=fill)
+    dates, values = _regular(table, dates, values, fill)
+    return Series(table.path.stem, dates, values, tuple(table.columns[place] for place in places))
+
+
+def calendar(dates: Any, step_s: float) -> Tensor:
+    """Return float32 ``(steps, features)`` from -0.5 to 0.5: places in the hour, day, week, month and year.
+
+    Minute, hour and day of the week are there where steps are shorter than an hour, a day, a week. The paper's code has the
+    same ones for steps of a minute up to a day.
+    """
+    features = [
+        (step_s < HOUR_S, dates.minute / 59),
+        (step_s < DAY_S, dates.hour / 23),
+        (step_s < 7 * DAY_S, dates.day_of_week / 6),
+        (True, (dates.day - 1) / 30),
+        (True, (dates.day_of_year - 1) / 365),
+    ]
+    return torch.from_numpy(np.stack([np.asarray(value) - 0.5 for used, value in features if used], axis=1)).float()
+
+
+def _dates(table: Table, place: int) -> Any:
+    """Return the column of dates, all of them dates and rising."""
+    pandas = require("pandas", extra="forecast")
+    cells = [row[place].strip() for row in table.rows]
+    try:
+        dates = pandas.DatetimeIndex(pandas.to_datetime(pandas.Series(cells), format="mixed", errors="coerce"))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{table.path}, column {place + 1} ({table.columns[place]}): {error}") from error
+    wrong = np.flatnonzero(dates.isna())
+    if len(wrong):
+        cells_named = [f"{cells[row]!r} in line {table.lines[row]}" for row in wrong.tolist()]
+        raise DataError(
+            f"{table.path}, column {place + 1} ({table.columns[place]}): no date: {listed(cells_named)}; write dates as "
+            "2016-07-01 00:00:00, or name another column with --date"
+        )
+    late = np.flatnonzero(np.diff(dates.asi8) <= 0)
+    if len(late):
+        row = int(late[0]) + 1
+        again = "the same date as" if dates[row] == dates[row - 1] else "an earlier date than"
+        raise DataError(
+            f"{table.path}, line {table.lines[row]}, column {place + 1} ({table.columns[place]}): {cells[row]} is {again} "
+            f"{cells[row - 1]} in line {table.lines[row - 1]}: sort the rows by date, and keep one of each"
+        )
+    return dates
+
+
+def _regular(table: Table, dates: Any, values: Tensor, fill: bool) -> tuple[Any, Tensor]:
+    """Return dates with a frequency and their values; gaps are filled where that is allowed."""
+    pandas = require("pandas", extra="forecast")
+    if len(dates) < 3:
+        raise DataError(
+            f"{table.path} has {len(dates)} rows: a series needs three at least, and many more to learn from"
+        )
+    steps = np.diff(dates.asi8)
+    common = _commonest(steps)
+    place = int(np.flatnonzero(steps == common)[0])
+    usual = dates[place + 1] - dates[place]
+    for frequency in (usual, *UNEQUAL):
+        regular = pandas.date_range(dates[0], periods=len(dates), freq=frequency)
+        if np.array_equal(regular, dates):
+            return regular, values
+    row = int(np.flatnonzero(steps != common)[0]) + 1
+    step = dates[row] - dates[row - 1]
+    if not fill:
+        raise DataError(
+            f"{table.path}, line {table.lines[row]}: {dates[row]} comes {step} after line {table.lines[row - 1]}, and the "
+            f"usual step is {usual}: add the missing rows, or give --fill true, which interpolates them"
+        )
+    if np.any(steps % common):
+        row = int(np.flatnonzero(steps % common)[0]) + 1
+        raise DataError(
+            f"{table.path}, line {table.lines[row]}: {dates[row]} is no whole number of steps of {usual} after line "
+            f"{table.lines[row - 1]}: only missing rows can be filled"
+        )
+    regular = pandas.date_range(dates[0], dates[-1], freq=usual)
+    logger.info("%s: interpolated %s missing rows", table.path, f"{len(regular) - len(dates):,}")
+    columns = [np.interp(regular.asi8, dates.asi8, column.numpy()) for column in values.unbind(1)]
+    return regular, torch.from_numpy(np.stack(columns, axis=1))
+
+
+def _commonest(steps: np.ndarray) -> int:
+    values, counts = np.unique(steps, return_counts=True)
+    return int(values[counts.argmax()])
+
+
+def _borders(series: Series, split: str) -> tuple[int, int, int]:
+    """Return where training, validation and test end."""
+    rows = len(series)
+    kind = series.name[:4].lower()
+    if split == "paper" or (split == "auto" and kind in ("etth", "ettm")):
+        steps_per_hour = round(HOUR_S / series.step_s) if series.step_s <= HOUR_S else 0
+        ends = ett.borders(rows, steps_per_hour) if steps_per_hour else None
+        if ends is not None:
+            return ends
+        if split == "paper":
+            raise ConfigError(
+                f"split is 'paper', which takes 20 months of 30 days in steps of an hour or less; {series.name} has {rows:,} "
+                f"steps of {series.frequency}: use --split ratio"
+            )
+    train, test = int(rows * 0.7), int(rows * 0.2)
+    return train, rows - test, rows
+
+
+def _check_lengths(series: Series, lengths: dict[str, int], past: int, horizon: int) -> None:
+    """Make sure that each part has a window: validation and test may reach back for their past."""
+    need = {"training": past + horizon, "validation": horizon, "test": horizon}
+    for part, length in lengths.items():
+        if length < need[part]:
+            raise DataError(
+                f"{series.name} has {len(series):,} rows, {length:,} of them for {part}, which needs {need[part]:,} at least "
+                f"(seq_len {past}, pred_len {horizon}): use more rows, or a smaller --seq_len or --pred_len"
+            )

@@ -1,0 +1,35 @@
+"""``duoka data make``: the file, what is said of it, and mistakes."""
+
+import shlex
+
+import pytest
+
+from duoka.cli.main import main
+from duoka.recipes.sets import table
+
+
+def test_the_example_is_written_with_what_can_be_reached(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "make", "datatry", "--rows", "500"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "wrote datatry.csv: 500 rows, 10 features, then Pressure and SWAT"
+    assert [line.split(":")[0] for line in lines[1:3]] == [
+        f"best reachable R² of {name}" for name in ("Pressure", "SWAT")
+    ]
+    found = table.read(tmp_path / "datatry.csv")
+    assert (len(found), len(found.columns)) == (500, 12)
+    words = shlex.split(lines[3].removeprefix("next: duoka "))
+    assert main([*words, "--epochs", "1", "--device", "cpu", "--width", "16", "--hidden", "16"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--rows", "0"], "--rows is 0"), (["--to", "file/d.csv"], "file"), (["--seed", "-1"], "--seed -1")],
+)
+def test_a_mistake_is_one_message(tmp_path, monkeypatch, capfd, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    assert main(["data", "make", "datatry", *words]) == 2
+    shown = capfd.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown

@@ -1,0 +1,135 @@
+"""CSV files as people have them: what is read, and what is refused with line and column."""
+
+import math
+
+import pytest
+import torch
+
+from duoka.errors import ConfigError, DataError
+from duoka.recipes.sets import table
+from duoka.recipes.sets.scaling import Scaling
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content: str | bytes):
+        path = tmp_path / "t.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a,b\n1,2.5\n3,-4e-1\n",
+        "a,b\r\n1,2.5\r\n3,-4e-1\r\n",
+        b"\xef\xbb\xbfa,b\n1,2.5\n3,-4e-1\n",
+        "a;b\n1;2.5\n3;-4e-1\n",
+        "a;b\n1;2,5\n3;-4e-1\n",
+        "a\tb\n1\t2.5\n3\t-4e-1",
+        'a, b\n\n"1", 2.5 \n3, -4e-1\n\n',
+    ],
+)
+def test_separators_marks_and_line_ends_make_no_difference(file, content):
+    found = table.read(file(content))
+    assert found.columns == ("a", "b")
+    assert found.numbers([0, 1]).tolist() == [[1, 2.5], [3, -0.4]]
+
+
+def test_columns_are_found_by_name_position_and_range(file):
+    found = table.read(file("a,b,c,2\n1,2,3,4\n"))
+    assert found.find("c,a") == [2, 0]
+    assert found.find("1-2, c") == [0, 1, 2]
+    assert found.find("2") == [3]  # a name goes before a position
+    for wanted, message in {
+        "bb": "no column 'bb'",
+        "9": "its 4 columns are a; b; c; 2",
+        "3-1": "3-1",
+        ",": "no column",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            found.find(wanted)
+    with pytest.raises(ConfigError, match="no column 'temperature'"):
+        found.find_name("temperature")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty: the first line must hold the columns' names"),
+        ("a,b\n", "names of columns and no row"),
+        ("1,2\n3,4\n", "line 1: numbers where the columns' names should be"),
+        ("a,a\n1,2\n", "line 1: column 2 has the name 'a' again"),
+        ("a,,c\n1,2,3\n", "line 1: column 2 has no name"),
+        (
+            "a,b\n1,2\n\n3,4,5\n",
+            "line 4: 3 columns where the first line has 2; the first that is too much is column 3, '5'",
+        ),
+        ("a,b\n1,2\n3\n", r"line 3: 1 column where the first line has 2; the first that is missing is column 2 \(b\)"),
+        (b"a,b\n1,2\n3,\xff\n", "line 3: not UTF-8 text"),
+        (b'a,b\n1,"2\n', "line"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_with_its_line(file, content, message):
+    with pytest.raises(DataError, match=message):
+        table.read(file(content)).numbers([0, 1])
+
+
+def test_eleven_columns_where_twelve_are_named(file):
+    rows = [",".join(str(number) for number in range(12)) for _ in range(20)]
+    rows[13] = rows[13].rpartition(",")[0]
+    with pytest.raises(DataError, match=r"line 15: 11 columns where the first line has 12; .* column 12"):
+        table.read(file("\n".join([",".join("abcdefghijkl"), *rows])))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*none\.csv"):
+        table.read(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="cannot read"):
+        table.read(tmp_path)
+
+
+@pytest.mark.parametrize("cell", ["x", "1_000", "inf", "1 2", "12:30"])
+def test_cells_that_are_no_numbers_are_named_by_line_and_column(file, cell):
+    found = table.read(file(f"a,b\n1,2\n3,{cell}\n"))
+    with pytest.raises(
+        DataError, match=rf"1 cell that should be a number and is not: '{cell}' in line 3, column 2 \(b\)"
+    ):
+        found.numbers([0, 1], fill=True)
+    assert found.numbers([0]).tolist() == [[1], [3]]
+
+
+@pytest.mark.parametrize("cell", ["", "NaN", "NA", " null "])
+def test_missing_values_are_named_or_interpolated(file, cell):
+    found = table.read(file(f"a,b\n{cell},1\n2,{cell}\n{cell},3\n8,4\n{cell},5\n"))
+    with pytest.raises(
+        DataError, match=r"4 missing values: line 2, column 1 \(a\); line 3, column 2 \(b\); .*--fill true"
+    ):
+        found.numbers([0, 1])
+    assert found.numbers([0, 1], fill=True).tolist() == [[2, 1], [2, 2], [5, 3], [8, 4], [8, 5]]
+
+
+def test_a_column_without_any_value_cannot_be_filled(file):
+    found = table.read(file("a,b\n1,\n2,\n"))
+    with pytest.raises(DataError, match="column 'b' has no value at all"):
+        found.numbers([0, 1], fill=True)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    table.write(tmp_path / "new" / "t.csv", ["a", "b,c"], [[1.5, "x"], [math.pi, "y"]])
+    found = table.read(tmp_path / "new" / "t.csv")
+    assert found.columns == ("a", "b,c")
+    assert found.numbers([0]).tolist() == [[1.5], [3.141593]]
+
+
+def test_scaling_is_of_the_rows_it_was_made_of_and_back(caplog):
+    rows = torch.tensor([[1.0, 7.0], [3.0, 7.0]], dtype=torch.float64)
+    scaling = Scaling.of(rows, ["a", "b"])
+    assert scaling == Scaling((2.0, 7.0), (1.0, 1.0))
+    assert "column 'b' is 7 in every training row" in caplog.text
+    other = torch.tensor([[5.0, 9.0]], dtype=torch.float64)
+    assert scaling.apply(other).tolist() == [[3.0, 2.0]]
+    assert torch.equal(scaling.invert(scaling.apply(other)), other)
+    assert scaling.at([1]) == Scaling((7.0,), (1.0,))
