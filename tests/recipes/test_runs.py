@@ -4,7 +4,7 @@ import pytest
 
 from duoka.errors import ConfigError, DataError, StorageError
 from duoka.recipes import registry
-from duoka.recipes.runs import Run
+from duoka.recipes.runs import Run, no_empty_folder
 
 
 def test_runs_of_the_same_second_and_name_have_folders_of_their_own(tmp_path):
@@ -62,3 +62,19 @@ def test_an_unknown_recipe_is_answered_with_what_there_is():
         registry.find("cifar-100")
     with pytest.raises(ConfigError, match="there is cifar100"):
         registry.find("zzz")
+
+
+def test_a_run_that_is_interrupted_before_it_writes_leaves_no_folder(tmp_path):
+    def interrupted(*, late: bool) -> None:
+        with no_empty_folder():
+            run = Run.new(tmp_path, "cifar100", "x")
+            if late:
+                run.log("begun")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(late=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(late=True)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.txt"]

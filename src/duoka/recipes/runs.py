@@ -18,7 +18,26 @@ from duoka.errors import ConfigError, DataError, StorageError
 from duoka.log import logger
 from duoka.trainer import Callback, State
 
-__all__ = ["ConfigWriter", "Run"]
+__all__ = ["ConfigWriter", "Run", "no_empty_folder"]
+
+_made: list[Path] = []
+"""The folders that were made within ``no_empty_folder``."""
+
+
+@contextlib.contextmanager
+def no_empty_folder() -> Iterator[None]:
+    """Where the block is interrupted or fails before anything was written, leave no empty run's folder behind."""
+    _made.clear()
+    try:
+        yield
+    except BaseException:
+        for folder in _made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+                folder.parent.rmdir()
+        raise
+    finally:
+        _made.clear()
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,7 @@ class Run:
             except OSError as error:
                 raise StorageError(f"cannot make the run's folder {folder}: {error}: choose another --out") from error
             else:
+                _made.append(folder)
                 return cls(folder)
 
     @classmethod
