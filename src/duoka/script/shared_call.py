@@ -18,7 +18,6 @@ from torch import nn
 
 from duoka.errors import WorkerDied
 from duoka.mirror import nested
-from duoka.mirror.crew import Crew
 from duoka.mirror.engine import Engine
 from duoka.script.account import ModelAccount
 from duoka.script.trial import Generators, Verdict, first_line, is_users, signature, try_parts
@@ -46,7 +45,6 @@ class SharedCall:
         self._seen: Counter[Any] = Counter()
         self._is_first = True
         self._fits_one = fits_one
-        self._end: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_call, ()
@@ -73,7 +71,7 @@ class SharedCall:
     def close(self) -> None:
         """Give the helpers back, and the model its own call."""
         engine, self._engine = self._engine, None
-        if engine is not None and self._end is not None and self._end.detach():
+        if engine is not None:
             engine.close()
         if (module := self._module()) is not None and module._compiled_call_impl is self:
             del module._compiled_call_impl
@@ -127,8 +125,6 @@ class SharedCall:
             with self._account.calls.begins():
                 self._engine = Engine(self._devices, 0)
                 self._engine.crew.start()
-            self._end = weakref.finalize(module, _leave_later, self._engine.crew, self._engine.number)
-            self._end.atexit = False
         generators = Generators()
         try:
             value = self._engine.run(module, args, kwargs)
@@ -164,12 +160,6 @@ def is_traced(module: nn.Module) -> bool:
 
 def _no_call() -> None:
     return None
-
-
-def _leave_later(crew: Crew, number: int) -> None:
-    """Tell that a model is gone, from a thread of its own: the garbage collector may come in the middle of anything."""
-    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and the helpers with it
-        threading.Thread(target=crew.leave, args=(number,), name="duoka-close", daemon=True).start()
 
 
 def _averaged(value: Any, numbers: Sequence[int], sizes: Sequence[int]) -> Any:
