@@ -1,5 +1,7 @@
 """Run folders: made once each, found again, and refused with a reason."""
 
+import shutil
+
 import pytest
 
 from duoka.errors import ConfigError, DataError, StorageError
@@ -22,6 +24,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(DataError, match="the folder is not there"):
         Run.at(tmp_path / "none")
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    for name in ("config.yml", "model.safetensors", "checkpoint/last.pt"):
+        (tmp_path / "run" / name).touch()
+        with pytest.raises(DataError, match=f"it is a file of the run {tmp_path / 'run'}: give that folder"):
+            Run.at(tmp_path / "run" / name)
+    shutil.rmtree(tmp_path / "run")
     with pytest.raises(DataError, match="stopped before it began; start it again"):
         Run.at(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
