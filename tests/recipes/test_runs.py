@@ -75,7 +75,7 @@ def test_an_unknown_recipe_is_answered_with_what_there_is():
 def test_a_run_that_is_interrupted_before_it_writes_leaves_no_folder(tmp_path):
     def interrupted(*, late: bool) -> None:
         with no_empty_folder():
-            run = Run.new(tmp_path, "cifar100", "x")
+            run = Run.new(tmp_path / "made" / "runs", "cifar100", "x")
             if late:
                 run.log("begun")
             raise KeyboardInterrupt

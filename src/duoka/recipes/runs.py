@@ -21,7 +21,7 @@ from duoka.trainer import Callback, State
 __all__ = ["ConfigWriter", "Run", "no_empty_folder"]
 
 _made: list[Path] = []
-"""The folders that were made within ``no_empty_folder``."""
+"""The folders that were made within ``no_empty_folder``, each before the one that it is in."""
 
 
 @contextlib.contextmanager
@@ -34,7 +34,6 @@ def no_empty_folder() -> Iterator[None]:
         for folder in _made:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
-                folder.parent.rmdir()
         raise
     finally:
         _made.clear()
@@ -56,6 +55,7 @@ class Run:
         """
         stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
         number = 1
+        absent = [parent for parent in stem.parents if not parent.exists()]
         while True:
             folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
             try:
@@ -67,7 +67,7 @@ class Run:
             except OSError as error:
                 raise StorageError(_cannot_make(folder, error.strerror or str(error))) from error
             else:
-                _made.append(folder)
+                _made.extend((folder, *absent))
                 return cls(folder)
 
     @classmethod
