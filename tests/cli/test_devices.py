@@ -118,3 +118,18 @@ def test_a_full_disk_behind_the_output_is_one_message(options: list[str]) -> Non
         ran = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert ran.returncode == 2
     assert ran.stderr.splitlines() == ["duoka: the disk is full. Free some space, or choose another folder."]
+
+
+@pytest.mark.parametrize("words", [["--devices", "cpu:2"], ["--devices=cpu:2"], ["cpu:2"]])
+def test_another_way_to_name_devices_leads_to_the_option(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", *words]) == 2
+    assert "did you mean `--device cpu:2`?" in capsys.readouterr().err
+
+
+def test_many_workers_are_counted_and_too_many_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    show("cpu:999", resolve("cpu:999"), describe(), Cores(2, "2 cores"))
+    output = capsys.readouterr().out
+    assert "cpu:999 chooses: 999 CPU workers\n" in output
+    assert "999 CPU workers on 2 cores: too many" in output
+    show("cpu:2", resolve("cpu:2"), describe(), Cores(2, "2 cores"))
+    assert "too many" not in capsys.readouterr().out

@@ -98,7 +98,12 @@ def test_an_answer_does_not_depend_on_the_images_beside_it(run, ask):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("none.png", "there is no image none.png"), ("text.png", "cannot read the image text.png")]
+    ("name", "message"),
+    [
+        ("none.png", "there is no image none.png"),
+        ("text.png", "cannot read the image text.png"),
+        (".", ". is a folder, not an image"),
+    ],
 )
 def test_an_image_that_cannot_be_read_is_one_message(run, tmp_path, monkeypatch, capfd, name, message):
     monkeypatch.chdir(tmp_path)

@@ -162,9 +162,18 @@ def test_every_optimiser_trains_with_a_schedule_of_its_own(here, optimizer):
         (["train", "cifar100", "--bsise", "3"], "did you mean `bsize`?"),
         (["train", "cifar100", "--download", "false", "--device", "cpu"], "--download true"),
         (["train", "cifar100", *SHORT, "--device", "cpu:x"], "device 'cpu:x' is not understood"),
-        (["train", "cifar100", *SHORT, "--out", "file"], "choose another --out"),
+        (["train", "cifar100", *SHORT, "--out", "file"], "file is a file: choose another --out"),
         (["train", "cifar100", "--resume", "none"], "no run at none"),
         (["eval", "none"], "no run at none"),
+        (
+            ["train", "cifar100", *SHORT, "--device", "cpu:2", "--bsize", "1"],
+            "`bsize` is 1 (global) on 2 devices, which gives a device only one image: batch norm needs at least two. "
+            "Write --bsize 6",
+        ),
+        (
+            ["train", "cifar100", *SHORT, "--bsize", "479"],
+            "`bsize` is 479 (global), which leaves 1 of 1,438 images for the last batch and gives a device only one image",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_leaves_nothing(here, capfd, words, message):
@@ -193,6 +202,20 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(run, here, capfd):
         assert "Traceback" not in capfd.readouterr().err
         assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
     assert main(["train", "cifar100", "--resume", str(copied)]) == 0
+
+
+def test_a_batch_of_more_than_all_images_is_said(here, caplog):
+    assert main(["train", "cifar100", *SHORT, "--epochs", "1", "--bsize", "100000"]) == 0
+    assert "`bsize` is 100,000, more than the 1,438 images: one step an epoch" in caplog.text
+
+
+def test_an_interruption_before_the_first_epoch_leaves_no_folder(here, monkeypatch, capfd):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("duoka.recipes.cifar100.Trainer.fit", interrupted)
+    assert main(["train", "cifar100", *SHORT]) == 130
+    assert not list(here.rglob("*digits*"))
 
 
 @pytest.mark.slow

@@ -158,3 +158,16 @@ def test_models_of_every_type_of_number(wrap) -> None:
         model.to(dtype)
         x = torch.randn(6, 4, dtype=dtype)
         torch.testing.assert_close(model(x), model.module(x), rtol=1e-2, atol=1e-2)
+
+
+def test_a_wrapper_that_is_gone_leaves_its_helpers_to_the_graph_that_needs_them() -> None:
+    model = nn.Linear(3, 1)
+    x = torch.randn(8, 3)
+    loss = duoka.DataParallel(model, devices="cpu:2")(x).pow(2).sum()
+    time.sleep(0.3)  # what ends helpers does so in a thread of its own
+    loss.backward()
+    other = nn.Linear(3, 1)
+    other.load_state_dict(model.state_dict())
+    other(x).pow(2).sum().backward()
+    torch.testing.assert_close(model.weight.grad, other.weight.grad)
+    del loss

@@ -193,3 +193,40 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
     path.write_text("lr: 0.1\nepochs: 3\nlr: 0.2\n")
     with pytest.raises(ConfigError, match="`lr` stands in line 1 and in line 3; remove one"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("learning-rate", "lr"), ("batch_size", "bsize"), ("num_workers", "workers"), ("wd", "weight_decay")],
+)
+def test_what_other_programs_call_an_option_leads_to_it(name, meant):
+    with pytest.raises(ConfigError, match=f"did you mean `{meant}`"):
+        read(Config, [f"--{name}", "1"], recipe="cifar100")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--model", "resnet18"],
+            "`model` was resnet10 in this run and is resnet18 now.*leave --model out.*-c .*config.yml",
+        ),
+        (["--optimizer", "sgd"], "`optimizer` was adamw in this run and is sgd now"),
+        (["--epochs", "20"], "`epochs` was 12 in this run and is 20 now.*`onecycle`.*--epochs 20"),
+        (["--bsize", "32"], "`bsize` was 64 in this run and is 32 now"),
+    ],
+)
+def test_a_change_that_a_checkpoint_does_not_fit_is_refused_by_name(tmp_path, options, said):
+    run = Run(tmp_path)
+    run.write_config("cifar100", Config(dataset="digits").resolved())
+    with pytest.raises(ConfigError, match=said):
+        read(Config, ["--resume", str(tmp_path), *options], recipe="cifar100")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--model", "resnet10"], ["--device", "cpu"], ["--epochs", "10"], ["--epochs", "24", "--bsize", "128"]],
+)
+def test_a_run_is_resumed_with_what_its_checkpoint_fits(tmp_path, options):
+    Run(tmp_path).write_config("cifar100", Config(dataset="digits").resolved())
+    assert read(Config, ["--resume", str(tmp_path), *options], recipe="cifar100").resume == str(tmp_path)

@@ -1,10 +1,12 @@
 """Run folders: made once each, found again, and refused with a reason."""
 
+import shutil
+
 import pytest
 
 from duoka.errors import ConfigError, DataError, StorageError
 from duoka.recipes import registry
-from duoka.recipes.runs import Run
+from duoka.recipes.runs import Run, no_empty_folder
 
 
 def test_runs_of_the_same_second_and_name_have_folders_of_their_own(tmp_path):
@@ -22,6 +24,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(DataError, match="the folder is not there"):
         Run.at(tmp_path / "none")
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    for name in ("config.yml", "model.safetensors", "checkpoint/last.pt"):
+        (tmp_path / "run" / name).touch()
+        with pytest.raises(DataError, match=f"it is a file of the run {tmp_path / 'run'}: give that folder"):
+            Run.at(tmp_path / "run" / name)
+    shutil.rmtree(tmp_path / "run")
     with pytest.raises(DataError, match="stopped before it began; start it again"):
         Run.at(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
@@ -62,3 +70,19 @@ def test_an_unknown_recipe_is_answered_with_what_there_is():
         registry.find("cifar-100")
     with pytest.raises(ConfigError, match="there is cifar100"):
         registry.find("zzz")
+
+
+def test_a_run_that_is_interrupted_before_it_writes_leaves_no_folder(tmp_path):
+    def interrupted(*, late: bool) -> None:
+        with no_empty_folder():
+            run = Run.new(tmp_path / "made" / "runs", "cifar100", "x")
+            if late:
+                run.log("begun")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(late=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(late=True)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.txt"]

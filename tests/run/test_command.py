@@ -31,6 +31,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
         (["--device", "cpu", "-m", "pkg.train", "-x"], Request("pkg.train", ("-x",), is_module=True, device="cpu")),
         (["-m", "pkg.train", "--device", "cpu:2"], Request("pkg.train", (), is_module=True, device="cpu:2")),
         (["t.py", "--debug"], Request("t.py", ("--debug",))),
+        (["--explain", "t.py", "--device", "cpu:2", "-x"], Request("t.py", ("-x",), device="cpu:2", explain=True)),
     ],
 )
 def test_words_belong_to_duoka_or_to_the_script(words: list[str], request_: Request) -> None:
@@ -43,6 +44,7 @@ def test_words_belong_to_duoka_or_to_the_script(words: list[str], request_: Requ
         (["--device"], "needs a value"),
         (["-m"], "name of a module"),
         (["--device", "cpu:2"], "which script"),
+        (["--device", "t.py"], "has taken 't.py' as its value"),
         (["--dvice", "cpu:2", "t.py"], "no option '--dvice'"),
     ],
 )
@@ -54,7 +56,7 @@ def test_a_command_line_that_is_not_understood_is_refused(words: list[str], said
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere.py"], "there is no script 'nowhere.py'. Here there are: asks.py, here.py"),
+        (["nowhere.py"], "there is no script 'nowhere.py'. Here there are: asks.py, binary.py, here.py"),
         (["."], "is a folder"),
         (["-m", "no.such.module"], "there is no module 'no.such.module'"),
         (["nowhere.ipynb"], "there is no notebook"),
@@ -62,6 +64,10 @@ def test_a_command_line_that_is_not_understood_is_refused(words: list[str], said
         (["here.py", "--device", "cpu:0"], "cpu:0"),
         (["here.py", "--device", "cuda:77"], "77"),
         (["asks.py", "--device", "cpu:2"], "may be meant for duoka or for asks.py"),
+        (["here.py", "--devise", "cpu:2"], "did you mean --device by --devise"),
+        (["here.py", "--device=cpu:2", "--scale_batch"], "did you mean --scale-batch"),
+        (["binary.py"], "holds binary data"),
+        (["taken.ipynb"], "taken.out.ipynb"),
         (["--explain", "wrong.py"], "wrong.py, line 1"),
         (["--explain", "here.ipynb"], "--explain reads scripts"),
     ],
@@ -71,6 +77,9 @@ def test_mistakes_get_one_message_and_status_2(words, said, tmp_path, monkeypatc
     (tmp_path / "asks.py").write_text("import argparse\np = argparse.ArgumentParser()\np.add_argument('--device')")
     (tmp_path / "wrong.py").write_text("def (:")
     (tmp_path / "bad.ipynb").write_text("{")
+    (tmp_path / "binary.py").write_bytes(b"PK\0")
+    (tmp_path / "taken.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+    (tmp_path / "taken.out.ipynb").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(["run", *words]) == 2
     out, err = capsys.readouterr()
@@ -135,8 +144,8 @@ def test_a_script_ends_as_under_python(code, status, last, tmp_path) -> None:
     (tmp_path / "t.py").write_text(code)
     ended = duoka("run", "--device", "cpu", "t.py", cwd=tmp_path)
     assert ended.returncode == status
-    trace = ended.stderr.partition("\nduoka run on")[0].strip()
-    assert trace.endswith(last)
+    trace = ended.stderr.strip()
+    assert trace.endswith(last)  # and no account of what has not happened
     assert "duoka" not in trace
     assert "runpy" not in trace
 
@@ -164,6 +173,58 @@ def test_scale_batch_multiplies_training_batches_and_says_so(tmp_path) -> None:
     assert ended.stdout.split() == ["4", "8", "16"]
     assert "DataLoader at line 7 of t.py: batch size 8 -> 16" in ended.stderr
     assert "trained by SGD at line 9 of t.py" in " ".join(ended.stderr.replace("│", " ").split())
+
+
+THREADED = """
+import threading, torch
+device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+def work():
+    print(torch.ones(3, device=device).to("cuda" if torch.cuda.is_available() else "cpu").sum().item())
+    import time
+    time.sleep(0.5)
+    print("end of the thread")
+threading.Thread(target=work).start()
+print("end of the script")
+"""
+
+
+def test_threads_of_a_script_see_what_it_sees_and_are_waited_for(tmp_path) -> None:
+    (tmp_path / "t.py").write_text(THREADED)
+    ended = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert (ended.returncode, sorted(ended.stdout.split("\n"))) == (
+        0,
+        ["", "3.0", "end of the script", "end of the thread"],
+    ), ended.stderr
+
+
+GATED = """
+import torch
+torch.manual_seed(0)
+class Gated(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.gate = torch.nn.Linear(4, 4), torch.nn.Parameter(torch.zeros(()))
+    def forward(self, x):
+        y = self.linear(x)
+        return y + self.gate * y.mean(0)  # nothing at first: gates often start at zero
+model = Gated()
+optimizer = torch.optim.SGD(model.parameters(), 0.3)
+x, y = torch.randn(16, 4), torch.randn(16, 4)
+for _ in range(6):
+    loss = torch.nn.functional.mse_loss(model(x), y)
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    print(f"{loss.item():.6f}")
+"""
+
+
+def test_a_model_is_tried_again_because_it_may_change(tmp_path) -> None:
+    (tmp_path / "t.py").write_text(GATED)
+    plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert [float(x) for x in shared.stdout.split()] == pytest.approx(
+        [float(x) for x in plain.stdout.split()], rel=1e-4
+    )
+    assert "looks across samples" in shared.stderr
 
 
 def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:

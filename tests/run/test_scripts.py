@@ -72,8 +72,7 @@ ON_ONE_DEVICE = {  # and the words that say why
     "compile_always": "torch.compile",
     "batch_coupled_forward": "looks across samples",
     "list_of_tensors": "",
-    "tiny_batches": "of one sample",
-    "raises": "",
+    "tiny_batches": "one sample cannot be shared",
     "raises_in_forward": "",
     "hf_padded_labels": "labels of which some do not count",
 }

@@ -26,6 +26,7 @@ class Function(nn.Module):
         self.register_buffer("mean", torch.zeros(6))
         self.calls = 0
         self.kept = None
+        self.seen = 0
 
     def forward(self, *args, **kwargs):
         return self.function(self, *args, **kwargs)
@@ -45,6 +46,26 @@ def follow(self, x):
     if self.training:
         self.mean.mul_(0.9).add_(x.detach().mean(0))
     return self.linear(x - self.mean)
+
+
+def add(self, x):
+    self.seen += len(x)
+    return self.linear(x)
+
+
+def fill(self, x, found):
+    found.append(x)
+    return self.linear(x)
+
+
+def cool(self, x):
+    self.norm.weight.data.mul_(0.9)
+    return self.linear(x) * self.norm.weight
+
+
+def log(self, x):
+    y = self.linear(x)
+    return y, {"mean": y.mean().item()}
 
 
 X = torch.randn(11, 6)
@@ -84,10 +105,35 @@ def test_models_that_treat_samples_alone_pass(function, inputs) -> None:
         (lambda self, x: self.linear(x) / 0 if len(x) > 4 else 1 / 0, (X,), "cannot compute a part"),
         (keep, (X,), "keeps tensors in kept"),
         (follow, (X,), "changes the buffer 'mean'"),
+        (add, (X,), "keeps results in seen"),
+        (fill, (X, []), "changes an object that it is given"),
+        (cool, (X,), "looks across samples"),
+        (log, (X,), "not the same for every part"),
+        (lambda self, x: self.linear(x.sub_(0.5)), (X.clone(),), "changes its inputs in place"),
+        (lambda self, x: self.norm.weight.mul_(0.9) * x, (X,), "writes to its parameter norm.weight"),
+        (lambda self, x: (self.linear(x), torch.distributions.Normal(x, 1)), (X,), "returns a Normal"),
+        (lambda self, x: (self.linear(x), (x > 9).sum()), (X,), "a count or a flag"),
+        (lambda self, x: (self.linear(x), self.linear(x).detach().numpy()), (X,), "returns a ndarray"),
     ],
 )
 def test_models_that_need_the_whole_batch_are_refused_with_the_reason(function, inputs, said) -> None:
     assert said in try_parts(Function(function), inputs, {}, 3).reason
+
+
+def test_a_trial_leaves_what_the_model_is_given_alone() -> None:
+    given, found = X.clone(), []
+    try_parts(Function(lambda self, x, found: fill(self, x.mul_(2), found)), (given, found), {}, 2)
+    assert torch.equal(given, X)
+    assert found == []
+
+
+def test_a_trial_leaves_parameters_alone() -> None:
+    model = Function(cool)
+    try_parts(model, (X,), {}, 2)
+    assert torch.equal(model.norm.weight, torch.ones(6))
+    lazy = nn.LazyLinear(3)
+    assert try_parts(lazy, (X,), {}, 2) is None
+    assert isinstance(lazy.weight, nn.parameter.UninitializedParameter)
 
 
 def test_which_outputs_are_means_over_the_batch_is_told() -> None:

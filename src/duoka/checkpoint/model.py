@@ -55,6 +55,8 @@ def save(model_or_state: nn.Module | Mapping[Any, Any], path: str | os.PathLike[
     Linear(in_features=2, out_features=3, bias=True)
 
     """
+    if isinstance(path, nn.Module | Mapping):
+        raise ConfigError(f"save takes the model first, then the path: duoka.save(model, {str(model_or_state)!r:.80})")
     path = Path(path)
     check_suffix(path)
     written_by_one(str(path), lambda: write(_plain(model_or_state), path))
@@ -153,6 +155,8 @@ def load(
         CheckpointError: the file is damaged, would run code, or does not fit the model, which is then as it was.
 
     """
+    if isinstance(path, nn.Module):
+        raise ConfigError(f"load takes the path first, then the model: duoka.load({str(into)!r:.80}, into=model)")
     path = Path(path)
     state, ours = read(path, map_location)
     if into is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from duoka.cli.console import console, gibibytes, print_json
 from duoka.devices import Choice, DeviceFacts, DeviceProcess, describe, resolve
+from duoka.errors import ConfigError
 from duoka.scaling import Cores, core_limits
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ __all__ = ["SUMMARY", "run", "show"]
 
 SUMMARY = "show the devices, who uses them, and which would be chosen"
 
+_LISTED = 8
+"""How many CPU workers are listed one by one."""
 _COMMAND_LENGTH = 32
 _HIDDEN_MEMORY = 0.1
 """More memory than this share, held by no process that is seen, is another container's; the driver keeps less."""
@@ -25,13 +28,35 @@ _HIDDEN_MEMORY = 0.1
 
 def run(argv: Sequence[str]) -> int:
     """Print the devices of this machine and the choice; return the exit status."""
-    options = _parser().parse_args(argv)
+    options, others = _parser().parse_known_args(argv)
+    if others:
+        raise ConfigError(_unknown(others))
     choice, facts, cores = resolve(options.device), describe(), core_limits()
     if options.json:
         print_json(_as_json(options.device, choice, facts, cores))
     else:
         show(options.device, choice, facts, cores)
     return 0
+
+
+def _unknown(words: Sequence[str]) -> str:
+    """Say what is no option here, and how a device is named."""
+    flag, joined, value = words[0].partition("=")
+    spec = (
+        value
+        if joined
+        else words[1]
+        if flag.startswith("-") and len(words) > 1
+        else ""
+        if flag.startswith("-")
+        else flag
+    )
+    meant = (
+        f": did you mean `--device {spec or 'SPEC'}`?"
+        if flag in ("--devices", "-d") or not flag.startswith("-")
+        else ""
+    )
+    return f"`duoka devices` takes no {words[0]!r}{meant or ': `duoka devices --help` lists its options'}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +91,14 @@ def show(spec: str, choice: Choice, facts: Sequence[DeviceFacts], cores: Cores) 
         out.print(f"{kind}: {words}")
     if any(fact.source == "torch" for fact in facts):
         out.print("'-': not known here; for NVIDIA GPUs the driver's NVML and nvidia-ml-py tell more.")
-    out.print(f"{spec} chooses: {', '.join(map(str, choice.devices))}\nwhy: {choice.reason}")
+    count, only_cpu = len(choice.devices), choice.devices[0].type == "cpu"
+    names = f"{count} CPU workers" if only_cpu and count > _LISTED else ", ".join(map(str, choice.devices))
+    out.print(f"{spec} chooses: {names}\nwhy: {choice.reason}")
+    if only_cpu and count > max(cores.count, 2):  # two are for practice anywhere
+        unit = "core" if cores.count == 1 else "cores"
+        out.print(
+            f"{count} CPU workers on {cores.count} {unit}: too many, they wait for each other; cpu:{cores.count} is faster."
+        )
 
 
 def _table(facts: Sequence[DeviceFacts], cores: Cores) -> Table:

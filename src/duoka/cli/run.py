@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from duoka.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from duoka.script import Program
+    from duoka.script import Program, Session
 
 __all__ = ["SUMMARY", "run"]
 
@@ -34,8 +35,8 @@ options:
   -m MODULE       run a module, as python -m does
   -h, --help      this help
 
-Options stand before the script; then everything after it is the script's. If none stands before it, they
-may stand after it too, up to `--`:  duoka run train.py --epochs 3 --device 0,1
+Options stand before the script or after it; what follows `--` is the script's, and so is an option that was
+given before the script already:  duoka run train.py --epochs 3 --device 0,1
 """
 _NARROWED = "DUOKA_RUN_DEVICES"
 _FLAGS = {"--scale-batch": "scale_batch", "--explain": "explain"}
@@ -97,22 +98,20 @@ def _narrow(devices: Sequence[torch.device], argv: Sequence[str]) -> None:
 def parse(argv: Sequence[str]) -> Request:
     """Read a command line; raises ``ConfigError`` where it is not understood."""
     words, options = _options(list(argv), {})
-    first = bool(options)
     if words[:1] == ["-m"]:
         if len(words) == 1:
             raise ConfigError("-m needs the name of a module: duoka run -m package.train")
         options["is_module"], words = True, words[1:]
     if not words:
-        raise ConfigError("which script? duoka run train.py --device 0,1")
+        taken = str(options.get("device", ""))
+        eaten = f" --device has taken {taken!r} as its value." if taken.endswith((".py", ".ipynb")) else ""
+        raise ConfigError(f"which script?{eaten} duoka run train.py --device 0,1")
     target, *rest = words
     if target.startswith("-"):
         raise ConfigError(
             f"there is no option {target!r} here: --device, --scale-batch, --explain, -m, or a script's name."
         )
-    if not first:
-        rest, options = _options_anywhere(rest, options)
-    elif rest[:1] == ["--"]:
-        rest = rest[1:]
+    rest, options = _options_anywhere(rest, options)
     return Request(target, tuple(rest), **options)  # type: ignore[arg-type]
 
 
@@ -128,13 +127,14 @@ def _options(words: list[str], options: dict[str, object]) -> tuple[list[str], d
 
 
 def _options_anywhere(words: list[str], options: dict[str, object]) -> tuple[list[str], dict[str, object]]:
-    """Take our options out of a script's arguments, up to ``--``."""
+    """Take those of our options that did not stand before the script out of its arguments, up to ``--``."""
+    before = set(options)
     rest: list[str] = []
     while words:
         if words[0] == "--":
             return rest + words[1:], options
         taken = _option(words)
-        if taken is None:
+        if taken is None or taken[0] in before:
             rest.append(words.pop(0))
         else:
             name, value, words = taken
@@ -157,17 +157,25 @@ def _option(words: list[str]) -> tuple[str, object, list[str]] | None:
 
 
 def _check_ambiguity(argv: Sequence[str], request: Request, program: Program) -> None:
-    """Refuse to guess whose ``--device`` it is that stands after a script which has such an option itself."""
-    names = [name for name in ("--device", *_FLAGS) if any(word.partition("=")[0] == name for word in argv)]
-    before = argv.index(request.target)
-    after = [name for name in names if not any(word.partition("=")[0] == name for word in argv[:before])]
+    """Refuse to guess whose option it is that stands after a script, or what a misspelt one means."""
+    script = argv.index(request.target)
     end = argv.index("--") if "--" in argv else len(argv)
-    for name in after if len(after) == len(names) else ():
-        has_it = re.search(rb"""["']%s["']""" % name.encode(), program.source)
-        if has_it and any(word.partition("=")[0] == name for word in argv[before:end]):
+    before, after = (
+        [word.partition("=")[0] for word in words] for words in (argv[:script], argv[script + 1 : max(script + 1, end)])
+    )
+    ours = [name for name in ("--device", *_FLAGS) if name not in before]
+    for word in after:
+        is_the_scripts = re.search(rb"""["']%s["']""" % re.escape(word.encode()), program.source)
+        if word in ours and is_the_scripts:
             raise ConfigError(
-                f"{name} may be meant for duoka or for {request.target}, which has such an option itself. Put duoka's before "
-                f"the script: duoka run --device SPEC {request.target} ..."
+                f"{word} may be meant for duoka or for {request.target}, which has such an option itself. Put duoka's before "
+                f"the script: duoka run {word}{' SPEC' if word == '--device' else ''} {request.target} ..."
+            )
+        close = difflib.get_close_matches(word, ours, n=1, cutoff=0.8) if word.startswith("--") else []
+        if close and word not in ours and not is_the_scripts:
+            raise ConfigError(
+                f"did you mean {close[0]} by {word}? {request.target} does not seem to have such an option; if it has, put it "
+                "after `--`."
             )
 
 
@@ -176,17 +184,18 @@ def _run_program(program: Program, request: Request, devices: Sequence[torch.dev
 
     with Session(devices, scale_batch=request.scale_batch, source=program.source) as session:
         status = program.run()
-    _say(session)
+    _say(session, completed=status == 0)
     return status
 
 
-def _say(session: object) -> None:
+def _say(session: Session, *, completed: bool) -> None:
     from rich.console import Console
 
     from duoka.script.report import print_report
 
     width = None if sys.stderr.isatty() else 120
-    print_report(session.account, Console(stderr=True, width=width, highlight=False, markup=False, emoji=False))  # type: ignore[attr-defined]
+    out = Console(stderr=True, width=width, highlight=False, markup=False, emoji=False)
+    print_report(session.account, out, completed=completed)
 
 
 def _run_notebook(request: Request) -> int:

@@ -19,13 +19,15 @@ def run(argv: Sequence[str]) -> int:
     """Train the recipe that ``argv`` names first, with the options that follow; return the exit status."""
     from duoka.recipes import registry
     from duoka.recipes.config import read
+    from duoka.recipes.runs import no_empty_folder
 
     if not argv or argv[0] in ("-h", "--help"):
         console().print(_recipes())
         return 0
     name, *options = argv
     recipe = registry.find(name)
-    outcome = recipe.train(read(recipe.Config, options, recipe=name))
+    with no_empty_folder():
+        outcome = recipe.train(read(recipe.Config, options, recipe=name))
     show(outcome)
     return 0
 

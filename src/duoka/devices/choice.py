@@ -41,7 +41,8 @@ def resolve(spec: DeviceSpec = "auto") -> Choice:
     ``spec`` is ``None`` or ``"auto"`` (every accelerator, else the CPU), ``"all"``, ``"cuda"``, ``"gpu"``, ``0``,
     ``"0,1"``, ``"0-3"``, ``"cuda:1"``, ``"cpu"``, ``"cpu:4"`` (four workers), ``"idle"`` (accelerators that nobody else
     uses), ``"idle:2"`` (the two idlest), ``"mps"``, a ``torch.device``, or a list of these. ``DeviceError`` is raised
-    where it is not understood, or names a device that is not there. Starts nothing on any device, and no context.
+    where it is not understood, or names a device that is not there; ``"auto"``, ``"all"`` and ``"idle"`` take the CPU where
+    there is no accelerator, ``"cuda"`` and ``"gpu"`` do not. Starts nothing on any device, and no context.
 
     >>> resolve("cpu:2").devices
     (device(type='cpu'), device(type='cpu'))
@@ -65,6 +66,8 @@ def choose(request: Request, seen: Inventory, occupied: Occupancy) -> Choice:
         return Choice(_devices(seen, range(seen.count)), f"{request.text} takes {_every(seen)}.")
     if seen.count:
         raise DeviceError(_not_there(request, seen, str(request.type)))
+    if request.type or request.text.lower() == "gpu":  # hours on a CPU because a driver is broken are nobody's wish
+        raise DeviceError(_not_there(request, seen, request.text))
     return _fall_back(request, seen)
 
 
@@ -87,7 +90,7 @@ def _cpu(count: int) -> Choice:
 
 
 def _fall_back(request: Request, seen: Inventory) -> Choice:
-    """Take the CPU where accelerators were asked for in general and there are none; only ``auto`` does so quietly."""
+    """Take the CPU where ``auto``, ``all`` or ``idle`` finds no accelerator; only ``auto`` does so quietly."""
     cause = f" ({seen.note})" if seen.note else ""
     reason = f"{request.text} takes the CPU, because no accelerator was found{cause}."
     if request.kind != "auto":

@@ -50,6 +50,7 @@ def launch(
     returns: Literal["first", "all"] = "first",
     output: str = "quiet",
     timeout_s: float = 1800.0,
+    **others: Any,
 ) -> Any:
     """Run ``fn(*args)`` on every device at once and return rank 0's value.
 
@@ -81,6 +82,13 @@ def launch(
         [0, 1]
 
     """
+    for name, value in others.items():
+        hint = (
+            f"did you mean devices={value!r}?"
+            if name == "device"
+            else "what is for the function stands after it, by place"
+        )
+        raise ConfigError(f"launch has no option {name!r}; {hint}")
     _check_choice("returns", returns, ("first", "all"))
     _check_choice("output", output, ("quiet", "all"))
     if not callable(fn):

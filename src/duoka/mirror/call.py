@@ -20,6 +20,7 @@ from duoka.errors import UnsupportedError
 from duoka.mirror import ambient
 from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew
+from duoka.mirror.membership import Membership
 from duoka.mirror.memory import Lease, Piece, lay_out, tensor_at
 from duoka.mirror.messages import Forward, Outputs, Packed
 from duoka.mirror.nested import Joint
@@ -35,7 +36,10 @@ _SEEDS_APART = 0x9E3779B97F4A7C15
 class Call:
     """One forward on all devices, and the backwards through it."""
 
-    def __init__(self, crew: Crew, model: int, weights: Weights, sizes: Sequence[int], dim: int) -> None:
+    def __init__(
+        self, crew: Crew, model: int, weights: Weights, sizes: Sequence[int], dim: int, membership: Membership | None
+    ) -> None:
+        self._membership = membership  # the helpers are needed as long as this graph is
         self.sizes, self.dim = sizes, dim
         self.has_graph: list[list[bool]] = []
         self.writes = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from duoka.mirror import nested
 from duoka.mirror.call import Call, Gather, join_tensors
 from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew, crew_of
+from duoka.mirror.membership import Membership
 from duoka.mirror.messages import Configure, Packed, Patch, Reseat
 from duoka.mirror.part import Part
 from duoka.mirror.replica import pack_values
@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, devices: Sequence[torch.device], dim: int, part: Part | None = None) -> None:
         self.number = next(_numbers)
         self.crew: Crew = crew_of(devices)
-        self.crew.join()
+        self._membership: Membership | None = Membership(self.crew, self.number)
         self._dim = dim
         self._part = part or Part(None)
         self._generation = 0
@@ -47,16 +47,15 @@ class Engine:
 
     def close(self) -> None:
         """Give the helpers back, if no other model uses them."""
+        membership, self._membership = self._membership, None
         if self._steps is not None:
             self._steps.remove()
-        self.crew.leave(self.number)
+        if membership is not None:
+            membership.end()
 
     def close_later(self) -> None:
-        """Close from a thread of its own: for the garbage collector, which may come in the middle of anything."""
-        try:
-            threading.Thread(target=self.close, name="duoka-close", daemon=True).start()
-        except RuntimeError:  # the interpreter is ending, and the helpers with it
-            pass
+        """Give the helpers back when no graph needs them any more: for the garbage collector."""
+        self._membership = None
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute ``module(*args, **kwargs)``, each device its part of the batch."""
@@ -104,7 +103,7 @@ class Engine:
             with torch.inference_mode(False), torch.no_grad():
                 weights = self._tell_changes(module)
                 weights.bring(self._buffers(), trains=trains)
-            call = Call(self.crew, self.number, weights, sizes, self._dim)
+            call = Call(self.crew, self.number, weights, sizes, self._dim, self._membership)
             parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
             self.crew.threads.share()
         try:

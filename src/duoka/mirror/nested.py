@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Hole", "Joint", "batch_size", "fill", "join", "part_sizes", "split", "take_out"]
+__all__ = ["Hole", "Joint", "batch_size", "fill", "fill_with", "join", "part_sizes", "split", "take_out"]
 
 
 class Hole(NamedTuple):
@@ -35,6 +35,11 @@ def take_out(value: Any, part: int = 0) -> tuple[list[torch.Tensor], Any]:
 def fill(value: Any, tensors: Sequence[Any]) -> Any:
     """Return ``value`` with the tensors back in their holes."""
     return _map(lambda leaf: tensors[leaf.number] if type(leaf) is Hole else leaf, value)
+
+
+def fill_with(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return ``value`` with ``function`` of each leaf in its place."""
+    return _map(function, value)
 
 
 def is_dense(value: Any) -> bool:

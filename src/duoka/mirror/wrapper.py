@@ -67,8 +67,10 @@ class DataParallel(nn.DataParallel[nn.Module]):
         *,
         devices: DeviceSpec = "auto",
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 - torch's own word
+        **others: Any,
     ) -> None:
         nn.Module.__init__(self)
+        _check_given(module, others)
         if device_ids is not None and devices != "auto":
             raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
         chosen = resolve(devices if device_ids is None else list(device_ids)).devices
@@ -135,6 +137,26 @@ class DataParallel(nn.DataParallel[nn.Module]):
 
     def _duoka_options(self) -> tuple[Any, ...]:
         return self._duoka_devices, self.dim, self._duoka_part.options
+
+
+def _check_given(module: Any, others: Mapping[str, Any]) -> None:
+    """Say what is wrong with the arguments, which nothing else would say before the first call."""
+    for name, value in others.items():
+        meant = (
+            f"; did you mean devices={value!r}?"
+            if name == "device"
+            else ": module, devices, dim and compile are its own"
+        )
+        raise ConfigError(f"DataParallel has no option {name!r}{meant}")
+    if isinstance(module, type):
+        name = module.__name__
+        raise ConfigError(
+            f"DataParallel wraps a model, and {name} is its class: make one first, DataParallel({name}(...))"
+        )
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"DataParallel wraps a torch.nn.Module, and was given a {type(module).__name__}: {module!r:.80}"
+        )
 
 
 def _rebuild(

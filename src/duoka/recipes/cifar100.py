@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from duoka import checkpoint, devices, scaling
+from duoka.errors import ConfigError
 from duoka.launcher import launch
 from duoka.log import logger
 from duoka.recipes import classifying
@@ -123,6 +124,9 @@ class Config:
     resume: str | None = None
     """A stopped run's folder, to go on with it there, with its own options unless others are given."""
 
+    FIXED = ("dataset", "model", "width", "optimizer", "scheduler")
+    PLANNED = ("multistep", "cosine", "onecycle")
+
     def __post_init__(self) -> None:
         check(self)
         for option, least in {
@@ -158,6 +162,7 @@ def train(config: Config) -> Outcome:
     config = config.resolved()
     chosen = devices.resolve(config.device).devices  # a device that is not there is said before any download
     images = load(config)
+    _check_batch(config, images, int(os.environ.get("WORLD_SIZE", 0)) or len(chosen))
     facts = classifying.facts_of(images)
     run = _given(launch(_run_of, config, devices=list(chosen)))
     torch.manual_seed(config.seed)
@@ -232,6 +237,34 @@ def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Facts, r
         seed=config.seed,
         **options,
     )
+
+
+def _check_batch(config: Config, images: ImageSet, replicas: int) -> None:
+    """Refuse a batch that leaves a device one image where batch norm needs two; say where it is all images at once.
+
+    The network halves a side three times, so images of up to 8 pixels end as one value a channel.
+    """
+    size, count = _given(config.bsize), len(images.train)
+    together = replicas if config.batch == "per_device" else 1
+    if size * together > count:
+        logger.warning("`bsize` is %s, more than the %s images: one step an epoch", f"{size:,}", f"{count:,}")
+
+    def fewest(size: int) -> int:
+        """Return how many images the smallest batch of an epoch has."""
+        return count % (size * together) or min(size * together, count)
+
+    if max(images.shape[1:]) <= 8 and fewest(size) < 2 * replicas:
+        enough = next((more for more in range(size + 1, count + 1) if fewest(more) >= 2 * replicas), count)
+        on = f" on {replicas} devices" if replicas > 1 else ""
+        last = (
+            ""
+            if fewest(size) == size * together
+            else f" leaves {fewest(size)} of {count:,} images for the last batch and"
+        )
+        raise ConfigError(
+            f"`bsize` is {size} ({config.batch}){on}, which{last} gives a device only one image: batch norm needs at least "
+            f"two. Write --bsize {enough}"
+        )
 
 
 def _schedule(config: Config) -> dict[str, Any]:

@@ -19,10 +19,30 @@ import yaml
 from duoka.errors import ConfigError
 from duoka.recipes.runs import Run
 
-__all__ = ["at_least", "check", "field_docs", "of_run", "read", "read_yaml", "typed"]
+__all__ = ["at_least", "check", "field_docs", "of_run", "read", "read_yaml", "refuse_changes", "typed"]
 
 C = TypeVar("C")
 COMMAND_LINE = "the command line"
+OTHER_NAMES = {
+    "lr": ("learning_rate", "learningrate", "rate", "base_lr", "init_lr"),
+    "bsize": ("batch_size", "batchsize", "bs", "train_batch_size", "per_device_train_batch_size"),
+    "workers": ("num_workers", "n_workers", "dataloader_num_workers"),
+    "epochs": ("num_epochs", "n_epochs", "max_epochs", "num_train_epochs"),
+    "optimizer": ("optim", "opt", "optimiser"),
+    "scheduler": ("lr_scheduler", "schedule", "sched"),
+    "weight_decay": ("wd", "l2", "decay"),
+    "model": ("arch", "net", "network", "backbone"),
+    "device": ("devices", "gpu", "gpus", "gpu_ids", "device_ids"),
+    "root": ("data", "data_dir", "data_root", "data_path", "dir"),
+    "out": ("output", "output_dir", "out_dir", "save_dir", "log_dir"),
+    "precision": ("amp", "dtype", "fp16", "bf16", "mixed_precision"),
+    "warmup_epochs": ("warmup",),
+    "label_smoothing": ("smoothing",),
+    "seed": ("random_seed", "manual_seed"),
+    "resume": ("checkpoint", "ckpt", "resume_from"),
+    "csv": ("file", "data", "data_path", "from"),
+}
+"""What other programs call an option: the option's own name comes first, and these lead to it."""
 
 
 def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
@@ -38,12 +58,54 @@ def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
     parser = _parser(kind, recipe)
     given = _command_line(parser, kind, arguments)
     path = given.pop("config", None)
-    if path is None and given.get("resume"):
-        path = str(Run.at(given["resume"]).config)
+    stopped = Run.at(given["resume"]) if given.get("resume") else None
+    if path is None and stopped:
+        path = str(stopped.config)
     options: dict[str, Any] = {}
     if path is not None:
         options = _typed(kind, parser, read_yaml(path), path, recipe)
-    return kind(**{**options, **_typed(kind, parser, given, COMMAND_LINE, recipe)})
+    typed = _typed(kind, parser, given, COMMAND_LINE, recipe)
+    config = kind(**{**options, **typed})
+    if stopped and (typed.keys() - {"resume"} or path != str(stopped.config)):
+        own = _typed(kind, parser, read_yaml(stopped.config), stopped.config, recipe)
+        refuse_changes(stopped, recipe, kind(**own), config)
+    return config
+
+
+def refuse_changes(run: Run, recipe: str, before: Any, now: Any) -> None:
+    """Refuse to go on with ``run`` under options that its checkpoint does not fit, before anything is started.
+
+    The recipe's options name them: ``FIXED`` are those that make the model and its optimiser, ``PLANNED`` the schedules that
+    are planned for a number of steps, which must not grow.
+
+    Raises:
+        ConfigError: an option is another one; which, what it was, and the remedy.
+
+    """
+    before, now = before.resolved(), now.resolved()
+    fresh = f"or begin a new run with it: duoka train {recipe} -c {run.config}"
+    for key in now.FIXED:
+        was, wanted = getattr(before, key), getattr(now, key)
+        if was != wanted:
+            raise ConfigError(
+                f"`{key}` was {_shown(was)} in this run and is {_shown(wanted)} now, which its checkpoint does not fit: "
+                f"leave --{key} out to go on, {fresh} --{key} {_shown(wanted)}"
+            )
+    if now.scheduler not in now.PLANNED:
+        return
+    alike = (before.device, before.batch) == (now.device, now.batch)
+    for key, grows in (("epochs", now.epochs > before.epochs), ("bsize", alike and now.bsize < before.bsize)):
+        if grows and before.epochs * now.bsize < now.epochs * before.bsize:
+            was, wanted = getattr(before, key), getattr(now, key)
+            raise ConfigError(
+                f"`{key}` was {was} in this run and is {wanted} now: its schedule `{now.scheduler}` was planned for fewer "
+                f"steps and would go on past its end: leave --{key} out to go on, {fresh} --{key} {wanted}"
+            )
+
+
+def _shown(value: Any) -> str:
+    """Return a value as one writes it on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def typed(kind: type[C], options: Mapping[str, Any], where: str, *, recipe: str) -> C:
@@ -213,7 +275,8 @@ def _is_text(hint: Any) -> bool:
 
 
 def _unknown(key: str, names: Sequence[str], where: str | Path) -> str:
-    close = difflib.get_close_matches(key, names, n=1)
+    meant = [name for name, others in OTHER_NAMES.items() if key.lower() in others and name in names]
+    close = meant or difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"there is {', '.join(names)}"
     return f"unknown key `{key}` {_in(where)}: {hint}"
 

@@ -18,7 +18,25 @@ from duoka.errors import ConfigError, DataError, StorageError
 from duoka.log import logger
 from duoka.trainer import Callback, State
 
-__all__ = ["ConfigWriter", "Run"]
+__all__ = ["ConfigWriter", "Run", "no_empty_folder"]
+
+_made: list[Path] = []
+"""The folders that were made within ``no_empty_folder``, each before the one that it is in."""
+
+
+@contextlib.contextmanager
+def no_empty_folder() -> Iterator[None]:
+    """Where the block is interrupted or fails before anything was written, leave no empty run's folder behind."""
+    _made.clear()
+    try:
+        yield
+    except BaseException:
+        for folder in _made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
+    finally:
+        _made.clear()
 
 
 @dataclass(frozen=True)
@@ -37,17 +55,19 @@ class Run:
         """
         stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
         number = 1
+        absent = [parent for parent in stem.parents if not parent.exists()]
         while True:
             folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
             try:
                 folder.mkdir(parents=True)
             except FileExistsError:
                 if not folder.is_dir():
-                    raise StorageError(f"cannot make the run's folder {folder}: there is a file in its place") from None
+                    raise StorageError(_cannot_make(folder, "a file is in its place")) from None
                 number += 1
             except OSError as error:
-                raise StorageError(f"cannot make the run's folder {folder}: {error}: choose another --out") from error
+                raise StorageError(_cannot_make(folder, error.strerror or str(error))) from error
             else:
+                _made.extend((folder, *absent))
                 return cls(folder)
 
     @classmethod
@@ -179,8 +199,19 @@ class ConfigWriter(Callback):
         self.run.write_config(self.recipe, self.config)
 
 
+def _cannot_make(folder: Path, why: str) -> str:
+    """Say that a run's folder cannot be made; a file in the way is named."""
+    for place in (*folder.parents, folder):
+        if place.is_file():
+            why = f"{place} is a file"
+    return f"cannot make the run's folder {folder}: {why}: choose another --out"
+
+
 def _what_there_is(path: Path) -> str:
     """Say what is in the place of a run, and what to do."""
+    if path.is_file():
+        runs = [folder for folder in path.absolute().parents if (folder / "config.yml").is_file()]
+        return f"it is a file of the run {runs[0]}: give that folder" if runs else "it is a file; give a run's folder"
     if not path.is_dir():
         return "the folder is not there; give a folder that `duoka train` has named"
     if (path / "trainer.yml").is_file():

@@ -94,6 +94,9 @@ class Config:
     resume: str | None = None
     """A stopped run's folder, to go on with it there, with its own options unless others are given."""
 
+    FIXED = ("dataset", "image_size", "model", "optimizer", "scheduler")
+    PLANNED = ("cosine",)
+
     def __post_init__(self) -> None:
         check(self)
         for option, least in {"bsize": 1, "epochs": 1, "seed": 0}.items():

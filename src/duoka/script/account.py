@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,15 +18,28 @@ from duoka.mirror.clock import Clock
 
 __all__ = ["Account", "LoaderAccount", "ModelAccount", "Shares"]
 
+_NEAR = 8
+_ENOUGH = 3
 _KEPT = 4096
 """How many of the last steps are remembered."""
 
 
 class Calls:
-    """How many training calls were computed whole, and how many in parts, by all models together."""
+    """What all models together have done: training calls whole and in parts, steps of the optimiser, time to get going."""
 
     def __init__(self) -> None:
-        self.whole = self.split = 0
+        self.whole = self.split = self.steps = 0
+        self.starting = 0.0
+        """Seconds that were spent on trying models and on starting helpers."""
+
+    @contextlib.contextmanager
+    def begins(self) -> Iterator[None]:
+        """The ``with`` block tries a model or starts helpers."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.starting += time.perf_counter() - begun
 
 
 @dataclass
@@ -39,7 +53,12 @@ class ModelAccount:
     """Why it is computed on one device; empty while it is not."""
     whole: int = 0
     split: int = 0
-    batches: Counter[int] = field(default_factory=Counter)
+    trained: Counter[int] = field(default_factory=Counter)
+    """Training calls by their number of samples."""
+    evaluated: Counter[int] = field(default_factory=Counter)
+    """Calls without a graph, likewise."""
+    trained_split: int = 0
+    """Training calls that were computed in parts."""
 
     def found(self, name: str, how: str, *, explicit: bool = False) -> None:
         """Note where the model was found: first come, but the script's own wrapping counts most."""
@@ -54,15 +73,23 @@ class ModelAccount:
         """One call of the model, with a batch of so many samples."""
         self.split += split
         self.whole += not split
-        if torch.is_grad_enabled():
+        is_training = torch.is_grad_enabled()
+        (self.trained if is_training else self.evaluated)[batch or 0] += 1
+        if is_training:
+            self.trained_split += split
             self.calls.split += split
             self.calls.whole += not split
-            self.batches[batch or 0] += 1
 
     @property
     def batch(self) -> int:
-        """The usual number of samples of a training call."""
-        return self.batches.most_common(1)[0][0] if self.batches else 0
+        """The usual number of samples of a training call, or of any other if there were none."""
+        batches = self.trained or self.evaluated
+        return batches.most_common(1)[0][0] if batches else 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its training was computed in parts; of a model that was not trained, its other calls."""
+        return bool(self.trained_split if self.trained else self.split)
 
 
 @dataclass
@@ -106,6 +133,8 @@ class Account:
         self.notes: list[str] = []
         self.whole_script = ""
         """Why nothing of the script may be computed in parts; empty where something may."""
+        self.scales = False
+        """Whether batches of training loaders are multiplied."""
         self.loading = 0.0
         """Seconds that the script has waited for its DataLoaders."""
         self.steps: list[Step] = []
@@ -153,9 +182,27 @@ class Account:
                 del self.steps[:-_KEPT]
         self._last = now
 
-    def seconds_a_step(self, *, split: bool) -> float | None:
-        """Return the usual time of a step that was computed in parts, or whole; ``None`` if there were none."""
-        times = [step.seconds for step in self.steps if step.is_split is split]
+    def comparison(self) -> tuple[float, float] | None:
+        """Return the time of a step on one device and on all, seconds; ``None`` if there is nothing to compare.
+
+        Steps on one device that lie between others are compared with their neighbours: the machine was the same then, and
+        warm. Those at the beginning are not.
+        """
+        first = next((index for index, step in enumerate(self.steps) if step.is_split), len(self.steps))
+        whole = [index for index, step in enumerate(self.steps) if not step.is_split and index > first]
+        near = {index for one in whole for index in range(one - _NEAR, one + _NEAR + 1) if index > first + 1}
+        beside = [
+            self.steps[index].seconds
+            for index in sorted(near)
+            if index < len(self.steps) and self.steps[index].is_split
+        ]
+        if len(whole) < _ENOUGH or len(beside) < _ENOUGH:
+            return None
+        return statistics.median(self.steps[index].seconds for index in whole), statistics.median(beside)
+
+    def seconds_a_step(self) -> float | None:
+        """Return the usual time of a step, of those in parts if there are any; ``None`` if there are none."""
+        times = [step.seconds for step in self.steps if step.is_split][1:] or [step.seconds for step in self.steps]
         return statistics.median(times) if times else None
 
     def shares(self) -> Shares:

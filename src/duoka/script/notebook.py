@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from duoka.errors import ConfigError
+from duoka.checkpoint.storage import atomic_write, check_writable
+from duoka.errors import ConfigError, StorageError
 
 __all__ = ["begin", "end", "run_notebook"]
 
@@ -27,6 +29,7 @@ def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[i
 
     Raises:
         ConfigError: there is no such notebook, or nbclient is not installed.
+        StorageError: the outputs could not be saved; nothing was run.
 
     """
     try:
@@ -37,8 +40,9 @@ def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[i
         raise ConfigError(f"running a notebook needs {error.name}: pip install 'duoka[notebook]'") from error
     book = _read(path, nbformat)
     target = path.with_name(f"{path.stem}.out.ipynb")
+    check_writable(target)
     client = NotebookClient(book, timeout=None, resources={"metadata": {"path": str(path.resolve().parent)}})
-    client.extra_arguments = ["--IPKernelApp.log_level=40"]  # the kernel's own start-up warnings are nobody's news
+    client.extra_arguments = ["--IPKernelApp.log_level=50"]  # the kernel's own warnings are nobody's news
     status, report = 0, ""
     with client.setup_kernel():
         try:
@@ -52,12 +56,23 @@ def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[i
         except CellExecutionError as error:
             status, report = 1, f"{error}\n"
         except DeadKernelError:
-            return 1, target, "The notebook's kernel has died; the outputs up to then are saved.\n"
-        finally:
-            nbformat.write(book, target)  # type: ignore[no-untyped-call]
-        outputs = _hidden(client, nbformat, "_duoka.end()")
-        report += "".join(output.get("text", "") for output in outputs)
-    return status, target, report
+            return 1, target, f"The notebook's kernel has died.\n{_saved(book, target, nbformat)}"
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT, target, f"interrupted\n{_saved(book, target, nbformat)}"
+        unsaved = _saved(book, target, nbformat)
+        outputs = _hidden(client, nbformat, f"_duoka.end(completed={status == 0})")
+        report += "".join(output.get("text", "") for output in outputs) + unsaved
+    return status or bool(unsaved), target, report
+
+
+def _saved(book: Any, target: Path, nbformat: Any) -> str:
+    """Save the notebook with its outputs; returns what went wrong, empty if nothing did."""
+    try:
+        with atomic_write(target) as file:
+            file.write(nbformat.writes(book).encode())
+    except StorageError as error:
+        return f"The outputs are not saved: {error}\n"
+    return ""
 
 
 def begin(spec: str, scale_batch: bool) -> None:
@@ -70,14 +85,18 @@ def begin(spec: str, scale_batch: bool) -> None:
     _session.__enter__()
 
 
-def end() -> None:
+def end(*, completed: bool) -> None:
     """Print the account, in the notebook's kernel."""
     from rich.console import Console
 
     from duoka.script.report import print_report
 
     _session.__exit__(None, None, None)
-    print_report(_session.account, Console(width=120, highlight=False, force_jupyter=False, color_system=None))
+    print_report(
+        _session.account,
+        Console(width=120, highlight=False, force_jupyter=False, color_system=None),
+        completed=completed,
+    )
 
 
 def _hidden(client: Any, nbformat: Any, code: str) -> Sequence[Any]:

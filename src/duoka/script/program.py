@@ -8,12 +8,13 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 
-from duoka.errors import ConfigError
+from duoka.errors import ConfigError, DuokaError
 
 __all__ = ["Program"]
 
@@ -75,6 +76,9 @@ def _as_main(main: ModuleType, argv: list[str], first_on_path: str) -> Iterator[
     try:
         yield
     finally:
+        for thread in threading.enumerate():  # as Python does before it ends
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         sys.modules["__main__"], sys.argv, sys.path[:] = before
@@ -103,13 +107,18 @@ def _read(path: Path) -> bytes:
     if path.is_dir():
         raise ConfigError(f"{str(path)!r} is a folder. Name the script in it, or use -m for a package.")
     try:
-        return path.read_bytes()
+        source = path.read_bytes()
     except FileNotFoundError:
         beside = sorted(str(other) for other in path.parent.glob("*.py"))[:8] if path.parent.is_dir() else []
         there = f" Here there are: {', '.join(beside)}." if beside else ""
         raise ConfigError(f"there is no script {str(path)!r}.{there}") from None
     except OSError as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    if b"\0" in source:
+        raise ConfigError(
+            f"{str(path)!r} is no script: it holds binary data. Name a file of Python code, or a notebook."
+        )
+    return source
 
 
 def _status(stop: SystemExit) -> int:
@@ -124,21 +133,27 @@ def _status(stop: SystemExit) -> int:
 
 def _show(error: BaseException) -> int:
     """Show an exception as Python does at the end of a script, without the frames that stand between script and torch."""
-    own = _without_ours(error.__traceback__)
+    is_explained = isinstance(
+        error, KeyboardInterrupt | DuokaError
+    )  # where it came to pass in duoka tells nobody anything
+    own = _without_ours(error.__traceback__, ends_at_ours=is_explained)
     sys.excepthook(type(error), error.with_traceback(own), own)
     with contextlib.suppress(io.UnsupportedOperation, ValueError):
         sys.stderr.flush()
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _without_ours(trace: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without the frames of duoka and of torch's function modes, except where it ends in one."""
+def _without_ours(trace: TracebackType | None, *, ends_at_ours: bool) -> TracebackType | None:
+    """Return a traceback without duoka's frames and those of torch's function modes, except where it ends in one."""
     if trace is None:
         return None
-    rest = _without_ours(trace.tb_next)
     name = str(trace.tb_frame.f_globals.get("__name__", ""))
-    is_ours = name.startswith(("duoka.script", "duoka.mirror")) or name == "torch.overrides"
-    is_end = trace.tb_next is None and name != __name__
-    if is_ours and not is_end:
+    is_ours = name.startswith("duoka.") or name == "torch.overrides"
+    if name == __name__:
+        return _without_ours(trace.tb_next, ends_at_ours=ends_at_ours)
+    if is_ours and ends_at_ours:
+        return None
+    rest = _without_ours(trace.tb_next, ends_at_ours=ends_at_ours)
+    if is_ours and trace.tb_next is not None:
         return rest
     return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)

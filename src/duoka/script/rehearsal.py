@@ -7,7 +7,9 @@ true, ``cuda:0`` is the CPU. torch's own code, and duoka's, go on seeing the mac
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -34,15 +36,27 @@ def rehearsal(workers: int) -> Any:
             _answer(patches, torch.accelerator, name, answer)
         for name in [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]:
             patches.put(torch.cuda, name, getattr(torch, name))
-        patches.around(torch.nn.Module, "cuda", lambda _, module, *__, **___: module)
+        patches.around(torch.nn.Module, "cuda", lambda _, module, device=None: module.to(_cuda(device)))
         patches.around(torch, "load", _load)
         patches.around(
             torch, "set_default_device", lambda original, device: original(_CPU if is_cuda(device) else device)
         )
         patches.around(torch.amp.autocast_mode.autocast, "__init__", _autocast)
         patches.around(torch.amp.grad_scaler.GradScaler, "__init__", _scaler)
-        patches.enter_context(OwnDevice(_CPU))
+        patches.around(threading.Thread, "run", functools.partial(_in_rehearsal, workers))
+        patches.enter_context(OwnDevice(_CPU, workers))
         yield
+
+
+def _in_rehearsal(workers: int, original: Callable[..., Any], thread: threading.Thread) -> None:
+    """Run a thread of the script's: function modes hold for the thread that entered them alone."""
+    with OwnDevice(_CPU, workers):
+        original(thread)
+
+
+def _cuda(device: Any) -> torch.device:
+    """The device that ``module.cuda(device)`` names: ``None``, a number, a string or a device."""
+    return torch.device("cuda", device or 0) if device is None or isinstance(device, int) else torch.device(device)
 
 
 def _answer(patches: Patches, owner: Any, name: str, answer: Any) -> None:
@@ -69,7 +83,7 @@ def _answers(workers: int) -> dict[str, Any]:
     def number(device: Any = None) -> int:
         index = current[0] if device is None else device if isinstance(device, int) else torch.device(device).index or 0
         if not 0 <= index < workers:
-            raise RuntimeError(f"CUDA error: invalid device ordinal {index}: {workers} CPU workers stand for GPUs here")
+            raise RuntimeError(f"CUDA error: invalid device ordinal {index}: this run has {workers} devices")
         return index
 
     def set_device(device: Any) -> None:

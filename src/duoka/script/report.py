@@ -18,12 +18,17 @@ __all__ = ["advice", "device_words", "print_report"]
 _SLOW_LOADING = 0.25
 _MUCH_TALK = 0.2
 _WORTH_IT = 1.1
+_DISTURBED = 1.1
+_FEW = 3
+"""Steps that tell nothing yet."""
 
 
-def print_report(account: Account, out: Console) -> None:
-    """Print what the run came to."""
+def print_report(account: Account, out: Console, *, completed: bool = True) -> None:
+    """Print what the run came to; of one that failed before anything was shared out there is nothing to say."""
     from rich.table import Table
 
+    if not completed and not any(model.split for model in account.models):
+        return
     out.print()
     if account.models:
         table = Table(title=f"duoka run on {device_words(account.devices)}", title_justify="left", title_style="bold")
@@ -36,6 +41,8 @@ def print_report(account: Account, out: Console) -> None:
         out.print(f"duoka run on {device_words(account.devices)}")
     for line in lines(account):
         out.print(line, soft_wrap=True)
+    if completed:
+        out.print(f"what would help most: {advice(account)}", soft_wrap=True)
 
 
 def device_words(devices: Sequence[torch.device]) -> str:
@@ -55,16 +62,29 @@ def lines(account: Account) -> list[str]:
     ]
     if any(loader.scaled != loader.batch for loader in account.loaders):
         said.append("The learning rate is the script's own; with a larger batch a larger one is often right.")
-    said += account.notes
-    split, whole = account.seconds_a_step(split=True), account.seconds_a_step(split=False)
-    if split is not None and whole is not None:
+    if account.scales and not account.loaders:
+        said.append("--scale-batch has changed nothing: the script made no DataLoader that shuffles or samples.")
+    return [*said, *account.notes, *_times(account)]
+
+
+def _times(account: Account) -> list[str]:
+    """Say how long a step took, and where its time went."""
+    said = []
+    is_shared = any(step.is_split for step in account.steps)
+    compared, seconds, devices = account.comparison(), account.seconds_a_step(), len(account.devices)
+    if compared is not None:
+        whole, split = compared
         how = f"{whole / split:.2f} times as fast" if split <= whole else f"{split / whole:.2f} times slower"
-        said.append(f"a step: {_time(whole)} on one device (measured in the first steps), {_time(split)} on all: {how}")
-    elif (one := split if split is not None else whole) is not None:
-        said.append(f"a step: {_time(one)} on {'all devices' if split is not None else 'one device'}")
+        if whole > _DISTURBED * devices * split:
+            how = f"no comparison: more than {devices} times as fast is not possible, something else has slowed the one device"
+        said.append(f"a step: {_time(whole)} on one device (tried in between), {_time(split)} on all: {how}")
+    elif seconds is not None:
+        few = "; too few steps to compare with one device" if is_shared else ""
+        said.append(f"a step: {_time(seconds)} on {'all devices' if is_shared else 'one device'}{few}")
     if account.steps:
         said.append(f"its time: {_shares(account.shares())}")
-    said.append(f"what would help most: {advice(account)}")
+    if account.calls.starting:
+        said.append(f"to begin with: {_time(account.calls.starting)} for trying the model and starting helpers, once")
     return said
 
 
@@ -73,9 +93,11 @@ def advice(account: Account) -> str:
     devices = len(account.devices)
     if devices == 1:
         return "more devices; --device cpu:2 shares the work between two CPU workers, --device all takes every GPU."
-    shared = [model for model in account.models if model.split]
+    shared = [model for model in account.models if model.is_shared]
     if not shared:
         return _why_nothing(account)
+    if len(account.steps) < _FEW:
+        return f"nothing that can be told from {account.calls.steps} training steps."
     shares = account.shares()
     if shares.loading > _SLOW_LOADING:
         workers = max(2, core_limits().count // 2)
@@ -84,16 +106,16 @@ def advice(account: Account) -> str:
             "the data in memory."
         )
     batch = max(model.batch for model in shared)
-    split, whole = account.seconds_a_step(split=True), account.seconds_a_step(split=False)
-    is_slow = split is not None and whole is not None and whole < _WORTH_IT * split
-    if is_slow or shares.moving + shares.waiting > _MUCH_TALK:
-        larger = "" if any(one.scaled != one.batch for one in account.loaders) else " (--scale-batch multiplies it)"
+    can_scale = account.loaders and not account.scales
+    larger = f"a larger batch{' (--scale-batch multiplies it)' if can_scale else ''}: {batch} samples are "
+    compared = account.comparison()
+    if compared is not None and compared[0] < _WORTH_IT * compared[1]:
         return (
-            f"a larger batch: {batch} samples are {batch // devices} a device, too little work to be worth sharing between "
-            f"{devices}{larger}. Otherwise this script is best run without duoka."
-            if is_slow
-            else f"a larger batch{larger}: {batch} samples are {batch // devices} a device."
+            f"{larger}{_per_device(batch, devices)} a device, too little work to be worth sharing between {devices}. "
+            "Otherwise this script is best run without duoka."
         )
+    if shares.moving + shares.waiting > _MUCH_TALK:
+        return f"{larger}{_per_device(batch, devices)} a device."
     return "nothing that this run shows; devices are busy computing."
 
 
@@ -103,20 +125,22 @@ def _why_nothing(account: Account) -> str:
             "nothing here: no model was found. Models are found where model.to(device), model.cuda() or an optimiser is given "
             "their parameters; or write model = duoka.DataParallel(model)."
         )
-    uncalled = [model for model in account.models if not model.refusal and not model.whole]
-    if uncalled:
-        return (
-            f"calling the model as model(batch): {uncalled[0].name} was found, but only its methods or parts were called, "
-            "which are computed on one device."
-        )
     refused = [model for model in account.models if model.refusal]
     if refused:
         return f"a model that can be computed in parts; {refused[0].name} is on one device for the reason above."
-    return "more steps or larger batches: all calls were too few, or of one sample, to be shared."
+    uncalled = [model for model in account.models if not model.whole]
+    if uncalled:
+        return (
+            f"calling the model as model(batch): {uncalled[0].name} was found, but at most its methods or parts were called, "
+            "which are computed on one device."
+        )
+    if max(model.batch for model in account.models) < 2:
+        return "batches of more than one sample: one sample cannot be shared."
+    return "more steps: the first call is computed whole, to try the model, and there was no other."
 
 
 def _row(model: ModelAccount, devices: int) -> tuple[str, ...]:
-    used = devices if model.split else 1
+    used = devices if model.is_shared else 1
     per_device = "-" if not model.batch else _per_device(model.batch, min(used, model.batch))
     return model.name, model.how, str(used), str(model.batch or "-"), per_device, f"{model.split} / {model.whole}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -25,8 +26,9 @@ class Session:
         """Prepare for these devices; one device shares nothing. ``source`` is the script's text, as far as it is known."""
         self.devices = tuple(devices)
         self.account = Account(devices, CLOCK)
-        if b"create_graph=True" in source:
+        if re.search(rb"create_graph\s*=\s*(?!\s*False)", source):
             self.account.refuse_all(DOUBLE_BACKWARD)
+        self.account.scales = scale_batch
         self._factor = len(self.devices) if scale_batch else 1
         self._patches = Patches()
 

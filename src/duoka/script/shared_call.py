@@ -1,7 +1,7 @@
 """What stands in the place of a model's call: the whole batch here at first, and its parts on all devices from then on.
 
-The first call of each kind tries whether the model may be computed in parts at all; the next few training calls are still
-computed whole, which changes nothing about their results, so that there is something to compare the speed with.
+The first call of each kind tries whether the model may be computed in parts at all. Now and then a training step is still
+computed whole, which changes nothing about its result, so that there is something to compare the speed with.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,15 +18,14 @@ from torch import nn
 
 from duoka.errors import WorkerDied
 from duoka.mirror import nested
-from duoka.mirror.crew import Crew
 from duoka.mirror.engine import Engine
 from duoka.script.account import ModelAccount
 from duoka.script.trial import Generators, Verdict, first_line, is_users, signature, try_parts
 
 __all__ = ["SharedCall"]
 
-_WHOLE_CALLS = 4
-"""Training calls that are computed whole first: one to try, three to time."""
+_WHOLE_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
+"""After so many optimiser steps a step is computed whole, to compare with; so is each model's first call."""
 
 
 class SharedCall:
@@ -42,9 +42,9 @@ class SharedCall:
         self._account = account
         self._engine: Engine | None = None
         self._verdicts: dict[Any, Verdict] = {}
-        self._whole_calls = 0 if fits_one else _WHOLE_CALLS
+        self._seen: Counter[Any] = Counter()
+        self._is_first = True
         self._fits_one = fits_one
-        self._end: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_call, ()
@@ -71,7 +71,7 @@ class SharedCall:
     def close(self) -> None:
         """Give the helpers back, and the model its own call."""
         engine, self._engine = self._engine, None
-        if engine is not None and self._end is not None and self._end.detach():
+        if engine is not None:
             engine.close()
         if (module := self._module()) is not None and module._compiled_call_impl is self:
             del module._compiled_call_impl
@@ -82,10 +82,10 @@ class SharedCall:
         if batch is None or batch < 2 or self._account.refusal:
             self._account.count(batch, split=False)
             return _alone(module, args, kwargs)
-        kind = signature(module, tensors, skeleton)
-        verdict = self._verdicts.get(kind)
+        verdict = self._verdict(module, tensors, skeleton, batch)
         if verdict is None:
-            verdict = self._verdicts[kind] = self._try(module, tensors, skeleton, batch)
+            self._account.count(batch, split=False)
+            return _alone(module, args, kwargs)
         reason = verdict.reason or _reason_now(module, tensors, verdict)
         if reason:
             self._account.refuse(reason)
@@ -94,28 +94,37 @@ class SharedCall:
             return _alone(module, args, kwargs)
         return self._split(module, args, kwargs, batch, verdict)
 
-    def _try(self, module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any, batch: int) -> Verdict:
-        """Try the model on this batch, or on one device's part of it where the whole may not fit."""
-        parts = len(self._devices)
-        if not self._fits_one and batch >= 2 * parts:
-            sizes = nested.part_sizes(batch, parts)
-            tensors = [nested.split(tensor, sizes, 0)[0] for tensor in tensors]
-        args, kwargs = nested.fill(skeleton, tensors)
-        return try_parts(module, args, kwargs, parts)
+    def _verdict(self, module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any, batch: int) -> Verdict | None:
+        """Return what a trial has said of this kind of call; it is tried again at its 2nd, 4th, 8th, ... call."""
+        kind = signature(module, tensors, skeleton)
+        self._seen[kind] += 1
+        seen = self._seen[kind]
+        if kind in self._verdicts and seen & (seen - 1):
+            return self._verdicts[kind]
+        with self._account.calls.begins():
+            parts = len(self._devices)
+            if not self._fits_one and batch >= 2 * parts:  # where the whole may not fit, try one device's part
+                sizes = nested.part_sizes(batch, parts)
+                tensors = [nested.split(tensor, sizes, 0)[0] for tensor in tensors]
+            args, kwargs = nested.fill(skeleton, tensors)
+            verdict = try_parts(module, args, kwargs, parts)
+        if verdict is not None:
+            self._verdicts[kind] = verdict
+        return verdict
 
     def _is_for_comparison(self) -> bool:
-        if not torch.is_grad_enabled() or self._whole_calls >= _WHOLE_CALLS:
+        if not torch.is_grad_enabled() or not self._fits_one:
             return False
-        self._whole_calls += 1
-        return True
+        is_first, self._is_first = self._is_first, False
+        return is_first or self._account.calls.steps in _WHOLE_STEPS
 
     def _split(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, verdict: Verdict
     ) -> Any:
         if self._engine is None:
-            self._engine = Engine(self._devices, 0)
-            self._end = weakref.finalize(module, _leave_later, self._engine.crew, self._engine.number)
-            self._end.atexit = False
+            with self._account.calls.begins():
+                self._engine = Engine(self._devices, 0)
+                self._engine.crew.start()
         generators = Generators()
         try:
             value = self._engine.run(module, args, kwargs)
@@ -151,12 +160,6 @@ def is_traced(module: nn.Module) -> bool:
 
 def _no_call() -> None:
     return None
-
-
-def _leave_later(crew: Crew, number: int) -> None:
-    """Tell that a model is gone, from a thread of its own: the garbage collector may come in the middle of anything."""
-    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and the helpers with it
-        threading.Thread(target=crew.leave, args=(number,), name="duoka-close", daemon=True).start()
 
 
 def _averaged(value: Any, numbers: Sequence[int], sizes: Sequence[int]) -> Any:

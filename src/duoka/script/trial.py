@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,9 @@ _DROPPED = frozenset(
 )
 
 
+_ATOMS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
+
+
 class Verdict(NamedTuple):
     """What came of a trial."""
 
@@ -58,7 +62,7 @@ def signature(module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any)
     return module.training, torch.is_grad_enabled(), forms, repr(_shape_of(skeleton))
 
 
-def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], devices: int) -> Verdict:
+def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], devices: int) -> Verdict | None:
     """Compute a batch whole and in parts, and compare.
 
     Args:
@@ -68,27 +72,30 @@ def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         devices: the number of parts.
 
     Returns:
-        The verdict. The batch must have at least two samples.
+        The verdict, ``None`` if the model cannot be tried yet. The batch must have at least two samples.
 
     """
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters()):
+        return None  # the first call gives them their shapes
     tensors, skeleton = nested.take_out((args, kwargs))
     sizes = nested.part_sizes(nested.batch_size(tensors, 0), devices)
     split = [nested.split(tensor, sizes, 0) for tensor in tensors]
     try:
         model = _copy(module)
+        calls = [_given(skeleton, own) for own in (tensors, *zip(*split, strict=True))]
     except Exception as error:
-        return Verdict(f"it cannot be copied: {error}")
+        return Verdict(f"it or what it is given cannot be copied to be tried: {first_line(error)}")
     with _undisturbed(), torch.no_grad(), _Sober():
+        before = _state(model)
         try:
-            before = _held(model)
-            whole = model(*args, **kwargs)
-            if name := _keeps_results(model, before):
-                return Verdict(f"its forward keeps tensors in {name}, which would be those of one part only")
+            whole = model(*calls[0].args, **calls[0].kwargs)
         except Exception as error:
-            return Verdict(f"it could not be tried on a batch: {type(error).__name__}: {error}")
-        after_whole = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            return Verdict(f"it could not be tried on a batch: {type(error).__name__}: {first_line(error)}")
+        if reason := _side_effect(model, before) or calls[0].changed():
+            return Verdict(reason)
+        after_whole = _buffers(model)
         try:
-            parts = [_part(model, module, skeleton, list(own)) for own in zip(*split, strict=True)]
+            parts = [_part(model, module, call) for call in calls[1:]]
         except Exception as error:
             return Verdict(f"it cannot compute a part of the batch: {type(error).__name__}: {first_line(error)}")
     for name, buffer in parts[0][1].items():
@@ -97,13 +104,37 @@ def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return _compare(whole, [value for value, _ in parts], sizes)
 
 
-def _part(
-    model: nn.Module, module: nn.Module, skeleton: Any, tensors: list[torch.Tensor]
-) -> tuple[Any, dict[str, torch.Tensor]]:
+class _Call:
+    """Arguments of one call, copies of the user's own."""
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+        tensors, skeleton = nested.take_out((args, kwargs))
+        self._versions = [(tensor, tensor._version) for tensor in tensors]
+        self._skeleton = pickle.dumps(skeleton)
+
+    def changed(self) -> str:
+        """Say what a call did to its arguments; empty if it left them alone."""
+        if any(tensor._version != version for tensor, version in self._versions):
+            return "its forward changes its inputs in place"
+        if pickle.dumps(nested.take_out((self.args, self.kwargs))[1]) != self._skeleton:
+            return "its forward changes an object that it is given"
+        return ""
+
+
+def _given(skeleton: Any, tensors: Sequence[torch.Tensor]) -> _Call:
+    args, kwargs = nested.fill(copy.deepcopy(skeleton), [tensor.detach().clone() for tensor in tensors])
+    return _Call(args, kwargs)
+
+
+def _part(model: nn.Module, module: nn.Module, call: _Call) -> tuple[Any, dict[str, torch.Tensor]]:
     for buffer, first in zip(model.buffers(), module.buffers(), strict=True):
         buffer.copy_(first)
-    args, kwargs = nested.fill(skeleton, tensors)
-    return model(*args, **kwargs), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return model(*call.args, **call.kwargs), _buffers(model)
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def _compare(whole: Any, parts: list[Any], sizes: Sequence[int]) -> Verdict:
@@ -111,6 +142,11 @@ def _compare(whole: Any, parts: list[Any], sizes: Sequence[int]) -> Verdict:
     taken = [nested.take_out(part, index) for index, part in enumerate(parts)]
     if not expected:
         return Verdict("it returns no tensors")
+    leaves = [_leaves(skeleton) for skeleton in (shape, *(skeleton for _, skeleton in taken))]
+    if strange := [leaf for leaf in leaves[0] if not isinstance(leaf, _ATOMS)]:
+        return Verdict(f"it returns a {type(strange[0]).__name__}, which cannot be joined from parts")
+    if any(own != leaves[0] for own in leaves[1:]):
+        return Verdict("it returns something beside tensors that is not the same for every part of a batch")
     try:
         value, joints = nested.join([skeleton for _, skeleton in taken], sizes)
         joined = [_join(joint, [tensors for tensors, _ in taken], sizes) for joint in joints]
@@ -119,6 +155,8 @@ def _compare(whole: Any, parts: list[Any], sizes: Sequence[int]) -> Verdict:
     if repr(_shape_of(value)) != repr(_shape_of(shape)) or len(joined) != len(expected):
         return Verdict("what it returns is built differently for a part of a batch")
     for one, other in zip(joined, expected, strict=True):
+        if other.dim() == 0 and not other.is_floating_point():
+            return Verdict("it returns a count or a flag of the whole batch")
         if one.shape != other.shape:
             across = f"{tuple(other.shape)} for the whole batch, {tuple(one.shape)} from its parts joined"
             return Verdict(f"what it returns does not have the batch as its first dimension ({across})")
@@ -126,6 +164,13 @@ def _compare(whole: Any, parts: list[Any], sizes: Sequence[int]) -> Verdict:
             number = "number" if other.dim() == 0 else "output"
             return Verdict(f"its {number} for a whole batch is not what its parts give: it looks across samples")
     return Verdict("", tuple(index for index, tensor in enumerate(expected) if tensor.dim() == 0))
+
+
+def _leaves(skeleton: Any) -> list[Any]:
+    """What is beside tensors in a value."""
+    found: list[Any] = []
+    nested.fill_with(lambda leaf: found.append(leaf) if type(leaf) is not nested.Hole else None, skeleton)
+    return found
 
 
 def _join(joint: nested.Joint, tensors: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int]) -> torch.Tensor:
@@ -145,8 +190,8 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """Return a copy with the same parameters, buffers of its own, and without the user's hooks."""
-    model = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+    """Return a copy without the user's hooks."""
+    model = copy.deepcopy(module)
     for part in model.modules():
         for registry in (part._forward_hooks, part._forward_pre_hooks):
             for key in [key for key, hook in registry.items() if is_users(hook)]:
@@ -161,23 +206,45 @@ def is_users(hook: Callable[..., Any]) -> bool:
     return not str(where).startswith("torch.")
 
 
-def _held(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Return the tensors that the modules' attributes hold, apart from parameters and buffers, by the attributes' names."""
-    return {
-        f"{prefix}.{name}".lstrip("."): nested.take_out(value)[0]
-        for prefix, part in model.named_modules()
-        for name, value in part.__dict__.items()
-        if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, torch.Tensor | list | tuple | dict)
-    }
+class _State(NamedTuple):
+    """What a forward may leave behind in a model, by the names of attributes and parameters."""
+
+    tensors: dict[str, list[int]]
+    values: dict[str, bytes]
+    versions: dict[str, int]
 
 
-def _keeps_results(model: nn.Module, before: dict[str, list[torch.Tensor]]) -> str:
-    """Name an attribute that holds other tensors than before the call; empty if there is none."""
-    for name, tensors in _held(model).items():
-        known = set(map(id, before.get(name, ())))
-        if any(id(tensor) not in known for tensor in tensors):
-            return name
-    return ""
+def _state(model: nn.Module) -> _State:
+    tensors, values = {}, {}
+    for prefix, part in model.named_modules():
+        for attribute, value in part.__dict__.items():
+            if attribute in ("_parameters", "_buffers", "_modules"):
+                continue
+            name = f"{prefix}.{attribute}".lstrip(".")
+            if isinstance(value, torch.Tensor | list | tuple | dict):
+                tensors[name] = [id(tensor) for tensor in nested.take_out(value)[0]]
+            if not callable(value):
+                with contextlib.suppress(Exception):
+                    values[name] = pickle.dumps(nested.take_out(value)[1])
+    return _State(tensors, values, {name: parameter._version for name, parameter in model.named_parameters()})
+
+
+def _side_effect(model: nn.Module, before: _State) -> str:
+    """Say what a forward left behind in the model; empty if nothing, or a whole number that has grown by one: a counter."""
+    after = _state(model)
+    for name, tensors in after.tensors.items():
+        if not set(tensors) <= set(before.tensors.get(name, ())):
+            return f"its forward keeps tensors in {name}, which would be those of one part only"
+    for name, value in after.values.items():
+        if value != before.values.get(name) and not _has_counted(before.values.get(name), value):
+            return f"its forward keeps results in {name}, which would be those of one part only"
+    changed = [name for name, version in after.versions.items() if version != before.versions[name]]
+    return f"its forward writes to its parameter {changed[0]}" if changed else ""
+
+
+def _has_counted(before: bytes | None, after: bytes) -> bool:
+    one, other = (None if value is None else pickle.loads(value) for value in (before, after))
+    return type(one) is int and type(other) is int and other == one + 1
 
 
 def _shape_of(value: Any) -> Any:

@@ -24,6 +24,7 @@ DOUBLE_BACKWARD = (
     "the script differentiates gradients (create_graph=True), and helpers return gradients without their graph"
 )
 
+_ORIGINAL = nn.DataParallel
 _INSIDERS = ("torch", "duoka", "contextlib", "functools", "importlib")
 
 
@@ -154,7 +155,8 @@ class _AnyDataParallel(type):
     """Lets ``isinstance(model, nn.DataParallel)`` hold for a ``duoka.DataParallel`` of the script's own too."""
 
     def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, DataParallel)
+        is_the_stand_in = cls.__module__ == "torch.nn.parallel.data_parallel"
+        return isinstance(value, DataParallel) if is_the_stand_in else type.__instancecheck__(cls, value)
 
 
 class _Wrapper(DataParallel):
@@ -174,7 +176,7 @@ class _Wrapper(DataParallel):
         return nn.Module.state_dict(self, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DataParallel, (self.module,)
+        return _ORIGINAL, (self.module,)
 
 
 def _batch_of(inputs: Any, kwargs: Any, dim: int) -> int | None:

@@ -133,6 +133,21 @@ class Config:
     resume: str | None = None
     """A stopped run's folder, to go on with it there, with its own options unless others are given."""
 
+    FIXED = (
+        "task",
+        "features",
+        "attention",
+        "distil",
+        "width",
+        "heads",
+        "hidden",
+        "encoder_layers",
+        "decoder_layers",
+        "optimizer",
+        "scheduler",
+    )
+    PLANNED = ("cosine",)
+
     def __post_init__(self) -> None:
         check(self)
         for option in (

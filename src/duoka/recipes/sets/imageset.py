@@ -110,6 +110,8 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
             image = _flattened(image_ops.exif_transpose(file), image_module)
     except FileNotFoundError as error:
         raise DataError(f"there is no image {path}") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder, not an image: name images, such as {Path(path) / '*.png'}") from error
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
         remedy = "is it an image, and complete? Replace or remove it"
         raise DataError(f"cannot read the image {path}: {error}: {remedy}") from error

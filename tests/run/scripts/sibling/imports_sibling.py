@@ -16,7 +16,7 @@ labels = torch.arange(76) % 3
 signals = torch.randn(76, 12) * 0.3
 for i, l in enumerate(labels):
     signals[i, l * 3:l * 3 + 4] += torch.tensor([1.0, -1.0, 1.0, l])
-optimizer = torch.optim.Adagrad(net.parameters(), lr=0.05)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
 criterion = nn.MultiMarginLoss()
 for epoch in range(4):
     for i in range(0, 76, 24):

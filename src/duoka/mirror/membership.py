@@ -1,0 +1,33 @@
+"""A model's use of a crew: it lasts as long as the model does, or a graph that came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+
+from duoka.mirror.crew import Crew
+
+__all__ = ["Membership"]
+
+
+class Membership:
+    """Keeps the helpers; held by the engine and by each of its calls, and over when the last of them is gone."""
+
+    def __init__(self, crew: Crew, model: int) -> None:
+        crew.join()
+        self._end = weakref.finalize(self, _leave_later, crew, model)
+        self._end.atexit = False
+        self._leave = crew.leave, model
+
+    def end(self) -> None:
+        """End it now, whoever holds it."""
+        if self._end.detach():
+            leave, model = self._leave
+            leave(model)
+
+
+def _leave_later(crew: Crew, model: int) -> None:
+    """Leave from a thread of its own: the garbage collector may come in the middle of anything."""
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and the helpers with it
+        threading.Thread(target=crew.leave, args=(model,), name="duoka-close", daemon=True).start()
