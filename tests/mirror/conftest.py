@@ -11,6 +11,17 @@ from torch import nn
 
 import duoka
 
+BOTH_EVERY_TIME = ("test_equality", "test_failures", "test_graph", "test_sending")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What only says once more, over the other transport, what the files above say: `make test-all` runs it."""
+    for item in items:
+        sends = getattr(item, "callspec", None) and item.callspec.params.get("transport") == "sending"
+        if sends and item.path.parent.name == "mirror" and item.path.stem not in BOTH_EVERY_TIME:
+            item.add_marker(pytest.mark.extended)
+
 
 @pytest.fixture(params=["sharing", "sending"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

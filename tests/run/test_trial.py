@@ -96,7 +96,7 @@ def test_models_that_treat_samples_alone_pass(function, inputs) -> None:
     [
         (lambda self, x: self.linear(x) - self.linear(x).mean(0), (X,), "looks across samples"),
         (lambda self, x: self.linear(x) @ self.linear(x).T, (X,), "cannot be joined"),
-        (lambda self, x: nn.functional.mse_loss(x, x * 2, reduction="sum"), (X,), "looks across samples"),
+        (lambda self, x: nn.functional.mse_loss(x, x * 2, reduction="sum"), (X,), "not the mean over the samples"),
         (lambda self, x: self.lstm(x)[1][0], (SEQUENCE,), "cannot be joined"),
         (lambda self, x: self.lstm(x)[1][0], (SEQUENCE[:9],), "first dimension"),
         (lambda self, x: self.linear(x.cumsum(0)), (X,), "looks across samples"),

@@ -161,8 +161,9 @@ def _compare(whole: Any, parts: list[Any], sizes: Sequence[int]) -> Verdict:
             across = f"{tuple(other.shape)} for the whole batch, {tuple(one.shape)} from its parts joined"
             return Verdict(f"what it returns does not have the batch as its first dimension ({across})")
         if not _close(one, other):
-            number = "number" if other.dim() == 0 else "output"
-            return Verdict(f"its {number} for a whole batch is not what its parts give: it looks across samples")
+            if other.dim() == 0:
+                return Verdict("the number that it returns is not the mean over the samples of its parts")
+            return Verdict("its output for a whole batch is not what its parts give: it looks across samples")
     return Verdict("", tuple(index for index, tensor in enumerate(expected) if tensor.dim() == 0))
 
 
@@ -223,7 +224,7 @@ def _state(model: nn.Module) -> _State:
             name = f"{prefix}.{attribute}".lstrip(".")
             if isinstance(value, torch.Tensor | list | tuple | dict):
                 tensors[name] = [id(tensor) for tensor in nested.take_out(value)[0]]
-            if not callable(value):
+            if isinstance(value, int | float | str | list | tuple | dict | set):
                 with contextlib.suppress(Exception):
                     values[name] = pickle.dumps(nested.take_out(value)[1])
     return _State(tensors, values, {name: parameter._version for name, parameter in model.named_parameters()})
