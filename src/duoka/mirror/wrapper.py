@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from duoka.mirror.engine import Engine
 from duoka.mirror.part import Part
 
 __all__ = ["DataParallel"]
+
+_one_at_a_time = threading.Lock()
 
 DeviceSpec = str | int | torch.device | Sequence[str | int | torch.device] | None
 
@@ -92,11 +95,13 @@ class DataParallel(nn.DataParallel[nn.Module]):
         """Compute the wrapped model's forward, each device its part."""
         if len(self._duoka_devices) == 1:
             return self._duoka_part.of(self.module)(*inputs, **kwargs)
-        if self._duoka_engine is None:
-            self._duoka_engine = Engine(self._duoka_devices, self.dim, self._duoka_part)
-            self._duoka_end = weakref.finalize(self, self._duoka_engine.close_later)
-            self._duoka_end.atexit = False
-        return self._duoka_engine.run(self.module, inputs, kwargs)
+        with _one_at_a_time:  # two threads that come first at once are not to have an engine each
+            engine = self._duoka_engine
+            if engine is None:
+                engine = self._duoka_engine = Engine(self._duoka_devices, self.dim, self._duoka_part)
+                self._duoka_end = weakref.finalize(self, engine.close_later)
+                self._duoka_end.atexit = False
+        return engine.run(self.module, inputs, kwargs)
 
     def close(self) -> None:
         """Give the helper processes back; the wrapped model stays as it is. A later call starts them again."""

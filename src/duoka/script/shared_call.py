@@ -41,6 +41,7 @@ class SharedCall:
         self._devices = tuple(devices)
         self._account = account
         self._engine: Engine | None = None
+        self._starting = threading.Lock()
         self._verdicts: dict[Any, Verdict] = {}
         self._seen: Counter[Any] = Counter()
         self._is_first = True
@@ -121,13 +122,10 @@ class SharedCall:
     def _split(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, verdict: Verdict
     ) -> Any:
-        if self._engine is None:
-            with self._account.calls.begins():
-                self._engine = Engine(self._devices, 0)
-                self._engine.crew.start()
+        engine = self._started()
         generators = Generators()
         try:
-            value = self._engine.run(module, args, kwargs)
+            value = engine.run(module, args, kwargs)
         except WorkerDied:
             raise
         except Exception as error:  # of a part: if the whole fails too, its exception is the script's own

@@ -144,7 +144,9 @@ def _compare(whole: Any, parts: list[Any], sizes: Sequence[int]) -> Verdict:
         return Verdict("it returns no tensors")
     leaves = [_leaves(skeleton) for skeleton in (shape, *(skeleton for _, skeleton in taken))]
     if strange := [leaf for leaf in leaves[0] if not isinstance(leaf, _ATOMS)]:
-        return Verdict(f"it returns a {type(strange[0]).__name__}, which cannot be joined from parts")
+        kind = type(strange[0]).__name__
+        remedy = " (config.use_cache = False leaves it out)" if kind.endswith("Cache") else ""
+        return Verdict(f"it returns a {kind}, which cannot be joined from parts{remedy}")
     if any(own != leaves[0] for own in leaves[1:]):
         return Verdict("it returns something beside tensors that is not the same for every part of a batch")
     try:
