@@ -95,6 +95,14 @@ class SharedCall:
             return _alone(module, args, kwargs)
         return self._split(module, args, kwargs, batch, verdict)
 
+    def _started(self) -> Engine:
+        with self._starting:  # two threads that come first at once are not to have an engine each
+            if self._engine is None:
+                with self._account.calls.begins():
+                    self._engine = Engine(self._devices, 0)
+                    self._engine.crew.start()
+            return self._engine
+
     def _verdict(self, module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any, batch: int) -> Verdict | None:
         """Return what a trial has said of this kind of call; it is tried again at its 2nd, 4th, 8th, ... call."""
         kind = signature(module, tensors, skeleton)

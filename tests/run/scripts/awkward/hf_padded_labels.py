@@ -21,7 +21,7 @@ config = GPT2Config(
     embd_pdrop=0.0,
     attn_pdrop=0.0,
     bos_token_id=0,
-    eos_token_id=0,
+    eos_token_id=0, use_cache=False,
 )
 model = GPT2LMHeadModel(config).to(device)
 ids = torch.randint(1, 40, (36, 10))
