@@ -88,7 +88,7 @@ ON_ONE_DEVICE = {  # and the words that say why
     "list_of_tensors": "",
     "tiny_batches": "one sample cannot be shared",
     "raises_in_forward": "",
-    "hf_padded_labels": "is not the mean over the samples",
+    "hf_padded_labels": "labels of which some do not count",
 }
 
 
