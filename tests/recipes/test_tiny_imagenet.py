@@ -81,7 +81,7 @@ def test_the_run_says_what_it_came_to(run, capsys):
 def test_evaluation_sees_no_random_change(root):
     images = tiny_imagenet.load(Config(root=str(root), image_size=16, limit=4))
     facts = tiny_imagenet.classifying.facts_of(images)
-    test = tiny_imagenet._test_loader(Config(), images, facts)
+    test = tiny_imagenet.classifying.test_loader(images, facts, 64)
     assert sum(transform.draws for transform in test.transforms) == 0
     assert test.mix is None
     assert not test.shuffle
@@ -110,14 +110,37 @@ def test_what_cannot_be_is_refused(options):
         Config(**options)
 
 
-@pytest.mark.parametrize(("augmentation", "optimizer"), [("none", "adam"), ("basic", "adamw"), ("cutmix", "rmsprop")])
-def test_every_augmentation_and_optimiser_trains_on_cifar_too(augmentation, optimizer, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("augmentation", "optimizer", "workers"), [
+    ("none", "adam", 0), ("basic", "adamw", 0), ("cutmix", "rmsprop", 0), ("mixup", "adam", 1),
+])  # fmt: skip
+def test_every_augmentation_and_optimiser_trains_on_cifar_too(augmentation, optimizer, workers, monkeypatch, tmp_path):
     pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
     images = Images(pixels, torch.arange(16) % 2)
     monkeypatch.setattr(tiny_imagenet.cifar, "load", lambda *_, **__: ImageSet("cifar10", ("a", "b"), images, images))
-    options = {"augmentation": augmentation, "optimizer": optimizer, "epochs": 1, "bsize": 8, "out": str(tmp_path)}
+    options = {"augmentation": augmentation, "optimizer": optimizer, "epochs": 1, "bsize": 8, "workers": workers}
+    options["out"] = str(tmp_path)
     outcome = tiny_imagenet.train(Config(dataset="cifar10", model="residual", device="cpu", limit=4, **options))
     assert outcome.results["test_loss"] > 0
+
+
+@pytest.mark.parametrize("augmentation", ["none", "basic", "cutmix"])
+def test_worker_processes_make_batches_like_those_on_the_device(augmentation):
+    pixels = torch.full((64, 3, 16, 16), 128, dtype=torch.uint8)
+    pixels[:, 0] += torch.arange(64, dtype=torch.uint8)[:, None, None]
+    images = Images(pixels, torch.arange(64) % 4)
+    images = ImageSet("some", ("a", "b", "c", "d"), images, images)
+    facts = tiny_imagenet.classifying.facts_of(images)
+    kept, worked = (
+        next(iter(tiny_imagenet._train_loader(Config(augmentation=augmentation, workers=workers), images, facts)))
+        for workers in (0, 1)
+    )
+    assert [part.shape for part in kept] == [part.shape for part in worked]
+    assert [part.dtype for part in kept] == [part.dtype for part in worked]
+    assert torch.allclose(kept[0].mean(dim=(0, 2, 3)), worked[0].mean(dim=(0, 2, 3)), atol=0.25)
+    assert torch.allclose(kept[1].float().mean(0), worked[1].float().mean(0))
+    if augmentation == "none":
+        first, second = (batch[0][batch[0][:, 0, 0, 0].argsort()] for batch in (kept, worked))
+        assert torch.allclose(first, second, atol=1e-4), "the same images, in another order"
 
 
 def test_mixed_labels_count_by_their_shares():

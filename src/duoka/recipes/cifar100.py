@@ -14,21 +14,19 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from duoka import checkpoint, devices, scaling
+from duoka import devices
 from duoka.errors import ConfigError
-from duoka.launcher import launch
 from duoka.log import logger
 from duoka.recipes import classifying
 from duoka.recipes.classifying import Facts
 from duoka.recipes.config import at_least, check
 from duoka.recipes.nets.resnet import resnet
 from duoka.recipes.registry import Outcome, Prediction
-from duoka.recipes.runs import ConfigWriter, Run
+from duoka.recipes.runs import Run, folder_of, run_options
 from duoka.recipes.sets import cifar, digits, folder
 from duoka.recipes.sets.imageset import ImageSet
 from duoka.recipes.sets.loading import Collate, augmentation, loader
 from duoka.trainer import Trainer
-from duoka.world import current_world
 
 __all__ = ["Config", "evaluate", "predict", "train"]
 
@@ -164,13 +162,14 @@ def train(config: Config) -> Outcome:
     images = load(config)
     _check_batch(config, images, int(os.environ.get("WORLD_SIZE", 0)) or len(chosen))
     facts = classifying.facts_of(images)
-    run = _given(launch(_run_of, config, devices=list(chosen)))
+    run = folder_of(NAME, config, chosen)
     torch.manual_seed(config.seed)
     model = resnet(_given(config.model), len(images.classes), images.shape[0], _given(config.width))
     trainer = _trainer(model, config, images, facts, run)
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
-    return classifying.tested(NAME, run, trainer, images, facts, _test_loader(config, images, facts))
+    test = classifying.test_loader(images, facts, _given(config.bsize))
+    return classifying.tested(NAME, run, trainer, images, facts, test)
 
 
 def evaluate(run: Run, config: Config) -> Outcome:
@@ -178,16 +177,13 @@ def evaluate(run: Run, config: Config) -> Outcome:
     model, facts = _finished(run, config)
     images = load(config)
     trainer = _trainer(model, config, images, facts, None)
-    results = classifying.results_of(trainer.evaluate(_test_loader(config, images, facts)))
-    if current_world().is_main:
-        run.write_results(results, "evaluation.json")
-    return Outcome(run, results, classifying.next_step(run, images))
+    return classifying.evaluated(run, trainer, images, classifying.test_loader(images, facts, _given(config.bsize)))
 
 
 def predict(run: Run, config: Config, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
     """Name the classes of image files, with the probabilities that the model of a finished run gives them."""
     model, facts = _finished(run, config)
-    return classifying.predictions(model, facts, devices.resolve(config.device).devices[0], sources, invert=invert)
+    return classifying.predictions(model, facts, config.device, sources, invert=invert)
 
 
 def load(config: Config) -> ImageSet:
@@ -201,26 +197,12 @@ def load(config: Config) -> ImageSet:
     return cifar.load(source, config.root, download=config.download, verify=config.verify)
 
 
-def _run_of(config: Config) -> Run | None:
-    """Return the run's folder on rank 0, the same for every rank of a job that others started; made if it is new."""
-    if not current_world().is_main:
-        return None
-    return Run.at(config.resume) if config.resume else Run.new(config.out, NAME, _given(config.name))
-
-
 def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Facts, run: Run | None) -> Trainer:
     """Return a trainer with the options of ``config``, which writes into the folder of ``run``."""
-    options: dict[str, Any] = {}
-    if run is not None:
-        options = {
-            "out_dir": run.folder,
-            "resume": "auto" if config.resume else False,
-            "callbacks": [ConfigWriter(run, NAME, dataclasses.replace(config, resume=None))],
-        }
     return Trainer(
         model,
         _train_loader(config, images, facts),
-        _test_loader(config, images, facts),
+        classifying.test_loader(images, facts, _given(config.bsize)),
         loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
         metrics=classifying.metrics(len(images.classes)),
         device=config.device,
@@ -235,7 +217,7 @@ def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Facts, r
         warmup_epochs=config.warmup_epochs,
         **_schedule(config),
         seed=config.seed,
-        **options,
+        **({} if run is None else run_options(run, NAME, config)),
     )
 
 
@@ -276,32 +258,18 @@ def _schedule(config: Config) -> dict[str, Any]:
     return {"scheduler": config.scheduler, "scheduler_options": options}
 
 
-def _workers(config: Config) -> int:
-    """Return the loading processes of each device, and say so where fewer are taken than were asked for."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or len(devices.resolve(config.device).devices)
-    workers = scaling.loader_workers(local, config.workers)
-    log = logger.warning if config.workers is not None and workers.total < config.workers else logger.info
-    log("data-loader workers: %s", workers.words)
-    return workers.per_device
-
-
 def _train_loader(config: Config, images: ImageSet, facts: Facts) -> Any:
     """Return a loader that makes batches on the device, or in worker processes where these were asked for."""
     if not config.workers:
         return classifying.loader(images.train, facts, _given(config.bsize), classifying.shifts(images))
-    return loader(images.train, Collate(facts.statistics), _given(config.bsize), _workers(config), augmentation(images))
-
-
-def _test_loader(config: Config, images: ImageSet, facts: Facts) -> Any:
-    return classifying.loader(images.test, facts, max(256, _given(config.bsize)))
+    workers = classifying.workers_of(config.device, config.workers)
+    return loader(images.train, Collate(facts.statistics), _given(config.bsize), workers, augmentation(images))
 
 
 def _finished(run: Run, config: Config) -> tuple[nn.Module, Facts]:
     """Return the trained model of a run and what it remembers of its images."""
-    path, facts = run.finished_model(), classifying.read_facts(run)
-    model = resnet(_given(config.model), len(facts.classes), facts.shape[0], _given(config.width))
-    checkpoint.load(path, model)
-    return model, facts
+    model, width = _given(config.model), _given(config.width)
+    return classifying.finished(run, lambda facts: resnet(model, len(facts.classes), facts.shape[0], width))
 
 
 def _given(value: T | None) -> T:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import duoka
+from duoka import checkpoint, devices, scaling
 from duoka.data import augment
+from duoka.log import logger
 from duoka.recipes import pictures
 from duoka.recipes.registry import Outcome, Prediction
 from duoka.recipes.runs import Run
@@ -21,7 +24,8 @@ from duoka.trainer import Trainer
 from duoka.world import current_world
 
 __all__ = [
-    "Facts", "facts_of", "loader", "metrics", "next_step", "predictions", "read_facts", "results_of", "shifts", "tested",
+    "Facts", "evaluated", "facts_of", "finished", "loader", "metrics", "next_step", "predictions", "read_facts", "results_of",
+    "shifts", "test_loader", "tested", "workers_of",
 ]  # fmt: skip
 
 
@@ -52,6 +56,20 @@ def loader(images: Images, facts: Facts, batch_size: int, changes: Sequence[Any]
     transforms = [*(changes or ()), augment.Normalize(facts.statistics.mean, facts.statistics.std)]
     data, shuffle = (images.pixels, images.labels), changes is not None
     return duoka.data.resident(data, batch_size=batch_size, shuffle=shuffle, transforms=transforms, mix=mix)
+
+
+def test_loader(images: ImageSet, facts: Facts, batch_size: int) -> Any:
+    """Return a loader of the test part, in order and without any random change; batches may be larger than in training."""
+    return loader(images.test, facts, max(256, batch_size))
+
+
+def workers_of(device: str, requested: int) -> int:
+    """Return the loading processes of each device where ``requested`` are for all; says so where they are fewer."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or len(devices.resolve(device).devices)
+    workers = scaling.loader_workers(local, requested)
+    log = logger.warning if workers.total < requested else logger.info
+    log("data-loader workers: %s", workers.words)
+    return workers.per_device
 
 
 def shifts(images: ImageSet) -> list[Any]:
@@ -97,6 +115,22 @@ def tested(recipe: str, run: Run, trainer: Trainer, images: ImageSet, facts: Fac
     return Outcome(run, results, next_step(run, images))
 
 
+def finished(run: Run, build: Callable[[Facts], nn.Module]) -> tuple[nn.Module, Facts]:
+    """Return the trained model of a run, which ``build`` makes without its weights, and what it remembers of its images."""
+    path, facts = run.finished_model(), read_facts(run)
+    model = build(facts)
+    checkpoint.load(path, model)
+    return model, facts
+
+
+def evaluated(run: Run, trainer: Trainer, images: ImageSet, test: Any) -> Outcome:
+    """Test the model of a finished run again on the loader ``test``; writes ``evaluation.json`` into its folder."""
+    results = results_of(trainer.evaluate(test))
+    if current_world().is_main:
+        run.write_results(results, "evaluation.json")
+    return Outcome(run, results, next_step(run, images))
+
+
 def next_step(run: Run, images: ImageSet) -> str:
     """Return a command that works as it stands."""
     sample = run.sample(images.classes[int(images.test.labels.min())])
@@ -104,14 +138,15 @@ def next_step(run: Run, images: ImageSet) -> str:
 
 
 def predictions(
-    model: nn.Module, facts: Facts, device: torch.device, sources: Sequence[str], *, invert: bool
+    model: nn.Module, facts: Facts, device: str, sources: Sequence[str], *, invert: bool
 ) -> list[Prediction]:
-    """Name the classes of image files, with the probabilities that ``model`` gives them."""
+    """Name the classes of image files, with the probabilities that ``model`` gives them on the first of ``device``."""
+    first = devices.resolve(device).devices[0]
     pixels = torch.stack([read_image(source, facts.shape, invert=invert) for source in sources])
     normalise = augment.Normalize(facts.statistics.mean, facts.statistics.std)
-    model.to(device).eval()
+    model.to(first).eval()
     with torch.inference_mode():
-        logits = model(normalise(pixels.float() / 255, torch.empty(len(pixels), 0)).to(device))
+        logits = model(normalise(pixels.float() / 255, torch.empty(len(pixels), 0)).to(first))
     ranked = logits.double().softmax(dim=1).cpu().sort(dim=1, descending=True)
     return [
         Prediction(source, tuple(zip((facts.classes[place] for place in places), values, strict=True)))

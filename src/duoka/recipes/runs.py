@@ -7,18 +7,21 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from duoka.errors import ConfigError, DataError, StorageError
+from duoka.launcher import launch
 from duoka.log import logger
 from duoka.trainer import Callback, State
+from duoka.world import current_world
 
-__all__ = ["ConfigWriter", "Run", "no_empty_folder"]
+__all__ = ["ConfigWriter", "Run", "folder_of", "no_empty_folder", "run_options"]
 
 _made: list[Path] = []
 """The folders that were made within ``no_empty_folder``, each before the one that it is in."""
@@ -197,6 +200,31 @@ class ConfigWriter(Callback):
     def on_fit_start(self, state: State) -> None:  # noqa: ARG002
         """Write it."""
         self.run.write_config(self.recipe, self.config)
+
+
+def folder_of(recipe: str, config: Any, devices: str | Sequence[torch.device]) -> Run:
+    """Return the folder of ``config``'s run, the same for every rank of a job that others started; made if it is new.
+
+    ``config`` has ``resume``, ``out`` and ``name``.
+    """
+    run = launch(_folder_on_main, recipe, config, devices=devices if isinstance(devices, str) else list(devices))
+    assert run is not None  # rank 0 has made it
+    return run
+
+
+def _folder_on_main(recipe: str, config: Any) -> Run | None:
+    if not current_world().is_main:
+        return None
+    return Run.at(config.resume) if config.resume else Run.new(config.out, recipe, config.name)
+
+
+def run_options(run: Run, recipe: str, config: Any) -> dict[str, Any]:
+    """Return the trainer's options for the run's folder; its configuration is written when a checkpoint was accepted."""
+    return {
+        "out_dir": run.folder,
+        "resume": "auto" if config.resume else False,
+        "callbacks": [ConfigWriter(run, recipe, dataclasses.replace(config, resume=None))],
+    }
 
 
 def _cannot_make(folder: Path, why: str) -> str:

@@ -17,15 +17,16 @@ from torch import nn
 from duoka import checkpoint, devices
 from duoka.data import augment
 from duoka.errors import ConfigError
-from duoka.launcher import launch
 from duoka.recipes import classifying
+from duoka.recipes.classifying import Facts
 from duoka.recipes.config import at_least, check
 from duoka.recipes.nets import tiny
 from duoka.recipes.optional import require
 from duoka.recipes.registry import Outcome, Prediction
-from duoka.recipes.runs import ConfigWriter, Run
+from duoka.recipes.runs import Run, folder_of, run_options
 from duoka.recipes.sets import cifar, tinyimagenet
 from duoka.recipes.sets.imageset import ImageSet
+from duoka.recipes.sets.loading import Collate, loader
 from duoka.trainer import Trainer
 from duoka.world import current_world
 
@@ -38,6 +39,10 @@ model = build({model!r}, {classes}, {size})
 model.load_state_dict(torch.load("model.pth"))
 """
 """How weights are loaded without duoka: written into every run's folder."""
+SCALE = (0.8, 1.0)
+"""The share of an image's area that a random crop keeps."""
+JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
+"""How much colours change."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class Config:
 
     device: str = "auto"
     """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
+    workers: int | None = None
+    """Processes that load data, for all devices of a machine together, never more than its cores allow (the guide has four a
+    device); null and 0 are none: images stay on the device, where whole batches are changed at once. With workers, MixUp and
+    CutMix mix each device's part of a batch in itself."""
     bsize: int = 64
     """Batch size, in images, of each device (see ``batch``)."""
     batch: Literal["per_device", "global"] = "per_device"
@@ -99,7 +108,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-        for option, least in {"bsize": 1, "epochs": 1, "seed": 0}.items():
+        for option, least in {"bsize": 1, "epochs": 1, "workers": 0, "seed": 0}.items():
             at_least(self, option, least)
         at_least(self, "lr", 0, exclusive=True)
         at_least(self, "image_size", 8)
@@ -129,8 +138,7 @@ def train(config: Config) -> Outcome:
     chosen = devices.resolve(config.device).devices  # a device that is not there is said before any download
     images = load(config)
     facts = classifying.facts_of(images)
-    run = launch(_run_of, config, devices=list(chosen))
-    assert run is not None  # rank 0 has made it
+    run = folder_of(NAME, config, chosen)
     torch.manual_seed(config.seed)
     model = tiny.build(config.model, len(images.classes), images.shape[1])
     trainer = _trainer(model, config, images, facts, run)
@@ -138,7 +146,8 @@ def train(config: Config) -> Outcome:
         trainer.fit(save_model=True, model_path=run.model)
     if current_world().is_main:
         _write_plain(run, model, config, facts)
-    return classifying.tested(NAME, run, trainer, images, facts, _test_loader(config, images, facts))
+    test = classifying.test_loader(images, facts, config.bsize)
+    return classifying.tested(NAME, run, trainer, images, facts, test)
 
 
 def evaluate(run: Run, config: Config) -> Outcome:
@@ -146,16 +155,13 @@ def evaluate(run: Run, config: Config) -> Outcome:
     model, facts = _finished(run, config)
     images = load(config)
     trainer = _trainer(model, config, images, facts, None)
-    results = classifying.results_of(trainer.evaluate(_test_loader(config, images, facts)))
-    if current_world().is_main:
-        run.write_results(results, "evaluation.json")
-    return Outcome(run, results, classifying.next_step(run, images))
+    return classifying.evaluated(run, trainer, images, classifying.test_loader(images, facts, config.bsize))
 
 
 def predict(run: Run, config: Config, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
     """Name the classes of image files, with the probabilities that the model of a finished run gives them."""
     model, facts = _finished(run, config)
-    return classifying.predictions(model, facts, devices.resolve(config.device).devices[0], sources, invert=invert)
+    return classifying.predictions(model, facts, config.device, sources, invert=invert)
 
 
 def load(config: Config) -> ImageSet:
@@ -174,8 +180,16 @@ def changes(config: Config, size: int) -> list[Any]:
     """Return the random changes of single images."""
     if config.augmentation == "none":
         return []
-    crop = augment.RandomResizedCrop(size, scale=(0.8, 1.0))
-    return [crop, augment.RandomHorizontalFlip(), augment.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)]
+    crop = augment.RandomResizedCrop(size, scale=SCALE)
+    return [crop, augment.RandomHorizontalFlip(), augment.ColorJitter(**JITTER)]
+
+
+def one_by_one(config: Config, size: int) -> Any:
+    """Return torchvision's transform of one image that makes the same random changes, for worker processes."""
+    v2 = require("torchvision.transforms.v2", extra="vision")
+    if config.augmentation == "none":
+        return v2.Identity()
+    return v2.Compose([v2.RandomResizedCrop(size, scale=SCALE), v2.RandomHorizontalFlip(), v2.ColorJitter(**JITTER)])
 
 
 def mixing(config: Config, classes: int) -> Any:
@@ -191,29 +205,14 @@ def _first_of_each(labels: torch.Tensor, limit: int) -> torch.Tensor:
     return torch.cat([(labels == label).nonzero().flatten()[:limit] for label in torch.unique(labels)]).sort().values
 
 
-def _run_of(config: Config) -> Run | None:
-    """Return the run's folder on rank 0, the same for every rank of a job that others started; made if it is new."""
-    if not current_world().is_main:
-        return None
-    return Run.at(config.resume) if config.resume else Run.new(config.out, NAME, str(config.name))
-
-
-def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: classifying.Facts, run: Run | None) -> Trainer:
+def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: Facts, run: Run | None) -> Trainer:
     """Return a trainer with the options of ``config``, which writes into the folder of ``run``."""
     from duoka.recipes.measures import LabelWeightedAccuracy
 
-    options: dict[str, Any] = {}
-    if run is not None:
-        options = {
-            "out_dir": run.folder,
-            "resume": "auto" if config.resume else False,
-            "callbacks": [ConfigWriter(run, NAME, dataclasses.replace(config, resume=None))],
-        }
-    mix = mixing(config, len(facts.classes))
     return Trainer(
         model,
-        classifying.loader(images.train, facts, config.bsize, changes(config, facts.shape[1]), mix),
-        _test_loader(config, images, facts),
+        _train_loader(config, images, facts),
+        classifying.test_loader(images, facts, config.bsize),
         loss=nn.functional.cross_entropy,
         metrics=classifying.metrics(len(facts.classes)),
         train_metrics={"accuracy": LabelWeightedAccuracy()},
@@ -227,15 +226,21 @@ def _trainer(model: nn.Module, config: Config, images: ImageSet, facts: classify
         weight_decay=config.weight_decay,
         scheduler=None if config.scheduler == "none" else config.scheduler,
         seed=config.seed,
-        **options,
+        **({} if run is None else run_options(run, NAME, config)),
     )
 
 
-def _test_loader(config: Config, images: ImageSet, facts: classifying.Facts) -> Any:
-    return classifying.loader(images.test, facts, max(256, config.bsize))
+def _train_loader(config: Config, images: ImageSet, facts: Facts) -> Any:
+    """Return a loader that makes batches on the device, or in worker processes where these were asked for."""
+    mix = mixing(config, len(facts.classes))
+    if not config.workers:
+        return classifying.loader(images.train, facts, config.bsize, changes(config, facts.shape[1]), mix)
+    workers = classifying.workers_of(config.device, config.workers)
+    collate = Collate(facts.statistics, mix)
+    return loader(images.train, collate, config.bsize, workers, one_by_one(config, facts.shape[1]))
 
 
-def _write_plain(run: Run, model: nn.Module, config: Config, facts: classifying.Facts) -> None:
+def _write_plain(run: Run, model: nn.Module, config: Config, facts: Facts) -> None:
     """Leave what loads the weights without duoka: the network's source, the weights, and three lines."""
     shutil.copyfile(tiny.__file__, run.folder / "model.py")
     checkpoint.save(model, run.folder / "model.pth")
@@ -243,9 +248,6 @@ def _write_plain(run: Run, model: nn.Module, config: Config, facts: classifying.
     (run.folder / "load.txt").write_text(text, encoding="utf-8")
 
 
-def _finished(run: Run, config: Config) -> tuple[nn.Module, classifying.Facts]:
+def _finished(run: Run, config: Config) -> tuple[nn.Module, Facts]:
     """Return the trained model of a run and what it remembers of its images."""
-    path, facts = run.finished_model(), classifying.read_facts(run)
-    model = tiny.build(config.model, len(facts.classes), facts.shape[1])
-    checkpoint.load(path, model)
-    return model, facts
+    return classifying.finished(run, lambda facts: tiny.build(config.model, len(facts.classes), facts.shape[1]))

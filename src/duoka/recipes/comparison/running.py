@@ -27,8 +27,8 @@ from duoka.recipes.runs import Run
 __all__ = ["finished", "run_all", "run_one"]
 
 Say = Callable[[str], None]
-CARRIED = ("device", "root", "download")
-"""Options that may change from one start to the next: they say where, not what."""
+CARRIED = ("device", "workers", "root", "download")
+"""Options that may change from one start to the next: they say where and by whom, not what."""
 
 
 def run_all(plan: Plan, *, parallel: bool = False, say: Say = lambda _: None) -> dict[str, str]:
@@ -77,7 +77,9 @@ def run_one(trial: Trial, **changes: Any) -> str:
     if _noted(trial) not in (None, _kept(trial)):
         trial.folder.rename(trial.folder.with_name(f"{trial.folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
     trial.folder.mkdir(parents=True, exist_ok=True)
-    (trial.folder / "options.yml").write_text(yaml.safe_dump(_kept(trial)), encoding="utf-8")
+    part = trial.folder / ".options.yml.part"
+    part.write_text(yaml.safe_dump(_kept(trial)), encoding="utf-8")
+    part.replace(trial.folder / "options.yml")  # a kill leaves the old one or the new one
     stopped = _latest(trial)
     try:
         where = {"out": str(trial.folder), "resume": str(stopped.folder) if stopped else None, **changes}
@@ -102,9 +104,14 @@ def _kept(trial: Trial) -> dict[str, Any]:
 
 
 def _noted(trial: Trial) -> Any:
-    """Return what ``_kept`` was when the trial began; ``None`` if it has not."""
+    """Return what ``_kept`` was when the trial began; ``None`` if it has not. An option that is new since has its default."""
     path = trial.folder / "options.yml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else None
+    if not path.is_file():
+        return None
+    noted = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    now = _kept(trial)
+    new = {field.name: field.default for field in dataclasses.fields(trial.config()) if field.name in now}
+    return {**new, **noted}
 
 
 def _side_by_side(trials: Sequence[Trial], say: Say) -> dict[str, str]:

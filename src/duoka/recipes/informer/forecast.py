@@ -15,10 +15,10 @@ from duoka import Trainer, current_world, devices, load
 from duoka.errors import DataError
 from duoka.recipes.informer import baselines, drawing, report
 from duoka.recipes.informer.options import NAME, Config
-from duoka.recipes.informer.running import folder_of, predictions_of, run_options, schedule
+from duoka.recipes.informer.running import predictions_of, schedule
 from duoka.recipes.nets.informer import Informer
 from duoka.recipes.registry import Outcome, Written
-from duoka.recipes.runs import Run
+from duoka.recipes.runs import Run, folder_of, run_options
 from duoka.recipes.sets import ett, table
 from duoka.recipes.sets.scaling import Scaling
 from duoka.recipes.sets.series import Parts, Series, calendar, series_of
@@ -48,10 +48,10 @@ def train(config: Config) -> Outcome:
     """Train, test, and write the run's folder."""
     devices.resolve(config.device)  # a device that is not there is said before any download
     data = read(config)
-    run = folder_of(config)
+    run = folder_of(NAME, config, config.device)
     torch.manual_seed(config.seed)
     model = _model(config, len(data.series.columns), len(data.targets), data.parts.test.marks.shape[1])
-    trainer = _trainer(model, config, data, run_options(run, config))
+    trainer = _trainer(model, config, data, run_options(run, NAME, config))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
     results = _tested(trainer, config, data)

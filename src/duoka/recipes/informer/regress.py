@@ -15,10 +15,10 @@ from duoka import Trainer, current_world, devices, load
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.informer import drawing
 from duoka.recipes.informer.options import NAME, Config
-from duoka.recipes.informer.running import folder_of, predictions_of, run_options, schedule
+from duoka.recipes.informer.running import predictions_of, schedule
 from duoka.recipes.nets.regressor import Regressor
 from duoka.recipes.registry import Outcome, Written
-from duoka.recipes.runs import Run
+from duoka.recipes.runs import Run, folder_of, run_options
 from duoka.recipes.sets import table
 from duoka.recipes.sets.scaling import Scaling
 
@@ -52,10 +52,10 @@ def train(config: Config) -> Outcome:
     """Train, test, and write the run's folder."""
     devices.resolve(config.device)
     rows = read(config)
-    run = folder_of(config)
+    run = folder_of(NAME, config, config.device)
     torch.manual_seed(config.seed)
     model = Regressor(len(rows.inputs), len(rows.targets), config.size())
-    trainer = _trainer(model, config, rows, run_options(run, config))
+    trainer = _trainer(model, config, rows, run_options(run, NAME, config))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
     predicted = _predicted(trainer, rows)

@@ -37,16 +37,20 @@ class ImageDataset(Samples):
 
 
 class Collate:
-    """Joins samples into ``(float32 (batch, channels, height, width), int64 (batch,))``, normalised all at once."""
+    """Joins samples into ``(float32 (batch, channels, height, width), int64 (batch,))``, normalised, and mixed by ``mix``."""
 
-    def __init__(self, statistics: Statistics) -> None:
+    def __init__(
+        self, statistics: Statistics, mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    ) -> None:
+        self.mix = mix
         self.mean = torch.tensor(statistics.mean).view(-1, 1, 1) * 255
         self.std = torch.tensor(statistics.std).view(-1, 1, 1) * 255
 
     def __call__(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         """Return the batch of these ``(image, label)`` samples."""
         images, labels = zip(*samples, strict=True)
-        return self.normalise(torch.stack(images)), torch.tensor(labels)
+        batch = self.normalise(torch.stack(images)), torch.tensor(labels)
+        return batch if self.mix is None else self.mix(*batch)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return uint8 images ``(batch, channels, height, width)`` as floats of mean 0 and deviation 1."""
