@@ -6,10 +6,10 @@ import random
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -18,13 +18,22 @@ from duoka.cli.main import main
 from duoka.recipes.comparison import read_plan
 
 ROOT = Path(__file__).parents[2]
-REAL = ROOT.parent / "shared" / "data" / "tiny-imagenet-10.tar"
 SUITE = ROOT / "examples" / "tiny_imagenet_suite.yml"
-BASE = {"dataset": "digits", "device": "cpu", "epochs": 1, "width": 0.0625, "model": "resnet10"}
+BASE = {
+    "dataset": "folder", "root": "pictures", "image_size": 16, "device": "cpu", "epochs": 1, "bsize": 8,
+    "width": 0.0625, "model": "resnet10",
+}  # fmt: skip
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
+    """A working folder with a folder of bright and dark pictures."""
+    random = np.random.default_rng(0)
+    for name, low in (("bright", 160), ("dark", 0)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(15):
+            pixels = random.integers(low, low + 90, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -61,6 +70,11 @@ def test_variants_are_trained_compared_and_not_trained_again(here, capsys):
             picture.verify()
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     assert main(["compare", file, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("finished, skipped") == 4
+    for note in folder.glob("*/options.yml"):  # as written before there was such an option
+        note.write_text("".join(line for line in note.read_text().splitlines(True) if "momentum" not in line))
+    (here / "pictures").rename(here / "elsewhere")  # what is finished needs no data
+    assert main(["compare", file]) == 0
     assert capsys.readouterr().out.count("finished, skipped") == 4
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == times
 
@@ -125,11 +139,76 @@ def test_variants_side_by_side_have_a_device_each_and_the_results_of_one_after_a
     ({"recipe": "cifar"}, "did you mean `cifar100`?"),
     ({"varaints": {}}, "unknown key `varaints`"),
     ({"better": "more"}, "higher or lower"),
+    ({"base": {**BASE, "epocks": 1}}, "unknown key `epocks` in `base` of few.yml: did you mean `epochs`?"),
+    ({"base": {**BASE, "image_size": 4}}, "the variant 'slow': `image_size` is 4"),
+    ({"base": {**BASE, "root": "nowhere"}}, "there is no folder nowhere"),
+    ({"base": {**BASE, "device": "cuda:77"}}, "device 'cuda:77' is not there"),
+    ({"variants": {"a": {"model": "resnet19"}}}, "it must be one of resnet10"),
+    ({"variants": ["a", "b"]}, "`variants` in few.yml holds a list"),
 ])  # fmt: skip
 def test_a_mistake_is_said_before_anything_is_trained(here, capfd, changes, message):
     assert main(["compare", write(here, **changes)]) == 2
-    assert message in capfd.readouterr().err
+    refused(here, capfd, message)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "nothing is named to compare"),
+    (["cifar100"], "`cifar100` alone has nothing to compare: add --sweep"),
+    (["cifar100", "--sweep"], "--sweep is '': write --sweep key=value,value"),
+    (["cifar100", "--sweep", "lr="], "--sweep is 'lr='"),
+    (["cifar100", "--sweep", "lrr=1"], "unknown key `lrr` in the variant 'lrr=1': did you mean `lr`?"),
+    (["few.yml", "--rooot", "pictures"], "unknown key `rooot` on the command line: did you mean `root`?"),
+    (["few.yml", "--seed", "3"], "the command line has the key `seed`"),
+    (["few.yml", "--root"], "`--root` on the command line lacks its value"),
+    (["few.yml", "--root", "few.yml", "--dataset", "cifar10"], "few.yml is a file, not a folder"),
+    (["fwe.yml"], "cannot read the configuration file fwe.yml"),
+])  # fmt: skip
+def test_a_mistake_on_the_command_line_is_said_before_anything_is_trained(here, capfd, words, message):
+    write(here)
+    assert main(["compare", *words]) == 2
+    refused(here, capfd, message)
+
+
+def test_a_name_that_stands_twice_is_refused(here, capfd):
+    (here / "few.yml").write_text("recipe: cifar100\nvariants:\n  a: {lr: 0.1}\n  b: {lr: 0.2}\n  a: {lr: 0.3}\n")
+    assert main(["compare", "few.yml"]) == 2
+    refused(here, capfd, "`a` stands in line 3 and in line 5; remove one of them")
+
+
+def refused(here: Path, capfd, message: str) -> None:
+    """One line says why, and nothing was written."""
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
     assert not (here / "runs").exists()
+
+
+def test_a_metric_that_there_is_not_is_said_after_the_first_variant_and_what_is_finished_stays(here, capfd):
+    assert main(["compare", write(here, metric="acuracy")]) == 2
+    told = capfd.readouterr()
+    assert "there is accuracy, loss" in told.err
+    assert "fast" not in told.out
+    assert main(["compare", write(here, metric="loss")]) == 0
+    assert capfd.readouterr().out.count("finished, skipped") == 1
+
+
+def test_ctrl_c_ends_variants_that_are_trained_side_by_side_and_begins_no_other(here):
+    file = write(here, base={**BASE, "epochs": 100_000})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "duoka", "compare", file, "--parallel"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    folder, until = here / "runs" / "compare" / "few", time.monotonic() + 60
+    while not list(folder.glob("slow-seed0/*/*/metrics.jsonl")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert not (folder / "fast-seed0").exists()
+    (metrics,) = folder.glob("slow-seed0/*/*/metrics.jsonl")
+    size = metrics.stat().st_size
+    time.sleep(0.3)
+    assert metrics.stat().st_size == size
 
 
 def test_the_suite_is_the_guides_nine_experiments():
@@ -150,29 +229,24 @@ def test_the_suite_is_the_guides_nine_experiments():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data/tiny-imagenet-10.tar")
-def test_a_suite_killed_at_a_random_moment_goes_on_without_repeating_what_is_finished(tmp_path):
-    with tarfile.open(REAL) as tar:
-        tar.extractall(tmp_path, filter="data")
-    (tmp_path / "s.yml").write_text(yaml.safe_dump({
-        "recipe": "tiny-imagenet", "base": {"root": str(tmp_path), "image_size": 8, "limit": 8, "epochs": 2, "device": "cpu:2"},
-        "variants": {"a": {}, "b": {"augmentation": "cutmix"}, "c": {"optimizer": "rmsprop"}},
-    }))  # fmt: skip
-    command = [sys.executable, "-m", "duoka", "compare", "s.yml"]
+def test_a_comparison_killed_at_a_random_moment_goes_on_without_repeating_what_is_finished(here):
+    changes = {"a": {}, "b": {"optimizer": "sgd"}, "c": {"optimizer": "rmsprop"}}
+    write(here, base={**BASE, "device": "cpu:2", "epochs": 3}, variants=changes)
+    command = [sys.executable, "-m", "duoka", "compare", "few.yml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    victim = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-    )
-    folder, until = tmp_path / "runs" / "compare" / "s", time.monotonic() + 60
+    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    folder, until = here / "runs" / "compare" / "few", time.monotonic() + 60
     while not list(folder.glob("a-seed0/*/*/metrics.jsonl")) and time.monotonic() < until:
         time.sleep(0.02)
     time.sleep(random.uniform(0, 4))
     victim.send_signal(signal.SIGKILL)
     victim.wait()
+    before = {path: path.read_text() for path in folder.rglob("metrics.jsonl")}
     finished = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.count("finished, skipped") == len(finished)
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count("finished, skipped") == len([path for path in finished if path.parent != folder])
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items() if path.parent != folder)
+    assert all(path.read_text().startswith(text) for path, text in before.items()), "no epoch is repeated"
     assert (folder / "table.md").read_text().count("\n| ") == 5
     for variant in "abc":
-        assert len(list((folder / f"{variant}-seed0" / "tiny-imagenet").glob("*/results.json"))) == 1
+        assert len(list((folder / f"{variant}-seed0" / "cifar100").glob("*/results.json"))) == 1

@@ -20,6 +20,10 @@ def run(argv: Sequence[str]) -> int:
     from duoka.recipes.comparison import read_plan, rows_of, run_all, write_summary
     from duoka.recipes.comparison.summary import HEADINGS, cells
 
+    if options.source is None:
+        raise ConfigError(
+            "nothing is named to compare: `duoka compare FILE.yml`, or `duoka compare cifar100 --sweep lr=0.001,0.01`"
+        )
     plan = read_plan(options.source, out=options.out, sweep=options.sweep, changes=_changes(rest))
     out = console()
     failed = run_all(plan, parallel=options.parallel, say=lambda text: out.print(f"== {text}", soft_wrap=True))
@@ -33,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
         out.print(table)
         out.print(f"pictures: {write_summary(plan, rows)}", soft_wrap=True)
     for title, error in failed.items():
-        complain(f"{title} failed: {error}; the same command tries it again")
+        complain(f"{title} failed: {error.rstrip('.')}; the same command tries it again")
     return 1 if failed else 0
 
 
@@ -59,9 +63,17 @@ def _parser() -> argparse.ArgumentParser:
         description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}. The same command goes on where it was stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="FILE.yml|RECIPE", help="a file of variants, or a recipe with --sweep")
     parser.add_argument(
-        "--sweep", action="append", default=[], metavar="KEY=VALUE,VALUE", help="values of a key to compare"
+        "source", nargs="?", metavar="FILE.yml|RECIPE", help="a file of variants, or a recipe with --sweep"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        nargs="?",
+        const="",
+        metavar="KEY=VALUE,VALUE",
+        help="values of a key to compare",
     )
     parser.add_argument("--parallel", action="store_true", help="train a variant on each device, instead of one on all")
     parser.add_argument("--out", default="runs", metavar="DIR", help="folder of all runs (default: %(default)s)")

@@ -124,6 +124,7 @@ class Config:
 
     FIXED = ("dataset", "model", "width", "optimizer", "scheduler")
     PLANNED = ("multistep", "cosine", "onecycle")
+    DATA = ("dataset", "root", "download", "verify", "image_size", "test_share", "split_seed")
 
     def __post_init__(self) -> None:
         check(self)

@@ -107,11 +107,11 @@ def tested(recipe: str, run: Run, trainer: Trainer, images: ImageSet, facts: Fac
         remembered = {"classes": images.classes, "shape": images.shape, **dataclasses.asdict(facts.statistics)}
         by_class = dict(zip(images.classes, right, strict=True))
         count = sum(parameter.numel() for parameter in trainer.model.parameters())
-        run.write_results(
-            {"recipe": recipe, **results, "parameters": count, "class_accuracy": by_class, "images": remembered}
-        )
         run.log(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
         _draw(run, images, counts, logits.double().softmax(dim=1))
+        run.write_results(  # last, as a run that has them is finished
+            {"recipe": recipe, **results, "parameters": count, "class_accuracy": by_class, "images": remembered}
+        )
     return Outcome(run, results, next_step(run, images))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -12,14 +13,25 @@ import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
 from duoka.errors import ConfigError
 from duoka.recipes.runs import Run
 
-__all__ = ["at_least", "check", "field_docs", "of_run", "read", "read_yaml", "refuse_changes", "typed"]
+__all__ = [
+    "COMMAND_LINE",
+    "at_least",
+    "check",
+    "field_docs",
+    "of_run",
+    "read",
+    "read_yaml",
+    "refuse_changes",
+    "typed",
+    "typed_options",
+]
 
 C = TypeVar("C")
 COMMAND_LINE = "the command line"
@@ -55,7 +67,7 @@ def read(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
         SystemExit: ``--help`` was asked for, and printed.
 
     """
-    parser = _parser(kind, recipe)
+    parser = _parser(cast("Any", kind), recipe)
     given = _command_line(parser, kind, arguments)
     path = given.pop("config", None)
     stopped = Run.at(given["resume"]) if given.get("resume") else None
@@ -110,7 +122,12 @@ def _shown(value: Any) -> str:
 
 def typed(kind: type[C], options: Mapping[str, Any], where: str, *, recipe: str) -> C:
     """Build the dataclass ``kind`` from ``options``, which stand in ``where``; raises ``ConfigError``."""
-    return kind(**_typed(kind, _parser(kind, recipe), options, where, recipe))
+    return kind(**typed_options(kind, options, where, recipe=recipe))
+
+
+def typed_options(kind: type[Any], options: Mapping[str, Any], where: str, *, recipe: str) -> dict[str, Any]:
+    """Return ``options``, which stand in ``where``, with each value as its field's type; raises ``ConfigError``."""
+    return _typed(kind, _parser(cast("Any", kind), recipe), options, where, recipe)
 
 
 def of_run(kind: type[C], run: Run) -> C:
@@ -149,9 +166,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(root: yaml.Node | None, path: str | Path) -> None:
-    """YAML's reader would take the last of several values without a word."""
+    """YAML's reader would take the last of several values without a word, here or in a mapping within."""
     lines: dict[str, int] = {}
-    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        _refuse_repeated_keys(value, path)
         line = key.start_mark.line + 1
         if str(key.value) in lines:
             raise ConfigError(
@@ -210,7 +228,8 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
     return docs
 
 
-def _parser(kind: type[Any], recipe: str) -> Any:
+@functools.cache
+def _parser(kind: Any, recipe: str) -> Any:
     """Return the parser of all options, which also writes the help."""
     from jsonargparse import ArgumentParser
 

@@ -48,7 +48,11 @@ class Written:
 
 
 class Recipe(Protocol):
-    """What a recipe's module offers; one that reads tables also has ``predict_table(run, config, source) -> Written``."""
+    """What a recipe's module offers; one that reads tables also has ``predict_table(run, config, source) -> Written``.
+
+    One that has ``load(config)``, which reads its data, and names in ``Config.DATA`` the options that these depend on, has its
+    data checked before a comparison begins.
+    """
 
     Config: type[Any]
     """A frozen dataclass whose fields are the options; each has its meaning as a docstring below it."""

@@ -105,6 +105,7 @@ class Config:
 
     FIXED = ("dataset", "image_size", "model", "optimizer", "scheduler")
     PLANNED = ("cosine",)
+    DATA = ("dataset", "root", "download", "image_size", "limit")
 
     def __post_init__(self) -> None:
         check(self)

@@ -64,6 +64,7 @@ def contributions(path: Path, metric: str, baseline: str, named: Named, *, highe
         else []
     )
     if not others:
+        path.unlink(missing_ok=True)
         return
     others.sort(key=lambda item: -statistics.fmean(item[1]) if higher else statistics.fmean(item[1]))
     means = [statistics.fmean(values) for _, values in others]

@@ -11,7 +11,7 @@ from typing import Any
 
 from duoka.errors import ConfigError
 from duoka.recipes import registry
-from duoka.recipes.config import read_yaml, typed
+from duoka.recipes.config import COMMAND_LINE, read_yaml, typed, typed_options
 
 __all__ = ["OURS", "Plan", "Trial", "read_plan"]
 
@@ -87,15 +87,15 @@ def read_plan(
             f"`{source}` alone has nothing to compare: add --sweep lr=0.001,0.01, or give a file of variants"
         )
     document = read_yaml(source) if is_file else {"recipe": source, "name": f"{source}-sweep"}
-    where = source if is_file else "the command line"
+    where = source if is_file else COMMAND_LINE
     if unknown := [key for key in document if key not in KEYS]:
         raise ConfigError(f"unknown key `{unknown[0]}` in {where}: there is {', '.join(KEYS)}")
     if not isinstance(document.get("recipe"), str):
         raise ConfigError(f"{where} does not say which recipe it compares: add the line `recipe: tiny-imagenet`")
     registry.find(document["recipe"])
-    base = {**_mapping(document, "base", where), **(changes or {})}
+    base = _base(document, where, changes or {})
     variants = _swept(_variants(document, where, bool(sweep)), sweep)
-    baseline = document.get("baseline", next(iter(variants)))
+    baseline = str(document.get("baseline", next(iter(variants))))
     if baseline not in variants:
         raise ConfigError(f"`baseline` is {baseline!r} in {where}: it must be a variant: {', '.join(variants)}")
     name = str(document.get("name", Path(source).stem))
@@ -117,14 +117,30 @@ def read_plan(
     )
 
 
-def _check(trial: Trial) -> None:
-    """Refuse what the comparison gives itself, and what the recipe does not know."""
-    if taken := [key for key in trial.options if key in OURS]:
+def _base(document: Mapping[str, Any], where: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of all variants; those of the command line win."""
+    kind, base = registry.find(document["recipe"]).Config, _mapping(document, "base", where)
+    for options, place in ((base, f"`base` of {where}"), (changes, COMMAND_LINE)):
+        _refuse_ours(options, place)
+        typed_options(kind, options, place, recipe=document["recipe"])
+    return {**base, **changes}
+
+
+def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
+    """Refuse what the comparison gives itself."""
+    if taken := [key for key in options if key in OURS]:
         hint = "write `seeds: [0, 1]` beside `variants`" if taken[0] == "seed" else "leave it out"
-        raise ConfigError(
-            f"the variant {trial.variant!r} has the key `{taken[0]}`, which the comparison gives itself: {hint}"
-        )
-    trial.config()
+        raise ConfigError(f"{where} has the key `{taken[0]}`, which the comparison gives itself: {hint}")
+
+
+def _check(trial: Trial) -> None:
+    """Refuse what the recipe cannot be trained with, with the variant it stands in."""
+    _refuse_ours(trial.options, f"the variant {trial.variant!r}")
+    try:
+        trial.config().resolved()
+    except ConfigError as error:
+        named = f"the variant {trial.variant!r}"
+        raise ConfigError(str(error) if named in str(error) else f"{named}: {error}") from error
 
 
 def _mapping(document: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:

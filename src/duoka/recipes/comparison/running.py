@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pickle
-import subprocess
-import sys
+import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import torch
 import yaml
 
-from duoka import devices, scaling
+from duoka import devices
 from duoka.errors import ConfigError, DataError, DuokaError
 from duoka.recipes import registry
+from duoka.recipes.comparison.parallel import side_by_side
 from duoka.recipes.comparison.plan import OURS, Plan, Trial
 from duoka.recipes.runs import Run
 
-__all__ = ["finished", "run_all", "run_one"]
+__all__ = ["check_metric", "finished", "history", "run_all", "run_one"]
 
 Say = Callable[[str], None]
 CARRIED = ("device", "workers", "root", "download")
@@ -39,15 +33,20 @@ def run_all(plan: Plan, *, parallel: bool = False, say: Say = lambda _: None) ->
         parallel: whether each device trains a trial of its own, in a process of its own, instead of all one trial.
         say: is told what begins, and what is skipped.
 
+    Raises:
+        DuokaError: a device is not there or data cannot be read, before anything is trained; or no run has ``plan.metric``.
+
     """
+    check_metric(plan)
     waiting = []
     for trial in plan.trials:
         if finished(trial) is None:
             waiting.append(trial)
         else:
             say(f"{trial.title}: finished, skipped")
+    _check_devices_and_data(waiting)
     if parallel:
-        return _side_by_side(waiting, say)
+        return side_by_side(waiting, say)
     failed = {}
     for number, trial in enumerate(waiting, 1):
         say(f"{trial.title}: {number} of {len(waiting)}")
@@ -55,7 +54,46 @@ def run_all(plan: Plan, *, parallel: bool = False, say: Say = lambda _: None) ->
         if error:
             say(f"{trial.title}: failed: {error}")
             failed[trial.title] = error
+        else:
+            check_metric(plan)
     return failed
+
+
+def check_metric(plan: Plan) -> None:
+    """Refuse a metric that finished runs do not have: only these tell which there are.
+
+    Raises:
+        ConfigError: it is none of theirs.
+
+    """
+    records = [record for trial in plan.trials for record in history(trial)]
+    names = {key.removeprefix("val_") for record in records for key in record if key.startswith("val_")}
+    if names and plan.metric not in names:
+        raise ConfigError(
+            f"`metric` is {plan.metric!r}, which no evaluation has: there is {', '.join(sorted(names))}. Change it and start "
+            "again: what is finished is not repeated"
+        )
+
+
+def _check_devices_and_data(trials: Sequence[Trial]) -> None:
+    """Say what is missing before anything is written; data that trials share are read once."""
+    seen: list[dict[str, Any]] = []
+    for trial in trials:
+        config, load = trial.config(), getattr(registry.find(trial.recipe), "load", None)
+        devices.resolve(config.device)
+        options = {key: getattr(config, key) for key in getattr(config, "DATA", ())}
+        if load is not None and options not in seen:
+            seen.append(options)
+            load(config)
+
+
+def history(trial: Trial) -> list[dict[str, Any]]:
+    """Return what a finished run wrote after each epoch; nothing of another."""
+    run = finished(trial)
+    path = None if run is None else run.folder / "metrics.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path and path.is_file() else []
+    )
 
 
 def finished(trial: Trial) -> Run | None:
@@ -85,9 +123,10 @@ def run_one(trial: Trial, **changes: Any) -> str:
         where = {"out": str(trial.folder), "resume": str(stopped.folder) if stopped else None, **changes}
         registry.find(trial.recipe).train(trial.config(**where))
     except Exception as failure:  # a variant's own, whatever it is: the others go on
-        error.write_text(traceback.format_exc(), encoding="utf-8")
-        lines = str(failure).splitlines() or [type(failure).__name__]
-        return lines[0] if isinstance(failure, DuokaError) else f"{type(failure).__name__}: {lines[0]}"
+        lines = str(failure).strip().splitlines() or [""]
+        line = lines[0] if isinstance(failure, DuokaError) else f"{type(failure).__name__}: {lines[0]}"
+        error.write_text(f"{line}\n\n{traceback.format_exc()}", encoding="utf-8")
+        return line
     return ""
 
 
@@ -112,59 +151,3 @@ def _noted(trial: Trial) -> Any:
     now = _kept(trial)
     new = {field.name: field.default for field in dataclasses.fields(trial.config()) if field.name in now}
     return {**new, **noted}
-
-
-def _side_by_side(trials: Sequence[Trial], say: Say) -> dict[str, str]:
-    """Train as many trials at once as there are devices."""
-    specs = {str(trial.options.get("device", "auto")) for trial in trials}
-    if len(specs) > 1:
-        raise ConfigError(
-            f"--parallel gives each variant a device of its own, and they name {', '.join(specs)}: name one list"
-        )
-    chosen = devices.resolve(specs.pop()).devices if specs else ()
-    free: SimpleQueue[str] = SimpleQueue()
-    for device in chosen:
-        free.put(str(device))
-    threads = max(1, scaling.core_limits().count // max(1, len(chosen)))
-
-    def train(trial: Trial) -> tuple[str, str]:
-        device = free.get()
-        try:
-            say(f"{trial.title}: on {device}, output in {trial.folder / 'output.txt'}")
-            return trial.title, _in_a_process(trial, device, threads)
-        finally:
-            free.put(device)
-
-    with ThreadPoolExecutor(max(1, len(chosen))) as pool:
-        failed = dict(pool.map(train, trials))
-    for title, error in failed.items():
-        if error:
-            say(f"{title}: failed: {error}")
-    return {title: error for title, error in failed.items() if error}
-
-
-def _in_a_process(trial: Trial, device: str, threads: int) -> str:
-    """Train ``trial`` in a process that ends when this one does, however it does; return why it failed, or nothing."""
-    trial.folder.parent.mkdir(parents=True, exist_ok=True)
-    name = trial.folder.with_name(f".{trial.folder.name}.output")
-    command = [sys.executable, "-m", "duoka.recipes.comparison.process"]
-    environment = (
-        {**os.environ, "OMP_NUM_THREADS": str(threads)} if torch.device(device).type == "cpu" else dict(os.environ)
-    )
-    with name.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment)
-        assert process.stdin is not None
-        with process, process.stdin:
-            try:
-                pickle.dump((trial, device), process.stdin)
-                process.stdin.flush()
-                status = process.wait()
-            except BaseException:
-                process.kill()
-                raise
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    name.replace(trial.folder / "output.txt")
-    error: Path = trial.folder / "error.txt"
-    if error.is_file():
-        return error.read_text(encoding="utf-8").strip().splitlines()[-1]
-    return "" if status == 0 else f"its process ended with status {status}: see {trial.folder / 'output.txt'}"

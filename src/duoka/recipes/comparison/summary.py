@@ -7,11 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from duoka.recipes.comparison import charts
 from duoka.recipes.comparison.plan import Plan, Trial
-from duoka.recipes.comparison.running import finished
+from duoka.recipes.comparison.running import finished, history
 
 __all__ = ["HEADINGS", "Row", "cells", "rows_of", "write_summary"]
 
@@ -40,7 +39,7 @@ def rows_of(plan: Plan) -> list[Row]:
     rows = []
     for variant in plan.variants:
         histories = [
-            (trial, history) for trial in plan.trials if trial.variant == variant and (history := _history(trial))
+            (trial, records) for trial in plan.trials if trial.variant == variant and (records := history(trial))
         ]
         curves = [
             [(r["epoch"], float(r[f"val_{plan.metric}"])) for r in h if f"val_{plan.metric}" in r] for _, h in histories
@@ -55,20 +54,12 @@ def rows_of(plan: Plan) -> list[Row]:
                 best,
                 [curve[-1][1] for curve in curves],
                 curves,
-                [sum(record["seconds"] for record in history) for _, history in histories],
+                [sum(record["seconds"] for record in records) for _, records in histories],
                 _parameters(histories[0][0]),
-                [statistics.median(record["samples_per_s"] for record in history) for _, history in histories],
+                [statistics.median(record["samples_per_s"] for record in records) for _, records in histories],
             )
         )
     return rows
-
-
-def _history(trial: Trial) -> list[dict[str, Any]]:
-    run = finished(trial)
-    path = None if run is None else run.folder / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path and path.is_file() else []
-    )
 
 
 def _parameters(trial: Trial) -> int | None:

@@ -16,7 +16,7 @@ from duoka.recipes.informer.options import Config
 from duoka.recipes.registry import Outcome, Prediction, Written
 from duoka.recipes.runs import Run
 
-__all__ = ["Config", "evaluate", "predict", "predict_table", "train"]
+__all__ = ["Config", "evaluate", "load", "predict", "predict_table", "train"]
 
 
 def train(config: Config) -> Outcome:
@@ -38,6 +38,11 @@ def predict(run: Run, config: Config, sources: Sequence[str], *, invert: bool = 
 def predict_table(run: Run, config: Config, source: str) -> Written:
     """Write what the model of a finished run makes of a CSV file: a forecast beyond its end, or a prediction for each row."""
     return cast("Written", _task(config).predict_table(run, config.resolved(), source))
+
+
+def load(config: Config) -> forecast.Data | regress.Rows:
+    """Return the table that ``config`` names, as its task cuts it."""
+    return cast("forecast.Data | regress.Rows", _task(config).read(config.resolved()))
 
 
 def _task(config: Config) -> ModuleType:

@@ -147,6 +147,24 @@ class Config:
         "scheduler",
     )
     PLANNED = ("cosine",)
+    DATA = (
+        "task",
+        "csv",
+        "dataset",
+        "root",
+        "download",
+        "fill",
+        "inputs",
+        "targets",
+        "train_rows",
+        "split_seed",
+        "date",
+        "features",
+        "seq_len",
+        "label_len",
+        "pred_len",
+        "split",
+    )
 
     def __post_init__(self) -> None:
         check(self)

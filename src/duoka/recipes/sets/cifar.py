@@ -16,7 +16,7 @@ import torch
 
 from duoka.errors import DataError
 from duoka.recipes.optional import require
-from duoka.recipes.sets.download import check, fetch
+from duoka.recipes.sets.download import check, fetch, refuse_file
 from duoka.recipes.sets.imageset import Images, ImageSet
 
 __all__ = ["Source", "load", "official"]
@@ -75,6 +75,7 @@ def load(source: Source, root: str | Path, *, download: bool = True, verify: boo
 
     """
     root = Path(root)
+    refuse_file(root)
     unpacked = root / source.folder
     archive = root / source.archive
     if unpacked.is_dir():

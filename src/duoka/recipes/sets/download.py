@@ -13,7 +13,7 @@ from urllib.request import urlopen
 from duoka.errors import DataError, StorageError
 from duoka.log import logger
 
-__all__ = ["check", "fetch", "one_at_a_time"]
+__all__ = ["check", "fetch", "one_at_a_time", "refuse_file"]
 
 CHUNK = 1 << 20
 """Bytes read at once."""
@@ -54,6 +54,20 @@ def check(path: Path, *, size: int | None, md5: str, remedy: str) -> None:
         digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if digest != md5:
         raise DataError(f"{path} ({found:,} bytes) has the MD5 checksum {digest}, not {md5}: {remedy}")
+
+
+def refuse_file(root: Path) -> None:
+    """Say what to do with a file, most likely an archive, that was given in place of the data's folder.
+
+    Raises:
+        DataError: ``root`` is a file.
+
+    """
+    if root.is_file():
+        how = "unzip" if root.suffix == ".zip" else "tar -xf"
+        raise DataError(
+            f"{root} is a file, not a folder: unpack it with `{how} {root}`, and give the folder with --root"
+        )
 
 
 def _receive(chunks: Iterator[bytes], part: Path, size: int) -> None:

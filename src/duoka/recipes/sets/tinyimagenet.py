@@ -18,7 +18,7 @@ from pathlib import Path
 from duoka.errors import DataError, StorageError
 from duoka.log import logger
 from duoka.recipes.sets import packed
-from duoka.recipes.sets.download import check, fetch, one_at_a_time
+from duoka.recipes.sets.download import check, fetch, one_at_a_time, refuse_file
 from duoka.recipes.sets.folder import EXTENSIONS
 from duoka.recipes.sets.imageset import ImageSet
 
@@ -61,8 +61,9 @@ def load(root: str | Path, *, download: bool = True, archive: Archive = OFFICIAL
         StorageError: the folder cannot be written.
 
     """
+    refuse_file(Path(root))
     folder = _found(Path(root)) or _unpacked(Path(root), archive, download)
-    wnids = _lines(folder / "wnids.txt")
+    wnids = _lines(folder, "wnids.txt")
     if len(wnids) < 2 or len(set(wnids)) < len(wnids):
         raise DataError(
             f"{folder / 'wnids.txt'} names {len(set(wnids))} classes in {len(wnids)} lines: two at least, once each"
@@ -89,7 +90,9 @@ def _unpacked(root: Path, archive: Archive, download: bool) -> Path:
     packed_file = root / archive.name
     if not packed_file.is_file():
         if not download:
-            remedy = f"allow the download with --download true, or fetch {archive.url} and put it there"
+            others = sorted(path for ending in ("tar", "zip", "gz", "tgz") for path in root.glob(f"*.{ending}"))
+            unpack = f"unpack {others[0].name} there if that is it, " if others else ""
+            remedy = f"{unpack}allow the download with --download true, or fetch {archive.url} and put it there"
             raise DataError(f"{root} holds neither wnids.txt, nor a folder with it, nor {archive.name}: {remedy}")
         fetch(archive.url, packed_file, size=archive.size, md5=archive.md5)
     folder = root / packed_file.stem
@@ -139,7 +142,7 @@ def _validation(folder: Path, labels: dict[str, int]) -> packed.Files:
     """Return the files of ``val/images`` with the classes that ``val_annotations.txt`` gives them."""
     there = dict(_images(folder / "val" / "images"))
     found = []
-    for number, line in enumerate(_lines(folder / "val" / ANNOTATIONS), 1):
+    for number, line in enumerate(_lines(folder, f"val/{ANNOTATIONS}"), 1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in labels:
@@ -175,18 +178,20 @@ def _names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
     if (folder / "words.txt").is_file():
         words = {
             wnid: name.partition(",")[0]
-            for wnid, _, name in (line.partition("\t") for line in _lines(folder / "words.txt"))
+            for wnid, _, name in (line.partition("\t") for line in _lines(folder, "words.txt"))
         }
     names = [words.get(wnid, wnid) for wnid in wnids]
     often = Counter(names)
     return tuple(name if often[name] == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True))
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(folder: Path, name: str) -> list[str]:
+    path = folder / name
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}: {_incomplete(path.parent)}") from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {why}: {_incomplete(folder)}") from error
     return [line.strip("\r") for line in text.split("\n") if line.strip()]
 
 
