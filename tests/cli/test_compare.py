@@ -226,6 +226,8 @@ def test_the_suite_is_the_guides_nine_experiments():
     assert configs["rmsprop + cosine"].scheduler == "cosine"
     assert configs["best"].weight_decay == 1e-6
     assert plan.baseline == "baseline"
+    small = read_plan(str(SUITE), changes={"dataset": "cifar100", "workers": "8"}).trials
+    assert {(trial.config().resolved().image_size, trial.config().workers) for trial in small} == {(32, 8)}
 
 
 @pytest.mark.slow

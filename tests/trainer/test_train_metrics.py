@@ -7,6 +7,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import duoka
 from duoka.errors import ConfigError
+from duoka.trainer.curves import _panels
 
 X = torch.randn(37, 4, generator=torch.Generator().manual_seed(0))
 DATA = TensorDataset(X, (X[:, 0] > 0).long())
@@ -29,6 +30,8 @@ def history(device: str, **options):
 def test_they_count_every_training_sample_once_an_epoch(device):
     records, truth = history(device)
     assert [record["train_accuracy"] for record in records] == [pytest.approx(truth)] * 2
+    panels = {title: [label for label, *_ in lines] for title, lines in _panels(records)}
+    assert panels == {"loss": ["training"], "accuracy": ["training"], "learning rate": [""]}
 
 
 def test_they_need_a_loss_that_is_told_output_and_target():

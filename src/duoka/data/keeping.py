@@ -138,7 +138,8 @@ def resident(
         shuffle: whether each epoch has an order of its own.
         drop_last: whether an incomplete last batch is left out.
         transforms: those of ``duoka.data.augment``, or objects like them; each image has random numbers of its own.
-        mix: what combines each sample of a batch with the one before it: torchvision's ``v2.MixUp`` or ``v2.CutMix``.
+        mix: what combines each sample of a batch with the one before it: torchvision's ``v2.MixUp`` or ``v2.CutMix``. A
+            ``DataLoader`` mixes each device's part of a batch in itself.
         workers: processes of the ``DataLoader``, where one is needed.
         seed: where no Trainer gives one.
         device: where batches are made; ``None`` is the device of the process that iterates.

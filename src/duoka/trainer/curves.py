@@ -11,7 +11,7 @@ __all__ = ["curves_png"]
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, which colour-blind people tell apart
 PANEL_INCHES = (5.2, 3.4)
 COLUMNS = 3
-VALIDATION = "val_"
+TRAINING, VALIDATION = "train_", "val_"
 
 
 def curves_png(history: Sequence[dict[str, Any]]) -> bytes:
@@ -36,15 +36,20 @@ Line = tuple[str, str, str, list[tuple[int, float]]]
 
 def _panels(history: Sequence[dict[str, Any]]) -> list[tuple[str, list[Line]]]:
     """Return a title and lines ``(label, colour, marker, points)`` for each panel."""
-    losses: list[Line] = [
-        ("training", BLUE, "o", _points(history, "train_loss")),
-        ("validation", ORANGE, "s", _points(history, "val_loss")),
+    names = dict.fromkeys(
+        name.removeprefix(part) for part in (VALIDATION, TRAINING) for record in history for name in record
+        if name.startswith(part)
+    )  # fmt: skip
+    panels: list[tuple[str, list[Line]]] = [
+        (
+            name,
+            [
+                ("training", BLUE, "o", _points(history, TRAINING + name)),
+                ("validation", ORANGE, "s", _points(history, VALIDATION + name)),
+            ],
+        )
+        for name in ("loss", *(name for name in names if name != "loss"))
     ]
-    names = dict.fromkeys(name for record in history for name in record if name.startswith(VALIDATION))
-    panels = [("loss", losses)]
-    for name in names:
-        if name != "val_loss":
-            panels.append((name.removeprefix(VALIDATION), [("validation", ORANGE, "s", _points(history, name))]))
     panels.append(("learning rate", [("", GREEN, "", _points(history, "lr"))]))
     return [(title, drawn) for title, lines in panels if (drawn := [line for line in lines if line[3]])]
 

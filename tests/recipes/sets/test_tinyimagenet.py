@@ -160,8 +160,12 @@ def test_a_folder_that_cannot_be_written_is_decoded_into_memory(root, folder, ca
         (lambda f: (f / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn77\n"), r"line 1: 'n77' is no class"),
         (lambda f: (f / "wnids.txt").write_text("n01\nn01\n"), r"names 1 classes in 2 lines"),
         (lambda f: (f / "train" / "n02" / "images" / "n02_1.JPEG").write_bytes(b"?"), r"cannot read the image .*n02_1"),
+        (
+            lambda f: os.truncate(f / "train" / "n02" / "images" / "n02_1.JPEG", 900),
+            r"n02_1\.JPEG: image file is truncated",
+        ),
     ],
-    ids=["class", "image", "annotations", "label", "wnids", "jpeg"],
+    ids=["class", "image", "annotations", "label", "wnids", "jpeg", "truncated"],
 )
 def test_what_is_missing_or_damaged_is_named_with_the_remedy(root, folder, damage, message):
     damage(folder)
@@ -176,6 +180,15 @@ def test_without_data_and_download_the_message_says_where_to_get_them(tmp_path):
     with pytest.raises(
         DataError, match=r"--download true, or fetch http://cs231n\.stanford\.edu/tiny-imagenet-200\.zip"
     ):
+        load(tmp_path, download=False)
+
+
+@pytest.mark.parametrize(("name", "how"), [("tiny.tar", "tar -xf"), ("tiny.zip", "unzip")])
+def test_an_archive_in_place_of_the_folder_is_to_be_unpacked(tmp_path, name, how):
+    (tmp_path / name).write_bytes(b"an archive")
+    with pytest.raises(DataError, match=rf"{name} is a file, not a folder: unpack it with `{how}"):
+        load(tmp_path / name)
+    with pytest.raises(DataError, match=rf"unpack {name} there if that is it"):
         load(tmp_path, download=False)
 
 
