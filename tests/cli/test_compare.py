@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -58,7 +59,9 @@ def test_variants_are_trained_compared_and_not_trained_again(here, capsys):
     assert "baseline" in shown
     rows = json.loads((folder / "results.json").read_text())
     assert [row["variant"] for row in rows] == ["slow", "fast"]
+    table = (folder / "table.md").read_text()
     for row in rows:
+        assert f"| {statistics.fmean(row['best']):.4f} ± {statistics.stdev(row['best']):.4f} |" in table
         for seed in (0, 1):
             (run,) = (folder / f"{row['variant']}-seed{seed}" / "cifar100").iterdir()
             values = [json.loads(line)["val_accuracy"] for line in (run / "metrics.jsonl").read_text().splitlines()]

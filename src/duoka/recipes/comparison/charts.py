@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ Named = Sequence[tuple[str, Sequence[float]]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, which colour-blind readers tell apart; with four kinds of line they name 28 curves."""
 STYLES = ("-", "--", ":", "-.")
+MARKERS = "os^Dv*X"
+"""One a colour, so that curves are told apart in grey, too."""
+MARKS = 12
+"""About how many of them a long curve has."""
 
 
 def bars(path: Path, metric: str, named: Named) -> None:
@@ -41,10 +46,11 @@ def curves(path: Path, metric: str, named: Sequence[tuple[str, Sequence[Sequence
             epochs = sorted(by_epoch)
             colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
             means = [statistics.fmean(by_epoch[epoch]) for epoch in epochs]
-            marker = "o" if len(epochs) <= 15 else ""
+            every = math.ceil(len(epochs) / MARKS)
             axes.plot(
-                epochs, means, color=colour, linestyle=style, marker=marker, markersize=4, linewidth=1.6, label=name
-            )
+                epochs, means, color=colour, linestyle=style, linewidth=1.6, label=name,
+                marker=MARKERS[place % len(MARKERS)], markersize=5, markevery=(place % every, every),
+            )  # fmt: skip
             if len(runs) > 1:
                 low, high = ([pick(by_epoch[epoch]) for epoch in epochs] for pick in (min, max))
                 axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -59,7 +65,11 @@ def contributions(path: Path, metric: str, baseline: str, named: Named, *, highe
     """Draw what each variant gains (blue) or loses (orange) against ``baseline``; without it there is no picture."""
     base = next((values for name, values in named if name == baseline), None)
     others = (
-        [(name, [value - statistics.fmean(base) for value in values]) for name, values in named if name != baseline]
+        [
+            (name, [round(value - statistics.fmean(base), 9) for value in values])
+            for name, values in named
+            if name != baseline
+        ]
         if base
         else []
     )
@@ -83,6 +93,8 @@ def contributions(path: Path, metric: str, baseline: str, named: Named, *, highe
                 f"{value:+.4f}", (end, place), (shift, 0), textcoords="offset points", va="center", ha=side, fontsize=9
             )
         axes.margins(x=0.22)
+        if not any(value for _, values in others for value in values):
+            axes.set_xlim(-0.01, 0.01)
         _finish(
             axes,
             [name for name, _ in others],
