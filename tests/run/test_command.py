@@ -227,6 +227,33 @@ def test_a_model_is_tried_again_because_it_may_change(tmp_path) -> None:
     assert "looks across samples" in shared.stderr
 
 
+OUTSIDE = """
+import torch, settings
+torch.manual_seed(0)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = torch.nn.Linear(4, 1), torch.nn.Dropout(0.5)
+    def forward(self, x):
+        return self.dropout(self.linear(x)) * settings.SCALE
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for number in range(9):
+    settings.SCALE = 1.0 if number < 4 else 2.0
+    model(torch.randn(16, 4)).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def test_helpers_that_compute_with_what_the_script_has_changed_outside_the_model_are_found(tmp_path) -> None:
+    (tmp_path / "settings.py").write_text("SCALE = 1.0\n")
+    (tmp_path / "t.py").write_text(OUTSIDE)
+    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert "Net: its forward uses something outside the model that the script has changed" in shared.stderr
+    (tmp_path / "t.py").write_text(OUTSIDE.replace("2.0", "1.0"))
+    assert "outside the model" not in duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path).stderr
+
+
 def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:
     pytest.importorskip("nbclient")
     source = SCRIPTS / "notebooks" / "classification.ipynb"
