@@ -227,6 +227,47 @@ def test_a_model_is_tried_again_because_it_may_change(tmp_path) -> None:
     assert "looks across samples" in shared.stderr
 
 
+ASKING = """
+import torch
+from torch import nn
+model, x = nn.Linear(4, 2).cuda(), torch.randn(8, 4)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+torch.save(model.state_dict(), "w.pt")
+stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+questions = {
+    "pinned": lambda: x.pin_memory().cuda(non_blocking=True) is not None and torch.empty(3, pin_memory=True) is not None,
+    "generator": lambda: torch.randn(3, generator=torch.Generator("cuda").manual_seed(0), device="cuda").shape == (3,),
+    "generators": lambda: isinstance(torch.Generator(device="cuda:1"), torch.Generator),
+    "streams": lambda: x.cuda().record_stream(torch.cuda.default_stream()) is None and stream.query(),
+    "events": lambda: stream.wait_event(stream.record_event()) is None and event.query(),
+    "type": lambda: x.type("torch.cuda.HalfTensor").dtype == torch.half,
+    "numbers": lambda: x.to(1).shape == torch.zeros(8, 4, device=0).shape,
+    "storages": lambda: "weight" in torch.load("w.pt", map_location=lambda storage, _: storage.cuda(0)),
+    "peers": lambda: torch.cuda.can_device_access_peer(0, 1) and not torch.cuda.is_current_stream_capturing(),
+    "seed": lambda: torch.cuda.initial_seed() == torch.initial_seed(),
+    "forked": lambda: torch.random.fork_rng(devices=[0]).__enter__() is None,
+    "function": lambda: nn.parallel.data_parallel(model, x.cuda(), device_ids=[0, 1]).shape == (8, 2),
+}
+for name, ask in questions.items():
+    try:
+        answer = ask()
+    except Exception as error:
+        answer = repr(error)
+    if answer is not True:
+        print(name, answer)
+try:
+    x.to(2)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_what_scripts_ask_of_cuda_is_answered_without_one(tmp_path) -> None:
+    (tmp_path / "t.py").write_text(ASKING)
+    asked = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert asked.stdout.splitlines() == ["CUDA error: invalid device ordinal 2: this run has 2 devices"]
+
+
 OUTSIDE = """
 import torch, settings
 torch.manual_seed(0)

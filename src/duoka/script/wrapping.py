@@ -49,6 +49,8 @@ class Finder:
             if hasattr(owner, "DataParallel"):
                 patches.put(owner, "DataParallel", wrapper)
         patches.put(sys.modules["torch.nn.parallel.data_parallel"], "DataParallel", wrapper)
+        for owner in (nn.parallel, sys.modules["torch.nn.parallel.data_parallel"]):
+            patches.put(owner, "data_parallel", _functional)
         patches.around(nn.parallel.DistributedDataParallel, "__init__", self._distributed)
         patches.around(torch.autograd, "grad", self._differentiated)
         patches.around(torch.autograd, "backward", self._differentiated)
@@ -225,3 +227,9 @@ def where() -> str:
             return f"line {frame.f_lineno}" + (" of a cell" if cell else f" of {Path(file).name}")
         frame = frame.f_back
     return "a place that is not known"
+
+
+def _functional(module: nn.Module, inputs: Any, *_: Any, module_kwargs: Any = None, **__: Any) -> Any:
+    """What ``torch.nn.parallel.data_parallel`` is in a script: the model's call, which is shared out where it is found."""
+    args = inputs if isinstance(inputs, tuple) else () if inputs is None else (inputs,)
+    return module(*args, **(module_kwargs or {}))
