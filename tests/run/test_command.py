@@ -268,6 +268,35 @@ def test_what_scripts_ask_of_cuda_is_answered_without_one(tmp_path) -> None:
     assert asked.stdout.splitlines() == ["CUDA error: invalid device ordinal 2: this run has 2 devices"]
 
 
+PENALTY = """
+import torch
+def penalty(critic, x):
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return ((slope.norm(dim=1) - 1) ** 2).mean()
+"""
+CRITIC = """
+import torch, penalties
+torch.manual_seed(0)
+critic = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+for number in range(4):
+    x = torch.randn(8, 4)
+    loss = critic(x).mean() - critic(-x).mean() + penalties.penalty(critic, x)
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    print(f"{loss.item():.6f}")
+"""
+
+
+def test_a_module_of_the_script_that_differentiates_gradients_keeps_models_whole(tmp_path) -> None:
+    (tmp_path / "penalties.py").write_text(PENALTY)
+    (tmp_path / "t.py").write_text(CRITIC)
+    plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert shared.stdout == plain.stdout
+    assert "create_graph=True" in shared.stderr
+
+
 OUTSIDE = """
 import torch, settings
 torch.manual_seed(0)

@@ -17,6 +17,7 @@ from duoka.mirror import DataParallel
 from duoka.script.account import Account
 from duoka.script.patches import Patches
 from duoka.script.shared_call import SharedCall
+from duoka.script.sources import Sources, differentiates_gradients
 
 __all__ = ["DOUBLE_BACKWARD", "Finder"]
 
@@ -37,6 +38,7 @@ class Finder:
         self._account = account
         self._calls: list[weakref.ref[SharedCall]] = []
         self._wrapped: list[weakref.ref[DataParallel]] = []
+        self._sources = Sources()
 
     def enter(self, patches: Patches) -> None:
         """Look from now on, until the patches end."""
@@ -111,6 +113,8 @@ class Finder:
             for child in module.children():
                 self._found(child, how)
             return
+        if any(differentiates_gradients(source) for source in self._sources.new()):
+            self._account.refuse_all(DOUBLE_BACKWARD)
         account = self._account.model(module)
         account.found(type(module).__name__, how)
         call = SharedCall(module, self._devices, account, fits_one=self._fits_one)
