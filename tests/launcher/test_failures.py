@@ -244,14 +244,21 @@ SCRIPT = """
 
 
 def start_script(folder: Path, wait: str) -> subprocess.Popen[str]:
+    (process,) = start_scripts(folder, [wait])
+    return process
+
+
+def start_scripts(folder: Path, waits: list[str]) -> list[subprocess.Popen[str]]:
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    process = subprocess.Popen(
-        [sys.executable, str(script), wait], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "working\n"
-    return process
+    processes = [
+        subprocess.Popen([sys.executable, str(script), wait], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for wait in waits
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+    return processes
 
 
 @pytest.mark.parametrize("wait", ["stay_in_collective", "stay_in_sleep", "stay_in_python", "stay_in_loader"])
@@ -377,14 +384,14 @@ def launch_while_killing(draws: random.Random) -> tuple[errors.WorkerDied, float
 @pytest.mark.timeout(400)
 def test_twenty_kills_of_the_caller_leave_no_process(tmp_path: Path) -> None:
     draws = random.Random(6)
-    for number in range(20):
-        process = start_script(tmp_path, ["stay_in_collective", "stay_in_sleep"][number % 2])
-        time.sleep(draws.uniform(0, 0.2))
-        pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-        process.kill()
-        process.communicate()
-        assert len(pids) == 2
-        assert not wait_until_gone(pids)
+    for _ in range(10):
+        for process in start_scripts(tmp_path, ["stay_in_collective", "stay_in_sleep"]):
+            time.sleep(draws.uniform(0, 0.2))
+            pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+            process.kill()
+            process.communicate()
+            assert len(pids) == 2
+            assert not wait_until_gone(pids)
 
 
 class HeavyError(Exception):

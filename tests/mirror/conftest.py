@@ -19,7 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What only says once more, over the other transport, what the files above say: `make test-all` runs it."""
     for item in items:
         sends = getattr(item, "callspec", None) and item.callspec.params.get("transport") == "sending"
-        if sends and item.path.parent.name == "mirror" and item.path.stem not in BOTH_EVERY_TIME:
+        seldom = item.path.stem not in BOTH_EVERY_TIME or item.get_closest_marker("slow")
+        if sends and seldom and item.path.parent.name == "mirror":
             item.add_marker(pytest.mark.extended)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import time
 
 import psutil
@@ -171,3 +172,27 @@ def test_a_wrapper_that_is_gone_leaves_its_helpers_to_the_graph_that_needs_them(
     other(x).pow(2).sum().backward()
     torch.testing.assert_close(model.weight.grad, other.weight.grad)
     del loss
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later, of any process with threads
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_what_a_forked_child_trains_is_its_own(wrap) -> None:
+    model = wrap(nn.Linear(4, 2))
+    model(torch.ones(4, 4)).sum().backward()
+    before = model.weight.detach().clone()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with torch.no_grad():
+            model.weight.fill_(7)
+        os.write(writer, b"1" if bool((model.weight == 7).all()) else b"0")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 1) == b"1"
+    os.close(reader), os.close(writer)
+    torch.testing.assert_close(model.weight, before, rtol=0, atol=0)
+    with torch.no_grad():
+        model.weight.fill_(2)  # the parent's pages are still the helpers'
+    torch.testing.assert_close(
+        model(torch.ones(4, 4)), nn.functional.linear(torch.ones(4, 4), model.weight, model.bias)
+    )

@@ -73,3 +73,13 @@ def test_scale_batch_is_advised_only_where_it_can_do_something() -> None:
     assert "--scale-batch" not in advice(account)
     account.scales = True
     assert "--scale-batch has changed nothing" in said(account)
+
+
+def test_models_that_one_line_has_made_are_said_once() -> None:
+    account = Account(CPUS, Clock())
+    for _ in range(3):
+        model = account.model(nn.Linear(2, 2))
+        model.found("Linear", "trained by SGD at line 7")
+        model.refuse("it looks across samples")
+    assert lines(account)[0] == "Linear (3 of them): on one device, because it looks across samples."
+    assert said(account).count("Linear") == 1

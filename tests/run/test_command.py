@@ -227,6 +227,103 @@ def test_a_model_is_tried_again_because_it_may_change(tmp_path) -> None:
     assert "looks across samples" in shared.stderr
 
 
+ASKING = """
+import torch
+from torch import nn
+model, x = nn.Linear(4, 2).cuda(), torch.randn(8, 4)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+torch.save(model.state_dict(), "w.pt")
+stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+questions = {
+    "pinned": lambda: x.pin_memory().cuda(non_blocking=True) is not None and torch.empty(3, pin_memory=True) is not None,
+    "generator": lambda: torch.randn(3, generator=torch.Generator("cuda").manual_seed(0), device="cuda").shape == (3,),
+    "generators": lambda: isinstance(torch.Generator(device="cuda:1"), torch.Generator),
+    "streams": lambda: x.cuda().record_stream(torch.cuda.default_stream()) is None and stream.query(),
+    "events": lambda: stream.wait_event(stream.record_event()) is None and event.query(),
+    "type": lambda: x.type("torch.cuda.HalfTensor").dtype == torch.half,
+    "numbers": lambda: x.to(1).shape == torch.zeros(8, 4, device=0).shape,
+    "storages": lambda: "weight" in torch.load("w.pt", map_location=lambda storage, _: storage.cuda(0)),
+    "peers": lambda: torch.cuda.can_device_access_peer(0, 1) and not torch.cuda.is_current_stream_capturing(),
+    "seed": lambda: torch.cuda.initial_seed() == torch.initial_seed(),
+    "forked": lambda: torch.random.fork_rng(devices=[0]).__enter__() is None,
+    "function": lambda: nn.parallel.data_parallel(model, x.cuda(), device_ids=[0, 1]).shape == (8, 2),
+}
+for name, ask in questions.items():
+    try:
+        answer = ask()
+    except Exception as error:
+        answer = repr(error)
+    if answer is not True:
+        print(name, answer)
+try:
+    x.to(2)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_what_scripts_ask_of_cuda_is_answered_without_one(tmp_path) -> None:
+    (tmp_path / "t.py").write_text(ASKING)
+    asked = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert asked.stdout.splitlines() == ["CUDA error: invalid device ordinal 2: this run has 2 devices"]
+
+
+PENALTY = """
+import torch
+def penalty(critic, x):
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return ((slope.norm(dim=1) - 1) ** 2).mean()
+"""
+CRITIC = """
+import torch, penalties
+torch.manual_seed(0)
+critic = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+for number in range(4):
+    x = torch.randn(8, 4)
+    loss = critic(x).mean() - critic(-x).mean() + penalties.penalty(critic, x)
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    print(f"{loss.item():.6f}")
+"""
+
+
+def test_a_module_of_the_script_that_differentiates_gradients_keeps_models_whole(tmp_path) -> None:
+    (tmp_path / "penalties.py").write_text(PENALTY)
+    (tmp_path / "t.py").write_text(CRITIC)
+    plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert shared.stdout == plain.stdout
+    assert "create_graph=True" in shared.stderr
+
+
+OUTSIDE = """
+import torch, settings
+torch.manual_seed(0)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = torch.nn.Linear(4, 1), torch.nn.Dropout(0.5)
+    def forward(self, x):
+        return self.dropout(self.linear(x)) * settings.SCALE
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for number in range(9):
+    settings.SCALE = 1.0 if number < 4 else 2.0
+    model(torch.randn(16, 4)).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def test_helpers_that_compute_with_what_the_script_has_changed_outside_the_model_are_found(tmp_path) -> None:
+    (tmp_path / "settings.py").write_text("SCALE = 1.0\n")
+    (tmp_path / "t.py").write_text(OUTSIDE)
+    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert "Net: its forward uses something outside the model that the script has changed" in shared.stderr
+    (tmp_path / "t.py").write_text(OUTSIDE.replace("2.0", "1.0"))
+    assert "outside the model" not in duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path).stderr
+
+
 def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:
     pytest.importorskip("nbclient")
     source = SCRIPTS / "notebooks" / "classification.ipynb"

@@ -67,6 +67,14 @@ SELDOM = {  # like others in the list: run by `make test-all`, which takes ten m
     "batch_coupled_forward",
     "batch_times_gpus",
     "bf16_autocast",
+    "device_in_forward",
+    "own_methods",
+    "ema_by_hand",
+    "inline_sequential",
+    "attribute_set_in_forward",
+    "embedding_bag_offsets",
+    "aux_tuple",
+    "compile_guarded",
 }
 ON_ONE_DEVICE = {  # and the words that say why
     "attribute_set_in_forward": "keeps tensors in",

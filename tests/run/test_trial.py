@@ -157,3 +157,9 @@ def test_a_trial_leaves_no_trace() -> None:
     assert model.calls == 0
     assert seen == []
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_whose_parameters_other_processes_train_stays_whole() -> None:
+    model = nn.Linear(4, 2).share_memory()
+    verdict = try_parts(model, (torch.ones(4, 4),), {}, 2)
+    assert "shares with processes of its own" in verdict.reason

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
 import pickle
 import random
+import struct
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,50 +49,20 @@ class WatchedStream(Stream, Protocol):
         ...
 
 
-class _Torch:
-    """torch's CPU generator; not through ``torch.manual_seed``, which takes 100 times as long."""
-
-    def __reduce__(self) -> str:
-        return "TORCH"
-
-    def seed(self, seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-
-    def get(self) -> Any:
-        return torch.default_generator.get_state()
-
-    def set(self, state: Any) -> None:
-        torch.default_generator.set_state(state)
-
-    def mark(self) -> torch.Tensor:
-        return torch.default_generator.get_state()
-
-    def moved(self, mark: torch.Tensor) -> bool:
-        now, size = (
-            torch.default_generator.get_state(),
-            mark.numel(),
-        )  # of bytes, which torch.equal takes longer to compare
-        return ctypes.string_at(now.data_ptr(), size) != ctypes.string_at(mark.data_ptr(), size)
-
-    def rewind(self, mark: torch.Tensor) -> None:
-        self.set(mark)
+_GAUSS_BYTES = 28
+"""What follows the words of torch's twister: a spare Gaussian of each precision, and whether there is one."""
 
 
-Words: TypeAlias = tuple[Any, ...]
-"""Memory of a generator's own, which must not be freed while it is read: numbers of ctypes."""
-_value = operator.attrgetter("value")
-
-
-def _words_at(place: int, key: int) -> Words:
-    """Return a Mersenne twister's place and two of its 624 words, which no two states share, by their addresses."""
-    word = ctypes.c_uint32
-    return word.from_address(place), word.from_address(key + 4), word.from_address(key + 623 * 4)
+def _memory(address: int, size: int) -> memoryview:
+    """Return ``size`` bytes at ``address``, seen as they are whenever they are read; they belong to a generator that stays."""
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
 
 class _Twister:
-    """A Mersenne twister that is watched by three of its words: reading those takes a hundredth of reading its state.
+    """A Mersenne twister that is watched by a few of its bytes: reading its whole state takes many times as long.
 
-    Gaussians come in pairs, and taking the spare one moves no word; so whether there is one is read too. The state itself is
+    Every draw moves the place among its 624 words; when all were drawn they change, and the place begins again. Gaussians
+    come in pairs, and taking the spare one moves nothing of that; so whether there is one is read too. The state itself is
     read again only where it is not the one that was read last.
     """
 
@@ -106,7 +76,7 @@ class _Twister:
         raise NotImplementedError
 
     def here(self) -> Any:
-        """Return the words and the spare Gaussian, ``None`` where they cannot be read."""
+        """Return what moves with every draw, ``None`` where it cannot be read."""
         raise NotImplementedError
 
     def mark(self) -> Any:
@@ -125,6 +95,53 @@ class _Twister:
         self.set(mark[1])
 
 
+class _Torch(_Twister):
+    """torch's CPU generator; not through ``torch.manual_seed``, which takes 100 times as long."""
+
+    def __reduce__(self) -> str:
+        return "TORCH"
+
+    def seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    def get(self) -> Any:
+        return torch.default_generator.get_state()
+
+    def set(self, state: Any) -> None:
+        torch.default_generator.set_state(state)
+
+    def here(self) -> Any:
+        views = self._views
+        return views and (bytes(views[0]), bytes(views[1]))
+
+    @functools.cached_property
+    def _views(self) -> tuple[memoryview, memoryview] | None:
+        """The generator's object holds a place (left, seeded, next), 624 words, spare Gaussians: so it is, or nothing is read.
+
+        ``get_state`` writes the words in 8 bytes each, after 24 of others. Source: ``at::mt19937``, ``CPUGeneratorImpl``.
+        """
+        address: int = getattr(torch.default_generator, "_cdata", 0)
+        words = self.get().numpy()[24:].view(np.uint64)[:624].astype(np.uint32).tobytes()
+        start = ctypes.string_at(address, 256).find(words[:16]) if address else -1
+        if start < 0 or ctypes.string_at(address + start, len(words)) != words:
+            return None
+        key = address + start
+        views = _memory(key - 12, 16), _memory(key + len(words), _GAUSS_BYTES)
+        return views if self._shows(views) else None
+
+    def _shows(self, views: tuple[memoryview, memoryview]) -> bool:
+        """Whether each draw is seen: a number, a Gaussian, the spare one, and numbers until the words change."""
+        state, seen = self.get(), []
+        for draw in (torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.normal_):
+            seen.append((bytes(views[0]), bytes(views[1])))
+            draw(torch.empty(1, device="cpu"))
+        seen.append((bytes(views[0]), bytes(views[1])))
+        torch.empty(624, device="cpu").uniform_()
+        seen.append((bytes(views[0]), bytes(views[1])))
+        self.set(state)
+        return len(set(seen)) == len(seen)
+
+
 class _Python(_Twister):
     """What the functions of the module ``random`` draw from."""
 
@@ -141,21 +158,23 @@ class _Python(_Twister):
         random.setstate(state)
 
     def here(self) -> Any:
-        return self._words and (*map(_value, self._words), self._generator.gauss_next)
+        view = self._view
+        return view and (bytes(view), self._generator.gauss_next)
 
     @functools.cached_property
     def _generator(self) -> Any:
         return getattr(random.random, "__self__", None)
 
     @functools.cached_property
-    def _words(self) -> Words | None:
+    def _view(self) -> memoryview | None:
         """CPython's generator object is a header, a place, then 624 words: so it is, or nothing is read."""
         generator, header = self._generator, object.__basicsize__
         if sys.implementation.name != "cpython" or generator.__sizeof__() < header + 4 + 624 * 4:
             return None
-        words = _words_at(id(generator) + header, id(generator) + header + 4)
         state = random.getstate()[1]
-        return words if tuple(map(_value, words)) == (state[624], state[1], state[623]) else None
+        content = np.array([state[624], *state[:624]], dtype=np.uint32).tobytes()
+        found = ctypes.string_at(id(generator) + header, len(content)) == content
+        return _memory(id(generator) + header, 12) if found else None  # seeding sets the first word alike
 
 
 class _Numpy(_Twister):
@@ -164,7 +183,7 @@ class _Numpy(_Twister):
     def __init__(self) -> None:
         super().__init__()
         self._bits: Any = None
-        self._words: Words | None = None
+        self._views: tuple[memoryview, memoryview] | None = None
 
     def __reduce__(self) -> str:
         return "NUMPY"
@@ -185,33 +204,33 @@ class _Numpy(_Twister):
     def here(self) -> Any:
         bits: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if bits is not self._bits:  # ``set_bit_generator`` may set another, of another kind, at any time
-            self._bits, self._words = bits, self._find(bits)
-        return self._words and tuple(map(_value, self._words))
+            self._bits, self._views = bits, self._find(bits)
+        views = self._views
+        return views and (bytes(views[0]), bytes(views[1]))
 
-    def _find(self, bits: Any) -> Words | None:
+    def _find(self, bits: Any) -> tuple[memoryview, memoryview] | None:
         """NumPy gives out its state's address: 624 words, then the place."""
         if not isinstance(bits, np.random.MT19937):
             return None
-        address = bits.ctypes.state_address
         spare = self._spare()
-        return spare and (*_words_at(address + 624 * 4, address), *spare)
+        return (_memory(bits.ctypes.state_address + 623 * 4, 8), spare) if spare is not None else None
 
-    def _spare(self) -> Words | None:
+    def _spare(self) -> memoryview | None:
         """Whether there is a spare Gaussian, and which: they follow a pointer into their own object, or nothing is read."""
         owner: Any = np.random.mtrand._rand
         start, size, word = id(owner), type(owner).__basicsize__, 8
         for place in range(start, start + size - 2 * word, word):
             if start < ctypes.c_uint64.from_address(place).value < start + size:
-                spare = ctypes.c_int.from_address(place + word), ctypes.c_double.from_address(place + 2 * word)
+                spare = _memory(place + word, 2 * word)
                 return spare if self._shows(spare) else None
         return None
 
-    def _shows(self, spare: Words) -> bool:
+    def _shows(self, spare: memoryview) -> bool:
         """Whether ``spare`` follows what is set."""
         found, seen = self.get(), []
         for wanted in ((1, 0.25), (0, 0.0)):
             self.set({**found, "has_gauss": wanted[0], "gauss": wanted[1]})
-            seen.append(tuple(map(_value, spare)) == wanted)
+            seen.append(struct.unpack("i4xd", spare) == wanted)
         self.set(found)
         return all(seen)
 

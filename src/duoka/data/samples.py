@@ -157,12 +157,25 @@ class SeededCollate:
     def __call__(self, samples: Any, stream: int, first: int) -> Any:
         """Return ``samples`` collated; ``stream`` and ``first`` are those of a ``Request``."""
         if self._collate is default_collate:
-            return default_collate(samples)
+            return _collated(samples)
         return self._watch.run(lambda: self._seeded(samples, nth_seed(~stream, first)))
 
     def _seeded(self, samples: Any, seed: int) -> Any:
         self._watch.seed(seed)
         return self._collate(samples)
+
+
+def _collated(samples: Any) -> Any:
+    """Return ``default_collate(samples)``, of tuples of plain tensors without its search for what each of them is."""
+    if set(map(type, samples)) == {tuple} and len(set(map(len, samples))) == 1:
+        columns = list(zip(*samples, strict=True))
+        if (
+            columns
+            and get_worker_info() is None
+            and all(set(map(type, column)) == {torch.Tensor} for column in columns)
+        ):
+            return [torch.stack(column) for column in columns]
+    return default_collate(samples)
 
 
 def _loads_many(dataset: Any) -> bool:

@@ -42,6 +42,8 @@ def entered(ambient: Ambient, device: torch.device) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=ambient.autocast_cache))
         if ambient.own_device:
             stack.enter_context(OwnDevice(device))
+        if ambient.within is not None:
+            stack.enter_context(ambient.within())
         yield
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from duoka.mirror.replica import unpack
 from duoka.mirror.transport import Exchange, Passage, Weights
 from duoka.team.payload import dumps
 
-__all__ = ["Call", "Finish", "Gather", "join_tensors"]
+__all__ = ["Call", "Finish", "Gather", "Within", "join_tensors"]
+
+Within = Callable[[], contextlib.AbstractContextManager[Any]]
 
 _SEEDS_APART = 0x9E3779B97F4A7C15
 
@@ -54,12 +56,18 @@ class Call:
         self._is_fetched = self._is_spent = False
         self._exchange: Exchange | None = None
 
-    def ask(self, parts: Sequence[Sequence[torch.Tensor]], arguments: Any) -> torch.Tensor | None:
-        """Send each helper its part; returns what ties the helpers' graphs to the user's, if there is to be one."""
+    def ask(
+        self, parts: Sequence[Sequence[torch.Tensor]], arguments: Any, within: Within | None = None
+    ) -> torch.Tensor | None:
+        """Send each helper its part; returns what ties the helpers' graphs to the user's, if there is to be one.
+
+        Helpers compute inside ``within()``, where that is given.
+        """
         parameters = [self._weights.parameters[number] for number in self.parameter_numbers]
         inputs = [tensor for part in parts for tensor in part if tensor.requires_grad]
         keeps_graph = torch.is_grad_enabled() and bool(parameters or inputs)
-        payload, modes, seed = dumps(arguments), ambient.capture(self._crew.devices[0]), ambient.draw_seed()
+        modes = ambient.capture(self._crew.devices[0])._replace(within=within)
+        payload, seed = dumps(arguments), ambient.draw_seed()
         weakref.finalize(self, _drop, self._crew, self._ticket, len(parts)).atexit = False
         with contextlib.closing(payload):
             for index, part in enumerate(parts):

@@ -255,6 +255,7 @@ class _Crews:
         """Return the crew of these devices."""
         if self._weights is None or self._pid != os.getpid():
             self._weights, self._pid = Arena("weights"), os.getpid()
+            self._weights.keep_from_children()
             self._crews = weakref.WeakValueDictionary()
         sends = devices[0].type != "cpu" or bool(os.environ.get(_SENDS_ON_CPU))
         key = (str(sends), *map(str, devices))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from duoka.errors import LaunchError
 from duoka.mirror import nested
-from duoka.mirror.call import Call, Gather, join_tensors
+from duoka.mirror.call import Call, Gather, Within, join_tensors
 from duoka.mirror.clock import CLOCK
 from duoka.mirror.crew import Crew, crew_of
 from duoka.mirror.membership import Membership
@@ -64,16 +65,43 @@ class Engine:
         with self.crew.lock:
             if self.crew.in_forward:  # called inside another wrapped model's part, which has this device only
                 return module(*args, **kwargs)
-            self.crew.in_forward = True
-            try:
+            with self._in_forward():
                 return self._run(module, args, kwargs)
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    self.crew.stop()
-                raise
-            finally:
-                self.crew.threads.give_back()
-                self.crew.in_forward = False
+
+    def others(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within
+    ) -> list[tuple[list[torch.Tensor], Any]]:
+        """Return what each helper makes of its part, as tensors and a value with holes for them; nothing is computed here.
+
+        Helpers compute inside ``within()``, which they find by its name, and without a graph. The list is empty where
+        this call has no helpers.
+        """
+        with self.crew.lock:
+            tensors, arguments = nested.take_out((args, kwargs))
+            sizes = nested.part_sizes(nested.batch_size(tensors, self._dim), len(self.crew.devices))
+            if len(sizes) == 1 or not self.crew.is_ours or self.crew.in_forward:
+                return []
+            with self._in_forward(), torch.inference_mode(False), torch.no_grad():
+                weights = self._tell_changes(module)
+                weights.bring(self._buffers(), trains=False)
+                call = Call(self.crew, self.number, weights, sizes, self._dim, self._membership)
+                parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
+                call.ask(parts[1:], arguments, within)
+                return call.outputs()
+
+    @contextlib.contextmanager
+    def _in_forward(self) -> Iterator[None]:
+        """While the crew computes: what a forward calls is not shared again, and Ctrl-C leaves nobody computing."""
+        self.crew.in_forward = True
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.crew.stop()
+            raise
+        finally:
+            self.crew.threads.give_back()
+            self.crew.in_forward = False
 
     def _begin_early(self) -> None:
         """An optimiser of the model's parameters has stepped: send them while the user's program does other things."""

@@ -6,6 +6,8 @@ still holds is ever written over. Regions that come back are lent again: a progr
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import mmap
 import os
@@ -22,6 +24,8 @@ from duoka.team.payload import memory_file
 __all__ = ["Arena", "Lease", "Piece", "Place", "Segment", "Window", "dense_stride", "lay_out", "tensor_at"]
 
 _ALIGNMENT = 64
+_MAP_FIXED = 0x10
+"""Of Linux, macOS and the BSDs alike; Python does not name it."""
 _SEGMENT_BYTES = 1 << 26
 """The least size of a segment; the system gives it memory page by page, when it is written to."""
 
@@ -102,6 +106,11 @@ class Arena:
         weakref.finalize(view, self._returned.append, (size, place)).atexit = False
         return Lease(place, base[:nbytes])
 
+    def keep_from_children(self) -> None:
+        """Let a forked child that writes here write to pages of its own, as it does to the rest of its parent's memory."""
+        arenas = _kept_from_children()
+        arenas.add(self)
+
     def find(self, tensor: torch.Tensor) -> Place | None:
         """Return where ``tensor`` begins, if it lies in this arena."""
         pointer = tensor.data_ptr()
@@ -138,6 +147,25 @@ class Arena:
         mapping = mmap.mmap(fd, nbytes)
         self.segments.append(Segment(fd, mapping, torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()))
         self._unused = nbytes
+
+
+@functools.cache
+def _kept_from_children() -> weakref.WeakSet[Arena]:
+    """Return the arenas whose pages become a forked child's own; the first call registers what makes them so."""
+    arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+    if not hasattr(os, "register_at_fork"):
+        return arenas
+    map_again = ctypes.CDLL(None, use_errno=True).mmap
+    map_again.restype = ctypes.c_void_p
+    map_again.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    allowed, how = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
+
+    def in_child() -> None:
+        for segment in [segment for arena in arenas for segment in arena.segments]:
+            map_again(segment.address, len(segment.mapping), allowed, how, segment.fd, 0)
+
+    os.register_at_fork(after_in_child=in_child)
+    return arenas
 
 
 class Window:

@@ -5,7 +5,9 @@ A ``Place`` is one in shared memory, or, of parameters and buffers that are sent
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +47,8 @@ class Ambient(NamedTuple):
     precision: str
     own_device: bool
     """Whether a CUDA device that the model's code names means the device of whoever computes."""
+    within: Callable[[], AbstractContextManager[Any]] | None = None
+    """What else to enter around the call, by its name in an importable module."""
 
 
 class Configure(NamedTuple):

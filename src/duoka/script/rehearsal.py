@@ -36,6 +36,11 @@ def rehearsal(workers: int) -> Any:
             _answer(patches, torch.accelerator, name, answer)
         for name in [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]:
             patches.put(torch.cuda, name, getattr(torch, name))
+        patches.put(torch, "Generator", _Generator)
+        patches.around(torch.random, "fork_rng", _fork_rng)
+        patches.put(torch.Tensor, "record_stream", lambda *_: None)
+        for kind in (torch.UntypedStorage, torch.TypedStorage):
+            patches.around(kind, "cuda", lambda _, storage, *__, **___: storage)
         patches.around(torch.nn.Module, "cuda", lambda _, module, device=None: module.to(_cuda(device)))
         patches.around(torch, "load", _load)
         patches.around(
@@ -110,7 +115,15 @@ def _answers(workers: int) -> dict[str, Any]:
         memory_used,
     )
     quiet: dict[str, Any] = dict.fromkeys(
-        ("empty_cache", "synchronize", "reset_peak_memory_stats", "reset_max_memory_allocated", "init", "ipc_collect"),
+        (
+            "empty_cache",
+            "synchronize",
+            "reset_peak_memory_stats",
+            "reset_max_memory_allocated",
+            "init",
+            "ipc_collect",
+            "set_per_process_memory_fraction",
+        ),
         _nothing,
     )
     return (
@@ -133,7 +146,12 @@ def _answers(workers: int) -> dict[str, Any]:
             "get_rng_state_all": lambda: [torch.get_rng_state()],
             "set_rng_state_all": lambda states: torch.set_rng_state(next(iter(states))),
             "utilization": lambda *_, **__: int(psutil.cpu_percent()),
+            "initial_seed": torch.initial_seed,
+            "can_device_access_peer": _says(True),
+            "is_current_stream_capturing": _says(False),
+            "list_gpu_processes": _says("no processes are running"),
             "current_stream": _says(_Stream()),
+            "default_stream": _says(_Stream()),
             "Stream": _Stream,
             "Event": _Event,
             "device": _Device,
@@ -166,7 +184,14 @@ class _Stream:
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def synchronize(self) -> None: ...
     def wait_stream(self, _: Any) -> None: ...
-    def record_event(self, event: Any = None) -> Any: ...
+    def wait_event(self, _: Any) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        event = event or _Event()
+        event.record()
+        return event
 
 
 class _Event:
@@ -181,6 +206,9 @@ class _Event:
         self._seconds = time.perf_counter()
 
     def synchronize(self) -> None: ...
+    def wait(self, _: Any = None) -> None: ...
+    def query(self) -> bool:
+        return True
 
     def elapsed_time(self, end: _Event) -> float:
         """Milliseconds, as CUDA's."""
@@ -189,6 +217,28 @@ class _Event:
 
 class _Device(contextlib.nullcontext[None]):
     """``with torch.cuda.device(1):``."""
+
+
+class _AnyGenerator(type):
+    """Makes torch's generators, which are a final class, for the CPU where CUDA is asked for."""
+
+    def __call__(cls, device: Any = "cpu") -> torch.Generator:
+        return _TRUE_GENERATOR(_CPU if is_cuda(device) or isinstance(device, int) else device)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _TRUE_GENERATOR)
+
+
+class _Generator(metaclass=_AnyGenerator):
+    """``torch.Generator("cuda")``."""
+
+
+_TRUE_GENERATOR = torch.Generator
+
+
+def _fork_rng(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``torch.random.fork_rng(devices=[0])``: every worker's generator is the CPU's, which is kept in any case."""
+    return original([], *args[1:], **{name: value for name, value in kwargs.items() if name != "devices"})
 
 
 def _load(original: Callable[..., Any], f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ def print_report(account: Account, out: Console, *, completed: bool = True) -> N
         table = Table(title=f"duoka run on {device_words(account.devices)}", title_justify="left", title_style="bold")
         for heading in ("model", "found", "devices", "batch", "batch per device", "calls shared / whole"):
             table.add_column(heading, overflow="fold")
-        for model in account.models:
+        for model in _alike_together(account.models):
             table.add_row(*_row(model, len(account.devices)))
         out.print(table)
     else:
@@ -54,7 +54,8 @@ def device_words(devices: Sequence[torch.device]) -> str:
 
 def lines(account: Account) -> list[str]:
     """Return what is said below the table."""
-    said = [f"{model.name}: on one device, because {model.refusal}." for model in account.models if model.refusal]
+    models = _alike_together(account.models)
+    said = [f"{model.name}: on one device, because {model.refusal}." for model in models if model.refusal]
     said += [
         f"DataLoader at {loader.place}: batch size {loader.batch} -> {loader.scaled}"
         for loader in account.loaders
@@ -65,6 +66,25 @@ def lines(account: Account) -> list[str]:
     if account.scales and not account.loaders:
         said.append("--scale-batch has changed nothing: the script made no DataLoader that shuffles or samples.")
     return [*said, *account.notes, *_times(account)]
+
+
+def _alike_together(models: Sequence[ModelAccount]) -> list[ModelAccount]:
+    """Return one account for all models that one line of the script has made, as that of a cross-validation does."""
+    groups: dict[tuple[str, str, str], list[ModelAccount]] = {}
+    for model in models:
+        groups.setdefault((model.name, model.how, model.refusal), []).append(model)
+    return [group[0] if len(group) == 1 else _together(group) for group in groups.values()]
+
+
+def _together(group: Sequence[ModelAccount]) -> ModelAccount:
+    first = group[0]
+    total = ModelAccount(first.calls, f"{first.name} ({len(group)} of them)", first.how, first.refusal)
+    for model in group:
+        total.whole, total.split = total.whole + model.whole, total.split + model.split
+        total.trained_split += model.trained_split
+        total.trained.update(model.trained)
+        total.evaluated.update(model.evaluated)
+    return total
 
 
 def _times(account: Account) -> list[str]:

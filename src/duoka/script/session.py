@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from duoka.script.account import Account
 from duoka.script.loaders import watch_loaders
 from duoka.script.patches import Patches
 from duoka.script.rehearsal import rehearsal
+from duoka.script.sources import differentiates_gradients
 from duoka.script.wrapping import DOUBLE_BACKWARD, Finder
 
 __all__ = ["Session"]
@@ -26,7 +26,7 @@ class Session:
         """Prepare for these devices; one device shares nothing. ``source`` is the script's text, as far as it is known."""
         self.devices = tuple(devices)
         self.account = Account(devices, CLOCK)
-        if re.search(rb"create_graph\s*=\s*(?!\s*False)", source):
+        if differentiates_gradients(source):
             self.account.refuse_all(DOUBLE_BACKWARD)
         self.account.scales = scale_batch
         self._factor = len(self.devices) if scale_batch else 1

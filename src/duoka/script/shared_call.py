@@ -7,6 +7,7 @@ computed whole, which changes nothing about its result, so that there is somethi
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections import Counter
@@ -17,10 +18,11 @@ import torch
 from torch import nn
 
 from duoka.errors import WorkerDied
+from duoka.log import logger
 from duoka.mirror import nested
 from duoka.mirror.engine import Engine
 from duoka.script.account import ModelAccount
-from duoka.script.trial import Generators, Verdict, first_line, is_users, signature, try_parts
+from duoka.script.trial import STALE, Generators, Verdict, first_line, is_users, signature, try_parts
 
 __all__ = ["SharedCall"]
 
@@ -116,10 +118,18 @@ class SharedCall:
                 sizes = nested.part_sizes(batch, parts)
                 tensors = [nested.split(tensor, sizes, 0)[0] for tensor in tensors]
             args, kwargs = nested.fill(skeleton, tensors)
-            verdict = try_parts(module, args, kwargs, parts)
+            verdict = try_parts(module, args, kwargs, parts, self._helpers_on(module, args, kwargs))
         if verdict is not None:
             self._verdicts[kind] = verdict
+            if verdict.reason is STALE:
+                logger.warning("%s: %s; it is computed on one device from here on", type(module).__name__, STALE)
         return verdict
+
+    def _helpers_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what asks helpers, once there are any, for what they make of this call."""
+        if (engine := self._engine) is None:
+            return None
+        return functools.partial(engine.others, module, args, kwargs)
 
     def _is_for_comparison(self) -> bool:
         if not torch.is_grad_enabled() or not self._fits_one:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from duoka.data.generators import GLOBAL
 from duoka.mirror import nested
 
-__all__ = ["Generators", "Verdict", "first_line", "is_users", "signature", "try_parts"]
+__all__ = ["STALE", "Generators", "Verdict", "first_line", "is_users", "signature", "try_parts"]
 
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
 """Of the largest value, by type; of float32 and others ``_USUAL``."""
@@ -46,6 +46,13 @@ _DROPPED = frozenset(
 _ATOMS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 
 
+STALE = (
+    "its forward uses something outside the model that the script has changed, which helper processes do not see; since "
+    "the last trial they may have computed with what it was before"
+)
+"""The verdict of helpers that compute something else."""
+
+
 class Verdict(NamedTuple):
     """What came of a trial."""
 
@@ -62,7 +69,13 @@ def signature(module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any)
     return module.training, torch.is_grad_enabled(), forms, repr(_shape_of(skeleton))
 
 
-def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], devices: int) -> Verdict | None:
+def try_parts(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    devices: int,
+    others: Callable[[type[TorchFunctionMode]], Sequence[tuple[list[torch.Tensor], Any]]] | None = None,
+) -> Verdict | None:
     """Compute a batch whole and in parts, and compare.
 
     Args:
@@ -70,6 +83,8 @@ def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
         devices: the number of parts.
+        others: what returns tensors and value of each part but the first as helpers compute it inside the mode that it is
+            given; they must be what comes out here, or helpers do not see something that the model uses.
 
     Returns:
         The verdict, ``None`` if the model cannot be tried yet. The batch must have at least two samples.
@@ -77,6 +92,8 @@ def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters()):
         return None  # the first call gives them their shapes
+    if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
+        return Verdict("its parameters are in memory that the script shares with processes of its own")
     tensors, skeleton = nested.take_out((args, kwargs))
     sizes = nested.part_sizes(nested.batch_size(tensors, 0), devices)
     split = [nested.split(tensor, sizes, 0) for tensor in tensors]
@@ -85,6 +102,8 @@ def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         calls = [_given(skeleton, own) for own in (tensors, *zip(*split, strict=True))]
     except Exception as error:
         return Verdict(f"it or what it is given cannot be copied to be tried: {first_line(error)}")
+    with _undisturbed(), torch.no_grad():
+        theirs = others(_Sober) if others is not None else []
     with _undisturbed(), torch.no_grad(), _Sober():
         before = _state(model)
         try:
@@ -101,7 +120,16 @@ def try_parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     for name, buffer in parts[0][1].items():
         if not _close(buffer, after_whole[name]):
             return Verdict(f"its forward changes the buffer {name!r} by what the whole batch holds")
+    for (value, _), other in zip(parts[1:], theirs, strict=False):
+        if not _same(nested.take_out(value)[0], other[0]):
+            return Verdict(STALE)
     return _compare(whole, [value for value, _ in parts], sizes)
+
+
+def _same(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(
+        one.shape == other.shape and _close(one, other.to(one.device)) for one, other in zip(ours, theirs, strict=True)
+    )
 
 
 class _Call:

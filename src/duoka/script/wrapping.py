@@ -17,6 +17,7 @@ from duoka.mirror import DataParallel
 from duoka.script.account import Account
 from duoka.script.patches import Patches
 from duoka.script.shared_call import SharedCall
+from duoka.script.sources import Sources, differentiates_gradients
 
 __all__ = ["DOUBLE_BACKWARD", "Finder"]
 
@@ -37,6 +38,7 @@ class Finder:
         self._account = account
         self._calls: list[weakref.ref[SharedCall]] = []
         self._wrapped: list[weakref.ref[DataParallel]] = []
+        self._sources = Sources()
 
     def enter(self, patches: Patches) -> None:
         """Look from now on, until the patches end."""
@@ -49,6 +51,8 @@ class Finder:
             if hasattr(owner, "DataParallel"):
                 patches.put(owner, "DataParallel", wrapper)
         patches.put(sys.modules["torch.nn.parallel.data_parallel"], "DataParallel", wrapper)
+        for owner in (nn.parallel, sys.modules["torch.nn.parallel.data_parallel"]):
+            patches.put(owner, "data_parallel", _functional)
         patches.around(nn.parallel.DistributedDataParallel, "__init__", self._distributed)
         patches.around(torch.autograd, "grad", self._differentiated)
         patches.around(torch.autograd, "backward", self._differentiated)
@@ -109,6 +113,8 @@ class Finder:
             for child in module.children():
                 self._found(child, how)
             return
+        if any(differentiates_gradients(source) for source in self._sources.new()):
+            self._account.refuse_all(DOUBLE_BACKWARD)
         account = self._account.model(module)
         account.found(type(module).__name__, how)
         call = SharedCall(module, self._devices, account, fits_one=self._fits_one)
@@ -225,3 +231,9 @@ def where() -> str:
             return f"line {frame.f_lineno}" + (" of a cell" if cell else f" of {Path(file).name}")
         frame = frame.f_back
     return "a place that is not known"
+
+
+def _functional(module: nn.Module, inputs: Any, *_: Any, module_kwargs: Any = None, **__: Any) -> Any:
+    """What ``torch.nn.parallel.data_parallel`` is in a script: the model's call, which is shared out where it is found."""
+    args = inputs if isinstance(inputs, tuple) else () if inputs is None else (inputs,)
+    return module(*args, **(module_kwargs or {}))

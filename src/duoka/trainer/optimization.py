@@ -30,6 +30,12 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 """Optimisers that can be named."""
 
+FUSED = ("adam", "adamw")
+"""Optimisers that torch has in one kernel, a fourth of the time of its default on CPUs, and which take no sparse gradients."""
+
+IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
+"""Options that choose how an optimiser computes; whoever gives one has chosen."""
+
 LENGTH_OPTIONS = {"cosine": {"T_max"}, "multistep": {"milestones"}, "onecycle": {"total_steps"}}
 """The schedules that can be named, each with the option that says its length where the run does not."""
 
@@ -56,12 +62,20 @@ def build_optimizer(config: TrainerConfig, module: nn.Module, lr_factor: float) 
     if config.weight_decay is not None:
         options["weight_decay"] = config.weight_decay
     kind: Any = OPTIMIZERS[chosen] if isinstance(chosen, str) else chosen
+    if chosen in FUSED and not options.keys() & IMPLEMENTATIONS and _can_fuse(trained, config.precision):
+        options["fused"] = True
     try:
         built: Optimizer = kind(trained, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer={chosen!r} with {options!r}: {error}") from error
     _check_closure(built)
     return built
+
+
+def _can_fuse(trained: Iterable[nn.Parameter], precision: str) -> bool:
+    """Whether torch's implementation in one kernel takes these parameters; a CPU's gradients are not scaled in it."""
+    types = {parameter.device.type if parameter.is_floating_point() else "complex" for parameter in trained}
+    return types <= {"cuda"} or (types <= {"cpu"} and precision != "fp16")
 
 
 def _check_closure(optimizer: Optimizer) -> None:

@@ -75,6 +75,7 @@ class Stepper:
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         held = {id(parameter) for parameter in self.parameters}
         self._others = [parameter for parameter in self.trained if id(parameter) not in held]
+        self._only_forgets = _only_forgets(optimizer)
         self._on_cpu = self.device.type == "cpu"  # where loaders put their batches anyway
         self._weight: torch.Tensor | None = None
         self._alone = True
@@ -164,7 +165,12 @@ class Stepper:
 
     def zero_grad(self) -> None:
         """Forget the gradients of everything that is trained, of what the optimiser does not hold, too."""
-        self.optimizer.zero_grad()
+        if self._only_forgets:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        else:
+            self.optimizer.zero_grad()
         for parameter in self._others:
             parameter.grad = None
 
@@ -179,6 +185,11 @@ class Stepper:
             return True
         self._loss_scale = scaler.get_scale()
         return self._loss_scale >= before
+
+
+def _only_forgets(optimizer: Optimizer) -> bool:
+    """Whether ``zero_grad`` is torch's own, which does nothing but forget gradients, in twenty times the time."""
+    return type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
 
 
 @contextlib.contextmanager
