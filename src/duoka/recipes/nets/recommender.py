@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import embedding, softplus
 
 import duoka
 from duoka.errors import ConfigError
@@ -22,6 +22,10 @@ from duoka.recipes.nets.gpt2_text import Lora, Prepared, Side, width_of
 from duoka.recipes.nets.scoring import Score, Scorer
 
 __all__ = ["NCF", "GPT2Recommender", "GPT2RecommenderEnhanced", "Recommender", "TwoRates", "carry_over"]
+
+
+LOWEST_TEMPERATURE = 0.05
+"""Exponentials of cosines over this, a thousand of them, are far from the largest float32."""
 
 
 class Recommender(nn.Module):
@@ -41,10 +45,10 @@ class Recommender(nn.Module):
         self, users: int, items: int, score: Score, *, contrast: float, candidates: int = 256, temperature: float = 0.2
     ) -> None:
         super().__init__()
-        if contrast < 0 or candidates < 1 or temperature <= 0:
+        if contrast < 0 or candidates < 1 or temperature < LOWEST_TEMPERATURE:
             raise ConfigError(
                 f"contrast={contrast}, candidates={candidates}, temperature={temperature}: the weight is 0 or more, the "
-                "candidates 1 or more, the temperature above 0"
+                f"candidates 1 or more, the temperature {LOWEST_TEMPERATURE} or more"
             )
         self.n_users, self.n_items = users, items
         self.contrast, self.candidates, self.temperature = contrast, candidates, temperature
@@ -71,29 +75,32 @@ class Recommender(nn.Module):
         users, films = batch["users"], torch.cat([batch["positives"], batch["negatives"]])
         (some_users, user_at), (some_items, item_at) = _distinct(users, self.n_users), _distinct(films, self.n_items)
         user_vectors, item_vectors = self.vectors(some_users, some_items)
-        user = self.score.user_half(user_vectors)[user_at]
-        better, worse = self.score.item_half(item_vectors)[item_at].chunk(2)
+        positives, negatives = item_at.chunk(2)
+        user, item_half = self.score.user_half(user_vectors).of(user_at), self.score.item_half(item_vectors)
+        better, worse = item_half.of(positives), item_half.of(negatives)
         products = self.score.products(user, better)
         difference = products - self.score.products(user, worse)
         difference = difference + self.score.network(user, better) - self.score.network(user, worse)
         loss = softplus(-difference).mean()
         if self.contrast:
-            positives = item_at[: len(users)]
-            contrast = self._contrast(user_vectors, item_vectors, user_at, positives, batch["positives"])
+            contrast = self._contrast(user_vectors, item_vectors, user_at, positives, batch["positives"], products)
             loss = loss + self.contrast * contrast.mean()
         return loss
 
-    def _contrast(self, users: Tensor, items: Tensor, user_at: Tensor, item_at: Tensor, films: Tensor) -> Tensor:
-        """Return InfoNCE of each sample, ``(batch,)``.
+    def _contrast(
+        self, users: Tensor, items: Tensor, user_at: Tensor, item_at: Tensor, films: Tensor, products: Tensor
+    ) -> Tensor:
+        """Return InfoNCE of each sample, ``(batch,)``, whose product of user and film is known already.
 
         The sum over the candidates is computed once a user, not once a sample; the user's own film is added to it where it is
-        not among them.
+        not among them. Cosines are at most 1, so the sum needs no maximum taken out first.
         """
-        users, items = (normalize(vectors[:, : self.score.dot].float()) for vectors in (users, items))
-        candidates, names = _candidates(items, item_at, films, self.candidates, self.training)
-        among = (users @ candidates.T).float().div(self.temperature).logsumexp(1)[user_at]
-        own = (users[user_at] * items[item_at]).sum(1).float() / self.temperature
-        return torch.where(torch.isin(films, names), among - own, softplus(among - own))
+        users, items = users.float(), items.float()
+        (user_directions, user_lengths), (item_directions, item_lengths) = _polar(users), _polar(items)
+        candidates, names = _candidates(item_directions, item_at, films, self.candidates, self.training)
+        among = (user_directions @ (candidates / self.temperature).T).float().exp().sum(1).log()[user_at]
+        own = products.float() / (user_lengths[user_at] * item_lengths[item_at] * self.temperature)
+        return torch.where(_is_in(films, names, self.n_items), among - own, softplus(among - own))
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -107,7 +114,7 @@ class Recommender(nn.Module):
         )
         halves = self.score.user_half(users), self.score.item_half(items)
         self.train(was_training)
-        return Scorer(self.score, *(half.float() for half in halves))
+        return Scorer(self.score, *halves)
 
     def score_all(self, users: Tensor) -> Tensor:
         """Return the scores of ``users``, int64 ``(count,)``, with every film: ``(count, films)``.
@@ -140,12 +147,12 @@ class Recommender(nn.Module):
     @torch.no_grad()
     def user_vectors(self) -> Tensor:
         """Return the vectors of all users, ``(users, width)``."""
-        return self.scorer().users[:, : self.score.dot]
+        return self.scorer().users.product
 
     @torch.no_grad()
     def item_vectors(self) -> Tensor:
         """Return the vectors of all films, ``(films, width)``; their cosine says how alike films are."""
-        return self.scorer().items[:, : self.score.dot]
+        return self.scorer().items.product
 
     @property
     def _device(self) -> torch.device:
@@ -264,9 +271,8 @@ class _Joined(nn.Module):
         self, count: int, side: Side, width: int, size: int, joining: type[nn.Module], heads: int, *, salt: int
     ) -> None:
         super().__init__()
-        self.ids = _embedding(count, size)
-        self.unknown = nn.Parameter(torch.zeros(size))
-        """Stands for an id that is hidden."""
+        self.ids = _embedding(count + 1, size)
+        """The last one stands for an id that is hidden."""
         self.project = nn.Linear(width, size)
         self.join = joining(size, side.fields, heads)
         self.first, self.count, self.salt = side.first, side.count, salt
@@ -293,7 +299,7 @@ class _Joined(nn.Module):
         hidden = self.hidden[wanted]
         if dropout:
             hidden = hidden | (_chance(wanted, draw, self.salt) < dropout)
-        ids = torch.where(hidden.unsqueeze(1), self.unknown, self.ids(wanted))
+        ids = self.ids(torch.where(hidden, len(self.hidden), wanted))
         return self.join(ids, self.project(texts), places)  # type: ignore[no-any-return]
 
 
@@ -306,7 +312,7 @@ class _Concatenation(nn.Module):
 
     def forward(self, ids: Tensor, texts: Tensor, places: Tensor) -> tuple[Tensor, None]:
         """Return ``(count, size)`` of ids of that shape, ``texts (pieces, size)`` and ``places (count, fields)`` in them."""
-        return self.layer(torch.cat([ids, texts[places].flatten(1)], 1)), None
+        return self.layer(torch.cat([ids, embedding(places, texts).flatten(1)], 1)), None
 
 
 class _CrossAttention(nn.Module):
@@ -323,12 +329,26 @@ class _CrossAttention(nn.Module):
 
     def forward(self, ids: Tensor, texts: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(count, size)`` and the weights ``(count, 1 + fields)``, means over the heads; arguments as above."""
-        answers = torch.cat([self.answering(ids).unsqueeze(1), self.answering(texts)[places]], 1)
-        keys, values = answers.chunk(2, 2)
-        asked = (self.asking(ids).unsqueeze(1) * (keys + self.field)).unflatten(2, (self.heads, -1)).sum(3)
-        weights = asked.mul((ids.shape[1] // self.heads) ** -0.5).softmax(1)
-        got = (weights.unsqueeze(3) * torch.unflatten(values, 2, (self.heads, -1))).sum(1).flatten(1)
-        return ids + self.outward(got), weights.mean(2)
+        question = self.asking(ids) * (ids.shape[1] // self.heads) ** -0.5
+        own_key, own_value = self.answering(ids).chunk(2, 1)
+        keys, values = (embedding(places, part) for part in self.answering(texts).chunk(2, 1))
+        asked = [
+            self._by_head(question * own_key).sum(2),
+            self._by_head(question.unsqueeze(1) * keys).sum(3).flatten(1),
+        ]
+        asked_fields = torch.unflatten(torch.cat(asked, 1) + question @ self._fields(), 1, (-1, self.heads))
+        weights = asked_fields.softmax(1)
+        own, others = weights.unsqueeze(3).tensor_split((1,), 1)
+        got = own.squeeze(1) * self._by_head(own_value) + (others * self._by_head(values)).sum(1)
+        return ids + self.outward(got.flatten(1)), weights.mean(2)
+
+    def _fields(self) -> Tensor:
+        """Return what turns a question into its products with the fields' vectors, ``(size, (1 + fields) * heads)``."""
+        apart = self._by_head(self.field).unsqueeze(3) * torch.eye(self.heads, device=self.field.device).unsqueeze(1)
+        return apart.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+
+    def _by_head(self, vectors: Tensor) -> Tensor:
+        return torch.unflatten(vectors, -1, (self.heads, -1))
 
 
 class GPT2Recommender(_TextRecommender):
@@ -420,10 +440,24 @@ def _check(use_cache: bool, train_text: str, id_dropout: float) -> None:
 
 def _distinct(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return numbers that include ``wanted``, ascending, and where in them each is; all where most are wanted anyway."""
-    if 2 * len(wanted) > count:
+    if len(wanted) > 2 * count:
         return torch.arange(count, device=wanted.device), wanted
-    some, at = torch.unique(wanted, return_inverse=True)
-    return some, at
+    named = torch.zeros(count, dtype=torch.int64, device=wanted.device)
+    named[wanted] = 1
+    return named.nonzero().squeeze(1), (named.cumsum(0) - 1)[wanted]
+
+
+def _is_in(numbers: Tensor, names: Tensor, count: int) -> Tensor:
+    """Whether each of ``numbers``, below ``count``, is one of ``names``."""
+    named = torch.zeros(count, dtype=torch.bool, device=numbers.device)
+    named[names] = True
+    return named[numbers]
+
+
+def _polar(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return directions of length 1, and lengths ``(count,)``."""
+    lengths = vectors.norm(dim=1).clamp_min(1e-6)
+    return vectors / lengths.unsqueeze(1), lengths
 
 
 def _candidates(items: Tensor, item_at: Tensor, films: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,29 @@ user and once a film, and a pair costs an addition there. `recommender` has the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
-__all__ = ["Score", "Scorer"]
+__all__ = ["Half", "Score", "Scorer"]
 
-BLOCK_BYTES = {"cpu": 2**21, "other": 2**28}
+BLOCK_BYTES = {"cpu": 2**20, "other": 2**28}
 """Size of the pairs' first layer that is computed at once: what a core's cache holds, or a share of an accelerator's memory."""
+
+
+class Half(NamedTuple):
+    """What users, or films, bring to every pair they are in."""
+
+    product: Tensor
+    """``(count, dot)``."""
+    first: Tensor
+    """Their part of the network's first layer, ``(count, hidden)``."""
+
+    def of(self, rows: Tensor) -> Half:
+        """Return those of ``rows``, int64 ``(any,)``."""
+        return Half(embedding(rows, self.product), embedding(rows, self.first))
 
 
 class Score(nn.Module):
@@ -38,22 +53,27 @@ class Score(nn.Module):
         self.second = nn.Linear(*hidden)
         self.last = nn.Linear(hidden[1], 1, bias=False)  # a bias would be the same for all films
 
-    def user_half(self, vectors: Tensor) -> Tensor:
-        """Return what a user brings to every pair, ``(users, dot + hidden)``, of vectors ``(users, width)``."""
-        return torch.cat([vectors[:, : self.dot], self.user(vectors[:, self.dot :] if self.apart else vectors)], 1)
+    def user_half(self, vectors: Tensor) -> Half:
+        """Return what a user brings to every pair, of vectors ``(users, width)``."""
+        return self._half(vectors, self.user)
 
-    def item_half(self, vectors: Tensor) -> Tensor:
+    def item_half(self, vectors: Tensor) -> Half:
         """Return the same of films."""
-        return torch.cat([vectors[:, : self.dot], self.item(vectors[:, self.dot :] if self.apart else vectors)], 1)
+        return self._half(vectors, self.item)
 
-    def products(self, users: Tensor, items: Tensor) -> Tensor:
-        """Return ``<a, b>`` of halves ``(..., dot + hidden)``, one of each: ``(...)``."""
-        return (users[..., : self.dot] * items[..., : self.dot]).sum(-1)
+    def _half(self, vectors: Tensor, layer: nn.Linear) -> Half:
+        if not self.apart:
+            return Half(vectors, layer(vectors))
+        product, first = vectors.tensor_split((self.dot,), 1)
+        return Half(product, layer(first))
 
-    def network(self, users: Tensor, items: Tensor) -> Tensor:
-        """Return the network's part of the score of halves ``(..., dot + hidden)``: ``(...)``."""
-        first = (users[..., self.dot :] + items[..., self.dot :]).relu()
-        return self.last(self.second(first).relu()).squeeze(-1)  # type: ignore[no-any-return]
+    def products(self, user: Half, item: Half) -> Tensor:
+        """Return ``<a, b>`` of pairs, halves ``(count, ...)`` each: ``(count,)``."""
+        return (user.product * item.product).sum(-1)
+
+    def network(self, user: Half, item: Half) -> Tensor:
+        """Return the network's part of the score of pairs, halves ``(count, ...)`` each: ``(count,)``."""
+        return self.last(self.second((user.first + item.first).relu()).relu()).squeeze(-1)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -61,25 +81,24 @@ class Scorer:
     """A model at rest: both halves of the first layer, from which any pair's score is a few operations."""
 
     score: Score
-    users: Tensor
-    """``(users, dot + hidden)``."""
-    items: Tensor
-    """``(films, dot + hidden)``."""
+    users: Half
+    """Of all users."""
+    items: Half
+    """Of all films."""
 
     @torch.no_grad()
     def all(self, users: Tensor) -> Tensor:
         """Return the scores of ``users``, int64 ``(count,)``, with every film: ``(count, films)``."""
-        halves = self.users[users.to(self.users.device)]
-        dot, films = self.score.dot, self.items.shape[0]
-        result = halves[:, :dot] @ self.items[:, :dot].T
+        asked, items = self.users.of(users.to(self.users.first.device)), self.items
+        films, width = items.first.shape
+        result = asked.product @ items.product.T
         second, last = self.score.second, self.score.last.weight[0]
-        user_part, item_part = halves[:, dot:], self.items[:, dot:].contiguous()
         block = self._users_at_once()
-        first = result.new_empty((block, films, user_part.shape[1]))
+        first = result.new_empty((block, films, width))
         then = result.new_empty((block * films, second.out_features))
-        for part, scores in zip(torch.split(user_part, block), torch.split(result, block), strict=True):
+        for part, scores in zip(torch.split(asked.first, block), torch.split(result, block), strict=True):
             count = len(part)
-            torch.add(part.unsqueeze(1), item_part, out=first[:count]).relu_()
+            torch.add(part.unsqueeze(1), items.first, out=first[:count]).relu_()
             hidden = then[: count * films]
             torch.addmm(second.bias, first[:count].flatten(0, 1), second.weight.T, out=hidden).relu_()
             scores.view(-1).addmv_(hidden, last)
@@ -88,10 +107,10 @@ class Scorer:
     @torch.no_grad()
     def pairs(self, users: Tensor, items: Tensor) -> Tensor:
         """Return the scores of pairs, int64 ``(count,)`` each: ``(count,)``."""
-        user, item = self.users[users.to(self.users.device)], self.items[items.to(self.items.device)]
+        device = self.users.first.device
+        user, item = self.users.of(users.to(device)), self.items.of(items.to(device))
         return self.score.products(user, item) + self.score.network(user, item)
 
     def _users_at_once(self) -> int:
-        budget = BLOCK_BYTES.get(self.users.device.type, BLOCK_BYTES["other"])
-        a_user = self.items.shape[0] * self.score.second.in_features * self.items.element_size()
-        return max(1, budget // a_user)
+        budget = BLOCK_BYTES.get(self.users.first.device.type, BLOCK_BYTES["other"])
+        return max(1, budget // self.items.first.nbytes)
