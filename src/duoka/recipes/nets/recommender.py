@@ -19,7 +19,7 @@ import duoka
 from duoka.errors import ConfigError
 from duoka.recipes.nets.attention import check_heads
 from duoka.recipes.nets.gpt2_text import Lora, Prepared, Side, width_of
-from duoka.recipes.nets.scoring import Score, Scorer
+from duoka.recipes.nets.scoring import Half, Score, Scorer
 
 __all__ = ["NCF", "GPT2Recommender", "GPT2RecommenderEnhanced", "Recommender", "TwoRates", "carry_over"]
 
@@ -114,7 +114,7 @@ class Recommender(nn.Module):
         )
         halves = self.score.user_half(users), self.score.item_half(items)
         self.train(was_training)
-        return Scorer(self.score, *halves)
+        return Scorer(self.score, *(Half(half.product.float(), half.first.float()) for half in halves))
 
     def score_all(self, users: Tensor) -> Tensor:
         """Return the scores of ``users``, int64 ``(count,)``, with every film: ``(count, films)``.

@@ -88,20 +88,26 @@ class Scorer:
 
     @torch.no_grad()
     def all(self, users: Tensor) -> Tensor:
-        """Return the scores of ``users``, int64 ``(count,)``, with every film: ``(count, films)``."""
-        asked, items = self.users.of(users.to(self.users.first.device)), self.items
+        """Return the scores of ``users``, int64 ``(count,)``, with every film: ``(count, films)``.
+
+        They are computed in blocks of one size, so that a score is the same to the last bit whoever else is asked for.
+        """
+        users, block = users.to(self.items.first.device), self._users_at_once()
+        asked = self.users.of(torch.cat([users, users[:1].expand(-len(users) % block)]))
+        with torch.autocast(users.device.type, enabled=False):
+            return self._blocks(asked, block)[: len(users)]
+
+    def _blocks(self, asked: Half, block: int) -> Tensor:
+        items = self.items
         films, width = items.first.shape
-        result = asked.product @ items.product.T
         second, last = self.score.second, self.score.last.weight[0]
-        block = self._users_at_once()
-        first = result.new_empty((block, films, width))
-        then = result.new_empty((block * films, second.out_features))
-        for part, scores in zip(torch.split(asked.first, block), torch.split(result, block), strict=True):
-            count = len(part)
-            torch.add(part.unsqueeze(1), items.first, out=first[:count]).relu_()
-            hidden = then[: count * films]
-            torch.addmm(second.bias, first[:count].flatten(0, 1), second.weight.T, out=hidden).relu_()
-            scores.view(-1).addmv_(hidden, last)
+        result = items.first.new_empty(len(asked.first), films)
+        first, then = result.new_empty(block, films, width), result.new_empty(block * films, second.out_features)
+        for start in range(0, len(result), block):
+            one = slice(start, start + block)
+            torch.add(asked.first[one].unsqueeze(1), items.first, out=first).relu_()
+            torch.addmm(second.bias, first.flatten(0, 1), second.weight.T, out=then).relu_()
+            torch.mm(asked.product[one], items.product.T, out=result[one]).view(-1).addmv_(then, last)
         return result
 
     @torch.no_grad()
@@ -109,7 +115,8 @@ class Scorer:
         """Return the scores of pairs, int64 ``(count,)`` each: ``(count,)``."""
         device = self.users.first.device
         user, item = self.users.of(users.to(device)), self.items.of(items.to(device))
-        return self.score.products(user, item) + self.score.network(user, item)
+        with torch.autocast(device.type, enabled=False):
+            return self.score.products(user, item) + self.score.network(user, item)
 
     def _users_at_once(self) -> int:
         budget = BLOCK_BYTES.get(self.users.first.device.type, BLOCK_BYTES["other"])
