@@ -19,7 +19,7 @@ McSherry and M. Najork, Computing Information Retrieval Performance Measures Eff
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,12 +248,12 @@ class UserMean(Metric):
         return self.total / self.users
 
 
-def means() -> MetricCollection:
-    """Return the metrics of a Trainer that evaluates a ``Ranked`` model.
+def means(names: Sequence[str] = NAMES) -> MetricCollection:
+    """Return the metrics of a Trainer that evaluates a ``Ranked`` model; ``names`` are some of ``NAMES``.
 
     Without groups: a collection would take columns that are equal in the first block for one and the same.
     """
-    each: dict[str, Any] = {name: UserMean(column) for column, name in enumerate(NAMES)}
+    each: dict[str, Any] = {name: UserMean(NAMES.index(name)) for name in names}
     return MetricCollection(each, compute_groups=False)
 
 
