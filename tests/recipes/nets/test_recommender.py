@@ -256,6 +256,17 @@ def test_weights_are_complete_and_safe_to_load(kind, cached, texts, tmp_path):
     assert torch.equal(clone.score_all(users), model.score_all(users))
 
 
+def prepared_on_each_rank() -> list[tuple[list[float], int]]:
+    texts = prepare(["a man\nof 25", "a woman\nof 25"], ["Comedy\nThe Night", "War\nThe Long Night (1995)"])
+    sums = [parameter.double().abs().sum().item() for parameter in texts.network.parameters()]
+    return duoka.current_world().gather((sums, texts.pieces.tokens.tolist()))
+
+
+def test_another_process_makes_the_same_tokens_and_weights():
+    one, other = duoka.launch(prepared_on_each_rank, devices="cpu:2")
+    assert one == other
+
+
 def test_a_seed_decides_the_first_weights_and_leaves_the_generator_alone(texts):
     torch.manual_seed(9)
     expected = torch.rand(1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, layer_norm
 
 from duoka.errors import ConfigError, DataError
+from duoka.recipes.nets.gpt2_states import states
 from duoka.recipes.nets.packing import pack
 from duoka.recipes.optional import require
 
@@ -28,7 +29,7 @@ __all__ = ["TRAINING", "Lora", "Pieces", "Prepared", "Side", "TextEncoder", "pre
 
 TRAINING = ("frozen", "lora", "full")
 """How a text encoder may be trained: not at all, by low-rank additions to its projections, or all of it."""
-ROW_LENGTH = 128
+ROW_LENGTH = 64
 """Tokens in a row that GPT-2 is given; a longer text makes rows of its own length."""
 ROWS_AT_ONCE = 64
 """Rows in one pass where no gradient is asked for, which bounds the memory that encoding everything takes."""
@@ -158,11 +159,9 @@ class TextEncoder(nn.Module):
 
     def _encode(self, tokens: Any, starts: Any, ends: Any) -> Tensor:
         packed = pack(tokens, starts, ends, self.row_length).to(self._device)
-        output = self.network(
-            input_ids=packed.tokens, position_ids=packed.places, attention_mask=packed.seen, use_cache=False
-        )
-        states = output.last_hidden_state.flatten(0, 1).float()
-        means = embedding_bag(packed.members, states, packed.starts, mode="mean")
+        found = states(self.network, packed)
+        found = found.float() if found.dtype.itemsize < 4 else found
+        means = embedding_bag(packed.members, found, packed.starts, mode="mean")
         return layer_norm(means, (self.width,))
 
     @property

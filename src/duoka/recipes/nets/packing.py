@@ -1,14 +1,15 @@
 """Texts laid out for a causal transformer so that each distinct beginning is computed once, and nothing is padding.
 
 In a causal network what is computed at a token depends on the tokens before it alone. So texts that begin alike share all that
-is computed for their common beginning: they form a prefix tree. Here the tree is cut into rows of some fixed number of tokens,
-and a mask lets each token see its own ancestors only. `gpt2_text` runs a GPT-2 over such rows.
+is computed for their common beginning: they form a prefix tree, whose nodes are the tokens to compute. Attention alone looks at
+other tokens; for it the tree is cut into rows, in which a mask lets each node see its own ancestors only. `gpt2_states` runs a
+GPT-2 over the nodes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,66 +24,71 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of tokens, and where in them each piece of text lies."""
+    """The nodes of a prefix tree, the rows in which they see each other, and which of them are which piece of text."""
 
     tokens: Tensor
-    """``(rows, row length)``, int64."""
+    """Of each distinct pair of token and place in a text, ``(pairs,)``, int64."""
     places: Tensor
-    """The place of each token in its text, ``(rows, row length)``, int64."""
+    """As ``tokens``."""
+    pairs: Tensor
+    """Which pair each node is, ``(nodes,)``."""
+    rows: Tensor
+    """The node in each slot of the rows, ``(rows, row length)``. A node that the texts of two rows share is in both."""
     seen: Tensor
-    """Whether a token sees another of its row, ``(rows, 1, row length, row length)``: itself and what is before it."""
+    """Whether one slot sees another of its row, ``(rows, 1, row length, row length)``: itself and its ancestors."""
+    homes: Tensor
+    """A slot of each node in the flattened rows, ``(nodes,)``."""
     members: Tensor
-    """The tokens of all pieces, piece after piece, as places in the flattened rows, int64."""
+    """The nodes of all pieces, piece after piece."""
     starts: Tensor
-    """Where each piece begins in ``members``, ``(pieces,)``, int64."""
-    computed: int
-    """How many tokens are computed, what fills the rows' ends left out."""
+    """Where each piece begins in ``members``, ``(pieces,)``."""
 
     def to(self, device: torch.device) -> Packed:
         """Return the same on ``device``."""
-        tensors = (self.tokens, self.places, self.seen, self.members, self.starts)
-        tokens, places, seen, members, starts = (each.to(device, non_blocking=True) for each in tensors)
-        return Packed(tokens, places, seen, members, starts, self.computed)
+        fields = dataclasses.fields(self)
+        return Packed(**{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields})
 
 
 def pack(tokens: Integers, starts: Integers, ends: Integers, row_length: int) -> Packed:
-    """Lay out pieces of text in rows.
+    """Lay out pieces of text.
 
     Args:
         tokens: ``(pieces, longest)``, each row a text up to the piece's end, then -1. Neighbours share what they have in
             common, so they should be sorted.
         starts: where each piece begins in its text, ``(pieces,)``; the tokens before are read and are no part of it.
         ends: where it ends, ``(pieces,)``.
-        row_length: how many tokens a row has; at least ``longest``.
+        row_length: how many slots a row has; at least ``longest``.
 
     >>> texts = np.array([[5, 6, 7], [5, 6, 8]])
     >>> packed = pack(texts, starts=np.array([0, 1]), ends=np.array([3, 3]), row_length=4)
-    >>> packed.tokens.tolist(), packed.places.tolist()
-    ([[5, 6, 7, 8]], [[0, 1, 2, 2]])
+    >>> packed.tokens[packed.pairs].tolist(), packed.rows.tolist()
+    ([5, 6, 7, 8], [[0, 1, 2, 3]])
     >>> packed.members.tolist(), packed.starts.tolist()
     ([0, 1, 2, 1, 3], [0, 3])
 
     """
+    place, longest = np.arange(tokens.shape[1]), tokens.shape[1]
     shared = _shared(tokens, ends)
-    bases, rows = _rows(shared, ends, row_length)
-    place = np.arange(tokens.shape[1])
-    begun = np.where(place >= shared[:, None], np.arange(len(tokens))[:, None], 0)
-    owner = np.maximum.accumulate(begun, axis=0)  # the piece that brought this token of this text
-    slots = bases[owner] + place
+    new = ends - shared
+    nodes = _owned(shared, longest, np.cumsum(new) - new - shared)
     is_new = (place >= shared[:, None]) & (place < ends[:, None])
     text, where = np.nonzero(is_new)
-    own = slots[text, where]
-    flat = np.zeros((2, rows * row_length), dtype=np.int64)
-    flat[0, own], flat[1, own] = tokens[text, where], where
+    pairs, pair_of = np.unique(tokens[text, where] * longest + where, return_inverse=True)
+    bases, in_row, count = _rows(shared, ends, row_length)
+    slots = _owned(in_row, longest, bases)
     inside = (place >= starts[:, None]) & (place < ends[:, None])
-    lengths = ends - starts
+    rows = np.zeros(count * row_length, dtype=np.int64)
+    in_rows = (place >= in_row[:, None]) & (place < ends[:, None])
+    rows[slots[in_rows]] = nodes[in_rows]
     return Packed(
-        torch.from_numpy(flat[0].reshape(rows, row_length)),
-        torch.from_numpy(flat[1].reshape(rows, row_length)),
-        torch.from_numpy(_seen(slots[text], where, own, rows, row_length)),
-        torch.from_numpy(slots[inside]),
-        torch.from_numpy(np.cumsum(lengths) - lengths),
-        computed=len(own),
+        tokens=torch.from_numpy(pairs // longest),
+        places=torch.from_numpy(pairs % longest),
+        pairs=torch.from_numpy(pair_of),
+        rows=torch.from_numpy(rows.reshape(count, row_length)),
+        seen=torch.from_numpy(_seen(slots, in_rows, count, row_length)),
+        homes=torch.from_numpy(slots[text, where]),
+        members=torch.from_numpy(nodes[inside]),
+        starts=torch.from_numpy(np.cumsum(ends - starts) - (ends - starts)),
     )
 
 
@@ -94,26 +100,41 @@ def _shared(tokens: Integers, ends: Integers) -> Integers:
     return shared
 
 
-def _rows(shared: Integers, ends: Integers, row_length: int) -> tuple[Integers, int]:
-    """Give each text its row, filling one after the other; return where its place 0 would lie, and how many rows there are.
+def _owned(shared: Integers, longest: int, bases: Integers) -> Integers:
+    """Number every token of every text, ``(pieces, longest)``; what a text shares with the one before has that one's number.
 
-    The first text of a row shares nothing: ``shared`` is changed to say so.
+    A text's own tokens are numbered by their places, from where its place 0 would be: ``bases (pieces,)``.
     """
-    bases: list[int] = []
-    row = used = 0
-    for number, (common, end) in enumerate(zip(shared.tolist(), ends.tolist(), strict=True)):
+    place = np.arange(longest)
+    begun = np.where(place >= shared[:, None], np.arange(len(shared))[:, None], 0)
+    return bases[np.maximum.accumulate(begun, axis=0)] + place
+
+
+def _rows(shared: Integers, ends: Integers, row_length: int) -> tuple[Integers, Integers, int]:
+    """Give each text its row, filling one after the other.
+
+    Returns:
+        Where each text's place 0 would lie; how much of it is in its row already (the first text of a row brings all of its
+        beginning); and how many rows there are.
+
+    """
+    bases, in_row, row, used = [], [], 0, 0
+    for common, end in zip(shared.tolist(), ends.tolist(), strict=True):
         if used + end - common > row_length:
-            row, used, common = row + 1, 0, 0  # the beginning is computed again in a row of its own
-            shared[number] = 0
+            row, used, common = row + 1, 0, 0
         bases.append(row * row_length + used - common)
+        in_row.append(common)
         used += end - common
-    return np.array(bases, dtype=np.int64), row + 1
+    return np.array(bases, dtype=np.int64), np.array(in_row, dtype=np.int64), row + 1
 
 
-def _seen(paths: Integers, where: Integers, own: Integers, rows: int, row_length: int) -> npt.NDArray[Any]:
-    """Return the mask: each token sees the path to it; what fills a row's end sees itself, since nobody may see nothing."""
+def _seen(slots: Integers, in_rows: Flags, rows: int, row_length: int) -> Flags:
+    """Return the mask: each slot sees the path to it; what fills a row's end sees itself, since nobody may see nothing."""
     seen = np.zeros((rows * row_length, row_length), dtype=np.bool_)
-    seen[np.arange(rows * row_length), np.arange(rows * row_length) % row_length] = True
-    before = np.arange(paths.shape[1]) <= where[:, None]
-    seen[np.broadcast_to(own[:, None], paths.shape)[before], paths[before] % row_length] = True
+    everyone = np.arange(rows * row_length)
+    seen[everyone, everyone % row_length] = True
+    text, where = np.nonzero(in_rows)
+    before = np.arange(slots.shape[1]) <= where[:, None]
+    looking = np.broadcast_to(slots[text, where][:, None], before.shape)
+    seen[looking[before], slots[text][before] % row_length] = True
     return seen.reshape(rows, 1, row_length, row_length)

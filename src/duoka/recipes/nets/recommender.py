@@ -74,17 +74,29 @@ class Recommender(nn.Module):
         """
         users, films = batch["users"], torch.cat([batch["positives"], batch["negatives"]])
         (some_users, user_at), (some_items, item_at) = _distinct(users, self.n_users), _distinct(films, self.n_items)
-        user_vectors, item_vectors = self.vectors(some_users, some_items)
+        vectors = self.vectors(some_users, some_items)
+        return self.loss_of(*vectors, user_at, item_at, batch["positives"])
+
+    def loss_of(self, users: Tensor, items: Tensor, user_at: Tensor, item_at: Tensor, films: Tensor) -> Tensor:
+        """Return what ``loss`` does, of vectors that are there already.
+
+        Args:
+            users: vectors ``(any, width)``.
+            items: the same of films.
+            user_at: where in ``users`` each sample's is, ``(batch,)``.
+            item_at: where in ``items`` the films of all samples are, the positive ones and then the negative, ``(2 * batch,)``.
+            films: the numbers of the positive films, ``(batch,)``.
+
+        """
         positives, negatives = item_at.chunk(2)
-        user, item_half = self.score.user_half(user_vectors).of(user_at), self.score.item_half(item_vectors)
+        user, item_half = self.score.user_half(users).of(user_at), self.score.item_half(items)
         better, worse = item_half.of(positives), item_half.of(negatives)
         products = self.score.products(user, better)
         difference = products - self.score.products(user, worse)
         difference = difference + self.score.network(user, better) - self.score.network(user, worse)
         loss = softplus(-difference).mean()
         if self.contrast:
-            contrast = self._contrast(user_vectors, item_vectors, user_at, positives, batch["positives"], products)
-            loss = loss + self.contrast * contrast.mean()
+            loss = loss + self.contrast * self._contrast(users, items, user_at, positives, films, products).mean()
         return loss
 
     def _contrast(
