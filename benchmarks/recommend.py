@@ -1,13 +1,15 @@
-"""The recipe `movielens` at MovieLens-1M's size: reading, negative sampling, full ranking; the plain way beside them.
+"""The recipe `movielens` at MovieLens-1M's size: reading, sampling, training, full ranking; the plain way beside them.
 
-    python benchmarks/recommend.py [--users 6040 --films 3883 --ratings 1000000] [--threads 2]
+    python benchmarks/recommend.py [--users 6040 --films 3883 --ratings 1000000] [--threads 2] [--dynamic 60]
 
 The data are those of `duoka data make movielens`, written to a temporary folder. Each time is the best of three.
+`recommend_dynamic.py` compares the ways of training GPT-2 in the loop; it runs at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,14 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import recommend_dynamic
 import torch
 from torch import Tensor
 
+from duoka import Trainer
+from duoka.recipes.movielens import Config
 from duoka.recipes.movielens.baselines import Popularity
-from duoka.recipes.movielens.ranking import Task, evaluate
+from duoka.recipes.movielens.ranking import NAMES, Ranked, Task, evaluate, means, measures
+from duoka.recipes.movielens.stages import Training, build, prepared
+from duoka.recipes.nets.recommender import Recommender
 from duoka.recipes.sets import movielens_planted
 from duoka.recipes.sets.movielens import ML1MDataset
-from duoka.recipes.sets.negatives import Triples
+from duoka.recipes.sets.negatives import Triples, loader
 
 
 def best_of(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -76,15 +83,57 @@ def report_data(folder: Path) -> ML1MDataset:
     return data
 
 
-def report_ranking(data: ML1MDataset) -> None:
+def report_ranking(data: ML1MDataset, model: Recommender, plain_users: int) -> None:
     task = Task.of(data, "test")
     scores = Popularity(task.seen, data.n_items)
+    seconds, _ = best_of(3, lambda: evaluate(scores.all, task))
+    print(f"full ranking of {len(task.users):,} users without a model's scoring: {seconds:.2f} s")
+    trainer = Trainer(Ranked(model, task), metrics=means(), device="cpu", verbose=False)
+    seconds, found = best_of(3, lambda: trainer.evaluate(task.loader()))
+    print(
+        f"full ranking with the model's scoring, through Trainer.evaluate: {seconds:.2f} s, ndcg@10 {found['ndcg@10']:.4f}"
+    )
+    some = task.users[:plain_users]
+    seconds, expected = best_of(1, lambda: plain_ranking(model, task, some, data.n_items))
+    found = float(measures(model.scorer().all(some), task, some)[:, NAMES.index("ndcg@10")].mean())
+    print(
+        f"the straightforward way, one user after another: {seconds * len(task.users) / len(some):.0f} s (from {len(some)} "
+        f"users); NDCG@10 of both {found:.6f} and {expected:.6f}"
+    )
 
-    def score(users: Tensor) -> Tensor:
-        return scores.all(users)
 
-    seconds, _ = best_of(3, lambda: evaluate(score, task))
-    print(f"full ranking of {len(task.users):,} users without the model's own scoring: {seconds:.2f} s")
+@torch.no_grad()
+def plain_ranking(model: Recommender, task: Task, users: Tensor, n_items: int) -> float:
+    """NDCG@10 by scoring a user's pairs with all films, sorting them, and looking for what is wanted."""
+    model.eval()
+    films, total = torch.arange(n_items), 0.0
+    for user in users.tolist():
+        vectors = model.vectors(torch.tensor([user]), films)
+        halves = model.score.user_half(vectors[0]).expand(n_items, -1), model.score.item_half(vectors[1])
+        scores = (model.score.products(*halves) + model.score.network(*halves)).tolist()
+        known = set(task.seen.indices[task.seen.indptr[user] : task.seen.indptr[user + 1]].tolist())
+        wanted = set(task.targets.indices[task.targets.indptr[user] : task.targets.indptr[user + 1]].tolist())
+        order = sorted((film for film in range(n_items) if film not in known), key=lambda film: -scores[film])[:10]
+        gain = sum(1 / math.log2(place + 1) for place, film in enumerate(order, 1) if film in wanted)
+        total += gain / sum(1 / math.log2(place + 1) for place in range(1, min(10, len(wanted)) + 1))
+    return total / len(users)
+
+
+def report_training(data: ML1MDataset, model: Recommender, epochs: int) -> None:
+    samples = Triples(data.train.pairs, data.seen(), data.n_items)
+    task = Task.of(data, "validation")
+    options = {
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "max_grad_norm": 1.0,
+        "device": "cpu",
+        "batch": "global",
+        "verbose": False,
+    }
+    trainer = Trainer(Training(model, task), loader(samples, 2048), epochs=epochs, **options)
+    trainer.fit(save_model=False)
+    rates = [record["samples_per_s"] for record in trainer.history]
+    print(f"training in cached mode, batch 2,048, through Trainer: {max(rates):,.0f} samples/s (epochs: {rates})")
 
 
 def main() -> None:
@@ -93,12 +142,23 @@ def main() -> None:
     parser.add_argument("--films", type=int, default=3_883)
     parser.add_argument("--ratings", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3, help="of training in cached mode")
+    parser.add_argument("--plain-users", type=int, default=100, help="how many are ranked the straightforward way")
+    parser.add_argument(
+        "--dynamic", type=float, default=60, metavar="S", help="seconds for dynamic mode; 0 leaves it out"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         example = movielens_planted.make(options.users, options.films, options.ratings)
         movielens_planted.write(Path(folder), example)
-        report_ranking(report_data(Path(folder)))
+        data = report_data(Path(folder))
+        config = Config(pretrained="none", device="cpu")
+        model = build(config, data, prepared(config, data), 1)
+        report_training(data, model, options.epochs)
+        report_ranking(data, model, options.plain_users)
+    if options.dynamic:
+        print("\n".join(recommend_dynamic.measured(options.dynamic)))
 
 
 if __name__ == "__main__":

@@ -101,16 +101,15 @@ def train_stages(config: Config, data: ML1MDataset, run: Run) -> list[Stage]:
     """Train both stages, or the second only where the first is done; a stage that has begun goes on from its checkpoint."""
     texts = prepared(config, data)
     first = build(config, data, texts, 1)
-    done = [_train(first, config, data, run, 1, optimizer="adamw", lr=config.lr, weight_decay=config.weight_decay)]
+    done = [_train(first, config, data, run, 1, config.lr)]
     if config.dynamic_epochs and texts is not None:
         second = build(config, data, texts, 2)
         carry_over(first, second)  # type: ignore[arg-type]
-        rates = TwoRates.of(second, lr=config.dynamic_lr, text_lr=config.text_lr, weight_decay=config.weight_decay)
-        done.append(_train(second, config, data, run, 2, optimizer=rates))
+        done.append(_train(second, config, data, run, 2, config.dynamic_lr))
     return done
 
 
-def _train(model: Recommender, config: Config, data: ML1MDataset, run: Run, number: int, **optimizer: Any) -> Stage:
+def _train(model: Recommender, config: Config, data: ML1MDataset, run: Run, number: int, lr: float) -> Stage:
     """Train one stage in a folder of its own within the run's."""
     folder = run.folder / f"stage-{number}"
     epochs = config.epochs if number == 1 else config.dynamic_epochs
@@ -118,11 +117,11 @@ def _train(model: Recommender, config: Config, data: ML1MDataset, run: Run, numb
         model,
         config,
         data,
+        lr,
         epochs=epochs,
         out_dir=folder,
         resume="auto" if config.resume else False,
         callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None))],
-        **optimizer,
     )
     with run.resumable(NAME):
         validation, _ = trainer.fit(save_model=True)
@@ -132,17 +131,11 @@ def _train(model: Recommender, config: Config, data: ML1MDataset, run: Run, numb
 def train_ncf(config: Config, data: ML1MDataset) -> Recommender:
     """Return the baseline that knows ids alone, trained as long as stage 1."""
     model = build(config, data, None, 1)
-    options: dict[str, Any] = {
-        "optimizer": "adamw",
-        "lr": NCF_RATE,
-        "weight_decay": config.weight_decay,
-        "verbose": False,
-    }
-    _trainer(model, config, data, epochs=config.epochs, **options).fit(save_model=False)
+    _trainer(model, config, data, NCF_RATE, epochs=config.epochs, verbose=False).fit(save_model=False)
     return model
 
 
-def _trainer(model: Recommender, config: Config, data: ML1MDataset, **options: Any) -> Trainer:
+def _trainer(model: Recommender, config: Config, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
     task = Task.of(data, "validation", only_its_films=config.split == "cold-films")
     samples = negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed)
     return Trainer(
@@ -153,6 +146,7 @@ def _trainer(model: Recommender, config: Config, data: ML1MDataset, **options: A
         device=config.device,
         batch=config.batch,
         precision=_precision(config),
+        optimizer=TwoRates.of(model, lr=lr, text_lr=config.text_lr, weight_decay=config.weight_decay),
         max_grad_norm=config.clip,
         eval_step=config.eval_step,
         monitor=BEST,
