@@ -48,7 +48,12 @@ def _datatry(options: argparse.Namespace) -> int:
 
 
 def _movielens(options: argparse.Namespace) -> int:
+    import torch
+
+    from duoka.recipes.movielens.baselines import Popularity
+    from duoka.recipes.movielens.ranking import Task, evaluate
     from duoka.recipes.sets import movielens_planted
+    from duoka.recipes.sets.movielens import ML1MDataset
 
     sizes = {key: value for key in OWN["movielens"] if (value := getattr(options, key)) is not None}
     example = movielens_planted.make(**sizes, seed=options.seed)
@@ -57,6 +62,14 @@ def _movielens(options: argparse.Namespace) -> int:
     out = console()
     counts = f"{len(example.genders):,} users, {len(example.titles):,} films, {len(example.users):,} ratings"
     out.print(f"wrote {folder}: {counts}, in the format of MovieLens-1M", soft_wrap=True)
+    data = ML1MDataset(folder)
+    task, law = Task.of(data, "test"), torch.from_numpy(example.wishes).float()
+    found = {
+        "the law itself, the best reachable": law.__getitem__,
+        "popularity": Popularity(task.seen, data.n_items).all,
+    }
+    for name, score in found.items():
+        out.print(f"test ndcg@10 of {name}: {evaluate(score, task)['ndcg@10']:.4f}")
     out.print(f"next: duoka train movielens --root {folder} --pretrained none", soft_wrap=True)
     return 0
 

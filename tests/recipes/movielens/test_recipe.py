@@ -322,6 +322,15 @@ def test_impossible_options_are_refused(options, words):
     assert words in str(refused.value)
 
 
+def test_an_example_says_what_can_be_reached_and_how_to_go_on(tmp_path, capsys):
+    sizes = ["--users", "80", "--films", "60", "--ratings", "1700"]
+    assert main(["data", "make", "movielens", "--to", str(tmp_path / "set"), *sizes]) == 0
+    first, law, popular, following = capsys.readouterr().out.splitlines()
+    assert first == f"wrote {tmp_path / 'set'}: 80 users, 60 films, 1,700 ratings, in the format of MovieLens-1M"
+    assert float(law.rpartition(" ")[2]) > 1.5 * float(popular.rpartition(" ")[2]) > 0
+    assert following == f"next: duoka train movielens --root {tmp_path / 'set'} --pretrained none"
+
+
 def test_examples_have_their_own_sizes(tmp_path, capsys):
     assert main(["data", "make", "movielens", "--rows", "5", "--to", str(tmp_path / "x")]) == 2
     assert "--rows is no size of movielens, which has --users, --films, --ratings" in capsys.readouterr().err
