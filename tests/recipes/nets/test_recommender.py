@@ -150,8 +150,11 @@ def test_recommendations_are_the_best_films_that_were_not_seen(texts):
     everything = model.score_all(torch.tensor([4]))[0]
     assert scores[0] == everything[1::2].max()
     assert len(model.recommend(4, 50, seen)[0]) == ITEMS // 2
+    assert len(model.recommend(4, 3, range(ITEMS))[0]) == 0
     with pytest.raises(ConfigError, match="user=40"):
         model.recommend(40)
+    with pytest.raises(ConfigError, match="there are 0 to 59"):
+        model.recommend(4, 3, [2, 60])
 
 
 def test_attention_says_how_much_id_and_fields_weigh(texts):

@@ -13,6 +13,7 @@ from torch.nn.functional import layer_norm
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.nets.gpt2_text import Lora, Prepared, prepare
 from duoka.recipes.nets.packing import pack
+from duoka.recipes.nets.recommender import GPT2RecommenderEnhanced
 
 USERS = ["a man\nof 25\nwriter", "a man\nof 25\nfarmer", "a woman\nof 25\nwriter", "a man\nof 25\nwriter"]
 ITEMS = [
@@ -89,6 +90,33 @@ def test_gradients_are_those_of_encoding_every_text_by_itself(training, precisio
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=tolerance * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_a_steps_gradients_are_those_of_encoding_all_three_columns_as_they_come(training, texts):
+    model = GPT2RecommenderEnhanced(texts, use_cache=False, train_text=training, id_dropout=0.5, contrast=1.0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1) if "lora_B" in name else None
+    batch = {"users": [0, 3, 2, 0, 1], "positives": [1, 1, 2, 4, 0], "negatives": [3, 0, 1, 1, 3]}
+    batch = {name: torch.tensor(values) for name, values in batch.items()}
+
+    def column(side: str, wanted: torch.Tensor) -> torch.Tensor:
+        fields = plainly(texts, model.encoder.network, f"{side}s")[wanted]
+        places = torch.arange(fields.shape[0] * fields.shape[1]).view(fields.shape[:2])
+        return getattr(model, side)(wanted, fields.flatten(0, 1), places, model.draws, 0.5)[0]
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    ours = gradients(model.loss(batch))
+    films = torch.cat([column("item", batch["positives"]), column("item", batch["negatives"])])
+    everyone = column("user", batch["users"]), films, torch.arange(5), torch.arange(10), batch["positives"]
+    theirs = gradients(model.loss_of(*everyone))
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_a_vector_does_not_depend_on_what_is_encoded_with_it(texts):

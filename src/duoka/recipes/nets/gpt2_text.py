@@ -44,7 +44,7 @@ class Lora:
 
     rank: int = 8
     alpha: float = 32.0
-    """What the addition is multiplied by, times the rank."""
+    """What the addition is multiplied by, over the rank."""
     layers: tuple[str, ...] = ("c_attn", "c_proj")
     """The projections of GPT-2 that get an addition."""
 

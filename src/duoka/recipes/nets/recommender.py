@@ -147,11 +147,16 @@ class Recommender(nn.Module):
             k: how many films.
             seen: films to leave out.
 
+        Raises:
+            ConfigError: there is no such user or film, or ``k`` is not a positive number.
+
         """
         if not 0 <= user < self.n_users or k < 1:
             raise ConfigError(f"user={user}, k={k}: users are 0 to {self.n_users - 1}, and k is 1 or more")
         scores = self.score_all(torch.tensor([user]))[0]
         without = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=scores.device)
+        if len(without) and not 0 <= without[0] <= without[-1] < self.n_items:
+            raise ConfigError(f"seen names films from {without[0]} to {without[-1]}: there are 0 to {self.n_items - 1}")
         scores[without] = -torch.inf
         best = scores.topk(min(k, self.n_items - len(without)))
         return best.indices.cpu(), best.values.cpu()
