@@ -137,7 +137,7 @@ def train_ncf(config: Config, data: ML1MDataset) -> Recommender:
 
 def _trainer(model: Recommender, config: Config, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
     task = Task.of(data, "validation", only_its_films=config.split == "cold-films")
-    samples = negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed)
+    samples = negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids)
     return Trainer(
         Training(model, task),
         negatives.loader(samples, config.bsize),

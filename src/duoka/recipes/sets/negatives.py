@@ -35,11 +35,12 @@ class Negatives:
     Args:
         seen: what each user knows.
         n_items: how many films there are.
+        user_ids: the users' numbers in their file, for messages; without them their places are named.
 
     """
 
-    def __init__(self, seen: Seen, n_items: int) -> None:
-        self.n_items = n_items
+    def __init__(self, seen: Seen, n_items: int, user_ids: Integers | None = None) -> None:
+        self.n_items, self.user_ids = n_items, user_ids
         self.indptr = seen.indptr
         counts = np.diff(seen.indptr)
         self.unknown = n_items - counts
@@ -57,10 +58,10 @@ class Negatives:
         """
         unknown = self.unknown[users]
         if len(users) and unknown.min() < 1:
-            user = int(users[np.argmin(unknown)])
+            place = int(users[np.argmin(unknown)])
+            user = f"the user at place {place}" if self.user_ids is None else f"user {self.user_ids[place]}"
             raise DataError(
-                f"the user at place {user} knows all {self.n_items:,} films, so there is none to tell them from: leave the "
-                "user out, or add films"
+                f"{user} knows all {self.n_items:,} films, so there is none to tell them from: leave the user out, or add films"
             )
         numbers = random.integers(0, unknown)
         known = np.searchsorted(self._keys, users * self.n_items + numbers, side="right") - self.indptr[users]
@@ -78,13 +79,16 @@ class Triples(Samples):
         seen: what each user knows; usually the same pairs.
         n_items: how many films there are.
         seed: what is drawn from.
+        user_ids: the users' numbers in their file, for messages.
 
     """
 
-    def __init__(self, pairs: Integers, seen: Seen, n_items: int, seed: int = 0) -> None:
+    def __init__(
+        self, pairs: Integers, seen: Seen, n_items: int, seed: int = 0, user_ids: Integers | None = None
+    ) -> None:
         ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
         self._users = np.ascontiguousarray(ordered[:, 0])
-        self._sampler = Negatives(seen, n_items)
+        self._sampler = Negatives(seen, n_items, user_ids)
         self._seed, self._epoch = seed, -1
         self.users = torch.from_numpy(self._users)
         self.positives = torch.from_numpy(np.ascontiguousarray(ordered[:, 1]))
