@@ -52,7 +52,7 @@ def test_who_knows_all_films_is_named():
     seen = Seen.of(np.array([[0, 0], [1, 0], [1, 1]]), 2, 2)
     with pytest.raises(DataError, match="the user at place 1 knows all 2 films"):
         Negatives(seen, 2).draw(np.array([0, 1]), np.random.default_rng(0))
-    with pytest.raises(DataError, match="^user 42 knows all 2 films"):
+    with pytest.raises(DataError, match=r"^user 42 knows all 2 films"):
         Negatives(seen, 2, np.array([7, 42])).draw(np.array([0, 1]), np.random.default_rng(0))
 
 
