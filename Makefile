@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := vision,forecast,track,dev
+EXTRAS := vision,forecast,recommend,track,dev
 
 .PHONY: demo test test-all check install clean bench
 

@@ -11,39 +11,87 @@ from duoka.cli.console import console
 __all__ = ["SUMMARY", "run"]
 
 SUMMARY = "make example data"
+OWN = {"datatry": ("rows",), "movielens": ("users", "films", "ratings")}
+"""Which sizes each example has."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Write the data that ``argv`` names and say what can be reached on them; return the exit status."""
     options = _parser().parse_args(argv)
     from duoka.errors import ConfigError
+
+    foreign = [
+        key for name, keys in OWN.items() for key in keys if name != options.name and getattr(options, key) is not None
+    ]
+    if foreign:
+        sizes = ", ".join(f"--{key}" for key in OWN[options.name])
+        raise ConfigError(f"--{foreign[0]} is no size of {options.name}, which has {sizes}")
+    return _movielens(options) if options.name == "movielens" else _datatry(options)
+
+
+def _datatry(options: argparse.Namespace) -> int:
+    from duoka.errors import ConfigError
     from duoka.recipes.sets import datatry
 
-    if options.rows < 1 or options.seed < 0:
-        raise ConfigError(
-            f"--rows is {options.rows} and --seed {options.seed}: rows must be 1 or more, and the seed 0 or more"
-        )
-    example = datatry.make(options.rows, options.seed)
-    path = Path(options.to)
+    rows = 10_000 if options.rows is None else options.rows
+    if rows < 1 or options.seed < 0:
+        raise ConfigError(f"--rows is {rows} and --seed {options.seed}: rows must be 1 or more, and the seed 0 or more")
+    example = datatry.make(rows, options.seed)
+    path = Path(options.to or "datatry.csv")
     datatry.write(path, example)
     out = console()
-    out.print(f"wrote {path}: {options.rows:,} rows, 10 features, then {' and '.join(datatry.TARGETS)}", soft_wrap=True)
+    out.print(f"wrote {path}: {rows:,} rows, 10 features, then {' and '.join(datatry.TARGETS)}", soft_wrap=True)
     for name, value in example.best_r2().items():
         out.print(f"best reachable R² of {name}: {value:.4f} (noise of deviation {datatry.NOISE[name]:g})")
     out.print(f"next: duoka train informer --task regress --csv {path}", soft_wrap=True)
     return 0
 
 
+def _movielens(options: argparse.Namespace) -> int:
+    import torch
+
+    from duoka.recipes.movielens.baselines import Popularity
+    from duoka.recipes.movielens.ranking import Task, evaluate
+    from duoka.recipes.sets import movielens_planted
+    from duoka.recipes.sets.movielens import ML1MDataset
+
+    sizes = {key: value for key in OWN["movielens"] if (value := getattr(options, key)) is not None}
+    example = movielens_planted.make(**sizes, seed=options.seed)
+    folder = Path(options.to or "movielens")
+    movielens_planted.write(folder, example, options.seed)
+    out = console()
+    counts = f"{len(example.genders):,} users, {len(example.titles):,} films, {len(example.users):,} ratings"
+    out.print(f"wrote {folder}: {counts}, in the format of MovieLens-1M", soft_wrap=True)
+    data = ML1MDataset(folder)
+    task, law = Task.of(data, "test"), torch.from_numpy(example.wishes).float()
+    found = {
+        "the law itself, the best reachable": law.__getitem__,
+        "popularity": Popularity(task.seen, data.n_items).all,
+    }
+    for name, score in found.items():
+        out.print(f"test ndcg@10 of {name}: {evaluate(score, task)['ndcg@10']:.4f}")
+    out.print(f"next: duoka train movielens --root {folder} --pretrained none", soft_wrap=True)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("duoka data", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    make = commands.add_parser("make", help="write a file of example data", description="Write a file of example data.")
+    make = commands.add_parser("make", help="write example data", description="Write example data.")
     make.add_argument(
-        "name", choices=["datatry"], help="datatry: a table of 10 features and 2 targets that follow a known law"
+        "name",
+        choices=list(OWN),
+        help="datatry: a table of 10 features and 2 targets that follow a known law; movielens: people, films and ratings of "
+        "known tastes in MovieLens-1M's format",
     )
-    make.add_argument("--to", default="datatry.csv", metavar="FILE", help="the file to write (default: %(default)s)")
-    make.add_argument("--rows", type=int, default=10_000, metavar="N", help="how many rows (default: %(default)s)")
     make.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="other rows by the same law (default: %(default)s)"
+        "--to", metavar="PLACE", help="the file (default: datatry.csv), or the folder (default: movielens)"
+    )
+    make.add_argument("--rows", type=int, metavar="N", help="datatry: how many rows (default: 10000)")
+    make.add_argument("--users", type=int, metavar="N", help="movielens: how many people (default: 1000)")
+    make.add_argument("--films", type=int, metavar="N", help="movielens: how many films (default: 800)")
+    make.add_argument("--ratings", type=int, metavar="N", help="movielens: how many ratings (default: 60000)")
+    make.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="other data by the same law (default: %(default)s)"
     )
     return parser

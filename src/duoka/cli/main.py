@@ -40,6 +40,7 @@ COMMANDS = {
     "compare": Command("duoka.cli.compare", "train variants of a recipe and compare them"),
     "eval": Command("duoka.cli.evaluate", "evaluate a finished run"),
     "predict": Command("duoka.cli.predict", "predict with a finished run"),
+    "recommend": Command("duoka.cli.recommend", "recommend films to a user with a finished run"),
     "check": Command("duoka.cli.check", "check that every device computes and reaches the others"),
     "data": Command("duoka.cli.data", "make example data"),
     "devices": Command("duoka.cli.devices", "show the devices, who uses them, and which would be chosen"),

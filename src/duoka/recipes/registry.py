@@ -84,6 +84,7 @@ RECIPES = {
         "five networks on Tiny-ImageNet, CIFAR-10 or CIFAR-100: experiments for `duoka compare`",
     ),
     "informer": Entry("duoka.recipes.informer", "forecasts of series, and numbers from a table's other columns"),
+    "movielens": Entry("duoka.recipes.movielens", "films for people, by what they have seen and what a GPT-2 reads"),
 }
 
 

@@ -19,11 +19,11 @@ CHUNK = 1 << 20
 """Bytes read at once."""
 
 
-def fetch(url: str, target: Path, *, size: int, md5: str, timeout_s: float = 30) -> None:
+def fetch(url: str, target: Path, *, size: int | None, md5: str, timeout_s: float = 30) -> None:
     """Download ``url`` to ``target`` unless it is there; of several processes that ask, one downloads, all wait.
 
     Raises:
-        DataError: the network fails, or what came has not ``size`` bytes and the checksum ``md5``.
+        DataError: the network fails, or what came has not ``size`` bytes (``None``: any) and the checksum ``md5``.
         StorageError: ``target`` cannot be written.
 
     """
@@ -32,7 +32,8 @@ def fetch(url: str, target: Path, *, size: int, md5: str, timeout_s: float = 30)
         if target.exists():
             return
         try:
-            logger.info("downloading %s (%.0f MB) to %s", url, size / 1e6, target.parent)
+            how_much = "" if size is None else f" ({size / 1e6:.0f} MB)"
+            logger.info("downloading %s%s to %s", url, how_much, target.parent)
             _receive(_chunks(url, target, timeout_s), part, size)
             check(part, size=size, md5=md5, remedy=f"the download of {url} was cut short or changed: start again")
             part.replace(target)
@@ -70,7 +71,7 @@ def refuse_file(root: Path) -> None:
         )
 
 
-def _receive(chunks: Iterator[bytes], part: Path, size: int) -> None:
+def _receive(chunks: Iterator[bytes], part: Path, size: int | None) -> None:
     """Write ``chunks`` to ``part``, showing progress."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

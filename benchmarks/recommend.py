@@ -1,0 +1,171 @@
+"""The recipe `movielens` at MovieLens-1M's size: reading, sampling, training, full ranking; the plain way beside them.
+
+    python benchmarks/recommend.py [--users 6040 --films 3883 --ratings 1000000] [--threads 2] [--dynamic 60]
+
+The data are those of `duoka data make movielens`, written to a temporary folder. Each time is the best of three.
+`recommend_dynamic.py` compares the ways of training GPT-2 in the loop; it runs at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import recommend_dynamic
+import torch
+from torch import Tensor
+
+from duoka import Trainer
+from duoka.recipes.movielens import Config
+from duoka.recipes.movielens.baselines import Popularity
+from duoka.recipes.movielens.ranking import NAMES, Ranked, Task, evaluate, means, measures
+from duoka.recipes.movielens.stages import Training, build, prepared
+from duoka.recipes.nets.recommender import Recommender
+from duoka.recipes.sets import movielens_planted
+from duoka.recipes.sets.movielens import ML1MDataset
+from duoka.recipes.sets.negatives import Triples, loader
+
+
+def best_of(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the fastest of some calls, and what the last returned."""
+    times, result = [], None
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = work()
+        times.append(time.perf_counter() - start)
+    return min(times), result
+
+
+def plain_negatives(users: Any, positives: dict[int, set[int]], n_items: int) -> list[int]:
+    """One draw after another until the film is unknown: the straightforward way."""
+    random = np.random.default_rng(0)
+    drawn = []
+    for user in users:
+        film = int(random.integers(n_items))
+        while film in positives[user]:
+            film = int(random.integers(n_items))
+        drawn.append(film)
+    return drawn
+
+
+def plain_reading(path: Path) -> list[list[int]]:
+    """Line by line: the straightforward way."""
+    with path.open(encoding="latin-1") as file:
+        return [[int(field) for field in line.rstrip("\n").split("::")] for line in file]
+
+
+def data_and_sampler(folder: Path) -> tuple[ML1MDataset, Triples]:
+    data = ML1MDataset(folder)
+    return data, Triples(data.train.pairs, data.seen(), data.n_items)
+
+
+def report_data(folder: Path) -> ML1MDataset:
+    cold = time.perf_counter()
+    data_and_sampler(folder)
+    print(f"data and sampler ready, first time (imports pandas): {time.perf_counter() - cold:.2f} s")
+    seconds, (data, samples) = best_of(3, lambda: data_and_sampler(folder))
+    print(f"data and sampler ready, again: {seconds:.2f} s")
+    epochs = iter(range(1, 10))
+    seconds, _ = best_of(3, lambda: samples.set_epoch(next(epochs)))
+    print(f"negatives of an epoch: {seconds:.3f} s for {len(samples):,} samples")
+    reading, _ = best_of(1, lambda: plain_reading(folder / "ratings.dat"))
+    positives: dict[int, set[int]] = {}
+    for user, film in data.train.pairs.tolist():
+        positives.setdefault(user, set()).add(film)
+    drawing, _ = best_of(1, lambda: plain_negatives(data.train.users.tolist(), positives, data.n_items))
+    print(f"the straightforward way: reading {reading:.2f} s, negatives of an epoch {drawing:.2f} s")
+    return data
+
+
+def report_ranking(data: ML1MDataset, model: Recommender, plain_users: int) -> None:
+    task = Task.of(data, "test")
+    scores = Popularity(task.seen, data.n_items)
+    seconds, _ = best_of(3, lambda: evaluate(scores.all, task))
+    print(f"full ranking of {len(task.users):,} users without a model's scoring: {seconds:.2f} s")
+    trainer = Trainer(Ranked(model, task), metrics=means(), device="cpu", verbose=False)
+    began = time.process_time()
+    seconds, _ = best_of(3, lambda: trainer.evaluate(task.loader()))
+    busy = (time.process_time() - began) / 3
+    print(
+        f"full ranking with a model's scoring, through Trainer.evaluate: {seconds:.2f} s; {busy:.2f} s of processor time"
+    )
+    some = task.users[:plain_users]
+    seconds, expected = best_of(1, lambda: plain_ranking(model, task, some, data.n_items))
+    found = float(measures(model.scorer().all(some), task, some)[:, NAMES.index("ndcg@10")].mean())
+    print(
+        f"the straightforward way, one user after another: {seconds * len(task.users) / len(some):.0f} s (from {len(some)} "
+        f"users); NDCG@10 of both {found:.6f} and {expected:.6f}"
+    )
+
+
+@torch.no_grad()
+def plain_ranking(model: Recommender, task: Task, users: Tensor, n_items: int) -> float:
+    """NDCG@10 by scoring a user's pairs with all films, sorting them, and looking for what is wanted."""
+    model.eval()
+    score, total = model.score, 0.0
+    user_vectors, films = model.vectors(torch.arange(model.n_users), torch.arange(n_items))
+    for user in users.tolist():
+        pairs = score.user_half(user_vectors[user].expand(n_items, -1)), score.item_half(films)
+        scores = (score.products(*pairs) + score.network(*pairs)).tolist()
+        known = set(task.seen.indices[task.seen.indptr[user] : task.seen.indptr[user + 1]].tolist())
+        wanted = set(task.targets.indices[task.targets.indptr[user] : task.targets.indptr[user + 1]].tolist())
+        order = sorted((film for film in range(n_items) if film not in known), key=lambda film: -scores[film])[:10]
+        gain = sum(1 / math.log2(place + 1) for place, film in enumerate(order, 1) if film in wanted)
+        total += gain / sum(1 / math.log2(place + 1) for place in range(1, min(10, len(wanted)) + 1))
+    return total / len(users)
+
+
+def report_training(data: ML1MDataset, model: Recommender, epochs: int) -> None:
+    samples = Triples(data.train.pairs, data.seen(), data.n_items)
+    task = Task.of(data, "validation")
+    options = {
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "max_grad_norm": 1.0,
+        "device": "cpu",
+        "batch": "global",
+        "verbose": False,
+    }
+    trainer = Trainer(Training(model, task), loader(samples, 2048), epochs=epochs, **options)
+    began = time.process_time()
+    trainer.fit(save_model=False)
+    busy = epochs * len(samples) / (time.process_time() - began)
+    rate = max(record["samples_per_s"] for record in trainer.history)
+    print(
+        f"training in cached mode, batch 2,048, through Trainer: {rate:,.0f} samples/s; {busy:,.0f} a processor's second"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--users", type=int, default=6_040)
+    parser.add_argument("--films", type=int, default=3_883)
+    parser.add_argument("--ratings", type=int, default=1_000_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3, help="of training in cached mode")
+    parser.add_argument("--plain-users", type=int, default=100, help="how many are ranked the straightforward way")
+    parser.add_argument(
+        "--dynamic", type=float, default=60, metavar="S", help="seconds for dynamic mode; 0 leaves it out"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        example = movielens_planted.make(options.users, options.films, options.ratings)
+        movielens_planted.write(Path(folder), example)
+        data = report_data(Path(folder))
+        config = Config(pretrained="none", device="cpu")
+        model = build(config, data, prepared(config, data), 1)
+        report_training(data, model, options.epochs)
+        report_ranking(data, model, options.plain_users)
+    if options.dynamic:
+        print("\n".join(recommend_dynamic.measured(options.dynamic)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Training steps with texts encoded in every step: each distinct beginning once, next to all three columns as they come.
+
+Both train one model (LoRA on a GPT-2, cross-attention, BPR and InfoNCE) on the same batches of 256 users, films seen and films
+not seen; texts as many and as often the same as MovieLens-1M's, with titles of one to twelve words. The straightforward way
+pads the batch's users, positive films and negative films to the longest text of each column, and gives GPT-2 the three one
+after the other, as `transformers` documents it; tokenising in every step is spared it. The gradients of the two are compared
+first. Then they take turns, step by step.
+
+    python benchmarks/recommend_dynamic.py [--seconds 60] [--threads 2] [--pretrained none]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from duoka.recipes.nets.gpt2_text import Prepared, prepare
+from duoka.recipes.nets.recommender import GPT2RecommenderEnhanced, TwoRates
+
+USERS, FILMS, BATCH = 6040, 3883, 256
+GENDERS = {"female": 1709, "male": 4331}
+AGES = {
+    "under 18": 222,
+    "18 to 24": 1103,
+    "25 to 34": 2096,
+    "35 to 44": 1193,
+    "45 to 49": 550,
+    "50 to 55": 496,
+    "56 or more": 380,
+}
+JOBS = {
+    "other": 711, "academic or educator": 528, "artist": 267, "clerical or administrative": 173, "college student": 759,
+    "customer service": 112, "doctor": 236, "executive": 679, "farmer": 17, "homemaker": 92, "pupil": 195, "lawyer": 129,
+    "programmer": 388, "retired": 142, "sales or marketing": 302, "scientist": 144, "self-employed": 241, "technician": 502,
+    "craftsman": 70, "unemployed": 72, "writer": 281,
+}  # fmt: skip
+GENRES = {
+    "Drama": 1603, "Comedy": 1200, "Action": 503, "Thriller": 492, "Romance": 471, "Horror": 343, "Adventure": 283,
+    "Sci-Fi": 276, "Children's": 251, "Crime": 211, "War": 143, "Documentary": 127, "Musical": 114, "Mystery": 106,
+    "Animation": 105, "Fantasy": 68, "Western": 68, "Film-Noir": 44,
+}  # fmt: skip
+GENRES_OF_A_FILM = {1: 2025, 2: 1322, 3: 421, 4: 100, 5: 14, 6: 1}
+"""How often each occurs in MovieLens-1M; here they are drawn independently of each other."""
+SYLLABLES = "ba|ka|ri|to|men|sol|ver|da|lin|go|ter|mar|pe|shu|ron|ce|fa|il|mo|ny|qua|re|sta|tri|u|vi|wen|xo|zar|lo"
+Step = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pretrained", default="none")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    for line in measured(given.seconds, given.pretrained):
+        print(line)
+
+
+def measured(seconds: float, pretrained: str = "none") -> list[str]:
+    """Compare the two ways' gradients, time their steps in turn, and say both in words."""
+    users, films = descriptions()
+    texts = prepare(users, films, pretrained=pretrained)
+    model = GPT2RecommenderEnhanced(texts, use_cache=False)
+    draw = batches(seed=0)
+    warm = trained(model, model.loss)  # LoRA's first gradients are zero for half of its weights
+    for _ in range(5):
+        warm(next(draw))
+    ours, theirs = model, AsTheyCome(copy.deepcopy(model), texts)
+    apart, relative = difference(ours, theirs, next(draw))
+    steps = [trained(ours, ours.loss), trained(theirs.model, theirs.loss)]
+    times: list[list[float]] = [[], []]
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(times[1]) < 5:
+        batch = next(draw)
+        for number in (0, 1) if len(times[0]) % 2 else (1, 0):
+            began = time.perf_counter()
+            steps[number](batch)
+            times[number].append(time.perf_counter() - began)
+    rates = [BATCH / statistics.median(each) for each in times]
+    ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+    return [
+        f"largest difference of a gradient: {apart:.1e}; of the largest one of its parameter, {relative:.1e}",
+        f"three columns as they come     {rates[1]:8,.0f} samples/s",
+        f"each distinct beginning once   {rates[0]:8,.0f} samples/s",
+        f"ratio {ratio:.2f}, median of {len(times[0])} steps of {BATCH} samples each, {torch.get_num_threads()} threads",
+    ]
+
+
+class AsTheyCome:
+    """The same model, its three columns of texts padded and encoded one after the other in every step."""
+
+    def __init__(self, model: GPT2RecommenderEnhanced, texts: Prepared) -> None:
+        self.model, self.pieces = model, texts.pieces
+        self.network = model.encoder.network
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        model = self.model
+        model.draws += 1
+        users = self._column(model.user, batch["users"])
+        films = torch.cat([self._column(model.item, batch[name]) for name in ("positives", "negatives")])
+        at = torch.arange(2 * len(batch["users"]))
+        return model.loss_of(users, films, at[: len(batch["users"])], at, batch["positives"])
+
+    def _column(self, side: Any, wanted: Tensor) -> Tensor:
+        fields = self._encoded((side.pieces[wanted] + side.first).numpy())
+        places = torch.arange(fields.shape[0] * fields.shape[1]).view(fields.shape[:2])
+        return side(wanted, fields.flatten(0, 1), places, self.model.draws, self.model.id_dropout)[0]
+
+    def _encoded(self, fields: np.ndarray) -> Tensor:
+        """Return the masked mean of each field's states, ``(texts, fields, width)``, of pieces ``(texts, fields)``."""
+        ends, starts = self.pieces.ends[fields], self.pieces.starts[fields]
+        tokens = self.pieces.tokens[fields[:, -1], : ends.max()]
+        mask = torch.from_numpy(tokens >= 0)
+        output = self.network(
+            input_ids=torch.from_numpy(np.maximum(tokens, 0)), attention_mask=mask.long(), use_cache=False
+        )
+        place = np.arange(tokens.shape[1])
+        inside = torch.from_numpy((place >= starts[:, :, None]) & (place < ends[:, :, None])).float()
+        means = inside @ output.last_hidden_state / inside.sum(2, keepdim=True)
+        return layer_norm(means, means.shape[-1:])
+
+
+def descriptions(seed: int = 0) -> tuple[list[str], list[str]]:
+    """Draw texts of users and films, a field a line."""
+    draw, syllables = random.Random(seed), SYLLABLES.split("|")
+    words = ["".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3)))).title() for _ in range(2500)]
+    weights = [1 / (rank + 3) for rank in range(len(words))]
+
+    def drawn(shares: Mapping[Any, int]) -> Any:
+        return draw.choices(list(shares), list(shares.values()))[0]
+
+    users = [f"{drawn(GENDERS)}\naged {drawn(AGES)}\n{drawn(JOBS)}" for _ in range(USERS)]
+    films = []
+    for _ in range(FILMS):
+        genres, wanted = set[str](), drawn(GENRES_OF_A_FILM)
+        while len(genres) < wanted:
+            genres.add(drawn(GENRES))
+        title = " ".join(draw.choices(words, weights, k=min(12, max(1, round(draw.lognormvariate(1.0, 0.6))))))
+        films.append(f"{', '.join(sorted(genres))}\n{title} ({draw.randint(1930, 2000)})")
+    return users, films
+
+
+def batches(seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches without end: positive films by fame, the rest evenly."""
+    random = np.random.default_rng(seed)
+    fame = 1 / (np.arange(FILMS) + 100.0)
+    while True:
+        columns = {
+            "users": random.integers(0, USERS, BATCH),
+            "positives": random.choice(FILMS, BATCH, p=fame / fame.sum()),
+            "negatives": random.integers(0, FILMS, BATCH),
+        }
+        yield {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def trained(model: nn.Module, loss: Step) -> Step:
+    """Return a training step of ``model``."""
+    rates = TwoRates.of(model, lr=5e-4, text_lr=5e-5)
+    optimizer = rates([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def step(batch: Mapping[str, Tensor]) -> Tensor:
+        value = loss(batch)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value
+
+    return step
+
+
+def difference(ours: GPT2RecommenderEnhanced, theirs: AsTheyCome, batch: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Return how far the two ways' gradients are apart at most: as they are, and relative to the parameter's largest one."""
+    found = []
+    for model, loss in ((ours, ours.loss), (theirs.model, theirs.loss)):
+        loss(batch).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    apart = [(float((a - b).abs().max()), float(b.abs().max())) for a, b in zip(*found, strict=True)]
+    return max(one for one, _ in apart), max(one / max(largest, 1e-6) for one, largest in apart)
+
+
+if __name__ == "__main__":
+    main()

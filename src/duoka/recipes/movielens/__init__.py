@@ -1,0 +1,132 @@
+"""Recipe ``movielens``: films for people, by what they have seen and by what a GPT-2 reads of both.
+
+`options` has the options, `stages` the training, `ranking` the measures, `baselines` what a recommender has to beat, `report`
+the files that a run leaves, `asking` what a finished run recommends. The data are in `recipes.sets.movielens`, the models
+in `recipes.nets.recommender`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from duoka import current_world, devices, launch, save
+from duoka.errors import ConfigError
+from duoka.recipes.config import of_run
+from duoka.recipes.movielens import asking, report
+from duoka.recipes.movielens.asking import Answer
+from duoka.recipes.movielens.baselines import ItemKNN, Popularity
+from duoka.recipes.movielens.options import NAME, Config
+from duoka.recipes.movielens.ranking import Task
+from duoka.recipes.movielens.stages import BEST, Stage, measured, train_ncf, train_stages
+from duoka.recipes.registry import Outcome, Prediction
+from duoka.recipes.runs import Run
+from duoka.recipes.sets.movielens import ML1MDataset
+
+__all__ = ["Config", "evaluate", "predict", "recommend", "train"]
+
+
+def train(config: Config) -> Outcome:
+    """Train both stages, test, and write the run's folder with its results and pictures."""
+    config = config.resolved()
+    devices.resolve(config.device)  # a device that is not there is said before any download
+    _refuse_longer_first_stage(config)
+    data = asking.data_of(config)
+    run = launch(_folder_on_main, config, devices=config.device)
+    assert run is not None  # rank 0 has made it
+    stages = train_stages(config, data, run)
+    best = max(stages, key=lambda stage: stage.validation[BEST])
+    table = _table(config, data, stages, best)
+    if current_world().is_main:
+        save(best.model, run.model)
+        _write(run, data, stages, best, table)
+    return Outcome(run, report.headline(table), _next_step(run, data))
+
+
+def evaluate(run: Run, config: Config) -> Outcome:
+    """Test the model of a finished run again; writes ``evaluation.json`` into its folder."""
+    config = config.resolved()
+    data = asking.data_of(config)
+    found = measured(asking.model_of(run, config, data), _task(config, data), config)
+    if current_world().is_main:
+        run.write_results({"test": found}, "evaluation.json")
+    return Outcome(run, {f"test_{name}": value for name, value in found.items()}, _next_step(run, data))
+
+
+def predict(run: Run, config: Config, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:  # noqa: ARG001
+    """Refuse: this recipe's answers are lists of films, which ``recommend`` makes."""
+    raise ConfigError(f"a run of movielens recommends films to a user: duoka recommend {run.folder} --user NUMBER")
+
+
+def recommend(run: Run, config: Config, user: int, k: int) -> Answer:
+    """Return the ``k`` best films that the user with the number ``user`` in ``users.dat`` has not rated, and why."""
+    return asking.recommend(run, config.resolved(), user, k)
+
+
+def _folder_on_main(config: Config) -> Run | None:
+    """Return the run's folder on rank 0, the same for every rank of a job that others started; made if it is new."""
+    if not current_world().is_main:
+        return None
+    return Run.at(config.resume) if config.resume else Run.new(config.out, NAME, str(config.name))
+
+
+def _refuse_longer_first_stage(config: Config) -> None:
+    """Refuse to change stage 1 of a run whose stage 2 has begun, as that began with what stage 1 came to."""
+    if not config.resume:
+        return
+    run = Run.at(config.resume)
+    before = of_run(Config, run).epochs
+    if before != config.epochs and (run.folder / "stage-2" / "checkpoint").is_dir():
+        raise ConfigError(
+            f"`epochs` was {before} in this run and is {config.epochs} now, but its stage 2 has begun with what stage 1 came "
+            f"to: leave --epochs out to go on, or begin a new run: duoka train {NAME} -c {run.config} --epochs {config.epochs}"
+        )
+
+
+def _task(config: Config, data: ML1MDataset) -> Task:
+    return Task.of(data, "test", only_its_films=config.split == "cold-films")
+
+
+def _table(config: Config, data: ML1MDataset, stages: Sequence[Stage], best: Stage) -> report.Table:
+    """Return the test's measures of the run's model, of its other stage, and of the baselines."""
+    task = _task(config, data)
+    ordered = sorted(stages, key=lambda stage: stage is not best)
+    table = {f"{config.model} (stage {stage.number})": measured(stage.model, task, config) for stage in ordered}
+    if config.baselines:
+        for name, kind in (("popularity", Popularity), ("itemknn", ItemKNN)):
+            table[name] = measured(kind(task.seen, data.n_items), task, config)
+        if config.model != "ncf":
+            table["ncf"] = measured(train_ncf(config, data), task, config)
+    return table
+
+
+def _write(run: Run, data: ML1MDataset, stages: Sequence[Stage], best: Stage, table: report.Table) -> None:
+    """Write numbers and pictures into the run's folder."""
+    counts = {"users": data.n_users, "films": data.n_items}
+    counts |= {name: len(data.part(name)) for name in ("train", "validation", "test")}
+    results: dict[str, Any] = {
+        "recipe": NAME,
+        **report.headline(table),
+        "stage": best.number,
+        "test": table,
+        "validation": {f"stage {stage.number}": stage.validation for stage in stages},
+        "epochs": {f"stage {stage.number}": stage.epochs for stage in stages},
+        "data": counts,
+    }
+    run.write_results(results)
+    title = f"{data.folder.name}: {counts['users']:,} users, {counts['films']:,} films, {counts['test']:,} test ratings"
+    text = report.text(title, table)
+    run.write_text("evaluation_results.txt", text)
+    run.log(text)
+    records = [
+        {"stage": stage.number, **json.loads(line)}
+        for stage in stages
+        for line in (run.folder / f"stage-{stage.number}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    run.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    report.draw(run.plots / "comparison.png", table)
+
+
+def _next_step(run: Run, data: ML1MDataset) -> str:
+    return f"duoka recommend {run.folder} --user {data.user_ids[0]} -k 10"

@@ -1,0 +1,124 @@
+"""What a finished run recommends to a user, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+
+from duoka import devices, load
+from duoka.errors import ConfigError, DataError
+from duoka.recipes.movielens.options import Config
+from duoka.recipes.movielens.stages import build, prepared
+from duoka.recipes.nets.recommender import Recommender
+from duoka.recipes.runs import Run
+from duoka.recipes.sets.movielens import ML1MDataset
+from duoka.recipes.sets.movielens_split import PARTS
+
+__all__ = ["Answer", "Recommendation", "data_of", "model_of", "recommend"]
+
+USER_FIELDS, FILM_FIELDS = ("id", "gender", "age", "occupation"), ("id", "genres", "title")
+SIMILAR = 3
+"""How many films that the user knows are named beside a recommendation."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A film, and why it is recommended."""
+
+    film: int
+    """The number in ``movies.dat``."""
+    title: str
+    genres: tuple[str, ...]
+    score: float
+    weights: dict[str, float]
+    """How much the id and each part of the description weigh in what the model knows of the film, in all 1; empty where
+    the model does not weigh them."""
+    similar: tuple[tuple[str, float], ...]
+    """Films that the user has rated and that the model holds for the most alike, and the cosine of both."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Recommendations for a user."""
+
+    user: int
+    """The number in ``users.dat``."""
+    description: str
+    known: int
+    """How many films the user has rated; none of them is recommended."""
+    weights: dict[str, float]
+    """As a film's, of the user."""
+    films: tuple[Recommendation, ...]
+
+
+def data_of(config: Config) -> ML1MDataset:
+    """Return the set that ``config`` names."""
+    return ML1MDataset(config.root, config.ratio, config.split, config.split_seed, download=config.download)
+
+
+def model_of(run: Run, config: Config, data: ML1MDataset) -> Recommender:
+    """Return the model of a finished run, on the first device.
+
+    Raises:
+        DataError: the run is not finished, or was trained on another set.
+
+    """
+    path, remembered = run.finished_model(), run.read_results("stage", "data")
+    for key, count in (("users", data.n_users), ("films", data.n_items)):
+        if remembered["data"][key] != count:
+            raise DataError(
+                f"{data.folder} has {count:,} {key}, and the run {run.folder} was trained on {remembered['data'][key]:,}: give "
+                "the set of then with --root"
+            )
+    model = build(config, data, prepared(config, data), remembered["stage"])
+    load(path, into=model)
+    return model.to(devices.resolve(config.device).devices[0]).eval()
+
+
+def recommend(run: Run, config: Config, user: int, k: int) -> Answer:
+    """Return the ``k`` best films for the user with the number ``user`` in ``users.dat``; fewer where there are no more.
+
+    Raises:
+        ConfigError: ``k`` is less than 1.
+        DataError: there is no such user, or no such run.
+
+    """
+    if k < 1:
+        raise ConfigError(f"k is {k}: ask for 1 film or more")
+    data = data_of(config)
+    place = data.user(user)
+    model = model_of(run, config, data)
+    known = data.seen(*PARTS).of_user(place)
+    films, scores = model.recommend(place, k, known.tolist())
+    likeness = _likeness(model, films, torch.from_numpy(known))
+    weights = _weights(model, FILM_FIELDS, items=films)
+    found = []
+    for row, (film, score) in enumerate(zip(films.tolist(), scores.tolist(), strict=True)):
+        best = likeness[row].topk(min(SIMILAR, len(known)))
+        similar = tuple(
+            (data.titles[known[at]], value)
+            for at, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
+        line = data.films[film]
+        found.append(Recommendation(line.id, line.title, line.genres, score, weights[row], similar))
+    about = data.user_texts[place].replace("\n", ", ")
+    own = _weights(model, USER_FIELDS, users=torch.tensor([place]))[0]
+    return Answer(user, about, len(known), own, tuple(found))
+
+
+def _likeness(model: Recommender, films: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Return the cosines of ``films`` with ``known`` ones, ``(films, known)``."""
+    vectors = normalize(model.item_vectors().cpu().float())
+    return vectors[films] @ vectors[known].T
+
+
+def _weights(model: Any, names: tuple[str, ...], **wanted: torch.Tensor) -> list[dict[str, float]]:
+    """Return how much the id and each field weigh in each of ``wanted``."""
+    try:
+        weights = model.attention(**wanted).tolist()
+    except (AttributeError, ConfigError):  # a model without attention
+        return [{} for some in wanted.values() for _ in some]
+    return [dict(zip(names, row, strict=True)) for row in weights]

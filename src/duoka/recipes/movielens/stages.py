@@ -1,0 +1,169 @@
+"""Training in two stages: on texts that were encoded once, then with GPT-2 in the loop; each through a Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duoka import Trainer, devices
+from duoka.recipes.movielens.options import NAME, Config
+from duoka.recipes.movielens.ranking import Ranked, Task, means
+from duoka.recipes.nets.gpt2_text import Lora, Prepared, prepare
+from duoka.recipes.nets.recommender import (
+    NCF,
+    GPT2Recommender,
+    GPT2RecommenderEnhanced,
+    Recommender,
+    TwoRates,
+    carry_over,
+)
+from duoka.recipes.runs import ConfigWriter, Run
+from duoka.recipes.sets import negatives
+from duoka.recipes.sets.movielens import ML1MDataset
+
+__all__ = ["BEST", "Stage", "Training", "build", "measured", "prepared", "train_ncf", "train_stages"]
+
+BEST = "ndcg@10"
+"""What says which weights are the best."""
+NCF_RATE = 3e-3
+"""The baseline's learning rate: ids alone learn more slowly, and stop too early at the rate of stage 1."""
+WATCHED = ("ndcg@10", "recall@10", "hr@10", "mrr@10", "recall@50")
+"""What is measured on the validation part after each epoch."""
+
+
+class Training(Ranked):
+    """A model with its loss: a batch with films returns the loss, a block of users the measures of their lists."""
+
+    def forward(
+        self, users: Tensor, positives: Tensor | None = None, negatives: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``{"loss": ...}``, or what ``Ranked`` returns; all arguments int64 ``(batch,)``."""
+        if positives is None or negatives is None:
+            return super().forward(users)
+        model: Any = self.model
+        return {"loss": model.loss({"users": users, "positives": positives, "negatives": negatives})}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage came to."""
+
+    number: int
+    model: Recommender
+    """With its best weights."""
+    validation: dict[str, float]
+    """Its measures there."""
+    epochs: int
+    """How many it has gone through."""
+
+
+def prepared(config: Config, data: ML1MDataset) -> Prepared | None:
+    """Return the tokenised texts and the GPT-2 that reads them; ``None`` where the model has ids alone."""
+    if config.model == "ncf":
+        return None
+    return prepare(data.user_texts, data.item_texts, pretrained=config.pretrained, seed=config.seed)
+
+
+def build(config: Config, data: ML1MDataset, texts: Prepared | None, stage: int) -> Recommender:
+    """Return the model of a stage with its first weights."""
+    if texts is None:
+        return NCF(data.n_users, data.n_items, embedding_size=config.embedding_size, seed=config.seed)
+    device = devices.resolve(config.device).devices[0]
+    kind = GPT2RecommenderEnhanced if config.model == "enhanced" else GPT2Recommender
+    model = kind(
+        texts,
+        embedding_size=config.embedding_size,
+        use_cache=stage == 1,
+        train_text="frozen" if stage == 1 else config.train_text,
+        lora=Lora(config.lora_rank, config.lora_alpha),
+        heads=config.heads,
+        contrast=config.contrast,
+        id_dropout=config.id_dropout,
+        seed=config.seed,
+        device=device,
+    )
+    model.hide(
+        users=_without_ratings(data.train.users, data.n_users), items=_without_ratings(data.train.items, data.n_items)
+    )
+    return model
+
+
+def _without_ratings(places: Any, count: int) -> Tensor:
+    """Return who, or which films, training knows nothing of, so that an id would say nothing."""
+    return (torch.bincount(torch.from_numpy(places), minlength=count) == 0).nonzero().flatten()
+
+
+def train_stages(config: Config, data: ML1MDataset, run: Run) -> list[Stage]:
+    """Train both stages, or the second only where the first is done; a stage that has begun goes on from its checkpoint."""
+    texts = prepared(config, data)
+    first = build(config, data, texts, 1)
+    done = [_train(first, config, data, run, 1, config.lr)]
+    if config.dynamic_epochs and texts is not None:
+        second = build(config, data, texts, 2)
+        carry_over(first, second)  # type: ignore[arg-type]
+        done.append(_train(second, config, data, run, 2, config.dynamic_lr))
+    return done
+
+
+def _train(model: Recommender, config: Config, data: ML1MDataset, run: Run, number: int, lr: float) -> Stage:
+    """Train one stage in a folder of its own within the run's."""
+    folder = run.folder / f"stage-{number}"
+    epochs = config.epochs if number == 1 else config.dynamic_epochs
+    trainer = _trainer(
+        model,
+        config,
+        data,
+        lr,
+        epochs=epochs,
+        out_dir=folder,
+        resume="auto" if config.resume else False,
+        callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None))],
+    )
+    with run.resumable(NAME):
+        validation, _ = trainer.fit(save_model=True)
+    return Stage(number, model, validation, len(trainer.history))
+
+
+def train_ncf(config: Config, data: ML1MDataset) -> Recommender:
+    """Return the baseline that knows ids alone, trained as long as stage 1."""
+    model = build(config, data, None, 1)
+    _trainer(model, config, data, NCF_RATE, epochs=config.epochs, verbose=False).fit(save_model=False)
+    return model
+
+
+def _trainer(model: Recommender, config: Config, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
+    task = Task.of(data, "validation", only_its_films=config.split == "cold-films")
+    samples = negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids)
+    return Trainer(
+        Training(model, task),
+        negatives.loader(samples, config.bsize),
+        task.loader(),
+        metrics=means(WATCHED),
+        device=config.device,
+        batch=config.batch,
+        precision=_precision(config),
+        optimizer=TwoRates.of(model, lr=lr, text_lr=config.text_lr, weight_decay=config.weight_decay),
+        max_grad_norm=config.clip,
+        eval_step=config.eval_step,
+        monitor=BEST,
+        early_stop_patience=config.patience or None,
+        seed=config.seed,
+        **options,
+    )
+
+
+def measured(model: torch.nn.Module, task: Task, config: Config) -> dict[str, float]:
+    """Return the measures of ``model``, averaged over the users, on all devices."""
+    trainer = Trainer(Ranked(model, task), metrics=means(), device=config.device, verbose=False)
+    results: dict[str, float] = trainer.evaluate(task.loader())
+    return results
+
+
+def _precision(config: Config) -> str:
+    if config.precision != "auto":
+        return config.precision
+    return "fp32" if devices.resolve(config.device).devices[0].type == "cpu" else "bf16"
