@@ -9,8 +9,8 @@ EXTRAS := vision,forecast,recommend,track,dev
 demo: $(VENV)/installed  ## train a small ResNet on real images, on every device of this machine
 	@$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
 
-test: $(VENV)/installed  ## the test-suite, as CI runs it
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## the test-suite, as CI runs it; the documentation's code is run by `make check`
+	$(BIN)/python -m pytest --ignore tests/docs
 
 test-all: $(VENV)/installed  ## the test-suite, and what is too much like it or too long for every time
 	$(BIN)/python -m pytest -m "extended or not extended"

@@ -211,8 +211,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind", ["Table", "Stream"])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("context", "kind"),
+    [
+        ("fork", "Table"),
+        ("fork", "Stream"),
+        ("spawn", "Table"),
+        pytest.param("spawn", "Stream", marks=pytest.mark.extended),
+    ],
+)
 def test_workers_of_helpers_know_what_the_script_defines(context: str, kind: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
