@@ -104,8 +104,8 @@ def test_the_table_has_both_stages_and_the_baselines_side_by_side(run):
         assert f"\n{name} " in text
 
 
-def test_eval_finds_what_training_found(run):
-    assert main(["eval", str(run)]) == 0
+def test_eval_on_two_devices_finds_what_training_found_on_one(run):
+    assert main(["eval", str(run), "--device", "cpu:2"]) == 0
     again, found = json.loads((run / "evaluation.json").read_text()), results(run)
     assert again["test"] == pytest.approx(next(iter(found["test"].values())), abs=1e-6)
 
@@ -242,10 +242,11 @@ def test_stage_1_cannot_change_under_a_stage_2(run, capsys):
     assert "`train_text` was lora in this run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_in_stage_2_goes_on_there(folder, tmp_path):
     """Ctrl-C in a process of its own, once stage 2 has written a checkpoint; then the same weights as without it."""
     options = [*SMALL, "--baselines", "false", "--device", "cpu", "--epochs", "1", "--dynamic_epochs", "3"]
-    options += ["--root", str(folder / "data"), "--bsize", "64", "--model", "concatenation"]
+    options += ["--root", str(folder / "data"), "--bsize", "128", "--model", "concatenation"]
     command = [sys.executable, "-m", "duoka", "train", "movielens", *options, "--out", str(tmp_path / "a")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
