@@ -16,12 +16,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from duoka import Trainer
+from duoka import Callback, Trainer
 from duoka.cli.main import main
 from duoka.errors import ConfigError
 from duoka.recipes.movielens import Config
-from duoka.recipes.movielens.ranking import NAMES, Task, means
+from duoka.recipes.movielens.ranking import NAMES, Task, evaluate, means
 from duoka.recipes.movielens.stages import Training, build, prepared
+from duoka.recipes.nets.recommender import TwoRates
 from duoka.recipes.sets import negatives
 from duoka.recipes.sets.movielens import ML1MDataset
 
@@ -217,6 +218,25 @@ def test_one_device_and_two_take_the_same_steps(data, stage):
     assert_alike(own, other, 2e-6)
     assert first == pytest.approx(second, abs=1e-3)
     assert not torch.equal(own["user.ids.weight"], build(config, data, texts, stage).state_dict()["user.ids.weight"])
+
+
+def test_each_evaluation_is_of_the_weights_of_then(data):
+    """A fused optimiser changes weights without a trace in their version counters."""
+    task = Task.of(data, "validation")
+    model = build(Config(model="ncf", embedding_size=16), data, None, 1)
+    found, samples = [], negatives.Triples(data.train.pairs, data.seen(), data.n_items)
+
+    class Watch(Callback):
+        def on_evaluate(self, state):
+            found.append((state.validation, evaluate(model.scorer().all, task)))
+
+    rates = TwoRates.of(model, lr=0.05, text_lr=0.05)
+    options = {"device": "cpu", "optimizer": rates, "epochs": 3, "verbose": False, "callbacks": [Watch()]}
+    trainer = Trainer(Training(model, task), negatives.loader(samples, 64), task.loader(), metrics=means(), **options)
+    trainer.fit(save_model=False)
+    for measured, expected in found:
+        assert measured == pytest.approx(expected, abs=1e-12)
+    assert len({measured["ndcg@10"] for measured, _ in found}) == 3
 
 
 def test_a_run_on_one_device_and_on_two_agree(run, on_two):
