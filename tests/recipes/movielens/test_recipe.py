@@ -23,7 +23,7 @@ from duoka.recipes.movielens import Config
 from duoka.recipes.movielens.ranking import NAMES, Task, evaluate, means
 from duoka.recipes.movielens.stages import Training, build, prepared
 from duoka.recipes.nets.recommender import TwoRates
-from duoka.recipes.sets import negatives
+from duoka.recipes.sets import movielens_planted, negatives
 from duoka.recipes.sets.movielens import ML1MDataset
 
 pytest.importorskip("transformers")
@@ -291,6 +291,49 @@ def test_a_run_that_is_interrupted_in_stage_2_goes_on_there(folder, tmp_path):
     for name in ("stage-1", "stage-2"):
         first, second = (load_file(one / name / "model.safetensors") for one in (stopped, whole))
         assert all(torch.equal(value, second[key]) for key, value in first.items()), name
+
+
+LEARNING = [
+    "--pretrained",
+    "none",
+    "--device",
+    "cpu",
+    "--embedding_size",
+    "32",
+    "--bsize",
+    "512",
+    "--lr",
+    "0.01",
+    "--epochs",
+    "8",
+]
+LEARNING = [*LEARNING, "--dynamic_epochs", "0", "--id_dropout", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory) -> Path:
+    """A set of which something can be learned."""
+    folder = tmp_path_factory.mktemp("larger")
+    movielens_planted.write(folder, movielens_planted.make(300, 240, 14_000))
+    return folder
+
+
+def learned(root: Path, out: Path, *options: str) -> dict:
+    assert main(["train", "movielens", "--root", str(root), "--out", str(out), *LEARNING, *options]) == 0
+    (run,) = (out / "movielens").iterdir()
+    return {name: measures["ndcg@10"] for name, measures in results(run)["test"].items()}
+
+
+def test_planted_tastes_are_found(larger, tmp_path):
+    found = learned(larger, tmp_path)
+    assert found["enhanced (stage 1)"] > 1.3 * found["popularity"] > 0
+
+
+def test_texts_rank_films_that_nobody_has_rated(larger, tmp_path):
+    """Popularity knows nothing of these films, and so leaves them in the order of the file."""
+    found = learned(larger, tmp_path, "--split", "cold-films", "--split_ratio", "0.6,0.1,0.3")
+    assert found["enhanced (stage 1)"] > 1.1 * found["popularity"]
+    assert found["itemknn"] == found["popularity"]
 
 
 def test_ids_alone_need_no_text(folder):
