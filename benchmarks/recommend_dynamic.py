@@ -2,9 +2,9 @@
 
 Both train one model (LoRA on a GPT-2, cross-attention, BPR and InfoNCE) on the same batches of 256 users, films seen and films
 not seen; texts as many and as often the same as MovieLens-1M's, with titles of one to twelve words. The straightforward way
-pads the batch's users, positive films and negative films to the longest text of each column, and gives GPT-2 the three one
-after the other, as `transformers` documents it; tokenising in every step is spared it. The gradients of the two are compared
-first. Then they take turns, step by step.
+tokenises the batch's users, positive films and negative films, pads each column to its longest text, and gives GPT-2 the three
+one after the other, as `transformers` documents it. The gradients of the two are compared first. Then they take turns, step by
+step.
 
     python benchmarks/recommend_dynamic.py [--seconds 60] [--threads 2] [--pretrained none]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import random
 import statistics
 import time
@@ -75,7 +76,7 @@ def measured(seconds: float, pretrained: str = "none") -> list[str]:
     warm = trained(model, model.loss)  # LoRA's first gradients are zero for half of its weights
     for _ in range(5):
         warm(next(draw))
-    ours, theirs = model, AsTheyCome(copy.deepcopy(model), texts)
+    ours, theirs = model, AsTheyCome(copy.deepcopy(model), texts, users, films)
     apart, relative = difference(ours, theirs, next(draw))
     steps = [trained(ours, ours.loss), trained(theirs.model, theirs.loss)]
     times: list[list[float]] = [[], []]
@@ -97,36 +98,40 @@ def measured(seconds: float, pretrained: str = "none") -> list[str]:
 
 
 class AsTheyCome:
-    """The same model, its three columns of texts padded and encoded one after the other in every step."""
+    """The same model, its three columns of texts tokenised, padded and encoded one after the other in every step."""
 
-    def __init__(self, model: GPT2RecommenderEnhanced, texts: Prepared) -> None:
-        self.model, self.pieces = model, texts.pieces
+    def __init__(self, model: GPT2RecommenderEnhanced, texts: Prepared, users: list[str], films: list[str]) -> None:
+        self.model, self.tokenize, self.users, self.films = model, texts.tokenize, users, films
         self.network = model.encoder.network
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         model = self.model
         model.draws += 1
-        users = self._column(model.user, batch["users"])
-        films = torch.cat([self._column(model.item, batch[name]) for name in ("positives", "negatives")])
+        users = self._column(model.user, self.users, batch["users"])
+        films = torch.cat([self._column(model.item, self.films, batch[name]) for name in ("positives", "negatives")])
         at = torch.arange(2 * len(batch["users"]))
         return model.loss_of(users, films, at[: len(batch["users"])], at, batch["positives"])
 
-    def _column(self, side: Any, wanted: Tensor) -> Tensor:
-        fields = self._encoded((side.pieces[wanted] + side.first).numpy())
+    def _column(self, side: Any, texts: list[str], wanted: Tensor) -> Tensor:
+        fields = self._encoded([texts[number] for number in wanted.tolist()])
         places = torch.arange(fields.shape[0] * fields.shape[1]).view(fields.shape[:2])
         return side(wanted, fields.flatten(0, 1), places, self.model.draws, self.model.id_dropout)[0]
 
-    def _encoded(self, fields: np.ndarray) -> Tensor:
-        """Return the masked mean of each field's states, ``(texts, fields, width)``, of pieces ``(texts, fields)``."""
-        ends, starts = self.pieces.ends[fields], self.pieces.starts[fields]
-        tokens = self.pieces.tokens[fields[:, -1], : ends.max()]
-        mask = torch.from_numpy(tokens >= 0)
-        output = self.network(
-            input_ids=torch.from_numpy(np.maximum(tokens, 0)), attention_mask=mask.long(), use_cache=False
-        )
+    def _encoded(self, texts: list[str]) -> Tensor:
+        """Return the masked mean of each field's states, ``(texts, fields, width)``."""
+        lines = [text.split("\n") for text in texts]
+        flat = [line if number == 0 else "\n" + line for text in lines for number, line in enumerate(text)]
+        found = self.tokenize(flat)
+        fields = np.array([len(line) for line in found]).reshape(len(texts), -1)
+        ends = fields.cumsum(1)
+        inside = np.arange(ends.max()) < ends[:, -1:]
+        tokens = np.zeros(inside.shape, dtype=np.int64)
+        tokens[inside] = list(itertools.chain.from_iterable(found))
+        mask = torch.from_numpy(inside).long()
+        output = self.network(input_ids=torch.from_numpy(tokens), attention_mask=mask, use_cache=False)
         place = np.arange(tokens.shape[1])
-        inside = torch.from_numpy((place >= starts[:, :, None]) & (place < ends[:, :, None])).float()
-        means = inside @ output.last_hidden_state / inside.sum(2, keepdim=True)
+        own = (place >= (ends - fields)[:, :, None]) & (place < ends[:, :, None])
+        means = torch.from_numpy(own).float() @ output.last_hidden_state / torch.from_numpy(fields).unsqueeze(2)
         return layer_norm(means, means.shape[-1:])
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -270,10 +270,16 @@ class Ranked(nn.Module):
         super().__init__()
         self.model, self.task = model, task
         self._placed: dict[torch.device, Task] = {}
-        self._scores: tuple[Any, Score] | None = None
+        self._score: Score | None = None
+        """Made once for all blocks of an evaluation, which begins with ``eval()``."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_placed": {}, "_scores": None}
+        return {**self.__dict__, "_placed": {}, "_score": None}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and forget the scores of the weights of before (``eval()`` comes here, too)."""
+        self._score = None
+        return super().train(mode)
 
     def forward(self, users: Tensor) -> dict[str, Tensor]:
         """Return the measures of ``users`` ``(users, len(NAMES))``; scores are float32 whatever the training's precision."""
@@ -281,15 +287,15 @@ class Ranked(nn.Module):
         if task is None:
             task = self._placed[users.device] = self.task.to(users.device)
         with torch.autocast(users.device.type, enabled=False):
-            return {"prediction": measures(self._score()(users), task, users)}
+            score = self._score or self._scorer()
+            if not self.training:  # nobody changes the weights meanwhile
+                self._score = score
+            return {"prediction": measures(score(users), task, users)}
 
-    def _score(self) -> Score:
-        """Return what scores with the weights of now, made once for all blocks of an evaluation."""
-        weights = [(part.data_ptr(), part._version) for part in self.model.state_dict(keep_vars=True).values()]
-        if self._scores is None or self._scores[0] != weights:
-            scorer: Any = self.model.scorer()  # type: ignore[operator]
-            self._scores = weights, scorer.all
-        return self._scores[1]
+    def _scorer(self) -> Score:
+        scorer: Any = self.model.scorer()  # type: ignore[operator]
+        score: Score = scorer.all
+        return score
 
 
 def evaluate(score: Score, task: Task, *, device: torch.device | str = "cpu", block: int = BLOCK) -> dict[str, float]:

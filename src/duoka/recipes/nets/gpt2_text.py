@@ -29,6 +29,7 @@ __all__ = ["TRAINING", "Lora", "Pieces", "Prepared", "Side", "TextEncoder", "pre
 
 TRAINING = ("frozen", "lora", "full")
 """How a text encoder may be trained: not at all, by low-rank additions to its projections, or all of it."""
+Tokenize = Callable[[list[str]], list[list[int]]]
 ROW_LENGTH = 64
 """Tokens in a row that GPT-2 is given; a longer text makes rows of its own length."""
 ROWS_AT_ONCE = 64
@@ -98,6 +99,8 @@ class Prepared:
     items: Side
     network: nn.Module = field(repr=False)
     """``transformers.GPT2Model``, without dropout, untrained by us."""
+    tokenize: Tokenize = field(repr=False)
+    """From lines of text to their tokens; a field after the first begins with its line break."""
     name: str = "none"
     """What ``prepare`` was asked for."""
     _vectors: Tensor | None = field(default=None, repr=False)
@@ -219,11 +222,11 @@ def prepare(
         Side(users, 0, len(user_pieces)),
         Side(items, len(user_pieces), len(item_pieces)),
         network.eval(),
+        tokenize,
         str(pretrained),
     )
 
 
-Tokenize = Callable[[list[str]], list[list[int]]]
 Piece = tuple[tuple[int, ...], int]
 """The tokens up to the end of a field, and where the field begins."""
 
