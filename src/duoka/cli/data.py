@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from duoka.cli.console import console
 __all__ = ["SUMMARY", "run"]
 
 SUMMARY = "make example data"
+MOST_ROWS = 10_000_000
 
 
 def run(argv: Sequence[str]) -> int:
@@ -19,9 +21,9 @@ def run(argv: Sequence[str]) -> int:
     from duoka.errors import ConfigError
     from duoka.recipes.sets import datatry
 
-    if options.rows < 1 or options.seed < 0:
+    if not 2 <= options.rows <= MOST_ROWS or not 0 <= options.seed < 2**63:
         raise ConfigError(
-            f"--rows is {options.rows} and --seed {options.seed}: rows must be 1 or more, and the seed 0 or more"
+            f"--rows is {options.rows} and --seed {options.seed}: rows must be 2 to {MOST_ROWS:,}, and the seed 0 to 2**63 - 1"
         )
     example = datatry.make(options.rows, options.seed)
     path = Path(options.to)
@@ -30,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     out.print(f"wrote {path}: {options.rows:,} rows, 10 features, then {' and '.join(datatry.TARGETS)}", soft_wrap=True)
     for name, value in example.best_r2().items():
         out.print(f"best reachable R² of {name}: {value:.4f} (noise of deviation {datatry.NOISE[name]:g})")
-    out.print(f"next: duoka train informer --task regress --csv {path}", soft_wrap=True)
+    out.print(f"next: duoka train informer --task regress --csv {shlex.quote(str(path))}", soft_wrap=True)
     return 0
 
 
