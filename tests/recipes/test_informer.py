@@ -507,11 +507,16 @@ def test_small_errors_are_printed_with_digits(folder, tmp_path, capsys):
     assert 1e-14 < float(line.split()[-1]) < 1e-13
 
 
-def test_many_columns_are_drawn_in_part(tmp_path):
+def test_many_columns_are_drawn_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "MOST_COLUMNS", 5)
     series = Series("many", pd.date_range("2020-01-01", periods=30, freq="h"), torch.randn(30, 40), tuple("x" * 40))
     drawing.beyond(tmp_path / "p.png", series, range(40), series.after(2), torch.randn(2, 40), history=9)
-    with Image.open(tmp_path / "p.png") as picture:
-        assert picture.size[1] < 8000
+    drawing.residuals(tmp_path / "r.png", torch.randn(9, 30), [str(number) for number in range(30)])
+    for name in ("p.png", "r.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert max(picture.size) < 2600
+            colours = {colour: count for count, colour in picture.convert("RGB").getcolors(2**24)}
+        assert max(count for colour, count in colours.items() if colour != (255, 255, 255) and colour[2] > 150) > 2000
 
 
 def test_the_next_step_that_is_printed_works(folder, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def by_step(path: Path, results: Forecasts) -> None:
                 label=name,
             )
         axes.set(xlabel="step of the forecast", ylabel="MSE, standardised", ylim=(0, None))
-        axes.set_xlim(0.5, results.truth.shape[1] + 0.5)
+        steps = results.truth.shape[1]
+        axes.set_xlim(0.5, steps + 0.5)
+        if steps <= 12:
+            axes.set_xticks(range(1, steps + 1))
         axes.set_title("How the error grows with the horizon")
         axes.xaxis.get_major_locator().set_params(integer=True)
         _plain(axes)
@@ -172,16 +176,21 @@ def scatter(path: Path, truth: Tensor, predicted: Tensor, name: str, r2: float) 
 
 
 def residuals(path: Path, errors: Tensor, names: Sequence[str]) -> None:
-    """Draw how often which error (predicted less true) ``(rows, columns)`` occurs, a panel a column."""
-    with canvas(path, 4.8 * len(names), 3.8) as figure:
-        for axes, column, name in zip(
-            figure.subplots(1, len(names), squeeze=False)[0], errors.unbind(1), names, strict=True
-        ):
+    """Draw how often which error (predicted less true) ``(rows, columns)`` occurs, a panel a column, of the first ones."""
+    shown = names[:MOST_COLUMNS]
+    across = min(4, len(shown))
+    down = math.ceil(len(shown) / across)
+    with canvas(path, 4.8 * across, 3.8 * down) as figure:
+        grid = list(figure.subplots(down, across, squeeze=False).flat)
+        for axes in grid[len(shown) :]:
+            axes.set_axis_off()
+        for axes, column, name in zip(grid, errors.unbind(1), shown, strict=False):
             axes.hist(column.numpy(), bins=50, color=BLUE, alpha=0.8)
             axes.axvline(0, color=ORANGE, linewidth=1.2)
             axes.set(xlabel=f"predicted less true {name}", ylabel="test rows")
             axes.set_title(f"mean {float(column.mean()):+.3g}, deviation {float(column.std(correction=0)):.3g}")
             _plain(axes)
+        _say_shown(figure, len(shown), len(names))
 
 
 def _say_shown(figure: Any, shown: int, there: int) -> None:
