@@ -5,6 +5,7 @@ import math
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -295,6 +296,7 @@ def test_lengths_are_the_papers_where_none_are_given():
         ({"width": 30, "heads": 4}, "`width` is 30 and `heads` 4"),
         ({"pred_len": 0}, "`pred_len` is 0"),
         ({"dropout": 1.0}, "`dropout` is 1.0"),
+        ({"csv": ""}, "`csv` is empty: name a file"),
         ({"seed": 2**63}, "`seed` is 9223372036854775808"),
         ({"split_seed": 2**70}, "`split_seed` is"),
     ],
@@ -476,6 +478,14 @@ def test_names_that_no_file_can_have_are_no_hindrance(folder, tmp_path, capsys):
     following = capsys.readouterr().out.splitlines()[-1]
     assert main(shlex.split(following.removeprefix("next: duoka "))) == 0
     assert {path.suffix for path in (run / "predictions").iterdir()} == {".csv", ".png"}
+
+
+@pytest.mark.parametrize(("step", "steps"), [("MS", 34), ("h", 66), ("min", 170)])
+def test_dates_below_a_picture_need_no_warning(tmp_path, step, steps):
+    series = Series("s", pd.date_range("2020-01-01", periods=steps - 4, freq=step), torch.randn(steps - 4, 1), ("x",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawing.beyond(tmp_path / "p.png", series, [0], series.after(4), torch.randn(4, 1), history=steps)
 
 
 def test_a_forecast_of_one_step_can_be_seen(folder, tmp_path):

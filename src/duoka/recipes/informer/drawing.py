@@ -111,10 +111,10 @@ def by_step(path: Path, results: Forecasts) -> None:
         axes.set(xlabel="step of the forecast", ylabel="MSE, standardised", ylim=(0, None))
         steps = results.truth.shape[1]
         axes.set_xlim(0.5, steps + 0.5)
-        if steps <= 12:
-            axes.set_xticks(range(1, steps + 1))
         axes.set_title("How the error grows with the horizon")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if steps <= 12:
+            axes.set_xticks(range(1, steps + 1))
         _plain(axes)
         axes.legend(frameon=False)
 
@@ -210,7 +210,7 @@ def _dates(axes: Any) -> None:
     from matplotlib import dates
 
     ticks: Any = dates
-    locator = ticks.AutoDateLocator(minticks=3, maxticks=6)
+    locator = ticks.AutoDateLocator(minticks=3, maxticks=7)  # with 6, some spans (66 hours) fit no step
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ticks.ConciseDateFormatter(locator))
     _plain(axes)

@@ -179,6 +179,8 @@ class Config:
             at_least(self, option, 0, below=2**63)
         at_least(self, "lr", 0, exclusive=True)
         at_least(self, "dropout", 0, below=1)
+        if self.csv == "":
+            raise ConfigError("`csv` is empty: name a file, or leave --csv out")
         if self.task == "regress" and self.csv is None:
             raise ConfigError("regress needs a table: --csv FILE.csv; `duoka data make datatry` writes an example")
 
