@@ -24,7 +24,13 @@ def test_the_example_is_written_with_what_can_be_reached(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--rows", "0"], "--rows is 0"), (["--to", "file/d.csv"], "file"), (["--seed", "-1"], "--seed -1")],
+    [
+        (["--rows", "1"], "--rows is 1"),
+        (["--rows", str(10**15)], "2 to 10,000,000"),
+        (["--to", "file/d.csv"], "file"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(2**63)], "2**63 - 1"),
+    ],
 )
 def test_a_mistake_is_one_message(tmp_path, monkeypatch, capfd, words, message):
     monkeypatch.chdir(tmp_path)

@@ -114,6 +114,12 @@ def test_a_wrong_file_is_refused_with_its_name_and_the_remedy(file, text, messag
     assert message in str(caught.value)
 
 
+def test_a_switch_needs_no_value():
+    assert small("--flag").flag
+    assert small("--flag", "--lr", "2") == small("--lr", "2", "--flag", "true")
+    assert not small("--flag", "false").flag
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,6 +5,7 @@ import math
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from torch.nn.functional import mse_loss
 
 from duoka import Trainer
 from duoka.cli.main import main
-from duoka.errors import ConfigError
-from duoka.recipes.informer import Config, forecast, regress
+from duoka.errors import ConfigError, DataError
+from duoka.recipes.informer import Config, drawing, forecast, regress
 from duoka.recipes.informer.baselines import last_season, last_value
 from duoka.recipes.informer.options import LENGTHS
 from duoka.recipes.nets.informer import Informer, Size
 from duoka.recipes.sets import datatry, table
+from duoka.recipes.sets.series import Series
 from duoka.recipes.sets.windows import Windows, loader
 
 ETTH1 = Path(__file__).parents[3] / "shared" / "data" / "ETTh1.csv"
@@ -294,6 +296,9 @@ def test_lengths_are_the_papers_where_none_are_given():
         ({"width": 30, "heads": 4}, "`width` is 30 and `heads` 4"),
         ({"pred_len": 0}, "`pred_len` is 0"),
         ({"dropout": 1.0}, "`dropout` is 1.0"),
+        ({"csv": ""}, "`csv` is empty: name a file"),
+        ({"seed": 2**63}, "`seed` is 9223372036854775808"),
+        ({"split_seed": 2**70}, "`split_seed` is"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
@@ -319,7 +324,7 @@ def changed(folder: Path, where: Path, change) -> str:
         (lambda lines: [*lines[:99], lines[100], lines[99], *lines[101:]], "line 101, column 1 (date)"),
         (
             lambda lines: [*lines[:99], *lines[101:]],
-            "line 100: 2021-03-05 04:00:00 comes 0 days 03:00:00 after line 99",
+            "line 100: 2021-03-05 04:00:00 follows 2021-03-05 01:00:00 in line 99, and 2021-03-05 02:00:00 is missing",
         ),
         (lambda lines: [*lines[:99], lines[99] + ",5", *lines[100:]], "line 100: 5 columns where the first line has 4"),
         (lambda lines: lines[:60], "bad has 59 rows, 41 of them for training"[:20]),
@@ -335,12 +340,30 @@ def test_a_bad_series_is_one_message_with_line_and_column(folder, tmp_path, capf
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": "1-4"}, r"column 1 \(date\) of .* has the dates: leave it out of --inputs"),
+        ({"targets": "date"}, "leave it out of --targets"),
+        (
+            {"features": "S", "inputs": "a,b", "targets": "OT"},
+            "`inputs` is 'a,b': leave --inputs out, or use --features MS",
+        ),
+        ({"task": "regress", "inputs": "2-4", "targets": "4"}, "both among inputs and targets: OT: leave each out"),
+    ],
+)
+def test_columns_that_do_not_go_together_are_refused(folder, options, message):
+    config = Config(csv=str(folder / "waves.csv"), **options).resolved()
+    with pytest.raises(ConfigError, match=message):
+        {"forecast": forecast, "regress": regress}[config.task].read(config)
+
+
 def test_fill_interpolates_what_is_missing_and_a_constant_column_does_no_harm(folder, tmp_path):
     def change(lines: list[str]) -> list[str]:
         lines = [lines[0], *(line.replace(line.split(",")[1], "7", 1) for line in lines[1:])]
         return [*lines[:99], lines[99].rpartition(",")[0] + ",", *lines[102:]]
 
-    options = ["--csv", changed(folder, tmp_path, change), *SMALL, "--fill", "true", "--epochs", "1"]
+    options = ["--csv", changed(folder, tmp_path, change), *SMALL, "--fill", "--epochs", "1", "--date", "1"]
     found = results(trained(tmp_path, "out", *options))
     assert math.isfinite(found["test_mse"])
     assert found["series"]["std"][0] == 1
@@ -352,6 +375,27 @@ def test_a_constant_target_is_refused(folder, tmp_path, capfd):
     frame.to_csv(tmp_path / "flat.csv", index=False)
     assert main(["train", "informer", "--task", "regress", "--csv", str(tmp_path / "flat.csv"), *TINY]) == 2
     assert "column 12 (SWAT): 0.5 in every training row" in capfd.readouterr().err
+
+
+def test_a_target_that_is_constant_in_the_test_has_no_r2(folder, tmp_path):
+    config = Config(task="regress", csv=str(folder / "datatry.csv")).resolved()
+    test = [line - 2 for line in regress.read(config).test_lines]
+    frame = pd.read_csv(folder / "datatry.csv")
+    frame.loc[test, "SWAT"] = 0.5
+    frame.to_csv(tmp_path / "flat.csv", index=False)
+    with pytest.raises(DataError, match=r"column 12 \(SWAT\): 0.5 in every test row"):
+        regress.read(Config(task="regress", csv=str(tmp_path / "flat.csv")).resolved())
+
+
+def test_a_training_that_went_astray_is_one_message(folder, tmp_path, capfd):
+    for task, csv, small in (("forecast", "waves.csv", SMALL), ("regress", "datatry.csv", TINY)):
+        words = ["train", "informer", "--task", task, "--csv", str(folder / csv), *small, "--lr", "1e30"]
+        assert main([*words, "--out", str(tmp_path)]) == 2
+        shown = capfd.readouterr().err
+        assert "answers are no numbers" in shown
+        assert "smaller --lr" in shown
+        assert "Traceback" not in shown
+    assert not list(tmp_path.rglob("results.json"))
 
 
 def test_the_wrong_kind_of_input_to_predict_is_said(run, folder, tmp_path, capfd):
@@ -376,9 +420,122 @@ def test_the_wrong_kind_of_input_to_predict_is_said(run, folder, tmp_path, capfd
         assert message in capfd.readouterr().err
 
 
+def test_what_is_missing_in_a_file_to_predict_is_filled_on_request(run, table_run, folder, tmp_path, capfd):
+    frame = waves()
+    frame.loc[590, "b"] = float("nan")
+    frame.to_csv(tmp_path / "gap.csv", index=False)
+    words = ["predict", str(run), "--from", str(tmp_path / "gap.csv"), "--device", "cpu"]
+    assert main(words) == 2
+    assert "line 592, column 3 (b); complete or remove these rows, or give --fill true" in capfd.readouterr().err
+    assert main([*words, "--fill", "true"]) == 0
+    assert main(["predict", str(run), "x.png", "--fill"]) == 2
+    frame = pd.read_csv(folder / "datatry.csv")
+    frame.loc[3, "SWAT"] = float("nan")  # not known yet
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    assert main(["predict", str(table_run), "--from", str(tmp_path / "new.csv"), "--device", "cpu"]) == 0
+    written = {path.name for path in (table_run / "predictions").iterdir()}
+    assert {"new.csv", "new-Pressure.png"} <= written
+    assert "new-SWAT.png" not in written
+
+
+def test_eval_takes_the_columns_and_the_scaling_of_the_run(run, table_run, folder, tmp_path, capfd):
+    for kind, finished, csv in (("forecast", run, "waves.csv"), ("regress", table_run, "datatry.csv")):
+        copied = shutil.copytree(finished, tmp_path / kind)
+        frame = pd.read_csv(folder / csv)
+        shuffled = frame[frame.columns[::-1]]
+        shuffled.insert(0, "new", range(len(frame)))
+        config = (copied / "config.yml").read_text().replace(str(folder / csv), str(tmp_path / csv))
+        (copied / "config.yml").write_text(config)
+        shuffled.to_csv(tmp_path / csv, index=False)
+        assert main(["eval", str(copied)]) == 0
+        found, again = results(finished), json.loads((copied / "evaluation.json").read_text())
+        assert {name: found[name] for name in again} == again
+        shuffled[: len(frame) // 2].to_csv(tmp_path / csv, index=False)
+        capfd.readouterr()
+        assert main(["eval", str(copied)]) == 2
+        assert "evaluate with the file of the training" in capfd.readouterr().err
+
+
+def test_a_resume_with_other_rows_or_lengths_is_refused(run, table_run, capfd):
+    for finished, option, value in (
+        (run, "pred_len", "8"),
+        (run, "targets", "OT"),
+        (table_run, "split_seed", "1"),
+        (table_run, "train_rows", "100"),
+        (table_run, "inputs", "1-5"),
+    ):
+        assert main(["train", "informer", "--resume", str(finished), f"--{option}", value]) == 2
+        assert f"`{option}` was" in capfd.readouterr().err
+
+
+def test_names_that_no_file_can_have_are_no_hindrance(folder, tmp_path, capsys):
+    frame = pd.read_csv(folder / "datatry.csv").rename(columns={"Pressure": "Q (m3/s)", "SWAT": "Q [m3/s]"})
+    frame.to_csv(tmp_path / "my table.csv", index=False)
+    words = ["--task", "regress", "--csv", str(tmp_path / "my table.csv"), *TINY, "--epochs", "1"]
+    run = trained(tmp_path, "out", *words)
+    names = {path.name for path in (run / "plots").glob("scatter*")}
+    assert names == {"scatter_Q__m3_s_.png", "scatter_Q__m3_s_-2.png"}
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert main(shlex.split(following.removeprefix("next: duoka "))) == 0
+    assert {path.suffix for path in (run / "predictions").iterdir()} == {".csv", ".png"}
+
+
+@pytest.mark.parametrize(("step", "steps"), [("MS", 34), ("h", 66), ("min", 170)])
+def test_dates_below_a_picture_need_no_warning(tmp_path, step, steps):
+    series = Series("s", pd.date_range("2020-01-01", periods=steps - 4, freq=step), torch.randn(steps - 4, 1), ("x",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawing.beyond(tmp_path / "p.png", series, [0], series.after(4), torch.randn(4, 1), history=steps)
+
+
+def test_a_forecast_of_one_step_can_be_seen(folder, tmp_path):
+    words = [*SMALL, "--pred_len", "1", "--epochs", "1", "--baselines", "false"]
+    run = trained(tmp_path, "out", "--csv", str(folder / "waves.csv"), *words)
+    with Image.open(run / "plots" / "forecasts.png") as picture:
+        below_the_legend = picture.convert("RGB").crop((0, 60, *picture.size))
+        colours = {colour: count for count, colour in below_the_legend.getcolors(2**24)}
+    assert colours.get((213, 94, 0), 0) > 100
+
+
+def test_a_stop_while_the_baselines_are_trained_says_how_to_go_on(folder, tmp_path, monkeypatch, caplog):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("duoka.recipes.informer.baselines.dlinear", stop)
+    words = ["--csv", str(folder / "waves.csv"), *SMALL, "--epochs", "1", "--out", str(tmp_path)]
+    assert main(["train", "informer", *words]) == 130
+    assert "go on with: duoka train informer --resume" in caplog.text
+
+
+def test_small_errors_are_printed_with_digits(folder, tmp_path, capsys):
+    frame = pd.read_csv(folder / "datatry.csv")
+    frame["Pressure"] *= 1e-15
+    frame["SWAT"] *= 1e-15
+    frame.to_csv(tmp_path / "small.csv", index=False)
+    trained(tmp_path, "out", "--task", "regress", "--csv", str(tmp_path / "small.csv"), *TINY, "--epochs", "1")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("test rmse"))
+    assert 1e-14 < float(line.split()[-1]) < 1e-13
+
+
+def test_many_columns_are_drawn_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "MOST_COLUMNS", 5)
+    series = Series("many", pd.date_range("2020-01-01", periods=30, freq="h"), torch.randn(30, 40), tuple("x" * 40))
+    drawing.beyond(tmp_path / "p.png", series, range(40), series.after(2), torch.randn(2, 40), history=9)
+    drawing.residuals(tmp_path / "r.png", torch.randn(9, 30), [str(number) for number in range(30)])
+    for name in ("p.png", "r.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert max(picture.size) < 2600
+            colours = {colour: count for count, colour in picture.convert("RGB").getcolors(2**24)}
+        assert max(count for colour, count in colours.items() if colour != (255, 255, 255) and colour[2] > 150) > 2000
+
+
 def test_the_next_step_that_is_printed_works(folder, tmp_path, capsys):
     capsys.readouterr()
-    trained(tmp_path, "out", "--csv", str(folder / "waves.csv"), *SMALL, "--epochs", "1", "--baselines", "false")
+    words = [*SMALL, "--seq_len", "20", "--epochs", "1"]  # shorter than a day
+    run = trained(tmp_path, "out", "--csv", str(folder / "waves.csv"), *words)
+    text = (run / "evaluation_results.txt").read_text()
+    assert "No last season: the past of 20 steps is shorter than one of 24." in text
+    assert "test: 2021-03-21 00:00:00 to 2021-03-25 23:00:00" in text
     following = capsys.readouterr().out.splitlines()[-1]
     assert main(shlex.split(following.removeprefix("next: duoka "))) == 0
 

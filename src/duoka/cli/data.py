@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ __all__ = ["SUMMARY", "run"]
 SUMMARY = "make example data"
 OWN = {"datatry": ("rows",), "movielens": ("users", "films", "ratings")}
 """Which sizes each example has."""
+MOST_ROWS = 10_000_000
 
 
 def run(argv: Sequence[str]) -> int:
@@ -34,8 +36,10 @@ def _datatry(options: argparse.Namespace) -> int:
     from duoka.recipes.sets import datatry
 
     rows = 10_000 if options.rows is None else options.rows
-    if rows < 1 or options.seed < 0:
-        raise ConfigError(f"--rows is {rows} and --seed {options.seed}: rows must be 1 or more, and the seed 0 or more")
+    if not 2 <= rows <= MOST_ROWS or not 0 <= options.seed < 2**63:
+        raise ConfigError(
+            f"--rows is {rows} and --seed {options.seed}: rows must be 2 to {MOST_ROWS:,}, and the seed 0 to 2**63 - 1"
+        )
     example = datatry.make(rows, options.seed)
     path = Path(options.to or "datatry.csv")
     datatry.write(path, example)
@@ -43,7 +47,7 @@ def _datatry(options: argparse.Namespace) -> int:
     out.print(f"wrote {path}: {rows:,} rows, 10 features, then {' and '.join(datatry.TARGETS)}", soft_wrap=True)
     for name, value in example.best_r2().items():
         out.print(f"best reachable R² of {name}: {value:.4f} (noise of deviation {datatry.NOISE[name]:g})")
-    out.print(f"next: duoka train informer --task regress --csv {path}", soft_wrap=True)
+    out.print(f"next: duoka train informer --task regress --csv {shlex.quote(str(path))}", soft_wrap=True)
     return 0
 
 

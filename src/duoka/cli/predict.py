@@ -29,6 +29,8 @@ def run(argv: Sequence[str]) -> int:
     finished = Run.at(options.run)
     recipe = registry.find(finished.recipe())
     config = dataclasses.replace(of_run(recipe.Config, finished), device=options.device)
+    if options.fill is not None and options.table is None:
+        raise ConfigError("--fill is for a table: give one with --from data.csv")
     if options.table is not None:
         return _write(recipe, finished, config, options)
     if not options.inputs:
@@ -50,6 +52,8 @@ def _write(recipe: Recipe, finished: Run, config: Any, options: argparse.Namespa
         raise ConfigError(f"--from takes the only input; {options.inputs[0]!r} is one too many")
     if not hasattr(recipe, "predict_table"):
         raise ConfigError(f"a run of `{finished.recipe()}` predicts from images, not from a table: leave --from out")
+    if options.fill is not None:
+        config = dataclasses.replace(config, fill=options.fill == "true")
     written = recipe.predict_table(finished, config, options.table)
     if options.json:
         print_json({"input": options.table, "files": [str(path) for path in written.files], "summary": written.summary})
@@ -78,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="the run's folder, which `duoka train` has named")
     parser.add_argument("inputs", metavar="IMAGE", nargs="*", help="an image of any size and kind, grey or colour")
     parser.add_argument("--from", dest="table", metavar="FILE.csv", help="a table, for a run of the recipe informer")
+    parser.add_argument(
+        "--fill",
+        nargs="?",
+        const="true",
+        choices=("true", "false"),
+        help="interpolate what is missing in the table, or refuse it (default: as the run did)",
+    )
     parser.add_argument("--device", default="auto", metavar="SPEC", help="what to compute on (default: %(default)s)")
     parser.add_argument(
         "--top", type=_count, default=3, metavar="N", help="how many answers to show (default: %(default)s)"

@@ -40,9 +40,14 @@ def show(outcome: Outcome) -> None:
         return
     out = console()
     for name, value in outcome.results.items():
-        out.print(f"{name.replace('_', ' ')}: {value:.4f}")
+        out.print(f"{name.replace('_', ' ')}: {_brief(value)}")
     out.print(f"run folder: {outcome.run.folder}", soft_wrap=True)
     out.print(f"next: {outcome.next_step}", soft_wrap=True)
+
+
+def _brief(value: float) -> str:
+    """Return a number with four decimals, or four digits where these would show nothing of it."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _recipes() -> str:

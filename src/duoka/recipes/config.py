@@ -117,7 +117,7 @@ def refuse_changes(run: Run, recipe: str, before: Any, now: Any) -> None:
 
 def _shown(value: Any) -> str:
     """Return a value as one writes it on the command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def typed(kind: type[C], options: Mapping[str, Any], where: str, *, recipe: str) -> C:
@@ -250,6 +250,7 @@ def _command_line(parser: Any, kind: type[Any], arguments: Sequence[str]) -> dic
     if "-h" in arguments or "--help" in arguments:
         parser.parse_args(["--help"])
     names = [field.name for field in dataclasses.fields(kind)]
+    hints = typing.get_type_hints(kind)
     given: dict[str, Any] = {}
     left = list(arguments)
     while left:
@@ -260,7 +261,11 @@ def _command_line(parser: Any, kind: type[Any], arguments: Sequence[str]) -> dic
         if name not in ("config", *names):
             raise ConfigError(_unknown(name, names, COMMAND_LINE))
         if not joined:
-            if not left or (left[0].startswith("--")):
+            alone = not left or left[0].startswith("--")
+            if alone and hints.get(name) is bool:
+                given[name] = "true"
+                continue
+            if alone:
                 raise ConfigError(f"`{flag}` on the command line lacks its value: write `{flag} VALUE`")
             value = left.pop(0)
         given[name] = value

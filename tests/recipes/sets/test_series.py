@@ -62,9 +62,23 @@ def test_a_step_without_a_name_of_its_own_is_regular_too(file):
         (["2020-01-01", "2020-01-02", "2020-01-02"], "line 4, .*2020-01-02 is the same date as 2020-01-02 in line 3"),
         (
             [*hours(9), "2020-01-01 10:00"],
-            r"line 11: .* comes 0 days 02:00:00 after line 10, .*usual step is 0 days 01:00:00",
+            r"line 11: .* 10:00:00 follows 2020-01-01 08:00:00 in line 10, and 2020-01-01 09:00:00 is missing .*\(1 missing in",
         ),
-        (hours(2), "has 2 rows"),
+        (hours(2), "has too few rows, 2"),
+        (["08:00", "09:00", "10:00"], "no date: '08:00' in line 2"),
+        (["12/13/2020", "13/12/2020", "14/12/2020"], "no date: '12/13/2020' in line 2"),
+        (["01/02/2020", "01/03/2020", "01/04/2020"], "'01/02/2020' may be read in several ways"),
+        (["13/01/20", "14/01/20", "15/01/20"], "'13/01/20' may be read in several ways"),
+        (["2020-03-29 01:00+01:00", "2020-03-29 03:00+02:00", "2020-03-29 04:00+02:00"], "several time zones: .* UTC"),
+        (
+            [*hours(9), "2020-01-01 09:20"],
+            r"line 11: .* comes 0 days 01:20:00 after line 10, no whole number.*correct the",
+        ),
+        ([*hours(9), "2120-01-01 00:00"], "line 11: .*more rows are missing than there are"),
+        (
+            [*hours(9, "B"), "2020-01-15"],
+            "line 11: 2020-01-15 00:00:00 follows .*, and 2020-01-14 00:00:00 is missing between them",
+        ),
     ],
 )
 def test_dates_that_make_no_series_are_refused_with_their_line(file, dates, message):
@@ -76,8 +90,42 @@ def test_missing_dates_are_filled_on_request(file):
     dates = hours(12)
     series = read(file(dates[:3] + dates[5:], [0, 1, 2, *range(5, 12)]), fill=True)
     assert series.values.flatten().tolist() == pytest.approx(range(12))
-    with pytest.raises(DataError, match="no whole number of steps"):
+    with pytest.raises(DataError, match="no whole number of the usual steps"):
         read(file([*dates, "2020-01-01 11:30"]), fill=True)
+
+
+@pytest.mark.parametrize("step", ["MS", "B"])
+def test_missing_dates_of_unequal_steps_are_filled_too(file, step):
+    dates = hours(30, step)
+    series = read(file(dates[:9] + dates[10:]), fill=True)
+    assert (series.frequency, len(series)) == (step, 30)
+
+
+def test_missing_values_are_interpolated_over_time(file):
+    dates = hours(10)
+    series = read(file([*dates[:2], *dates[5:]], [0, "", *range(5, 10)]), fill=True)
+    assert series.values.flatten().tolist() == pytest.approx(range(10))
+
+
+@pytest.mark.parametrize("form", ["%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d", "%d-%m-%Y", "%Y年%m月%d日"])
+def test_day_and_month_are_told_apart_by_all_dates_together(file, form):
+    dates = pd.date_range("2020-01-01", periods=40, freq="h" if form == "%d.%m.%Y" else "24h")
+    series = read(file([date.strftime(f"{form} %H:%M") for date in dates]))
+    assert list(series.dates) == list(dates)
+
+
+def test_a_step_that_is_expected_goes_before_another_that_fits(file):
+    path = file(["2020-07-01", "2020-08-01", "2020-09-01"])
+    assert read(path).frequency == "744h"
+    assert series_of(table.read(path), "1", [1], frequency="MS").frequency == "MS"
+
+
+def test_a_series_that_never_changes_is_refused():
+    series = Series("flat", pd.date_range("2020-01-01", periods=200, freq="h"), torch.ones(200, 2).double(), ("x", "y"))
+    series.values[:, 1] = torch.arange(200)
+    with pytest.raises(DataError, match="flat: x never changes in the 140 training rows"):
+        Parts.of(series, "auto", 10, 5, [0])
+    assert Parts.of(series, "auto", 10, 5, [0, 1]).scaling.std[0] == 1
 
 
 def test_a_column_of_dates_that_is_not_there_is_named(file):

@@ -30,12 +30,19 @@ def file(tmp_path):
         "a;b\n1;2,5\n3;-4e-1\n",
         "a\tb\n1\t2.5\n3\t-4e-1",
         'a, b\n\n"1", 2.5 \n3, -4e-1\n\n',
+        "\na;b\n1;2,5\n3;-4e-1\n",
     ],
 )
 def test_separators_marks_and_line_ends_make_no_difference(file, content):
     found = table.read(file(content))
     assert found.columns == ("a", "b")
     assert found.numbers([0, 1]).tolist() == [[1, 2.5], [3, -0.4]]
+
+
+def test_separators_within_quotes_are_not_counted(file):
+    found = table.read(file('"flow, m3/s, mean";b\n1;2\n'))
+    assert found.columns == ("flow, m3/s, mean", "b")
+    assert found.find("flow, m3/s, mean") == [0]
 
 
 def test_columns_are_found_by_name_position_and_range(file):
@@ -53,6 +60,11 @@ def test_columns_are_found_by_name_position_and_range(file):
             found.find(wanted)
     with pytest.raises(ConfigError, match="no column 'temperature'"):
         found.find_name("temperature")
+    with pytest.raises(ConfigError, match="did you mean 'OT'"):
+        table.read(file("date,OT\n1,2\n")).find("ot")
+    assert found.find_one("c") == 2
+    with pytest.raises(ConfigError, match=r"'1-2' names 2 columns of .*: name one"):
+        found.find_one("1-2")
 
 
 @pytest.mark.parametrize(
@@ -87,16 +99,17 @@ def test_eleven_columns_where_twelve_are_named(file):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match=r"there is no file .*none\.csv"):
         table.read(tmp_path / "none.csv")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="is a folder: give a CSV file"):
         table.read(tmp_path)
+    (tmp_path / "sales_2020.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"no file .*sales_2021\.csv: did you mean .*sales_2020\.csv\?"):
+        table.read(tmp_path / "sales_2021.csv")
 
 
 @pytest.mark.parametrize("cell", ["x", "1_000", "inf", "1 2", "12:30"])
 def test_cells_that_are_no_numbers_are_named_by_line_and_column(file, cell):
     found = table.read(file(f"a,b\n1,2\n3,{cell}\n"))
-    with pytest.raises(
-        DataError, match=rf"1 cell that should be a number and is not: '{cell}' in line 3, column 2 \(b\)"
-    ):
+    with pytest.raises(DataError, match=rf"1 cell where a number should be: '{cell}' in line 3, column 2 \(b\)"):
         found.numbers([0, 1], fill=True)
     assert found.numbers([0]).tolist() == [[1], [3]]
 
@@ -111,6 +124,11 @@ def test_missing_values_are_named_or_interpolated(file, cell):
     assert found.numbers([0, 1], fill=True).tolist() == [[2, 1], [2, 2], [5, 3], [8, 4], [8, 5]]
 
 
+def test_a_decimal_comma_where_tabs_separate_is_said(file):
+    with pytest.raises(DataError, match=r"'1,5' in line 2, column 1 \(a\); write 1\.5 for 1,5"):
+        table.read(file("a\tb\n1,5\t2\n")).numbers([0])
+
+
 def test_a_column_without_any_value_cannot_be_filled(file):
     found = table.read(file("a,b\n1,\n2,\n"))
     with pytest.raises(DataError, match="column 'b' has no value at all"):
@@ -118,10 +136,10 @@ def test_a_column_without_any_value_cannot_be_filled(file):
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    table.write(tmp_path / "new" / "t.csv", ["a", "b,c"], [[1.5, "x"], [math.pi, "y"]])
+    table.write(tmp_path / "new" / "t.csv", ["a", "b,c"], [[1.5, "x"], [math.pi, "y"], [1.6e9 + 2, "z"]])
     found = table.read(tmp_path / "new" / "t.csv")
     assert found.columns == ("a", "b,c")
-    assert found.numbers([0]).tolist() == [[1.5], [3.141593]]
+    assert found.numbers([0]).tolist() == [[1.5], [3.141592654], [1_600_000_002.0]]
 
 
 def test_scaling_is_of_the_rows_it_was_made_of_and_back(caplog):
@@ -133,3 +151,22 @@ def test_scaling_is_of_the_rows_it_was_made_of_and_back(caplog):
     assert scaling.apply(other).tolist() == [[3.0, 2.0]]
     assert torch.equal(scaling.invert(scaling.apply(other)), other)
     assert scaling.at([1]) == Scaling((7.0,), (1.0,))
+
+
+def test_small_numbers_are_scaled_as_large_ones_are():
+    rows = torch.tensor([[1.0, 5.0], [3.0, 5.0]], dtype=torch.float64)
+    expected = [[-1, 0], [1, 0]]
+    for unit in (1e-15, 1e-60):  # permeability in square metres is the first
+        assert Scaling.of(rows * unit, ["a", "same"]).apply(rows * unit).tolist() == expected
+
+
+def test_small_changes_far_from_0_are_scaled_exactly():
+    seconds = torch.tensor([[1.6e9], [1.6e9 + 2]], dtype=torch.float64)
+    scaling = Scaling.of(seconds, ["seconds"])
+    assert scaling.apply(seconds).tolist() == [[-1], [1]]
+    assert torch.equal(scaling.invert(scaling.apply(seconds)), seconds)
+
+
+def test_numbers_whose_squares_overflow_are_refused():
+    with pytest.raises(DataError, match=r"column 'a' has numbers as large as 3e\+300, which overflow"):
+        Scaling.of(torch.tensor([[1.0], [3e300]], dtype=torch.float64), ["a"])

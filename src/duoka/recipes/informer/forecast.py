@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from duoka import Trainer, current_world, devices, load
-from duoka.errors import DataError
+from duoka.errors import ConfigError, DataError
 from duoka.recipes.informer import baselines, drawing, report
 from duoka.recipes.informer.options import NAME, Config
-from duoka.recipes.informer.running import predictions_of, schedule
+from duoka.recipes.informer.running import check_finite, next_step, predictions_of, schedule
 from duoka.recipes.nets.informer import Informer
 from duoka.recipes.registry import Outcome, Written
 from duoka.recipes.runs import Run, folder_of, run_options
@@ -43,6 +43,22 @@ class Data:
         """The forecast columns."""
         return tuple(self.series.columns[place] for place in self.targets)
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """How many windows each part has."""
+        parts = self.parts
+        return {"training": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)}
+
+    @property
+    def spans(self) -> str:
+        """Say from when to when each part lasts."""
+        parts, dates = self.parts, self.series.dates
+        first_test = parts.test_begins + parts.test.past
+        ends = len(parts.train.values), first_test, parts.test_begins + len(parts.test.values)
+        begins = 0, ends[0], first_test
+        words = zip(("training", "validation", "test"), begins, ends, strict=True)
+        return "; ".join(f"{part}: {dates[begin]} to {dates[end - 1]}" for part, begin, end in words)
+
 
 def train(config: Config) -> Outcome:
     """Train, test, and write the run's folder."""
@@ -54,31 +70,37 @@ def train(config: Config) -> Outcome:
     trainer = _trainer(model, config, data, run_options(run, NAME, config))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
-    results = _tested(trainer, config, data)
-    if current_world().is_main:
-        _write(run, config, data, results)
-    return Outcome(run, _headline(config, results), f"duoka predict {run.folder} --from {data.source}")
+        results = _tested(trainer, config, data)
+        if current_world().is_main:
+            _write(run, config, data, results)
+    return Outcome(run, _headline(config, results), next_step(run, data.source))
 
 
 def evaluate(run: Run, config: Config) -> Outcome:
     """Test the model of a finished run again."""
-    path, remembered = run.finished_model(), run.read_results()["series"]
-    data = read(config)
+    path, results = run.finished_model(), run.read_results("series", "windows")
+    remembered = results["series"]
+    data = read(config, remembered)
+    if data.windows != results["windows"]:
+        raise DataError(
+            f"{data.source} has other windows than when the run was trained ({data.windows} now, then {results['windows']}), "
+            "some of which may have been learnt from: evaluate with the file of the training"
+        )
     model = _model(config, len(remembered["columns"]), len(remembered["targets"]), remembered["marks"])
     load(path, into=model)
-    results = _tested(_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
-    headline = _headline(config, results)
+    tested = _tested(_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
+    headline = _headline(config, tested)
     if current_world().is_main:
         run.write_results(headline, "evaluation.json")
-    return Outcome(run, headline, f"duoka predict {run.folder} --from {data.source}")
+    return Outcome(run, headline, next_step(run, data.source))
 
 
 def predict_table(run: Run, config: Config, source: str) -> Written:
     """Forecast beyond the end of a file with the columns and the step of the one that was trained on."""
-    path, remembered = run.finished_model(), run.read_results()["series"]
+    path, remembered = run.finished_model(), run.read_results("series")["series"]
     contents = table.read(source)
     places = [contents.find_name(name) for name in remembered["columns"]]
-    series = series_of(contents, config.date, places, fill=config.fill)
+    series = series_of(contents, config.date, places, fill=config.fill, frequency=remembered["frequency"])
     past, _, horizon = config.lengths
     if len(series) < past:
         raise DataError(
@@ -86,7 +108,8 @@ def predict_table(run: Run, config: Config, source: str) -> Written:
         )
     if series.frequency != remembered["frequency"]:
         raise DataError(
-            f"{source} has a row every {series.frequency}, and the model was trained on a row every {remembered['frequency']}"
+            f"{source} has a row every {series.frequency}, and the model was trained on a row every {remembered['frequency']}: "
+            "give a file with that step"
         )
     model = _model(config, len(places), len(remembered["targets"]), remembered["marks"])
     load(path, into=model)
@@ -97,28 +120,62 @@ def predict_table(run: Run, config: Config, source: str) -> Written:
     model.to(device).eval()
     with torch.inference_mode():
         forecast = model(scaling.apply(series.values[-past:])[None].to(device), marks[None].to(device))[0].cpu()
+    check_finite(forecast)
     targets = [remembered["columns"].index(name) for name in remembered["targets"]]
     forecast = scaling.at(targets).invert(forecast)
     written = predictions_of(run, source, ".csv"), predictions_of(run, source, ".png")
     rows = [[str(date), *values] for date, values in zip(dates, forecast.tolist(), strict=True)]
-    table.write(written[0], [config.date, *remembered["targets"]], rows)
+    table.write(written[0], [contents.columns[contents.find_one(config.date)], *remembered["targets"]], rows)
     drawing.beyond(written[1], series, targets, dates, forecast, history=max(past, 3 * horizon))
     return Written(written, f"{horizon} steps from {dates[0]} to {dates[-1]}")
 
 
-def read(config: Config) -> Data:
-    """Return the series that ``config`` names, cut into windows."""
+def read(config: Config, remembered: dict[str, Any] | None = None) -> Data:
+    """Return the series that ``config`` names, cut into windows.
+
+    Args:
+        config: the options.
+        remembered: what a finished run knows of its series, whose columns and scaling are taken then.
+
+    Raises:
+        ConfigError: columns that are not there or do not go together.
+        DataError: a file that is no regular series, or is too short.
+
+    """
     source = config.csv or str(ett.locate(config.dataset, config.root, download=config.download))
     contents = table.read(source)
-    date = contents.find_name(config.date)
+    if remembered is None:
+        inputs, targets = _columns(contents, config)
+    else:
+        inputs, targets = ([contents.find_name(name) for name in remembered[kind]] for kind in ("columns", "targets"))
+    frequency, scaling = None, None
+    if remembered is not None:
+        frequency, scaling = remembered["frequency"], Scaling(tuple(remembered["mean"]), tuple(remembered["std"]))
+    series = series_of(contents, config.date, inputs, fill=config.fill, frequency=frequency)
+    places = tuple(inputs.index(place) for place in targets)
+    past, _, horizon = config.lengths
+    return Data(source, series, places, Parts.of(series, config.split, past, horizon, places, scaling))
+
+
+def _columns(contents: table.Table, config: Config) -> tuple[list[int], list[int]]:
+    """Return the places of the columns to learn from, those to forecast among them, and of those."""
+    date = contents.find_one(config.date)
     others = [place for place in range(len(contents.columns)) if place != date]
     inputs = contents.find(config.inputs) if config.inputs else others
     targets = contents.find(config.targets) if config.targets else inputs if config.features == "M" else inputs[-1:]
-    inputs = targets if config.features == "S" else [*inputs, *(place for place in targets if place not in inputs)]
-    series = series_of(contents, config.date, inputs, fill=config.fill)
-    places = tuple(inputs.index(place) for place in targets)
-    past, _, horizon = config.lengths
-    return Data(source, series, places, Parts.of(series, config.split, past, horizon, places))
+    if date in (*inputs, *targets):
+        option = "inputs" if date in inputs else "targets"
+        raise ConfigError(
+            f"column {date + 1} ({contents.columns[date]}) of {contents.path} has the dates: leave it out of --{option}"
+        )
+    if config.features != "S":
+        return [*inputs, *(place for place in targets if place not in inputs)], targets
+    if config.inputs and config.targets and inputs != targets:
+        raise ConfigError(
+            f"`features` is S, which forecasts series from themselves alone, and `inputs` is {config.inputs!r}: leave --inputs "
+            "out, or use --features MS"
+        )
+    return targets, targets
 
 
 def _model(config: Config, inputs: int, outputs: int, marks: int) -> Informer:
@@ -153,6 +210,7 @@ def _tested(trainer: Trainer, config: Config, data: Data) -> report.Forecasts:
     """Forecast all windows of the test part, with the model and with what it is measured against."""
     test = data.parts.test
     forecasts: dict[str, Tensor] = {"Informer": trainer.predict(loader(test, 256))}
+    check_finite(forecasts["Informer"])
     if config.baselines:
         forecasts["last value"] = baselines.last_value(test)
         if (seasonal := baselines.last_season(test, data.series.season())) is not None:
@@ -184,16 +242,18 @@ def _write(run: Run, config: Config, data: Data, results: report.Forecasts) -> N
         "std": scaling.std,
     }
     parts = data.parts
-    windows = {"training": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)}
     numbers = {
         "recipe": NAME,
         **_headline(config, results),
         **results.numbers(),
-        "windows": windows,
+        "windows": data.windows,
         "series": remembered,
     }
     run.write_results(numbers)
-    text = results.text(f"{series.name}, {windows['test']:,} test windows, horizon {config.lengths[2]}")
+    notes = [data.spans]
+    if config.baselines and "last season" not in results.forecasts:
+        notes.append(f"No last season: the past of {parts.test.past} steps is shorter than one of {series.season()}.")
+    text = results.text(f"{series.name}, {len(parts.test):,} test windows, horizon {config.lengths[2]}", notes)
     run.write_text("evaluation_results.txt", text)
     run.log(text)
     dates = series.dates[parts.test_begins :]

@@ -55,7 +55,8 @@ class Config:
     download: bool = True
     """Whether such a set may be downloaded (2 to 10 MB) when ``root`` does not have it."""
     fill: bool = False
-    """Whether missing values, and missing dates, are interpolated between their neighbours; otherwise they are refused."""
+    """Whether missing values, and missing dates, are interpolated between their neighbours; otherwise they are refused.
+    What follows a gap is looked at for that, so errors of forecasts that begin in one come out a little too small."""
     inputs: str | None = None
     """Columns to learn from, by names or positions from 1 (``HUFL,HULL``, ``1-10``); null is all that are no target or date."""
     targets: str | None = None
@@ -67,7 +68,7 @@ class Config:
     """Regress: decides which rows those are; apart from ``seed``, so that runs with other seeds are tested on the same."""
 
     date: str = "date"
-    """Forecast: the column of dates."""
+    """Forecast: the column of dates, by name or position."""
     features: Literal["M", "S", "MS"] = "M"
     """Forecast: all series from all (M), one from itself (S), or one from all (MS)."""
     seq_len: int | None = None
@@ -135,7 +136,16 @@ class Config:
 
     FIXED = (
         "task",
+        "dataset",
+        "inputs",
+        "targets",
+        "train_rows",
+        "split_seed",
         "features",
+        "seq_len",
+        "label_len",
+        "pred_len",
+        "split",
         "attention",
         "distil",
         "width",
@@ -181,10 +191,14 @@ class Config:
             at_least(self, option, 1)
         for option in ("width", "heads", "hidden"):
             at_least(self, option, 1)
-        for option in ("label_len", "patience", "seed", "split_seed", "weight_decay"):
+        for option in ("label_len", "patience", "weight_decay"):
             at_least(self, option, 0)
+        for option in ("seed", "split_seed"):
+            at_least(self, option, 0, below=2**63)
         at_least(self, "lr", 0, exclusive=True)
         at_least(self, "dropout", 0, below=1)
+        if self.csv == "":
+            raise ConfigError("`csv` is empty: name a file, or leave --csv out")
         if self.task == "regress" and self.csv is None:
             raise ConfigError("regress needs a table: --csv FILE.csv; `duoka data make datatry` writes an example")
 

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from duoka import Trainer, current_world, devices, load
 from duoka.errors import ConfigError, DataError
+from duoka.log import logger
 from duoka.recipes.informer import drawing
 from duoka.recipes.informer.options import NAME, Config
-from duoka.recipes.informer.running import predictions_of, schedule
+from duoka.recipes.informer.running import check_finite, file_names, next_step, predictions_of, schedule
 from duoka.recipes.nets.regressor import Regressor
 from duoka.recipes.registry import Outcome, Written
 from duoka.recipes.runs import Run, folder_of, run_options
@@ -58,21 +59,23 @@ def train(config: Config) -> Outcome:
     trainer = _trainer(model, config, rows, run_options(run, NAME, config))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
-    predicted = _predicted(trainer, rows)
-    found = measures(rows.truth, predicted, rows.targets)
-    if current_world().is_main:
-        _write(run, rows, predicted, found)
-    return Outcome(run, _headline(found), f"duoka predict {run.folder} --from {config.csv}")
+        predicted = _predicted(trainer, rows)
+        found = measures(rows.truth, predicted, rows.targets)
+        if current_world().is_main:
+            _write(run, rows, predicted, found)
+    assert config.csv is not None
+    return Outcome(run, _headline(found), next_step(run, config.csv))
 
 
 def evaluate(run: Run, config: Config) -> Outcome:
     """Test the model of a finished run again."""
-    model, _ = _finished(run, config)
-    rows = read(config)
+    model, remembered = _finished(run, config)
+    rows = read(config, remembered)
     found = measures(rows.truth, _predicted(_trainer(model, config, rows, {}), rows), rows.targets)
     if current_world().is_main:
         run.write_results(found, "evaluation.json")
-    return Outcome(run, _headline(found), f"duoka predict {run.folder} --from {config.csv}")
+    assert config.csv is not None
+    return Outcome(run, _headline(found), next_step(run, config.csv))
 
 
 def predict_table(run: Run, config: Config, source: str) -> Written:
@@ -80,30 +83,79 @@ def predict_table(run: Run, config: Config, source: str) -> Written:
     model, remembered = _finished(run, config)
     contents = table.read(source)
     values = contents.numbers([contents.find_name(name) for name in remembered["inputs"]], fill=config.fill)
-    scaling, of_targets = (
-        Scaling(*(tuple(remembered[part][key]) for key in ("mean", "std"))) for part in ("of_inputs", "of_targets")
-    )
+    scaling, of_targets = _scaling(remembered)
     device = devices.resolve(config.device).devices[0]
     model.to(device).eval()
     with torch.inference_mode():
         parts = [model(part.to(device)).cpu() for part in torch.split(scaling.apply(values), 4096)]
     predicted = of_targets.invert(torch.cat(parts))
+    check_finite(predicted)
     targets: list[str] = remembered["targets"]
     written = [predictions_of(run, source, ".csv")]
     rows = [[line, *row] for line, row in zip(contents.lines, predicted.tolist(), strict=True)]
     table.write(written[0], ["line", *targets], rows)
-    if set(targets) <= set(contents.columns):
-        truth = contents.numbers([contents.find_name(name) for name in targets], fill=config.fill)
-        for place, name in enumerate(targets):
-            written.append(predictions_of(run, source, f"-{name}.png"))
-            drawing.lines(written[-1], truth[:, place], predicted[:, place], name)
-    return Written(tuple(written), f"{len(predicted):,} rows")
+    for place, (name, file) in enumerate(zip(targets, file_names(targets), strict=True)):
+        if (truth := _known(contents, name)) is not None:
+            written.append(predictions_of(run, source, f"-{file}.png"))
+            drawing.lines(written[-1], truth, predicted[:, place], name, rows="row")
+    return Written(tuple(written), f"{len(predicted):,} row{'' if len(predicted) == 1 else 's'}")
 
 
-def read(config: Config) -> Rows:
-    """Return the table that ``config`` names, drawn into training and test rows."""
+def _known(contents: table.Table, name: str) -> Tensor | None:
+    """Return the column ``name`` of a file to predict, if it is there and complete: what comes is often not known yet."""
+    if name not in contents.columns:
+        return None
+    try:
+        return contents.numbers([contents.find_name(name)])[:, 0]
+    except DataError as error:
+        logger.info("no picture of %s: %s", name, error)
+        return None
+
+
+def read(config: Config, remembered: dict[str, Any] | None = None) -> Rows:
+    """Return the table that ``config`` names, drawn into training and test rows.
+
+    Args:
+        config: the options.
+        remembered: what a finished run knows of its table, whose columns and scaling are taken then.
+
+    Raises:
+        ConfigError: columns that are not there or do not go together.
+        DataError: cells that are no numbers, too few rows, targets that never change, other rows than ``remembered``.
+
+    """
     assert config.csv is not None
     contents = table.read(config.csv)
+    if remembered is None:
+        inputs, targets = _columns(contents, config)
+    else:
+        inputs, targets = ([contents.find_name(name) for name in remembered[kind]] for kind in ("inputs", "targets"))
+        if len(contents) != remembered["rows"]:
+            raise DataError(
+                f"{config.csv} has {len(contents):,} rows and had {remembered['rows']:,} when the run was trained, so that its "
+                "test rows are not known any more: evaluate with the file of the training"
+            )
+    values = contents.numbers([*inputs, *targets], fill=config.fill)
+    train, test = _split(config, len(values))
+    names = [contents.columns[place] for place in (*inputs, *targets)]
+    for rows, kind in ((train, "training"), (test, "test")):
+        _check_targets(contents, values[rows][:, len(inputs) :], names[len(inputs) :], kind)
+    scaling = Scaling.of(values[train], names)
+    of_inputs, of_targets = scaling.at(range(len(inputs))), scaling.at(range(len(inputs), len(names)))
+    if remembered is not None:
+        of_inputs, of_targets = _scaling(remembered)
+    parts = [
+        TensorDataset(of_inputs.apply(values[part, : len(inputs)]), of_targets.apply(values[part, len(inputs) :]))
+        for part in (train, test)
+    ]
+    lines = tuple(contents.lines[row] for row in test.tolist())
+    return Rows(
+        tuple(names[: len(inputs)]), tuple(names[len(inputs) :]), parts[0], parts[1], (of_inputs, of_targets), lines
+    )
+
+
+def _columns(contents: table.Table, config: Config) -> tuple[list[int], list[int]]:
+    """Return the places of the columns to learn from and of those to predict."""
     width = len(contents.columns)
     if not config.targets and width <= TARGETS:
         raise ConfigError(
@@ -114,23 +166,10 @@ def read(config: Config) -> Rows:
         contents.find(config.inputs) if config.inputs else [place for place in range(width) if place not in targets]
     )
     if both := [contents.columns[place] for place in inputs if place in targets]:
-        raise ConfigError(f"{table.listed(both)} is among inputs and targets: leave it out of one of them")
+        raise ConfigError(f"both among inputs and targets: {table.listed(both)}: leave each out of one of them")
     if not inputs:
         raise ConfigError(f"every column of {config.csv} is a target: leave some to learn from")
-    values = contents.numbers([*inputs, *targets], fill=config.fill)
-    train, test = _split(config, len(values))
-    names = [contents.columns[place] for place in (*inputs, *targets)]
-    _check_targets(contents, values[train][:, len(inputs) :], names[len(inputs) :])
-    scaling = Scaling.of(values[train], names)
-    of_inputs, of_targets = scaling.at(range(len(inputs))), scaling.at(range(len(inputs), len(names)))
-    parts = [
-        TensorDataset(of_inputs.apply(values[part, : len(inputs)]), of_targets.apply(values[part, len(inputs) :]))
-        for part in (train, test)
-    ]
-    lines = tuple(contents.lines[row] for row in test.tolist())
-    return Rows(
-        tuple(names[: len(inputs)]), tuple(names[len(inputs) :]), parts[0], parts[1], (of_inputs, of_targets), lines
-    )
+    return inputs, targets
 
 
 def measures(truth: Tensor, predicted: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
@@ -175,13 +214,14 @@ def _split(config: Config, count: int) -> tuple[Tensor, Tensor]:
     return order[:wanted].sort().values, order[wanted:].sort().values
 
 
-def _check_targets(contents: table.Table, values: Tensor, names: list[str]) -> None:
+def _check_targets(contents: table.Table, values: Tensor, names: list[str], rows: str) -> None:
+    """Refuse a target that never changes: there is nothing to learn, or no R² to measure."""
     for column, name in zip(values.unbind(1), names, strict=True):
         if bool((column == column[0]).all()):
             place = contents.columns.index(name) + 1
             raise DataError(
-                f"{contents.path}, column {place} ({name}): {float(column[0]):g} in every training row, so there is nothing to "
-                "predict: choose other --targets"
+                f"{contents.path}, column {place} ({name}): {float(column[0]):g} in every {rows} row, so there is nothing to "
+                "predict: choose other --targets, or divide the rows otherwise with --split_seed or --train_rows"
             )
 
 
@@ -208,7 +248,9 @@ def _trainer(model: Regressor, config: Config, rows: Rows, options: dict[str, An
 
 def _predicted(trainer: Trainer, rows: Rows) -> Tensor:
     """Return the test rows' predictions in the targets' units, float64 ``(rows, targets)``."""
-    return rows.scaling[1].invert(trainer.predict(DataLoader(rows.test, batch_size=4096)))
+    predicted = rows.scaling[1].invert(trainer.predict(DataLoader(rows.test, batch_size=4096)))
+    check_finite(predicted)
+    return predicted
 
 
 def _headline(found: dict[str, Any]) -> dict[str, float]:
@@ -219,7 +261,8 @@ def _headline(found: dict[str, Any]) -> dict[str, float]:
 def _write(run: Run, rows: Rows, predicted: Tensor, found: dict[str, Any]) -> None:
     """Write numbers, predictions and pictures into the run's folder."""
     scaling = dict(zip(("of_inputs", "of_targets"), map(dataclasses.asdict, rows.scaling), strict=True))
-    remembered = {"inputs": rows.inputs, "targets": rows.targets, **scaling}
+    count = len(rows.train) + len(rows.test)
+    remembered = {"inputs": rows.inputs, "targets": rows.targets, "rows": count, **scaling}
     run.write_results({"recipe": NAME, **found, "table": remembered})
     text = _text(found, len(predicted))
     run.write_text("evaluation_results.txt", text)
@@ -230,8 +273,7 @@ def _write(run: Run, rows: Rows, predicted: Tensor, found: dict[str, Any]) -> No
     table.write(
         run.folder / "predictions.csv", header, [[line, *row] for line, row in zip(rows.test_lines, pairs, strict=True)]
     )
-    for place, name in enumerate(rows.targets):
-        file = "".join(letter if letter.isalnum() else "_" for letter in name)
+    for place, (name, file) in enumerate(zip(rows.targets, file_names(rows.targets), strict=True)):
         drawing.lines(run.plots / f"lines_{file}.png", truth[:, place], predicted[:, place], name)
         drawing.scatter(
             run.plots / f"scatter_{file}.png", truth[:, place], predicted[:, place], name, found["targets"][name]["r2"]
@@ -245,12 +287,25 @@ def _text(found: dict[str, Any], count: int) -> str:
     lines.append(f"{'':{width}}{'R²':>10}{'RMSE':>12}{'MAE':>12}{'L2 error':>12}")
     for name, row in {**found["targets"], "overall": found["overall"]}.items():
         lines.append(f"{name:{width}}{row['r2']:10.4f}{row['rmse']:12.5g}{row['mae']:12.5g}{row['l2']:12.5g}")
+    if len(found["targets"]) > 1:
+        lines += [
+            "",
+            "overall: the mean of the targets' R²; RMSE, MAE and L2 error over all values, whatever their units",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _finished(run: Run, config: Config) -> tuple[Regressor, dict[str, Any]]:
     """Return the trained model of a run and what it remembers of its table."""
-    path, remembered = run.finished_model(), run.read_results()["table"]
+    path, remembered = run.finished_model(), run.read_results("table")["table"]
     model = Regressor(len(remembered["inputs"]), len(remembered["targets"]), config.size())
     load(path, into=model)
     return model, remembered
+
+
+def _scaling(remembered: dict[str, Any]) -> tuple[Scaling, Scaling]:
+    """Return the scaling of inputs and of targets that a run remembers."""
+    inputs, targets = (
+        Scaling(*(tuple(remembered[part][key]) for key in ("mean", "std"))) for part in ("of_inputs", "of_targets")
+    )
+    return inputs, targets

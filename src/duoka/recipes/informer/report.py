@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,16 @@ class Forecasts:
             "original_units": {name: self.errors(name, original=True) for name in self.forecasts},
         }
 
-    def text(self, title: str) -> str:
-        """Return a page for people."""
+    def text(self, title: str, notes: Sequence[str] = ()) -> str:
+        """Return a page for people, with ``notes`` below its title."""
         errors = {name: self.errors(name) for name in self.forecasts}
-        lines = [title, "", "Errors on the standardised scale (each column divided by its deviation in training):", ""]
+        lines = [
+            title,
+            *notes,
+            "",
+            "Errors on the standardised scale (each column divided by its deviation in training):",
+            "",
+        ]
         lines.append(f"{'':14}{'MSE':>9}{'MAE':>9}")
         lines += [f"{name:14}{found['mse']:9.4f}{found['mae']:9.4f}" for name, found in errors.items()]
         best = min(errors, key=lambda name: float(errors[name]["mse"]))

@@ -79,4 +79,4 @@ def make(rows: int = 10_000, seed: int = 0) -> Example:
 def write(path: Path, example: Example) -> None:
     """Write the features and, as the last two columns, the targets."""
     rows = torch.cat((example.features, example.targets), dim=1).tolist()
-    table.write(path, [*(feature[0] for feature in FEATURES), *TARGETS], rows)
+    table.write(path, [*(feature[0] for feature in FEATURES), *TARGETS], rows, digits=7)

@@ -48,6 +48,8 @@ class Table:
             ConfigError: there is no such column; the message lists those there are.
 
         """
+        if wanted in self.columns:
+            return [self.columns.index(wanted)]  # a name may hold commas
         found: list[int] = []
         for word in filter(None, (part.strip() for part in wanted.split(","))):
             found += [place for place in self._places(word) if place not in found]
@@ -66,6 +68,18 @@ class Table:
             raise ConfigError(f"{self.path} has no column {name!r}: {self._offer(name)}")
         return self.columns.index(name)
 
+    def find_one(self, wanted: str) -> int:
+        """Return the place of the one column given by name or position.
+
+        Raises:
+            ConfigError: there is no such column, or there are several.
+
+        """
+        places = self.find(wanted)
+        if len(places) > 1:
+            raise ConfigError(f"{wanted!r} names {len(places)} columns of {self.path}: name one")
+        return places[0]
+
     def _places(self, word: str) -> list[int]:
         if word in self.columns:
             return [self.columns.index(word)]
@@ -76,16 +90,18 @@ class Table:
         return list(range(first - 1, last))
 
     def _offer(self, word: str) -> str:
-        close = difflib.get_close_matches(word, self.columns, n=1)
+        close = [name for name in self.columns if name.lower() == word.lower()]
+        close = close or difflib.get_close_matches(word, self.columns, n=1)
         return f"did you mean {close[0]!r}?" if close else f"its {len(self.columns)} columns are {listed(self.columns)}"
 
-    def numbers(self, places: Sequence[int], *, fill: bool = False) -> Tensor:
+    def numbers(self, places: Sequence[int], *, fill: bool = False, at: np.ndarray | None = None) -> Tensor:
         """Return the columns at ``places`` as float64 ``(rows, columns)``.
 
         Args:
             places: of the columns, from 0.
             fill: whether missing values are interpolated between the rows before and after (beyond the first and last known
                 value: that value again).
+            at: where the rows stand on the axis along which they are interpolated, rising; ``None``: one apart.
 
         Raises:
             DataError: cells that are no numbers, or are missing and not to be filled; the message names line and column.
@@ -97,7 +113,7 @@ class Table:
             values[:, index], gaps = self._column(place)
             missing += [(row, place) for row in gaps]
             if fill and gaps:
-                values[:, index] = self._filled(values[:, index], place)
+                values[:, index] = self._filled(values[:, index], place, at)
         if missing and not fill:
             cells = [self._cell(row, place) for row, place in sorted(missing)]
             raise DataError(
@@ -121,17 +137,20 @@ class Table:
         if len(wrong) > len(gaps):
             bad = [int(row) for row in wrong if int(row) not in set(gaps)]
             cells_named = [f"{self.rows[row][place]!r} in {self._cell(row, place)}" for row in bad]
+            remedy = "correct them, or choose other columns"
+            if not self.decimal_comma and any("," in self.rows[row][place] for row in bad):
+                remedy = "write 1.5 for 1,5, which is a number only where semicolons separate the columns"
             raise DataError(
-                f"{self.path} has {_count(len(bad), 'cell')} that should be a number and is not: {listed(cells_named)}; "
-                "correct it, or choose other columns"
+                f"{self.path} has {_count(len(bad), 'cell')} where a number should be: {listed(cells_named)}; {remedy}"
             )
         return values, gaps
 
-    def _filled(self, values: np.ndarray, place: int) -> np.ndarray:
+    def _filled(self, values: np.ndarray, place: int, at: np.ndarray | None) -> np.ndarray:
         known = np.flatnonzero(np.isfinite(values))
         if not len(known):
             raise DataError(f"{self.path}: column {self.columns[place]!r} has no value at all: leave it out")
-        filled: np.ndarray = np.interp(np.arange(len(values)), known, values[known])
+        rows = np.arange(len(values)) if at is None else at
+        filled: np.ndarray = np.interp(rows, rows[known], values[known])
         return filled
 
     def _cell(self, row: int, place: int) -> str:
@@ -141,7 +160,8 @@ class Table:
 def read(path: str | Path) -> Table:
     """Read a file of columns whose first line has their names.
 
-    The separator (comma, semicolon, tab or bar) is the one that the first line has most of; blank lines are passed over.
+    The separator (comma, semicolon, tab or bar) is the one that the first line has most of, quoted names aside; blank lines
+    are passed over.
 
     Raises:
         DataError: the file is missing, empty, not UTF-8, without a line of names, or has rows of another length.
@@ -149,7 +169,7 @@ def read(path: str | Path) -> Table:
     """
     path = Path(path)
     text = _text(path)
-    header = text.partition("\n")[0]
+    header = re.sub(r'"[^"]*"', "", text.lstrip("\n").partition("\n")[0])
     separator = max(SEPARATORS, key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     rows, lines, before = [], [], 0
@@ -167,8 +187,8 @@ def read(path: str | Path) -> Table:
     return Table(path, columns, tuple(rows[1:]), tuple(lines[1:]), decimal_comma=separator == ";")
 
 
-def write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table, atomically; floats with the seven digits that single precision has.
+def write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]], *, digits: int = 10) -> None:
+    """Write a table, atomically; floats with ``digits`` digits, so that small changes of large numbers are seen.
 
     Raises:
         StorageError: the file cannot be written.
@@ -179,7 +199,7 @@ def write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    writer.writerows([f"{cell:.{digits}g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -202,12 +222,23 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}") from error
+        raise DataError(f"there is no file {path}: {_near(path)}") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder: give a CSV file") from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}: give another file, or make this one readable"
+        ) from error
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8 text: save it as CSV in UTF-8") from error
+
+
+def _near(path: Path) -> str:
+    """Say which file may have been meant by one that is not there."""
+    there = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.8)
+    return f"did you mean {path.with_name(close[0])}?" if close else "check the path"
 
 
 def _check_header(path: Path, columns: tuple[str, ...], line: int) -> None:
@@ -227,7 +258,7 @@ def _check_lengths(
     path: Path, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], lines: Sequence[int], separator: str
 ) -> None:
     if not rows:
-        raise DataError(f"{path} has names of columns and no row below them")
+        raise DataError(f"{path} has names of columns and no row below them: add rows of numbers")
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(columns):
             if len(row) > len(columns):
