@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from duoka.recipes.nets.gpt2_recommender import GPT2RecommenderEnhanced, TwoRates
 from duoka.recipes.nets.gpt2_text import Prepared, prepare
-from duoka.recipes.nets.recommender import GPT2RecommenderEnhanced, TwoRates
 
 USERS, FILMS, BATCH = 6040, 3883, 256
 GENDERS = {"female": 1709, "male": 4331}

@@ -22,7 +22,7 @@ from duoka.errors import ConfigError
 from duoka.recipes.movielens import Config
 from duoka.recipes.movielens.ranking import NAMES, Task, evaluate, means
 from duoka.recipes.movielens.stages import Training, build, prepared
-from duoka.recipes.nets.recommender import TwoRates
+from duoka.recipes.nets.gpt2_recommender import TwoRates
 from duoka.recipes.sets import movielens_planted, negatives
 from duoka.recipes.sets.movielens import ML1MDataset
 

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import duoka
 from duoka.errors import ConfigError
+from duoka.recipes.nets.gpt2_recommender import GPT2Recommender, GPT2RecommenderEnhanced, TwoRates, carry_over
 from duoka.recipes.nets.gpt2_text import Prepared, prepare
-from duoka.recipes.nets.recommender import NCF, GPT2Recommender, GPT2RecommenderEnhanced, TwoRates, carry_over
+from duoka.recipes.nets.recommender import NCF
 
 USERS, ITEMS = 40, 60
 GENRES = ("Comedy", "Drama", "Comedy, Drama", "Horror", "War")

@@ -11,9 +11,9 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.nn.functional import layer_norm
 
 from duoka.errors import ConfigError, DataError
+from duoka.recipes.nets.gpt2_recommender import GPT2RecommenderEnhanced
 from duoka.recipes.nets.gpt2_text import Lora, Prepared, prepare
 from duoka.recipes.nets.packing import pack
-from duoka.recipes.nets.recommender import GPT2RecommenderEnhanced
 
 USERS = ["a man\nof 25\nwriter", "a man\nof 25\nfarmer", "a woman\nof 25\nwriter", "a man\nof 25\nwriter"]
 ITEMS = [

@@ -2,7 +2,7 @@
 
 `options` has the options, `stages` the training, `ranking` the measures, `baselines` what a recommender has to beat, `report`
 the files that a run leaves, `asking` what a finished run recommends. The data are in `recipes.sets.movielens`, the models
-in `recipes.nets.recommender`.
+in `recipes.nets.recommender` and `recipes.nets.gpt2_recommender`.
 """
 
 from __future__ import annotations

@@ -12,15 +12,9 @@ from torch import Tensor
 from duoka import Trainer, devices
 from duoka.recipes.movielens.options import NAME, Config
 from duoka.recipes.movielens.ranking import Ranked, Task, means
+from duoka.recipes.nets.gpt2_recommender import GPT2Recommender, GPT2RecommenderEnhanced, TwoRates, carry_over
 from duoka.recipes.nets.gpt2_text import Lora, Prepared, prepare
-from duoka.recipes.nets.recommender import (
-    NCF,
-    GPT2Recommender,
-    GPT2RecommenderEnhanced,
-    Recommender,
-    TwoRates,
-    carry_over,
-)
+from duoka.recipes.nets.recommender import NCF, Recommender
 from duoka.recipes.runs import ConfigWriter, Run
 from duoka.recipes.sets import negatives
 from duoka.recipes.sets.movielens import ML1MDataset
