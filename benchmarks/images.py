@@ -1,8 +1,8 @@
 """Images/s of random resized crop, flip, colour jitter and normalisation: a DataLoader over JPEG files, and resident data.
 
 Both make batches of 64 of the same images with the same distributions of changes, on two cores: the DataLoader with two
-worker processes that decode and change image by image, duoka as two devices (``cpu:2``) would, half of each batch on one
-thread each, from the pack of decoded images that the recipe makes once (how quickly is told, too). They take turns, so that
+worker processes that decode and change image by image, duoka as two devices (``cpu:2``), half of each batch in a process
+each, from the pack of decoded images that the recipe makes once (how quickly is told, too). They take turns, so that
 whatever else the machine does meets both alike; each number is a median over the rounds, and so is their ratio. The
 DataLoader's sampler never ends, so that it starts its workers once, and what these had prepared while they waited does not
 count. Run ``python benchmarks/images.py --root DIR [--rounds 7]``, where DIR holds Tiny-ImageNet or a set in its folders. Needs
@@ -94,7 +94,7 @@ class Files:
 
 
 class Kept:
-    """Both devices' parts, each made by a thread: torch's operations leave the interpreter to the other."""
+    """Both devices' parts, each made by a process of its own, as in every training on ``cpu:2``."""
 
     def __init__(self, images: ImageSet) -> None:
         assert images.statistics is not None
@@ -105,25 +105,25 @@ class Kept:
             augment.Normalize(images.statistics.mean, images.statistics.std),
         ]
         data = (images.train.pixels, images.train.labels)
-        loader = duoka.data.resident(data, batch_size=BATCH, shuffle=True, transforms=steps, device="cpu")
-        self.shards = [duoka.data.shard(loader, rank=rank, size=CORES, seed=0) for rank in range(CORES)]
+        self.loader = duoka.data.resident(data, batch_size=BATCH, shuffle=True, transforms=steps, device="cpu")
 
     def rate(self, seconds: float) -> float:
         """Return images/s."""
-        with ThreadPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            began = time.perf_counter()
-            counts = list(pool.map(lambda shard: self.made(shard, began + seconds), self.shards))
-            return sum(counts) / (time.perf_counter() - began)
+        return sum(duoka.launch(made, self.loader, seconds, devices=f"cpu:{CORES}", returns="all"))
 
-    @staticmethod
-    def made(shard: Any, until: float) -> int:
-        """Go through epochs until the time ``until``; return how many images were made."""
-        count = 0
-        while True:
-            for part in shard:
-                count += len(part.batch[1])
-                if time.perf_counter() >= until:
-                    return count
+
+def made(loader: Any, seconds: float) -> float:
+    """Go through epochs for ``seconds``; return this rank's images/s."""
+    world = duoka.current_world()
+    shard = duoka.data.shard(loader, rank=world.rank, size=world.size, seed=0)
+    torch.set_num_threads(1)
+    world.all_reduce(torch.zeros(1))  # all begin together
+    count, began = 0, time.perf_counter()
+    while True:
+        for part in shard:
+            count += len(part.batch[1])
+            if (passed := time.perf_counter() - began) >= seconds:
+                return count / passed
 
 
 if __name__ == "__main__":
