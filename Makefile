@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## train a small ResNet on real images, on every device
 	@$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
 
 test: $(VENV)/installed  ## the test-suite, as CI runs it; the documentation's code is run by `make check`
-	$(BIN)/python -m pytest --ignore tests/docs
+	$(BIN)/python -m pytest --ignore tests/docs --durations=30
 
 test-all: $(VENV)/installed  ## the test-suite, and what is too much like it or too long for every time
 	$(BIN)/python -m pytest -m "extended or not extended"

@@ -233,7 +233,13 @@ def test_the_suite_is_the_guides_nine_experiments():
     assert {(trial.config().resolved().image_size, trial.config().workers) for trial in small} == {(32, 8)}
 
 
+def losses(line: str) -> tuple[int, float]:
+    record = json.loads(line)
+    return record["epoch"], record["train_loss"]
+
+
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_comparison_killed_at_a_random_moment_goes_on_without_repeating_what_is_finished(here):
     changes = {"a": {}, "b": {"optimizer": "sgd"}, "c": {"optimizer": "rmsprop"}}
     write(here, base={**BASE, "device": "cpu:2", "epochs": 3}, variants=changes)
@@ -251,7 +257,13 @@ def test_a_comparison_killed_at_a_random_moment_goes_on_without_repeating_what_i
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.count("finished, skipped") == len([path for path in finished if path.parent != folder])
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items() if path.parent != folder)
-    assert all(path.read_text().startswith(text) for path, text in before.items()), "no epoch is repeated"
+    for (
+        path,
+        text,
+    ) in before.items():  # the last epoch may have ended just before its checkpoint: it is taken again then
+        lines, now = text.splitlines(), path.read_text().splitlines()
+        assert now[: len(lines) - 1] == lines[:-1], "no epoch is repeated"
+        assert losses(now[len(lines) - 1]) == losses(lines[-1])
     assert (folder / "table.md").read_text().count("\n| ") == 5
     for variant in "abc":
         assert len(list((folder / f"{variant}-seed0" / "cifar100").glob("*/results.json"))) == 1

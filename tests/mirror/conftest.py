@@ -11,7 +11,7 @@ from torch import nn
 
 import duoka
 
-BOTH_EVERY_TIME = ("test_equality", "test_failures", "test_graph", "test_sending")
+BOTH_EVERY_TIME = ("test_equality", "test_failures", "test_sending")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,7 +23,6 @@ SELDOM = {  # like others in the list: run by `make test-all`, which takes ten m
     "module_guard",
     "strip_prefix_slice",
     "swa_averaged_model",
-    "two_losses",
     "inference_only",
     "hf_gpt2",
     "save_whole_model",
@@ -75,6 +74,11 @@ SELDOM = {  # like others in the list: run by `make test-all`, which takes ten m
     "embedding_bag_offsets",
     "aux_tuple",
     "compile_guarded",
+    "loss_in_forward",
+    "sequence_first_lstm",
+    "workers_top_level",
+    "device_option",
+    "hf_padded_labels",
 }
 ON_ONE_DEVICE = {  # and the words that say why
     "attribute_set_in_forward": "keeps tensors in",

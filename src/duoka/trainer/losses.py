@@ -38,7 +38,9 @@ def measured(loss: Callable[..., Any], output: Any, target: Any, *, alone: bool 
     Where the batch is ``alone`` in its step and all its targets are seen to count, torch's mean is the quickest.
     """
     function, options = _over_classes(loss)
-    if function is None or not (torch.is_tensor(output) and torch.is_tensor(target)) or output.shape == target.shape:
+    if function is None or not (isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)):
+        return loss(output, target)
+    if output.ndim == target.ndim and output.shape == target.shape:
         return loss(output, target)  # targets of the output's shape are probabilities, which are not weighed
     if alone and options.get("weight") is None and _all_count(target, options.get("ignore_index", IGNORED)):
         return Mean(function(output, target, **options), target.numel())
@@ -48,6 +50,8 @@ def measured(loss: Callable[..., Any], output: Any, target: Any, *, alone: bool 
 
 def _over_classes(loss: Any) -> tuple[Callable[..., torch.Tensor] | None, Mapping[str, Any]]:
     """Return torch's function behind ``loss`` and its options, where it is one of the two that weigh their targets."""
+    if loss is functional.cross_entropy or loss is functional.nll_loss:
+        return loss, {}
     kind = type(loss)
     if kind is nn.CrossEntropyLoss:
         smoothing = loss.label_smoothing
@@ -60,7 +64,7 @@ def _over_classes(loss: Any) -> tuple[Callable[..., torch.Tensor] | None, Mappin
         return functional.nll_loss, {"weight": loss.weight, "ignore_index": loss.ignore_index}
     if kind is functools.partial and not loss.args and loss.func in (functional.cross_entropy, functional.nll_loss):
         return loss.func, {name: value for name, value in loss.keywords.items() if name != "reduction"}
-    return (loss, {}) if loss in (functional.cross_entropy, functional.nll_loss) else (None, {})
+    return None, {}
 
 
 def _all_count(target: torch.Tensor, ignored: int) -> bool:

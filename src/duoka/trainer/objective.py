@@ -84,7 +84,7 @@ class Objective(nn.Module):
         if isinstance(loss, str):
             return as_loss(getattr(self.model, loss)(batch))
         inputs, target = split_target(batch, self.target)
-        output = model_output(self.model, inputs)
+        output = model_output(self._modules["model"], inputs)  # type: ignore[arg-type]  # the quick way to self.model
         if self.keeps:
             self.seen = output.detach(), target
         result = measured(loss, output, target, alone=self.alone)
