@@ -44,6 +44,8 @@ def _show(answer: Answer) -> None:
     out.print(f"user {answer.user}: {answer.description}; has rated {answer.known:,} films", soft_wrap=True)
     if answer.weights:
         out.print(f"   the model goes by {_shares(answer.weights)} of the user", soft_wrap=True)
+    if not answer.films:
+        out.print("there is no film that the user has not rated")
     for place, film in enumerate(answer.films, 1):
         out.print(f"{place:2}. {film.title}, {', '.join(film.genres)}: score {film.score:.3f}", soft_wrap=True)
         reasons = [f"by {_shares(film.weights)}"] if film.weights else []

@@ -1,12 +1,15 @@
 """The text side: packed texts say what each says alone, gradients are exact, and the tokens are made once."""
 
 import copy
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn.functional import layer_norm
 
@@ -223,6 +226,49 @@ def test_what_is_no_gpt2_is_refused(tmp_path):
     transformers.BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(ConfigError, match="'bert' model"):
         prepare(USERS, ITEMS, pretrained=str(tmp_path / "bert"))
+
+
+def no_model(path: Path) -> None:
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").unlink()
+
+
+def damaged_weights(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"garbage" * 10)
+
+
+def some_weights(path: Path) -> None:
+    kept = {name: value for name, value in load_file(path / "model.safetensors").items() if "h.1." not in name}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_tokeniser(path: Path) -> None:
+    for found in (*path.glob("tokenizer*"), *path.glob("special_tokens*")):
+        found.unlink()
+
+
+def anothers_tokeniser(path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=200, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    transformers.GPT2Model(config).save_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (no_model, "is neither a folder with a GPT-2 and its tokeniser nor"),
+        (damaged_weights, "is neither a folder with a GPT-2 and its tokeniser nor"),
+        (some_weights, "lacks 12 of a GPT-2's weights, such as h.1."),
+        (no_tokeniser, "tokeniser"),
+        (anothers_tokeniser, r"makes the token 2\d\d, and its GPT-2 knows 200, from 0 to 199; save the tokeniser"),
+    ],
+)
+def test_a_folder_with_half_a_gpt2_is_refused(folder, tmp_path, damage, words):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match=words) as refused:
+        prepare(USERS, ITEMS, pretrained=str(tmp_path))
+    assert f"pretrained={str(tmp_path)!r}" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

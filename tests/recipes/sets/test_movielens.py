@@ -117,6 +117,30 @@ def test_missing_files_are_named(tmp_path):
         read(tmp_path)
 
 
+def test_a_folder_that_was_emptied_is_not_looked_into_for_ever(tmp_path):
+    (tmp_path / "ml-1m").mkdir()
+    (tmp_path / "ml-1m.zip").write_bytes(b"PK")
+    for download in (True, False):
+        with pytest.raises(DataError, match=r"ml-1m holds none of users.dat, movies.dat, ratings.dat: delete it"):
+            read(tmp_path, download=download)
+
+
+def test_an_archive_is_no_folder(tmp_path):
+    (tmp_path / "ml-1m.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"ml-1m.zip is a file, not a folder: unpack it with `unzip"):
+        read(tmp_path / "ml-1m.zip")
+
+
+def test_a_set_is_known_again_and_told_from_others(tmp_path):
+    facts = read(written(tmp_path / "a")).facts()
+    assert facts == read(written(tmp_path / "b", end="\r\n")).facts()
+    assert [facts[key] for key in ("users", "films", "train", "validation", "test")] == [3, 3, 4, 2, 3]
+    renamed = read(written(tmp_path / "c", films=[*FILMS[:2], "9::Cold::Drama"])).facts()
+    assert {key for key in facts if facts[key] != renamed[key]} == {"entities"}
+    swapped = read(written(tmp_path / "d", ratings=RATINGS[::-1])).facts()
+    assert {key for key in facts if facts[key] != swapped[key]} == {"parts"}
+
+
 def test_the_archive_is_fetched_checked_and_unpacked_once(tmp_path, monkeypatch):
     written(tmp_path / "ml-1m")
     (tmp_path / "server").mkdir()
@@ -179,6 +203,17 @@ def test_users_with_fewer_than_three_ratings_stay_in_training(tmp_path):
     data = ML1MDataset(folder, split="time")
     counts = [np.bincount(part.users, minlength=3).tolist() for part in (data.train, data.validation, data.test)]
     assert counts == [[2, 1, 1], [0, 1, 1], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("ratio", [(0.1, 0.45, 0.45), (0.1, 0.1, 0.8), (0.1, 0.8, 0.1)])
+def test_everybody_with_three_ratings_has_some_in_each_part(tmp_path, ratio):
+    films = [f"{film}::Film {film}::Drama" for film in range(1, 9)]
+    rated = [f"{user}::{film}::3::{film}" for user, count in ((3, 3), (7, 4), (12, 8)) for film in range(1, count + 1)]
+    folder = written(tmp_path, films=films, ratings=rated)
+    for split in ("per-user", "time"):
+        data = ML1MDataset(folder, ratio, split)
+        for part in (data.train, data.validation, data.test):
+            assert set(part.users.tolist()) == {0, 1, 2}
 
 
 def test_cold_films_are_unknown_to_training(planted):

@@ -19,7 +19,7 @@ from duoka.recipes.movielens.asking import Answer
 from duoka.recipes.movielens.baselines import ItemKNN, Popularity
 from duoka.recipes.movielens.options import NAME, Config
 from duoka.recipes.movielens.ranking import Task
-from duoka.recipes.movielens.stages import BEST, Stage, measured, train_ncf, train_stages
+from duoka.recipes.movielens.stages import BEST, DATA, Stage, measured, train_ncf, train_stages
 from duoka.recipes.registry import Outcome, Prediction
 from duoka.recipes.runs import Run
 from duoka.recipes.sets.movielens import ML1MDataset
@@ -32,22 +32,25 @@ def train(config: Config) -> Outcome:
     config = config.resolved()
     devices.resolve(config.device)  # a device that is not there is said before any download
     _refuse_longer_first_stage(config)
-    data = asking.data_of(config)
+    data = _data(config)
     run = launch(_folder_on_main, config, devices=config.device)
     assert run is not None  # rank 0 has made it
-    stages = train_stages(config, data, run)
-    best = max(stages, key=lambda stage: stage.validation[BEST])
-    table = _table(config, data, stages, best)
-    if current_world().is_main:
-        save(best.model, run.model)
-        _write(run, data, stages, best, table)
+    with run.resumable(NAME):
+        stages = train_stages(config, data, run)
+        best = max(stages, key=lambda stage: stage.validation[BEST])
+        table = _table(config, data, stages, best)
+        if current_world().is_main:
+            save(best.model, run.model)
+            _write(run, data, stages, best, table)
     return Outcome(run, report.headline(table), _next_step(run, data))
 
 
 def evaluate(run: Run, config: Config) -> Outcome:
     """Test the model of a finished run again; writes ``evaluation.json`` into its folder."""
     config = config.resolved()
-    data = asking.data_of(config)
+    data = asking.data_of(config, run)
+    run.finished_model()  # or it is said that the run is not
+    asking.refuse_other_data(run, data, run.read_results("data")["data"], ratings=True)
     found = measured(asking.model_of(run, config, data), _task(config, data), config)
     if current_world().is_main:
         run.write_results({"test": found}, "evaluation.json")
@@ -84,6 +87,18 @@ def _refuse_longer_first_stage(config: Config) -> None:
         )
 
 
+def _data(config: Config) -> ML1MDataset:
+    """Return the set; for a run that goes on, the one that it began with."""
+    if not config.resume:
+        return asking.data_of(config)
+    run = Run.at(config.resume)
+    data = asking.data_of(config, run)
+    if (run.folder / DATA).is_file():
+        before = json.loads((run.folder / DATA).read_text(encoding="utf-8"))
+        asking.refuse_other_data(run, data, before, ratings=True)
+    return data
+
+
 def _task(config: Config, data: ML1MDataset) -> Task:
     return Task.of(data, "test", only_its_films=config.split == "cold-films")
 
@@ -103,8 +118,7 @@ def _table(config: Config, data: ML1MDataset, stages: Sequence[Stage], best: Sta
 
 def _write(run: Run, data: ML1MDataset, stages: Sequence[Stage], best: Stage, table: report.Table) -> None:
     """Write numbers and pictures into the run's folder."""
-    counts = {"users": data.n_users, "films": data.n_items}
-    counts |= {name: len(data.part(name)) for name in ("train", "validation", "test")}
+    facts = data.facts()
     results: dict[str, Any] = {
         "recipe": NAME,
         **report.headline(table),
@@ -112,10 +126,10 @@ def _write(run: Run, data: ML1MDataset, stages: Sequence[Stage], best: Stage, ta
         "test": table,
         "validation": {f"stage {stage.number}": stage.validation for stage in stages},
         "epochs": {f"stage {stage.number}": stage.epochs for stage in stages},
-        "data": counts,
+        "data": facts,
     }
     run.write_results(results)
-    title = f"{data.folder.name}: {counts['users']:,} users, {counts['films']:,} films, {counts['test']:,} test ratings"
+    title = f"{data.folder.name}: {facts['users']:,} users, {facts['films']:,} films, {facts['test']:,} test ratings"
     text = report.text(title, table)
     run.write_text("evaluation_results.txt", text)
     run.log(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from duoka.recipes.runs import Run
 from duoka.recipes.sets.movielens import ML1MDataset
 from duoka.recipes.sets.movielens_split import PARTS
 
-__all__ = ["Answer", "Recommendation", "data_of", "model_of", "recommend"]
+__all__ = ["Answer", "Recommendation", "data_of", "model_of", "recommend", "refuse_other_data"]
 
 USER_FIELDS, FILM_FIELDS = ("id", "gender", "age", "occupation"), ("id", "genres", "title")
 SIMILAR = 3
@@ -54,9 +55,44 @@ class Answer:
     films: tuple[Recommendation, ...]
 
 
-def data_of(config: Config) -> ML1MDataset:
-    """Return the set that ``config`` names."""
+def data_of(config: Config, run: Run | None = None) -> ML1MDataset:
+    """Return the set that ``config`` names; where it is for a ``run`` that has begun, its folder must be there.
+
+    Raises:
+        DataError: there is none; of a run's, which may have been any set, MovieLens-1M is not made in its place.
+
+    """
+    if run is not None and not Path(config.root).exists():
+        raise DataError(
+            f"{config.root} is not there, where the run {run.folder} had its data: give their folder with --root"
+        )
     return ML1MDataset(config.root, config.ratio, config.split, config.split_seed, download=config.download)
+
+
+def refuse_other_data(run: Run, data: ML1MDataset, before: dict[str, Any], *, ratings: bool) -> None:
+    """Refuse a set that is not that of ``run``: other users or films, or, where ``ratings`` matter, others in its parts.
+
+    Args:
+        run: a run that has begun.
+        data: the set as it is.
+        before: the ``facts`` of the set of then.
+        ratings: whether they have to be the same: a rating more, and others would be for training and for the test.
+
+    Raises:
+        DataError: it is another one.
+
+    """
+    now, counted, remedy = data.facts(), ("users", "films"), "give the set of then with --root"
+    for key in (*counted, *PARTS) if ratings else counted:
+        if before[key] != now[key]:
+            what = key if key in counted else f"ratings in its {key} part"
+            then = f"the run {run.folder} was trained on {before[key]:,}"
+            raise DataError(f"{data.folder} has {now[key]:,} {what}, and {then}: {remedy}")
+    for key, what in (("entities", "users or films"), ("parts", "ratings"))[: 1 + ratings]:
+        if before.get(key, now[key]) != now[key]:
+            raise DataError(
+                f"{data.folder} has other {what} than those that the run {run.folder} was trained on: {remedy}"
+            )
 
 
 def model_of(run: Run, config: Config, data: ML1MDataset) -> Recommender:
@@ -67,13 +103,12 @@ def model_of(run: Run, config: Config, data: ML1MDataset) -> Recommender:
 
     """
     path, remembered = run.finished_model(), run.read_results("stage", "data")
-    for key, count in (("users", data.n_users), ("films", data.n_items)):
-        if remembered["data"][key] != count:
-            raise DataError(
-                f"{data.folder} has {count:,} {key}, and the run {run.folder} was trained on {remembered['data'][key]:,}: give "
-                "the set of then with --root"
-            )
-    model = build(config, data, prepared(config, data), remembered["stage"])
+    refuse_other_data(run, data, remembered["data"], ratings=False)
+    try:
+        texts = prepared(config, data)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (the run's GPT-2 is named by `pretrained` in {run.config})") from error
+    model = build(config, data, texts, remembered["stage"])
     load(path, into=model)
     return model.to(devices.resolve(config.device).devices[0]).eval()
 
@@ -88,7 +123,7 @@ def recommend(run: Run, config: Config, user: int, k: int) -> Answer:
     """
     if k < 1:
         raise ConfigError(f"k is {k}: ask for 1 film or more")
-    data = data_of(config)
+    data = data_of(config, run)
     place = data.user(user)
     model = model_of(run, config, data)
     known = data.seen(*PARTS).of_user(place)

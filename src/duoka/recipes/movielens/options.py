@@ -103,6 +103,7 @@ class Config:
         "train_text",
         "lora_rank",
         "lora_alpha",
+        "seed",  # it makes the small GPT-2 that stage 1 has read the texts with
     )
     PLANNED = ()
     scheduler = None  # rates stay as they are

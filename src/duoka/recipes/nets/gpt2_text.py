@@ -320,18 +320,48 @@ def _loaded(name: str) -> tuple[Tokenize, Any]:
         kind = transformers.AutoConfig.from_pretrained(name).model_type
         if kind != "gpt2":
             raise ConfigError(f"pretrained={name!r} is a {kind!r} model; give a GPT-2, or 'none' for a small one")
-        network = transformers.GPT2Model.from_pretrained(name, attn_implementation="sdpa", **_NO_DROPOUT)
+        network, found = transformers.GPT2Model.from_pretrained(
+            name, attn_implementation="sdpa", output_loading_info=True, **_NO_DROPOUT
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, KeyError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # of a dozen kinds, as what is damaged is found in Python or in Rust
         raise ConfigError(
             f"pretrained={name!r} is neither a folder with a GPT-2 and its tokeniser nor the name of one that can be "
-            f"downloaded from here ({str(error).splitlines()[0]}); give one, or 'none' for a small one made from the data"
+            f"downloaded from here ({_first_line(error)}); give one, or 'none' for a small one made from the data"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"pretrained={name!r} lacks {len(missing)} of a GPT-2's weights, such as {missing[0]}; give a whole GPT-2, or "
+            "'none' for a small one made from the data"
+        )
+    return _tokenizing(name, tokenizer, network.config.vocab_size), network.float()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _tokenizing(name: str, tokenizer: Any, known: int) -> Tokenize:
+    """Return what tokenises, as the GPT-2 that knows ``known`` tokens needs it."""
 
     def tokenize(words: list[str]) -> list[list[int]]:
-        return tokenizer(words, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+        found: list[list[int]] = tokenizer(words, add_special_tokens=False)["input_ids"]
+        largest = max((number for line in found for number in line), default=-1)
+        if largest < 0:
+            raise ConfigError(
+                f"pretrained={name!r} has no tokeniser, or one that makes nothing of words; save the GPT-2's own there: "
+                "tokenizer.save_pretrained"
+            )
+        if largest >= known:
+            raise ConfigError(
+                f"the tokeniser of pretrained={name!r} makes the token {largest}, and its GPT-2 knows {known}, from 0 to "
+                f"{known - 1}; save the tokeniser there that the GPT-2 was trained with"
+            )
+        return found
 
-    return tokenize, network.float()
+    return tokenize
 
 
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -339,14 +369,22 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice to itself, and leave its settings as they were."""
-    logging = require("transformers", "recommend").utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Keep transformers' progress bars and advice to itself, but those of downloads, and leave its settings as they were."""
+    logging, hub = require("transformers", "recommend").utils.logging, require("huggingface_hub", "recommend").utils
+    level, bars, downloads = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not hub.are_progress_bars_disabled(),
+    )
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # the hub's, too
+    if downloads:
+        hub.enable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+        if not downloads:
+            hub.disable_progress_bars()

@@ -13,12 +13,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from duoka.errors import ConfigError, DataError, StorageError
-from duoka.recipes.sets.download import check, fetch, one_at_a_time
+from duoka.recipes.sets.download import check, fetch, one_at_a_time, refuse_file
 from duoka.recipes.sets.movielens_files import NAMES, read_films, read_ratings, read_users
 from duoka.recipes.sets.movielens_split import PARTS, split_of
 
@@ -146,6 +147,19 @@ class ML1MDataset:
         pairs = [self.part(name).pairs for name in parts or ("train",)]
         return Seen.of(np.concatenate(pairs), self.n_users, self.n_items)
 
+    def facts(self) -> dict[str, Any]:
+        """Return what tells this set from others, to be remembered: counts, and two checksums.
+
+        ``entities`` is that of who and what there is, ``parts`` that of which rating is in which part.
+        """
+        counts = {"users": self.n_users, "films": self.n_items, **{name: len(self.part(name)) for name in PARTS}}
+        numbers = self.user_ids.tobytes() + self.item_ids.tobytes()
+        entities = zlib.crc32("\n".join([*self.user_texts, *self.item_texts]).encode(), zlib.crc32(numbers))
+        parts = 0
+        for name in PARTS:
+            parts = zlib.crc32(self.part(name).pairs.tobytes(), zlib.crc32(name.encode(), parts))
+        return {**counts, "entities": f"{entities:08x}", "parts": f"{parts:08x}"}
+
     def user(self, number: int) -> int:
         """Return the place of the user with the file's ``number``.
 
@@ -171,6 +185,8 @@ def locate(root: str | Path, *, download: bool = False) -> Path:
 
     """
     root = Path(root)
+    refuse_file(root)
+    begun = (root / "ml-1m").exists()  # asked before its files are: others may be unpacking it
     for folder in (root, root / "ml-1m"):
         missing = [name for name in NAMES if not (folder / name).is_file()]
         if not missing:
@@ -178,6 +194,10 @@ def locate(root: str | Path, *, download: bool = False) -> Path:
         if len(missing) < len(NAMES):
             remedy = f"unpack {URL} again, or make an example: duoka data make movielens"
             raise DataError(f"{folder} lacks {' and '.join(missing)}: {remedy}")
+    if begun:
+        raise DataError(
+            f"{root / 'ml-1m'} holds none of {', '.join(NAMES)}: delete it to have it made anew, or unpack {URL}"
+        )
     url, md5 = ARCHIVE
     archive = root / url.rpartition("/")[2]
     if not archive.is_file() and not download:

@@ -91,6 +91,8 @@ def _by_user(
     place = np.arange(len(order)) - np.repeat(begins, counts)
     test = np.where(counts < FEWEST, 0, np.maximum(1, np.rint(counts * shares[2]))).astype(np.int64)
     validation = np.where(counts < FEWEST, 0, np.maximum(1, np.rint(counts * shares[1]))).astype(np.int64)
+    test = np.minimum(test, np.maximum(0, counts - 2))  # large shares of few ratings leave some for the other parts
+    validation = np.minimum(validation, np.maximum(0, counts - test - 1))
     part = np.zeros(len(order), dtype=np.int8)
     part[order] = (place >= np.repeat(counts - test - validation, counts)).astype(np.int8) + (
         place >= np.repeat(counts - test, counts)
