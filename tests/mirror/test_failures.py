@@ -161,6 +161,7 @@ def test_interrupting_a_call_stops_it_and_the_next_works(tmp_path: Path, transpo
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_or_is_killed_leaves_no_helper(tmp_path: Path, transport: str) -> None:
     script = """
         import os, psutil, torch, duoka

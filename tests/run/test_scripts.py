@@ -79,6 +79,8 @@ SELDOM = {  # like others in the list: run by `make test-all`, which takes ten m
     "workers_top_level",
     "device_option",
     "hf_padded_labels",
+    "kfold",
+    "dropout_batchnorm",
 }
 ON_ONE_DEVICE = {  # and the words that say why
     "attribute_set_in_forward": "keeps tensors in",
