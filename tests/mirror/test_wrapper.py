@@ -185,7 +185,11 @@ def test_what_a_forked_child_trains_is_its_own(wrap) -> None:
     if child == 0:
         with torch.no_grad():
             model.weight.fill_(7)
-        os.write(writer, b"1" if bool((model.weight == 7).all()) else b"0")
+        grandchild = os.fork()
+        if grandchild == 0:
+            os.write(writer, b"1" if bool((model.weight == 7).all()) else b"0")
+            os._exit(0)
+        os.waitpid(grandchild, 0)
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reader, 1) == b"1"

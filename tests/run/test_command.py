@@ -322,6 +322,36 @@ def test_helpers_that_compute_with_what_the_script_has_changed_outside_the_model
     assert "Net: its forward uses something outside the model that the script has changed" in shared.stderr
 
 
+GUARDED = """
+import torch, settings
+settings.READY = True
+torch.manual_seed(0)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+    def forward(self, x):
+        if x.mean() > 100 and not settings.READY:
+            raise ValueError("not ready")
+        return self.linear(x)
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+for number in range(5):
+    loss = model(torch.randn(16, 4) + (200 if number == 3 else 0)).square().mean()
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    print(f"{loss.item():.4f}")
+"""
+
+
+def test_a_helper_that_fails_in_a_trial_is_a_reason_and_no_failure_of_the_script(tmp_path) -> None:
+    (tmp_path / "settings.py").write_text("READY = False\n")
+    (tmp_path / "t.py").write_text(GUARDED)
+    plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert shared.stdout == plain.stdout, shared.stderr
+    assert "a helper cannot compute its part: ValueError: not ready" in shared.stderr
+
+
 def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:
     pytest.importorskip("nbclient")
     source = SCRIPTS / "notebooks" / "classification.ipynb"

@@ -86,8 +86,13 @@ class Engine:
                 weights.bring(self._buffers(), trains=False)
                 call = Call(self.crew, self.number, weights, sizes, self._dim, self._membership)
                 parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
-                call.ask(parts[1:], arguments, within)
-                return call.outputs()
+                try:
+                    call.ask(parts[1:], arguments, within)
+                    return call.outputs()
+                except Exception:
+                    call.abandon()
+                    weights.distrust()
+                    raise
 
     @contextlib.contextmanager
     def _in_forward(self) -> Iterator[None]:

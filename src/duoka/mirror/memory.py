@@ -163,6 +163,7 @@ def _kept_from_children() -> weakref.WeakSet[Arena]:
     def in_child() -> None:
         for segment in [segment for arena in arenas for segment in arena.segments]:
             map_again(segment.address, len(segment.mapping), allowed, how, segment.fd, 0)
+        arenas.clear()  # a child of this child inherits what was written here
 
     os.register_at_fork(after_in_child=in_child)
     return arenas

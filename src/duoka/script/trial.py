@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from duoka.data.generators import GLOBAL
+from duoka.errors import WorkerDied
 from duoka.mirror import nested
 
 __all__ = ["STALE", "Generators", "Verdict", "first_line", "is_users", "signature", "try_parts"]
@@ -45,6 +46,9 @@ _DROPPED = frozenset(
 
 _ATOMS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 
+
+Others = Callable[[type[TorchFunctionMode]], Sequence[tuple[list[torch.Tensor], Any]]]
+"""What asks helpers for their parts, computed inside a mode; see ``Engine.others``."""
 
 STALE = (
     "its forward uses something outside the model that the script has changed, which helper processes do not see; since "
@@ -74,7 +78,7 @@ def try_parts(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     devices: int,
-    others: Callable[[type[TorchFunctionMode]], Sequence[tuple[list[torch.Tensor], Any]]] | None = None,
+    others: Others | None = None,
 ) -> Verdict | None:
     """Compute a batch whole and in parts, and compare.
 
@@ -102,8 +106,9 @@ def try_parts(
         calls = [_given(skeleton, own) for own in (tensors, *zip(*split, strict=True))]
     except Exception as error:
         return Verdict(f"it or what it is given cannot be copied to be tried: {first_line(error)}")
-    with _undisturbed(), torch.no_grad():
-        theirs = others(_Sober) if others is not None else []
+    theirs, failed = _asked(others)
+    if failed:
+        return Verdict(failed)
     with _undisturbed(), torch.no_grad(), _Sober():
         before = _state(model)
         try:
@@ -124,6 +129,19 @@ def try_parts(
         if not _same(nested.take_out(value)[0], other[0]):
             return Verdict(STALE)
     return _compare(whole, [value for value, _ in parts], sizes)
+
+
+def _asked(others: Others | None) -> tuple[Sequence[tuple[list[torch.Tensor], Any]], str]:
+    """Return what helpers make of their parts, nothing where there are none; and why one cannot, empty if all can."""
+    if others is None:
+        return [], ""
+    try:
+        with _undisturbed(), torch.no_grad():
+            return others(_Sober), ""
+    except WorkerDied:
+        raise
+    except Exception as error:
+        return [], f"a helper cannot compute its part: {type(error).__name__}: {first_line(error)}"
 
 
 def _same(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
