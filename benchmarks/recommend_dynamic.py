@@ -109,8 +109,8 @@ class AsTheyCome:
         model.draws += 1
         users = self._column(model.user, self.users, batch["users"])
         films = torch.cat([self._column(model.item, self.films, batch[name]) for name in ("positives", "negatives")])
-        at = torch.arange(2 * len(batch["users"]))
-        return model.loss_of(users, films, at[: len(batch["users"])], at, batch["positives"])
+        at = torch.arange(2 * len(batch["users"])).view(2, -1)
+        return model.loss_of(users, films, at[0], at, batch["positives"])
 
     def _column(self, side: Any, texts: list[str], wanted: Tensor) -> Tensor:
         fields = self._encoded([texts[number] for number in wanted.tolist()])

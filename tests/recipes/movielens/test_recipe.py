@@ -30,6 +30,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 SMALL = ["--pretrained", "none", "--embedding_size", "16", "--bsize", "256", "--epochs", "2", "--dynamic_epochs", "1"]
 SMALL = [*SMALL, "--lr", "0.01", "--dynamic_lr", "0.003", "--text_lr", "0.001", "--patience", "0"]
+SLIGHT = 0.02
+"""Of two sets of scores in standard deviations, what AdamW makes of rounding."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,6 +182,15 @@ def weights(run: Path, stage: int = 2) -> dict[str, torch.Tensor]:
     return load_file(run / f"stage-{stage}" / "model.safetensors")
 
 
+def scores(run: Path, data: ML1MDataset, stage: int = 2) -> torch.Tensor:
+    """Return the scores of all pairs of users and films by a stage's best weights, in standard deviations from their mean."""
+    config = Config(pretrained="none", embedding_size=16)
+    model = build(config, data, prepared(config, data), stage)
+    Training(model, Task.of(data, "validation")).load_state_dict(weights(run, stage))
+    found = model.score_all(torch.arange(data.n_users))
+    return (found - found.mean()) / found.std()
+
+
 def assert_alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -239,20 +250,22 @@ def test_each_evaluation_is_of_the_weights_of_then(data):
     assert len({measured["ndcg@10"] for measured, _ in found}) == 3
 
 
-def test_a_run_on_one_device_and_on_two_agree(run, on_two):
-    for stage in (1, 2):
-        assert_alike(weights(run, stage), weights(on_two, stage), 2e-3)
+def test_a_run_on_one_device_and_on_two_agree(run, on_two, data):
+    """By their scores: of a gradient that is nothing but rounding (a unit that hardly anything reaches) AdamW makes a step."""
+    found = [(scores(run, data, stage), scores(on_two, data, stage)) for stage in (1, 2)]
+    assert all((one - two).abs().max() < SLIGHT for one, two in found)
+    assert (found[1][0] - found[0][0]).abs().max() > 10 * SLIGHT  # what stage 2 came to is far more than that
     first, second = (results(one)["test"]["enhanced (stage 2)"] for one in (run, on_two))
     assert first == pytest.approx(second, abs=0.02)
 
 
-def test_a_run_of_two_devices_goes_on_in_stage_2_on_one(on_two, longer, capsys):
+def test_a_run_of_two_devices_goes_on_in_stage_2_on_one(on_two, longer, data, capsys):
     capsys.readouterr()
     assert main(["train", "movielens", "--resume", str(on_two), "--device", "cpu", "--dynamic_epochs", "2"]) == 0
     printed = capsys.readouterr()
     assert "stage-2/checkpoint/last.pt" in printed.out + printed.err
     assert results(on_two)["epochs"] == {"stage 1": 2, "stage 2": 2}
-    assert_alike(weights(on_two), weights(longer), 2e-3)
+    assert (scores(on_two, data) - scores(longer, data)).abs().max() < SLIGHT
 
 
 def test_stage_1_cannot_change_under_a_stage_2(run, capsys):

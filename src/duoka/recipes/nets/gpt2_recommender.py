@@ -12,13 +12,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 from duoka.errors import ConfigError
 from duoka.recipes.nets.attention import check_heads
 from duoka.recipes.nets.gpt2_text import Lora, Prepared, Side, width_of
-from duoka.recipes.nets.recommender import Recommender, id_embedding, seeded
-from duoka.recipes.nets.scoring import Score
+from duoka.recipes.nets.recommender import Recommender, distinct, id_embedding, seeded
+from duoka.recipes.nets.scoring import Score, rows_of
 
 __all__ = ["GPT2Recommender", "GPT2RecommenderEnhanced", "TwoRates", "carry_over"]
 
@@ -98,12 +97,12 @@ class _TextRecommender(Recommender):
         _, weights = side(some, *found, self.draws, 0.0)
         if weights is None:
             raise ConfigError(f"{type(self).__name__} does not weigh id and text; GPT2RecommenderEnhanced does")
-        return weights.float()[at]  # type: ignore[no-any-return]
+        return weights.float().mean(2)[at]  # type: ignore[no-any-return]
 
     def _texts(self, users: Tensor, items: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return, a side, the vectors of distinct pieces and where in them each one's fields are, ``(count, fields)``."""
         if self.encoder is None:
-            return (self.user.kept, self.user.pieces[users]), (self.item.kept, self.item.pieces[items])
+            return self.user.kept_of(users), self.item.kept_of(items)
         sides = [torch.unique(s.pieces[w], return_inverse=True) for s, w in ((self.user, users), (self.item, items))]
         (user_some, user_at), (item_some, item_at) = sides
         found = self.encoder(torch.cat([user_some + self.user.first, item_some + self.item.first]))
@@ -138,6 +137,11 @@ class _Joined(nn.Module):
         own = vectors[self.first : self.first + self.count].clone()
         self.kept = nn.Parameter(own, requires_grad=False)
 
+    def kept_of(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return kept vectors that include those of ``wanted``'s pieces, and where in them each one's fields are."""
+        some, places = distinct(self.pieces[wanted], self.count)
+        return (self.kept if len(some) == self.count else rows_of(self.kept, some)), places
+
     def forward(
         self, wanted: Tensor, texts: Tensor, places: Tensor, draw: Tensor, dropout: float
     ) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +149,7 @@ class _Joined(nn.Module):
         hidden = self.hidden[wanted]
         if dropout:
             hidden = hidden | (_chance(wanted, draw, self.salt) < dropout)
-        ids = self.ids(torch.where(hidden, len(self.hidden), wanted))
+        ids = rows_of(self.ids.weight, torch.where(hidden, len(self.hidden), wanted))
         return self.join(ids, self.project(texts), places)  # type: ignore[no-any-return]
 
 
@@ -158,7 +162,7 @@ class _Concatenation(nn.Module):
 
     def forward(self, ids: Tensor, texts: Tensor, places: Tensor) -> tuple[Tensor, None]:
         """Return ``(count, size)`` of ids of that shape, ``texts (pieces, size)`` and ``places (count, fields)`` in them."""
-        return self.layer(torch.cat([ids, embedding(places, texts).flatten(1)], 1)), None
+        return self.layer(torch.cat([ids, rows_of(texts, places).flatten(1)], 1)), None
 
 
 class _CrossAttention(nn.Module):
@@ -168,25 +172,25 @@ class _CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.asking = nn.Linear(size, size)
-        self.answering = nn.Linear(size, 2 * size)
+        self.key = nn.Linear(size, size, bias=False)  # softmax would take no notice of a bias, and AdamW would move it
+        self.value = nn.Linear(size, size)
         self.field = nn.Parameter(torch.randn(1 + fields, size) * size**-0.5)
         """What tells the id and each field apart when they are asked."""
         self.outward = nn.Linear(size, size)
 
     def forward(self, ids: Tensor, texts: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(count, size)`` and the weights ``(count, 1 + fields)``, means over the heads; arguments as above."""
+        """Return ``(count, size)`` and the weights ``(count, 1 + fields, heads)``; arguments as above."""
         question = self.asking(ids) * (ids.shape[1] // self.heads) ** -0.5
-        own_key, own_value = self.answering(ids).chunk(2, 1)
-        keys, values = (embedding(places, part) for part in self.answering(texts).chunk(2, 1))
+        keys, values = rows_of(self.key(texts), places), rows_of(self.value(texts), places)
         asked = [
-            self._by_head(question * own_key).sum(2),
+            self._by_head(question * self.key(ids)).sum(2),
             self._by_head(question.unsqueeze(1) * keys).sum(3).flatten(1),
         ]
         asked_fields = torch.unflatten(torch.cat(asked, 1) + question @ self._fields(), 1, (-1, self.heads))
         weights = asked_fields.softmax(1)
         own, others = weights.unsqueeze(3).tensor_split((1,), 1)
-        got = own.squeeze(1) * self._by_head(own_value) + (others * self._by_head(values)).sum(1)
-        return ids + self.outward(got.flatten(1)), weights.mean(2)
+        got = own.squeeze(1) * self._by_head(self.value(ids)) + (others * self._by_head(values)).sum(1)
+        return ids + self.outward(got.flatten(1)), weights
 
     def _fields(self) -> Tensor:
         """Return what turns a question into its products with the fields' vectors, ``(size, (1 + fields) * heads)``."""

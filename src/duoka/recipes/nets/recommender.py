@@ -16,7 +16,7 @@ import duoka
 from duoka.errors import ConfigError
 from duoka.recipes.nets.scoring import Half, Score, Scorer
 
-__all__ = ["NCF", "Recommender", "id_embedding", "seeded"]
+__all__ = ["NCF", "Recommender", "distinct", "id_embedding", "seeded"]
 
 
 LOWEST_TEMPERATURE = 0.05
@@ -67,10 +67,10 @@ class Recommender(nn.Module):
             batch: ``users``, ``positives`` and ``negatives``, int64 ``(batch,)`` each.
 
         """
-        users, films = batch["users"], torch.cat([batch["positives"], batch["negatives"]])
-        (some_users, user_at), (some_items, item_at) = _distinct(users, self.n_users), _distinct(films, self.n_items)
+        users, films = batch["users"], torch.stack([batch["positives"], batch["negatives"]])
+        (some_users, user_at), (some_items, item_at) = distinct(users, self.n_users), distinct(films, self.n_items)
         vectors = self.vectors(some_users, some_items)
-        return self.loss_of(*vectors, user_at, item_at, batch["positives"])
+        return self.loss_of(*vectors, user_at, item_at, films[0])
 
     def loss_of(self, users: Tensor, items: Tensor, user_at: Tensor, item_at: Tensor, films: Tensor) -> Tensor:
         """Return what ``loss`` does, of vectors that are there already.
@@ -79,19 +79,19 @@ class Recommender(nn.Module):
             users: vectors ``(any, width)``.
             items: the same of films.
             user_at: where in ``users`` each sample's is, ``(batch,)``.
-            item_at: where in ``items`` the films of all samples are, the positive ones and then the negative, ``(2 * batch,)``.
+            item_at: where in ``items`` each sample's positive and negative film are, ``(2, batch)``.
             films: the numbers of the positive films, ``(batch,)``.
 
         """
-        positives, negatives = item_at.chunk(2)
         user, item_half = self.score.user_half(users).of(user_at), self.score.item_half(items)
-        better, worse = item_half.of(positives), item_half.of(negatives)
+        better, worse = item_half.of(item_at[0]), item_half.of(item_at[1])
         products = self.score.products(user, better)
-        difference = products - self.score.products(user, worse)
-        difference = difference + self.score.network(user, better) - self.score.network(user, worse)
-        loss = softplus(-difference).mean()
+        # One call a film: the gradient of what moves both scores alike is then exactly 0, of which AdamW makes no step.
+        difference = self.score.products(user, worse) + self.score.network(user, worse)
+        difference = difference - products - self.score.network(user, better)
+        loss = softplus(difference).mean()
         if self.contrast:
-            loss = loss + self.contrast * self._contrast(users, items, user_at, positives, films, products).mean()
+            loss = loss + self.contrast * self._contrast(users, items, user_at, item_at[0], films, products).mean()
         return loss
 
     def _contrast(
@@ -103,9 +103,10 @@ class Recommender(nn.Module):
         not among them. Cosines are at most 1, so the sum needs no maximum taken out first.
         """
         users, items = users.float(), items.float()
-        (user_directions, user_lengths), (item_directions, item_lengths) = _polar(users), _polar(items)
-        candidates, names = _candidates(item_directions, item_at, films, self.candidates, self.training)
-        among = (user_directions @ (candidates / self.temperature).T).float().exp().sum(1).log()[user_at]
+        user_lengths, item_lengths = _lengths(users), _lengths(items)
+        candidates, names = _candidates(items, item_at, films, self.candidates, self.training)
+        scaled = candidates / (_lengths(candidates) * self.temperature).unsqueeze(1)
+        among = ((users / user_lengths.unsqueeze(1)) @ scaled.T).float().exp().sum(1).log()[user_at]
         own = products.float() / (user_lengths[user_at] * item_lengths[item_at] * self.temperature)
         return torch.where(_is_in(films, names, self.n_items), among - own, softplus(among - own))
 
@@ -189,9 +190,9 @@ class NCF(Recommender):
         return self.user_ids(users), self.item_ids(items)
 
 
-def _distinct(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def distinct(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return numbers that include ``wanted``, ascending, and where in them each is; all where most are wanted anyway."""
-    if len(wanted) > 2 * count:
+    if wanted.numel() > 2 * count:
         return torch.arange(count, device=wanted.device), wanted
     named = torch.zeros(count, dtype=torch.int64, device=wanted.device)
     named[wanted] = 1
@@ -205,10 +206,10 @@ def _is_in(numbers: Tensor, names: Tensor, count: int) -> Tensor:
     return named[numbers]
 
 
-def _polar(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return directions of length 1, and lengths ``(count,)``."""
-    lengths = vectors.norm(dim=1).clamp_min(1e-6)
-    return vectors / lengths.unsqueeze(1), lengths
+def _lengths(vectors: Tensor) -> Tensor:
+    """Return the length of each of ``vectors``, ``(count,)``; never 0."""
+    lengths: Tensor = vectors.norm(dim=1)
+    return lengths.clamp_min(1e-6)
 
 
 def _candidates(items: Tensor, item_at: Tensor, films: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor]:
