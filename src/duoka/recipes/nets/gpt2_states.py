@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from duoka.recipes.nets.packing import Packed
+from duoka.recipes.nets.scoring import rows_of
 
 __all__ = ["states"]
 
@@ -21,15 +22,15 @@ __all__ = ["states"]
 def states(network: Any, packed: Packed) -> Tensor:
     """Return the last states of a ``transformers.GPT2Model``, with peft's LoRA or without, at each node: ``(nodes, width)``."""
     pairs = network.wte(packed.tokens) + network.wpe(packed.places)
-    found = embedding(packed.pairs, pairs)
+    found = rows_of(pairs, packed.pairs)
     blind = torch.zeros_like(packed.seen, dtype=found.dtype).masked_fill_(~packed.seen, -torch.inf)
     for number, block in enumerate(network.h):
         if number:
             asked, rows = _project(block.attn.c_attn, block.ln_1(found)), packed.rows
         else:  # before any attention a state depends on token and place alone
             asked, rows = _project(block.attn.c_attn, block.ln_1(pairs)), packed.pairs[packed.rows]
-        attended = _attend(embedding(rows, asked), blind, network.config, number)
-        found = found + _project(block.attn.c_proj, embedding(packed.homes, attended))
+        attended = _attend(rows_of(asked, rows), blind, network.config, number)
+        found = found + _project(block.attn.c_proj, rows_of(attended, packed.homes))
         inner = _project(block.mlp.c_fc, block.ln_2(found))
         inner = gelu(inner, approximate="tanh") if network.config.activation_function in TANH else block.mlp.act(inner)
         found = found + _project(block.mlp.c_proj, inner)

@@ -30,7 +30,7 @@ __all__ = ["TRAINING", "Lora", "Pieces", "Prepared", "Side", "TextEncoder", "pre
 TRAINING = ("frozen", "lora", "full")
 """How a text encoder may be trained: not at all, by low-rank additions to its projections, or all of it."""
 Tokenize = Callable[[list[str]], list[list[int]]]
-ROW_LENGTH = 64
+ROW_LENGTH = 32
 """Tokens in a row that GPT-2 is given; a longer text makes rows of its own length."""
 ROWS_AT_ONCE = 64
 """Rows in one pass where no gradient is asked for, which bounds the memory that encoding everything takes."""
