@@ -39,3 +39,24 @@ def test_a_mistake_is_one_message(tmp_path, monkeypatch, capfd, words, message):
     shown = capfd.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("example", "file", "sizes"),
+    [
+        ("datatry", "data", ["--rows", "20"]),
+        ("movielens", "data/ratings.dat", ["--users", "20", "--films", "30", "--ratings", "300"]),
+    ],
+)
+def test_what_is_there_is_not_lost(tmp_path, monkeypatch, capsys, example, file, sizes):
+    """It may be the real data: an example has their format."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / file
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("1::2::5::978300760")
+    command = ["data", "make", example, "--to", "data", *sizes]
+    assert main(command) == 2
+    assert f"{file} is there already: give another place with --to, or --overwrite" in capsys.readouterr().err
+    assert place.read_text() == "1::2::5::978300760"
+    assert main([*command, "--overwrite"]) == 0
+    assert len(place.read_text()) > 100

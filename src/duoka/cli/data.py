@@ -40,8 +40,9 @@ def _datatry(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"--rows is {rows} and --seed {options.seed}: rows must be 2 to {MOST_ROWS:,}, and the seed 0 to 2**63 - 1"
         )
-    example = datatry.make(rows, options.seed)
     path = Path(options.to or "datatry.csv")
+    _refuse_to_lose([path], options)
+    example = datatry.make(rows, options.seed)
     datatry.write(path, example)
     out = console()
     out.print(f"wrote {path}: {rows:,} rows, 10 features, then {' and '.join(datatry.TARGETS)}", soft_wrap=True)
@@ -58,10 +59,12 @@ def _movielens(options: argparse.Namespace) -> int:
     from duoka.recipes.movielens.ranking import Task, evaluate
     from duoka.recipes.sets import movielens_planted
     from duoka.recipes.sets.movielens import ML1MDataset
+    from duoka.recipes.sets.movielens_files import NAMES
 
     sizes = {key: value for key in OWN["movielens"] if (value := getattr(options, key)) is not None}
-    example = movielens_planted.make(**sizes, seed=options.seed)
     folder = Path(options.to or "movielens")
+    _refuse_to_lose([folder / name for name in NAMES], options)
+    example = movielens_planted.make(**sizes, seed=options.seed)
     movielens_planted.write(folder, example, options.seed)
     out = console()
     counts = f"{len(example.genders):,} users, {len(example.titles):,} films, {len(example.users):,} ratings"
@@ -78,6 +81,15 @@ def _movielens(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_to_lose(files: Sequence[Path], options: argparse.Namespace) -> None:
+    """Refuse to write over what is there: it may be the real data, in the same format."""
+    from duoka.errors import ConfigError
+
+    there = next((file for file in files if file.exists()), None)
+    if there is not None and not options.overwrite:
+        raise ConfigError(f"{there} is there already: give another place with --to, or --overwrite to replace it")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("duoka data", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -91,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--to", metavar="PLACE", help="the file (default: datatry.csv), or the folder (default: movielens)"
     )
+    make.add_argument("--overwrite", action="store_true", help="replace what is there")
     make.add_argument("--rows", type=int, metavar="N", help="datatry: how many rows (default: 10000)")
     make.add_argument("--users", type=int, metavar="N", help="movielens: how many people (default: 1000)")
     make.add_argument("--films", type=int, metavar="N", help="movielens: how many films (default: 800)")

@@ -25,18 +25,25 @@ def seen(pairs) -> Seen:
     return Seen.of(pairs, N_USERS, N_ITEMS)
 
 
-def test_each_unknown_number_is_another_unknown_film(pairs, seen):
-    """The way from numbers to films is one to one onto what is unknown: so it is even if the numbers are."""
+@pytest.mark.parametrize("spread", [1, 3])
+def test_each_unknown_number_is_another_unknown_film(pairs, spread):
+    """The way from numbers to films is one to one onto what is unknown: so it is even if the numbers are.
+
+    Of films that are ``spread`` places apart, what lies between is never drawn.
+    """
+    films = np.arange(N_ITEMS) * spread
+    pairs = np.stack([pairs[:, 0], films[pairs[:, 1]]], 1)
+    seen = Seen.of(pairs, N_USERS, N_ITEMS * spread)
 
     class Counting:
         def integers(self, *_):
             return np.concatenate([np.arange(count) for count in sampler.unknown])
 
-    sampler = Negatives(seen, N_ITEMS)
+    sampler = Negatives(seen, N_ITEMS * spread, among=films if spread > 1 else None)
     users = np.repeat(np.arange(N_USERS), sampler.unknown)
     drawn = sampler.draw(users, Counting())
     known = {tuple(pair) for pair in pairs.tolist()}
-    unknown = [(user, item) for user in range(N_USERS) for item in range(N_ITEMS) if (user, item) not in known]
+    unknown = [(user, item) for user in range(N_USERS) for item in films.tolist() if (user, item) not in known]
     assert list(zip(users.tolist(), drawn.tolist(), strict=True)) == unknown
 
 

@@ -127,8 +127,9 @@ def recommend(run: Run, config: Config, user: int, k: int) -> Answer:
     place = data.user(user)
     model = model_of(run, config, data)
     known = data.seen(*PARTS).of_user(place)
-    films, scores = model.recommend(place, k, known.tolist())
-    likeness = _likeness(model, films, torch.from_numpy(known))
+    scorer = model.scorer()
+    films, scores = model.recommend(place, k, known.tolist(), scorer)
+    likeness = _likeness(scorer.items.product.cpu(), films, torch.from_numpy(known))
     weights = _weights(model, FILM_FIELDS, items=films)
     found = []
     for row, (film, score) in enumerate(zip(films.tolist(), scores.tolist(), strict=True)):
@@ -144,9 +145,9 @@ def recommend(run: Run, config: Config, user: int, k: int) -> Answer:
     return Answer(user, about, len(known), own, tuple(found))
 
 
-def _likeness(model: Recommender, films: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Return the cosines of ``films`` with ``known`` ones, ``(films, known)``."""
-    vectors = normalize(model.item_vectors().cpu().float())
+def _likeness(vectors: torch.Tensor, films: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Return the cosines of ``films`` with ``known`` ones, ``(films, known)``, of the vectors of all."""
+    vectors = normalize(vectors)
     return vectors[films] @ vectors[known].T
 
 

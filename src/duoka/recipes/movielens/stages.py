@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,8 +146,10 @@ def train_ncf(config: Config, data: ML1MDataset) -> Recommender:
 
 
 def _trainer(model: Recommender, config: Config, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
-    task = Task.of(data, "validation", only_its_films=config.split == "cold-films")
-    samples = negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids)
+    cold = config.split == "cold-films"
+    task = Task.of(data, "validation", only_its_films=cold)
+    films = np.unique(data.train.items) if cold else None  # a film that is yet to come is no film that was turned down
+    samples = negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids, films)
     return Trainer(
         Training(model, task),
         negatives.loader(samples, config.bsize),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, layer_norm
 
 from duoka.errors import ConfigError, DataError
+from duoka.log import logger
 from duoka.recipes.nets.gpt2_states import states
 from duoka.recipes.nets.packing import pack
 from duoka.recipes.optional import require
@@ -316,6 +317,8 @@ def _small(texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
 
 def _loaded(name: str) -> tuple[Tokenize, Any]:
     transformers = require("transformers", "recommend")
+    if not Path(name).is_dir():
+        logger.info("looking for %s on the Hugging Face hub", name)
     try:
         kind = transformers.AutoConfig.from_pretrained(name).model_type
         if kind != "gpt2":
@@ -371,12 +374,14 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 def _quiet() -> Iterator[None]:
     """Keep transformers' progress bars and advice to itself, but those of downloads, and leave its settings as they were."""
     logging, hub = require("transformers", "recommend").utils.logging, require("huggingface_hub", "recommend").utils
-    level, bars, downloads = (
+    level, bars, downloads, hub_level = (
         logging.get_verbosity(),
         logging.is_progress_bar_enabled(),
         not hub.are_progress_bars_disabled(),
+        hub.logging.get_verbosity(),
     )
     logging.set_verbosity_error()
+    hub.logging.set_verbosity_error()  # without a network it says so twelve times; the error says it once
     logging.disable_progress_bar()  # the hub's, too
     if downloads:
         hub.enable_progress_bars()
@@ -384,6 +389,7 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+        hub.logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()
         if not downloads:

@@ -135,13 +135,16 @@ class Recommender(nn.Module):
         """Return the scores of pairs of users and films, int64 ``(count,)`` each: ``(count,)``."""
         return self.scorer().pairs(users, items)
 
-    def recommend(self, user: int, k: int = 10, seen: Iterable[int] = ()) -> tuple[Tensor, Tensor]:
+    def recommend(
+        self, user: int, k: int = 10, seen: Iterable[int] = (), scorer: Scorer | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the best films for ``user`` and their scores, best first; fewer than ``k`` where there are no more.
 
         Args:
             user: the user's number.
             k: how many films.
             seen: films to leave out.
+            scorer: what ``scorer()`` returned, for several calls; without it everything is encoded in each.
 
         Raises:
             ConfigError: there is no such user or film, or ``k`` is not a positive number.
@@ -149,7 +152,7 @@ class Recommender(nn.Module):
         """
         if not 0 <= user < self.n_users or k < 1:
             raise ConfigError(f"user={user}, k={k}: users are 0 to {self.n_users - 1}, and k is 1 or more")
-        scores = self.score_all(torch.tensor([user]))[0]
+        scores = (scorer or self.scorer()).all(torch.tensor([user]))[0]
         without = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=scores.device)
         if len(without) and not 0 <= without[0] <= without[-1] < self.n_items:
             raise ConfigError(f"seen names films from {without[0]} to {without[-1]}: there are 0 to {self.n_items - 1}")

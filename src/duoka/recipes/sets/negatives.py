@@ -36,18 +36,22 @@ class Negatives:
         seen: what each user knows.
         n_items: how many films there are.
         user_ids: the users' numbers in their file, for messages; without them their places are named.
+        among: the films to draw from, ascending, all that anybody knows among them; ``None`` is every film.
 
     """
 
-    def __init__(self, seen: Seen, n_items: int, user_ids: Integers | None = None) -> None:
-        self.n_items, self.user_ids = n_items, user_ids
+    def __init__(
+        self, seen: Seen, n_items: int, user_ids: Integers | None = None, among: Integers | None = None
+    ) -> None:
+        self.n_items, self.user_ids, self.among = n_items if among is None else len(among), user_ids, among
         self.indptr = seen.indptr
         counts = np.diff(seen.indptr)
-        self.unknown = n_items - counts
+        self.unknown = self.n_items - counts
         """How many films each user does not know ``(users,)``."""
         owners = np.repeat(np.arange(len(counts)), counts)
-        before = seen.indices - (np.arange(len(seen.indices)) - seen.indptr[owners])
-        self._keys = owners * n_items + before
+        places = seen.indices if among is None else np.searchsorted(among, seen.indices)
+        before = places - (np.arange(len(places)) - seen.indptr[owners])
+        self._keys = owners * self.n_items + before
 
     def draw(self, users: Integers, random: np.random.Generator) -> Integers:
         """Return one unknown film for each of ``users``, both ``(samples,)``; ascending users are the fastest.
@@ -65,7 +69,8 @@ class Negatives:
             )
         numbers = random.integers(0, unknown)
         known = np.searchsorted(self._keys, users * self.n_items + numbers, side="right") - self.indptr[users]
-        return numbers + known
+        drawn: Integers = numbers + known
+        return drawn if self.among is None else self.among[drawn]
 
 
 class Triples(Samples):
@@ -80,15 +85,22 @@ class Triples(Samples):
         n_items: how many films there are.
         seed: what is drawn from.
         user_ids: the users' numbers in their file, for messages.
+        among: the films that unknown ones are drawn from, ascending; ``None`` is every film.
 
     """
 
     def __init__(
-        self, pairs: Integers, seen: Seen, n_items: int, seed: int = 0, user_ids: Integers | None = None
+        self,
+        pairs: Integers,
+        seen: Seen,
+        n_items: int,
+        seed: int = 0,
+        user_ids: Integers | None = None,
+        among: Integers | None = None,
     ) -> None:
         ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
         self._users = np.ascontiguousarray(ordered[:, 0])
-        self._sampler = Negatives(seen, n_items, user_ids)
+        self._sampler = Negatives(seen, n_items, user_ids, among)
         self._seed, self._epoch = seed, -1
         self.users = torch.from_numpy(self._users)
         self.positives = torch.from_numpy(np.ascontiguousarray(ordered[:, 1]))
