@@ -94,6 +94,29 @@ def test_devices_may_be_given_in_one_way_only() -> None:
         duoka.DataParallel(Net(), device_ids=[0], devices="cpu:2")
 
 
+def test_a_subclass_with_steps_of_its_own_is_refused_on_several_devices_and_others_are_not() -> None:
+    """They would not be called: a batch that is to be divided in another way would be divided evenly without a word."""
+
+    class Balanced(duoka.DataParallel):
+        def scatter(self, inputs, kwargs, device_ids):
+            raise AssertionError
+
+        def gather(self, outputs, output_device):
+            raise AssertionError
+
+    class Doubling(duoka.DataParallel):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net, x = Net(), torch.randn(6, 4)
+    with pytest.raises(errors.UnsupportedError, match="Balanced has a scatter and a gather of its own, which nn.Data"):
+        Balanced(net, devices="cpu:2")
+    assert torch.equal(Balanced(net, devices="cpu")(x), net(x))
+    doubling = Doubling(net, devices="cpu:2")
+    assert torch.allclose(doubling(x), 2 * net(x))
+    doubling.close()
+
+
 def test_copies_and_saved_models_are_whole(wrap) -> None:
     model = wrap(Net())
     x = torch.randn(6, 4)

@@ -352,6 +352,34 @@ def test_a_helper_that_fails_in_a_trial_is_a_reason_and_no_failure_of_the_script
     assert "a helper cannot compute its part: ValueError: not ready" in shared.stderr
 
 
+OWN_STEPS = """
+import torch
+from torch import nn
+
+class Balanced(nn.DataParallel):
+    def scatter(self, inputs, kwargs, device_ids):
+        raise AssertionError("with one device nobody needs it")
+
+torch.manual_seed(0)
+model = Balanced(nn.Linear(4, 2), device_ids=list(range(max(1, torch.cuda.device_count()))))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    optimizer.zero_grad()
+    loss = model(torch.ones(8, 4)).square().mean()
+    loss.backward()
+    optimizer.step()
+print("loss", loss.item())
+"""
+
+
+def test_a_wrapper_that_divides_batches_itself_stays_on_one_device_with_the_reason(tmp_path) -> None:
+    (tmp_path / "train.py").write_text(OWN_STEPS)
+    done = duoka("run", "train.py", "--device", "cpu:2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "loss " in done.stdout
+    assert "its wrapper Balanced has a scatter of its own, which duoka does not call" in " ".join(done.stderr.split())
+
+
 def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:
     pytest.importorskip("nbclient")
     source = SCRIPTS / "notebooks" / "classification.ipynb"

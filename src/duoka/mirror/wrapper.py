@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from duoka.devices import resolve
-from duoka.errors import ConfigError
+from duoka.errors import ConfigError, UnsupportedError
 from duoka.mirror.engine import Engine
 from duoka.mirror.part import Part
 
-__all__ = ["DataParallel"]
+__all__ = ["DataParallel", "own_steps"]
 
 _one_at_a_time = threading.Lock()
 
@@ -47,7 +47,8 @@ class DataParallel(nn.DataParallel[nn.Module]):
 
     Raises:
         what the model raises on any device, as its own type, the remote traceback being its cause; WorkerDied when a helper
-        process ends; UnsupportedError for a backward with ``create_graph=True``; DeviceError for devices that are not there.
+        process ends; UnsupportedError for a backward with ``create_graph=True``, and for a subclass with a ``scatter``,
+            ``replicate``, ``parallel_apply`` or ``gather`` of its own; DeviceError for devices that are not there.
 
     Example:
         >>> import torch, duoka
@@ -77,6 +78,8 @@ class DataParallel(nn.DataParallel[nn.Module]):
         if device_ids is not None and devices != "auto":
             raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
         chosen = resolve(devices if device_ids is None else list(device_ids)).devices
+        if len(chosen) > 1:
+            _refuse_own_steps(type(self))
         self.module = module
         self.dim = dim
         self.device_ids = [index if one.type == "cpu" else one.index for index, one in enumerate(chosen)]
@@ -161,6 +164,21 @@ def _check_given(module: Any, others: Mapping[str, Any]) -> None:
     if not isinstance(module, nn.Module):
         raise ConfigError(
             f"DataParallel wraps a torch.nn.Module, and was given a {type(module).__name__}: {module!r:.80}"
+        )
+
+
+def own_steps(kind: type) -> list[str]:
+    """Return which steps of ``nn.DataParallel``'s forward the subclass ``kind`` takes in its own way; they would not be called."""
+    names = ("scatter", "replicate", "parallel_apply", "gather")
+    return [name for name in names if getattr(kind, name) is not getattr(nn.DataParallel, name)]
+
+
+def _refuse_own_steps(kind: type) -> None:
+    if names := own_steps(kind):
+        raise UnsupportedError(
+            f"{kind.__name__} has a {' and a '.join(names)} of its own, which nn.DataParallel's forward calls and this one does "
+            "not: parts are nearly equal, and outputs are joined. Leave that out (override forward, and call super().forward, "
+            "to change what goes in and comes out), or keep torch.nn.DataParallel"
         )
 
 

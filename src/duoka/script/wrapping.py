@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from duoka.mirror import DataParallel
+from duoka.mirror.wrapper import own_steps
 from duoka.script.account import Account
 from duoka.script.patches import Patches
 from duoka.script.shared_call import SharedCall
@@ -134,11 +135,16 @@ class Finder:
                 output_device: int | torch.device | None = None,
                 dim: int = 0,
             ) -> None:
-                super().__init__(module, devices=list(finder._taken(device_ids)), dim=dim)
+                own, devices = own_steps(type(self)), finder._taken(device_ids)
+                super().__init__(module, devices=list(devices[:1] if own else devices), dim=dim)
                 if output_device is not None:
                     self.output_device = output_device  # type: ignore[assignment]
                 self._duoka_account = finder._account.model(module)
                 self._duoka_account.found(type(module).__name__, f"wrapped by the script at {where()}", explicit=True)
+                if own:
+                    self._duoka_account.refuse(
+                        f"its wrapper {type(self).__name__} has a {' and a '.join(own)} of its own, which duoka does not call"
+                    )
                 finder._wrapped.append(weakref.ref(self))
 
         DataParallel.__module__, DataParallel.__qualname__ = "torch.nn.parallel.data_parallel", "DataParallel"
