@@ -14,6 +14,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parent / "scripts"
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:[eE][-+]?\d+)?|\bnan\b|\binf\b")
+OF_DEVICES = re.compile(r"gpu|cuda|device|cpu", re.IGNORECASE)
 SELDOM = {  # like others in the list: run by `make test-all`, which takes ten minutes longer
     "exit_status",
     "finetune_freeze",
@@ -116,6 +117,11 @@ class Result(NamedTuple):
     def numbers(self) -> list[float]:
         return [float(word) for word in NUMBER.findall(self.out)]
 
+    @property
+    def words(self) -> list[str]:
+        """What is printed beside these numbers, whole numbers among it, but for lines that speak of devices."""
+        return [NUMBER.sub("#", line) for line in self.out.splitlines() if not OF_DEVICES.search(line)]
+
 
 class Runner:
     def __init__(self, folder: Path) -> None:
@@ -179,6 +185,7 @@ def test_prints_the_same_losses(path: Path, runner: Runner) -> None:
     plain, shared = runner.run(str(path))
     assert shared.status == plain.status, shared.err
     assert shared.numbers == pytest.approx(plain.numbers, rel=1e-4, abs=1e-7, nan_ok=True), shared.err
+    assert shared.words == plain.words
     assert shared.files == plain.files
     if "SKIP" in plain.out:
         pytest.skip(plain.out.strip())

@@ -168,7 +168,7 @@ def _check_given(module: Any, others: Mapping[str, Any]) -> None:
 
 
 def own_steps(kind: type) -> list[str]:
-    """Return which steps of ``nn.DataParallel``'s forward the subclass ``kind`` takes in its own way; they would not be called."""
+    """Return which steps of ``nn.DataParallel``'s forward the subclass ``kind`` has of its own; they would not be called."""
     names = ("scatter", "replicate", "parallel_apply", "gather")
     return [name for name in names if getattr(kind, name) is not getattr(nn.DataParallel, name)]
 
@@ -176,9 +176,9 @@ def own_steps(kind: type) -> list[str]:
 def _refuse_own_steps(kind: type) -> None:
     if names := own_steps(kind):
         raise UnsupportedError(
-            f"{kind.__name__} has a {' and a '.join(names)} of its own, which nn.DataParallel's forward calls and this one does "
-            "not: parts are nearly equal, and outputs are joined. Leave that out (override forward, and call super().forward, "
-            "to change what goes in and comes out), or keep torch.nn.DataParallel"
+            f"{kind.__name__} has a {' and a '.join(names)} of its own, which nn.DataParallel's forward calls and this one "
+            "does not: parts are nearly equal, and outputs are joined. Leave that out (to change what goes in or comes out, "
+            "override forward and call super().forward), or keep torch.nn.DataParallel"
         )
 
 
