@@ -60,3 +60,11 @@ def test_what_is_there_is_not_lost(tmp_path, monkeypatch, capsys, example, file,
     assert place.read_text() == "1::2::5::978300760"
     assert main([*command, "--overwrite"]) == 0
     assert len(place.read_text()) > 100
+
+
+def test_an_example_does_not_stand_in_for_the_real_data_beside_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "ml-1m").mkdir(parents=True)
+    assert main(["data", "make", "movielens", "--to", "data", "--overwrite"]) == 2
+    assert "data/ml-1m is there, which --root data reads: give another place with --to" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "ratings.dat").exists()

@@ -64,6 +64,7 @@ def _movielens(options: argparse.Namespace) -> int:
     sizes = {key: value for key in OWN["movielens"] if (value := getattr(options, key)) is not None}
     folder = Path(options.to or "movielens")
     _refuse_to_lose([folder / name for name in NAMES], options)
+    _refuse_to_hide(folder)
     example = movielens_planted.make(**sizes, seed=options.seed)
     movielens_planted.write(folder, example, options.seed)
     out = console()
@@ -85,9 +86,18 @@ def _refuse_to_lose(files: Sequence[Path], options: argparse.Namespace) -> None:
     """Refuse to write over what is there: it may be the real data, in the same format."""
     from duoka.errors import ConfigError
 
-    there = next((file for file in files if file.exists()), None)
+    there = next((file for file in files if file.is_file()), None)
     if there is not None and not options.overwrite:
         raise ConfigError(f"{there} is there already: give another place with --to, or --overwrite to replace it")
+
+
+def _refuse_to_hide(folder: Path) -> None:
+    """Refuse a folder in which the official set lies a level deeper: what stands beside that would be read in its place."""
+    from duoka.errors import ConfigError
+
+    there = next((place for name in ("ml-1m", "ml-1m.zip") if (place := folder / name).exists()), None)
+    if there is not None:
+        raise ConfigError(f"{there} is there, which --root {folder} reads: give another place with --to")
 
 
 def _parser() -> argparse.ArgumentParser:

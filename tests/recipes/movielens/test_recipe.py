@@ -19,10 +19,13 @@ from safetensors.torch import load_file
 from duoka import Callback, Trainer
 from duoka.cli.main import main
 from duoka.errors import ConfigError
+from duoka.recipes.config import of_run
 from duoka.recipes.movielens import Config
+from duoka.recipes.movielens.asking import model_of
 from duoka.recipes.movielens.ranking import NAMES, Task, evaluate, means
-from duoka.recipes.movielens.stages import Training, build, prepared
+from duoka.recipes.movielens.stages import Training, build, prepared, samples_of
 from duoka.recipes.nets.gpt2_recommender import TwoRates
+from duoka.recipes.runs import Run
 from duoka.recipes.sets import movielens_planted, negatives
 from duoka.recipes.sets.movielens import ML1MDataset
 
@@ -121,6 +124,8 @@ def asked(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_a_user_gets_titles_and_reasons_and_nothing_seen(run, data, capsys):
+    model = model_of(Run.at(run), of_run(Config, Run.at(run)), data)
+    vectors = torch.nn.functional.normalize(model.item_vectors())
     for user in (1, 42):
         status, out, _ = asked(capsys, str(run), "--user", str(user), "-k", "5", "--json")
         answer = json.loads(out)
@@ -135,7 +140,10 @@ def test_a_user_gets_titles_and_reasons_and_nothing_seen(run, data, capsys):
             assert data.item_texts[place] == f"{', '.join(film['genres'])}\n{film['title']}"
             assert set(film["weights"]) == {"id", "genres", "title"}
             assert sum(film["weights"].values()) == pytest.approx(1, abs=1e-5)
-            assert {title for title, _ in film["similar"]} <= {data.titles[other] for other in known}
+            likeness = {data.titles[other]: float(vectors[place] @ vectors[other]) for other in known}
+            best = sorted(likeness.values(), reverse=True)[:3]
+            assert [value for _, value in film["similar"]] == pytest.approx(best, abs=1e-5)
+            assert all(value == pytest.approx(likeness[title], abs=1e-5) for title, value in film["similar"])
         assert set(answer["weights"]) == {"id", "gender", "age", "occupation"}
     _, out, _ = asked(capsys, str(run), "--user", "42", "-k", "5")
     assert f" 1. {answer['films'][0]['title']}, " in out
@@ -231,6 +239,17 @@ def test_one_device_and_two_take_the_same_steps(data, stage):
     assert not torch.equal(own["user.ids.weight"], build(config, data, texts, stage).state_dict()["user.ids.weight"])
 
 
+def test_films_that_are_yet_to_come_are_never_those_that_were_turned_down(folder):
+    data = ML1MDataset(folder / "data", split="cold-films")
+    samples, known = samples_of(Config(split="cold-films"), data), set(data.train.items.tolist())
+    drawn = set()
+    for epoch in range(20):
+        samples.set_epoch(epoch)
+        drawn |= set(samples.negatives.tolist())
+    assert drawn == known
+    assert len(known) < data.n_items
+
+
 def test_each_evaluation_is_of_the_weights_of_then(data):
     """A fused optimiser changes weights without a trace in their version counters."""
     task = Task.of(data, "validation")
@@ -271,6 +290,11 @@ def test_a_run_of_two_devices_goes_on_in_stage_2_on_one(on_two, longer, data, ca
 def test_stage_1_cannot_change_under_a_stage_2(run, capsys):
     assert main(["train", "movielens", "--resume", str(run), "--epochs", "5"]) == 2
     assert "`epochs` was 2 in this run and is 5 now, but its stage 2 has begun" in capsys.readouterr().err
+    assert main(["train", "movielens", "--resume", str(run), "--patience", "7"]) == 2
+    assert "`patience` was 0 in this run and is 7 now, but its stage 2 has begun" in capsys.readouterr().err
+    assert main(["train", "movielens", "--resume", str(run), "--dynamic_lr", "0.5"]) == 2
+    assert "`dynamic_lr` was 0.003 in this run" in capsys.readouterr().err
+    assert yaml.safe_load((run / "config.yml").read_text())["dynamic_lr"] == 0.003
     assert main(["train", "movielens", "--resume", str(run), "--train_text", "full"]) == 2
     assert "`train_text` was lora in this run" in capsys.readouterr().err
 

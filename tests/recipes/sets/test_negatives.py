@@ -61,6 +61,8 @@ def test_who_knows_all_films_is_named():
         Negatives(seen, 2).draw(np.array([0, 1]), np.random.default_rng(0))
     with pytest.raises(DataError, match=r"^user 42 knows all 2 films"):
         Negatives(seen, 2, np.array([7, 42])).draw(np.array([0, 1]), np.random.default_rng(0))
+    with pytest.raises(DataError, match="the user at place 1 knows all 2 films that training has"):
+        Negatives(seen, 3, among=np.array([0, 1])).draw(np.array([1]), np.random.default_rng(0))
 
 
 def test_each_epoch_has_other_negatives_and_the_same_pairs(pairs, seen):

@@ -79,12 +79,16 @@ def _refuse_longer_first_stage(config: Config) -> None:
     if not config.resume:
         return
     run = Run.at(config.resume)
-    before = of_run(Config, run).epochs
-    if before != config.epochs and (run.folder / "stage-2" / "checkpoint").is_dir():
-        raise ConfigError(
-            f"`epochs` was {before} in this run and is {config.epochs} now, but its stage 2 has begun with what stage 1 came "
-            f"to: leave --epochs out to go on, or begin a new run: duoka train {NAME} -c {run.config} --epochs {config.epochs}"
-        )
+    if not (run.folder / "stage-2" / "checkpoint").is_dir():
+        return
+    started = of_run(Config, run)
+    for option in ("epochs", "patience", "eval_step"):
+        before, now = getattr(started, option), getattr(config, option)
+        if before != now:
+            raise ConfigError(
+                f"`{option}` was {before} in this run and is {now} now, but its stage 2 has begun with what stage 1 came to: "
+                f"leave --{option} out to go on, or begin a new run: duoka train {NAME} -c {run.config} --{option} {now}"
+            )
 
 
 def _data(config: Config) -> ML1MDataset:

@@ -104,6 +104,12 @@ class Config:
         "lora_rank",
         "lora_alpha",
         "seed",  # it makes the small GPT-2 that stage 1 has read the texts with
+        "contrast",
+        "id_dropout",
+        "lr",  # a stage that goes on has its optimiser's state, rates and all
+        "dynamic_lr",
+        "text_lr",
+        "weight_decay",
     )
     PLANNED = ()
     scheduler = None  # rates stay as they are

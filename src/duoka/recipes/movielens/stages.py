@@ -21,7 +21,18 @@ from duoka.recipes.sets import negatives
 from duoka.recipes.sets.movielens import ML1MDataset
 from duoka.trainer import State
 
-__all__ = ["BEST", "DATA", "Stage", "Training", "build", "measured", "prepared", "train_ncf", "train_stages"]
+__all__ = [
+    "BEST",
+    "DATA",
+    "Stage",
+    "Training",
+    "build",
+    "measured",
+    "prepared",
+    "samples_of",
+    "train_ncf",
+    "train_stages",
+]
 
 BEST = "ndcg@10"
 """What says which weights are the best."""
@@ -145,14 +156,20 @@ def train_ncf(config: Config, data: ML1MDataset) -> Recommender:
     return model
 
 
+def samples_of(config: Config, data: ML1MDataset) -> negatives.Triples:
+    """Return what is trained on: known pairs, each with an unknown film.
+
+    In the split of films that are yet to come those are never the unknown ones: nobody has turned them down.
+    """
+    films = np.unique(data.train.items) if config.split == "cold-films" else None
+    return negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids, films)
+
+
 def _trainer(model: Recommender, config: Config, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
-    cold = config.split == "cold-films"
-    task = Task.of(data, "validation", only_its_films=cold)
-    films = np.unique(data.train.items) if cold else None  # a film that is yet to come is no film that was turned down
-    samples = negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids, films)
+    task = Task.of(data, "validation", only_its_films=config.split == "cold-films")
     return Trainer(
         Training(model, task),
-        negatives.loader(samples, config.bsize),
+        negatives.loader(samples_of(config, data), config.bsize),
         task.loader(),
         metrics=means(WATCHED),
         device=config.device,

@@ -64,8 +64,10 @@ class Negatives:
         if len(users) and unknown.min() < 1:
             place = int(users[np.argmin(unknown)])
             user = f"the user at place {place}" if self.user_ids is None else f"user {self.user_ids[place]}"
+            which = "" if self.among is None else " that training has"
             raise DataError(
-                f"{user} knows all {self.n_items:,} films, so there is none to tell them from: leave the user out, or add films"
+                f"{user} knows all {self.n_items:,} films{which}, so there is none to tell them from: leave the user out, or "
+                "add films"
             )
         numbers = random.integers(0, unknown)
         known = np.searchsorted(self._keys, users * self.n_items + numbers, side="right") - self.indptr[users]
