@@ -14,7 +14,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parent / "scripts"
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:[eE][-+]?\d+)?|\bnan\b|\binf\b")
-OF_DEVICES = re.compile(r"gpu|cuda|device|cpu", re.IGNORECASE)
+OF_DEVICES = re.compile(r"gpu|cuda|device|cpu|设备", re.IGNORECASE)
 SELDOM = {  # like others in the list: run by `make test-all`, which takes ten minutes longer
     "exit_status",
     "finetune_freeze",
