@@ -468,6 +468,30 @@ def test_a_resume_with_other_rows_or_lengths_is_refused(run, table_run, capfd):
         assert f"`{option}` was" in capfd.readouterr().err
 
 
+def test_a_resume_with_other_data_is_refused_and_with_the_same_elsewhere_is_not(
+    run, table_run, folder, tmp_path, capfd
+):
+    """Else the weights would be used with another scaling, and tested on what they have learnt."""
+    for finished, csv in ((run, "waves.csv"), (table_run, "datatry.csv")):
+        copied = shutil.copytree(finished, tmp_path / finished.name)
+        moved = Path(shutil.copy(folder / csv, tmp_path / csv))
+        assert main(["train", "informer", "--resume", str(copied), "--csv", str(moved)]) == 0
+        before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+        frame = pd.read_csv(moved)
+        for other in (frame[: len(frame) - 60], frame.assign(**{frame.columns[-1]: frame[frame.columns[-1]] * 1.01})):
+            other.to_csv(moved, index=False)
+            assert main(["train", "informer", "--resume", str(copied), "--csv", str(moved)]) == 2
+            assert f"{moved} is not what the run {copied} began with" in capfd.readouterr().err
+        assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_stopped_before_anything_was_saved_says_that_it_begins_anew(run, tmp_path, caplog):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    shutil.rmtree(copied / "checkpoint")
+    assert main(["train", "informer", "--resume", str(copied)]) == 0
+    assert f"{copied} was stopped before anything was saved: it begins at its first epoch" in caplog.text
+
+
 def test_names_that_no_file_can_have_are_no_hindrance(folder, tmp_path, capsys):
     frame = pd.read_csv(folder / "datatry.csv").rename(columns={"Pressure": "Q (m3/s)", "SWAT": "Q [m3/s]"})
     frame.to_csv(tmp_path / "my table.csv", index=False)

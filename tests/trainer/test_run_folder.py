@@ -256,3 +256,22 @@ def test_the_time_left_ends_with_the_last_step_that_is_taken(monkeypatch):
     trainer_of(epochs=1000, max_steps=2).fit()
     assert len(shown) == 2
     assert shown[-1] == 0.0
+
+
+def test_an_epoch_is_saved_before_it_is_said_to_be_done(tmp_path, monkeypatch):
+    """Whoever reads its line may interrupt the run, and has not lost it."""
+    saved, last = [], tmp_path / "checkpoint" / "last.pt"
+
+    class Screen:
+        def write(self, text: str) -> int:
+            if text.startswith("epoch ") and "lr " in text:
+                saved.append(last.stat().st_mtime_ns if last.exists() else None)
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(sys, "stdout", Screen())
+    trainer_of(out_dir=tmp_path, verbose=True).fit()
+    assert len(set(saved)) == 3
+    assert None not in saved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,12 @@ from duoka.log import logger
 from duoka.trainer import Callback, State
 from duoka.world import current_world
 
-__all__ = ["ConfigWriter", "Run", "folder_of", "no_empty_folder", "run_options"]
+__all__ = ["DATA", "ConfigWriter", "Run", "folder_of", "no_empty_folder", "refuse_other_data", "run_options"]
+
+DATA = "data.json"
+"""The file of a run that says what its data are."""
+SHORT = 60
+"""Characters of a fact in a message."""
 
 _made: list[Path] = []
 """The folders that were made within ``no_empty_folder``, each before the one that it is in."""
@@ -194,12 +200,14 @@ class Run:
 class ConfigWriter(Callback):
     """Writes a run's ``config.yml`` when its training begins: a checkpoint that was refused leaves the one that fits it."""
 
-    def __init__(self, run: Run, recipe: str, config: Any) -> None:
-        self.run, self.recipe, self.config = run, recipe, config
+    def __init__(self, run: Run, recipe: str, config: Any, facts: dict[str, Any] | None = None) -> None:
+        self.run, self.recipe, self.config, self.facts = run, recipe, config, facts
 
     def on_fit_start(self, state: State) -> None:  # noqa: ARG002
-        """Write it."""
+        """Write it, and what the data are, so that the run does not go on with others."""
         self.run.write_config(self.recipe, self.config)
+        if self.facts is not None:
+            self.run.write_results(self.facts, DATA)
 
 
 def folder_of(recipe: str, config: Any, devices: str | Sequence[torch.device]) -> Run:
@@ -218,13 +226,51 @@ def _folder_on_main(recipe: str, config: Any) -> Run | None:
     return Run.at(config.resume) if config.resume else Run.new(config.out, recipe, config.name)
 
 
-def run_options(run: Run, recipe: str, config: Any) -> dict[str, Any]:
-    """Return the trainer's options for the run's folder; its configuration is written when a checkpoint was accepted."""
+def run_options(run: Run, recipe: str, config: Any, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the trainer's options for the run's folder; its configuration is written when a checkpoint was accepted.
+
+    ``facts`` are what the data are, for ``refuse_other_data``.
+    """
+    if config.resume and not (run.folder / "checkpoint" / "last.pt").exists() and current_world().is_main:
+        logger.warning("%s was stopped before anything was saved: it begins at its first epoch", run.folder)
     return {
         "out_dir": run.folder,
         "resume": "auto" if config.resume else False,
-        "callbacks": [ConfigWriter(run, recipe, dataclasses.replace(config, resume=None))],
+        "callbacks": [ConfigWriter(run, recipe, dataclasses.replace(config, resume=None), facts)],
     }
+
+
+def refuse_other_data(run: Run, facts: dict[str, Any], source: str) -> None:
+    """Refuse to go on with ``run`` where ``source`` has other ``facts`` than the run began with, but for rounding.
+
+    Raises:
+        DataError: the fact that differs, then and now.
+
+    """
+    path = run.folder / DATA
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, now in facts.items():
+        if not _alike(before.get(name), now):
+            raise DataError(
+                f"{source} is not what the run {run.folder} began with: its {name} now {_short(now)}, then "
+                f"{_short(before.get(name))}; weights that have learnt from the one cannot be tested on the other: give the "
+                "file of then, or begin a new run without --resume"
+            )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(f"{one:.4g}" for one in value) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= SHORT else f"{text[: SHORT - 4]} ..."
 
 
 def _cannot_make(folder: Path, why: str) -> str:

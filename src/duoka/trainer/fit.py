@@ -273,10 +273,10 @@ class _Fit:
         tally.reset()
         state.history.append(record)
         self.callbacks.call("on_epoch_end", state)
-        teller.end_epoch(record, is_best=is_best)
         if whole:
             state.samples_in_epoch = 0
             self._write_checkpoint(epoch + 1, 0)
+        teller.end_epoch(record, is_best=is_best)  # once it is saved: whoever reads that it is done may interrupt
 
     def _evaluation_is_due(self, epoch: int) -> bool:
         if self.evaluations is None:

@@ -18,7 +18,7 @@ from duoka.recipes.informer.options import NAME, Config
 from duoka.recipes.informer.running import check_finite, next_step, predictions_of, schedule
 from duoka.recipes.nets.informer import Informer
 from duoka.recipes.registry import Outcome, Written
-from duoka.recipes.runs import Run, folder_of, run_options
+from duoka.recipes.runs import Run, folder_of, refuse_other_data, run_options
 from duoka.recipes.sets import ett, table
 from duoka.recipes.sets.scaling import Scaling
 from duoka.recipes.sets.series import Parts, Series, calendar, series_of
@@ -50,6 +50,18 @@ class Data:
         return {"training": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)}
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What a run remembers of its data: a file of other rows or values differs in one of these."""
+        scaling = self.parts.scaling
+        windows = ", ".join(f"{count:,} {part}" for part, count in self.windows.items())
+        return {
+            "windows are": windows,
+            "parts are": self.spans,
+            "means are": scaling.mean,
+            "deviations are": scaling.std,
+        }
+
+    @property
     def spans(self) -> str:
         """Say from when to when each part lasts."""
         parts, dates = self.parts, self.series.dates
@@ -65,9 +77,11 @@ def train(config: Config) -> Outcome:
     devices.resolve(config.device)  # a device that is not there is said before any download
     data = read(config)
     run = folder_of(NAME, config, config.device)
+    if config.resume:
+        refuse_other_data(run, data.facts, data.source)
     torch.manual_seed(config.seed)
     model = _model(config, len(data.series.columns), len(data.targets), data.parts.test.marks.shape[1])
-    trainer = _trainer(model, config, data, run_options(run, NAME, config))
+    trainer = _trainer(model, config, data, run_options(run, NAME, config, data.facts))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
         results = _tested(trainer, config, data)

@@ -19,7 +19,7 @@ from duoka.recipes.informer.options import NAME, Config
 from duoka.recipes.informer.running import check_finite, file_names, next_step, predictions_of, schedule
 from duoka.recipes.nets.regressor import Regressor
 from duoka.recipes.registry import Outcome, Written
-from duoka.recipes.runs import Run, folder_of, run_options
+from duoka.recipes.runs import Run, folder_of, refuse_other_data, run_options
 from duoka.recipes.sets import table
 from duoka.recipes.sets.scaling import Scaling
 
@@ -44,6 +44,15 @@ class Rows:
     """Where the test rows stand in the file."""
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What a run remembers of its data: a file of other rows or values differs in one of these."""
+        counts = f"{len(self.train):,} for training, {len(self.test):,} for the test"
+        means, deviations = (
+            [value for scaling in self.scaling for value in getattr(scaling, name)] for name in ("mean", "std")
+        )
+        return {"rows are": counts, "means are": means, "deviations are": deviations}
+
+    @property
     def truth(self) -> Tensor:
         """The test rows' targets in their units, float64 ``(rows, targets)``."""
         return self.scaling[1].invert(self.test.tensors[1])
@@ -54,9 +63,11 @@ def train(config: Config) -> Outcome:
     devices.resolve(config.device)
     rows = read(config)
     run = folder_of(NAME, config, config.device)
+    if config.resume:
+        refuse_other_data(run, rows.facts, str(config.csv))
     torch.manual_seed(config.seed)
     model = Regressor(len(rows.inputs), len(rows.targets), config.size())
-    trainer = _trainer(model, config, rows, run_options(run, NAME, config))
+    trainer = _trainer(model, config, rows, run_options(run, NAME, config, rows.facts))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
         predicted = _predicted(trainer, rows)

@@ -19,9 +19,9 @@ from duoka.recipes.movielens.asking import Answer
 from duoka.recipes.movielens.baselines import ItemKNN, Popularity
 from duoka.recipes.movielens.options import NAME, Config
 from duoka.recipes.movielens.ranking import Task
-from duoka.recipes.movielens.stages import BEST, DATA, Stage, measured, train_ncf, train_stages
+from duoka.recipes.movielens.stages import BEST, Stage, measured, train_ncf, train_stages
 from duoka.recipes.registry import Outcome, Prediction
-from duoka.recipes.runs import Run
+from duoka.recipes.runs import DATA, Run
 from duoka.recipes.sets.movielens import ML1MDataset
 
 __all__ = ["Config", "evaluate", "predict", "recommend", "train"]

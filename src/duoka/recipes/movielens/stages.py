@@ -19,11 +19,9 @@ from duoka.recipes.nets.recommender import NCF, Recommender
 from duoka.recipes.runs import ConfigWriter, Run
 from duoka.recipes.sets import negatives
 from duoka.recipes.sets.movielens import ML1MDataset
-from duoka.trainer import State
 
 __all__ = [
     "BEST",
-    "DATA",
     "Stage",
     "Training",
     "build",
@@ -36,8 +34,6 @@ __all__ = [
 
 BEST = "ndcg@10"
 """What says which weights are the best."""
-DATA = "data.json"
-"""The file of a run that says what its data are."""
 NCF_RATE = 3e-3
 """The baseline's learning rate: ids alone learn more slowly, and stop too early at the rate of stage 1."""
 WATCHED = ("ndcg@10", "recall@10", "hr@10", "mrr@10", "recall@50")
@@ -68,19 +64,6 @@ class Stage:
     """Its measures there."""
     epochs: int
     """How many it has gone through."""
-
-
-class _Beginning(ConfigWriter):
-    """Writes beside the configuration what the data are, so that the run does not go on with others."""
-
-    def __init__(self, run: Run, config: Config, data: ML1MDataset) -> None:
-        super().__init__(run, NAME, dataclasses.replace(config, resume=None))
-        self.facts = data.facts()
-
-    def on_fit_start(self, state: State) -> None:
-        """Write both."""
-        super().on_fit_start(state)
-        self.run.write_results(self.facts, DATA)
 
 
 def prepared(config: Config, data: ML1MDataset) -> Prepared | None:
@@ -143,7 +126,7 @@ def _train(model: Recommender, config: Config, data: ML1MDataset, run: Run, numb
         epochs=epochs,
         out_dir=folder,
         resume="auto" if config.resume else False,
-        callbacks=[_Beginning(run, config, data)],
+        callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None), data.facts())],
     )
     validation, _ = trainer.fit(save_model=True)
     return Stage(number, model, validation, len(trainer.history))
