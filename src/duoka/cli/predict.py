@@ -51,6 +51,8 @@ def _write(recipe: Recipe, finished: Run, config: Any, options: argparse.Namespa
     if options.inputs:
         raise ConfigError(f"--from takes the only input; {options.inputs[0]!r} is one too many")
     if not hasattr(recipe, "predict_table"):
+        if hasattr(recipe, "recommend"):
+            recipe.predict(finished, config, [])  # says what its runs answer instead
         raise ConfigError(f"a run of `{finished.recipe()}` predicts from images, not from a table: leave --from out")
     if options.fill is not None:
         config = dataclasses.replace(config, fill=options.fill == "true")

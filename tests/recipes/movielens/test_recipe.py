@@ -178,6 +178,9 @@ def test_what_cannot_be_recommended_is_said(run, folder, tmp_path, capsys):
     words = asked(capsys, str(run), "--user", "1", "--root", str(tmp_path / "other"))[2]
     assert "has 30 users, and the run" in words
     assert "was trained on 60" in words
+    for words in (["a.png"], ["--from", "a.csv"]):
+        assert main(["predict", str(run), *words]) == 2
+        assert f"recommends films to a user: duoka recommend {run} --user NUMBER" in capsys.readouterr().err
     assert main(["predict", str(run), "a.png"]) == 2
     assert f"duoka recommend {run} --user NUMBER" in capsys.readouterr().err
     other = tmp_path / "cifar"

@@ -127,6 +127,11 @@ def test_a_folder_that_was_emptied_is_not_looked_into_for_ever(tmp_path):
 
 def test_an_archive_is_no_folder(tmp_path):
     (tmp_path / "ml-1m.zip").write_bytes(b"PK")
+    (tmp_path / "ratings.dat").write_text("1::2::5::978300760")
+    with pytest.raises(
+        DataError, match=f"ratings.dat is a file, not a folder: give the folder of the data: --root {tmp_path}"
+    ):
+        ML1MDataset(tmp_path / "ratings.dat", download=False)
     with pytest.raises(DataError, match=r"ml-1m.zip is a file, not a folder: unpack it with `unzip"):
         read(tmp_path / "ml-1m.zip")
 

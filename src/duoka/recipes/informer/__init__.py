@@ -31,7 +31,7 @@ def evaluate(run: Run, config: Config) -> Outcome:
 
 def predict(run: Run, config: Config, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:  # noqa: ARG001
     """Refuse: this recipe's answers are tables, which ``predict_table`` writes."""
-    example = sources[0] if sources else "data.csv"
+    example = sources[0] if sources and sources[0].lower().endswith((".csv", ".txt", ".tsv")) else "data.csv"
     raise ConfigError(f"a run of the informer predicts from a table: duoka predict {run.folder} --from {example}")
 
 

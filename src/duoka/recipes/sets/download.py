@@ -65,9 +65,11 @@ def refuse_file(root: Path) -> None:
 
     """
     if root.is_file():
+        is_archive = root.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2")
         how = "unzip" if root.suffix == ".zip" else "tar -xf"
+        remedy = f"unpack it with `{how} {root}`, and give the folder with --root"
         raise DataError(
-            f"{root} is a file, not a folder: unpack it with `{how} {root}`, and give the folder with --root"
+            f"{root} is a file, not a folder: {remedy if is_archive else f'give the folder of the data: --root {root.parent}'}"
         )
 
 
