@@ -181,8 +181,6 @@ def test_what_cannot_be_recommended_is_said(run, folder, tmp_path, capsys):
     for words in (["a.png"], ["--from", "a.csv"]):
         assert main(["predict", str(run), *words]) == 2
         assert f"recommends films to a user: duoka recommend {run} --user NUMBER" in capsys.readouterr().err
-    assert main(["predict", str(run), "a.png"]) == 2
-    assert f"duoka recommend {run} --user NUMBER" in capsys.readouterr().err
     other = tmp_path / "cifar"
     other.mkdir()
     (other / "config.yml").write_text("recipe: cifar100\n")
