@@ -459,7 +459,8 @@ def test_ctrl_c_while_a_launch_puts_things_away_is_not_lost(monkeypatch) -> None
         duoka.launch(rank, devices="cpu:2")
 
 
-@pytest.mark.parametrize("in_thread", [pytest.param(False, marks=pytest.mark.extended), True])
+@pytest.mark.extended
+@pytest.mark.parametrize("in_thread", [False, True])
 def test_a_failure_that_meets_a_caller_on_its_way_out_is_still_that_failure(in_thread: bool) -> None:
     """Rank 0 ends its function at the moment in which a helper fails, again and again, a little earlier or later."""
 

@@ -283,6 +283,7 @@ def test_data_loader_workers_run_in_helpers() -> None:
     assert duoka.launch(load, devices="cpu:2", returns="all") == [28.0, 28.0]
 
 
+@pytest.mark.extended
 def test_a_rank_may_come_later_than_the_rendezvous_allows_and_earlier_than_the_timeout() -> None:
     def meet_late() -> float:
         if duoka.current_world().rank:

@@ -406,7 +406,8 @@ def test_the_wrong_kind_of_input_to_predict_is_said(run, folder, tmp_path, capfd
     waves(40).drop(columns="b").to_csv(tmp_path / "less.csv", index=False)
     for words, message in (
         ([str(run)], "or a table with --from data.csv"),
-        ([str(run), "x.png"], "--from x.png"),
+        ([str(run), "x.png"], "--from data.csv"),
+        ([str(run), "x.csv"], "--from x.csv"),
         ([str(run), "x.png", "--from", "y.csv"], "'x.png' is one too many"),
         ([str(run), "--from", str(tmp_path / "none.csv")], "there is no file"),
         ([str(run), "--from", str(tmp_path / "ten.csv")], "has 10 rows, and the model looks at the last 24"),

@@ -288,6 +288,7 @@ for number in range(4):
 """
 
 
+@pytest.mark.extended
 def test_a_module_of_the_script_that_differentiates_gradients_keeps_models_whole(tmp_path) -> None:
     (tmp_path / "penalties.py").write_text(PENALTY)
     (tmp_path / "t.py").write_text(CRITIC)
