@@ -486,6 +486,16 @@ def test_a_resume_with_other_data_is_refused_and_with_the_same_elsewhere_is_not(
         assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
+def test_eval_finds_a_file_that_was_moved_in_the_folder_that_is_named(run, folder, tmp_path, capfd):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    config = copied / "config.yml"
+    config.write_text(config.read_text().replace(str(folder / "waves.csv"), "waves.csv"))
+    shutil.copy(folder / "waves.csv", tmp_path)
+    assert main(["eval", str(copied), "--root", str(tmp_path)]) == 0
+    assert main(["eval", str(copied), "--root", str(copied)]) == 2
+    assert f"there is no file {copied / 'waves.csv'}" in capfd.readouterr().err
+
+
 def test_a_run_that_was_stopped_before_anything_was_saved_says_that_it_begins_anew(run, tmp_path, caplog):
     copied = shutil.copytree(run, tmp_path / "copied")
     shutil.rmtree(copied / "checkpoint")

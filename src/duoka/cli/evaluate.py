@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from duoka.cli.train import show
 
@@ -24,6 +25,8 @@ def run(argv: Sequence[str]) -> int:
     recipe = registry.find(finished.recipe())
     config = of_run(recipe.Config, finished)
     changed = {key: value for key in ("device", "root") if (value := getattr(options, key)) is not None}
+    if "root" in changed and getattr(config, "csv", None):
+        changed["csv"] = str(Path(options.root) / Path(config.csv).name)  # the run's file, moved there
     show(recipe.evaluate(finished, dataclasses.replace(config, **changed)))
     return 0
 
