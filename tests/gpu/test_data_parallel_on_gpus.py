@@ -1,4 +1,4 @@
-"""``DataParallel`` on real accelerators: several over NCCL, one GPU named twice over gloo, one alone."""
+"""``DataParallel`` on accelerators: several GPUs over NCCL, one named twice or others' devices over gloo, one alone."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from duoka import errors
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine"),
     pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors for the life of the process
     pytest.mark.filterwarnings("ignore"),
 ]
+DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+COUNT = torch.accelerator.device_count()
 
 PLACES = [
-    pytest.param("0,0", id="one GPU named twice, over gloo"),
+    pytest.param("0,0", id="one device named twice"),
     pytest.param(
         "0,1",
-        id="two GPUs, over NCCL",
-        marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
+        id="two devices",
+        marks=pytest.mark.skipif(COUNT < 2, reason="fewer than two devices"),
     ),
     pytest.param(
         "0,1,2",
-        id="three GPUs, over NCCL",
-        marks=pytest.mark.skipif(torch.cuda.device_count() < 3, reason="fewer than three GPUs"),
+        id="three devices",
+        marks=pytest.mark.skipif(COUNT < 3, reason="fewer than three devices"),
     ),
 ]
 
@@ -59,13 +61,13 @@ def net() -> nn.Module:
 
 @pytest.mark.parametrize("devices", PLACES)
 @pytest.mark.parametrize("batch", [1, 2, 7, 32])
-def test_twenty_steps_end_where_one_gpu_ends(batch: int, devices: str, wrap) -> None:
-    module = net().double().cuda()
+def test_twenty_steps_end_where_one_device_ends(batch: int, devices: str, wrap) -> None:
+    module = net().double().to(DEVICE)
     reference = copy.deepcopy(module)
     runs = [(m, torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9)) for m in (wrap(module, devices), reference)]
     for _ in range(20):
-        x = torch.randn(batch, 3, 8, 8, dtype=torch.float64, device="cuda")
-        y = torch.randint(5, (batch,), device="cuda")
+        x = torch.randn(batch, 3, 8, 8, dtype=torch.float64, device=DEVICE)
+        y = torch.randint(5, (batch,), device=DEVICE)
         for model, optimizer in runs:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
@@ -80,7 +82,7 @@ def test_inputs_of_the_host_are_brought_and_get_their_gradients(devices: str, wr
     model = wrap(nn.Linear(4, 3), devices)
     x = torch.randn(7, 4, requires_grad=True)
     out = model(x)
-    assert out.device == torch.device("cuda:0")
+    assert out.device == torch.device(DEVICE.type, 0)
     out.sum().backward()
     torch.testing.assert_close(x.grad, model.weight.detach().cpu().sum(0).expand(7, 4))
 
@@ -91,7 +93,7 @@ def test_an_edit_through_data_after_the_step_is_seen(wait_s: float, devices: str
     model = wrap(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), devices)
     model.module[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(8, 4, device="cuda")
+    x = torch.randn(8, 4, device=DEVICE)
     for _ in range(5):
         model(x).pow(2).mean().backward()
         optimizer.step()
@@ -115,7 +117,7 @@ def test_failures_keep_nobody_waiting(devices: str, wrap) -> None:
             return out
 
     model = wrap(Moody(2, 1), devices)
-    good = torch.ones(6, 2, device="cuda")
+    good = torch.ones(6, 2, device=DEVICE)
     for part in (0, 5):
         bad = good.clone()
         bad[3 if part else 0] = -1
@@ -139,7 +141,7 @@ def test_a_helper_that_dies_is_reported_and_replaced(devices: str, wrap) -> None
 
     model = wrap(Deadly(2, 1), devices)
     model.module.owner = os.getpid()
-    x = torch.ones(6, 2, device="cuda")
+    x = torch.ones(6, 2, device=DEVICE)
     model(x)
     with pytest.raises(errors.WorkerDied):
         model(x, end=True)
@@ -150,11 +152,11 @@ def test_a_helper_that_dies_is_reported_and_replaced(devices: str, wrap) -> None
 @pytest.mark.parametrize("devices", PLACES)
 def test_a_step_waits_for_no_device(devices: str, wrap) -> None:
     """With everything trained and no user who asks for a number, the host is never made to wait for its device."""
-    if devices == "0,0":
+    if devices == "0,0" or DEVICE.type != "cuda":
         pytest.skip("gloo goes through the host")
     model = wrap(net(), devices)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(16, 3, 8, 8, device="cuda")
+    x = torch.randn(16, 3, 8, 8, device=DEVICE)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -176,16 +178,16 @@ def test_a_step_waits_for_no_device(devices: str, wrap) -> None:
 def test_the_first_device_holds_one_model_and_the_buckets_no_longer_than_a_backward(devices: str, wrap) -> None:
     model = wrap(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))), devices)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    x = torch.randn(8, 1024, device="cuda")
+    x = torch.randn(8, 1024, device=DEVICE)
     for _ in range(3):
         model.zero_grad()
         model(x).sum().backward()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated(0) < 2.5 * size + (16 << 20)
+    torch.accelerator.synchronize()
+    assert torch.accelerator.memory_allocated(0) < 2.5 * size + (16 << 20)
 
 
-def test_one_gpu_is_the_bare_model(wrap) -> None:
+def test_one_device_is_the_bare_model(wrap) -> None:
     model = wrap(nn.Linear(4, 3), "0")
-    x = torch.randn(6, 4, device="cuda")
+    x = torch.randn(6, 4, device=DEVICE)
     assert torch.equal(model(x), model.module(x))
     assert model._duoka_engine is None

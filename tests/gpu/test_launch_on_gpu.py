@@ -1,4 +1,4 @@
-"""``launch`` on real accelerators: NCCL at one rank, two ranks on one GPU over gloo, everything given back."""
+"""``launch`` on accelerators: their own backend at one rank and at two, two ranks on one GPU over gloo, everything given back."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ import duoka
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine"),
     pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors for the life of the process
 ]
+DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+FIRST = torch.device(DEVICE.type, 0)
+BACKEND = dist.get_default_backend_for_device(DEVICE.type)
+ON_TWO = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="fewer than two devices")
+SHARED = pytest.mark.skipif(DEVICE.type != "cuda", reason="of all accelerators gloo knows CUDA alone")
 
 
 def facts(tensor: torch.Tensor) -> tuple[str, str, float, str]:
@@ -24,30 +29,40 @@ def facts(tensor: torch.Tensor) -> tuple[str, str, float, str]:
     return str(world.device), str(tensor.device), total[0].item() + on_cpu.item(), dist.get_backend_config()
 
 
-def test_one_gpu_runs_over_nccl_and_its_tensors_arrive_on_it() -> None:
-    device, arrived, total, backends = duoka.launch(facts, torch.ones(3, device="cuda:0"), devices="0")
-    assert (device, arrived, total) == ("cuda:0", "cuda:0", 2.0)
-    assert "nccl" in backends
+def test_one_device_runs_over_its_backend_and_its_tensors_arrive_on_it() -> None:
+    device, arrived, total, backends = duoka.launch(facts, torch.ones(3, device=FIRST), devices="0")
+    assert (device, arrived, total) == (str(FIRST), str(FIRST), 2.0)
+    assert BACKEND in backends
 
 
+@ON_TWO
+@pytest.mark.filterwarnings("ignore")
+def test_two_devices_run_over_their_backend_and_tensors_arrive_on_each() -> None:
+    values = duoka.launch(facts, torch.ones(3, device=FIRST), devices="0,1", returns="all")
+    names = [f"{DEVICE.type}:{index}" for index in range(2)]
+    assert [value[:3] for value in values] == [(name, name, 5.0) for name in names]
+    assert BACKEND in values[0][3]
+
+
+@SHARED
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_on_one_gpu_meet_over_gloo() -> None:
-    values = duoka.launch(facts, torch.ones(3, device="cuda:0"), devices="0,0", returns="all")
+    values = duoka.launch(facts, torch.ones(3, device=FIRST), devices="0,0", returns="all")
     assert [value[:3] for value in values] == [("cuda:0", "cuda:0", 5.0)] * 2
     assert "nccl" not in values[0][3]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("devices", ["0", "0,0"])
-def test_a_failure_leaves_the_gpu_usable_and_the_generator_as_it_was(devices: str) -> None:
-    before = torch.cuda.get_rng_state()
+@pytest.mark.parametrize("devices", ["0", pytest.param("0,0", marks=SHARED), pytest.param("0,1", marks=ON_TWO)])
+def test_a_failure_leaves_the_device_usable_and_the_generator_as_it_was(devices: str) -> None:
+    before = torch.get_device_module(DEVICE).get_rng_state()
 
     def fail() -> None:
-        torch.rand(3, device="cuda")
+        torch.rand(3, device=DEVICE)
         raise ValueError("on purpose")
 
     with pytest.raises(ValueError, match="on purpose"):
         duoka.launch(fail, devices=devices)
-    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert torch.equal(torch.get_device_module(DEVICE).get_rng_state(), before)
     assert not dist.is_initialized()
-    assert nn.Linear(2, 2).cuda()(torch.ones(1, 2, device="cuda")).shape == (1, 2)
+    assert nn.Linear(2, 2).to(DEVICE)(torch.ones(1, 2, device=DEVICE)).shape == (1, 2)

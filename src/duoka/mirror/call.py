@@ -54,7 +54,8 @@ class Call:
         self._inputs: list[list[tuple[Piece, bool]]] = []
         self._leases: list[Lease] = []
         self._is_fetched = self._is_spent = False
-        self._exchange: Exchange | None = None
+        self._exchange: list[Exchange] = []
+        """The one under way; a list, which outlives this call, so that it is given up if a backward fails half-way."""
 
     def ask(
         self, parts: Sequence[Sequence[torch.Tensor]], arguments: Any, within: Within | None = None
@@ -68,7 +69,10 @@ class Call:
         keeps_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         modes = ambient.capture(self._crew.devices[0])._replace(within=within)
         payload, seed = dumps(arguments), ambient.draw_seed()
-        weakref.finalize(self, _drop, self._crew, self._ticket, len(parts)).atexit = False
+        end = weakref.finalize(
+            self, _drop, self._crew, self._generation, self._ticket, len(parts), self._exchange
+        )
+        end.atexit = False
         with contextlib.closing(payload):
             for index, part in enumerate(parts):
                 lease, forms = self._put(part, keeps_graph)
@@ -133,8 +137,7 @@ class Call:
                 "again"
             )
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        if self._exchange is not None:  # one that failed half-way
-            self._exchange.give_up()
+        _give_up(self._exchange)  # one that failed half-way
         self._crew.threads.share()
         Variable._execution_engine.queue_callback(self._crew.threads.give_back)
         self._is_spent = not keeps_graph and all(
@@ -144,15 +147,17 @@ class Call:
         )
         passage = Passage(self._ticket, self._inputs, self._plan)
         with self._crew.lock:
-            self._exchange = self._crew.transport.backward(self._crew, passage, gradients, keeps_graph=keeps_graph)
+            self._exchange.append(
+                self._crew.transport.backward(self._crew, passage, gradients, keeps_graph=keeps_graph)
+            )
 
     def fetch_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
         """Return the sums of the helpers' gradients: of parameters by number, and of inputs in the order of ``Finish``."""
         sums: dict[int, torch.Tensor] = {}
         inputs: dict[int, dict[int, torch.Tensor]] = {}
-        if self._exchange is not None:
-            sums, inputs = self._exchange.fetch()
-        self._exchange = None
+        for exchange in self._exchange:
+            sums, inputs = exchange.fetch()
+        self._exchange.clear()
         if self._is_spent:
             self._leases.clear()  # a loss that is kept until the next step keeps no inputs
         self._crew.threads.give_back()
@@ -252,7 +257,14 @@ def _cut(
     return torch.split(gradient, [shape[dim] for shape in of], dim)
 
 
-def _drop(crew: Crew, ticket: int, helpers: int) -> None:
+def _drop(crew: Crew, generation: int, ticket: int, helpers: int, exchange: list[Exchange]) -> None:
+    if generation == crew.generation:
+        _give_up(exchange)
     for index in range(helpers):
         crew.give_up(index, ticket)
     crew.drop(ticket)
+
+
+def _give_up(exchange: list[Exchange]) -> None:
+    while exchange:
+        exchange.pop().give_up()

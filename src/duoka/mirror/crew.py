@@ -144,12 +144,21 @@ class Crew:
                 message.payload.close()
         return answers, failed
 
-    def give_up(self, index: int, ticket: int, keeping: Sequence[Pending] = ()) -> None:
-        """An answer is not waited for any more; until it comes the helper may still use the memory that it was given."""
+    def give_up(self, index: int, ticket: int, rest: Pending | None = None) -> None:
+        """An answer is not waited for any more; until it comes the helper may still use the memory that it was given.
+
+        ``rest`` is waited for when the answer has come.
+        """
         key = index, ticket
-        if self._answers.pop(key, None) is None and key in self._asked:
+        if key in self._asked:
             self._unwanted.add(key)
-            self._asked[key] = self._asked[key][0], [*self._asked[key][1], *keeping]
+            lease, pending = self._asked[key]
+            self._asked[key] = lease, [*pending, *([rest] if rest is not None else [])]
+            return
+        if (message := self._answers.pop(key, None)) is not None:
+            message.payload.close()
+        if rest is not None:
+            rest.wait()
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:

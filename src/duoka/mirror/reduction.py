@@ -116,8 +116,23 @@ class SentExchange:
 
     def give_up(self) -> None:
         """Let it come all the same: what is under way is kept until it is there."""
+        rest = _Rest(len(self._asked), self._pending)
         for index, ticket in self._asked:
-            self._crew.give_up(index, ticket, self._pending)
+            self._crew.give_up(index, ticket, rest)
+
+
+class _Rest:
+    """What is under way to nobody: it must be received all the same, and has been sent when all helpers have answered."""
+
+    def __init__(self, answers: int, pending: Sequence[Pending]) -> None:
+        self._answers, self._pending = answers, pending
+
+    def wait(self) -> None:
+        """One helper more has answered."""
+        self._answers -= 1
+        if self._answers == 0:
+            for pending in self._pending:
+                pending.wait()
 
 
 class SentTask:
