@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -118,12 +119,12 @@ def test_failures_keep_nobody_waiting(devices: str, wrap) -> None:
 
     model = wrap(Moody(2, 1), devices)
     good = torch.ones(6, 2, device=DEVICE)
-    for part in (0, 5):
+    for row in (0, 6 - 6 // len(devices.split(","))):  # the first of the first part and of the last
         bad = good.clone()
-        bad[3 if part else 0] = -1
+        bad[row] = -1
         with pytest.raises(ValueError, match="negative"):
             model(bad)
-        bad[3 if part else 0] = 9
+        bad[row] = 9
         with pytest.raises(ZeroDivisionError):
             model(bad).sum().backward()
         model.zero_grad()
@@ -175,15 +176,26 @@ def test_a_step_waits_for_no_device(devices: str, wrap) -> None:
 
 
 @pytest.mark.parametrize("devices", PLACES)
-def test_the_first_device_holds_one_model_and_the_buckets_no_longer_than_a_backward(devices: str, wrap) -> None:
-    model = wrap(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))), devices)
+def test_the_first_device_holds_a_copy_of_the_weights_no_longer_than_a_forward_and_sums_than_a_backward(
+    devices: str, wrap
+) -> None:
+    gc.collect()
+    before = torch.accelerator.memory_allocated(0)
+    model = wrap(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).to(DEVICE), devices)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     x = torch.randn(8, 1024, device=DEVICE)
+    room = before + size // 2
     for _ in range(3):
         model.zero_grad()
-        model(x).sum().backward()
-    torch.accelerator.synchronize()
-    assert torch.accelerator.memory_allocated(0) < 2.5 * size + (16 << 20)
+        torch.accelerator.reset_peak_memory_stats(0)
+        loss = model(x).sum()
+        assert torch.accelerator.max_memory_allocated(0) < 2 * size + room  # itself and what is sent
+        assert torch.accelerator.memory_allocated(0) < size + room
+        torch.accelerator.reset_peak_memory_stats(0)
+        loss.backward()
+        assert torch.accelerator.max_memory_allocated(0) < 3 * size + room  # itself, its gradients and the helpers'
+        del loss
+        assert torch.accelerator.memory_allocated(0) < 2 * size + room
 
 
 def test_one_device_is_the_bare_model(wrap) -> None:

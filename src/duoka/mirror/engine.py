@@ -88,7 +88,7 @@ class Engine:
                 parts = list(zip(*(nested.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
                 try:
                     call.ask(parts[1:], arguments, within)
-                    return call.outputs()
+                    return self._outputs(call, weights)
                 except Exception:
                     call.abandon()
                     weights.distrust()
@@ -145,7 +145,7 @@ class Engine:
                 args, kwargs = nested.fill(arguments, self._here(parts[0]))
             own = nested.take_out(self._part.of(module)(*args, **kwargs))
             with CLOCK.moves():
-                others = call.outputs()
+                others = self._outputs(call, weights)
         except Exception:
             call.abandon()
             weights.distrust()
@@ -153,6 +153,12 @@ class Engine:
         with CLOCK.moves():
             self._copies_all = self._copies_all or call.writes
             return _joined([own, *others], sizes, self._dim, call, token)
+
+    def _outputs(self, call: Call, weights: Weights) -> list[tuple[list[torch.Tensor], Any]]:
+        values = call.outputs()
+        if len(call.sizes) == len(self.crew.devices):  # a helper without a part has said nothing
+            weights.arrived()
+        return values
 
     def _here(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the tensors on the first device, to which ``torch.nn.DataParallel`` brings them too."""

@@ -107,6 +107,13 @@ class SentWeights:
         moved |= self._edited([n for n in range(len(marks)) if n not in moved], tensors)
         self._under_way = list(self._send(sorted(moved), tensors, live).values())
 
+    def arrived(self) -> None:
+        """Give back the memory of what was sent: between steps nothing is held but the model's own."""
+        under_way, self._under_way = self._under_way, []
+        with self._crew.all_or_none():
+            for pending in under_way:
+                pending.wait()
+
     def distrust(self) -> None:
         """A call has failed: nobody knows what the model has written to its copies by then."""
         self._known = [None] * len(self._buckets)

@@ -82,6 +82,9 @@ class Weights(Protocol):
     def bring(self, buffers: Sequence[torch.Tensor | None], *, trains: bool) -> None:
         """Let helpers have the values as they are now."""
 
+    def arrived(self) -> None:
+        """All helpers have answered, so they have what was brought."""
+
     def begin_early(self) -> None:
         """Begin with that, because an optimiser has stepped."""
 

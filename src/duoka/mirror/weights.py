@@ -80,6 +80,9 @@ class SharedWeights:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
+    def arrived(self) -> None:
+        """Do nothing: nothing was on its way."""
+
     def begin_early(self) -> None:
         """Do nothing: what an optimiser has changed is there."""
 
