@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import optimizer as optimizers
 
+import duoka
 from duoka import errors
 from duoka.mirror.buckets import Checksum, gradient_buckets, value_buckets
 from duoka.mirror.group import Group
@@ -177,6 +179,21 @@ def test_nothing_stays_with_torchs_optimisers_or_groups(wrap) -> None:
     model.close()
     assert dict(optimizers._global_optimizer_post_hooks) == hooks
     assert dist.distributed_c10d._world.pg_map == groups
+
+
+def test_a_model_that_is_only_dropped_is_in_no_optimisers_way(wrap) -> None:
+    dropped = duoka.DataParallel(nn.Linear(4, 3), devices="cpu:2")
+    dropped(X).sum().backward()
+    kept = wrap(nn.Linear(4, 3))  # so that torch goes on to another hook
+    optimizer = torch.optim.SGD(kept.parameters(), lr=0.1)
+    kept(X).sum().backward()
+    del dropped
+    gc.collect()
+    before = kept.module.weight.detach().clone()
+    for _ in range(2):
+        optimizer.step()
+    assert not torch.equal(kept.module.weight, before)
+    assert torch.allclose(kept(X), kept.module(X))
 
 
 def test_the_users_own_process_group_works_beside_it(wrap) -> None:

@@ -23,26 +23,50 @@ class StepHook:
     def __init__(self, method: Callable[[], None]) -> None:
         self._method = weakref.WeakMethod(method)
         self._parameters: frozenset[int] = frozenset()
-        self._handle: Any = None
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Look out for these from now on; whoever calls keeps them."""
         self._parameters = frozenset(map(id, parameters))
-        if self._handle is None:
-            self._handle = register_optimizer_step_post_hook(self._after)
+        _hooks.add(self)
 
     def remove(self) -> None:
         """Look no longer."""
-        if self._handle is not None:
+        _hooks.discard(self)
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimiser has stepped."""
+        if any(id(parameter) in self._parameters for group in optimizer.param_groups for parameter in group["params"]):
+            method = self._method()
+            if method is not None:
+                method()
+
+
+class _Hooks:
+    """All that are there, behind one hook of torch's.
+
+    Torch iterates over its hooks while it calls them, and an object may be collected at any time, then too: so hooks that
+    are only forgotten leave torch's list alone, and the one is taken from it when the last is removed.
+    """
+
+    def __init__(self) -> None:
+        self._all: weakref.WeakSet[StepHook] = weakref.WeakSet()
+        self._handle: Any = None
+
+    def add(self, hook: StepHook) -> None:
+        self._all.add(hook)
+        if self._handle is None:
+            self._handle = register_optimizer_step_post_hook(self._after)
+
+    def discard(self, hook: StepHook) -> None:
+        self._all.discard(hook)
+        if self._handle is not None and not self._all:
             self._handle.remove()
             self._handle = None
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if (method := self._method()) is None:
-            self.remove()
-        elif any(
-            id(parameter) in self._parameters for group in optimizer.param_groups for parameter in group["params"]
-        ):
-            method()
+        if not torch.compiler.is_compiling():
+            for hook in list(self._all):
+                hook.after(optimizer)
+
+
+_hooks = _Hooks()
