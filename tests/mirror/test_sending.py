@@ -6,8 +6,12 @@ import copy
 import gc
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +198,22 @@ def test_a_model_that_is_only_dropped_is_in_no_optimisers_way(wrap) -> None:
         optimizer.step()
     assert not torch.equal(kept.module.weight, before)
     assert torch.allclose(kept(X), kept.module(X))
+
+
+@pytest.mark.slow
+def test_a_script_that_ends_while_a_model_is_being_given_up_ends_well(tmp_path: Path, transport: str) -> None:
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+        import gc, torch, duoka
+        model = duoka.DataParallel(torch.nn.Linear(2, 1), devices="cpu:2")
+        model(torch.ones(4, 2)).sum().backward()
+        del model
+        gc.collect()
+        """)
+    )
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_users_own_process_group_works_beside_it(wrap) -> None:

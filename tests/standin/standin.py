@@ -37,8 +37,8 @@ def _module() -> types.ModuleType:
         "current_device": lambda: ops.current_device(),
         "set_device": lambda device: ops.set_device(_index(device)),
         "synchronize": torch.accelerator.synchronize,
-        "manual_seed": lambda seed: ops.seed(ops.current_device(), seed),
-        "manual_seed_all": lambda seed: [ops.seed(index, seed) for index in range(ops.device_count())] and None,
+        "manual_seed": lambda seed: ops.seed(ops.current_device(), _signed(seed)),
+        "manual_seed_all": lambda seed: [ops.seed(index, _signed(seed)) for index in range(ops.device_count())] and None,
         "get_rng_state": lambda device=NAME: ops.get_state(_index(device)),
         "set_rng_state": lambda state, device=NAME: ops.set_state(_index(device), state),
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
@@ -52,6 +52,11 @@ def _module() -> types.ModuleType:
 def _index(device: Any) -> int:
     index = device if isinstance(device, int) else torch.device(device).index
     return int(torch.ops.standin.current_device()) if index is None else int(index)
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as a number that an operator takes."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _group(store: Any, rank: int, size: int, timeout: Any) -> Any:

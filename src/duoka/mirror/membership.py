@@ -28,6 +28,11 @@ class Membership:
 
 
 def _leave_later(crew: Crew, model: int) -> None:
-    """Leave from a thread of its own: the garbage collector may come in the middle of anything."""
-    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and the helpers with it
-        threading.Thread(target=crew.leave, args=(model,), name="duoka-close", daemon=True).start()
+    """Leave from a thread of its own: the garbage collector may come in the middle of anything.
+
+    The interpreter waits for that thread when it ends, as it may be inside torch, which it must not be stopped in. If it is
+    ending already, the helpers end with it.
+    """
+    if threading.main_thread().is_alive():
+        with contextlib.suppress(RuntimeError):  # it ends just now
+            threading.Thread(target=crew.leave, args=(model,), name="duoka-close", daemon=False).start()
