@@ -11,9 +11,11 @@ demo: $(VENV)/installed  ## train a small ResNet on real images, on every device
 
 test: $(VENV)/installed  ## the test-suite, as CI runs it; the documentation's code is run by `make check`
 	$(BIN)/python -m pytest --ignore tests/docs --durations=30
+	$(BIN)/python tests/standin/run.py -m pytest tests/gpu
 
 test-all: $(VENV)/installed  ## the test-suite, and what is too much like it or too long for every time
 	$(BIN)/python -m pytest -m "extended or not extended"
+	STANDIN_DEVICES=3 $(BIN)/python tests/standin/run.py -m pytest tests/gpu -m "extended or not extended"
 
 check: $(VENV)/installed  ## style, types, import order, documentation's code
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""``launch`` on accelerators: their own backend at one rank and at two, two ranks on one GPU over gloo, everything given back."""
+"""``launch`` on accelerators: their own backend at one rank and at two, one GPU twice over gloo, everything given back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine"),
     pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors for the life of the process
+    pytest.mark.filterwarnings("ignore"),
 ]
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 FIRST = torch.device(DEVICE.type, 0)
@@ -36,7 +37,6 @@ def test_one_device_runs_over_its_backend_and_its_tensors_arrive_on_it() -> None
 
 
 @ON_TWO
-@pytest.mark.filterwarnings("ignore")
 def test_two_devices_run_over_their_backend_and_tensors_arrive_on_each() -> None:
     values = duoka.launch(facts, torch.ones(3, device=FIRST), devices="0,1", returns="all")
     names = [f"{DEVICE.type}:{index}" for index in range(2)]
@@ -45,14 +45,12 @@ def test_two_devices_run_over_their_backend_and_tensors_arrive_on_each() -> None
 
 
 @SHARED
-@pytest.mark.filterwarnings("ignore")
 def test_two_ranks_on_one_gpu_meet_over_gloo() -> None:
     values = duoka.launch(facts, torch.ones(3, device=FIRST), devices="0,0", returns="all")
     assert [value[:3] for value in values] == [("cuda:0", "cuda:0", 5.0)] * 2
     assert "nccl" not in values[0][3]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("devices", ["0", pytest.param("0,0", marks=SHARED), pytest.param("0,1", marks=ON_TWO)])
 def test_a_failure_leaves_the_device_usable_and_the_generator_as_it_was(devices: str) -> None:
     before = torch.get_device_module(DEVICE).get_rng_state()

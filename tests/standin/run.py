@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 def built(compiler: str) -> Path:
     """Return a folder for the module search path, in which torch finds the device as it finds any plug-in."""
-    sources = [HERE / "device.cpp", HERE / "standin.py"]
+    sources = [HERE / name for name in ("device.cpp", "standin.py", "group.py")]
     text = "".join([torch.__version__, *(source.read_text() for source in sources)])
     folder = BUILDS / hashlib.sha256(text.encode()).hexdigest()[:12]
     if folder.is_dir():
@@ -46,6 +46,7 @@ def built(compiler: str) -> Path:
         new.mkdir()
         _compile(compiler, sources[0], new / "device.so")
         shutil.copy(sources[1], new / "duoka_standin.py")
+        shutil.copy(sources[2], new / "duoka_standin_group.py")
         about = new / "duoka_standin-0.dist-info"
         about.mkdir()
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: duoka-standin\nVersion: 0\n")

@@ -7,7 +7,7 @@ has in fact. Source: PyTorch's "autoloading out-of-tree extension" and ``torch.u
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ def _module() -> types.ModuleType:
         "set_device": lambda device: ops.set_device(_index(device)),
         "synchronize": torch.accelerator.synchronize,
         "manual_seed": lambda seed: ops.seed(ops.current_device(), _signed(seed)),
-        "manual_seed_all": lambda seed: [ops.seed(index, _signed(seed)) for index in range(ops.device_count())] and None,
+        "manual_seed_all": lambda seed: (
+            [ops.seed(index, _signed(seed)) for index in range(ops.device_count())] and None
+        ),
         "get_rng_state": lambda device=NAME: ops.get_state(_index(device)),
         "set_rng_state": lambda state, device=NAME: ops.set_state(_index(device), state),
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
@@ -59,59 +61,7 @@ def _signed(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def _group(store: Any, rank: int, size: int, timeout: Any) -> Any:
-    """Return a group whose tensors go through the host's memory, over gloo."""
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import _create_work_from_future
+def _group(*arguments: Any) -> Any:
+    import duoka_standin_group
 
-    def done(value: Any) -> Any:
-        future: torch.futures.Future[Any] = torch.futures.Future()
-        future.set_result(value)
-        return _create_work_from_future(future)
-
-    class Group(dist.ProcessGroup):
-        def __init__(self) -> None:
-            super().__init__(rank, size)
-            self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
-
-        def allreduce(self, tensors: Sequence[torch.Tensor], options: Any = None) -> Any:
-            return self._through(tensors, lambda hosts: self._gloo.allreduce(hosts, options or dist.AllreduceOptions()))
-
-        def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], options: Any = None) -> Any:
-            for tensor in tensors:
-                self.allreduce([tensor], options)
-            return done(list(tensors))
-
-        def broadcast(self, tensors: Sequence[torch.Tensor], options: Any) -> Any:
-            return self._through(tensors, lambda hosts: self._gloo.broadcast(hosts, options))
-
-        def reduce(self, tensors: Sequence[torch.Tensor], options: Any) -> Any:
-            return self._through(tensors, lambda hosts: self._gloo.reduce(hosts, options))
-
-        def allgather(self, outputs: Any, inputs: Sequence[torch.Tensor], options: Any = None) -> Any:
-            flat = [tensor for part in outputs for tensor in part]
-            hosts = [[tensor.cpu() for tensor in part] for part in outputs]
-            self._gloo.allgather(hosts, [tensor.cpu() for tensor in inputs], options or dist.AllgatherOptions()).wait()
-            for tensor, host in zip(flat, [host for part in hosts for host in part], strict=True):
-                tensor.copy_(host)
-            return done(outputs)
-
-        def _allgather_base(self, output: torch.Tensor, given: torch.Tensor, options: Any = None) -> Any:
-            return self.allgather([list(output.chunk(size))], [given], options)
-
-        all_gather_single = _allgather_base  # as torch 2.14 calls it
-
-        def barrier(self, _: Any = None) -> Any:
-            return self.allreduce([torch.zeros(1)])
-
-        def getBackendName(self) -> str:
-            return "standin"
-
-        def _through(self, tensors: Sequence[torch.Tensor], start: Callable[[list[torch.Tensor]], Any]) -> Any:
-            hosts = [tensor.cpu() for tensor in tensors]
-            start(hosts).wait()
-            for tensor, host in zip(tensors, hosts, strict=True):
-                tensor.copy_(host)
-            return done(list(tensors))
-
-    return Group()
+    return duoka_standin_group.Group(*arguments)

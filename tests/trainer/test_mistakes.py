@@ -41,6 +41,13 @@ def test_where_the_weights_go_is_checked_before_the_first_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("as_what", ["save_model", "model_path"])
+def test_data_given_to_fit_are_told_where_they_belong(as_what: str) -> None:
+    loader = DataLoader(TensorDataset(torch.ones(4, 1)))
+    with pytest.raises(ConfigError, match=r"given a DataLoader; .*Trainer\(model, train_data, eval_data"):
+        trainer_of().fit(**{as_what: loader})
+
+
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
 def test_another_optimiser_cannot_go_on_with_a_checkpoint(tmp_path, device):
     trainer_of(out_dir=tmp_path, device=device).fit()

@@ -69,9 +69,7 @@ class Call:
         keeps_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         modes = ambient.capture(self._crew.devices[0])._replace(within=within)
         payload, seed = dumps(arguments), ambient.draw_seed()
-        end = weakref.finalize(
-            self, _drop, self._crew, self._generation, self._ticket, len(parts), self._exchange
-        )
+        end = weakref.finalize(self, _drop, self._crew, self._generation, self._ticket, len(parts), self._exchange)
         end.atexit = False
         with contextlib.closing(payload):
             for index, part in enumerate(parts):

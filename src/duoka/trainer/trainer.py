@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -139,6 +140,7 @@ class Trainer:
         """
         if self.train_data is None:
             raise ConfigError("fit needs training data: Trainer(model, train_data, ...)")
+        _check_fit(save_model, model_path)
         path = None if model_path is None else str(model_path)
         if save_model and path is not None:
             checkpoint.check_suffix(Path(path))
@@ -222,6 +224,15 @@ def _checked(callbacks: Any) -> tuple[Callback, ...]:
         what = f"the class {one.__name__} itself; call it" if isinstance(one, type) else repr(one)
         raise ConfigError(f"callbacks has {what}; give a list of duoka.Callback objects: callbacks=[MyCallback()]")
     return given
+
+
+def _check_fit(save_model: Any, model_path: Any) -> None:
+    for given, types in ((save_model, bool | int | np.bool_), (model_path, str | Path | None)):
+        if not isinstance(given, types):
+            raise ConfigError(
+                f"fit was given a {type(given).__name__}; it takes save_model (True or False) and model_path. Data are "
+                "given to Trainer: Trainer(model, train_data, eval_data, ...)"
+            )
 
 
 def _fields(config: TrainerConfig) -> dict[str, Any]:
