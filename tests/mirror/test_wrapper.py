@@ -138,6 +138,39 @@ def test_copies_and_saved_models_are_whole(wrap) -> None:
         )
 
 
+class Named(duoka.DataParallel):
+    """As people write them: arguments of its own, and more than the model inside."""
+
+    def __init__(self, name: str, module: nn.Module, devices: str) -> None:
+        super().__init__(module, devices=devices, dim=0)
+        self.name = name
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+def test_copies_of_a_subclass_are_of_that_class_and_have_what_it_has() -> None:
+    model, x = Named("mine", nn.Linear(4, 3), "cpu:2"), torch.randn(6, 4)
+    model.register_forward_hook(add_one)
+    expected = model(x).detach()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for double in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert (type(double), double.name) == (Named, "mine")
+        torch.testing.assert_close(double(x), expected)
+        double(x).sum().backward()
+        assert model.scale.grad is None
+        assert double.scale.grad is not None
+        double.close()
+    model.close()
+
+
+def add_one(_, __, output):
+    return output + 1
+
+
 def test_closing_gives_the_helpers_back_and_leaves_the_parameters(wrap) -> None:
     model = wrap(Net())
     x = torch.randn(6, 4)

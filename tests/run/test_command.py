@@ -432,3 +432,49 @@ def execute(path: Path, folder: Path) -> list[str]:
     )
     subprocess.run([sys.executable, "-c", code, str(path)], cwd=folder, check=True, capture_output=True, timeout=120)
     return texts(folder / "plain.ipynb")
+
+
+SAVES_WHOLE_MODELS = """
+import copy
+import torch
+from torch import nn
+
+class Named(nn.DataParallel):
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for number, kind in enumerate((nn.DataParallel, Named)):
+        model, x = kind(nn.Linear(4, 2)), torch.ones(8, 4)
+        best = copy.deepcopy(model)
+        torch.save(model, f"{number}.pt")
+        loaded = torch.load(f"{number}.pt", weights_only=False)
+        for one in (model, best, loaded):
+            print(type(one).__name__, *one.state_dict(), f"{one(x).sum().item():.5f}")
+"""
+
+
+def test_wrapped_models_are_copied_saved_whole_and_loaded_with_and_without_duoka(tmp_path) -> None:
+    (tmp_path / "saves.py").write_text(SAVES_WHOLE_MODELS)
+    (tmp_path / "loads.py").write_text(
+        "import sys, torch\n"
+        "from saves import Named\n"
+        "sys.modules['__main__'].Named = Named\n"
+        "for n in (0, 1):\n"
+        "    model = torch.load(f'{n}.pt', weights_only=False)\n"
+        "    print(type(model).__name__, *model.state_dict(), f'{model(torch.ones(8, 4)).sum().item():.5f}')\n"
+        "print('duoka' in sys.modules)\n"
+    )
+
+    def printed(*words: str) -> list[str]:
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line.startswith(("DataParallel", "Named", "False"))]
+
+    plain = printed("saves.py")
+    assert printed("-m", "duoka", "run", "saves.py", "--device", "cpu:2") == plain
+    assert printed("loads.py") == [plain[0], plain[3], "False"]

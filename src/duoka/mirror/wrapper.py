@@ -16,9 +16,10 @@ from duoka.errors import ConfigError, UnsupportedError
 from duoka.mirror.engine import Engine
 from duoka.mirror.part import Part
 
-__all__ = ["DataParallel", "own_steps"]
+__all__ = ["DataParallel", "own_steps", "rebuilt"]
 
 _one_at_a_time = threading.Lock()
+_PRIVATE = "_duoka_"
 
 DeviceSpec = str | int | torch.device | Sequence[str | int | torch.device] | None
 
@@ -90,7 +91,6 @@ class DataParallel(nn.DataParallel[nn.Module]):
         self._duoka_engine: Engine | None = None
         self._duoka_end: Any = None
         self.training = module.training
-        self.register_load_state_dict_pre_hook(_add_own_name)  # type: ignore[no-untyped-call]
         if chosen[0].type != "cpu":
             module.to(chosen[0])
 
@@ -121,6 +121,11 @@ class DataParallel(nn.DataParallel[nn.Module]):
         """Load a state with or without ``module.`` in its names."""
         return self.module.load_state_dict(_own_names(state_dict, self.module), strict=strict, assign=assign)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Let a model with a wrapped part load what its own prefix-free ``state_dict`` says."""
+        _add_own_name(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -138,13 +143,16 @@ class DataParallel(nn.DataParallel[nn.Module]):
             setattr(module, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
-        return _rebuild(copy.deepcopy(self.module, memo), *self._duoka_options())
+        double = type(self).__new__(type(self))
+        memo[id(self)] = double
+        double.__dict__.update({name: value for name, value in vars(self).items() if name.startswith(_PRIVATE)})
+        return rebuilt(double, self._duoka_devices, self._duoka_part.options, copy.deepcopy(self._duoka_state(), memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.module, *self._duoka_options())
+        return _rebuild, (type(self), self._duoka_devices, self._duoka_part.options, self._duoka_state())
 
-    def _duoka_options(self) -> tuple[Any, ...]:
-        return self._duoka_devices, self.dim, self._duoka_part.options
+    def _duoka_state(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith(_PRIVATE)}
 
 
 def _check_given(module: Any, others: Mapping[str, Any]) -> None:
@@ -183,9 +191,28 @@ def _refuse_own_steps(kind: type) -> None:
 
 
 def _rebuild(
-    module: nn.Module, devices: tuple[torch.device, ...], dim: int, options: Mapping[str, Any] | None = None
+    kind: type[DataParallel],
+    devices: tuple[torch.device, ...],
+    options: Mapping[str, Any] | None,
+    state: dict[str, Any],
 ) -> DataParallel:
-    return DataParallel(module, dim=dim, devices=list(devices), compile=False if options is None else options)
+    """Return what was pickled, of its own class, on devices that must be there."""
+    double = rebuilt(kind.__new__(kind), resolve(list(devices)).devices, options, state)
+    if devices[0].type != "cpu":
+        double.module.to(devices[0])
+    return double
+
+
+def rebuilt(
+    double: DataParallel,
+    devices: tuple[torch.device, ...],
+    options: Mapping[str, Any] | None,
+    state: dict[str, Any],
+) -> DataParallel:
+    """Fill an empty wrapper; what a subclass has beside is among the state."""
+    double.__dict__.update(state)
+    double.__dict__.update(_duoka_devices=devices, _duoka_part=Part(options), _duoka_engine=None, _duoka_end=None)
+    return double
 
 
 def _own_names(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
@@ -196,7 +223,6 @@ def _own_names(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _add_own_name(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-    """Let a model with a wrapped part load what its own prefix-free ``state_dict`` says."""
+def _add_own_name(state: dict[str, Any], prefix: str) -> None:
     for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}module.")]:
         state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

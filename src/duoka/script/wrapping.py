@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import gc
 import inspect
 import sys
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from duoka.mirror import DataParallel
-from duoka.mirror.wrapper import own_steps
+from duoka.mirror.wrapper import own_steps, rebuilt
 from duoka.script.account import Account
 from duoka.script.patches import Patches
 from duoka.script.shared_call import SharedCall
@@ -26,7 +27,6 @@ DOUBLE_BACKWARD = (
     "the script differentiates gradients (create_graph=True), and helpers return gradients without their graph"
 )
 
-_ORIGINAL = nn.DataParallel
 _INSIDERS = ("torch", "duoka", "contextlib", "functools", "importlib")
 
 
@@ -139,16 +139,37 @@ class Finder:
                 super().__init__(module, devices=list(devices[:1] if own else devices), dim=dim)
                 if output_device is not None:
                     self.output_device = output_device  # type: ignore[assignment]
-                self._duoka_account = finder._account.model(module)
-                self._duoka_account.found(type(module).__name__, f"wrapped by the script at {where()}", explicit=True)
-                if own:
-                    self._duoka_account.refuse(
-                        f"its wrapper {type(self).__name__} has a {' and a '.join(own)} of its own, which duoka does not call"
-                    )
-                finder._wrapped.append(weakref.ref(self))
+                finder._wraps(self, f"wrapped by the script at {where()}", own)
+
+            def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+                double = super().__deepcopy__(memo)
+                finder._wrapped.append(weakref.ref(double))
+                return double
+
+            def __reduce__(self) -> tuple[Any, ...]:
+                if type(self) is DataParallel:  # by torch's name for it: what is saved is read by torch alone
+                    return DataParallel, (self.module,)
+                return copyreg.__newobj__, (type(self),), self._duoka_state() | {"device_ids": []}  # type: ignore[attr-defined]
+
+            def __setstate__(self, state: dict[str, Any]) -> None:
+                own = own_steps(type(self))
+                devices = finder._devices[: 1 if own else None]
+                nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+                rebuilt(self, tuple(devices), None, {"device_ids": list(range(len(devices)))})
+                finder._wraps(self, f"loaded by the script at {where()}", own)
 
         DataParallel.__module__, DataParallel.__qualname__ = "torch.nn.parallel.data_parallel", "DataParallel"
         return DataParallel
+
+    def _wraps(self, wrapper: Any, how: str, own: list[str]) -> None:
+        """Account for a wrapper of the script's; ``own`` are the steps that its class has and duoka does not call."""
+        wrapper._duoka_account = account = self._account.model(wrapper.module)
+        account.found(type(wrapper.module).__name__, how, explicit=True)
+        if own:
+            account.refuse(
+                f"its wrapper {type(wrapper).__name__} has a {' and a '.join(own)} of its own, which duoka does not call"
+            )
+        self._wrapped.append(weakref.ref(wrapper))
 
     def _taken(self, device_ids: Sequence[int | torch.device] | None) -> Sequence[torch.device]:
         """The devices of this run that a script's ``device_ids`` name."""
@@ -186,9 +207,6 @@ class _Wrapper(DataParallel):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state with ``module.`` in its names, as the script knows it from torch and may cut it off."""
         return nn.Module.state_dict(self, *args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ORIGINAL, (self.module,)
 
 
 def _batch_of(inputs: Any, kwargs: Any, dim: int) -> int | None:
