@@ -2,8 +2,8 @@
 
 The limit is two processes that do the same work and never talk. All contestants are started first, then take turns of a few
 steps in one run on one machine, so that whatever else the machine does meets all of them alike; the ratios are medians over
-the rounds. Run ``python benchmarks/mirror.py [--minutes 3] [--device cuda]``; with ``cuda`` (two GPUs, not run yet) a batch is
-256 a device, and ``nn.DataParallel`` takes part too.
+the rounds. Run ``python benchmarks/mirror.py [--minutes 3] [--device cuda]``; with ``cuda`` (not run yet) a batch is 256 a
+device, and ``nn.DataParallel`` takes part too. Where there is one GPU, what duoka adds to its bare model is measured alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 
-PER_DEVICE, SIZE, DEVICES, STEPS = {"cpu": 32, "cuda": 256}, 64, 2, 1
+PER_DEVICE, SIZE, STEPS = {"cpu": 32, "cuda": 256}, 64, 1
 FIRST_STEPS = 6
 """Not timed: `duoka run` computes its first four batches whole."""
 NAMES = {
@@ -46,14 +46,16 @@ def main() -> None:
 
 
 def compare(minutes: float, kind: str) -> None:
-    roles = ["one", "limit", "limit", "ddp", "duoka", "alone", "run", *(["dp"] if kind == "cuda" else [])]
+    roles = ["one", "alone", "run"]
+    if count(kind) > 1:
+        roles += ["limit", "limit", "ddp", "duoka", *(["dp"] if kind == "cuda" else [])]
     with Listener(family="AF_UNIX") as listener:
         processes = [
             start(role, str(listener.address), kind, roles[:place].count(role)) for place, role in enumerate(roles)
         ]
         try:
             lines: dict[str, list[Connection]] = {role: [] for role in roles}
-            for _ in range(len(processes) + DEVICES - 1):
+            for _ in range(len(processes) + ("ddp" in roles)):
                 line = listener.accept()
                 lines[line.recv()].append(line)
             show(measure(lines, time.monotonic() + 60 * minutes), kind)
@@ -67,7 +69,7 @@ def compare(minutes: float, kind: str) -> None:
 
 def start(role: str, address: str, kind: str, place: int) -> subprocess.Popen[bytes]:
     launchers = {
-        "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(DEVICES)],
+        "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count(kind))],
         "run": ["-m", "duoka", "run", "--device", devices(kind)],
     }
     ours = ["--role", role, "--address", address, "--device", kind, "--place", str(place)]
@@ -75,8 +77,15 @@ def start(role: str, address: str, kind: str, place: int) -> subprocess.Popen[by
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
+def count(kind: str) -> int:
+    """Return how many devices take part: two, or the one GPU that there is."""
+    import torch
+
+    return 2 if kind == "cpu" else min(2, torch.cuda.device_count())
+
+
 def devices(kind: str) -> str:
-    return f"cpu:{DEVICES}" if kind == "cpu" else f"0-{DEVICES - 1}"
+    return "cpu:2" if kind == "cpu" else ",".join(map(str, range(count(kind))))
 
 
 def measure(lines: dict[str, list[Connection]], end: float) -> dict[str, list[float]]:
@@ -101,7 +110,7 @@ def turn(lines: list[Connection]) -> float:
 def show(times: dict[str, list[float]], kind: str) -> None:
     rounds = len(times["one"])
     lows = {role: statistics.quantiles(values, n=4)[0] for role, values in times.items()}
-    where = f"{DEVICES} CPU workers of one thread" if kind == "cpu" else f"{DEVICES} GPUs"
+    where = "2 CPU workers of one thread" if kind == "cpu" else f"{count(kind)} GPU(s)"
     print(f"ResNet-18, {SIZE}x{SIZE} images, {PER_DEVICE[kind]} a device, {where}, float32")
     print(f"{rounds} rounds of {STEPS} steps each, in turn; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':46} {'median':>9} {'fastest':>9} {'quartiles':>17}")
@@ -111,8 +120,14 @@ def show(times: dict[str, list[float]], kind: str) -> None:
         print(
             f"{NAMES[role]:46} {middle * 1e3:6.0f} ms {min(values) * 1e3:6.0f} ms {low * 1e3:7.0f}-{high * 1e3:.0f} ms"
         )
-    for ours, others in (("duoka", ("ddp", "limit", "one")), ("run", ("ddp", "limit", "one")), ("alone", ("one",))):
-        for role in (*others, *(["dp"] if ours != "alone" and kind == "cuda" else [])):
+    for ours, others in (
+        ("duoka", ("ddp", "limit", "one", "dp")),
+        ("run", ("ddp", "limit", "one", "dp")),
+        ("alone", ("one",)),
+    ):
+        for role in others:
+            if not times.keys() >= {ours, role}:
+                continue
             ratios = [own / other for own, other in zip(times[ours], times[role], strict=True)]
             quiet, fastest = lows[ours] / lows[role], min(times[ours]) / min(times[role])
             print(
@@ -167,7 +182,7 @@ def make_step(role: str, kind: str, place: int) -> Callable[[], None]:
     torch.manual_seed(0)
     device = torch.device("cpu" if kind == "cpu" else f"cuda:{place}")
     model: nn.Module = torchvision.models.resnet18(num_classes=10).to(device)
-    batch = PER_DEVICE[kind] * (1 if role in ("limit", "ddp") else DEVICES)
+    batch = PER_DEVICE[kind] * (1 if role in ("limit", "ddp") else count(kind))
     images, labels = torch.randn(batch, 3, SIZE, SIZE, device=device), torch.randint(10, (batch,), device=device)
     if role == "ddp":
         torch.distributed.init_process_group("gloo" if kind == "cpu" else "nccl")
