@@ -162,7 +162,7 @@ def test_a_step_sends_at_once_and_the_forward_does_not_send_again(sent, wrap) ->
 def test_sending_early_pauses_where_it_was_of_no_use(sent, wrap, monkeypatch) -> None:
     model = wrap(nn.Linear(4, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monkeypatch.setattr("duoka.mirror.group.Pending.is_done", lambda _: False)
+    monkeypatch.setattr("duoka.mirror.group.Pending.let_go", lambda _: lambda: False)
     early = []
     model(X).sum().backward()
     for _ in range(12):
@@ -214,6 +214,36 @@ def test_a_script_that_ends_while_a_model_is_being_given_up_ends_well(tmp_path: 
     for _ in range(2):
         done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_forked_child_that_collects_a_model_ends_and_leaves_it_to_its_parent(tmp_path: Path, transport: str) -> None:
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+        import gc, multiprocessing, os, sys, warnings
+        import torch, duoka
+        warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+        model = duoka.DataParallel(torch.nn.Linear(2, 1), devices="cpu:2")
+        model(torch.ones(4, 2)).sum().backward()
+        box = [model]
+
+        def collect():
+            box.clear()
+            globals().pop("model")
+            gc.collect()
+
+        child = multiprocessing.get_context("fork").Process(target=collect)
+        child.start()
+        child.join(20)
+        print(child.exitcode)
+        child.kill()
+        if (pid := os.fork()) == 0:
+            sys.exit(0)  # through all that Python does at its end
+        print(os.waitpid(pid, 0)[1], model(torch.ones(4, 2)).shape)
+        """)
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n0 torch.Size([4, 1])\n"), done.stderr
 
 
 def test_the_users_own_process_group_works_beside_it(wrap) -> None:

@@ -1,7 +1,8 @@
 // An accelerator of ordinary memory, for tests on machines that have none. To torch it is a device type of its own: its
 // tensors are no CPU tensors, there are several devices, each with its memory, its random numbers and its current-device
 // state, and whatever mixes them up fails as it would on GPUs. Kernels are the CPU's, by way of copies; there is nothing
-// asynchronous, so an order of streams that is wrong is not found here. What would make the host wait is counted.
+// asynchronous, so an order of streams that is wrong is not found here. What would make the host wait is counted. While a
+// kernel draws, a draw of the CPU's in another thread may be lost.
 //
 // Source: PyTorch's notes on out-of-tree devices ("PrivateUse1").
 
@@ -253,6 +254,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
+    const c10::DeviceGuard guard(storage.device());
     at::native::resize_bytes_cpu(storage.unsafeGetStorageImpl(), size);
   }
 };

@@ -36,6 +36,7 @@ def _module() -> types.ModuleType:
         "device_count": lambda: ops.device_count(),
         "current_device": lambda: ops.current_device(),
         "set_device": lambda device: ops.set_device(_index(device)),
+        "device": lambda device: torch.accelerator.device_index(_index(device)),
         "synchronize": torch.accelerator.synchronize,
         "manual_seed": lambda seed: ops.seed(ops.current_device(), _signed(seed)),
         "manual_seed_all": lambda seed: (

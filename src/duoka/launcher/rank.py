@@ -164,6 +164,7 @@ def _variables(place: Place) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": _LOOPBACK,
         "NCCL_SOCKET_IFNAME": _LOOPBACK,
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # NCCL's watchdog would end the user's process; ours ends the helpers
+        "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     }
 
 

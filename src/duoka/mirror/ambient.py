@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator
 
@@ -68,14 +69,19 @@ def _set_lasting(ambient: Ambient) -> None:
         torch.use_deterministic_algorithms(ambient.deterministic[0], warn_only=ambient.deterministic[1])
 
 
-def draw_seed() -> int:
-    """Return a seed that follows from the user's generator, and leave that as it is.
+def draw_seed(device: torch.device) -> int:
+    """Return a seed that follows from the user's generators, the host's and the device's, and leave them as they are.
 
-    A model that draws random numbers moves the generator on in the user's process too, so the next call has another seed.
+    A model that draws random numbers moves one of them on in the user's process too, so the next call has another seed. Both
+    states are in the host's memory; nobody waits for the device.
     """
     generator = torch.Generator()
     generator.set_state(torch.get_rng_state())
-    return int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator))
+    if device.type == "cpu":
+        return seed
+    state = torch.get_device_module(device).get_rng_state(device)
+    return (seed + int.from_bytes(hashlib.blake2b(state.numpy(), digest_size=8).digest())) % 2**62
 
 
 def seed_all(seed: int) -> None:

@@ -68,7 +68,7 @@ class Call:
         inputs = [tensor for part in parts for tensor in part if tensor.requires_grad]
         keeps_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         modes = ambient.capture(self._crew.devices[0])._replace(within=within)
-        payload, seed = dumps(arguments), ambient.draw_seed()
+        payload, seed = dumps(arguments), ambient.draw_seed(self._crew.devices[0])
         end = weakref.finalize(self, _drop, self._crew, self._generation, self._ticket, len(parts), self._exchange)
         end.atexit = False
         with contextlib.closing(payload):
@@ -256,6 +256,8 @@ def _cut(
 
 
 def _drop(crew: Crew, generation: int, ticket: int, helpers: int, exchange: list[Exchange]) -> None:
+    if not crew.is_ours:
+        return
     if generation == crew.generation:
         _give_up(exchange)
     for index in range(helpers):

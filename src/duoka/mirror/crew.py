@@ -57,6 +57,7 @@ class Crew:
         self._asked: dict[tuple[int, int], tuple[Any, Sequence[Pending]]] = {}
         self._unwanted: set[tuple[int, int]] = set()
         self._dropped: deque[int] = deque()
+        self._given_up: deque[tuple[int, int, Pending | None]] = deque()
         self._forgotten: deque[int] = deque()
         self._finished: list[list[int]] = []
 
@@ -70,7 +71,9 @@ class Crew:
         self._members += 1
 
     def leave(self, model: int) -> None:
-        """A model is gone; with the last one the helpers are given back."""
+        """A model is gone; with the last one the helpers are given back. Not by a forked child, which does not own them."""
+        if not self.is_ours:
+            return
         with self.lock:
             self._forgotten.append(model)
             self._members -= 1
@@ -108,6 +111,7 @@ class Crew:
     def ask(self, index: int, question: Forward | Backward, lease: Lease, fd: int | None = None) -> None:
         """Send a question to helper ``index``; its answer is fetched with ``answers``, and ``lease`` kept as long."""
         with self.lock:
+            self._forget_given_up()
             finished, self._finished[index] = self._finished[index], []
             self._asked[index, question.ticket] = lease, ()
             body = pickle.dumps(question._replace(done_with=tuple(finished)))
@@ -131,6 +135,7 @@ class Crew:
     ) -> tuple[dict[int, tuple[Any, int | None]], BaseException | None]:
         """Wait for all answers; return them by helper, and the first failure; raises WorkerDied."""
         with self.lock, CLOCK.waits():
+            self._forget_given_up()
             messages = [(index, self._await((index, ticket))) for index, ticket in asked]
         answers: dict[int, tuple[Any, int | None]] = {}
         failed: BaseException | None = None
@@ -145,20 +150,26 @@ class Crew:
         return answers, failed
 
     def give_up(self, index: int, ticket: int, rest: Pending | None = None) -> None:
-        """An answer is not waited for any more; until it comes the helper may still use the memory that it was given.
+        """Note that nobody waits for an answer any more; ``rest`` is waited for when it has come.
 
-        ``rest`` is waited for when the answer has come.
+        Called when something is collected, so do nothing else.
         """
-        key = index, ticket
-        if key in self._asked:
-            self._unwanted.add(key)
-            lease, pending = self._asked[key]
-            self._asked[key] = lease, [*pending, *([rest] if rest is not None else [])]
-            return
-        if (message := self._answers.pop(key, None)) is not None:
-            message.payload.close()
-        if rest is not None:
-            rest.wait()
+        self._given_up.append((index, ticket, rest))
+
+    def _forget_given_up(self) -> None:
+        """Until the answer comes the helper may still use the memory that it was given."""
+        while self._given_up:
+            index, ticket, rest = self._given_up.popleft()
+            key = index, ticket
+            if key in self._asked:
+                self._unwanted.add(key)
+                lease, pending = self._asked[key]
+                self._asked[key] = lease, [*pending, *([rest] if rest is not None else [])]
+                continue
+            if (message := self._answers.pop(key, None)) is not None:
+                message.payload.close()
+            if rest is not None:
+                rest.wait()
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -188,6 +199,7 @@ class Crew:
         self._answers.clear()
         self._asked.clear()
         self._unwanted.clear()
+        self._given_up.clear()
         self.generation += 1
         self.threads.give_back()
         if self.is_ours:
@@ -199,11 +211,13 @@ class Crew:
         conversation, self._conversation = self._conversation, None
         self.generation += 1
         self.threads.give_back()
-        if conversation is not None and self.is_ours:
+        if conversation is not None:
+            self.transport.finish()
             conversation.end()
         self._answers.clear()
         self._asked.clear()
         self._unwanted.clear()
+        self._given_up.clear()
         self.transport.close()
 
     def _talk(self) -> Conversation:

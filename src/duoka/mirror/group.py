@@ -7,10 +7,12 @@ the user does with his own groups in the same process is neither seen nor distur
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +28,12 @@ _FOREVER = datetime.timedelta(days=365)
 _TAG = 0
 _ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": _LOOPBACK,
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # its watchdog would end the user's process
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",  # one order of everything is what is wanted
+}
+_OWNERS_ENVIRONMENT = _ENVIRONMENT | {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # its watchdog would end the user's process; a helper may well be ended,
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # which is how its owner notices that its device has failed
 }
 
 
@@ -44,9 +49,10 @@ class Pending:
     def __init__(self, work: Any, timeout: datetime.timedelta | None, target: torch.Tensor, host: torch.Tensor) -> None:
         self._work, self._timeout, self._target, self._host = work, timeout, target, host
 
-    def is_done(self) -> bool:
-        """Whether it has arrived or gone; asks, and waits for nothing."""
-        return bool(self._work.is_completed())
+    def let_go(self) -> Callable[[], bool]:
+        """Return what tells whether it has gone, and keep none of its memory: the group does as long as it needs it."""
+        work = self._work
+        return lambda: bool(work.is_completed())
 
     def wait(self) -> None:
         """Let what comes after see it: NCCL makes the device's stream wait, gloo this thread."""
@@ -72,6 +78,7 @@ class Group:
         self._is_nccl = backend == "nccl"
         self._timeout = None if self._is_nccl else _FOREVER
         self._group: Any = self._nccl(store) if self._is_nccl else self._gloo(store)
+        _groups.add(self)
 
     def broadcast(self, tensor: torch.Tensor) -> Pending:
         """Send from member 0 to all others."""
@@ -97,7 +104,12 @@ class Group:
 
     def close(self) -> None:
         """Leave the group; what is under way is given up."""
-        group, self._group = self._group, None
+        self.abort()
+        self._group = None
+
+    def abort(self) -> None:
+        """End what a device waits for: NCCL would wait for a dead member for ever, gloo notices by itself."""
+        group = self._group
         if self._is_nccl and group is not None:
             with contextlib.suppress(Exception):  # it may have been ended by a failure
                 group.abort()
@@ -117,10 +129,22 @@ class Group:
     def _nccl(self, store: Any) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _FOREVER
-        with _environment(_ENVIRONMENT):
+        with _environment(_ENVIRONMENT if self.rank else _OWNERS_ENVIRONMENT):
             group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
             group.eager_connect_single_device(self._device)  # so that everything is one communicator's, in one order
         return group
+
+
+_groups: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+def _keep_in_child() -> None:
+    """Let a forked child never destroy torch's groups: that waits for threads of theirs which only its parent has."""
+    for group in list(_groups):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group._group))
+
+
+os.register_at_fork(after_in_child=_keep_in_child)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,6 @@ def _leave_later(crew: Crew, model: int) -> None:
     The interpreter waits for that thread when it ends, as it may be inside torch, which it must not be stopped in. If it is
     ending already, the helpers end with it.
     """
-    if threading.main_thread().is_alive():
+    if crew.is_ours and threading.main_thread().is_alive():
         with contextlib.suppress(RuntimeError):  # it ends just now
             threading.Thread(target=crew.leave, args=(model,), name="duoka-close", daemon=False).start()

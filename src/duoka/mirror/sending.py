@@ -7,6 +7,7 @@ and what a backward has announced is completed even when it fails, with zeros. S
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from duoka.mirror.messages import Backward, Configure, Forward, Outputs, Refresh
 from duoka.mirror.reduction import NOWHERE, SentExchange, SentTask
 from duoka.mirror.sent import SentWeights
 from duoka.mirror.transport import Passage, Post
+from duoka.mirror.watch import Watch
 from duoka.team import Conversation, Line
 from duoka.team.connection import Message
 from duoka.team.payload import Payload
@@ -47,6 +49,7 @@ class SendingOwner:
         self.folder: str | None = None
         """Where the members find each other."""
         self._group: Group | None = None
+        self._watch: Watch | None = None
 
     def posts(self, threads: int) -> list[Post]:
         """Make a private folder to meet in, and return what each helper is given."""
@@ -69,9 +72,17 @@ class SendingOwner:
             conversation.send(index, "go", Payload(b""))
         assert self.folder is not None
         self._group = Group(self.folder, 0, count + 1, self._devices[0], self._backend)
+        self._watch = Watch(conversation.helpers, self._group.abort)
+
+    def finish(self) -> None:
+        """Wait until the device has done what it was asked: leaving the group ends what is under way."""
+        _await_device(self._devices[0])
 
     def close(self) -> None:
         """Leave the group, and remove the folder."""
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
         if self._group is not None:
             self._group.close()
             self._group = None
@@ -192,7 +203,8 @@ class SendingHelper:
         return self._task
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group when all has gone."""
+        _await_device(self.device)
         self._group.close()
 
     def _receive(self, nbytes: int) -> torch.Tensor:
@@ -200,6 +212,12 @@ class SendingHelper:
         if nbytes:
             self._group.receive(base, 0).wait()
         return base
+
+
+def _await_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        with contextlib.suppress(Exception):  # it has failed, and says so to whoever asks it for something
+            torch.accelerator.synchronize(device)
 
 
 def _remove(folder: str, owner: int) -> None:

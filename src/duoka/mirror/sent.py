@@ -12,7 +12,7 @@ what was edited meanwhile is sent again. If not, it was of no use, and is tried 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +67,7 @@ class SentWeights:
         self._known: list[torch.Tensor | None] = [None] * len(self._buckets)
         self._checksum: Checksum | None = None
         self._under_way: list[Pending] = []
-        self._early: dict[int, Pending] = {}
+        self._early: dict[int, Callable[[], bool]] = {}
         self._pause, self._waits = 0, 0
         self._measure()
 
@@ -125,14 +125,14 @@ class SentWeights:
             return
         marks = self._look(self.parameters)
         stepped = [n for n in self._trained if marks[n] != self._marks[n]]
-        self._early.update(self._send(stepped, self.parameters, ()))
+        self._early.update({n: sent.let_go() for n, sent in self._send(stepped, self.parameters, ()).items()})
 
     def _take_early(self) -> set[int]:
         """Return the buckets of which all that was sent early has gone."""
         early, self._early = self._early, {}
         if not early:
             return set()
-        if all(pending.is_done() for pending in early.values()):
+        if all(has_gone() for has_gone in early.values()):
             self._waits = 0
             return set(early)
         self._waits = min(2 * self._waits + 1, _LONGEST_PAUSE)

@@ -48,6 +48,9 @@ class SharingOwner:
     def connect(self, _: Conversation) -> None:
         """Do nothing: memory is announced when there is some."""
 
+    def finish(self) -> None:
+        """Do nothing: an answer says that all is written."""
+
     def close(self) -> None:
         """Give the memory back, except what somebody still holds."""
         self._windows.clear()

@@ -118,6 +118,9 @@ class OwnerSide(Protocol):
     def connect(self, conversation: Conversation) -> None:
         """Meet them."""
 
+    def finish(self) -> None:
+        """Let what is under way arrive, before parting from them in good order."""
+
     def close(self) -> None:
         """Part from them; they may have been killed."""
 
