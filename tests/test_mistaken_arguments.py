@@ -1,6 +1,7 @@
 """What is easily mistaken in a call of duoka's own functions is said with what was meant."""
 
 import pytest
+import torch
 from torch import nn
 
 import duoka
@@ -16,6 +17,22 @@ def test_data_parallel_says_what_was_meant():
         duoka.DataParallel(nn.Linear, devices="cpu:2")
     with pytest.raises(ConfigError, match=r"wraps a torch\.nn\.Module, and was given a str: 'cpu:2'"):
         duoka.DataParallel("cpu:2")
+    with pytest.raises(
+        ConfigError, match=r"wrapped in torch's DataParallel already; give the model itself, model\.module"
+    ):
+        duoka.DataParallel(nn.DataParallel(nn.Linear(1, 1)), devices="cpu:2")
+    with pytest.raises(
+        ConfigError, match=r"one number; for device 2 alone write devices='2', for two devices devices='0,1'"
+    ):
+        duoka.DataParallel(nn.Linear(1, 1), 2)
+
+
+def test_devices_may_stand_where_torch_has_numbers():
+    for spec in ("cpu:2", [torch.device("cpu")] * 2):
+        assert duoka.DataParallel(nn.Linear(1, 1), spec).device_ids == [0, 1]
+    assert duoka.DataParallel(nn.Linear(1, 1), torch.device("cpu")).device_ids == [0]
+    with pytest.raises(ConfigError, match="both name devices"):
+        duoka.DataParallel(nn.Linear(1, 1), "cpu:2", devices="cpu:3")
 
 
 def test_launch_says_what_was_meant():

@@ -289,6 +289,12 @@ def test_the_first_device_holds_a_copy_of_the_weights_no_longer_than_a_forward_a
     assert torch.accelerator.memory_allocated(0) < 2 * size + room
 
 
+def test_one_device_is_brought_its_inputs_as_by_torchs_wrapper(wrap) -> None:
+    model = wrap(nn.Linear(4, 3), "0")
+    assert model(torch.randn(6, 4)).device == torch.device(DEVICE.type, 0)
+    assert model(input=torch.randn(6, 4)).device == torch.device(DEVICE.type, 0)
+
+
 def test_one_device_is_the_bare_model(wrap) -> None:
     model = wrap(nn.Linear(4, 3), "0")
     x = torch.randn(6, 4, device=DEVICE)

@@ -106,6 +106,9 @@ def test_duoka_run_prints_what_the_script_prints(device: str, tmp_path: Path) ->
                 loss.backward()
                 optimizer.step()
             print(f"{epoch} {loss.item():.5f}")
+            net.cpu()  # as people do to try or save it
+            print(f"{epoch} {net(x).mean().item():.5f}")
+            net.to(device)
         """)
     )
     commands = [["script.py"], ["-m", "duoka", "run", "script.py", "--device", device]]
@@ -119,3 +122,4 @@ def test_duoka_run_prints_what_the_script_prints(device: str, tmp_path: Path) ->
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert ("on all devices" in shared.stdout + shared.stderr) == ("," in device)
+    assert "one device, because" not in shared.stdout + shared.stderr

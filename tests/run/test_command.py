@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -478,3 +480,44 @@ def test_wrapped_models_are_copied_saved_whole_and_loaded_with_and_without_duoka
     plain = printed("saves.py")
     assert printed("-m", "duoka", "run", "saves.py", "--device", "cpu:2") == plain
     assert printed("loads.py") == [plain[0], plain[3], "False"]
+
+
+def test_ctrl_c_twice_ends_in_good_order(tmp_path) -> None:
+    (tmp_path / "long.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "model = nn.Linear(8, 1).cuda()\n"
+        "optimizer = torch.optim.SGD(model.parameters(), 0.01)\n"
+        "for step in range(1_000_000):\n"
+        "    optimizer.zero_grad()\n"
+        "    model(torch.ones(32, 8).cuda()).sum().backward()\n"
+        "    optimizer.step()\n"
+        "    if step == 30:\n"
+        "        print('going', flush=True)\n"
+    )
+    for apart_s in (0.01, 0.06):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "duoka", "run", "long.py", "--device", "cpu:2"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "going\n"
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(apart_s)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode in (130, -signal.SIGINT)  # the second may come when Python itself is ending
+        assert "duoka/" not in err
+        assert "Exception ignored" not in err
+
+
+def test_an_error_in_torch_shows_no_frame_of_duoka(tmp_path) -> None:
+    (tmp_path / "wrong.py").write_text("import torch\ntorch.zeros(2) @ torch.zeros(3)\n")
+    done = duoka("run", "wrong.py", "--device", "cpu:2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "naming.py" not in done.stderr
+    assert 'wrong.py", line 2' in done.stderr

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from duoka.devices import resolve
 from duoka.errors import ConfigError, UnsupportedError
+from duoka.mirror import nested
 from duoka.mirror.engine import Engine
 from duoka.mirror.part import Part
 
@@ -66,7 +68,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
     def __init__(
         self,
         module: nn.Module,
-        device_ids: Sequence[int | torch.device] | None = None,
+        device_ids: DeviceSpec = None,
         output_device: int | torch.device | None = None,
         dim: int = 0,
         *,
@@ -76,9 +78,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
     ) -> None:
         nn.Module.__init__(self)
         _check_given(module, others)
-        if device_ids is not None and devices != "auto":
-            raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
-        chosen = resolve(devices if device_ids is None else list(device_ids)).devices
+        chosen = _chosen(device_ids, devices)
         if len(chosen) > 1:
             _refuse_own_steps(type(self))
         self.module = module
@@ -97,6 +97,8 @@ class DataParallel(nn.DataParallel[nn.Module]):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Compute the wrapped model's forward, each device its part."""
         if len(self._duoka_devices) == 1:
+            if self._duoka_devices[0].type != "cpu":
+                inputs, kwargs = _on(self._duoka_devices[0], inputs, kwargs)
             return self._duoka_part.of(self.module)(*inputs, **kwargs)
         with _one_at_a_time:  # two threads that come first at once are not to have an engine each
             engine = self._duoka_engine
@@ -155,6 +157,33 @@ class DataParallel(nn.DataParallel[nn.Module]):
         return {name: value for name, value in vars(self).items() if not name.startswith(_PRIVATE)}
 
 
+def _chosen(device_ids: DeviceSpec, devices: DeviceSpec) -> tuple[torch.device, ...]:
+    """Return the devices that either names; the second argument may be of the device grammar, too."""
+    if device_ids is None:
+        return resolve(devices).devices
+    if devices != "auto":
+        raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
+    if isinstance(device_ids, int):
+        raise ConfigError(
+            f"device_ids={device_ids!r} is one number; for device {device_ids} alone write devices='{device_ids}', for two "
+            "devices devices='0,1'"
+        )
+    return resolve(device_ids if isinstance(device_ids, str | torch.device) else list(device_ids)).devices
+
+
+def _on(
+    device: torch.device, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a model is given with all tensors on its device, where ``torch.nn.DataParallel`` brings them too."""
+    if not kwargs and all(type(value) is torch.Tensor and value.device == device for value in inputs):
+        return inputs, kwargs
+    tensors, arguments = nested.take_out((inputs, kwargs))
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = nested.fill(
+        arguments, [tensor.to(device, non_blocking=True) for tensor in tensors]
+    )
+    return moved
+
+
 def _check_given(module: Any, others: Mapping[str, Any]) -> None:
     """Say what is wrong with the arguments, which nothing else would say before the first call."""
     for name, value in others.items():
@@ -168,6 +197,10 @@ def _check_given(module: Any, others: Mapping[str, Any]) -> None:
         name = module.__name__
         raise ConfigError(
             f"DataParallel wraps a model, and {name} is its class: make one first, DataParallel({name}(...))"
+        )
+    if isinstance(module, nn.DataParallel | DistributedDataParallel) and not isinstance(module, DataParallel):
+        raise ConfigError(
+            f"the model is wrapped in torch's {type(module).__name__} already; give the model itself, model.module"
         )
     if not isinstance(module, nn.Module):
         raise ConfigError(

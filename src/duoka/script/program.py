@@ -154,6 +154,6 @@ def _without_ours(trace: TracebackType | None, *, ends_at_ours: bool) -> Traceba
     if is_ours and ends_at_ours:
         return None
     rest = _without_ours(trace.tb_next, ends_at_ours=ends_at_ours)
-    if is_ours and trace.tb_next is not None:
+    if is_ours and (trace.tb_next is not None or name == "duoka.mirror.naming"):  # which calls torch's own, in C++
         return rest
     return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)

@@ -82,7 +82,7 @@ class SharedCall:
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors, skeleton = nested.take_out((args, kwargs))
         batch = nested.batch_size(tensors, 0)
-        if batch is None or batch < 2 or self._account.refusal:
+        if batch is None or batch < 2 or self._account.refusal or self._is_elsewhere(module):
             self._account.count(batch, split=False)
             return _alone(module, args, kwargs)
         verdict = self._verdict(module, tensors, skeleton, batch)
@@ -96,6 +96,11 @@ class SharedCall:
             self._account.count(batch, split=False)
             return _alone(module, args, kwargs)
         return self._split(module, args, kwargs, batch, verdict)
+
+    def _is_elsewhere(self, module: nn.Module) -> bool:
+        """Whether the script has moved the model away for now, to try or save it on the host."""
+        first = next(module.parameters(), None)
+        return first is not None and first.device != self._devices[0]
 
     def _started(self) -> Engine:
         with self._starting:  # two threads that come first at once are not to have an engine each

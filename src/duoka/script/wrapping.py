@@ -24,7 +24,8 @@ from duoka.script.sources import Sources, differentiates_gradients
 __all__ = ["DOUBLE_BACKWARD", "Finder"]
 
 DOUBLE_BACKWARD = (
-    "the script differentiates gradients (create_graph=True), and helpers return gradients without their graph"
+    "the script differentiates gradients (create_graph=True), and helpers return gradients without their graph; where a run "
+    "does not come to that line, take it out"
 )
 
 _INSIDERS = ("torch", "duoka", "contextlib", "functools", "importlib")

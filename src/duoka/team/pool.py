@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -85,12 +86,18 @@ class _Pool:
     def _start(self, device: torch.device) -> Helper:
         with self._lock:
             if not self._is_registered:
-                atexit.register(self.close)
+                atexit.register(self._close_at_exit)
                 os.register_at_fork(after_in_child=self._forget)
                 self._is_registered = True
             helper = Helper(device)
             self._lend(helper, _key(device))
             return helper
+
+    def _close_at_exit(self) -> None:
+        """End every helper whoever presses Ctrl-C once more: it takes no time, and the program is ending."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.close()
 
     def _lend(self, helper: Helper, key: tuple[str, ...]) -> None:
         self._lent[id(helper)] = key
