@@ -65,6 +65,27 @@ def test_training_ends_where_it_ends_on_one_cpu(options, tolerance: float, devic
     assert trainer.history[-1]["train_loss"] < trainer.history[0]["train_loss"]
 
 
+def mixed_on_the_device(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    share = torch.rand((), device=inputs.device)
+    return share * inputs + (1 - share) * inputs.roll(1, 0), targets
+
+
+@pytest.mark.skipif(COUNT < 2, reason="fewer than two devices")
+def test_what_a_mix_draws_on_the_device_is_drawn_once_for_all_devices() -> None:
+    def weights(device: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        data = duoka.data.resident(
+            (torch.randn(24, 4), torch.randn(24, 2)), batch_size=12, shuffle=True, mix=mixed_on_the_device
+        )
+        net = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        options = {"epochs": 3, "batch": "global", "seed": 1, "verbose": False}
+        duoka.Trainer(net, data, loss=nn.MSELoss(), optimizer=optimizer, device=device, **options).fit()
+        return net.weight.detach().cpu()
+
+    torch.testing.assert_close(weights("0,1"), weights("0"))
+
+
 @pytest.mark.parametrize("device", [ALONE, TWICE, TWO])
 def test_a_recipe_trains_and_its_run_is_used_anywhere(device: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")

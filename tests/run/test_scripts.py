@@ -28,6 +28,7 @@ SELDOM = {  # like others in the list: run by `make test-all`, which takes ten m
     "hf_gpt2",
     "save_whole_model",
     "functional_per_sample",
+    "parallel_by_hand",
     "weight_tying",
     "agent_class",
     "always_data_parallel",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from duoka.data.augment import BatchTransform, apply
-from duoka.data.generators import TORCH
+from duoka.data.generators import ACCELERATOR, TORCH
 from duoka.data.randomness import PrivateRandomness, nth_seed
 from duoka.data.uniform import uniforms
 from duoka.errors import ConfigError, DataError
@@ -90,7 +90,7 @@ class Resident:
         if mixed is None:
             return (inputs, *others)
         assert self.mix is not None
-        with PrivateRandomness(mixed, (TORCH,)):
+        with PrivateRandomness(mixed, (TORCH, ACCELERATOR)):
             mixture = self.mix(inputs, *others)
         return tuple(part[1:] for part in mixture)
 

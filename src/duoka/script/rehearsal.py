@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from duoka.mirror.naming import OwnDevice, is_cuda
+from duoka.script import by_hand
 from duoka.script.patches import Patches
 
 __all__ = ["rehearsal"]
@@ -49,6 +50,7 @@ def rehearsal(workers: int) -> Any:
         patches.around(torch.amp.autocast_mode.autocast, "__init__", _autocast)
         patches.around(torch.amp.grad_scaler.GradScaler, "__init__", _scaler)
         patches.around(threading.Thread, "run", functools.partial(_in_rehearsal, workers))
+        by_hand.enter(patches)
         patches.enter_context(OwnDevice(_CPU, workers))
         yield
 

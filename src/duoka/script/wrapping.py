@@ -48,6 +48,7 @@ class Finder:
         patches.around(nn.Module, "cuda", self._moved)
         patches.around(torch.optim.Optimizer, "__init__", self._optimised)
         patches.around(torch, "compile", self._compiled)
+        patches.around(nn.Module, "_replicate_for_data_parallel", _for_itself)
         wrapper = self._data_parallel()
         for owner in (nn, nn.parallel, nn.parallel.data_parallel):
             if hasattr(owner, "DataParallel"):
@@ -183,6 +184,13 @@ class Finder:
                 f"The script names devices {numbers}, of which this run has {len(there)}: --device decides how many there are."
             )
         return there or self._devices[:1]
+
+
+def _for_itself(original: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
+    """Let a replica that the script makes by hand compute what it is given, and not have its model asked."""
+    replica = original(module)
+    replica.__dict__.pop("_compiled_call_impl", None)
+    return replica
 
 
 class _AnyDataParallel(type):
