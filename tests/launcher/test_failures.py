@@ -368,6 +368,8 @@ def launch_while_killing(draws: random.Random) -> tuple[errors.WorkerDied, float
             with contextlib.suppress(psutil.NoSuchProcess):
                 killed_at.append(time.monotonic())  # before: the report may be faster than this thread
                 found[number].kill()
+                while found[number].status() != psutil.STATUS_ZOMBIE:  # else the next launch may be given a dying one
+                    time.sleep(0.001)
 
     killer = threading.Thread(target=kill_one)
     killer.start()

@@ -137,10 +137,21 @@ def _show(error: BaseException) -> int:
         error, KeyboardInterrupt | DuokaError
     )  # where it came to pass in duoka tells nobody anything
     own = _without_ours(error.__traceback__, ends_at_ours=is_explained)
+    _tidy_context(error)
     sys.excepthook(type(error), error.with_traceback(own), own)
     with contextlib.suppress(io.UnsupportedOperation, ValueError):
         sys.stderr.flush()
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _tidy_context(error: BaseException) -> None:
+    """Take duoka's frames out of what an exception came of; of two Ctrl-C show one."""
+    before = error.__cause__ or error.__context__
+    if isinstance(error, KeyboardInterrupt) and isinstance(before, KeyboardInterrupt):
+        error.__suppress_context__ = True
+    elif before is not None:
+        before.__traceback__ = _without_ours(before.__traceback__, ends_at_ours=isinstance(before, DuokaError))
+        _tidy_context(before)
 
 
 def _without_ours(trace: TracebackType | None, *, ends_at_ours: bool) -> TracebackType | None:
