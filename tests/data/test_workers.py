@@ -216,7 +216,7 @@ if __name__ == "__main__":
     [
         ("fork", "Table"),
         ("fork", "Stream"),
-        ("spawn", "Table"),
+        pytest.param("spawn", "Table", marks=pytest.mark.extended),
         pytest.param("spawn", "Stream", marks=pytest.mark.extended),
     ],
 )
