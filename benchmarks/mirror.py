@@ -46,9 +46,8 @@ def main() -> None:
 
 
 def compare(minutes: float, kind: str) -> None:
-    roles = ["one", "alone", "run"]
-    if count(kind) > 1:
-        roles += ["limit", "limit", "ddp", "duoka", *(["dp"] if kind == "cuda" else [])]
+    several = ["limit", "limit", "ddp", "duoka"] if count(kind) > 1 else []
+    roles = ["one", *several, "alone", "run", *(["dp"] if several and kind == "cuda" else [])]
     with Listener(family="AF_UNIX") as listener:
         processes = [
             start(role, str(listener.address), kind, roles[:place].count(role)) for place, role in enumerate(roles)
