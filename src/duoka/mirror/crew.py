@@ -169,7 +169,8 @@ class Crew:
             if (message := self._answers.pop(key, None)) is not None:
                 message.payload.close()
             if rest is not None:
-                rest.wait()
+                with self.all_or_none():
+                    rest.wait()
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:

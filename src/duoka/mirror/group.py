@@ -144,7 +144,8 @@ def _keep_in_child() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group._group))
 
 
-os.register_at_fork(after_in_child=_keep_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_in_child)
 
 
 @contextlib.contextmanager

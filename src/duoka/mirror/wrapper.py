@@ -41,7 +41,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
     Args:
         module: the model; its parameters stay the same objects. Where devices are CPU workers their values move into memory
             that the processes share.
-        device_ids: the devices, as in ``torch.nn.DataParallel``; or use ``devices``.
+        device_ids: the devices, as in ``torch.nn.DataParallel``, or in the device grammar; or use ``devices``.
         output_device: kept for scripts that give it; outputs are on the first device.
         dim: the dimension of the batch.
         devices: the device grammar: ``"auto"``, ``"all"``, ``"0,1"``, ``"cpu:2"``, ``torch.device`` or a list of these.

@@ -98,7 +98,9 @@ class SharedCall:
         return self._split(module, args, kwargs, batch, verdict)
 
     def _is_elsewhere(self, module: nn.Module) -> bool:
-        """Whether the script has moved the model away for now, to try or save it on the host."""
+        """Whether the script has moved a model away for now that was shared, to try or save it on the host."""
+        if self._engine is None:  # one that never was there is told so
+            return False
         first = next(module.parameters(), None)
         return first is not None and first.device != self._devices[0]
 

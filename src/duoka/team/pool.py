@@ -95,9 +95,12 @@ class _Pool:
 
     def _close_at_exit(self) -> None:
         """End every helper whoever presses Ctrl-C once more: it takes no time, and the program is ending."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if threading.current_thread() is not threading.main_thread():
+            self.close()
+            return
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.close()
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
     def _lend(self, helper: Helper, key: tuple[str, ...]) -> None:
         self._lent[id(helper)] = key
