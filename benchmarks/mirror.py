@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -88,15 +89,18 @@ def devices(kind: str) -> str:
 
 
 def measure(lines: dict[str, list[Connection]], end: float) -> dict[str, list[float]]:
-    """Let each contestant take its turn, in another order each round; a step takes as long as its slowest process."""
+    """Let each contestant take its turn, each round in an order that is drawn; a step takes as long as its slowest process.
+
+    Were the order the same, one would always follow a contestant that leaves a processor idle, and another never.
+    """
     times: dict[str, list[float]] = {role: [] for role in lines}
-    order = list(lines)
+    order, draw = list(lines), random.Random(0)
     for role in order:
         turn(lines[role])  # to warm up
     while time.monotonic() < end:
         for role in order:
             times[role].append(turn(lines[role]))
-        order = order[1:] + order[:1]
+        draw.shuffle(order)
     return times
 
 

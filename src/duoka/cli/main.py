@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from duoka.allocator import keep_freed_memory
 from duoka.cli.console import complain
 from duoka.errors import ConfigError, DuokaError
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 2 what the user can mend, 130 an interruption, 1 anything unexpected.
     """
+    if argv is None:
+        keep_freed_memory()
     debug, words = _take_debug(list(sys.argv[1:] if argv is None else argv))
     try:
         status = _dispatch(words)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from duoka.allocator import HUGE_PAGES
 from duoka.errors import LaunchError, WorkerDied
 from duoka.team.connection import Connection
 
@@ -130,6 +131,7 @@ def _spawn(line: int, output: int) -> subprocess.Popen[bytes]:
             stderr=output,
             pass_fds=[line],
             start_new_session=True,
+            env={**HUGE_PAGES, **os.environ},  # its tasks have their owner's
         )
     except OSError as error:
         raise LaunchError(
