@@ -1,9 +1,10 @@
 """Time a step of ResNet-18 (64x64 images, 32 a device) on two devices: one device, the limit, DDP, and duoka's two ways.
 
-The limit is two processes that do the same work and never talk. All contestants are started first, then take turns of a few
-steps in one run on one machine, so that whatever else the machine does meets all of them alike; the ratios are medians over
-the rounds. Run ``python benchmarks/mirror.py [--minutes 3] [--device cuda]``; with ``cuda`` (not run yet) a batch is 256 a
-device, and ``nn.DataParallel`` takes part too. Where there is one GPU, what duoka adds to its bare model is measured alone.
+The limit is two processes that do the same work and never talk. All contestants are started first, then take turns of a
+step in one run on one machine, so that whatever else the machine does meets all of them alike. This is done three times; the
+ratios are medians over all rounds. Run ``python benchmarks/mirror.py [--minutes 5] [--device cuda]``; with ``cuda`` (not run
+yet) a batch is 256 a device, and ``nn.DataParallel`` takes part too. Where there is one GPU, what duoka adds to its bare model
+is measured alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 
 PER_DEVICE, SIZE, STEPS = {"cpu": 32, "cuda": 256}, 64, 1
-FIRST_STEPS = 6
-"""Not timed: `duoka run` computes its first four batches whole."""
+STARTS = 3
+"""How fast a process is depends on where its memory happens to lie: up to a tenth, and for as long as it runs."""
+FIRST_STEPS = 8
+"""Not timed: `duoka run` computes the first batches whole, and tries the model at calls 1, 2, 4 and 8."""
 NAMES = {
     "one": "one device (on CPU one thread), the whole batch",
     "limit": "two processes without any communication",
@@ -34,7 +37,7 @@ NAMES = {
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--minutes", type=float, default=3.0)
+    options.add_argument("--minutes", type=float, default=5.0)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--place", type=int, default=0, help=argparse.SUPPRESS)
     options.add_argument("--role", help=argparse.SUPPRESS)
@@ -49,6 +52,17 @@ def main() -> None:
 def compare(minutes: float, kind: str) -> None:
     several = ["limit", "limit", "ddp", "duoka"] if count(kind) > 1 else []
     roles = ["one", *several, "alone", "run", *(["dp"] if several and kind == "cuda" else [])]
+    times: dict[str, list[float]] = {role: [] for role in roles}
+    for _ in range(STARTS):
+        for role, steps in one_start(roles, 60 * minutes / STARTS, kind).items():
+            times[role] += steps
+    show(times, kind)
+    added = added_by_the_wrapper()
+    print(f"on one device the wrapper adds {added:.1f} µs of Python to a call, and nothing on the device")
+
+
+def one_start(roles: list[str], seconds: float, kind: str) -> dict[str, list[float]]:
+    """Start all contestants, and let them take turns for so long."""
     with Listener(family="AF_UNIX") as listener:
         processes = [
             start(role, str(listener.address), kind, roles[:place].count(role)) for place, role in enumerate(roles)
@@ -58,9 +72,7 @@ def compare(minutes: float, kind: str) -> None:
             for _ in range(len(processes) + ("ddp" in roles)):
                 line = listener.accept()
                 lines[line.recv()].append(line)
-            show(measure(lines, time.monotonic() + 60 * minutes), kind)
-            added = added_by_the_wrapper()
-            print(f"on one device the wrapper adds {added:.1f} µs of Python to a call, and nothing on the device")
+            return measure(lines, time.monotonic() + seconds)
         finally:
             for process in processes:
                 process.terminate()
@@ -115,7 +127,8 @@ def show(times: dict[str, list[float]], kind: str) -> None:
     lows = {role: statistics.quantiles(values, n=4)[0] for role, values in times.items()}
     where = "2 CPU workers of one thread" if kind == "cpu" else f"{count(kind)} GPU(s)"
     print(f"ResNet-18, {SIZE}x{SIZE} images, {PER_DEVICE[kind]} a device, {where}, float32")
-    print(f"{rounds} rounds of {STEPS} steps each, in turn; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{rounds} rounds of {STEPS} step each, in turn, after {STARTS} starts;", end=" ")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':46} {'median':>9} {'fastest':>9} {'quartiles':>17}")
     for role, values in times.items():
         _, middle, high = statistics.quantiles(values, n=4)
