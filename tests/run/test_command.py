@@ -383,6 +383,35 @@ def test_a_wrapper_that_divides_batches_itself_stays_on_one_device_with_the_reas
     assert "its wrapper Balanced has a scatter of its own, which duoka does not call" in " ".join(done.stderr.split())
 
 
+OWN_WRAPPER = """
+import torch
+from torch import nn
+
+import duoka
+
+torch.manual_seed(0)
+model = nn.Linear(4, 2).to("cpu")
+model = duoka.DataParallel(model, devices="cpu:3")
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(30):
+    optimizer.zero_grad()
+    loss = model(torch.ones(9, 4)).square().mean()
+    loss.backward()
+    optimizer.step()
+print("loss", loss.item())
+"""
+
+
+def test_a_model_that_the_script_wraps_in_duoka_itself_is_in_the_account(tmp_path) -> None:
+    """Batches were counted as the halves of the first device, or the script was told that no model was found."""
+    (tmp_path / "train.py").write_text(OWN_WRAPPER)
+    done = duoka("run", "train.py", "--device", "cpu:2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stderr.splitlines() if "wrapped by the" in line)
+    assert [word.strip() for word in row.split("│")[3:7]] == ["3", "9", "3", "30 / 0"]
+    assert "too few steps" not in done.stderr
+
+
 def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:
     pytest.importorskip("nbclient")
     source = SCRIPTS / "notebooks" / "classification.ipynb"

@@ -51,6 +51,8 @@ class ModelAccount:
     how: str = ""
     refusal: str = ""
     """Why it is computed on one device; empty while it is not."""
+    devices: int = 0
+    """Of how many devices, where a wrapper in the script says so; 0 stands for those of the run."""
     whole: int = 0
     split: int = 0
     trained: Counter[int] = field(default_factory=Counter)

@@ -78,7 +78,7 @@ def _alike_together(models: Sequence[ModelAccount]) -> list[ModelAccount]:
 
 def _together(group: Sequence[ModelAccount]) -> ModelAccount:
     first = group[0]
-    total = ModelAccount(first.calls, f"{first.name} ({len(group)} of them)", first.how, first.refusal)
+    total = ModelAccount(first.calls, f"{first.name} ({len(group)} of them)", first.how, first.refusal, first.devices)
     for model in group:
         total.whole, total.split = total.whole + model.whole, total.split + model.split
         total.trained_split += model.trained_split
@@ -99,7 +99,10 @@ def _times(account: Account) -> list[str]:
             how = f"no comparison: more than {devices} times as fast is not possible, something else has slowed the one device"
         said.append(f"a step: {_time(whole)} on one device (tried in between), {_time(split)} on all: {how}")
     elif seconds is not None:
-        few = "; too few steps to compare with one device" if is_shared else ""
+        wrappers = [
+            bool(model.devices) for model in account.models if model.is_shared
+        ]  # these are never computed whole
+        few = "; too few steps to compare with one device" if is_shared and not (wrappers and all(wrappers)) else ""
         said.append(f"a step: {_time(seconds)} on {'all devices' if is_shared else 'one device'}{few}")
     if account.steps:
         said.append(f"its time: {_shares(account.shares())}")
@@ -160,7 +163,7 @@ def _why_nothing(account: Account) -> str:
 
 
 def _row(model: ModelAccount, devices: int) -> tuple[str, ...]:
-    used = devices if model.is_shared else 1
+    used = model.devices or devices if model.is_shared else 1
     per_device = "-" if not model.batch else _per_device(model.batch, min(used, model.batch))
     return model.name, model.how, str(used), str(model.batch or "-"), per_device, f"{model.split} / {model.whole}"
 

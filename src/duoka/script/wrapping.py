@@ -49,6 +49,8 @@ class Finder:
         patches.around(torch.optim.Optimizer, "__init__", self._optimised)
         patches.around(torch, "compile", self._compiled)
         patches.around(nn.Module, "_replicate_for_data_parallel", _for_itself)
+        patches.around(DataParallel, "__init__", self._wrapped_by_script)
+        patches.around(DataParallel, "forward", self._shared_by_wrapper)
         wrapper = self._data_parallel()
         for owner in (nn, nn.parallel, nn.parallel.data_parallel):
             if hasattr(owner, "DataParallel"):
@@ -81,6 +83,25 @@ class Finder:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for module in owners(parameters):
             self._found(module, f"trained by {type(optimizer).__name__} at {where()}")
+
+    def _wrapped_by_script(
+        self, original: Callable[..., None], wrapper: DataParallel, module: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        original(wrapper, module, *args, **kwargs)
+        if not isinstance(wrapper, _Wrapper):
+            self._wraps(wrapper, f"wrapped by the script at {where()}", [])
+
+    def _shared_by_wrapper(
+        self, original: Callable[..., Any], wrapper: DataParallel, *inputs: Any, **kwargs: Any
+    ) -> Any:
+        devices = len(wrapper._duoka_devices)
+        account = self._account.model(wrapper.module)
+        account.found(type(wrapper.module).__name__, "wrapped by the script")
+        account.devices = devices
+        with SharedCall.only_here():
+            value = original(wrapper, *inputs, **kwargs)
+        account.count(_batch_of(inputs, kwargs, wrapper.dim), split=devices > 1)
+        return value
 
     def _compiled(self, original: Callable[..., Any], model: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(model, nn.Module):
@@ -165,7 +186,7 @@ class Finder:
 
     def _wraps(self, wrapper: Any, how: str, own: list[str]) -> None:
         """Account for a wrapper of the script's; ``own`` are the steps that its class has and duoka does not call."""
-        wrapper._duoka_account = account = self._account.model(wrapper.module)
+        account = self._account.model(wrapper.module)
         account.found(type(wrapper.module).__name__, how, explicit=True)
         if own:
             account.refuse(
@@ -203,15 +224,6 @@ class _AnyDataParallel(type):
 
 class _Wrapper(DataParallel):
     """What ``nn.DataParallel`` is while a script runs: see ``duoka.DataParallel``."""
-
-    _duoka_account: Any = None
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Compute the wrapped model's forward, each device its part."""
-        with SharedCall.only_here():
-            value = super().forward(*inputs, **kwargs)
-        self._duoka_account.count(_batch_of(inputs, kwargs, self.dim), split=len(self._duoka_devices) > 1)
-        return value
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state with ``module.`` in its names, as the script knows it from torch and may cut it off."""
