@@ -39,6 +39,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--minutes", type=float, default=5.0)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument(
+        "--large-pages", action="store_true", help="give every contestant what duoka gives its helpers"
+    )
     options.add_argument("--place", type=int, default=0, help=argparse.SUPPRESS)
     options.add_argument("--role", help=argparse.SUPPRESS)
     options.add_argument("--address", help=argparse.SUPPRESS)
@@ -46,6 +49,8 @@ def main() -> None:
     if given.role:
         contest(given.role, given.address, given.device, given.place)
     else:
+        if given.large_pages:
+            os.environ.update(GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
         compare(given.minutes, given.device)
 
 
@@ -53,15 +58,16 @@ def compare(minutes: float, kind: str) -> None:
     several = ["limit", "limit", "ddp", "duoka"] if count(kind) > 1 else []
     roles = ["one", *several, "alone", "run", *(["dp"] if several and kind == "cuda" else [])]
     times: dict[str, list[float]] = {role: [] for role in roles}
+    draw = random.Random(0)
     for _ in range(STARTS):
-        for role, steps in one_start(roles, 60 * minutes / STARTS, kind).items():
+        for role, steps in one_start(roles, 60 * minutes / STARTS, kind, draw).items():
             times[role] += steps
     show(times, kind)
     added = added_by_the_wrapper()
     print(f"on one device the wrapper adds {added:.1f} µs of Python to a call, and nothing on the device")
 
 
-def one_start(roles: list[str], seconds: float, kind: str) -> dict[str, list[float]]:
+def one_start(roles: list[str], seconds: float, kind: str, draw: random.Random) -> dict[str, list[float]]:
     """Start all contestants, and let them take turns for so long."""
     with Listener(family="AF_UNIX") as listener:
         processes = [
@@ -72,7 +78,7 @@ def one_start(roles: list[str], seconds: float, kind: str) -> dict[str, list[flo
             for _ in range(len(processes) + ("ddp" in roles)):
                 line = listener.accept()
                 lines[line.recv()].append(line)
-            return measure(lines, time.monotonic() + seconds)
+            return measure(lines, time.monotonic() + seconds, draw)
         finally:
             for process in processes:
                 process.terminate()
@@ -100,13 +106,13 @@ def devices(kind: str) -> str:
     return "cpu:2" if kind == "cpu" else ",".join(map(str, range(count(kind))))
 
 
-def measure(lines: dict[str, list[Connection]], end: float) -> dict[str, list[float]]:
+def measure(lines: dict[str, list[Connection]], end: float, draw: random.Random) -> dict[str, list[float]]:
     """Let each contestant take its turn, each round in an order that is drawn; a step takes as long as its slowest process.
 
     Were the order the same, one would always follow a contestant that leaves a processor idle, and another never.
     """
     times: dict[str, list[float]] = {role: [] for role in lines}
-    order, draw = list(lines), random.Random(0)
+    order = list(lines)
     for role in order:
         turn(lines[role])  # to warm up
     while time.monotonic() < end:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -18,14 +19,15 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 
 import mirror
-from duoka.allocator import HUGE_PAGES
+from duoka.allocator import with_large_pages
 
+OTHERS = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
 STARTS = 3
 """Of each way: how often memory is asked for anew depends on where a process happens to have its first."""
 WAYS = {
     "as it is": {},
     "kept, as in duoka's commands": {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)},
-    "large pages, as in helpers": HUGE_PAGES,
+    "large pages, as in helpers": with_large_pages({}),
 }
 
 
@@ -38,19 +40,22 @@ def main() -> None:
     try:
         for start, (way, environment) in itertools.product(range(STARTS), WAYS.items()):
             with Listener(family="AF_UNIX") as listener:
-                mine = {**os.environ, **environment}
+                mine = {**OTHERS, **environment}
                 processes[way, start] = subprocess.Popen([*program, str(listener.address)], env=mine)
                 lines[way, start] = [listener.accept()]
                 lines[way, start][0].recv()
         before = {key: faults(process.pid) for key, process in processes.items()}
-        times = mirror.measure(lines, time.monotonic() + 60 * minutes)
+        times = mirror.measure(lines, time.monotonic() + 60 * minutes, random.Random(0))
         steps = 1 + len(times["as it is", 0])
         plain = statistics.median([step for start in range(STARTS) for step in times["as it is", start]])
         for way in WAYS:
-            middles = [statistics.median(times[way, start]) for start in range(STARTS)]
+            middles = sorted(statistics.median(times[way, start]) / plain for start in range(STARTS))
             pages = [(faults(processes[way, start].pid) - before[way, start]) // steps for start in range(STARTS)]
-            shares = ", ".join(f"{middle / plain:.3f}" for middle in sorted(middles))
-            print(f"{way:30} {shares} of the first's {plain * 1e3:.0f} ms, {min(pages)} to {max(pages)} pages a step")
+            each = ", ".join(f"{middle:.3f}" for middle in middles)
+            share = statistics.median(step for start in range(STARTS) for step in times[way, start]) / plain
+            print(
+                f"{way:30} {share:.3f} of {plain * 1e3:.0f} ms (starts: {each}), {min(pages)} to {max(pages)} pages a step"
+            )
     finally:
         for process in processes.values():
             process.terminate()

@@ -9,15 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import duoka
-from duoka.team import close_helpers
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library is told anything")
-
+GLIBC = tuple(map(int, platform.libc_ver()[1].split("."))) if platform.libc_ver()[0] == "glibc" else ()
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PROGRAM = """
+import ctypes
+import os
 import resource
 import torch
+
+torch.set_num_threads(1)  # others are not there after a fork
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: small pages only, so that they can be counted
 
 
 def pages():
@@ -25,48 +31,86 @@ def pages():
     for mebibytes in range(1, 32):  # larger ones each time, which the library asks the system for, whatever it has learnt
         torch.ones(mebibytes << 18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def pages_of_a_child():
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        for _ in range(2):  # 240 MiB in 30 pieces with nothing between them, freed at once
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            held = [library.malloc(8 << 20) for _ in range(30)]
+            for address in held:
+                ctypes.memset(address, 1, 8 << 20)
+            for address in held:
+                library.free(address)
+        os.write(writing, str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before).encode())
+        os._exit(0)
+    os.wait()
+    return int(os.read(reading, 100))
+
+
+print(pages(), pages_of_a_child())
 """
 ALL = sum(range(1, 32)) * (1 << 20) // os.sysconf("SC_PAGE_SIZE")
+OF_A_CHILD = (240 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_script_under_duoka_run_asks_the_system_for_its_memory_once(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"{PROGRAM}\nprint(pages())")
+@pytest.mark.skipif(not GLIBC, reason="only the GNU C library is told anything")
+def test_a_script_under_duoka_run_asks_the_system_for_its_memory_once_and_its_children_do_not_keep_it(tmp_path) -> None:
+    (tmp_path / "script.py").write_text(PROGRAM)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
 
-    def pages(*words: str, **more: str) -> int:
-        command = [sys.executable, *words, str(script)]
+    def pages(**more: str) -> tuple[int, int]:
+        command = [sys.executable, "-m", "duoka", "run", "--device", "cpu", str(tmp_path / "script.py")]
         ran = subprocess.run(
             command, env={**environment, **more}, capture_output=True, text=True, check=True, timeout=120
         )
-        return int(ran.stdout.split()[0])
+        own, of_a_child = ran.stdout.split()[:2]
+        return int(own), int(of_a_child)
 
-    assert pages("-m", "duoka", "run", "--device", "cpu") < ALL / 4
-    assert pages("-m", "duoka", "run", "--device", "cpu", MALLOC_TOP_PAD_="0") > ALL / 2, "the user's own word counts"
-
-
-def test_a_helper_is_given_large_pages_and_tells_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not offered.exists() or "[never]" in offered.read_text():
-        pytest.skip("this system has no large pages to give")
-    (tmp_path / "program_of_a_helper.py").write_text(PROGRAM)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    close_helpers()
-
-    def report() -> tuple[int, str | None]:
-        import program_of_a_helper
-
-        return program_of_a_helper.pages(), os.environ.get("GLIBC_TUNABLES")
-
-    _, (pages, inherited) = duoka.launch(report, devices="cpu:2", returns="all")
-    assert pages < ALL / 4
-    assert inherited is None
+    own, of_a_child = pages()
+    assert own < ALL / 4
+    assert of_a_child > OF_A_CHILD / 2
+    assert pages(MALLOC_TOP_PAD_="0")[0] > ALL / 2, "the user's own word counts"
 
 
-def test_what_the_user_says_of_the_allocator_counts_in_helpers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
-    close_helpers()
-    said = duoka.launch(lambda: Path("/proc/self/environ").read_bytes().split(b"\0"), devices="cpu:2", returns="all")
-    assert b"GLIBC_TUNABLES=glibc.malloc.hugetlb=0" in said[1]
-    close_helpers()
+@pytest.mark.skipif(GLIBC < (2, 35), reason="large pages are asked for with glibc 2.35 and later")
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(),
+    reason="this system gives large pages to all or to none",
+)
+def test_a_helper_asks_for_large_pages_and_tells_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+
+    def report() -> tuple[bool, str | None]:
+        held, is_asked, is_inside = torch.ones(16 << 20), False, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            word = line.split()[0]
+            if "-" in word:
+                begin, _, end = word.partition("-")
+                is_inside = int(begin, 16) <= held.data_ptr() < int(end, 16)
+            elif is_inside and word == "VmFlags:":
+                is_asked = "hg" in line.split()
+        return is_asked, os.environ.get("GLIBC_TUNABLES")
+
+    own, helpers = duoka.launch(report, devices="cpu:2", returns="all")
+    assert own == (False, None)
+    assert helpers == (True, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what a process was started with")
+def test_what_the_user_says_of_memory_counts_in_helpers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def report() -> bytes:
+        return Path("/proc/self/environ").read_bytes()
+
+    for value in (
+        "glibc.malloc.hugetlb=0",
+        "glibc.malloc.check=0",
+    ):  # the second is not for helpers that have the first
+        monkeypatch.setenv("GLIBC_TUNABLES", value)
+        _, said = duoka.launch(report, devices="cpu:2", returns="all")
+        assert f"GLIBC_TUNABLES={value}".encode() in said.split(b"\0")

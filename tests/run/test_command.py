@@ -389,27 +389,58 @@ from torch import nn
 
 import duoka
 
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, original):
+        return self.linear(original)
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = duoka.DataParallel(Head(), devices="cpu:2")
+
+    def forward(self, original):
+        return self.head(original=original)
+
 torch.manual_seed(0)
-model = nn.Linear(4, 2).to("cpu")
-model = duoka.DataParallel(model, devices="cpu:3")
+model = MODEL
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for _ in range(30):
     optimizer.zero_grad()
-    loss = model(torch.ones(9, 4)).square().mean()
+    loss = model(original=torch.ones(9, 4)).square().mean()
     loss.backward()
     optimizer.step()
 print("loss", loss.item())
 """
 
 
-def test_a_model_that_the_script_wraps_in_duoka_itself_is_in_the_account(tmp_path) -> None:
-    """Batches were counted as the halves of the first device, or the script was told that no model was found."""
-    (tmp_path / "train.py").write_text(OWN_WRAPPER)
-    done = duoka("run", "train.py", "--device", "cpu:2", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("model", "device", "row"),
+    [
+        ("duoka.DataParallel(Head().to('cpu'), devices='cpu:3')", "cpu:2", ["3", "9", "3", "30 / 0"]),
+        ("duoka.DataParallel(Head(), devices='cpu:3')", "cpu", ["3", "9", "3", "30 / 0"]),
+        ("duoka.DataParallel(Whole(), devices='cpu:3')", "cpu:2", ["3", "9", "3", "30 / 0"]),
+        ("duoka.DataParallel(Head(), devices='cpu')", "cpu:2", ["2", "9", "4 or 5", "26 / 4"]),
+        ("nn.DataParallel(Head(), device_ids=[0])", "cpu:2", ["1", "9", "9", "0 / 30"]),
+    ],
+)
+def test_a_model_that_the_script_wraps_itself_is_in_the_account(model, device, row, tmp_path) -> None:
+    """It was counted by the first device's part, once more for each wrapper inside, or not at all.
+
+    Where duoka shares it out, three steps after the 20th were to be whole, to compare with, and never were.
+    """
+    (tmp_path / "train.py").write_text(OWN_WRAPPER.replace("MODEL", model))
+    done = duoka("run", "train.py", "--device", device, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stderr.splitlines() if "wrapped by the" in line)
-    assert [word.strip() for word in row.split("│")[3:7]] == ["3", "9", "3", "30 / 0"]
+    rows = [line.split("│") for line in done.stderr.splitlines() if "│ Whole" in line or "│ Head" in line]
+    called = [[word.strip() for word in cells[3:7]] for cells in rows if cells[6].strip() != "0 / 0"]
+    assert called == [row]
     assert "too few steps" not in done.stderr
+    assert ("tried in between" in done.stderr) == (row[3] == "26 / 4")
+    assert ("the script wraps it for one device" in done.stderr) == (row[0] == "1")
 
 
 def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:

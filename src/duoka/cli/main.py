@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 2 what the user can mend, 130 an interruption, 1 anything unexpected.
     """
-    if argv is None:
+    if argv is None:  # the process is the command's own
         keep_freed_memory()
     debug, words = _take_debug(list(sys.argv[1:] if argv is None else argv))
     try:

@@ -52,7 +52,7 @@ class ModelAccount:
     refusal: str = ""
     """Why it is computed on one device; empty while it is not."""
     devices: int = 0
-    """Of how many devices, where a wrapper in the script says so; 0 stands for those of the run."""
+    """On how many devices a wrapper in the script computes it; 0 where there is none, and the run decides."""
     whole: int = 0
     split: int = 0
     trained: Counter[int] = field(default_factory=Counter)
@@ -62,14 +62,19 @@ class ModelAccount:
     trained_split: int = 0
     """Training calls that were computed in parts."""
 
-    def found(self, name: str, how: str, *, explicit: bool = False) -> None:
-        """Note where the model was found: first come, but the script's own wrapping counts most."""
-        if not self.how or explicit:
+    def found(self, name: str, how: str) -> None:
+        """Note where the model was found: first come."""
+        if not self.how:
             self.name, self.how = name, how
 
+    def wrapped(self, name: str, how: str, devices: int) -> None:
+        """Note that a wrapper in the script computes it on so many devices, whatever else is known of it."""
+        self.name, self.how, self.devices, self.refusal = name, how, devices, ""
+
     def refuse(self, reason: str) -> None:
-        """Note why it is computed on one device from now on; the first reason stays."""
-        self.refusal = self.refusal or reason
+        """Note why it is computed on one device from now on; the first reason stays. A wrapper for several goes on."""
+        if self.devices < 2:
+            self.refusal = self.refusal or reason
 
     def count(self, batch: int | None, *, split: bool) -> None:
         """One call of the model, with a batch of so many samples."""
@@ -169,6 +174,7 @@ class Account:
             self._leader, self._last = weakref.ref(optimizer), None
         if self._leader() is not optimizer:
             return
+        self.calls.steps += 1
         now = (
             time.perf_counter(),
             self.clock.moving,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from duoka.allocator import keep_freed_memory
 from duoka.checkpoint.storage import atomic_write, check_writable
 from duoka.errors import ConfigError, StorageError
 
@@ -81,6 +82,7 @@ def begin(spec: str, scale_batch: bool) -> None:
     from duoka.devices import resolve
     from duoka.script.session import Session
 
+    keep_freed_memory()
     _session = Session(resolve(spec).devices, scale_batch=scale_batch)
     _session.__enter__()
 

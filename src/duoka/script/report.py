@@ -70,9 +70,9 @@ def lines(account: Account) -> list[str]:
 
 def _alike_together(models: Sequence[ModelAccount]) -> list[ModelAccount]:
     """Return one account for all models that one line of the script has made, as that of a cross-validation does."""
-    groups: dict[tuple[str, str, str], list[ModelAccount]] = {}
+    groups: dict[tuple[str, str, str, int], list[ModelAccount]] = {}
     for model in models:
-        groups.setdefault((model.name, model.how, model.refusal), []).append(model)
+        groups.setdefault((model.name, model.how, model.refusal, model.devices), []).append(model)
     return [group[0] if len(group) == 1 else _together(group) for group in groups.values()]
 
 
@@ -91,6 +91,8 @@ def _times(account: Account) -> list[str]:
     """Say how long a step took, and where its time went."""
     said = []
     is_shared = any(step.is_split for step in account.steps)
+    shared = [model for model in account.models if model.is_shared]
+    all_wrapped = bool(shared) and all(model.devices for model in shared)  # a wrapper computes no batch whole
     compared, seconds, devices = account.comparison(), account.seconds_a_step(), len(account.devices)
     if compared is not None:
         whole, split = compared
@@ -99,10 +101,7 @@ def _times(account: Account) -> list[str]:
             how = f"no comparison: more than {devices} times as fast is not possible, something else has slowed the one device"
         said.append(f"a step: {_time(whole)} on one device (tried in between), {_time(split)} on all: {how}")
     elif seconds is not None:
-        wrappers = [
-            bool(model.devices) for model in account.models if model.is_shared
-        ]  # these are never computed whole
-        few = "; too few steps to compare with one device" if is_shared and not (wrappers and all(wrappers)) else ""
+        few = "; too few steps to compare with one device" if is_shared and not all_wrapped else ""
         said.append(f"a step: {_time(seconds)} on {'all devices' if is_shared else 'one device'}{few}")
     if account.steps:
         said.append(f"its time: {_shares(account.shares())}")
@@ -113,10 +112,10 @@ def _times(account: Account) -> list[str]:
 
 def advice(account: Account) -> str:
     """Return the one change that would help most."""
-    devices = len(account.devices)
+    shared = [model for model in account.models if model.is_shared]
+    devices = max((model.devices for model in shared), default=0) or len(account.devices)
     if devices == 1:
         return "more devices; --device cpu:2 shares the work between two CPU workers, --device all takes every GPU."
-    shared = [model for model in account.models if model.is_shared]
     if not shared:
         return _why_nothing(account)
     if len(account.steps) < _FEW:
@@ -163,7 +162,7 @@ def _why_nothing(account: Account) -> str:
 
 
 def _row(model: ModelAccount, devices: int) -> tuple[str, ...]:
-    used = model.devices or devices if model.is_shared else 1
+    used = (model.devices or devices) if model.is_shared else 1
     per_device = "-" if not model.batch else _per_device(model.batch, min(used, model.batch))
     return model.name, model.how, str(used), str(model.batch or "-"), per_device, f"{model.split} / {model.whole}"
 

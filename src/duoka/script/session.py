@@ -39,11 +39,13 @@ class Session:
         patches = self._patches
         if len(self.devices) > 1 and self.devices[0].type == "cpu":
             patches.enter_context(rehearsal(len(self.devices)))
+        # A batch that was multiplied may be too large for the memory of one accelerator.
+        fits_one = self._factor == 1 or self.devices[0].type == "cpu"
+        finder = Finder(self.devices, self.account, fits_one=fits_one)
+        finder.watch_wrappers(patches)
         if len(self.devices) > 1:
             patches.enter_context(renaming())
-            # A batch that was multiplied may be too large for the memory of one accelerator.
-            fits_one = self._factor == 1 or self.devices[0].type == "cpu"
-            Finder(self.devices, self.account, fits_one=fits_one).enter(patches)
+            finder.enter(patches)
         watch_loaders(patches, self.account, self._factor)
         handle = register_optimizer_step_post_hook(lambda optimizer, *_: self.account.stepped(optimizer))
         patches.callback(handle.remove)

@@ -56,16 +56,21 @@ class SharedCall:
         """Compute ``module(*args, **kwargs)``."""
         module = self._module()
         assert module is not None, "it is the module that is being called"
-        if getattr(self._inside, "is_so", False) or is_traced(module):
+        if self.is_inside() or is_traced(module):
             return _alone(module, args, kwargs)
         with self.only_here():
             return self._call(module, args, kwargs)
 
     @classmethod
+    def is_inside(cls) -> bool:
+        """Whether this thread computes a part now, or a whole that is not to be shared."""
+        return getattr(cls._inside, "is_so", False)
+
+    @classmethod
     @contextlib.contextmanager
     def only_here(cls) -> Iterator[None]:
         """Let models that are called inside the ``with`` block compute what they are given: it is a part already."""
-        before, cls._inside.is_so = getattr(cls._inside, "is_so", False), True
+        before, cls._inside.is_so = cls.is_inside(), True
         try:
             yield
         finally:

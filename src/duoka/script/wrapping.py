@@ -42,6 +42,11 @@ class Finder:
         self._wrapped: list[weakref.ref[DataParallel]] = []
         self._sources = Sources()
 
+    def watch_wrappers(self, patches: Patches) -> None:
+        """Account for what the script shares out itself, until the patches end."""
+        patches.around(DataParallel, "__init__", self._made)
+        patches.around(DataParallel, "forward", self._called)
+
     def enter(self, patches: Patches) -> None:
         """Look from now on, until the patches end."""
         patches.around(nn.Module, "to", self._moved)
@@ -49,8 +54,6 @@ class Finder:
         patches.around(torch.optim.Optimizer, "__init__", self._optimised)
         patches.around(torch, "compile", self._compiled)
         patches.around(nn.Module, "_replicate_for_data_parallel", _for_itself)
-        patches.around(DataParallel, "__init__", self._wrapped_by_script)
-        patches.around(DataParallel, "forward", self._shared_by_wrapper)
         wrapper = self._data_parallel()
         for owner in (nn, nn.parallel, nn.parallel.data_parallel):
             if hasattr(owner, "DataParallel"):
@@ -70,7 +73,7 @@ class Finder:
                 shared.close()
         for reference in self._wrapped:
             if (model := reference()) is not None:
-                model.close()
+                DataParallel.close(model)  # a subclass of the script's may have a close of its own
 
     def _moved(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = original(module, *args, **kwargs)
@@ -84,27 +87,27 @@ class Finder:
         for module in owners(parameters):
             self._found(module, f"trained by {type(optimizer).__name__} at {where()}")
 
-    def _wrapped_by_script(
-        self, original: Callable[..., None], wrapper: DataParallel, module: nn.Module, *args: Any, **kwargs: Any
-    ) -> None:
-        original(wrapper, module, *args, **kwargs)
-        if not isinstance(wrapper, _Wrapper):
-            self._wraps(wrapper, f"wrapped by the script at {where()}", [])
+    def _made(self, original: Callable[..., None], wrapper: DataParallel, /, *args: Any, **kwargs: Any) -> None:
+        original(wrapper, *args, **kwargs)
+        if _shares_by_itself(wrapper) and not isinstance(wrapper, _Wrapper):
+            self._account.model(wrapper.module).wrapped(
+                type(wrapper.module).__name__, f"wrapped by the script at {where()}", len(wrapper._duoka_devices)
+            )
 
-    def _shared_by_wrapper(
-        self, original: Callable[..., Any], wrapper: DataParallel, *inputs: Any, **kwargs: Any
-    ) -> Any:
+    def _called(self, original: Callable[..., Any], wrapper: DataParallel, /, *inputs: Any, **kwargs: Any) -> Any:
+        if SharedCall.is_inside() or not _shares_by_itself(wrapper):
+            return original(wrapper, *inputs, **kwargs)
         devices = len(wrapper._duoka_devices)
         account = self._account.model(wrapper.module)
-        account.found(type(wrapper.module).__name__, "wrapped by the script")
-        account.devices = devices
+        if not account.devices:  # a copy, or one that was loaded
+            account.wrapped(type(wrapper.module).__name__, "wrapped by the script", devices)
         with SharedCall.only_here():
             value = original(wrapper, *inputs, **kwargs)
         account.count(_batch_of(inputs, kwargs, wrapper.dim), split=devices > 1)
         return value
 
     def _compiled(self, original: Callable[..., Any], model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(model, nn.Module):
+        if isinstance(model, nn.Module) and not isinstance(model, DataParallel):
             account = self._account.model(model)
             account.found(type(model).__name__, f"compiled at {where()}")
             account.refuse(
@@ -129,8 +132,10 @@ class Finder:
     def _found(self, module: nn.Module, how: str) -> None:
         if isinstance(module, nn.parallel.DistributedDataParallel | torch.jit.ScriptModule):
             return
-        if any(isinstance(part, DataParallel) for part in module.modules()):  # the script shares it out itself
+        if any(map(_shares_by_itself, module.modules())):
             return
+        if isinstance(module, DataParallel):  # for one device
+            module = module.module
         if module._compiled_call_impl is not None or not any(True for _ in module.parameters()):
             return
         if not has_forward(module):
@@ -186,12 +191,14 @@ class Finder:
 
     def _wraps(self, wrapper: Any, how: str, own: list[str]) -> None:
         """Account for a wrapper of the script's; ``own`` are the steps that its class has and duoka does not call."""
-        account = self._account.model(wrapper.module)
-        account.found(type(wrapper.module).__name__, how, explicit=True)
+        account, devices = self._account.model(wrapper.module), len(wrapper._duoka_devices)
+        account.wrapped(type(wrapper.module).__name__, how, devices)
         if own:
             account.refuse(
                 f"its wrapper {type(wrapper).__name__} has a {' and a '.join(own)} of its own, which duoka does not call"
             )
+        elif devices == 1:
+            account.refuse("the script wraps it for one device")
         self._wrapped.append(weakref.ref(wrapper))
 
     def _taken(self, device_ids: Sequence[int | torch.device] | None) -> Sequence[torch.device]:
@@ -228,6 +235,11 @@ class _Wrapper(DataParallel):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state with ``module.`` in its names, as the script knows it from torch and may cut it off."""
         return nn.Module.state_dict(self, *args, **kwargs)
+
+
+def _shares_by_itself(module: nn.Module) -> bool:
+    """Whether it is a wrapper that decides where its model is computed; one of duoka's own for one device does not."""
+    return isinstance(module, _Wrapper) or (isinstance(module, DataParallel) and len(module._duoka_devices) > 1)
 
 
 def _batch_of(inputs: Any, kwargs: Any, dim: int) -> int | None:

@@ -24,6 +24,7 @@ _FIXED_AT_START = (
     "ZE_AFFINITY_MASK",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
+    "GLIBC_TUNABLES",
 )
 """Environment variables that a process reads once: a helper started under other values of these is not reused."""
 

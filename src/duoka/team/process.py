@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from duoka.allocator import HUGE_PAGES
+from duoka.allocator import with_large_pages
 from duoka.errors import LaunchError, WorkerDied
 from duoka.team.connection import Connection
 
@@ -131,7 +131,7 @@ def _spawn(line: int, output: int) -> subprocess.Popen[bytes]:
             stderr=output,
             pass_fds=[line],
             start_new_session=True,
-            env={**HUGE_PAGES, **os.environ},  # its tasks have their owner's
+            env=with_large_pages(os.environ),  # a task has its owner's
         )
     except OSError as error:
         raise LaunchError(

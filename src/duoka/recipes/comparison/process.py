@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 
+from duoka.allocator import keep_freed_memory
 from duoka.recipes.comparison.running import run_one
 
 __all__: list[str] = []
@@ -20,6 +21,7 @@ def _end_with_parent() -> None:
 
 def main() -> int:
     """Train the trial that comes over standard input; return the exit status."""
+    keep_freed_memory()
     trial, device = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     return 1 if run_one(trial, device=device) else 0
