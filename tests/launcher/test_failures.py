@@ -366,11 +366,11 @@ def launch_while_killing(draws: random.Random) -> tuple[errors.WorkerDied, float
         time.sleep(delay_s)
         found = warm or children()
         if number < len(found):
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
                 killed_at.append(time.monotonic())  # before: the report may be faster than this thread
                 found[number].kill()
-                while found[number].status() != psutil.STATUS_ZOMBIE:  # else the next launch may be given a dying one
-                    time.sleep(0.001)
+                # All its threads, else the next launch may be given a dying one; its status says so of the first alone.
+                os.waitid(os.P_PID, found[number].pid, os.WEXITED | os.WNOWAIT)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
