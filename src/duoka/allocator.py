@@ -1,7 +1,7 @@
 """The memory that a training step frees and asks for again: kept, or handed out in large pages, it costs next to nothing.
 
 The GNU C library gives freed memory back to the system, which hands it out again in pages of 4 KiB, each at the first write to
-it. In a step on CPU that is thousands of them, a twentieth of its time (``benchmarks/pages.py``). With another C library, or
+it. In a step on CPU that is thousands of them, 2 to 5 % of its time (``benchmarks/pages.py``). With another C library, or
 where the environment says how memory is to be treated, nothing is changed.
 """
 
