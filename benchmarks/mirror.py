@@ -50,7 +50,9 @@ def main() -> None:
         contest(given.role, given.address, given.device, given.place)
     else:
         if given.large_pages:
-            os.environ.update(GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
+            from duoka.allocator import with_large_pages
+
+            os.environ.update(with_large_pages({}))
         compare(given.minutes, given.device)
 
 

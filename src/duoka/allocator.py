@@ -34,7 +34,7 @@ def with_large_pages(environment: Mapping[str, str]) -> dict[str, str]:
 def keep_freed_memory() -> None:
     """Let this process keep up to 2 GiB of what it frees; those that it forks, such as a DataLoader's, keep little.
 
-    For processes that the ``duoka`` command starts. Source of the numbers: ``man 3 mallopt``.
+    For the ``duoka`` command, and what it starts. Source of the numbers: ``man 3 mallopt``.
     """
     if sys.platform != "linux" or _speaks_of_memory(os.environ):
         return

@@ -16,7 +16,7 @@ from torch import nn
 
 from duoka.mirror import DataParallel
 from duoka.mirror.wrapper import own_steps, rebuilt
-from duoka.script.account import Account
+from duoka.script.account import Account, ModelAccount
 from duoka.script.patches import Patches
 from duoka.script.shared_call import SharedCall
 from duoka.script.sources import Sources, differentiates_gradients
@@ -90,21 +90,23 @@ class Finder:
     def _made(self, original: Callable[..., None], wrapper: DataParallel, /, *args: Any, **kwargs: Any) -> None:
         original(wrapper, *args, **kwargs)
         if _shares_by_itself(wrapper) and not isinstance(wrapper, _Wrapper):
-            self._account.model(wrapper.module).wrapped(
-                type(wrapper.module).__name__, f"wrapped by the script at {where()}", len(wrapper._duoka_devices)
-            )
+            self._accounts_for(wrapper, f"wrapped by the script at {where()}")
 
     def _called(self, original: Callable[..., Any], wrapper: DataParallel, /, *inputs: Any, **kwargs: Any) -> Any:
         if SharedCall.is_inside() or not _shares_by_itself(wrapper):
             return original(wrapper, *inputs, **kwargs)
-        devices = len(wrapper._duoka_devices)
         account = self._account.model(wrapper.module)
         if not account.devices:  # a copy, or one that was loaded
-            account.wrapped(type(wrapper.module).__name__, "wrapped by the script", devices)
+            self._accounts_for(wrapper, "wrapped by the script")
         with SharedCall.only_here():
             value = original(wrapper, *inputs, **kwargs)
-        account.count(_batch_of(inputs, kwargs, wrapper.dim), split=devices > 1)
+        account.count(_batch_of(inputs, kwargs, wrapper.dim), split=len(wrapper._duoka_devices) > 1)
         return value
+
+    def _accounts_for(self, wrapper: DataParallel, how: str) -> ModelAccount:
+        account = self._account.model(wrapper.module)
+        account.wrapped(type(wrapper.module).__name__, how, len(wrapper._duoka_devices))
+        return account
 
     def _compiled(self, original: Callable[..., Any], model: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(model, nn.Module) and not isinstance(model, DataParallel):
@@ -191,13 +193,12 @@ class Finder:
 
     def _wraps(self, wrapper: Any, how: str, own: list[str]) -> None:
         """Account for a wrapper of the script's; ``own`` are the steps that its class has and duoka does not call."""
-        account, devices = self._account.model(wrapper.module), len(wrapper._duoka_devices)
-        account.wrapped(type(wrapper.module).__name__, how, devices)
+        account = self._accounts_for(wrapper, how)
         if own:
             account.refuse(
                 f"its wrapper {type(wrapper).__name__} has a {' and a '.join(own)} of its own, which duoka does not call"
             )
-        elif devices == 1:
+        elif len(wrapper._duoka_devices) == 1:
             account.refuse("the script wraps it for one device")
         self._wrapped.append(weakref.ref(wrapper))
 
