@@ -24,10 +24,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import duoka
-from duoka.data import augment
-from duoka.recipes.sets import tinyimagenet
-from duoka.recipes.sets.imageset import ImageSet, read_image
-from duoka.recipes.tiny_imagenet import JITTER, SCALE
+from duoka.data import transforms
+from duoka.recipes.datasets import tiny_imagenet
+from duoka.recipes.datasets.images import ImageSet, read_image
+from duoka.recipes.image_classification.tiny_imagenet import JITTER, SCALE
 
 BATCH, CORES = 64, 2
 
@@ -39,7 +39,7 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=4.0, help="of each contestant in each round")
     given = options.parse_args()
     torch.set_num_threads(1)
-    images = tinyimagenet.load(given.root, download=False)
+    images = tiny_imagenet.load(given.root, download=False)
     files = Files(Path(given.root), images)
     contestants = {"DataLoader, 2 workers, JPEG files": files, "duoka.data.resident": Kept(images)}
     rates: dict[str, list[float]] = {name: [] for name in contestants}
@@ -99,10 +99,10 @@ class Kept:
     def __init__(self, images: ImageSet) -> None:
         assert images.statistics is not None
         steps = [
-            augment.RandomResizedCrop(64, scale=SCALE),
-            augment.RandomHorizontalFlip(),
-            augment.ColorJitter(**JITTER),
-            augment.Normalize(images.statistics.mean, images.statistics.std),
+            transforms.RandomResizedCrop(64, scale=SCALE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(**JITTER),
+            transforms.Normalize(images.statistics.mean, images.statistics.std),
         ]
         data = (images.train.pixels, images.train.labels)
         self.loader = duoka.data.resident(data, batch_size=BATCH, shuffle=True, transforms=steps, device="cpu")

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
-from duoka.recipes.nets.informer import Informer, Size
+from duoka.recipes.models.informer import Informer, Size
 
 BATCH, HORIZON, MARKS = 32, 24, 4
 CASES = {"M": (7, 48, 48), "S": (1, 720, 168)}

@@ -50,7 +50,7 @@ def main() -> None:
         contest(given.role, given.address, given.device, given.place)
     else:
         if given.large_pages:
-            from duoka.allocator import with_large_pages
+            from duoka.malloc import with_large_pages
 
             os.environ.update(with_large_pages({}))
         compare(given.minutes, given.device)

@@ -1,6 +1,6 @@
 """Time a step of ResNet-18 (64 images of 64x64, one thread) with memory as the GNU C library treats it, and in two other ways.
 
-``duoka.allocator`` lets processes of the command line keep what they free, and gives helpers large pages. The same program
+``duoka.malloc`` lets processes of the command line keep what they free, and gives helpers large pages. The same program
 runs in each way, three times; all are started first, then take turns of a step, each round in an order that is drawn. Linux
 with glibc only. Run ``python benchmarks/pages.py [--minutes 3]``.
 """
@@ -19,7 +19,8 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 
 import mirror
-from duoka.allocator import with_large_pages
+
+from duoka.malloc import with_large_pages
 
 OTHERS = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
 STARTS = 3

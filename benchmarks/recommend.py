@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from duoka import Trainer
-from duoka.recipes.movielens import Config
-from duoka.recipes.movielens.baselines import Popularity
-from duoka.recipes.movielens.ranking import NAMES, Ranked, Task, evaluate, means, measures
-from duoka.recipes.movielens.stages import Training, build, prepared
-from duoka.recipes.nets.recommender import Recommender
-from duoka.recipes.sets import movielens_planted
-from duoka.recipes.sets.movielens import ML1MDataset
-from duoka.recipes.sets.negatives import Triples, loader
+from duoka.recipes.datasets import synthetic_movielens
+from duoka.recipes.datasets.movielens import ML1MDataset
+from duoka.recipes.datasets.negative_sampling import Triples, loader
+from duoka.recipes.models.recommender import Recommender
+from duoka.recipes.recommendation import Config
+from duoka.recipes.recommendation.baselines import Popularity
+from duoka.recipes.recommendation.ranking_metrics import NAMES, RankedItems, RankingEvaluator, evaluate, means, measures
+from duoka.recipes.recommendation.training import StageTraining, build, prepared
 
 
 def best_of(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -85,11 +85,11 @@ def report_data(folder: Path) -> ML1MDataset:
 
 
 def report_ranking(data: ML1MDataset, model: Recommender, plain_users: int) -> None:
-    task = Task.of(data, "test")
+    task = RankingEvaluator.of(data, "test")
     scores = Popularity(task.seen, data.n_items)
     seconds, _ = best_of(3, lambda: evaluate(scores.all, task))
     print(f"full ranking of {len(task.users):,} users without a model's scoring: {seconds:.2f} s")
-    trainer = Trainer(Ranked(model, task), metrics=means(), device="cpu", verbose=False)
+    trainer = Trainer(RankedItems(model, task), metrics=means(), device="cpu", verbose=False)
     began = time.process_time()
     seconds, _ = best_of(3, lambda: trainer.evaluate(task.loader()))
     busy = (time.process_time() - began) / 3
@@ -106,7 +106,7 @@ def report_ranking(data: ML1MDataset, model: Recommender, plain_users: int) -> N
 
 
 @torch.no_grad()
-def plain_ranking(model: Recommender, task: Task, users: Tensor, n_items: int) -> float:
+def plain_ranking(model: Recommender, task: RankingEvaluator, users: Tensor, n_items: int) -> float:
     """NDCG@10 by scoring a user's pairs with all films, sorting them, and looking for what is wanted."""
     model.eval()
     score, total = model.score, 0.0
@@ -125,7 +125,7 @@ def plain_ranking(model: Recommender, task: Task, users: Tensor, n_items: int) -
 def report_training(data: ML1MDataset, model: Recommender, epochs: int, threads: int) -> None:
     """Train on one process with all threads, and on as many CPU workers with one thread each; the best epoch counts."""
     samples = Triples(data.train.pairs, data.seen(), data.n_items)
-    task = Task.of(data, "validation")
+    task = RankingEvaluator.of(data, "validation")
     for batch in (2048, 8192):
         for device in dict.fromkeys(("cpu", f"cpu:{threads}")):
             options: dict[str, Any] = {
@@ -135,7 +135,7 @@ def report_training(data: ML1MDataset, model: Recommender, epochs: int, threads:
                 "batch": "global",
                 "verbose": False,
             }
-            net = Training(copy.deepcopy(model), task)
+            net = StageTraining(copy.deepcopy(model), task)
             trainer = Trainer(net, loader(samples, batch), epochs=epochs, device=device, **options)
             trainer.fit(save_model=False)
             rate = max(record["samples_per_s"] for record in trainer.history)
@@ -157,8 +157,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        example = movielens_planted.make(options.users, options.films, options.ratings)
-        movielens_planted.write(Path(folder), example)
+        example = synthetic_movielens.make(options.users, options.films, options.ratings)
+        synthetic_movielens.write(Path(folder), example)
         data = report_data(Path(folder))
         config = Config(pretrained="none", device="cpu")
         model = build(config, data, prepared(config, data), 1)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from duoka.recipes.nets.gpt2_recommender import GPT2RecommenderEnhanced, TwoRates
-from duoka.recipes.nets.gpt2_text import Prepared, prepare
+from duoka.recipes.models.gpt2_recommender import GPT2RecommenderEnhanced, TwoRates
+from duoka.recipes.models.gpt2_text_encoder import TokenizedTexts, prepare
 
 USERS, FILMS, BATCH = 6040, 3883, 256
 GENDERS = {"female": 1709, "male": 4331}
@@ -100,7 +100,9 @@ def measured(seconds: float, pretrained: str = "none") -> list[str]:
 class AsTheyCome:
     """The same model, its three columns of texts tokenised, padded and encoded one after the other in every step."""
 
-    def __init__(self, model: GPT2RecommenderEnhanced, texts: Prepared, users: list[str], films: list[str]) -> None:
+    def __init__(
+        self, model: GPT2RecommenderEnhanced, texts: TokenizedTexts, users: list[str], films: list[str]
+    ) -> None:
         self.model, self.tokenize, self.users, self.films = model, texts.tokenize, users, films
         self.network = model.encoder.network
 

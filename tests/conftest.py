@@ -19,7 +19,7 @@ import pytest
 
 GRACE_S = 3.0
 """How long something may take to go by itself after a test before it counts as left behind."""
-HELPER = "duoka.team.helper"
+HELPER = "duoka.workers.worker_main"
 SET_BY_OTHERS = ("PYTEST_", "COV_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "CUDA_MODULE_LOADING", "COLUMNS", "LINES")
 
 
@@ -153,10 +153,10 @@ def no_helper_outlives_its_module(own_temporary_folder: None) -> Iterator[None]:
     """End the warm helpers after each module, and fail when anything of them stays."""
     before = take_snapshot()
     yield
-    if team := sys.modules.get("duoka.team"):
-        team.close_helpers()
+    if team := sys.modules.get("duoka.workers"):
+        team.close_workers()
         if left := still_left(before, helpers_stay=False):
-            pytest.fail("close_helpers() left behind:\n  " + "\n  ".join(left), pytrace=False)
+            pytest.fail("close_workers() left behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -28,5 +28,5 @@ def test_the_examples_are_true(name, tmp_path, monkeypatch):
 
 
 def test_the_parts_that_users_call_have_examples():
-    for name in ("duoka.launcher.entry", "duoka.checkpoint.model", "duoka.trainer.trainer", "duoka.data.loader"):
+    for name in ("duoka.launcher.api", "duoka.checkpoint.save_load", "duoka.trainer.trainer", "duoka.data.sharding"):
         assert examples_in(name), f"{name} has no example"

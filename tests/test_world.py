@@ -12,9 +12,9 @@ def test_alone_every_collective_returns_its_input() -> None:
     tensor, value = torch.arange(3.0), {"a": object()}
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     assert world.all_reduce(tensor) is tensor
-    assert world.broadcast(value) is value
-    assert world.gather(value) == [value]
-    assert [world.any(True), world.any(False)] == [True, False]
+    assert world.broadcast_object(value) is value
+    assert world.all_gather_object(value) == [value]
+    assert [world.any_rank(True), world.any(False)] == [True, False]
     world.barrier()
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from duoka import checkpoint, data, devices, errors, scaling
     from duoka.checkpoint import load, save, unwrap
+    from duoka.data_parallel.module import DataParallel
     from duoka.launcher import launch
-    from duoka.mirror.wrapper import DataParallel
-    from duoka.team import close_helpers
     from duoka.trainer import Callback, Trainer, TrainerConfig
+    from duoka.workers import close_workers
     from duoka.world import World, current_world
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ __all__ = [
     "TrainerConfig",
     "World",
     "checkpoint",
-    "close_helpers",
+    "close_workers",
     "current_world",
     "data",
     "devices",
@@ -37,11 +37,11 @@ __all__ = [
 
 _NAMES = {
     "Callback": "duoka.trainer",
-    "DataParallel": "duoka.mirror",
+    "DataParallel": "duoka.data_parallel",
     "Trainer": "duoka.trainer",
     "TrainerConfig": "duoka.trainer",
     "World": "duoka.world",
-    "close_helpers": "duoka.team",
+    "close_workers": "duoka.workers",
     "current_world": "duoka.world",
     "launch": "duoka.launcher",
     "load": "duoka.checkpoint",

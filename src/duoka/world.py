@@ -56,13 +56,13 @@ class World:
         dist.all_reduce(reduced, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
         return reduced.to(tensor.device)
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is true on at least one rank: how ranks agree to stop, skip or save."""
         return (
             bool(flag) if self.size == 1 else bool(self.all_reduce(torch.tensor(int(flag), device="cpu"), "max").item())
         )
 
-    def broadcast(self, value: T, source: int = 0) -> T:
+    def broadcast_object(self, value: T, source: int = 0) -> T:
         """Return rank ``source``'s picklable ``value`` on every rank."""
         if self.size == 1:
             return value
@@ -70,7 +70,7 @@ class World:
         dist.broadcast_object_list(box, src=source, device=self._wire(torch.device("cpu")))
         return value if self.rank == source else pickle.loads(box[0])
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Return every rank's picklable ``value``, in the order of ranks, on every rank."""
         if self.size == 1:
             return [value]

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from duoka.cli.main import main
-from duoka.recipes.comparison import read_plan
+from duoka.recipes.experiments import read_plan
 
 ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "examples" / "tiny_imagenet_suite.yml"
@@ -91,7 +91,7 @@ def test_a_variant_that_changed_is_trained_anew_and_the_old_one_kept(here):
 
 
 def test_a_variant_that_fails_leaves_the_others_alone_and_is_tried_again(here, capfd, monkeypatch):
-    from duoka.recipes import cifar100
+    from duoka.recipes.image_classification import cifar100
 
     real = cifar100.train
 

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from duoka.cli.main import main
-from duoka.recipes.sets import table
+from duoka.recipes.datasets import csv_table
 
 
 def test_the_example_is_written_with_what_can_be_reached(tmp_path, monkeypatch, capsys):
@@ -16,7 +16,7 @@ def test_the_example_is_written_with_what_can_be_reached(tmp_path, monkeypatch, 
     assert [line.split(":")[0] for line in lines[1:3]] == [
         f"best reachable R² of {name}" for name in ("Pressure", "SWAT")
     ]
-    found = table.read(tmp_path / "datatry.csv")
+    found = csv_table.read(tmp_path / "datatry.csv")
     assert (len(found), len(found.columns)) == (500, 12)
     words = shlex.split(lines[3].removeprefix("next: duoka "))
     assert main([*words, "--epochs", "1", "--device", "cpu", "--width", "16", "--hidden", "16"]) == 0

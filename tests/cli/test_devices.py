@@ -14,12 +14,12 @@ import torch
 
 from duoka.cli.devices import run, show
 from duoka.cli.main import main
-from duoka.devices import Choice, DeviceFacts, DeviceProcess, Link, describe, resolve
+from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, Link, describe, resolve
 from duoka.scaling import Cores, available_cores
 
 GIB = 2**30
 TWO_GPUS = [
-    DeviceFacts(
+    DeviceInfo(
         "cuda:0",
         0,
         "NVIDIA GeForce RTX 3090",
@@ -31,7 +31,7 @@ TWO_GPUS = [
         "aa",
         "nvml",
     ),
-    DeviceFacts(
+    DeviceInfo(
         "cuda:1",
         1,
         "NVIDIA GeForce RTX 3090",
@@ -44,7 +44,9 @@ TWO_GPUS = [
         "nvml",
     ),
 ]
-BOTH = Choice((torch.device("cuda:0"), torch.device("cuda:1")), "auto takes all 2 accelerators: cuda:0 and cuda:1.")
+BOTH = DeviceSelection(
+    (torch.device("cuda:0"), torch.device("cuda:1")), "auto takes all 2 accelerators: cuda:0 and cuda:1."
+)
 
 
 def test_the_table_shows_memory_use_users_links_and_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +69,7 @@ def test_memory_that_no_visible_process_holds_is_not_said_to_be_nobodys(capsys: 
 
 
 def test_what_is_not_known_is_a_dash_with_the_way_to_know(capsys: pytest.CaptureFixture[str]) -> None:
-    show("all", BOTH, [DeviceFacts("xpu:0", 0, "Arc", source="torch")], Cores(1, "1 core"))
+    show("all", BOTH, [DeviceInfo("xpu:0", 0, "Arc", source="torch")], Cores(1, "1 core"))
     output = capsys.readouterr().out
     assert "- / -" in output
     assert "nobody" not in output

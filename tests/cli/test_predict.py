@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageOps
 
 from duoka.cli.main import main
-from duoka.recipes.cifar100 import Config, predict
-from duoka.recipes.config import of_run
-from duoka.recipes.runs import Run
-from duoka.recipes.sets import digits
-from duoka.recipes.sets.imageset import write_image
+from duoka.recipes.common.config import of_run
+from duoka.recipes.common.recipe_run import RecipeRun
+from duoka.recipes.datasets import digits
+from duoka.recipes.datasets.images import write_image
+from duoka.recipes.image_classification.cifar100 import Cifar100Config, predict
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +52,7 @@ def test_files_of_the_test_images_are_answered_as_in_training(run, tmp_path):
     for number in range(len(test)):
         write_image(tmp_path / f"{number}.png", test.pixels[number])
         sources.append(str(tmp_path / f"{number}.png"))
-    found = predict(Run.at(run), of_run(Config, Run.at(run)), sources)
+    found = predict(RecipeRun.at(run), of_run(Cifar100Config, RecipeRun.at(run)), sources)
     right = sum(answer.ranked[0][0] == str(int(label)) for answer, label in zip(found, test.labels, strict=True))
     results = json.loads((run / "results.json").read_text())
     assert right / len(test) == pytest.approx(results["test_accuracy"])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
-from duoka.data import Part, shard
+from duoka.data import LocalBatch, shard
 
 LENGTHS = (0, 1, 2, 3, 7, 11, 12, 64)
 SIZES = (1, 2, 3, 4, 5)
@@ -21,7 +21,7 @@ def numbers(length: int, **options: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.arange(length)), **options)
 
 
-def indices(part: Part) -> list[int]:
+def indices(part: LocalBatch) -> list[int]:
     """The samples of a part that count, as a list."""
     if part.batch is None:
         return []

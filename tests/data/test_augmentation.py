@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
-from duoka.data import Position, shard
+from duoka.data import DataPosition, shard
 
 from .helpers import Noisy, NoisyInBulk
 
 
 def augmented(
-    loader: DataLoader[Any], size: int = 1, position: Position | None = None, **options: Any
+    loader: DataLoader[Any], size: int = 1, position: DataPosition | None = None, **options: Any
 ) -> dict[int, Any]:
     """What each sample became in one epoch."""
     seen: dict[int, Any] = {}
@@ -60,10 +60,10 @@ def test_augmentation_is_the_same_with_any_number_of_workers(dataset: str) -> No
 def test_augmentation_is_the_same_after_a_resume_and_another_in_each_epoch() -> None:
     loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=2, shuffle=True)
     whole = augmented(loader)
-    rest = augmented(loader, 3, Position(seed=1, epoch=0, samples=4))
+    rest = augmented(loader, 3, DataPosition(seed=1, epoch=0, samples=4))
     assert len(rest) == 7
     assert rest.items() <= whole.items()
-    assert set(augmented(loader, 1, Position(seed=1, epoch=1)).values()).isdisjoint(whole.values())
+    assert set(augmented(loader, 1, DataPosition(seed=1, epoch=1)).values()).isdisjoint(whole.values())
 
 
 def test_evaluation_augments_the_same_way_every_time() -> None:
@@ -216,7 +216,7 @@ HOLDING = {
 def test_generator_that_a_data_set_holds_is_seeded_for_each_sample(name: str) -> None:
     def seen(*args: Any, workers: int = 0, epoch: int = 0, samples: int = 0) -> dict[int, Any]:
         loader = DataLoader(HOLDING[name](), batch_size=4, num_workers=workers)
-        return augmented(loader, *args, Position(seed=1, epoch=epoch, samples=samples))
+        return augmented(loader, *args, DataPosition(seed=1, epoch=epoch, samples=samples))
 
     single = seen(1)
     assert len(set(single.values())) == 11
@@ -244,7 +244,7 @@ def test_collation_that_holds_a_generator_depends_on_the_place_only() -> None:
     loader: DataLoader[Any] = DataLoader(range(11), batch_size=4, collate_fn=Masking())  # type: ignore[arg-type]
     first = augmented(loader)
     assert len(set(first.values())) == 11
-    assert augmented(loader, 1, Position(seed=1, samples=4)).items() <= first.items()
+    assert augmented(loader, 1, DataPosition(seed=1, samples=4)).items() <= first.items()
 
 
 class Gaussian(Dataset[Any]):

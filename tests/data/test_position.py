@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
-from duoka.data import Position, shard
+from duoka.data import DataPosition, shard
 from duoka.errors import CheckpointError, ConfigError
 
 from . import helpers
@@ -28,13 +28,13 @@ LOADERS = {
 }
 
 
-def rest_of(loader: Any, size: int, position: Position) -> list[int]:
+def rest_of(loader: Any, size: int, position: DataPosition) -> list[int]:
     ranks = []
     for rank in range(size):
         sharded = shard(loader, rank=rank, size=size, seed=0, merge=size)
         sharded.set_position(position)
         ranks.append([indices(part) for part in sharded])
-        assert sharded.position == Position(position.seed, position.epoch + 1, 0)
+        assert sharded.position == DataPosition(position.seed, position.epoch + 1, 0)
     return flat([flat(list(step)) for step in zip(*ranks, strict=True)])
 
 
@@ -58,13 +58,13 @@ def test_run_continues_inside_a_batch_where_the_batch_size_changed(name: str) ->
     loader = LOADERS[name]()
     whole = flat(globals_of(loader, 1))
     for samples in range(24):
-        assert rest_of(loader, 2, Position(5, 0, samples)) == whole[samples:]
+        assert rest_of(loader, 2, DataPosition(5, 0, samples)) == whole[samples:]
 
 
 def test_nothing_before_the_position_is_loaded() -> None:
     dataset = helpers.Logged(20)
     sharded = shard(DataLoader(dataset, batch_size=4), rank=1, size=2, seed=0)
-    sharded.set_position(Position(0, 3, 8))
+    sharded.set_position(DataPosition(0, 3, 8))
     list(sharded)
     assert dataset.loaded == [10, 11, 14, 15, 18, 19]
 
@@ -72,10 +72,10 @@ def test_nothing_before_the_position_is_loaded() -> None:
 def test_position_counts_what_was_taken_and_not_what_was_prefetched() -> None:
     sharded = shard(numbers(40, batch_size=4, num_workers=2), rank=0, size=2, seed=3)
     for taken, _ in enumerate(sharded, start=1):
-        assert sharded.position == Position(3, 0, 4 * taken)
+        assert sharded.position == DataPosition(3, 0, 4 * taken)
         if taken == 3:
             break
-    assert sharded.position == Position(3, 0, 12)
+    assert sharded.position == DataPosition(3, 0, 12)
     sharded.close()
 
 
@@ -87,24 +87,24 @@ def test_epoch_left_early_is_followed_by_the_next_from_its_start(name: str) -> N
         pass
     assert [indices(part) for part in sharded] == globals_of(loader, 1, epoch=1)
     assert [indices(part) for part in sharded] == globals_of(loader, 1, epoch=2)
-    assert sharded.position == Position(5, 3, 0)
+    assert sharded.position == DataPosition(5, 3, 0)
 
 
 def test_looking_at_a_loader_without_taking_anything_begins_no_epoch() -> None:
     sharded = shard(numbers(8, batch_size=4, shuffle=True), rank=0, size=1, seed=5)
     iter(sharded)
-    assert sharded.position == Position(5, 0, 0)
+    assert sharded.position == DataPosition(5, 0, 0)
     assert next(iter(sharded)) is not None
-    assert sharded.position == Position(5, 0, 4)
+    assert sharded.position == DataPosition(5, 0, 4)
 
 
 def test_position_goes_through_a_checkpoint() -> None:
-    position = Position(1, 2, 3)
-    assert Position.from_dict(position.to_dict()) == position
+    position = DataPosition(1, 2, 3)
+    assert DataPosition.from_dict(position.to_dict()) == position
     with pytest.raises(CheckpointError, match="epoch"):
-        Position.from_dict({"seed": 1, "samples": 2})
+        DataPosition.from_dict({"seed": 1, "samples": 2})
     with pytest.raises(ConfigError, match=r"samples is -1"):
-        Position(0, 0, -1)
+        DataPosition(0, 0, -1)
 
 
 class InPlace(Sampler[int]):
@@ -146,5 +146,5 @@ def test_what_is_shuffled_in_place_goes_on_from_any_epoch_as_if_it_had_not_stopp
     epochs = [[helpers.indices(part) for part in whole] for _ in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     resumed = shard(loader(), rank=0, size=1, seed=3)
-    resumed.set_position(Position(3, 2, 8))
+    resumed.set_position(DataPosition(3, 2, 8))
     assert [helpers.indices(part) for part in resumed] == epochs[2][2:]

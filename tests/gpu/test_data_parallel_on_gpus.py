@@ -16,7 +16,7 @@ from torch import nn
 
 import duoka
 from duoka import errors
-from duoka.mirror import group
+from duoka.data_parallel.transport import process_group
 
 pytestmark = [
     pytest.mark.gpu,
@@ -172,8 +172,8 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return call
 
-    monkeypatch.setattr(group.Group, "_begin", counted(group.Group._begin))
-    monkeypatch.setattr(group.Pending, "wait", counted(group.Pending.wait))
+    monkeypatch.setattr(process_group.PrivateProcessGroup, "_begin", counted(process_group.PrivateProcessGroup._begin))
+    monkeypatch.setattr(process_group.PendingCollectives, "wait", counted(process_group.PendingCollectives.wait))
     before = waits()
     yield
     assert waits() - before == sum(sent)

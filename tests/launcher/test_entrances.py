@@ -232,15 +232,15 @@ def test_in_a_job_a_device_that_cannot_be_is_an_error_too(monkeypatch) -> None:
 
 
 def test_in_a_job_each_process_takes_its_entry_of_the_named_devices(monkeypatch) -> None:
-    from duoka.devices import Choice
-    from duoka.launcher import job
+    from duoka.devices import DeviceSelection
+    from duoka.launcher import cluster_environment
 
     cards = [torch.device("cuda", index) for index in range(4)]
     asked = {"2,3": cards[2:], "cuda:3,0": [cards[3], cards[0]], "auto": cards, "all": cards, "cuda:1": cards[1:2]}
-    monkeypatch.setattr(job, "resolve", lambda spec: Choice(tuple(asked[spec]), ""))
+    monkeypatch.setattr(cluster_environment, "resolve", lambda spec: DeviceSelection(tuple(asked[spec]), ""))
     for spec in ("2,3", "cuda:3,0", "auto", "all"):
-        assert [job._device(spec, rank, 2) for rank in range(2)] == asked[spec][:2]
-    assert job._device("cuda:1", 0, 1) == cards[1]
+        assert [cluster_environment._device(spec, rank, 2) for rank in range(2)] == asked[spec][:2]
+    assert cluster_environment._device("cuda:1", 0, 1) == cards[1]
     for spec, size, words in (
         ("2,3", 4, "names 2 device.s., and the job has 4 process.es.*nproc-per-node 2"),
         ("cuda:1", 2, "names 1 device.*has 2 process"),
@@ -249,9 +249,9 @@ def test_in_a_job_each_process_takes_its_entry_of_the_named_devices(monkeypatch)
         ("idle", 2, "each would look at another time"),
     ):
         with pytest.raises(duoka.errors.LaunchError, match=words):
-            job._device(spec, 0, size)
+            cluster_environment._device(spec, 0, size)
     with pytest.raises(duoka.errors.LaunchError, match="start at most 4"):
-        job._device("all", 4, 5)
+        cluster_environment._device("all", 4, 5)
 
 
 def test_a_job_of_one_process_that_names_several_devices_gets_helpers_for_them(monkeypatch) -> None:

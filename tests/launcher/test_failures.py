@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import duoka
 from duoka import errors
-from duoka.team.failure import RemoteTraceback
+from duoka.workers.exceptions import RemoteTraceback
 
 LIMIT_S = 5.0
 """The longest that any failure may take to arrive, or any process to go."""
@@ -451,7 +451,7 @@ def test_a_failure_frees_a_caller_that_ignores_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_a_launch_puts_things_away_is_not_lost(monkeypatch) -> None:
-    from duoka.team import pool
+    from duoka.workers import pool
 
     def interrupted() -> dict[str, int]:
         signal.raise_signal(signal.SIGINT)

@@ -22,7 +22,9 @@ from duoka import errors
 
 
 def helper_pids() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if "duoka.team.helper" in " ".join(child.cmdline())}
+    return {
+        child.pid for child in psutil.Process().children() if "duoka.workers.worker_main" in " ".join(child.cmdline())
+    }
 
 
 def place() -> tuple[int, int, int, int]:
@@ -43,7 +45,12 @@ def test_collectives_reach_every_rank() -> None:
     def collect() -> tuple[float, str, list[int], bool]:
         world = duoka.current_world()
         total = world.all_reduce(torch.tensor([float(world.rank)]))
-        return total.item(), world.broadcast(f"from {world.rank}"), world.gather(world.rank), world.any(world.rank == 2)
+        return (
+            total.item(),
+            world.broadcast_object(f"from {world.rank}"),
+            world.all_gather_object(world.rank),
+            world.any_rank(world.rank == 2),
+        )
 
     assert duoka.launch(collect, devices="cpu:3", returns="all") == [(3.0, "from 0", [0, 1, 2], True)] * 3
 
@@ -360,7 +367,7 @@ def test_a_default_device_of_the_scripts_own_does_not_reach_the_launch_itself() 
     torch.autograd.set_detect_anomaly(True)
     try:
         found = duoka.launch(torch.is_anomaly_enabled, devices="cpu:2", returns="all")
-        summed = duoka.launch(lambda: duoka.current_world().any(True), devices="cpu:2")
+        summed = duoka.launch(lambda: duoka.current_world().any_rank(True), devices="cpu:2")
     finally:
         torch.set_default_device("cpu")
         torch.autograd.set_detect_anomaly(False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duoka.recipes.sets.cifar import Source
+from duoka.recipes.datasets.cifar import CifarArchive
 
 
 def md5(data: bytes) -> str:
@@ -25,7 +25,7 @@ def batch(seed: int, count: int, key: bytes) -> bytes:
 
 
 @pytest.fixture
-def cifar(tmp_path: Path) -> Source:
+def cifar(tmp_path: Path) -> CifarArchive:
     """A set like CIFAR-100 with 12 and 6 images of 3 classes: its unpacked folder and, beside it, its archive."""
     contents = {
         "train": batch(0, 12, b"fine_labels"),
@@ -41,7 +41,7 @@ def cifar(tmp_path: Path) -> Source:
         tar.add(folder, arcname=folder.name)
     packed = archive.read_bytes()
     sums = {name: md5(data) for name, data in contents.items()}
-    return Source(
+    return CifarArchive(
         name="cifar100",
         url="http://127.0.0.1:9/cifar-100-python.tar.gz",
         size=len(packed),

@@ -69,7 +69,7 @@ def gradient_of_unequal_parts(samples: int) -> torch.Tensor:
         nn.init.zeros_(module.layer.weight)  # wrapping brings rank 0's weights
     wrapped = strategy.wrap(module)
     part = torch.tensor_split(batch(samples), world.size)[world.rank]
-    loss = wrapped(part if len(part) else batch(1)) * strategy.scale(len(part), samples)
+    loss = wrapped(part if len(part) else batch(1)) * strategy.loss_scale(len(part), samples)
     loss.backward()
     return module.layer.weight.grad
 
@@ -88,7 +88,7 @@ def gradient_of_sums(samples: int) -> torch.Tensor:
     wrapped = strategy.wrap(module)
     part = torch.tensor_split(batch(samples), world.size)[world.rank]
     (wrapped(part) * len(part)).backward()
-    strategy.divide(module.parameters(), torch.tensor(len(part)))
+    strategy.average_gradients(module.parameters(), torch.tensor(len(part)))
     return module.layer.weight.grad
 
 
@@ -102,7 +102,7 @@ def test_a_step_without_any_weight_moves_nothing():
     strategy, _ = choose("auto", ALONE)
     module = MeanLoss()
     module(batch(3)).backward()
-    strategy.divide(module.parameters(), torch.tensor(0.0))
+    strategy.average_gradients(module.parameters(), torch.tensor(0.0))
     assert float(module.layer.weight.grad.abs().sum()) == 0.0
 
 
@@ -113,9 +113,9 @@ def local_then_global() -> tuple[bool, bool]:
     wrapped = strategy.wrap(module)
     with strategy.no_sync():
         wrapped(batch(2 + world.rank)).backward()
-    local = world.gather(module.layer.weight.grad.clone())
+    local = world.all_gather_object(module.layer.weight.grad.clone())
     wrapped(batch(2 + world.rank)).backward()
-    together = world.gather(module.layer.weight.grad.clone())
+    together = world.all_gather_object(module.layer.weight.grad.clone())
     return torch.equal(*local), torch.equal(*together)
 
 
@@ -216,7 +216,7 @@ def test_gradients_of_several_dtypes_are_each_divided_in_their_own():
     parameters = [nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    strategy.divide(parameters, torch.tensor(3.0))
+    strategy.average_gradients(parameters, torch.tensor(3.0))
     assert torch.equal(parameters[0].grad, torch.full((2,), 1 / 3, dtype=torch.bfloat16))
     assert torch.equal(parameters[1].grad, torch.full((2,), 1 / 3))
 

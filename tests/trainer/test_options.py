@@ -382,11 +382,11 @@ def test_a_step_that_overflows_does_not_advance_the_schedule():
 
 
 def direction_of(name: str, metrics: dict | None = None) -> bool:
-    from duoka.trainer.judging import Judge
     from duoka.trainer.metrics import Metrics
+    from duoka.trainer.model_selection import BestTracker
 
     pytest.importorskip("torchmetrics")
-    return Judge(TrainerConfig(monitor=name), Metrics(metrics, torch.device("cpu")), has_evaluation=True).smaller
+    return BestTracker(TrainerConfig(monitor=name), Metrics(metrics, torch.device("cpu")), has_evaluation=True).smaller
 
 
 def test_a_monitored_result_goes_the_way_that_its_metric_or_a_word_of_its_name_says():

@@ -7,7 +7,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import duoka
 from duoka.errors import ConfigError
-from duoka.trainer.curves import _panels
+from duoka.trainer.plots import _panels
 
 X = torch.randn(37, 4, generator=torch.Generator().manual_seed(0))
 DATA = TensorDataset(X, (X[:, 0] > 0).long())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from duoka.checkpoint.fitting import load_state
-from duoka.checkpoint.model import check_suffix, load, model_state, save
-from duoka.checkpoint.names import unwrap
+from duoka.checkpoint.key_names import unwrap
+from duoka.checkpoint.load_state import load_state
 from duoka.checkpoint.optimizer import load_optimizer_state, optimizer_state
 from duoka.checkpoint.rng import rng_state, set_rng_state
+from duoka.checkpoint.save_load import check_suffix, load, model_state, save
 from duoka.checkpoint.storage import atomic_write, check_writable
-from duoka.checkpoint.training import load_training, save_training
+from duoka.checkpoint.train_state import load_training, save_training
 
 __all__ = [
     "atomic_write",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoka.checkpoint.names import clean_name, match_names, unwrap
+from duoka.checkpoint.key_names import clean_name, match_names, unwrap
 from duoka.errors import CheckpointError
 
 __all__ = ["load_optimizer_state", "optimizer_state"]

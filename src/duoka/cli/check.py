@@ -17,13 +17,13 @@ from duoka.cli.console import console, gibibytes, print_json
 from duoka.errors import DuokaError
 from duoka.scaling import Batch, loader_workers
 
-__all__ = ["SUMMARY", "Line", "check", "run"]
+__all__ = ["SUMMARY", "CheckResult", "check", "run"]
 
 SUMMARY = "check that every device computes and reaches the others"
 BATCH = 64
 
 
-class Line(NamedTuple):
+class CheckResult(NamedTuple):
     """What came of one check."""
 
     name: str
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     return 0 if all(line.passed for line in lines) else 1
 
 
-def check(devices: Sequence[torch.device], reason: str = "") -> list[Line]:
+def check(devices: Sequence[torch.device], reason: str = "") -> list[CheckResult]:
     """Return a line for each check of ``devices``; one that fails does not keep the others from being made."""
     alone = [f"{len(devices)} devices" if len(devices) > 1 else str(devices[0])]
     every = list(devices)
@@ -75,13 +75,15 @@ def check(devices: Sequence[torch.device], reason: str = "") -> list[Line]:
     return [_line(*step) for step in steps]
 
 
-def _line(name: str, step: Callable[[], str], remedy: str) -> Line:
+def _line(name: str, step: Callable[[], str], remedy: str) -> CheckResult:
     try:
-        return Line(name, passed=True, words=step())
+        return CheckResult(name, passed=True, words=step())
     except Exception as error:  # whatever a driver or a library raises: it is what the user wants to know
         words = str(error).strip().splitlines() or [""]
         own = isinstance(error, DuokaError)
-        return Line(name, passed=False, words=words[0] if own else f"{type(error).__name__}: {words[0]}", remedy=remedy)
+        return CheckResult(
+            name, passed=False, words=words[0] if own else f"{type(error).__name__}: {words[0]}", remedy=remedy
+        )
 
 
 def _remedy(device: torch.device) -> str:

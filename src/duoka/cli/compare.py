@@ -17,8 +17,8 @@ SUMMARY = "train variants of a recipe and compare them"
 def run(argv: Sequence[str]) -> int:
     """Train what ``argv`` names and is not finished, print the table, and return the exit status: 1 if a variant failed."""
     options, rest = _parser().parse_known_args(argv)
-    from duoka.recipes.comparison import read_plan, rows_of, run_all, write_summary
-    from duoka.recipes.comparison.summary import HEADINGS, cells
+    from duoka.recipes.experiments import read_plan, rows_of, run_all, write_summary
+    from duoka.recipes.experiments.results import HEADINGS, cells
 
     if options.source is None:
         raise ConfigError(

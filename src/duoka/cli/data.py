@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _datatry(options: argparse.Namespace) -> int:
     from duoka.errors import ConfigError
-    from duoka.recipes.sets import datatry
+    from duoka.recipes.datasets import synthetic_table
 
     rows = 10_000 if options.rows is None else options.rows
     if not 2 <= rows <= MOST_ROWS or not 0 <= options.seed < 2**63:
@@ -42,12 +42,12 @@ def _datatry(options: argparse.Namespace) -> int:
         )
     path = Path(options.to or "datatry.csv")
     _refuse_to_lose([path], options)
-    example = datatry.make(rows, options.seed)
-    datatry.write(path, example)
+    example = synthetic_table.make(rows, options.seed)
+    synthetic_table.write(path, example)
     out = console()
-    out.print(f"wrote {path}: {rows:,} rows, 10 features, then {' and '.join(datatry.TARGETS)}", soft_wrap=True)
+    out.print(f"wrote {path}: {rows:,} rows, 10 features, then {' and '.join(synthetic_table.TARGETS)}", soft_wrap=True)
     for name, value in example.best_r2().items():
-        out.print(f"best reachable R² of {name}: {value:.4f} (noise of deviation {datatry.NOISE[name]:g})")
+        out.print(f"best reachable R² of {name}: {value:.4f} (noise of deviation {synthetic_table.NOISE[name]:g})")
     out.print(f"next: duoka train informer --task regress --csv {shlex.quote(str(path))}", soft_wrap=True)
     return 0
 
@@ -55,23 +55,23 @@ def _datatry(options: argparse.Namespace) -> int:
 def _movielens(options: argparse.Namespace) -> int:
     import torch
 
-    from duoka.recipes.movielens.baselines import Popularity
-    from duoka.recipes.movielens.ranking import Task, evaluate
-    from duoka.recipes.sets import movielens_planted
-    from duoka.recipes.sets.movielens import ML1MDataset
-    from duoka.recipes.sets.movielens_files import NAMES
+    from duoka.recipes.datasets import synthetic_movielens
+    from duoka.recipes.datasets.movielens import ML1MDataset
+    from duoka.recipes.datasets.movielens_format import NAMES
+    from duoka.recipes.recommendation.baselines import Popularity
+    from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator, evaluate
 
     sizes = {key: value for key in OWN["movielens"] if (value := getattr(options, key)) is not None}
     folder = Path(options.to or "movielens")
     _refuse_to_lose([folder / name for name in NAMES], options)
     _refuse_to_hide(folder)
-    example = movielens_planted.make(**sizes, seed=options.seed)
-    movielens_planted.write(folder, example, options.seed)
+    example = synthetic_movielens.make(**sizes, seed=options.seed)
+    synthetic_movielens.write(folder, example, options.seed)
     out = console()
     counts = f"{len(example.genders):,} users, {len(example.titles):,} films, {len(example.users):,} ratings"
     out.print(f"wrote {folder}: {counts}, in the format of MovieLens-1M", soft_wrap=True)
     data = ML1MDataset(folder)
-    task, law = Task.of(data, "test"), torch.from_numpy(example.wishes).float()
+    task, law = RankingEvaluator.of(data, "test"), torch.from_numpy(example.wishes).float()
     found = {
         "the law itself, the best reachable": law.__getitem__,
         "popularity": Popularity(task.seen, data.n_items).all,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from duoka.cli.console import console, gibibytes, print_json
-from duoka.devices import Choice, DeviceFacts, DeviceProcess, describe, resolve
+from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, describe, resolve
 from duoka.errors import ConfigError
 from duoka.scaling import Cores, core_limits
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _as_json(spec: str, choice: Choice, facts: Sequence[DeviceFacts], cores: Cores) -> dict[str, Any]:
+def _as_json(spec: str, choice: DeviceSelection, facts: Sequence[DeviceInfo], cores: Cores) -> dict[str, Any]:
     return {
         "devices": [dataclasses.asdict(fact) for fact in facts],
         "cores": cores.count,
@@ -82,7 +82,7 @@ def _as_json(spec: str, choice: Choice, facts: Sequence[DeviceFacts], cores: Cor
     }
 
 
-def show(spec: str, choice: Choice, facts: Sequence[DeviceFacts], cores: Cores) -> None:
+def show(spec: str, choice: DeviceSelection, facts: Sequence[DeviceInfo], cores: Cores) -> None:
     """Print the table of devices, and what ``spec`` chooses of them."""
     out = console()
     out.print(_table(facts, cores))
@@ -101,7 +101,7 @@ def show(spec: str, choice: Choice, facts: Sequence[DeviceFacts], cores: Cores) 
         )
 
 
-def _table(facts: Sequence[DeviceFacts], cores: Cores) -> Table:
+def _table(facts: Sequence[DeviceInfo], cores: Cores) -> Table:
     """Return a row a device; for the CPU what a CPU has."""
     from rich.table import Table
 
@@ -119,11 +119,11 @@ def _table(facts: Sequence[DeviceFacts], cores: Cores) -> Table:
     return table
 
 
-def _percent(fact: DeviceFacts) -> str:
+def _percent(fact: DeviceInfo) -> str:
     return "-" if fact.utilisation_percent is None else f"{fact.utilisation_percent} %"
 
 
-def _users(fact: DeviceFacts) -> str:
+def _users(fact: DeviceInfo) -> str:
     others = [process for process in fact.processes if not process.own]
     if not others:
         hidden = fact.memory_of_others > _HIDDEN_MEMORY
@@ -139,5 +139,5 @@ def _process(process: DeviceProcess) -> str:
     return f"{process.user or 'another container'}: {shown} (process {process.pid}{memory})"
 
 
-def _links(fact: DeviceFacts) -> str:
+def _links(fact: DeviceInfo) -> str:
     return "\n".join(f"{link.to}: {link.kind}" for link in fact.links) or "-"

@@ -17,11 +17,11 @@ SUMMARY = "evaluate a finished run"
 def run(argv: Sequence[str]) -> int:
     """Evaluate the run that ``argv`` names and print its numbers; return the exit status."""
     options = _parser().parse_args(argv)
-    from duoka.recipes import registry
-    from duoka.recipes.config import of_run
-    from duoka.recipes.runs import Run
+    from duoka.recipes.common import registry
+    from duoka.recipes.common.config import of_run
+    from duoka.recipes.common.recipe_run import RecipeRun
 
-    finished = Run.at(options.run)
+    finished = RecipeRun.at(options.run)
     recipe = registry.find(finished.recipe())
     config = of_run(recipe.Config, finished)
     changed = {key: value for key in ("device", "root") if (value := getattr(options, key)) is not None}

@@ -17,9 +17,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from duoka.allocator import keep_freed_memory
 from duoka.cli.console import complain
 from duoka.errors import ConfigError, DuokaError
+from duoka.malloc import keep_freed_memory
 
 __all__ = ["COMMANDS", "main"]
 

@@ -11,8 +11,8 @@ from duoka.cli.console import console, print_json
 from duoka.errors import ConfigError
 
 if TYPE_CHECKING:
-    from duoka.recipes.registry import Prediction, Recipe
-    from duoka.recipes.runs import Run
+    from duoka.recipes.common.recipe_run import RecipeRun
+    from duoka.recipes.common.registry import Prediction, Recipe
 
 __all__ = ["SUMMARY", "run"]
 
@@ -22,11 +22,11 @@ SUMMARY = "predict with a finished run"
 def run(argv: Sequence[str]) -> int:
     """Print the predictions for the inputs that ``argv`` names; return the exit status."""
     options = _parser().parse_args(argv)
-    from duoka.recipes import registry
-    from duoka.recipes.config import of_run
-    from duoka.recipes.runs import Run
+    from duoka.recipes.common import registry
+    from duoka.recipes.common.config import of_run
+    from duoka.recipes.common.recipe_run import RecipeRun
 
-    finished = Run.at(options.run)
+    finished = RecipeRun.at(options.run)
     recipe = registry.find(finished.recipe())
     config = dataclasses.replace(of_run(recipe.Config, finished), device=options.device)
     if options.fill is not None and options.table is None:
@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _write(recipe: Recipe, finished: Run, config: Any, options: argparse.Namespace) -> int:
+def _write(recipe: Recipe, finished: RecipeRun, config: Any, options: argparse.Namespace) -> int:
     """Let a recipe that predicts from tables write its answer, and say where it is."""
     if options.inputs:
         raise ConfigError(f"--from takes the only input; {options.inputs[0]!r} is one too many")

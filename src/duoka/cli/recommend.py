@@ -11,7 +11,7 @@ from duoka.cli.console import console, print_json
 from duoka.errors import ConfigError
 
 if TYPE_CHECKING:
-    from duoka.recipes.movielens.asking import Answer
+    from duoka.recipes.recommendation.inference import RecommendationList
 
 __all__ = ["SUMMARY", "run"]
 
@@ -21,11 +21,11 @@ SUMMARY = "recommend films to a user with a finished run"
 def run(argv: Sequence[str]) -> int:
     """Print what the run that ``argv`` names recommends; return the exit status."""
     options = _parser().parse_args(argv)
-    from duoka.recipes import registry
-    from duoka.recipes.config import of_run
-    from duoka.recipes.runs import Run
+    from duoka.recipes.common import registry
+    from duoka.recipes.common.config import of_run
+    from duoka.recipes.common.recipe_run import RecipeRun
 
-    finished = Run.at(options.run)
+    finished = RecipeRun.at(options.run)
     recipe: Any = registry.find(finished.recipe())
     if not hasattr(recipe, "recommend"):
         raise ConfigError(f"a run of `{finished.recipe()}` recommends nothing; give a run of the recipe movielens")
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _show(answer: Answer) -> None:
+def _show(answer: RecommendationList) -> None:
     out = console()
     out.print(f"user {answer.user}: {answer.description}; has rated {answer.known:,} films", soft_wrap=True)
     if answer.weights:

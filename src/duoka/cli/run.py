@@ -15,7 +15,7 @@ from duoka.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from duoka.script import Program, Session
+    from duoka.script_runner import RunSession, Script
 
 __all__ = ["SUMMARY", "run"]
 
@@ -42,7 +42,7 @@ _NARROWED = "DUOKA_RUN_DEVICES"
 _FLAGS = {"--scale-batch": "scale_batch", "--explain": "explain"}
 
 
-class Request(NamedTuple):
+class RunArguments(NamedTuple):
     """What a command line asks for."""
 
     target: str
@@ -60,12 +60,12 @@ def run(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     request = parse(argv)
     from duoka.devices import resolve
-    from duoka.script import Program, explain
+    from duoka.script_runner import Script, explain
 
     devices = resolve(os.environ.pop(_NARROWED, request.device)).devices
     if request.target.endswith(".ipynb") and not request.is_module:
         return _run_notebook(request)
-    program = Program(request.target, request.arguments, is_module=request.is_module)
+    program = Script(request.target, request.arguments, is_module=request.is_module)
     _check_ambiguity(argv, request, program)
     if request.explain:
         sys.stdout.write(
@@ -95,7 +95,7 @@ def _narrow(devices: Sequence[torch.device], argv: Sequence[str]) -> None:
     os.execve(sys.executable, [sys.executable, "-m", "duoka", "run", *argv], environment)
 
 
-def parse(argv: Sequence[str]) -> Request:
+def parse(argv: Sequence[str]) -> RunArguments:
     """Read a command line; raises ``ConfigError`` where it is not understood."""
     words, options = _options(list(argv), {})
     if words[:1] == ["-m"]:
@@ -112,7 +112,7 @@ def parse(argv: Sequence[str]) -> Request:
             f"there is no option {target!r} here: --device, --scale-batch, --explain, -m, or a script's name."
         )
     rest, options = _options_anywhere(rest, options)
-    return Request(target, tuple(rest), **options)  # type: ignore[arg-type]
+    return RunArguments(target, tuple(rest), **options)  # type: ignore[arg-type]
 
 
 def _options(words: list[str], options: dict[str, object]) -> tuple[list[str], dict[str, object]]:
@@ -156,7 +156,7 @@ def _option(words: list[str]) -> tuple[str, object, list[str]] | None:
     return None
 
 
-def _check_ambiguity(argv: Sequence[str], request: Request, program: Program) -> None:
+def _check_ambiguity(argv: Sequence[str], request: RunArguments, program: Script) -> None:
     """Refuse to guess whose option it is that stands after a script, or what a misspelt one means."""
     script = argv.index(request.target)
     end = argv.index("--") if "--" in argv else len(argv)
@@ -179,27 +179,27 @@ def _check_ambiguity(argv: Sequence[str], request: Request, program: Program) ->
             )
 
 
-def _run_program(program: Program, request: Request, devices: Sequence[torch.device]) -> int:
-    from duoka.script import Session
+def _run_program(program: Script, request: RunArguments, devices: Sequence[torch.device]) -> int:
+    from duoka.script_runner import RunSession
 
-    with Session(devices, scale_batch=request.scale_batch, source=program.source) as session:
+    with RunSession(devices, scale_batch=request.scale_batch, source=program.source) as session:
         status = program.run()
     _say(session, completed=status == 0)
     return status
 
 
-def _say(session: Session, *, completed: bool) -> None:
+def _say(session: RunSession, *, completed: bool) -> None:
     from rich.console import Console
 
-    from duoka.script.report import print_report
+    from duoka.script_runner.report import print_report
 
     width = None if sys.stderr.isatty() else 120
     out = Console(stderr=True, width=width, highlight=False, markup=False, emoji=False)
     print_report(session.account, out, completed=completed)
 
 
-def _run_notebook(request: Request) -> int:
-    from duoka.script import run_notebook
+def _run_notebook(request: RunArguments) -> int:
+    from duoka.script_runner import run_notebook
 
     if request.explain:
         raise ConfigError("--explain reads scripts; a notebook is run, or left alone.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from duoka.cli.console import console
 
 if TYPE_CHECKING:
-    from duoka.recipes.registry import Outcome
+    from duoka.recipes.common.registry import RecipeOutcome
 
 __all__ = ["SUMMARY", "run"]
 
@@ -17,9 +17,9 @@ SUMMARY = "train a recipe on every device"
 
 def run(argv: Sequence[str]) -> int:
     """Train the recipe that ``argv`` names first, with the options that follow; return the exit status."""
-    from duoka.recipes import registry
-    from duoka.recipes.config import read
-    from duoka.recipes.runs import no_empty_folder
+    from duoka.recipes.common import registry
+    from duoka.recipes.common.config import read
+    from duoka.recipes.common.recipe_run import no_empty_folder
 
     if not argv or argv[0] in ("-h", "--help"):
         console().print(_recipes())
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def show(outcome: Outcome) -> None:
+def show(outcome: RecipeOutcome) -> None:
     """Print what a training or an evaluation came to, once for all ranks of a job."""
     from duoka import current_world
 
@@ -52,7 +52,7 @@ def _brief(value: float) -> str:
 
 def _recipes() -> str:
     """Return the list of recipes."""
-    from duoka.recipes.registry import RECIPES
+    from duoka.recipes.common.registry import RECIPES
 
     width = max(map(len, RECIPES))
     lines = [f"  {name:{width}}  {entry.summary}" for name, entry in RECIPES.items()]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from duoka.data import augment
-from duoka.data.batches import batch_length, concat_batches, slice_batch, split_batch, to_device
-from duoka.data.glimpse import alike
-from duoka.data.keeping import Resident, resident
-from duoka.data.loader import ShardedLoader, shard
-from duoka.data.position import Part, Position
+from duoka.data import transforms
+from duoka.data.batch_ops import batch_length, concat_batches, slice_batch, split_batch, to_device
+from duoka.data.position import DataPosition, LocalBatch
+from duoka.data.resident_loader import DeviceResidentLoader, resident
+from duoka.data.sharding import ShardedLoader, shard
+from duoka.data.stream_fingerprint import alike
 
 __all__ = [
-    "Part",
-    "Position",
-    "Resident",
+    "LocalBatch",
+    "DataPosition",
+    "DeviceResidentLoader",
     "ShardedLoader",
     "alike",
-    "augment",
+    "transforms",
     "batch_length",
     "concat_batches",
     "resident",

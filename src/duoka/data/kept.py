@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from duoka.data.keeping import Resident, mix_seed
-from duoka.data.position import Part
-from duoka.data.source import Share, order_seed, samples_seed
+from duoka.data.position import LocalBatch
+from duoka.data.resident_loader import DeviceResidentLoader, mix_seed
+from duoka.data.sources.base import ShardSpec, order_seed, samples_seed
 
 __all__ = ["ResidentSource"]
 
@@ -19,7 +19,7 @@ class ResidentSource:
 
     glimpse = None
 
-    def __init__(self, loader: Resident, share: Share) -> None:
+    def __init__(self, loader: DeviceResidentLoader, share: ShardSpec) -> None:
         self._loader, self._share = loader, share
         self._whole_only = share.training and loader.drop_last
         length, unit = len(loader.tensors[0]), loader.batch_size
@@ -30,7 +30,7 @@ class ResidentSource:
     def __len__(self) -> int:
         return -(-self.samples // (self._loader.batch_size * self._share.merge))
 
-    def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[Part]:
+    def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
         """Yield this rank's parts of ``epoch``, without making the first ``skip`` samples."""
         loader, drawn = self._loader, self._share.epoch(epoch)
         order = torch.arange(len(loader.tensors[0]))
@@ -53,12 +53,12 @@ class ResidentSource:
             if not self._whole_only or following - first > size * (merge - 1):
                 yield first, following
 
-    def _part(self, order: Tensor, first: int, last: int, stream: int) -> Part:
+    def _part(self, order: Tensor, first: int, last: int, stream: int) -> LocalBatch:
         start, stop = (first + bound for bound in self._share.bounds(last - first))
         count, total = stop - start, last - first
         if not count:
             if not self._share.training:
-                return Part(None, 0, total)
+                return LocalBatch(None, 0, total)
             start, stop = first, first + 1
         places = torch.arange(start, stop)
         mixed = None
@@ -67,4 +67,4 @@ class ResidentSource:
                 start - 1 if start > first else last - 1
             )  # each is mixed with the one before it, the first with the last
             places, mixed = torch.cat([torch.tensor([before]), places]), mix_seed(stream, first)
-        return Part(self._loader.batch(order[places], places, stream, mixed), count, total)
+        return LocalBatch(self._loader.batch(order[places], places, stream, mixed), count, total)

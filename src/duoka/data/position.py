@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from duoka.errors import CheckpointError, ConfigError
 
-__all__ = ["Part", "Position", "part_bounds"]
+__all__ = ["LocalBatch", "DataPosition", "part_bounds"]
 
 
-class Part(NamedTuple):
+class LocalBatch(NamedTuple):
     """One rank's part of one global batch."""
 
     batch: Any
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Position:
+class DataPosition:
     """How far the samples of a run have been taken: enough to continue at the next sample on any number of devices."""
 
     seed: int
@@ -44,7 +44,7 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Position:
+    def from_dict(cls, state: Mapping[str, Any]) -> DataPosition:
         """Return the position that ``to_dict`` wrote.
 
         Raises ``CheckpointError`` where a field is missing.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from duoka.devices.choice import Choice, resolve
-from duoka.devices.facts import DeviceFacts, DeviceProcess, Link
-from duoka.devices.survey import describe
+from duoka.devices.info import DeviceInfo, DeviceProcess, Link
+from duoka.devices.inventory import describe
+from duoka.devices.selection import DeviceSelection, resolve
 
-__all__ = ["Choice", "DeviceFacts", "DeviceProcess", "Link", "describe", "resolve"]
+__all__ = ["DeviceSelection", "DeviceInfo", "DeviceProcess", "Link", "describe", "resolve"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from duoka.devices.facts import DeviceFacts, DeviceProcess, Link
+from duoka.devices.info import DeviceInfo, DeviceProcess, Link
 
 __all__ = ["library", "read"]
 
@@ -25,7 +25,7 @@ def library() -> Any | None:
     return pynvml
 
 
-def read(nvml: Any, uuids: Sequence[str]) -> list[DeviceFacts] | None:
+def read(nvml: Any, uuids: Sequence[str]) -> list[DeviceInfo] | None:
     """Return facts about the GPUs with these UUIDs, in this order, or ``None`` where NVML does not work.
 
     ``uuids`` are in CUDA's order, without the ``GPU-`` or ``MIG-`` in front.
@@ -62,12 +62,12 @@ def _ask(nvml: Any, call: str, *arguments: Any) -> Any:
         return None
 
 
-def _facts(nvml: Any, index: int, uuid: str, handles: Sequence[Any]) -> DeviceFacts:
+def _facts(nvml: Any, index: int, uuid: str, handles: Sequence[Any]) -> DeviceInfo:
     handle = handles[index]
     memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
     utilisation = _ask(nvml, "nvmlDeviceGetUtilizationRates", handle)
     links = (_link(nvml, handle, other, to) for to, other in enumerate(handles) if to != index)
-    return DeviceFacts(
+    return DeviceInfo(
         device=f"cuda:{index}",
         index=index,
         name=_ask(nvml, "nvmlDeviceGetName", handle) or "NVIDIA GPU",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from duoka.launcher.entry import launch
+from duoka.launcher.api import launch
 
 __all__ = ["launch"]

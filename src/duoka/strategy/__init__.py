@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from duoka.strategy.base import Strategy
-from duoka.strategy.choice import NAMES, choose
+from duoka.strategy.select import NAMES, choose
 
 __all__ = ["NAMES", "Strategy", "choose"]

@@ -19,7 +19,7 @@ class Strategy(ABC):
     """Keeps the replicas of one module in step while it is trained.
 
     The gradient it stands for is that of the mean over the global batch, whatever the sizes of the parts: the loss of a
-    part (itself a mean) is multiplied by ``scale(count, global_count)`` before ``backward``.
+    part (itself a mean) is multiplied by ``loss_scale(count, global_count)`` before ``backward``.
     """
 
     name: ClassVar[str]
@@ -41,13 +41,13 @@ class Strategy(ABC):
         """Leave gradients on their device inside this block: forward and backward of all micro-batches but the last."""
         return contextlib.nullcontext()
 
-    def scale(self, count: int, global_count: int) -> float:
+    def loss_scale(self, count: int, global_count: int) -> float:
         """Return the factor for the loss of a part: ``count`` samples here, ``global_count`` in the whole step."""
         return count / global_count
 
-    def divide(self, parameters: Iterable[nn.Parameter], weight: torch.Tensor) -> None:
+    def average_gradients(self, parameters: Iterable[nn.Parameter], weight: torch.Tensor) -> None:
         """Turn gradients of a sum into those of a mean: ``weight`` is this rank's share of the sum's weight."""
-        factor = self.inverse(weight)
+        factor = self.inverse_total_weight(weight)
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
@@ -55,14 +55,14 @@ class Strategy(ABC):
         for dtype, gradients in by_dtype.items():
             torch._foreach_mul_(gradients, factor.to(dtype))
 
-    def inverse(self, weight: torch.Tensor) -> torch.Tensor:
+    def inverse_total_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the factor that makes sums means, 0 where all weigh nothing: ``weight`` is this rank's share of theirs."""
         weight = weight.detach()
         total = self.world.all_reduce(weight.double() if weight.device.type != "mps" else weight)
-        return torch.where(total > 0, self.replicas_averaged / total, 0.0)
+        return torch.where(total > 0, self.gradient_divisor / total, 0.0)
 
     @property
-    def replicas_averaged(self) -> int:
+    def gradient_divisor(self) -> int:
         """By how many ranks the synchronisation divides the summed gradient."""
         return 1
 
@@ -73,7 +73,7 @@ class Strategy(ABC):
     def synchronize_buffers(self, module: nn.Module) -> None:  # noqa: B027 - one process has nothing to do
         """Give every rank rank 0's buffers: the running statistics of batch norm, which each rank has seen its own of."""
 
-    def synchronize(self, module: nn.Module) -> None:  # noqa: B027
+    def broadcast_parameters(self, module: nn.Module) -> None:  # noqa: B027
         """Give every rank rank 0's parameters and buffers."""
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:

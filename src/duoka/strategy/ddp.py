@@ -37,7 +37,7 @@ class DDP(Strategy):
         self._wrapped: DistributedDataParallel | None = None
 
     @property
-    def replicas_averaged(self) -> int:
+    def gradient_divisor(self) -> int:
         """DDP divides by the number of ranks."""
         return self.world.size
 
@@ -57,7 +57,7 @@ class DDP(Strategy):
         """Keep gradients local inside the block."""
         return contextlib.nullcontext() if self._wrapped is None else self._wrapped.no_sync()
 
-    def scale(self, count: int, global_count: int) -> float:
+    def loss_scale(self, count: int, global_count: int) -> float:
         """Weigh a part by its share, times the number of ranks that DDP will divide by."""
         return count * self.world.size / global_count
 
@@ -65,7 +65,7 @@ class DDP(Strategy):
         """Broadcast rank 0's buffers, in few messages."""
         self._broadcast(list(module.buffers()))
 
-    def synchronize(self, module: nn.Module) -> None:
+    def broadcast_parameters(self, module: nn.Module) -> None:
         """Broadcast rank 0's parameters and buffers, in few messages."""
         self._broadcast([*module.parameters(), *module.buffers()])
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.metrics import Results
-from duoka.trainer.tally import Tally
 
 __all__ = ["Best", "Callback", "Callbacks", "State"]
 
@@ -37,7 +37,7 @@ class State:
     optimizer: Optimizer
     epochs: int
     """How many epochs were asked for."""
-    tally: Tally = field(repr=False)
+    tally: LossMeter = field(repr=False)
     epoch: int = 0
     """The current epoch, counted from 1; 0 before the first."""
     step: int = 0

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from duoka.errors import ConfigError
 from duoka.strategy import NAMES as STRATEGIES
-from duoka.trainer.optimization import OPTIMIZERS, SCHEDULERS
+from duoka.trainer.optimizers import OPTIMIZERS, SCHEDULERS
 
 __all__ = ["TrainerConfig"]
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from duoka.data import concat_batches, to_device
 from duoka.errors import DataError
+from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.metrics import Metrics, Results
-from duoka.trainer.objective import Objective
-from duoka.trainer.tally import Tally
+from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.world import World
 
 __all__ = ["evaluate", "evaluating", "predict"]
@@ -33,10 +33,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def evaluate(
-    objective: Objective, parts: Iterable[Any], metrics: Metrics, world: World, tick: Callable[[], None] = lambda: None
+    objective: ModelWithLoss,
+    parts: Iterable[Any],
+    metrics: Metrics,
+    world: World,
+    tick: Callable[[], None] = lambda: None,
 ) -> Results:
     """Return the mean loss over all samples and the metrics, the same on every rank and for every number of ranks."""
-    tally = Tally(world.device)
+    tally = LossMeter(world.device)
     metrics.reset()
     with evaluating(objective):
         for part in parts:
@@ -50,7 +54,7 @@ def evaluate(
     return {**results, **metrics.compute(world)}
 
 
-def _take(objective: Objective, part: Any, metrics: Metrics, tally: Tally, device: torch.device) -> None:
+def _take(objective: ModelWithLoss, part: Any, metrics: Metrics, tally: LossMeter, device: torch.device) -> None:
     judged = objective.judge(to_device(part.batch, device), not metrics.empty)
     if isinstance(judged.loss, tuple):
         tally.add_sum(*judged.loss)
@@ -60,13 +64,13 @@ def _take(objective: Objective, part: Any, metrics: Metrics, tally: Tally, devic
         metrics.update(judged.output, judged.target)
 
 
-def predict(objective: Objective, parts: Iterable[Any], world: World) -> Any:
+def predict(objective: ModelWithLoss, parts: Iterable[Any], world: World) -> Any:
     """Return the predictions for every sample once, in the order of the data, on the CPU of every rank."""
     mine: list[Any] = []
     with evaluating(objective):
         for part in parts:
             mine.append(_predicted(objective, part, world) if part.count else None)
-    steps = zip(*world.gather(mine), strict=True)  # of each global batch, its parts in the order of ranks
+    steps = zip(*world.all_gather_object(mine), strict=True)  # of each global batch, its parts in the order of ranks
     outputs = [output for step in steps for output in step if output is not None]
     try:
         return concat_batches(outputs) if outputs else None
@@ -77,7 +81,7 @@ def predict(objective: Objective, parts: Iterable[Any], world: World) -> Any:
         ) from error
 
 
-def _predicted(objective: Objective, part: Any, world: World) -> Any:
+def _predicted(objective: ModelWithLoss, part: Any, world: World) -> Any:
     output = to_device(objective.predictions(to_device(part.batch, world.device)), "cpu")
     if isinstance(output, torch.Tensor) and not output.ndim:
         raise DataError(

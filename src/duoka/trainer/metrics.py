@@ -65,11 +65,11 @@ class Metrics:
             list(self.collection.values(copy_state=True))  # metrics that share states get their own before they are set
             self._merge(world)
         values = {name: _plain(value) for name, value in self.collection.compute().items()} if world.is_main else {}
-        return world.broadcast(values)
+        return world.broadcast_object(values)
 
     def _merge(self, world: World) -> None:
         mine = [(metric._update_count, _states(metric)) for metric in self._each()]
-        everyone = world.gather(mine)
+        everyone = world.all_gather_object(mine)
         if world.is_main:
             for index, metric in enumerate(self._each()):
                 _set_states(metric, [rank[index] for rank in everyone])

@@ -20,10 +20,10 @@ from duoka.errors import ConfigError
 from duoka.trainer.callbacks import Best, Callback
 from duoka.trainer.config import TrainerConfig
 from duoka.trainer.evaluation import evaluate, predict
-from duoka.trainer.fit import Outcome, fit_on_rank
+from duoka.trainer.fit_loop import FitOutcome, fit_on_rank
 from duoka.trainer.metrics import Metrics, Results
-from duoka.trainer.objective import check_calls
-from duoka.trainer.preparation import Job, MainOnly, prepared_objective, sharded, unshuffled
+from duoka.trainer.model_with_loss import check_calls
+from duoka.trainer.setup import FitSpec, RankZeroOnly, prepared_objective, sharded, unshuffled
 from duoka.world import current_world
 
 __all__ = ["FitResult", "Trainer"]
@@ -144,7 +144,7 @@ class Trainer:
         path = None if model_path is None else str(model_path)
         if save_model and path is not None:
             checkpoint.check_suffix(Path(path))
-        outcome: Outcome = self._launch(fit_on_rank, self._job(save_model=save_model, model_path=path))
+        outcome: FitOutcome = self._launch(fit_on_rank, self._job(save_model=save_model, model_path=path))
         self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stopping
         return FitResult(outcome.validation, outcome.test)
 
@@ -166,14 +166,14 @@ class Trainer:
         """
         return self._launch(_predict_on_rank, self._job(eval_data=unshuffled(data)))
 
-    def _job(self, **changes: Any) -> Job:
+    def _job(self, **changes: Any) -> FitSpec:
         lazy = [name for name, parameter in self.model.named_parameters() if is_lazy(parameter)]
         if lazy:
             raise ConfigError(
                 f"the model has parameters without a shape yet ({', '.join(lazy[:5])}); call it once with a batch before, as "
                 "lazy modules want: model(inputs)"
             )
-        job = Job(
+        job = FitSpec(
             self.model,
             self.config,
             loss=self.loss,
@@ -181,16 +181,16 @@ class Trainer:
             train_metrics=self.train_metrics,
             devices=self.devices,
             reason=self.reason,
-            main=MainOnly(self.callbacks),
+            main=RankZeroOnly(self.callbacks),
         )
         if "eval_data" not in changes:
             changes.update(train_data=self.train_data, eval_data=self.eval_data, test_data=self.test_data)
         return dataclasses.replace(job, **changes)
 
-    def _launch(self, function: Callable[[Job], Any], job: Job) -> Any:
+    def _launch(self, function: Callable[[FitSpec], Any], job: FitSpec) -> Any:
         """Run ``function`` once a device; inside ``duoka.launch``, or in a job of torchrun's, on this process's own."""
         from duoka.launcher import launch
-        from duoka.launcher.job import is_member
+        from duoka.launcher.cluster_environment import is_member
         from duoka.world import is_entered
 
         if is_entered():
@@ -201,14 +201,14 @@ class Trainer:
         return launch(function, job, devices=list(used))
 
 
-def _evaluate_on_rank(job: Job) -> Results:
+def _evaluate_on_rank(job: FitSpec) -> Results:
     world = current_world()
     strategy, _ = job.strategy(world)
     with contextlib.closing(sharded(job, "eval_data", strategy)) as data, prepared_objective(job, world) as objective:
         return evaluate(objective, data, Metrics(job.metrics, world.device), world)
 
 
-def _predict_on_rank(job: Job) -> Any:
+def _predict_on_rank(job: FitSpec) -> Any:
     world = current_world()
     strategy, _ = job.strategy(world)
     with contextlib.closing(sharded(job, "eval_data", strategy)) as data, prepared_objective(job, world) as objective:

@@ -1,0 +1,203 @@
+"""Parts of a DataLoader over an ``IterableDataset``: every rank reads the same stream and keeps its part.
+
+Without worker processes a rank collates its own samples only. With them whole batches arrive collated and are cut, so
+what ``collate_fn`` returns must be a structure of tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, default_collate, get_worker_info
+
+from duoka.data.global_rng import GLOBAL
+from duoka.data.index_order import set_epoch
+from duoka.data.position import LocalBatch
+from duoka.data.rng import PrivateRandomness, held_by, nth_seed
+from duoka.data.sample_fetch import SeededCollate, WorkerStart, as_is
+from duoka.data.shuffle_reset import shuffles_undone
+from duoka.data.sources.base import BatchSource, ShardSpec, order_seed, samples_seed
+from duoka.data.sources.batches import BatchIterableSource
+from duoka.data.stream_fingerprint import StreamFingerprint, glimpse
+from duoka.data.worker_pickle import PickledByValue, answer, failure
+from duoka.errors import ConfigError
+
+__all__ = ["streamed_source"]
+
+
+def streamed_source(loader: DataLoader[Any], share: ShardSpec) -> BatchSource:
+    """Return the source of parts of ``loader``, whose data set is an iterable one."""
+    if loader.num_workers == 0 and loader.batch_size is not None:
+        return _InProcess(loader, share)
+    if loader.num_workers == 0:
+        return BatchIterableSource(loader, share, (loader.dataset,))
+    if isinstance(loader.dataset, IterDataPipe):
+        raise ConfigError(
+            f"the data pipe {type(loader.dataset).__name__} has num_workers={loader.num_workers}: torch divides it over the "
+            "processes of a group by itself, so that ranks would read different streams; set num_workers=0"
+        )
+    return _with_workers(loader, share)
+
+
+class _InProcess:
+    """The samples are read here; a rank collates its own."""
+
+    def __init__(self, loader: DataLoader[Any], share: ShardSpec) -> None:
+        self._groups = _Groups(loader, share)
+        self._share = share
+        self._dataset = loader.dataset
+        # a DataLoader only for its pinned memory, in which parts arrive as tuples of their kind
+        self._loader: DataLoader[Any] = DataLoader(
+            self._groups,
+            batch_size=None,
+            collate_fn=as_is,
+            pin_memory=loader.pin_memory,
+            generator=torch.Generator(),
+        )
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples an epoch has, if the data set tells."""
+        try:
+            return self._groups.kept(len(self._dataset))  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None
+
+    @property
+    def glimpse(self) -> StreamFingerprint | None:
+        """What was read first in the epoch."""
+        return self._groups.glimpse
+
+    def __len__(self) -> int:
+        return -(-self._groups.kept(len(self._dataset)) // self._groups.length)  # type: ignore[arg-type]
+
+    def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
+        """Yield this rank's parts of ``epoch``; the first ``skip`` samples are read and dropped."""
+        if self._share.training:
+            set_epoch(epoch, self._dataset)
+        self._groups.plan = (seed, self._share.epoch(epoch), skip)
+        with shuffles_undone(self._dataset):
+            yield from self._loader
+
+    def close(self) -> None:
+        """There are no worker processes."""
+
+
+class _Groups(IterableDataset[LocalBatch]):
+    """The stream, as parts."""
+
+    def __init__(self, loader: DataLoader[Any], share: ShardSpec) -> None:
+        assert loader.batch_size is not None
+        self.plan = (0, 0, 0)
+        self.glimpse: StreamFingerprint | None = None
+        self.length = loader.batch_size * share.merge
+        self._unit = (self.length if share.training else loader.batch_size) if loader.drop_last else 1
+        self._share = share
+        self._dataset: Any = loader.dataset
+        self._collate = SeededCollate(loader.collate_fn)
+        self._streams = (*GLOBAL, *held_by(loader, loader.dataset))
+
+    def kept(self, length: int) -> int:
+        """Return how many of ``length`` samples are not dropped as an incomplete batch."""
+        return length // self._unit * self._unit
+
+    def __iter__(self) -> Iterator[LocalBatch]:
+        seed, epoch, first = self.plan
+        stream, self.glimpse = samples_seed(seed, epoch), None
+        for group in self._read(PrivateRandomness(order_seed(seed, epoch), self._streams), first):
+            if self.glimpse is None and self._share.size > 1:
+                self.glimpse = glimpse(group)
+            start, stop = self._share.bounds(len(group))
+            if start == stop and not self._share.training:
+                yield LocalBatch(None, 0, len(group))
+            else:
+                mine = group[start:stop] or group[:1]
+                batch = self._collate(mine, stream, first + start if start < stop else first)
+                yield LocalBatch(batch, stop - start, len(group))
+            first += len(group)
+
+    def _read(self, private: PrivateRandomness, skip: int) -> Iterator[list[Any]]:
+        with private:
+            samples = iter(self._dataset)
+            for _ in itertools.islice(samples, skip):
+                pass
+        while True:
+            with private:
+                group = list(itertools.islice(samples, self.length))
+            if kept := self.kept(len(group)):
+                yield group[:kept]
+            if len(group) < self.length:
+                return
+
+
+def _with_workers(loader: DataLoader[Any], share: ShardSpec) -> BatchSource:
+    stream = _SeededStream(loader.dataset)
+    generator = torch.Generator()
+    remade: DataLoader[Any] = DataLoader(
+        stream,
+        batch_size=loader.batch_size,
+        drop_last=loader.drop_last,
+        collate_fn=_Collation(loader.collate_fn),
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=WorkerStart(loader.worker_init_fn),
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+    def begin(seed: int, epoch: int) -> None:
+        generator.manual_seed(samples_seed(seed, epoch))
+        stream.plan.copy_(torch.tensor([order_seed(seed, epoch) >> 1, epoch], device="cpu"))
+
+    return BatchIterableSource(remade, share, (loader.dataset,), begin, loader.collate_fn is default_collate)
+
+
+class _SeededStream(PickledByValue, IterableDataset[Any]):
+    """A user's stream in a worker process: every epoch of it is drawn from seeds of that epoch, in workers that stay too.
+
+    A generator that the data set holds starts alike in all workers, which may agree by it on who yields what.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.plan = torch.zeros(2, dtype=torch.int64, device="cpu")  # seed and epoch, seen by workers that are running
+        self.plan.share_memory_()  # type: ignore[no-untyped-call]
+        self._held = held_by(dataset)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            self._begin()
+            with shuffles_undone(self.dataset):
+                yield from self.dataset
+        except Exception:
+            yield from itertools.repeat(failure())  # for the collation, which sends it
+
+    def _begin(self) -> None:
+        info: Any = get_worker_info()
+        seed, epoch = self.plan.tolist()
+        for stream in GLOBAL:
+            stream.seed(nth_seed(seed, info.id))
+        for stream in self._held:
+            stream.seed(seed)
+        set_epoch(epoch, self.dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class _Collation(PickledByValue):
+    """A user's collation in a worker process."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        last = samples[-1] if type(samples) is list and samples else samples
+        return answer(lambda: last if isinstance(last, ExceptionWrapper) else self._collate(samples))

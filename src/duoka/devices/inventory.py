@@ -1,0 +1,112 @@
+"""What is there: the accelerators that torch sees, and what can be found out about each without disturbing it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from duoka.devices import nvml
+from duoka.devices.info import DeviceInfo
+
+__all__ = ["Inventory", "describe", "look", "occupancy"]
+
+_DRIVER_TIMEOUT_S = 60.0
+"""A machine with many GPUs and no persistence mode takes seconds for each."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The accelerators of this machine, as this process sees them."""
+
+    type: str | None = None
+    """As torch calls them (``"cuda"``, ``"mps"``, ``"xpu"``); ``None`` where there are none."""
+    count: int = 0
+    note: str = ""
+    """Why there are none, or why not all of the machine's, where that is known; half a sentence."""
+
+    def names(self) -> tuple[str, ...]:
+        """Return the name of each: ``("cuda:0", "cuda:1")``."""
+        return tuple(f"{self.type}:{index}" for index in range(self.count))
+
+
+def look() -> Inventory:
+    """Return the accelerators that this process sees. No context is created and no device memory taken."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return Inventory(note=f"torch {torch.__version__} is built for the CPU alone")
+    count = torch.accelerator.device_count()
+    note = _hidden(accelerator.type)
+    return Inventory(accelerator.type, count, note) if count else Inventory(note=note)
+
+
+def _hidden(kind: str) -> str:
+    """Return which variable hides devices from this process, in words; empty where none does."""
+    names = {
+        "cuda": ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"],
+        "xpu": ["ZE_AFFINITY_MASK"],
+    }
+    variables = [name for name in names.get(kind, []) if name in os.environ]
+    return f"{variables[0]}={os.environ[variables[0]]!r} is set" if variables else ""
+
+
+def describe() -> list[DeviceInfo]:
+    """Return facts about each accelerator, in the order of their numbers, or about the CPU where there is none."""
+    seen = look()
+    if seen.type is None:
+        return [_cpu()]
+    return occupancy(seen) or [_from_torch(seen.type, index) for index in range(seen.count)]
+
+
+def occupancy(seen: Inventory) -> list[DeviceInfo] | None:
+    """Return what NVML knows of each accelerator, or ``None`` where it cannot be asked."""
+    if seen.type != "cuda" or torch.version.hip is not None:
+        return None
+    library, uuids = nvml.library(), _uuids()
+    if library is None or uuids is None or len(uuids) != seen.count:
+        return None
+    return nvml.read(library, uuids)
+
+
+def _uuids() -> list[str] | None:
+    """Return the UUID of each CUDA device in CUDA's order, without starting CUDA in this process."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("driver.py"))]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.split()
+
+
+def _from_torch(kind: str, index: int) -> DeviceInfo:
+    """Return the little that torch tells of an accelerator: its name and, mostly, its memory."""
+    try:
+        properties = torch.get_device_module(kind).get_device_properties(index)
+    except (AttributeError, RuntimeError):
+        properties = None
+    name = str(getattr(properties, "name", kind.upper()))
+    total = getattr(properties, "total_memory", None)
+    return DeviceInfo(f"{kind}:{index}", index, name, None if total is None else int(total), source="torch")
+
+
+def _cpu() -> DeviceInfo:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return DeviceInfo("cpu", None, _cpu_name(), memory.total, memory.total - memory.available)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,168 @@
+"""The device grammar: what a user may write for a device, parsed into a request. What is there is not asked here."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from duoka.errors import DeviceError
+
+__all__ = ["DeviceSpec", "DeviceRequest", "parse"]
+
+DeviceSpec: TypeAlias = "str | int | torch.device | Sequence[str | int | torch.device] | None"
+"""Anything of the grammar: ``"auto"``, ``0``, ``"0,1"``, ``torch.device("cuda:1")``, ``["cuda:0", "cuda:1"]``."""
+
+GRAMMAR = "'auto', 'all', '0', '0,1', '0-3', 'cuda:1', 'cpu', 'cpu:4', 'idle', 'idle:2' or 'mps'"
+
+Kind = Literal["auto", "all", "index", "cpu", "idle"]
+
+_ANY_ACCELERATOR = frozenset({"all", "gpu"})
+_ACCELERATORS = frozenset({"cuda", "hpu", "mps", "mtia", "npu", "xpu"})
+_ALIASES = {"hip": "cuda", "rocm": "cuda"}  # torch calls an AMD GPU "cuda"
+_WORDS = sorted({"auto", "cpu", "idle"} | _ANY_ACCELERATOR | _ACCELERATORS)
+_MOST = 1024
+"""More devices or workers than this are a slip of the hand; it also keeps ``0-999999999`` from filling the memory."""
+
+
+@dataclass(frozen=True)
+class DeviceRequest:
+    """What a user asked for, before anyone has looked at what is there."""
+
+    text: str
+    """The request as the user wrote it, for messages."""
+    kind: Kind
+    type: str | None = None
+    """The accelerator type that was named, as torch calls it; ``None`` is any."""
+    indices: tuple[int, ...] = ()
+    """Which accelerators, where ``kind`` is ``"index"``."""
+    count: int | None = None
+    """How many CPU workers or idle accelerators; ``None`` is not said."""
+
+
+def parse(spec: DeviceSpec) -> DeviceRequest:
+    """Return what ``spec`` asks for, or raise ``DeviceError``, which says what was probably meant.
+
+    >>> parse("0,2-3").indices
+    (0, 2, 3)
+    >>> parse("cpu:4").count
+    4
+    """
+    if spec is None:
+        return DeviceRequest("auto", "auto")
+    text, items = _items(spec)
+    parts = [_parse_item(item, text) for item in items]
+    return parts[0] if len(parts) == 1 else _join(parts, text)
+
+
+def _items(spec: DeviceSpec) -> tuple[str, list[str]]:
+    """Return ``spec`` as the user would write it, and its entries."""
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        if not spec:
+            raise DeviceError(f"an empty list names no device. Write {GRAMMAR}.")
+        written = [_write(entry) for entry in spec]
+    else:
+        written = [_write(spec)]
+    text = ",".join(written)
+    return text, text.lower().split(",")
+
+
+def _write(entry: object) -> str:
+    """Return one entry as text."""
+    if isinstance(entry, str):
+        return entry.strip()
+    if isinstance(entry, torch.device):  # "cpu:0" is one CPU as a torch.device, and no workers in the grammar
+        return "cpu" if entry.type == "cpu" else str(entry)
+    try:
+        if not isinstance(entry, bool):
+            return str(operator.index(entry))  # type: ignore[arg-type]  # any integer: numpy's, a 0-d tensor's
+    except TypeError:
+        pass
+    raise DeviceError(f"device {entry!r} is a {type(entry).__name__}; write {GRAMMAR}, or give a torch.device.")
+
+
+def _parse_item(item: str, text: str) -> DeviceRequest:
+    """Parse one entry, without commas, of the request ``text``."""
+    item = item.strip()
+    if numbers := re.fullmatch(r"(?:([a-z]+):)?([0-9]{1,4})(?:-([0-9]{1,4}))?", item):
+        name, first, last = numbers.groups()
+        if name is None or _is_accelerator(name):
+            return DeviceRequest(text, "index", _type(name), _range(int(first), int(last or first), text))
+        if name in ("cpu", "idle") and last is None:
+            return DeviceRequest(text, "cpu" if name == "cpu" else "idle", count=_count(name, int(first), text))
+    if item in ("auto", "idle"):
+        return DeviceRequest(text, "auto" if item == "auto" else "idle")
+    if item == "cpu":
+        return DeviceRequest(text, "cpu", count=1)
+    if _is_accelerator(item):
+        return DeviceRequest(text, "all", _type(item))
+    raise _nonsense(item, text)
+
+
+def _is_accelerator(name: str) -> bool:
+    return name in _ANY_ACCELERATOR | _ACCELERATORS | _ALIASES.keys()
+
+
+def _type(name: str | None) -> str | None:
+    """Return torch's name of an accelerator type; ``None`` for any."""
+    return None if name is None or name in _ANY_ACCELERATOR else _ALIASES.get(name, name)
+
+
+def _range(first: int, last: int, text: str) -> tuple[int, ...]:
+    if last < first:
+        raise DeviceError(f"device {text!r} counts down. A range goes up: write '{last}-{first}'.")
+    if last - first >= _MOST:
+        raise DeviceError(f"device {text!r} is {last - first + 1} devices; at most {_MOST} can be named.")
+    return tuple(range(first, last + 1))
+
+
+def _count(name: str, count: int, text: str) -> int:
+    if 1 <= count <= _MOST:
+        return count
+    what = "CPU workers" if name == "cpu" else "idle accelerators"
+    hint = " Write 'cpu' for the CPU: the number after 'cpu:' is how many workers." if name == "cpu" else ""
+    raise DeviceError(f"device {text!r} asks for {count} {what}; it must be 1 to {_MOST}.{hint}")
+
+
+def _join(parts: list[DeviceRequest], text: str) -> DeviceRequest:
+    """Return the one request that several entries make: accelerators by number, or CPU workers."""
+    kinds = {part.kind for part in parts}
+    if kinds == {"cpu"}:
+        return DeviceRequest(text, "cpu", count=_count("cpu", sum(part.count or 1 for part in parts), text))
+    if kinds != {"index"}:
+        raise DeviceError(
+            f"device {text!r} mixes what cannot stand together. "
+            "A list holds numbered accelerators ('0,1', 'cuda:0,cuda:1') or CPU workers ('cpu:2'), nothing else."
+        )
+    types = {part.type for part in parts} - {None}
+    if len(types) > 1:
+        raise DeviceError(f"device {text!r} mixes {' and '.join(sorted(map(str, types)))}. Name devices of one type.")
+    return DeviceRequest(text, "index", next(iter(types), None), tuple(i for part in parts for i in part.indices))
+
+
+def _nonsense(item: str, text: str) -> DeviceError:
+    """Return the error for an entry that is not of the grammar, with what was probably meant."""
+    where = f"device {text!r}" if item == text.lower() else f"device {text!r}, entry {item!r},"
+    return DeviceError(f"{where} is not understood{_hint(item)} Devices are written {GRAMMAR}.")
+
+
+def _hint(item: str) -> str:
+    if not item:
+        return ": a name is empty."
+    if re.fullmatch(r"(?:[a-z]+:)?-[0-9]+", item):
+        return ": a number cannot be negative. 'cpu' is the CPU, 'all' is every accelerator."
+    if half := re.fullmatch(r"([0-9]+)-|-([0-9]+)", item):
+        return f": a range has two ends. Did you mean '{half[1]}'?"
+    if glued := re.fullmatch(r"([a-z]+)[ _-]?([0-9]{1,4})s?", item):
+        word, number = glued.groups()
+        if _is_accelerator(word):
+            return f": did you mean '{number}'?"
+        if word in ("cpu", "idle"):
+            return f": did you mean '{word}:{number}'?"
+    close = difflib.get_close_matches(item, _WORDS, n=1)
+    return f": did you mean '{close[0]}'?" if close else "."

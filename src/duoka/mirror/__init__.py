@@ -1,7 +1,0 @@
-"""``DataParallel``: one model on every device of this machine, driven by the user's own program."""
-
-from __future__ import annotations
-
-from duoka.mirror.wrapper import DataParallel
-
-__all__ = ["DataParallel"]

@@ -1,0 +1,66 @@
+"""A series as overlapping windows: a past and the future that follows it, cut out of one tensor without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+if TYPE_CHECKING:
+    Samples = Dataset[tuple[Tensor, Tensor, Tensor]]
+else:
+    Samples = Dataset
+
+__all__ = ["SlidingWindows", "loader"]
+
+
+class SlidingWindows(Samples):
+    """Sample ``i`` is ``(history, marks, future)``: steps ``i`` to ``i + past`` of all columns, the calendar, what follows.
+
+    Args:
+        values: float32 ``(steps, columns)``.
+        marks: calendar features, float32 ``(steps, features)``.
+        past: steps of the history.
+        horizon: steps of the future.
+        targets: places of the columns that are forecast.
+
+    """
+
+    def __init__(self, values: Tensor, marks: Tensor, past: int, horizon: int, targets: Sequence[int]) -> None:
+        self.values, self.marks = values, marks
+        self.past, self.horizon, self.targets = past, horizon, list(targets)
+
+    def __len__(self) -> int:
+        return max(0, len(self.values) - self.past - self.horizon + 1)
+
+    @property
+    def views(self) -> tuple[Tensor, Tensor]:
+        """All windows of values and of marks, ``(windows, past + horizon, columns)``, in the series' own memory."""
+        length = self.past + self.horizon
+        return self.values.unfold(0, length, 1).transpose(1, 2), self.marks.unfold(0, length, 1).transpose(1, 2)
+
+    @property
+    def futures(self) -> Tensor:
+        """What is to be forecast in all windows, ``(windows, horizon, targets)``."""
+        return self.values[self.past :, self.targets].unfold(0, self.horizon, 1).transpose(1, 2)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        history, marks, future = self.__getitems__([index])
+        return history[0], marks[0], future[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the batch of these windows: ``(batch, past, columns)``, marks, ``(batch, horizon, targets)``."""
+        values, marks = (view[torch.as_tensor(indices)] for view in self.views)
+        return values[:, : self.past], marks, values[:, self.past :, self.targets].contiguous()
+
+
+def loader(samples: SlidingWindows, batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:
+    """Return a loader of ``samples``, which come as batches from the data set itself."""
+    return DataLoader(samples, batch_size=batch_size, shuffle=shuffle, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

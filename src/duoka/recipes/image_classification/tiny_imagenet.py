@@ -1,0 +1,262 @@
+"""Recipe ``tiny-imagenet``: five networks, three optimisers and three augmentations on Tiny-ImageNet, CIFAR-10 or CIFAR-100.
+
+It reads top to bottom: the options, what they come to, training, and what a finished run is asked afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from duoka import checkpoint, devices
+from duoka.data import transforms
+from duoka.errors import ConfigError
+from duoka.recipes.common.config import at_least, check
+from duoka.recipes.common.recipe_run import RecipeRun, folder_of, run_options
+from duoka.recipes.common.registry import Prediction, RecipeOutcome
+from duoka.recipes.datasets import cifar, tiny_imagenet
+from duoka.recipes.datasets.image_loader import Collate, loader
+from duoka.recipes.datasets.images import ImageSet
+from duoka.recipes.image_classification import common
+from duoka.recipes.image_classification.common import DatasetMetadata
+from duoka.recipes.models import small_cnns
+from duoka.trainer import Trainer
+from duoka.utils.imports import require
+from duoka.world import current_world
+
+__all__ = ["TinyImageNetConfig", "evaluate", "predict", "train"]
+
+NAME = "tiny-imagenet"
+PLAIN = """\
+from model import build  # this folder's model.py, which needs torch and nothing else
+model = build({model!r}, {classes}, {size})
+model.load_state_dict(torch.load("model.pth"))
+"""
+"""How weights are loaded without duoka: written into every run's folder."""
+SCALE = (0.8, 1.0)
+"""The share of an image's area that a random crop keeps."""
+JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
+"""How much colours change."""
+
+
+@dataclass(frozen=True)
+class TinyImageNetConfig:
+    """Train one of five networks for small images, as one experiment of a suite.
+
+    The validation part is evaluated after every epoch, without any random change, and never chooses anything.
+    """
+
+    dataset: Literal["tiny-imagenet", "cifar10", "cifar100"] = "tiny-imagenet"
+    """What to train on."""
+    root: str = "./data"
+    """Folder of the data: of the official folder or archive, or that folder itself."""
+    download: bool = True
+    """Whether data may be downloaded (250 MB, CIFAR 170 MB) when ``root`` has none."""
+    image_size: int | None = None
+    """Side, in pixels, that images are scaled to, a multiple of 8; null is 64, of CIFAR 32, which keeps its own."""
+    limit: int | None = None
+    """How many images of each class are trained and tested on, at most; null is all: for a quick look."""
+
+    model: Literal["baseline", "residual", "deeper_wider", "se_attention", "best"] = "baseline"
+    """The network; with 200 classes of 13.6, 9.9, 19.4, 13.7 and 20.1 million parameters."""
+    augmentation: Literal["none", "basic", "mixup", "cutmix"] = "basic"
+    """Random changes in training: none; resized crop, flip and colours; or these and torchvision's MixUp or CutMix."""
+
+    device: str = "auto"
+    """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
+    workers: int | None = None
+    """Processes that load data, for all devices of a machine together, never more than its cores allow (the guide has four a
+    device); null and 0 are none: images stay on the device, where whole batches are changed at once. With workers, MixUp and
+    CutMix mix each device's part of a batch in itself."""
+    bsize: int = 64
+    """Batch size, in images, of each device (see ``batch``)."""
+    batch: Literal["per_device", "global"] = "per_device"
+    """Whether ``bsize`` is each device's, or all devices' together."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of forward and backward."""
+
+    epochs: int = 50
+    """How many times the training images are gone through."""
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
+    """What changes the weights."""
+    lr: float = 3e-4
+    """Learning rate, for one device's batch."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How ``lr`` grows with the number of devices when the batch does."""
+    scheduler: Literal["cosine", "none"] | None = None
+    """How the learning rate changes: along a cosine to 0, or not; null is none for adam, cosine for the others."""
+    weight_decay: float | None = None
+    """Weight decay; null is 0.000001 for the model best, else 0.01 for adamw and 0 for the others."""
+    seed: int = 0
+    """Decides the first weights, the order of the images and their random changes."""
+
+    out: str = "runs"
+    """Folder of all runs; this one becomes OUT/tiny-imagenet/TIME-NAME."""
+    name: str | None = None
+    """The run's name; null is MODEL-AUGMENTATION-OPTIMIZER."""
+    resume: str | None = None
+    """A stopped run's folder, to go on with it there, with its own options unless others are given."""
+
+    FIXED = ("dataset", "image_size", "model", "optimizer", "scheduler")
+    PLANNED = ("cosine",)
+    DATA = ("dataset", "root", "download", "image_size", "limit")
+
+    def __post_init__(self) -> None:
+        check(self)
+        for option, least in {"bsize": 1, "epochs": 1, "workers": 0, "seed": 0}.items():
+            at_least(self, option, least)
+        at_least(self, "lr", 0, exclusive=True)
+        at_least(self, "image_size", 8)
+        at_least(self, "limit", 1)
+        own = 64 if self.dataset == "tiny-imagenet" else 32
+        if self.image_size is not None and (self.image_size % 8 or (own == 32 and self.image_size != own)):
+            limits = "a multiple of 8" if own == 64 else f"{own}, the size of {self.dataset}'s images"
+            raise ConfigError(f"`image_size` is {self.image_size}: it must be {limits}")
+        at_least(self, "weight_decay", 0)
+
+    def resolved(self) -> TinyImageNetConfig:
+        """Return the same with a value for every option that was left open."""
+        decay = 1e-6 if self.model == "best" else 0.01 if self.optimizer == "adamw" else 0.0
+        chosen = {
+            "scheduler": "none" if self.optimizer == "adam" else "cosine",
+            "weight_decay": decay,
+            "image_size": 64 if self.dataset == "tiny-imagenet" else 32,
+            "name": f"{self.model}-{self.augmentation}-{self.optimizer}",
+        }
+        open_ones: dict[str, Any] = {option: value for option, value in chosen.items() if getattr(self, option) is None}
+        return dataclasses.replace(self, **open_ones)
+
+
+Config = TinyImageNetConfig
+"""What the registry asks every recipe for."""
+
+
+def train(config: TinyImageNetConfig) -> RecipeOutcome:
+    """Train, test, and write the run's folder with its results, pictures, and weights for plain torch."""
+    config = config.resolved()
+    chosen = devices.resolve(config.device).devices  # a device that is not there is said before any download
+    images = load(config)
+    facts = common.facts_of(images)
+    run = folder_of(NAME, config, chosen)
+    torch.manual_seed(config.seed)
+    model = small_cnns.build(config.model, len(images.classes), images.shape[1])
+    trainer = _trainer(model, config, images, facts, run)
+    with run.resumable(NAME):
+        trainer.fit(save_model=True, model_path=run.model)
+    if current_world().is_main:
+        _write_plain(run, model, config, facts)
+    test = common.test_loader(images, facts, config.bsize)
+    return common.tested(NAME, run, trainer, images, facts, test)
+
+
+def evaluate(run: RecipeRun, config: TinyImageNetConfig) -> RecipeOutcome:
+    """Test the model of a finished run again; writes ``evaluation.json`` into its folder."""
+    model, facts = _finished(run, config)
+    images = load(config)
+    trainer = _trainer(model, config, images, facts, None)
+    return common.evaluated(run, trainer, images, common.test_loader(images, facts, config.bsize))
+
+
+def predict(
+    run: RecipeRun, config: TinyImageNetConfig, sources: Sequence[str], *, invert: bool = False
+) -> list[Prediction]:
+    """Name the classes of image files, with the probabilities that the model of a finished run gives them."""
+    model, facts = _finished(run, config)
+    return common.predictions(model, facts, config.device, sources, invert=invert)
+
+
+def load(config: TinyImageNetConfig) -> ImageSet:
+    """Return the images that ``config`` names."""
+    if config.dataset == "tiny-imagenet":
+        images = tiny_imagenet.load(config.root, download=config.download, size=config.image_size or tiny_imagenet.SIZE)
+    else:
+        images = cifar.load(cifar.official(config.dataset), config.root, download=config.download)
+    if config.limit is None:
+        return images
+    train, test = (part.take(_first_of_each(part.labels, config.limit)) for part in (images.train, images.test))
+    return dataclasses.replace(images, train=train, test=test)
+
+
+def changes(config: TinyImageNetConfig, size: int) -> list[Any]:
+    """Return the random changes of single images."""
+    if config.augmentation == "none":
+        return []
+    crop = transforms.RandomResizedCrop(size, scale=SCALE)
+    return [crop, transforms.RandomHorizontalFlip(), transforms.ColorJitter(**JITTER)]
+
+
+def one_by_one(config: TinyImageNetConfig, size: int) -> Any:
+    """Return torchvision's transform of one image that makes the same random changes, for worker processes."""
+    v2 = require("torchvision.transforms.v2", extra="vision")
+    if config.augmentation == "none":
+        return v2.Identity()
+    return v2.Compose([v2.RandomResizedCrop(size, scale=SCALE), v2.RandomHorizontalFlip(), v2.ColorJitter(**JITTER)])
+
+
+def mixing(config: TinyImageNetConfig, classes: int) -> Any:
+    """Return torchvision's transform that mixes a batch, or ``None``."""
+    if config.augmentation not in ("mixup", "cutmix"):
+        return None
+    v2 = require("torchvision.transforms.v2", extra="vision")
+    return (v2.MixUp if config.augmentation == "mixup" else v2.CutMix)(num_classes=classes)
+
+
+def _first_of_each(labels: torch.Tensor, limit: int) -> torch.Tensor:
+    """Return the places of the first ``limit`` images of each class, in order."""
+    return torch.cat([(labels == label).nonzero().flatten()[:limit] for label in torch.unique(labels)]).sort().values
+
+
+def _trainer(
+    model: nn.Module, config: TinyImageNetConfig, images: ImageSet, facts: DatasetMetadata, run: RecipeRun | None
+) -> Trainer:
+    """Return a trainer with the options of ``config``, which writes into the folder of ``run``."""
+    from duoka.recipes.common.label_metrics import LabelWeightedAccuracy
+
+    return Trainer(
+        model,
+        _train_loader(config, images, facts),
+        common.test_loader(images, facts, config.bsize),
+        loss=nn.functional.cross_entropy,
+        metrics=common.metrics(len(facts.classes)),
+        train_metrics={"accuracy": LabelWeightedAccuracy()},
+        device=config.device,
+        batch=config.batch,
+        precision=config.precision,
+        epochs=config.epochs,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        lr_scaling=config.lr_scaling,
+        weight_decay=config.weight_decay,
+        scheduler=None if config.scheduler == "none" else config.scheduler,
+        seed=config.seed,
+        **({} if run is None else run_options(run, NAME, config)),
+    )
+
+
+def _train_loader(config: TinyImageNetConfig, images: ImageSet, facts: DatasetMetadata) -> Any:
+    """Return a loader that makes batches on the device, or in worker processes where these were asked for."""
+    mix = mixing(config, len(facts.classes))
+    if not config.workers:
+        return common.loader(images.train, facts, config.bsize, changes(config, facts.shape[1]), mix)
+    workers = common.workers_of(config.device, config.workers)
+    collate = Collate(facts.statistics, mix)
+    return loader(images.train, collate, config.bsize, workers, one_by_one(config, facts.shape[1]))
+
+
+def _write_plain(run: RecipeRun, model: nn.Module, config: TinyImageNetConfig, facts: DatasetMetadata) -> None:
+    """Leave what loads the weights without duoka: the network's source, the weights, and three lines."""
+    shutil.copyfile(small_cnns.__file__, run.folder / "model.py")
+    checkpoint.save(model, run.folder / "model.pth")
+    text = PLAIN.format(model=config.model, classes=len(facts.classes), size=facts.shape[1])
+    (run.folder / "load.txt").write_text(text, encoding="utf-8")
+
+
+def _finished(run: RecipeRun, config: TinyImageNetConfig) -> tuple[nn.Module, DatasetMetadata]:
+    """Return the trained model of a run and what it remembers of its images."""
+    return common.finished(run, lambda facts: small_cnns.build(config.model, len(facts.classes), facts.shape[1]))

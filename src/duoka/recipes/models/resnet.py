@@ -1,0 +1,90 @@
+"""ResNet-10, 18 and 50 for small images: torchvision's blocks behind a 3x3 stem without max-pool."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from duoka.errors import ConfigError
+from duoka.utils.imports import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LAYERS", "ResNet", "resnet"]
+
+LAYERS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
+    "resnet10": ("BasicBlock", (1, 1, 1, 1)),
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+}
+"""A model's name, its block in torchvision, and how many blocks each of the four stages has."""
+
+
+class ResNet(nn.Module):
+    """A residual network for images of about 8 to 64 pixels a side (He et al., 2015, https://arxiv.org/abs/1512.03385).
+
+    The names of its parameters are torchvision's. Against torchvision's ``ResNet`` the stem is one 3x3 convolution
+    with stride 1 and there is no max-pool, so that a 32x32 image enters the first stage as 32x32.
+
+    Args:
+        block: torchvision's ``BasicBlock`` or ``Bottleneck``.
+        layers: blocks in each of the four stages.
+        num_classes: length of the output.
+        in_channels: 1 for grey images, 3 for colour.
+        width: factor on torchvision's widths, 64, 128, 256 and 512 channels.
+
+    """
+
+    def __init__(
+        self, block: Any, layers: tuple[int, int, int, int], num_classes: int, in_channels: int = 3, width: float = 1.0
+    ) -> None:
+        super().__init__()
+        widths = [max(1, round(64 * width * 2**stage)) for stage in range(4)]
+        self.conv1 = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU(inplace=True)
+        inputs = [widths[0], *(planes * block.expansion for planes in widths)]
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            _stage(block, inputs[stage], widths[stage], layers[stage], stride=1 if stage == 0 else 2)
+            for stage in range(4)
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(inputs[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``(batch, num_classes)`` of ``images`` ``(batch, in_channels, height, width)``."""
+        features = self.relu(self.bn1(self.conv1(images)))
+        features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(features), 1))
+        return logits
+
+
+def resnet(name: str, num_classes: int, in_channels: int = 3, width: float = 1.0) -> ResNet:
+    """Build ``"resnet10"``, ``"resnet18"`` or ``"resnet50"``; see ``ResNet`` for the arguments.
+
+    >>> sum(p.numel() for p in resnet("resnet18", num_classes=100).parameters())
+    11220132
+    """
+    if name not in LAYERS:
+        raise ConfigError(f"there is no model {name!r}: choose one of {', '.join(LAYERS)}")
+    if width <= 0:
+        raise ConfigError(f"width is {width}: it multiplies the numbers of channels and must be above 0")
+    blocks = require("torchvision.models.resnet", extra="vision")
+    block, layers = LAYERS[name]
+    return ResNet(getattr(blocks, block), layers, num_classes, in_channels, width)
+
+
+def _stage(block: Any, inputs: int, planes: int, count: int, stride: int) -> nn.Sequential:
+    """Return ``count`` blocks; the first takes ``inputs`` channels and the stride, with a 1x1 shortcut where needed."""
+    outputs = planes * block.expansion
+    shortcut = None
+    if stride != 1 or inputs != outputs:
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    rest = [block(outputs, planes) for _ in range(count - 1)]
+    return nn.Sequential(block(inputs, planes, stride, shortcut), *rest)

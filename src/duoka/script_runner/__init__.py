@@ -1,0 +1,10 @@
+"""``duoka run``: somebody's unchanged script or notebook on every device, and an account of what that brought."""
+
+from __future__ import annotations
+
+from duoka.script_runner.dry_run import explain
+from duoka.script_runner.notebook import run_notebook
+from duoka.script_runner.script import Script
+from duoka.script_runner.session import RunSession
+
+__all__ = ["Script", "RunSession", "explain", "run_notebook"]

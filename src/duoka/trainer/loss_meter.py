@@ -1,0 +1,88 @@
+"""The mean of a loss over samples, kept on the device and read only when somebody asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from duoka.world import World
+
+__all__ = ["LossMeter"]
+
+FOLD_EVERY = 64
+
+
+class LossMeter:
+    """A weighted mean. Nothing is read from the device while it grows, and adding to it computes nothing.
+
+    The losses of some steps wait in a list and are summed up together, in double precision, which for numbers of single
+    precision is exact in practice: the order of adding, and so an interruption, leaves no trace.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.total = torch.zeros((), dtype=dtype, device=device)
+        self.weight: Any = 0
+        self._means: list[torch.Tensor] = []
+        self._counts: list[int] = []
+        self._sums: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+
+    def reset(self) -> None:
+        """Begin again at nothing."""
+        self.total.zero_()
+        self.weight = 0
+        for waiting in (self._means, self._counts, self._sums, self._weights):
+            waiting.clear()
+
+    def add(self, mean: torch.Tensor, count: int) -> None:
+        """Add the mean over ``count`` samples."""
+        self._means.append(mean.detach())
+        self._counts.append(count)
+        if len(self._counts) == FOLD_EVERY:
+            self._fold()
+
+    def add_sum(self, total: torch.Tensor, weight: Any) -> None:
+        """Add a sum and its weight, a number or a tensor on the device."""
+        self._sums.append(total.detach())
+        self._weights.append(torch.as_tensor(weight, dtype=self.total.dtype, device=self.total.device).detach())
+        if len(self._sums) == FOLD_EVERY:
+            self._fold()
+
+    def read(self) -> tuple[float, float]:
+        """Return this rank's ``(sum, weight)``; waits for the device."""
+        self._fold()
+        return float(self.total), float(self.weight)
+
+    def restore(self, state: tuple[float, float]) -> None:
+        """Continue from what ``read`` returned."""
+        self.reset()
+        self.total.fill_(state[0])
+        self.weight = state[1]
+
+    def mean(self) -> float:
+        """Return this rank's mean so far, ``nan`` of nothing; waits for the device."""
+        total, weight = self.read()
+        return total / weight if weight else float("nan")
+
+    def global_mean(self, world: World) -> float | None:
+        """Return the mean over all ranks, ``None`` of nothing; waits for the device and the ranks."""
+        both = torch.tensor(self.read(), dtype=torch.float64, device="cpu")
+        total, weight = world.all_reduce(both).tolist()
+        return total / weight if weight else None
+
+    def _fold(self) -> None:
+        if self._counts:
+            counts = torch.tensor(self._counts, dtype=self.total.dtype, device="cpu").to(
+                self.total.device, non_blocking=True
+            )
+            self.total.add_((torch.stack(self._means).to(self.total.dtype) * counts).sum())
+            self.weight = self.weight + sum(self._counts)
+            self._means.clear()
+            self._counts.clear()
+        if self._sums:
+            self.total.add_(torch.stack(self._sums).to(self.total.dtype).sum())
+            self.weight = self.weight + torch.stack(self._weights).sum()
+            self._sums.clear()
+            self._weights.clear()

@@ -1,0 +1,207 @@
+"""How work and results travel between processes: cloudpickle, with tensors and arrays beside it in shared memory.
+
+The bytes of tensors and NumPy arrays are written once into an anonymous memory file, however many helpers read it. A
+receiver maps that file copy-on-write: reading costs no copy, and nobody's writes reach anybody else. A message is
+therefore a value, and a data set of 2 GB is held once more in all, not once more a helper.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import mmap
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+import cloudpickle
+import torch
+from torch.utils.data import DataLoader
+
+__all__ = ["Payload", "dumps", "loads", "memory_file"]
+
+_ALIGNMENT = mmap.PAGESIZE
+_MAPPED_FROM_BYTES = 1 << 20
+_receiver: ContextVar[torch.device] = ContextVar("duoka_receiver", default=torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A pickled object: ``data``, and the sizes in bytes of the buffers that lie, page-aligned, in the file ``fd``."""
+
+    data: bytes
+    sizes: tuple[int, ...] = ()
+    fd: int | None = None
+
+    def close(self) -> None:
+        """Close this process's hold on the memory file; what receivers have mapped stays theirs."""
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+def dumps(value: Any, replace: Callable[[Any], Any] | None = None) -> Payload:
+    """Pickle ``value``, functions and classes of ``__main__`` included; raises what pickling raises.
+
+    ``replace`` may return for an object what to pickle in its place, as ``__reduce__`` does, or ``NotImplemented``.
+    """
+    file = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
+    _PayloadPickler(file, buffers, replace).dump(value)
+    if not buffers:
+        return Payload(file.getvalue())
+    views = [buffer.raw() for buffer in buffers]
+    return Payload(file.getvalue(), tuple(view.nbytes for view in views), _write(views))
+
+
+def loads(payload: Payload, device: torch.device) -> Any:
+    """Rebuild the object; tensors that were on an accelerator arrive on ``device``, all others on the CPU."""
+    token = _receiver.set(device)
+    try:
+        return pickle.loads(payload.data, buffers=_map(payload))
+    finally:
+        _receiver.reset(token)
+        getattr(
+            torch._utils, "_sparse_tensors_to_validate", []
+        ).clear()  # torch.load's list: it would keep them for good
+
+
+def memory_file(name: str) -> int:
+    """Return the descriptor of an anonymous file in memory, or on systems without one, of an unlinked temporary file."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name, os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile(prefix=name) as file:
+        return os.dup(file.fileno())
+
+
+class _PayloadPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is not annotated
+    def __init__(
+        self, file: io.BytesIO, buffers: list[pickle.PickleBuffer], replace: Callable[[Any], Any] | None
+    ) -> None:
+        super().__init__(file, protocol=5, buffer_callback=self._keep_large)
+        self._buffers = buffers
+        self._replace = replace
+        self._storages: dict[int, _Storage] = {}
+
+    def _keep_large(self, buffer: pickle.PickleBuffer) -> bool:
+        if buffer.raw().nbytes < _MAPPED_FROM_BYTES:
+            return True  # small ones stay in the pickle
+        self._buffers.append(buffer)
+        return False
+
+    def reducer_override(self, obj: Any) -> Any:
+        if self._replace is not None and (other := self._replace(obj)) is not NotImplemented:
+            return other
+        if type(obj) is torch.storage.TypedStorage and obj._untyped_storage.device.type != "meta":
+            storage = obj._untyped_storage
+            handle = self._storages.setdefault(storage._cdata, _Storage(storage))
+            return _typed_storage, (handle, obj.dtype)
+        if type(obj) is torch.Generator:
+            return _generator, (obj.device, obj.get_state())
+        if isinstance(obj, ModuleType) and type(obj) is not ModuleType and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)  # torch.backends.cudnn, torch.ops: classes of their own
+        if isinstance(obj, DataLoader) and obj._iterator is not None:
+            idle = copy.copy(obj)  # its persistent workers stay where they were started
+            idle._iterator = None
+            return idle.__reduce_ex__(5)
+        return super().reducer_override(obj)
+
+    def _dynamic_function_reduce(self, func: FunctionType) -> tuple[Any, ...]:
+        """Let a function made by an installed library use that library's globals there, rather than copies of them."""
+        make, arguments, state, *rest = super()._dynamic_function_reduce(func)
+        if _is_of_library(func):
+            arguments = (arguments[0], _Globals(func.__module__), *arguments[2:])
+            state[1]["__globals__"] = {}
+        return make, arguments, state, *rest
+
+
+class _Globals:
+    """Stands for the global names of a module."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _globals_of, (self.name,)
+
+
+def _globals_of(name: str) -> dict[str, Any]:
+    return importlib.import_module(name).__dict__
+
+
+def _is_of_library(func: FunctionType) -> bool:
+    module = sys.modules.get(func.__module__)
+    file = getattr(module, "__file__", None)
+    is_installed = isinstance(file, str) and file.startswith((sys.prefix, sys.base_prefix))
+    return is_installed and func.__globals__ is vars(module) and func.__module__ != "__main__"
+
+
+class _Storage:
+    """Stands for one storage in the pickle, so that tensors that share it share it again on the other side."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        host: torch.UntypedStorage = self.storage.cpu()  # type: ignore[no-untyped-call]
+        array: Any = torch.empty(0, dtype=torch.uint8).set_(host).numpy()
+        return _untyped_storage, (pickle.PickleBuffer(array), self.storage.device.type)
+
+
+def _typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.storage.TypedStorage:
+    return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def _untyped_storage(buffer: Any, device_type: str) -> torch.UntypedStorage:
+    view = memoryview(buffer)
+    if view.nbytes == 0:
+        tensor = torch.empty(0, dtype=torch.uint8)
+    elif view.readonly:  # it lay in the pickle itself
+        tensor = torch.frombuffer(bytearray(view), dtype=torch.uint8)
+    else:
+        tensor = torch.frombuffer(view, dtype=torch.uint8)
+    if view.nbytes < _MAPPED_FROM_BYTES:
+        tensor = tensor.clone()  # ordinary memory, which can be resized
+    return (tensor if device_type == "cpu" else tensor.to(_receiver.get())).untyped_storage()
+
+
+def _generator(device: torch.device, state: torch.Tensor) -> torch.Generator:
+    place = device if device.type == "cpu" else _receiver.get()
+    return torch.Generator(place).set_state(state)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _write(views: Sequence[memoryview]) -> int:
+    fd = memory_file("duoka-payload")
+    try:
+        os.ftruncate(fd, sum(_aligned(view.nbytes) for view in views))
+        offset = 0
+        for view in views:
+            done = 0
+            while done < view.nbytes:
+                done += os.pwrite(fd, view[done:], offset + done)
+            offset += _aligned(view.nbytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _map(payload: Payload) -> Iterable[memoryview]:
+    if payload.fd is None:
+        return []
+    view = memoryview(mmap.mmap(payload.fd, 0, access=mmap.ACCESS_COPY))
+    offset, views = 0, []
+    for size in payload.sizes:
+        views.append(view[offset : offset + size])
+        offset += _aligned(size)
+    return views

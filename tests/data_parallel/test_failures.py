@@ -1,0 +1,200 @@
+"""What happens when a part fails: the user learns it as from one device, and the next call works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import duoka
+from duoka import errors
+from duoka.workers.exceptions import RemoteTraceback
+
+
+class PickyError(Exception):
+    def __init__(self, value: int, unit: str) -> None:
+        super().__init__(f"{value} {unit}")
+        self.value = value
+
+
+class Moody(nn.Module):
+    """Fails where a part holds a negative number, forward or backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x, *, backward: bool = False):
+        out = self.layer(x)
+        if (x < 0).any():
+            if not backward:
+                raise PickyError(3, "apples")
+            out.register_hook(self.fail)
+        return out
+
+    def fail(self, _):
+        raise PickyError(4, "pears")
+
+
+def batch(bad: int | None) -> torch.Tensor:
+    x = torch.ones(3, 1)
+    if bad is not None:
+        x[bad] = -1
+    return x
+
+
+def pids() -> list[int]:
+    return [c.pid for c in psutil.Process().children() if "duoka.workers.worker_main" in " ".join(c.cmdline())]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_exception_in_any_part_arrives_as_its_own_type(bad: int, backward: bool, wrap) -> None:
+    model = wrap(Moody(), "cpu:3")
+    model(batch(None)).sum().backward()
+    before = pids()
+    with pytest.raises(PickyError) as caught:
+        model(batch(bad), backward=backward).sum().backward()
+    assert caught.value.value == (4 if backward else 3)
+    if bad:
+        assert isinstance(caught.value.__cause__, RemoteTraceback)
+        assert f"Traceback of rank {bad} (cpu:{bad})" in str(caught.value.__cause__)
+        assert "in fail" in str(caught.value.__cause__) or not backward
+    model.zero_grad()
+    model(batch(None)).sum().backward()
+    assert model.layer.weight.grad.item() == 3
+    assert pids() == before
+    assert torch.get_num_threads() == 1
+
+
+class Deadly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.owner = os.getpid()
+
+    def forward(self, x, *, end: bool = False):
+        if end and os.getpid() != self.owner:
+            print("last words", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.layer(x)
+
+
+def test_a_helper_that_dies_in_the_middle_is_reported_and_replaced(wrap) -> None:
+    model = wrap(Deadly(), "cpu:3")
+    kept = model(batch(None)).sum()
+    before = pids()
+    with pytest.raises(errors.WorkerDied, match="SIGKILL") as caught:
+        model(batch(None), end=True)
+    assert "last words" in caught.value.last_output
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        kept.backward()
+    model(batch(None)).sum().backward()
+    assert model.layer.weight.grad.item() == 3
+    assert not set(before) & set(pids())
+
+
+def test_a_helper_killed_between_calls_is_reported_and_replaced(wrap) -> None:
+    model = wrap(Deadly())
+    out = model(batch(None)).sum()
+    os.kill(pids()[0], signal.SIGKILL)
+    with pytest.raises(errors.WorkerDied):
+        out.backward()
+    model(batch(None)).sum().backward()
+    assert model.layer.weight.grad.item() == 3
+
+
+def test_a_model_that_cannot_leave_the_process_is_named(wrap) -> None:
+    model = wrap(Deadly())
+    model.module.lock = threading.Lock()
+    with pytest.raises(errors.LaunchError, match="attribute 'lock'"):
+        model(batch(None))
+    del model.module.lock
+    assert model(batch(None)).shape == (3, 1)
+
+
+def test_a_part_that_prints_much_does_not_block(wrap) -> None:
+    class Loud(nn.Module):
+        def forward(self, x):
+            print("x" * 300_000)
+            return x
+
+    assert wrap(Loud())(batch(None)).shape == (3, 1)
+
+
+def test_interrupting_a_call_stops_it_and_the_next_works(tmp_path: Path, transport: str) -> None:
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+        import os, signal, sys, threading, time, torch, duoka
+        from torch import nn
+
+        class Slow(nn.Linear):
+            def forward(self, x, wait=0):
+                if os.getpid() != OWNER:
+                    time.sleep(wait)
+                return super().forward(x)
+
+        OWNER = os.getpid()
+        model = duoka.DataParallel(Slow(2, 1), devices="cpu:2")
+        model(torch.ones(4, 2))
+        threading.Timer(0.5, os.kill, (OWNER, signal.SIGINT)).start()
+        start = time.monotonic()
+        try:
+            model(torch.ones(4, 2), wait=60)
+        except KeyboardInterrupt:
+            print("interrupted", time.monotonic() - start < 5)
+        print(tuple(model(torch.ones(4, 2)).shape))
+        """)
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "interrupted True\n(4, 1)\n", done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_script_that_ends_or_is_killed_leaves_no_helper(tmp_path: Path, transport: str) -> None:
+    script = """
+        import os, psutil, torch, duoka
+        model = duoka.DataParallel(torch.nn.Linear(2, 1), devices="cpu:2")
+        model(torch.ones(4, 2)).sum().backward()
+        print(*[c.pid for c in psutil.Process().children()], flush=True)
+        os.kill(os.getpid(), END) if END else None
+    """
+    for end in (0, int(signal.SIGKILL)):
+        (tmp_path / "script.py").write_text(textwrap.dedent(script).replace("END", str(end)))
+        done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == -end, done.stderr
+        deadline = time.monotonic() + 5
+        while any(map(psutil.pid_exists, map(int, done.stdout.split()))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(psutil.pid_exists, map(int, done.stdout.split())))
+
+
+def test_two_threads_may_use_one_model(wrap) -> None:
+    model = wrap(nn.Linear(2, 1))
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                model(torch.ones(4, 2)).sum().backward()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert isinstance(model, duoka.DataParallel)

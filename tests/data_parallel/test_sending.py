@@ -1,0 +1,463 @@
+"""What is special to tensors that are sent: what is sent and what is not, nobody's edits missed, nobody's group touched."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import optimizer as optimizers
+
+import duoka
+from duoka import errors
+from duoka.data_parallel.messages import ReceiveWeights
+from duoka.data_parallel.transport.buckets import BucketChecksum, gradient_buckets, value_buckets
+from duoka.data_parallel.transport.process_group import PrivateProcessGroup
+
+
+@pytest.fixture
+def transport(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("DUOKA_MIRROR_SENDS", "1")
+    return "sending"
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch):
+    """Return how many buckets were sent since it was last asked, by wrapped model."""
+
+    def look(model) -> list[tuple[int, ...]]:
+        crew = model._duoka_engine.crew
+        if not hasattr(crew, "seen"):
+            crew.seen, tell = [], crew.tell
+
+            def telling(message, fd=None):
+                if isinstance(message, ReceiveWeights):
+                    crew.seen.append(message.buckets)
+                tell(message, fd)
+
+            crew.tell = telling
+        seen, crew.seen = crew.seen, []
+        return seen
+
+    return look
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+X = torch.arange(24.0).view(6, 4) / 24
+
+
+def settle() -> None:
+    """Let what was sent early arrive."""
+    time.sleep(0.05)
+
+
+def clamp(p):
+    p.data.clamp_(-0.05, 0.05)
+
+
+def negate(p):
+    p.data.neg_()
+
+
+def turn_round(p):
+    p.data.copy_(p.data.flip(0))
+
+
+def one_bit(p):
+    p.data.view(-1)[0] = torch.nextafter(p.data.view(-1)[0], torch.tensor(9.0))
+
+
+def other_memory(p):
+    p.data = p.data * 0.5
+
+
+@pytest.mark.parametrize("edit", [clamp, negate, turn_round, one_bit, other_memory])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_edit_through_data_after_the_step_is_seen(edit, frozen: bool, waits: bool, wrap) -> None:
+    model = wrap(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)))
+    model.module[1].requires_grad_(not frozen)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).pow(2).mean().backward()
+        optimizer.step()
+        if waits:
+            settle()
+        edit(model.module[1].weight)
+        assert torch.equal(weight_seen_by_helper(model), model.module[1].weight)
+
+
+def weight_seen_by_helper(model) -> torch.Tensor:
+    """What the second device computes with: an identity through the middle layer, by the layers around it."""
+    with torch.no_grad():
+        first, last = model.module[0], model.module[2]
+        kept = [p.detach().clone() for p in (*first.parameters(), *last.parameters())]
+        handle = model.module.register_forward_hook(lambda m, _, o: m[1].weight.detach().clone().expand(len(o), -1, -1))
+        seen = model(X)[-1]
+        handle.remove()
+        for p, k in zip((*first.parameters(), *last.parameters()), kept, strict=True):
+            assert torch.equal(p, k)
+    return seen
+
+
+def test_what_has_not_changed_is_not_sent_again(sent, wrap) -> None:
+    model = wrap(net()).eval()
+    with torch.no_grad():
+        model(X)
+        sent(model)
+        for _ in range(3):
+            model(X)
+        assert sent(model) == []
+        model.module[1].running_mean.add_(1)
+        torch.testing.assert_close(model(X), model.module(X))
+        assert len(sent(model)[0]) == 1
+
+
+def test_a_frozen_part_is_not_sent_while_the_rest_trains(sent, wrap) -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    module[0].requires_grad_(False)
+    model = wrap(module)
+    optimizer = torch.optim.SGD(module[1].parameters(), lr=0.1)
+    model(X).sum().backward()
+    sent(model)
+    for _ in range(3):
+        model(X).sum().backward()
+        optimizer.step()
+    assert set(sent(model)) == {(0,)}
+    module[0].weight.data.mul_(2)
+    torch.testing.assert_close(model(X), module(X))
+    assert any(1 in buckets for buckets in sent(model))
+
+
+def test_a_step_sends_at_once_and_the_forward_does_not_send_again(sent, wrap) -> None:
+    model = wrap(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)))
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    others = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    model(X).sum().backward()
+    sent(model)
+    others.step()
+    assert sent(model) == []
+    own.step()
+    assert sent(model) == [(0,)]
+    settle()
+    torch.testing.assert_close(model(X), model.module(X))
+    assert sent(model) == []
+
+
+def test_sending_early_pauses_where_it_was_of_no_use(sent, wrap, monkeypatch) -> None:
+    model = wrap(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr("duoka.data_parallel.transport.process_group.Pending.let_go", lambda _: lambda: False)
+    early = []
+    model(X).sum().backward()
+    for _ in range(12):
+        sent(model)
+        optimizer.step()
+        early.append(len(sent(model)))
+        model(X).sum().backward()
+    assert early == [1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+
+
+def test_nothing_stays_with_torchs_optimisers_or_groups(wrap) -> None:
+    hooks = dict(optimizers._global_optimizer_post_hooks)
+    groups = dict(dist.distributed_c10d._world.pg_map)
+    model = wrap(net())
+    model(X).sum().backward()
+    assert not dist.is_initialized()
+    assert len(optimizers._global_optimizer_post_hooks) == len(hooks) + 1
+    model.close()
+    assert dict(optimizers._global_optimizer_post_hooks) == hooks
+    assert dist.distributed_c10d._world.pg_map == groups
+
+
+def test_a_model_that_is_only_dropped_is_in_no_optimisers_way(wrap) -> None:
+    dropped = duoka.DataParallel(nn.Linear(4, 3), devices="cpu:2")
+    dropped(X).sum().backward()
+    kept = wrap(nn.Linear(4, 3))  # so that torch goes on to another hook
+    optimizer = torch.optim.SGD(kept.parameters(), lr=0.1)
+    kept(X).sum().backward()
+    del dropped
+    gc.collect()
+    before = kept.module.weight.detach().clone()
+    for _ in range(2):
+        optimizer.step()
+    assert not torch.equal(kept.module.weight, before)
+    assert torch.allclose(kept(X), kept.module(X))
+
+
+@pytest.mark.slow
+def test_a_script_that_ends_while_a_model_is_being_given_up_ends_well(tmp_path: Path, transport: str) -> None:
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+        import gc, torch, duoka
+        model = duoka.DataParallel(torch.nn.Linear(2, 1), devices="cpu:2")
+        model(torch.ones(4, 2)).sum().backward()
+        del model
+        gc.collect()
+        """)
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_forked_child_that_collects_a_model_ends_and_leaves_it_to_its_parent(tmp_path: Path, transport: str) -> None:
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+        import gc, multiprocessing, os, sys, warnings
+        import torch, duoka
+        warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+        model = duoka.DataParallel(torch.nn.Linear(2, 1), devices="cpu:2")
+        model(torch.ones(4, 2)).sum().backward()
+        box = [model]
+
+        def collect():
+            box.clear()
+            globals().pop("model")
+            gc.collect()
+
+        child = multiprocessing.get_context("fork").Process(target=collect)
+        child.start()
+        child.join(20)
+        print(child.exitcode)
+        child.kill()
+        if (pid := os.fork()) == 0:
+            sys.exit(0)  # through all that Python does at its end
+        print(os.waitpid(pid, 0)[1], model(torch.ones(4, 2)).shape)
+        """)
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n0 torch.Size([4, 1])\n"), done.stderr
+
+
+def test_the_users_own_process_group_works_beside_it(wrap) -> None:
+    model = wrap(nn.Linear(4, 3))
+    model(X).sum().backward()
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model(X).sum().backward()
+        tensor = torch.ones(2)
+        dist.all_reduce(tensor)
+        model.close()
+        dist.all_reduce(tensor)
+        assert dist.get_world_size() == 1
+    finally:
+        dist.destroy_process_group()
+    assert model(X).shape == (6, 3)
+
+
+class Doomed(nn.Module):
+    """Its last device ends in the middle of a backward, when some gradients have gone and others have not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.owner, self.what = os.getpid(), ""
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if os.getpid() != self.owner and x[0, 0] >= 0.5 and self.what:
+            hidden.register_hook(self.fail)
+        return self.last(hidden)
+
+    def fail(self, _):
+        if self.what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyError("half-way")
+
+
+@pytest.mark.parametrize(("what", "error"), [("die", errors.WorkerDied), ("raise", KeyError)])
+@pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
+def test_a_backward_that_ends_half_way_keeps_nobody_waiting(what: str, error, devices: str, pair, compare) -> None:
+    model, reference = pair(Doomed(), devices)
+    model(X)  # helpers are there: their start is not what is limited
+    model.what = what
+    start = time.monotonic()
+    with pytest.raises(error):
+        model(X).sum().backward()
+    assert time.monotonic() - start < 5
+    model.what = ""
+    for m in (model, reference):
+        m.zero_grad()
+        m(X).sum().backward()
+    assert compare.same_gradients(model.module, reference)
+
+
+@pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
+def test_what_fails_in_the_first_part_leaves_the_order_whole(devices: str, pair, compare) -> None:
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if x[0, 0] < 0:
+                raise ValueError("negative")
+            return super().forward(x)
+
+    model, reference = pair(Picky(4, 3), devices)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="negative"):
+            model(X - 0.01)
+        for m in (model, reference):
+            m.zero_grad()
+            m(X).pow(2).sum().backward()
+        assert compare.same_gradients(model, reference)
+
+
+@pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
+def test_a_backward_of_the_users_that_fails_leaves_the_order_whole(devices: str, pair, compare) -> None:
+    class Watched(nn.Linear):
+        fails = False
+
+        def forward(self, x):
+            out = super().forward(x)
+            if self.fails and os.getpid() == self.owner:
+                out.register_hook(lambda _: 1 / 0)
+            elif self.fails:  # so that nothing of the helper's has come when nobody wants it any more
+                out.register_hook(lambda _: time.sleep(0.2))
+            return out
+
+    model, reference = pair(Watched(4, 3), devices)
+    model.module.owner = reference.owner = os.getpid()
+    model(X)
+    for fails in (True, False, True, False):
+        for m in (model, reference):
+            m.zero_grad()
+            getattr(m, "module", m).fails = fails and m is model
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                model(X).sum().backward()
+        else:
+            for m in (model, reference):
+                m(X).pow(2).sum().backward()
+            assert compare.same_gradients(model, reference)
+
+
+def helper_pid(model) -> int:
+    return model._duoka_engine.crew._conversation.helpers[0].pid
+
+
+def test_a_death_that_a_step_meets_is_told_by_the_next_forward(wrap) -> None:
+    model = wrap(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(X).sum().backward()
+    os.kill(helper_pid(model), signal.SIGKILL)
+    time.sleep(0.1)
+    before = model.module.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.module.weight, before)
+    with pytest.raises(errors.WorkerDied):
+        model(X)
+    torch.testing.assert_close(model(X), model.module(X))
+
+
+@pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
+def test_a_death_between_an_answer_and_its_tensors_is_one(devices: str, wrap, monkeypatch) -> None:
+    class Wide(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).repeat(1, 1_000_000)
+
+    model = wrap(Wide(4, 3), devices)
+    receive = PrivateProcessGroup.receive
+
+    def receiving(self, tensor, source):
+        os.kill(helper_pid(model), signal.SIGKILL)
+        return receive(self, tensor, source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateProcessGroup, "receive", receiving)
+        with pytest.raises(errors.WorkerDied, match="SIGKILL"):
+            model(X)
+    assert model(X).shape == (6, 3_000_000)
+
+
+def test_buckets_are_cut_and_complex_and_half_gradients_are_added(pair, compare) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+            self.b = nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
+            self.c = nn.Parameter(torch.randn(600_000))
+            self.empty = nn.Parameter(torch.empty(0))
+
+        def forward(self, x):
+            return (x.to(torch.complex64) @ self.a).abs() * self.b + self.c.mean() + self.empty.sum()
+
+    model, reference = pair(Mixed(), "cpu:3")
+    kinds = [bucket.dtype for bucket in gradient_buckets(list(model.parameters()))]
+    assert kinds == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    for m in (model, reference):
+        m(X).pow(2).sum().backward()
+    assert compare.same_gradients(model, reference, 2e-2)
+
+
+def test_buckets_hold_each_tensor_once_and_stay_small() -> None:
+    tensors = [torch.empty(size) for size in (10, 8_000_000, 3, 0, 5_000_000, 4_000_000, 7)]
+    buckets = value_buckets(tensors, [range(4), range(4, 7)])
+    assert sorted(n for bucket in buckets for n in bucket.pieces) == list(range(7))
+    assert all(bucket.nbytes <= 25 << 20 or len(bucket.pieces) == 1 for bucket in buckets)
+
+
+def test_a_checksum_tells_contents_apart() -> None:
+    checksum = BucketChecksum(torch.device("cpu"))
+    base = torch.randint(256, (1 << 23,), dtype=torch.uint8)
+    values = base.view(torch.float32)
+    seen = {int(checksum(base))}
+    for change in (
+        lambda: values[0].mul_(-1),
+        lambda: values.copy_(values.flip(0)),
+        lambda: values[[3, 1 << 20]].sum() and values[3].copy_(values[1 << 20]),
+        lambda: base[-1].add_(1),
+        lambda: base.view(torch.int32).neg_(),
+    ):
+        change()
+        seen.add(int(checksum(base)))
+    assert len(seen) == 6
+    assert int(checksum(base.clone())) == int(checksum(base))
+
+
+def test_a_user_may_go_on_in_another_thread_while_one_computes(pair, compare) -> None:
+    model, reference = pair(nn.Linear(4, 3), "cpu:3")
+    failures = []
+
+    def work() -> None:
+        try:
+            for _ in range(10):
+                model(X.clone().requires_grad_()).sum().backward()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    for _ in range(30):
+        reference(X).sum().backward()
+    assert compare.same_gradients(model, reference, 1e-3)
+
+
+def test_a_model_and_its_copy_see_their_own_values(wrap) -> None:
+    first = wrap(net())
+    first(X)
+    second = wrap(copy.deepcopy(first.module))
+    with torch.no_grad():
+        for p in second.parameters():
+            p.mul_(0.5)
+    for model in (first, second, first):
+        model.eval()
+        torch.testing.assert_close(model(X), model.module(X))

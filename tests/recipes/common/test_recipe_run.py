@@ -1,0 +1,88 @@
+"""Run folders: made once each, found again, and refused with a reason."""
+
+import shutil
+
+import pytest
+
+from duoka.errors import ConfigError, DataError, StorageError
+from duoka.recipes.common import registry
+from duoka.recipes.common.recipe_run import RecipeRun, no_empty_folder
+
+
+def test_runs_of_the_same_second_and_name_have_folders_of_their_own(tmp_path):
+    folders = {RecipeRun.new(tmp_path, "cifar100", "x").folder for _ in range(5)}
+    assert len(folders) == 5
+    assert all(folder.parent == tmp_path / "cifar100" for folder in folders)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StorageError, match=r"cannot make the run's folder .*out/cifar100.*choose another --out"):
+        RecipeRun.new(tmp_path / "out", "cifar100", "x")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match="the folder is not there"):
+        RecipeRun.at(tmp_path / "none")
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    for name in ("config.yml", "model.safetensors", "checkpoint/last.pt"):
+        (tmp_path / "run" / name).touch()
+        with pytest.raises(DataError, match=f"it is a file of the run {tmp_path / 'run'}: give that folder"):
+            RecipeRun.at(tmp_path / "run" / name)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(DataError, match="stopped before it began; start it again"):
+        RecipeRun.at(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"holds no config\.yml"):
+        RecipeRun.at(tmp_path)
+    (tmp_path / "trainer.yml").write_text("lr: 1\n")
+    with pytest.raises(DataError, match="of a Trainer of your own, not of `duoka train`"):
+        RecipeRun.at(tmp_path)
+    (tmp_path / "config.yml").write_text("lr: 1\n")
+    with pytest.raises(ConfigError, match="does not say which recipe"):
+        RecipeRun.at(tmp_path).recipe()
+
+
+def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
+    (tmp_path / "config.yml").write_text("recipe: cifar100\n")
+    run = RecipeRun.at(tmp_path)
+    for question in (run.finished_model, run.read_results):
+        with pytest.raises(DataError, match="duoka train cifar100 --resume"):
+            question()
+
+
+def test_results_come_back_as_they_were_and_leave_nothing_else(tmp_path):
+    run = RecipeRun(tmp_path)
+    run.write_results({"test_accuracy": 0.5, "名": [1]})
+    assert run.read_results() == {"test_accuracy": 0.5, "名": [1]}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_every_recipe_of_the_table_offers_what_the_commands_call():
+    for name in registry.RECIPES:
+        recipe = registry.find(name)
+        for part in ("Config", "train", "evaluate", "predict"):
+            assert callable(getattr(recipe, part)), (name, part)
+
+
+def test_an_unknown_recipe_is_answered_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"no recipe `cifar-100`: did you mean `cifar100`\?"):
+        registry.find("cifar-100")
+    with pytest.raises(ConfigError, match="there is cifar100"):
+        registry.find("zzz")
+
+
+def test_a_run_that_is_interrupted_before_it_writes_leaves_no_folder(tmp_path):
+    def interrupted(*, late: bool) -> None:
+        with no_empty_folder():
+            run = RecipeRun.new(tmp_path / "made" / "runs", "cifar100", "x")
+            if late:
+                run.log("begun")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(late=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(late=True)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.txt"]

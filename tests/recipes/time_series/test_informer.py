@@ -1,0 +1,626 @@
+"""The recipe ``informer``, end to end on small tables: what it learns, leaves, refuses, and on how many devices."""
+
+import json
+import math
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.functional import mse_loss
+
+from duoka import Trainer
+from duoka.cli.main import main
+from duoka.errors import ConfigError, DataError
+from duoka.recipes.datasets import csv_table, synthetic_table
+from duoka.recipes.datasets.sliding_windows import SlidingWindows, loader
+from duoka.recipes.datasets.time_series import TimeSeries
+from duoka.recipes.models.informer import Informer, Size
+from duoka.recipes.time_series import TimeSeriesConfig, forecasting, regression
+from duoka.recipes.time_series import plots as drawing
+from duoka.recipes.time_series.baselines import last_season, last_value
+from duoka.recipes.time_series.config import LENGTHS
+
+ETTH1 = Path(__file__).parents[4] / "shared" / "data" / "ETTh1.csv"
+SMALL = ["--device", "cpu", "--width", "16", "--heads", "2", "--hidden", "32", "--seq_len", "24", "--label_len", "12"]
+SMALL = [*SMALL, "--pred_len", "6", "--lr", "0.003", "--epochs", "2", "--bsize", "64"]
+TINY = ["--device", "cpu", "--width", "16", "--heads", "2", "--hidden", "16", "--epochs", "3", "--bsize", "128"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model is fastest on one thread, and much slower on two that other processes want as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def waves(rows: int = 600) -> pd.DataFrame:
+    """Three series of a day's rhythm, hourly."""
+    hour = torch.arange(rows, dtype=torch.float64)
+    noise = 0.1 * torch.randn(rows, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    day = 2 * math.pi * hour / 24
+    values = torch.stack((day.sin(), 5 + 2 * day.cos(), (2 * day).sin() - 3), dim=1) + noise
+    frame = pd.DataFrame(values.numpy(), columns=["a", "b", "OT"])
+    frame.insert(0, "date", pd.date_range("2021-03-01", periods=rows, freq="h").astype(str))
+    return frame
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a series and a table."""
+    folder = tmp_path_factory.mktemp("informer")
+    waves().to_csv(folder / "waves.csv", index=False)
+    synthetic_table.write(folder / "datatry.csv", synthetic_table.make(400))
+    return folder
+
+
+def trained(folder: Path, out: str, *options: str) -> Path:
+    assert main(["train", "informer", *options, "--out", str(folder / out)]) == 0
+    (run,) = (folder / out / "informer").iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> Path:
+    """A finished run of a forecast."""
+    return trained(folder, "forecast", "--csv", str(folder / "waves.csv"), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def table_run(folder) -> Path:
+    """A finished run of a regression."""
+    return trained(folder, "regress", "--task", "regress", "--csv", str(folder / "datatry.csv"), *TINY)
+
+
+def files(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+COMMON = {"config.yml", "metrics.jsonl", "log.txt", "model.safetensors", "results.json", "evaluation_results.txt"}
+
+
+def test_a_forecasts_folder_has_everything_that_was_promised(run):
+    plots = {f"plots/{name}.png" for name in ("curves", "forecasts", "error_by_step", "error_by_column")}
+    assert COMMON | plots | {"forecasts.csv"} <= files(run)
+    for path in run.rglob("*.png"):
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
+
+
+def test_a_regressions_folder_has_everything_that_was_promised(table_run):
+    plots = {f"plots/{kind}_{name}.png" for kind in ("lines", "scatter") for name in ("Pressure", "SWAT")}
+    assert COMMON | plots | {"predictions.csv", "plots/curves.png", "plots/residuals.png"} <= files(table_run)
+
+
+def test_errors_are_those_of_the_forecasts_that_were_written(run):
+    found = results(run)
+    data = forecasting.read(
+        TimeSeriesConfig(csv=str(run.parents[1].parent / "waves.csv"), seq_len=24, pred_len=6).resolved()
+    )
+    written = csv_table.read(run / "forecasts.csv")
+    values = written.numbers(range(1, 7))
+    truth, said = values[:, 0::2], values[:, 1::2]
+    expected = data.parts.scaling.invert(data.parts.test.futures[::6]).flatten(0, 1)
+    assert torch.allclose(truth, expected, rtol=1e-5, atol=1e-5)
+    assert [written.rows[0][0], written.rows[6][0]] == [str(data.series.dates[480]), str(data.series.dates[486])]
+    units = found["original_units"]["Informer"]
+    assert float((said - truth).square().mean()) == pytest.approx(units["mse"], rel=0.2)  # every sixth window only
+    steps, columns = units["mse_by_step"], [column["mse"] for column in units["by_column"].values()]
+    assert sum(steps) / 6 == pytest.approx(units["mse"])
+    assert sum(columns) / 3 == pytest.approx(units["mse"])
+
+
+def test_scaled_and_original_errors_differ_by_the_deviations(run):
+    found = results(run)
+    for column, deviation in zip(found["series"]["columns"], found["series"]["std"], strict=True):
+        scaled, units = (found[kind]["Informer"]["by_column"][column] for kind in ("standardised", "original_units"))
+        assert units["mse"] == pytest.approx(scaled["mse"] * deviation**2)
+        assert units["mae"] == pytest.approx(scaled["mae"] * deviation)
+    assert found["test_mse"] == found["standardised"]["Informer"]["mse"]
+
+
+def test_baselines_are_what_their_names_say():
+    values = torch.arange(80.0).view(40, 2)
+    windows = SlidingWindows(values, torch.zeros(40, 1), past=8, horizon=5, targets=[1])
+    assert torch.equal(last_value(windows)[3], values[10, 1].expand(5, 1))
+    assert torch.equal(last_season(windows, 3)[0].flatten(), values[[5, 6, 7, 5, 6], 1])
+    assert last_season(windows, 9) is None
+
+
+def test_the_text_says_who_forecasts_best(run):
+    text, found = (run / "evaluation_results.txt").read_text(), results(run)["standardised"]
+    assert set(found) == {"Informer", "last value", "last season", "DLinear"}
+    best = min(found, key=lambda name: found[name]["mse"])
+    assert f"The smallest MSE is that of: {best}" in text
+    for column in ("a", "b", "OT"):
+        assert f"\n{column} " in text
+
+
+def test_config_repeats_the_run_to_the_bit(run, folder):
+    again = trained(folder, "again", "-c", str(run / "config.yml"))
+    first, second = load_file(run / "model.safetensors"), load_file(again / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert results(run) == results(again)
+    options = yaml.safe_load((run / "config.yml").read_text(encoding="utf-8"))
+    assert {key for key, value in options.items() if value is None} == {"inputs", "targets", "train_rows", "resume"}
+
+
+@pytest.mark.parametrize("kind", ["forecast", "regress"])
+def test_eval_gives_the_numbers_of_training(run, table_run, kind, capsys):
+    folder = {"forecast": run, "regress": table_run}[kind]
+    assert main(["eval", str(folder)]) == 0
+    found, again = results(folder), json.loads((folder / "evaluation.json").read_text())
+    if kind == "forecast":
+        assert again == {name: found[name] for name in ("test_mse", "test_mae")}
+    else:
+        assert again == {name: found[name] for name in ("overall", "targets")}
+    assert "test m" in capsys.readouterr().out
+
+
+def matters(name: str, weights: torch.Tensor) -> torch.Tensor:
+    """The weights without the keys' bias, which softmax does not see: its gradient is rounding, which Adam makes steps of."""
+    if name.endswith("inward.bias"):
+        query, _, value = weights.chunk(3)
+        return torch.cat((query, value))
+    return weights.chunk(2)[1] if name.endswith("answering.bias") else weights
+
+
+@pytest.mark.parametrize("task", ["forecast", "regress"])
+def test_two_devices_take_the_steps_of_one(folder, task):
+    csv = {"forecast": "waves.csv", "regress": "datatry.csv"}[task]
+    options = ["--task", task, "--csv", str(folder / csv), *(SMALL if task == "forecast" else TINY)]
+    options = [*options, "--dropout", "0", "--epochs", "1", "--baselines", "false", "--bsize", "50"]
+    one = trained(folder, f"one-{task}", *options)
+    two = trained(folder, f"two-{task}", *options, "--device", "cpu:2")
+    first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    for name in first:
+        torch.testing.assert_close(matters(name, second[name]), matters(name, first[name]), rtol=2e-3, atol=1e-4)
+    found = [results(run).get("test_mse") or results(run)["overall"]["rmse"] for run in (one, two)]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_nothing_of_the_future_reaches_a_forecast(folder):
+    config = TimeSeriesConfig(csv=str(folder / "waves.csv"), seq_len=24, label_len=12, pred_len=6).resolved()
+    test = forecasting.read(config).parts.test
+    model = Informer(3, 3, test.marks.shape[1], label_length=12, horizon=6, size=Size(16, 2, 32, factor=1))
+    trainer = Trainer(model, loss=mse_loss, device="cpu", verbose=False)
+    before, truth = trainer.predict(loader(test, 64))[0], test.futures[0].clone()
+    test.values[test.past :] += 1e6  # all that comes after the first window's past
+    assert torch.equal(trainer.predict(loader(test, 64))[0], before)
+    assert not torch.equal(test.futures[0], truth)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "inputs", "outputs"),
+    [
+        ("M", [], ["a", "b", "OT"], ["a", "b", "OT"]),
+        ("S", [], ["OT"], ["OT"]),
+        ("MS", [], ["a", "b", "OT"], ["OT"]),
+        ("S", ["--targets", "b"], ["b"], ["b"]),
+        ("MS", ["--inputs", "a", "--targets", "3"], ["a", "b"], ["b"]),
+    ],
+)
+def test_one_or_many_series_are_forecast_from_one_or_many(folder, tmp_path, features, options, inputs, outputs):
+    words = ["--csv", str(folder / "waves.csv"), *SMALL, "--features", features, *options, "--epochs", "1"]
+    run = trained(tmp_path, "runs", *words, "--attention", "full", "--inverse", "true")
+    found = results(run)
+    assert (found["series"]["columns"], found["series"]["targets"]) == (inputs, outputs)
+    assert found["test_mae"] == found["original_units"]["Informer"]["mae"]
+    assert main(["predict", str(run), "--from", str(folder / "waves.csv")]) == 0
+    assert csv_table.read(run / "predictions" / "waves.csv").columns == ("date", *outputs)
+
+
+def test_predict_forecasts_beyond_the_end_of_a_file(run, folder, capsys):
+    capsys.readouterr()
+    assert main(["predict", str(run), "--from", str(folder / "waves.csv"), "--device", "cpu", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    csv, picture = map(Path, answer["files"])
+    found = csv_table.read(csv)
+    assert [row[0] for row in found.rows] == [f"2021-03-26 {hour:02}:00:00" for hour in range(6)]
+    assert found.numbers([1, 2, 3]).isfinite().all()
+    with Image.open(picture) as shown:
+        assert min(shown.size) > 300
+
+
+def test_a_forecast_of_the_last_test_window_is_that_of_training(run, folder, tmp_path):
+    frame = waves()
+    frame[:-6].to_csv(tmp_path / "shorter.csv", index=False)
+    assert main(["predict", str(run), "--from", str(tmp_path / "shorter.csv"), "--device", "cpu"]) == 0
+    found = csv_table.read(run / "predictions" / "shorter.csv").numbers([1, 2, 3])
+    written = csv_table.read(run / "forecasts.csv")
+    place = [row[0] for row in written.rows].index(frame["date"].iloc[-6])
+    torch.testing.assert_close(found, written.numbers([2, 4, 6])[place : place + 6], rtol=1e-4, atol=1e-4)
+
+
+def test_a_regression_predicts_the_rows_of_another_file(table_run, folder, tmp_path, capsys):
+    capsys.readouterr()
+    only = pd.read_csv(folder / "datatry.csv").drop(columns=["Pressure", "SWAT"])[::-1]
+    only.to_csv(tmp_path / "new.csv", index=False)
+    assert main(["predict", str(table_run), "--from", str(tmp_path / "new.csv"), "--device", "cpu"]) == 0
+    assert "400 rows" in capsys.readouterr().out
+    new = csv_table.read(table_run / "predictions" / "new.csv")
+    trained_on = csv_table.read(table_run / "predictions.csv")
+    line = int(trained_on.rows[0][0])
+    row = new.numbers([1, 2])[400 - (line - 1)]
+    torch.testing.assert_close(row, trained_on.numbers([2, 4])[0], rtol=1e-4, atol=1e-4)
+    assert main(["predict", str(table_run), "--from", str(folder / "datatry.csv"), "--device", "cpu"]) == 0
+    assert (table_run / "predictions" / "datatry-Pressure.png").is_file()
+
+
+def test_measures_of_a_regression_are_the_usual_ones():
+    metrics = pytest.importorskip("sklearn.metrics")
+    truth, predicted = torch.randn(50, 2).double() + 3, torch.randn(50, 2).double() + 3
+    found = regression.measures(truth, predicted, ("a", "b"))
+    for place, name in enumerate("ab"):
+        true, said = truth[:, place].numpy(), predicted[:, place].numpy()
+        assert found["targets"][name]["r2"] == pytest.approx(metrics.r2_score(true, said))
+        assert found["targets"][name]["rmse"] == pytest.approx(metrics.root_mean_squared_error(true, said))
+        assert found["targets"][name]["mae"] == pytest.approx(metrics.mean_absolute_error(true, said))
+        assert found["targets"][name]["l2"] == pytest.approx(((true - said) ** 2).sum() ** 0.5 / (true**2).sum() ** 0.5)
+    assert found["overall"]["r2"] == pytest.approx(metrics.r2_score(truth.numpy(), predicted.numpy()))
+
+
+def test_training_rows_are_drawn_by_their_seed_and_scale_everything(folder):
+    options = {"task": "regress", "csv": str(folder / "datatry.csv")}
+    rows = regression.read(TimeSeriesConfig(**options).resolved())
+    assert (len(rows.train), len(rows.test)) == (320, 80)
+    assert rows.train.tensors[0].mean(0).abs().max() < 1e-6
+    assert rows.train.tensors[1].std(0, correction=0).tolist() == pytest.approx([1, 1], abs=1e-5)
+    again, other = (regression.read(TimeSeriesConfig(**options, split_seed=seed).resolved()) for seed in (0, 1))
+    assert again.test_lines == rows.test_lines != other.test_lines
+    assert len(regression.read(TimeSeriesConfig(**options, train_rows=100).resolved()).train) == 100
+
+
+def test_lengths_are_the_papers_where_none_are_given():
+    for features, lengths in LENGTHS.items():
+        assert TimeSeriesConfig(features=features).resolved().lengths == lengths
+    assert TimeSeriesConfig(seq_len=30).resolved().lengths == (30, 30, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "regress"}, "duoka data make datatry"),
+        ({"seq_len": 24, "label_len": 25}, "`label_len` is 25 and `seq_len` 24"),
+        ({"width": 30, "heads": 4}, "`width` is 30 and `heads` 4"),
+        ({"pred_len": 0}, "`pred_len` is 0"),
+        ({"dropout": 1.0}, "`dropout` is 1.0"),
+        ({"csv": ""}, "`csv` is empty: name a file"),
+        ({"seed": 2**63}, "`seed` is 9223372036854775808"),
+        ({"split_seed": 2**70}, "`split_seed` is"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TimeSeriesConfig(**options).resolved()
+
+
+def changed(folder: Path, where: Path, change) -> str:
+    frame = waves()
+    lines = [",".join(map(str, row)) for row in [frame.columns, *frame.itertuples(index=False)]]
+    (where / "bad.csv").write_text("\n".join(change(lines)) + "\n")
+    return str(where / "bad.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda lines: [*lines[:99], lines[99].rpartition(",")[0] + ",x", *lines[100:]],
+            "'x' in line 100, column 4 (OT)",
+        ),
+        (lambda lines: [*lines[:99], lines[99].rpartition(",")[0] + ",", *lines[100:]], "line 100, column 4 (OT)"),
+        (lambda lines: [*lines[:99], lines[100], lines[99], *lines[101:]], "line 101, column 1 (date)"),
+        (
+            lambda lines: [*lines[:99], *lines[101:]],
+            "line 100: 2021-03-05 04:00:00 follows 2021-03-05 01:00:00 in line 99, and 2021-03-05 02:00:00 is missing",
+        ),
+        (lambda lines: [*lines[:99], lines[99] + ",5", *lines[100:]], "line 100: 5 columns where the first line has 4"),
+        (lambda lines: lines[:60], "bad has 59 rows, 41 of them for training"[:20]),
+        (lambda lines: [line.replace("date", "day") for line in lines], "no column 'date'"),
+    ],
+)
+def test_a_bad_series_is_one_message_with_line_and_column(folder, tmp_path, capfd, change, message):
+    words = ["train", "informer", "--csv", changed(folder, tmp_path, change), *SMALL, "--pred_len", "20"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    shown = capfd.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": "1-4"}, r"column 1 \(date\) of .* has the dates: leave it out of --inputs"),
+        ({"targets": "date"}, "leave it out of --targets"),
+        (
+            {"features": "S", "inputs": "a,b", "targets": "OT"},
+            "`inputs` is 'a,b': leave --inputs out, or use --features MS",
+        ),
+        ({"task": "regress", "inputs": "2-4", "targets": "4"}, "both among inputs and targets: OT: leave each out"),
+    ],
+)
+def test_columns_that_do_not_go_together_are_refused(folder, options, message):
+    config = TimeSeriesConfig(csv=str(folder / "waves.csv"), **options).resolved()
+    with pytest.raises(ConfigError, match=message):
+        {"forecast": forecasting, "regress": regression}[config.task].read(config)
+
+
+def test_fill_interpolates_what_is_missing_and_a_constant_column_does_no_harm(folder, tmp_path):
+    def change(lines: list[str]) -> list[str]:
+        lines = [lines[0], *(line.replace(line.split(",")[1], "7", 1) for line in lines[1:])]
+        return [*lines[:99], lines[99].rpartition(",")[0] + ",", *lines[102:]]
+
+    options = ["--csv", changed(folder, tmp_path, change), *SMALL, "--fill", "--epochs", "1", "--date", "1"]
+    found = results(trained(tmp_path, "out", *options))
+    assert math.isfinite(found["test_mse"])
+    assert found["series"]["std"][0] == 1
+
+
+def test_a_constant_target_is_refused(folder, tmp_path, capfd):
+    frame = pd.read_csv(folder / "datatry.csv")
+    frame["SWAT"] = 0.5
+    frame.to_csv(tmp_path / "flat.csv", index=False)
+    assert main(["train", "informer", "--task", "regress", "--csv", str(tmp_path / "flat.csv"), *TINY]) == 2
+    assert "column 12 (SWAT): 0.5 in every training row" in capfd.readouterr().err
+
+
+def test_a_target_that_is_constant_in_the_test_has_no_r2(folder, tmp_path):
+    config = TimeSeriesConfig(task="regress", csv=str(folder / "datatry.csv")).resolved()
+    test = [line - 2 for line in regression.read(config).test_lines]
+    frame = pd.read_csv(folder / "datatry.csv")
+    frame.loc[test, "SWAT"] = 0.5
+    frame.to_csv(tmp_path / "flat.csv", index=False)
+    with pytest.raises(DataError, match=r"column 12 \(SWAT\): 0.5 in every test row"):
+        regression.read(TimeSeriesConfig(task="regress", csv=str(tmp_path / "flat.csv")).resolved())
+
+
+def test_a_training_that_went_astray_is_one_message(folder, tmp_path, capfd):
+    for task, csv, small in (("forecast", "waves.csv", SMALL), ("regress", "datatry.csv", TINY)):
+        words = ["train", "informer", "--task", task, "--csv", str(folder / csv), *small, "--lr", "1e30"]
+        assert main([*words, "--out", str(tmp_path)]) == 2
+        shown = capfd.readouterr().err
+        assert "answers are no numbers" in shown
+        assert "smaller --lr" in shown
+        assert "Traceback" not in shown
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_the_wrong_kind_of_input_to_predict_is_said(run, folder, tmp_path, capfd):
+    waves(40).to_csv(tmp_path / "short.csv", index=False)
+    daily = waves(40).assign(date=pd.date_range("2020-01-01", periods=40).astype(str))
+    daily.to_csv(tmp_path / "daily.csv", index=False)
+    waves(10).to_csv(tmp_path / "ten.csv", index=False)
+    waves(40).drop(columns="b").to_csv(tmp_path / "less.csv", index=False)
+    for words, message in (
+        ([str(run)], "or a table with --from data.csv"),
+        ([str(run), "x.png"], "--from data.csv"),
+        ([str(run), "x.csv"], "--from x.csv"),
+        ([str(run), "x.png", "--from", "y.csv"], "'x.png' is one too many"),
+        ([str(run), "--from", str(tmp_path / "none.csv")], "there is no file"),
+        ([str(run), "--from", str(tmp_path / "ten.csv")], "has 10 rows, and the model looks at the last 24"),
+        (
+            [str(run), "--from", str(tmp_path / "daily.csv")],
+            "has a row every 24h, and the model was trained on a row every h",
+        ),
+        ([str(run), "--from", str(tmp_path / "less.csv")], "no column 'b'"),
+    ):
+        assert main(["predict", *words, "--device", "cpu"]) == 2, words
+        assert message in capfd.readouterr().err
+
+
+def test_what_is_missing_in_a_file_to_predict_is_filled_on_request(run, table_run, folder, tmp_path, capfd):
+    frame = waves()
+    frame.loc[590, "b"] = float("nan")
+    frame.to_csv(tmp_path / "gap.csv", index=False)
+    words = ["predict", str(run), "--from", str(tmp_path / "gap.csv"), "--device", "cpu"]
+    assert main(words) == 2
+    assert "line 592, column 3 (b); complete or remove these rows, or give --fill true" in capfd.readouterr().err
+    assert main([*words, "--fill", "true"]) == 0
+    assert main(["predict", str(run), "x.png", "--fill"]) == 2
+    frame = pd.read_csv(folder / "datatry.csv")
+    frame.loc[3, "SWAT"] = float("nan")  # not known yet
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    assert main(["predict", str(table_run), "--from", str(tmp_path / "new.csv"), "--device", "cpu"]) == 0
+    written = {path.name for path in (table_run / "predictions").iterdir()}
+    assert {"new.csv", "new-Pressure.png"} <= written
+    assert "new-SWAT.png" not in written
+
+
+def test_eval_takes_the_columns_and_the_scaling_of_the_run(run, table_run, folder, tmp_path, capfd):
+    for kind, finished, csv in (("forecast", run, "waves.csv"), ("regress", table_run, "datatry.csv")):
+        copied = shutil.copytree(finished, tmp_path / kind)
+        frame = pd.read_csv(folder / csv)
+        shuffled = frame[frame.columns[::-1]]
+        shuffled.insert(0, "new", range(len(frame)))
+        config = (copied / "config.yml").read_text().replace(str(folder / csv), str(tmp_path / csv))
+        (copied / "config.yml").write_text(config)
+        shuffled.to_csv(tmp_path / csv, index=False)
+        assert main(["eval", str(copied)]) == 0
+        found, again = results(finished), json.loads((copied / "evaluation.json").read_text())
+        assert {name: found[name] for name in again} == again
+        shuffled[: len(frame) // 2].to_csv(tmp_path / csv, index=False)
+        capfd.readouterr()
+        assert main(["eval", str(copied)]) == 2
+        assert "evaluate with the file of the training" in capfd.readouterr().err
+
+
+def test_a_resume_with_other_rows_or_lengths_is_refused(run, table_run, capfd):
+    for finished, option, value in (
+        (run, "pred_len", "8"),
+        (run, "targets", "OT"),
+        (table_run, "split_seed", "1"),
+        (table_run, "train_rows", "100"),
+        (table_run, "inputs", "1-5"),
+    ):
+        assert main(["train", "informer", "--resume", str(finished), f"--{option}", value]) == 2
+        assert f"`{option}` was" in capfd.readouterr().err
+
+
+def test_a_resume_with_other_data_is_refused_and_with_the_same_elsewhere_is_not(
+    run, table_run, folder, tmp_path, capfd
+):
+    """Else the weights would be used with another scaling, and tested on what they have learnt."""
+    for finished, csv in ((run, "waves.csv"), (table_run, "datatry.csv")):
+        copied = shutil.copytree(finished, tmp_path / finished.name)
+        moved = Path(shutil.copy(folder / csv, tmp_path / csv))
+        assert main(["train", "informer", "--resume", str(copied), "--csv", str(moved)]) == 0
+        before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+        frame = pd.read_csv(moved)
+        for other in (frame[: len(frame) - 60], frame.assign(**{frame.columns[-1]: frame[frame.columns[-1]] * 1.01})):
+            other.to_csv(moved, index=False)
+            assert main(["train", "informer", "--resume", str(copied), "--csv", str(moved)]) == 2
+            assert f"{moved} is not what the run {copied} began with" in capfd.readouterr().err
+        assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_eval_finds_a_file_that_was_moved_in_the_folder_that_is_named(run, folder, tmp_path, capfd):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    config = copied / "config.yml"
+    config.write_text(config.read_text().replace(str(folder / "waves.csv"), "waves.csv"))
+    shutil.copy(folder / "waves.csv", tmp_path)
+    assert main(["eval", str(copied), "--root", str(tmp_path)]) == 0
+    assert main(["eval", str(copied), "--root", str(copied)]) == 2
+    assert f"there is no file {copied / 'waves.csv'}" in capfd.readouterr().err
+
+
+def test_a_run_that_was_stopped_before_anything_was_saved_says_that_it_begins_anew(run, tmp_path, caplog):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    shutil.rmtree(copied / "checkpoint")
+    assert main(["train", "informer", "--resume", str(copied)]) == 0
+    assert f"{copied} was stopped before anything was saved: it begins at its first epoch" in caplog.text
+
+
+def test_names_that_no_file_can_have_are_no_hindrance(folder, tmp_path, capsys):
+    frame = pd.read_csv(folder / "datatry.csv").rename(columns={"Pressure": "Q (m3/s)", "SWAT": "Q [m3/s]"})
+    frame.to_csv(tmp_path / "my table.csv", index=False)
+    words = ["--task", "regress", "--csv", str(tmp_path / "my table.csv"), *TINY, "--epochs", "1"]
+    run = trained(tmp_path, "out", *words)
+    names = {path.name for path in (run / "plots").glob("scatter*")}
+    assert names == {"scatter_Q__m3_s_.png", "scatter_Q__m3_s_-2.png"}
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert main(shlex.split(following.removeprefix("next: duoka "))) == 0
+    assert {path.suffix for path in (run / "predictions").iterdir()} == {".csv", ".png"}
+
+
+@pytest.mark.parametrize(("step", "steps"), [("MS", 34), ("h", 66), ("min", 170)])
+def test_dates_below_a_picture_need_no_warning(tmp_path, step, steps):
+    series = TimeSeries(
+        "s", pd.date_range("2020-01-01", periods=steps - 4, freq=step), torch.randn(steps - 4, 1), ("x",)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawing.beyond(tmp_path / "p.png", series, [0], series.after(4), torch.randn(4, 1), history=steps)
+
+
+def test_a_forecast_of_one_step_can_be_seen(folder, tmp_path):
+    words = [*SMALL, "--pred_len", "1", "--epochs", "1", "--baselines", "false"]
+    run = trained(tmp_path, "out", "--csv", str(folder / "waves.csv"), *words)
+    with Image.open(run / "plots" / "forecasts.png") as picture:
+        below_the_legend = picture.convert("RGB").crop((0, 60, *picture.size))
+        colours = {colour: count for count, colour in below_the_legend.getcolors(2**24)}
+    assert colours.get((213, 94, 0), 0) > 100
+
+
+def test_a_stop_while_the_baselines_are_trained_says_how_to_go_on(folder, tmp_path, monkeypatch, caplog):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("duoka.recipes.time_series.baselines.dlinear", stop)
+    words = ["--csv", str(folder / "waves.csv"), *SMALL, "--epochs", "1", "--out", str(tmp_path)]
+    assert main(["train", "informer", *words]) == 130
+    assert "go on with: duoka train informer --resume" in caplog.text
+
+
+def test_small_errors_are_printed_with_digits(folder, tmp_path, capsys):
+    frame = pd.read_csv(folder / "datatry.csv")
+    frame["Pressure"] *= 1e-15
+    frame["SWAT"] *= 1e-15
+    frame.to_csv(tmp_path / "small.csv", index=False)
+    trained(tmp_path, "out", "--task", "regress", "--csv", str(tmp_path / "small.csv"), *TINY, "--epochs", "1")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("test rmse"))
+    assert 1e-14 < float(line.split()[-1]) < 1e-13
+
+
+def test_many_columns_are_drawn_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "MOST_COLUMNS", 5)
+    series = TimeSeries("many", pd.date_range("2020-01-01", periods=30, freq="h"), torch.randn(30, 40), tuple("x" * 40))
+    drawing.beyond(tmp_path / "p.png", series, range(40), series.after(2), torch.randn(2, 40), history=9)
+    drawing.residuals(tmp_path / "r.png", torch.randn(9, 30), [str(number) for number in range(30)])
+    for name in ("p.png", "r.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert max(picture.size) < 2600
+            colours = {colour: count for count, colour in picture.convert("RGB").getcolors(2**24)}
+        assert max(count for colour, count in colours.items() if colour != (255, 255, 255) and colour[2] > 150) > 2000
+
+
+def test_the_next_step_that_is_printed_works(folder, tmp_path, capsys):
+    capsys.readouterr()
+    words = [*SMALL, "--seq_len", "20", "--epochs", "1"]  # shorter than a day
+    run = trained(tmp_path, "out", "--csv", str(folder / "waves.csv"), *words)
+    text = (run / "evaluation_results.txt").read_text()
+    assert "No last season: the past of 20 steps is shorter than one of 24." in text
+    assert "test: 2021-03-21 00:00:00 to 2021-03-25 23:00:00" in text
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert main(shlex.split(following.removeprefix("next: duoka "))) == 0
+
+
+def test_a_resumed_forecast_ends_with_the_bits_of_one_that_was_not_stopped(run, folder, tmp_path):
+    half = trained(tmp_path, "out", "-c", str(run / "config.yml"), "--epochs", "1")
+    assert main(["train", "informer", "--resume", str(half), "--epochs", "2"]) == 0
+    whole, resumed = load_file(run / "model.safetensors"), load_file(half / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert results(run)["standardised"] == results(half)["standardised"]
+
+
+@pytest.mark.parametrize("task", ["forecast", "regress"])
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(run, table_run, tmp_path, capfd, task):
+    copied = shutil.copytree({"forecast": run, "regress": table_run}[task], tmp_path / "copied")
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    (copied / "checkpoint" / "last.pt").write_bytes(b"damaged")
+    before[copied / "checkpoint" / "last.pt"] = b"damaged"
+    assert main(["train", "informer", "--resume", str(copied), "--seed", "5"]) == 2
+    assert "last.pt" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    words = ["train", "informer", "--csv", str(folder / "waves.csv"), *SMALL, "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert "pandas is needed for this and is not installed: pip install 'duoka[forecast]'" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not ETTH1.exists(), reason="needs ../shared/data/ETTh1.csv")
+def test_a_small_model_learns_something_of_the_real_series(tmp_path):
+    words = [
+        "--csv",
+        str(ETTH1),
+        "--features",
+        "S",
+        "--seq_len",
+        "48",
+        "--label_len",
+        "24",
+        *SMALL[:8],
+        "--lr",
+        "0.003",
+    ]
+    found = results(trained(tmp_path, "out", *words, "--epochs", "1", "--bsize", "256", "--baselines", "false"))
+    assert found["windows"] == {"training": 8569, "validation": 2857, "test": 2857}
+    assert found["test_mse"] < 0.3
