@@ -149,7 +149,7 @@ def synchronised() -> tuple[float, float]:
         module.seen.fill_(world.rank)
     strategy.synchronize_buffers(module)
     seen = float(module.seen)
-    strategy.synchronize(module)
+    strategy.broadcast_parameters(module)
     return seen, module.layer.bias.item()
 
 
