@@ -150,7 +150,7 @@ def test_a_script_ends_as_under_python(code, status, last, tmp_path) -> None:
     ended = duoka("run", "--device", "cpu", "t.py", cwd=tmp_path)
     assert ended.returncode == status
     trace = ended.stderr.strip()
-    assert trace.endswith(last)  # and no account of what has not happened
+    assert trace.endswith(last)  # and no stats of what has not happened
     assert "duoka" not in trace
     assert "runpy" not in trace
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from duoka.script_runner.split_check import try_parts
+from duoka.script_runner.split_check import check_splittable
 
 
 class Function(nn.Module):
@@ -88,7 +88,7 @@ SEQUENCE = torch.randn(11, 5, 6)
     ],
 )
 def test_models_that_treat_samples_alone_pass(function, inputs) -> None:
-    assert try_parts(Function(function), inputs, {}, 3).reason == ""
+    assert check_splittable(Function(function), inputs, {}, 3).reason == ""
 
 
 @pytest.mark.parametrize(
@@ -117,28 +117,28 @@ def test_models_that_treat_samples_alone_pass(function, inputs) -> None:
     ],
 )
 def test_models_that_need_the_whole_batch_are_refused_with_the_reason(function, inputs, said) -> None:
-    assert said in try_parts(Function(function), inputs, {}, 3).reason
+    assert said in check_splittable(Function(function), inputs, {}, 3).reason
 
 
 def test_a_trial_leaves_what_the_model_is_given_alone() -> None:
     given, found = X.clone(), []
-    try_parts(Function(lambda self, x, found: fill(self, x.mul_(2), found)), (given, found), {}, 2)
+    check_splittable(Function(lambda self, x, found: fill(self, x.mul_(2), found)), (given, found), {}, 2)
     assert torch.equal(given, X)
     assert found == []
 
 
 def test_a_trial_leaves_parameters_alone() -> None:
     model = Function(cool)
-    try_parts(model, (X,), {}, 2)
+    check_splittable(model, (X,), {}, 2)
     assert torch.equal(model.norm.weight, torch.ones(6))
     lazy = nn.LazyLinear(3)
-    assert try_parts(lazy, (X,), {}, 2) is None
+    assert check_splittable(lazy, (X,), {}, 2) is None
     assert isinstance(lazy.weight, nn.parameter.UninitializedParameter)
 
 
 def test_which_outputs_are_means_over_the_batch_is_told() -> None:
     model = Function(lambda self, x, y: {"loss": functional.mse_loss(self.linear(x), y), "logits": self.linear(x)})
-    assert try_parts(model, (X, X), {}, 2).numbers == (0,)
+    assert check_splittable(model, (X, X), {}, 2).numbers == (0,)
 
 
 def test_a_trial_leaves_no_trace() -> None:
@@ -150,7 +150,7 @@ def test_a_trial_leaves_no_trace() -> None:
     random.seed(5)
     np.random.seed(5)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    try_parts(model, (X,), {}, 2)
+    check_splittable(model, (X,), {}, 2)
     assert (before[1], before[2]) == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(before[0], torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -161,5 +161,5 @@ def test_a_trial_leaves_no_trace() -> None:
 
 def test_a_model_whose_parameters_other_processes_train_stays_whole() -> None:
     model = nn.Linear(4, 2).share_memory()
-    verdict = try_parts(model, (torch.ones(4, 4),), {}, 2)
+    verdict = check_splittable(model, (torch.ones(4, 4),), {}, 2)
     assert "shares with processes of its own" in verdict.reason

@@ -195,7 +195,7 @@ def _say(session: RunSession, *, completed: bool) -> None:
 
     width = None if sys.stderr.isatty() else 120
     out = Console(stderr=True, width=width, highlight=False, markup=False, emoji=False)
-    print_report(session.account, out, completed=completed)
+    print_report(session.stats, out, completed=completed)
 
 
 def _run_notebook(request: RunArguments) -> int:

@@ -1,4 +1,4 @@
-"""``duoka run``: somebody's unchanged script or notebook on every device, and an account of what that brought."""
+"""``duoka run``: somebody's unchanged script or notebook on every device, and an stats of what that brought."""
 
 from __future__ import annotations
 

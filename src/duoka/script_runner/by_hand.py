@@ -23,12 +23,12 @@ __all__ = ["enter"]
 def enter(patches: Patches) -> None:
     """Let the steps work on CPU tensors for as long as ``patches`` hold."""
     steps = sys.modules["torch.nn.parallel.scatter_gather"]
-    patches.put(steps, "Scatter", SimpleNamespace(apply=_scatter))
-    patches.put(steps, "Gather", SimpleNamespace(apply=_gather))
-    patches.put(sys.modules["torch.nn.parallel._functions"], "Broadcast", SimpleNamespace(apply=_broadcast))
-    patches.put(sys.modules["torch.nn.parallel.comm"], "broadcast_coalesced", _copies)
+    patches.set(steps, "Scatter", SimpleNamespace(apply=_scatter))
+    patches.set(steps, "Gather", SimpleNamespace(apply=_gather))
+    patches.set(sys.modules["torch.nn.parallel._functions"], "Broadcast", SimpleNamespace(apply=_broadcast))
+    patches.set(sys.modules["torch.nn.parallel.comm"], "broadcast_coalesced", _copies)
     for owner in ("torch.nn.parallel", "torch.nn.parallel.parallel_apply", "torch.nn.parallel.data_parallel"):
-        patches.put(sys.modules[owner], "parallel_apply", _parallel_apply)
+        patches.set(sys.modules[owner], "parallel_apply", _parallel_apply)
 
 
 def _scatter(devices: Sequence[Any], _: Any, dim: int, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -21,35 +21,35 @@ from duoka.data_parallel.device_remap import RemapCuda, is_cuda
 from duoka.script_runner import by_hand
 from duoka.script_runner.patching import Patches
 
-__all__ = ["rehearsal"]
+__all__ = ["emulate_cuda"]
 
 _INSIDERS = ("torch", "duoka")
 _CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
-def rehearsal(workers: int) -> Any:
+def emulate_cuda(workers: int) -> Any:
     """Let ``workers`` CPU workers stand for as many GPUs inside the ``with`` block."""
     with Patches() as patches:
-        for name, answer in _answers(workers).items():
+        for name, answer in _fake_cuda_api(workers).items():
             _answer(patches, torch.cuda, name, answer)
         for name, answer in _accelerator_answers(workers).items():
             _answer(patches, torch.accelerator, name, answer)
         for name in [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]:
-            patches.put(torch.cuda, name, getattr(torch, name))
-        patches.put(torch, "Generator", _FakeGenerator)
-        patches.around(torch.random, "fork_rng", _fork_rng)
-        patches.put(torch.Tensor, "record_stream", lambda *_: None)
+            patches.set(torch.cuda, name, getattr(torch, name))
+        patches.set(torch, "Generator", _FakeGenerator)
+        patches.wrap(torch.random, "fork_rng", _fork_rng)
+        patches.set(torch.Tensor, "record_stream", lambda *_: None)
         for kind in (torch.UntypedStorage, torch.TypedStorage):
-            patches.around(kind, "cuda", lambda _, storage, *__, **___: storage)
-        patches.around(torch.nn.Module, "cuda", lambda _, module, device=None: module.to(_cuda(device)))
-        patches.around(torch, "load", _load)
-        patches.around(
+            patches.wrap(kind, "cuda", lambda _, storage, *__, **___: storage)
+        patches.wrap(torch.nn.Module, "cuda", lambda _, module, device=None: module.to(_cuda(device)))
+        patches.wrap(torch, "load", _load)
+        patches.wrap(
             torch, "set_default_device", lambda original, device: original(_CPU if is_cuda(device) else device)
         )
-        patches.around(torch.amp.autocast_mode.autocast, "__init__", _autocast)
-        patches.around(torch.amp.grad_scaler.GradScaler, "__init__", _scaler)
-        patches.around(threading.Thread, "run", functools.partial(_in_rehearsal, workers))
+        patches.wrap(torch.amp.autocast_mode.autocast, "__init__", _autocast)
+        patches.wrap(torch.amp.grad_scaler.GradScaler, "__init__", _scaler)
+        patches.wrap(threading.Thread, "run", functools.partial(_in_rehearsal, workers))
         by_hand.enter(patches)
         patches.enter_context(RemapCuda(_CPU, workers))
         yield
@@ -72,7 +72,7 @@ def _answer(patches: Patches, owner: Any, name: str, answer: Any) -> None:
     if original is None:
         return
     if isinstance(answer, type):
-        patches.put(owner, name, answer)
+        patches.set(owner, name, answer)
         return
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,10 +80,10 @@ def _answer(patches: Patches, owner: Any, name: str, answer: Any) -> None:
         return (original if asking in _INSIDERS else answer)(*args, **kwargs)
 
     call.__name__, call.__doc__ = name, original.__doc__
-    patches.put(owner, name, call)
+    patches.set(owner, name, call)
 
 
-def _answers(workers: int) -> dict[str, Any]:
+def _fake_cuda_api(workers: int) -> dict[str, Any]:
     """What ``torch.cuda`` says, by name."""
     current = [0]
 
@@ -132,15 +132,15 @@ def _answers(workers: int) -> dict[str, Any]:
         used
         | quiet
         | {
-            "is_available": _says(True),
-            "is_initialized": _says(True),
-            "is_bf16_supported": _says(True),
-            "device_count": _says(workers),
+            "is_available": _constant(True),
+            "is_initialized": _constant(True),
+            "is_bf16_supported": _constant(True),
+            "device_count": _constant(workers),
             "current_device": lambda: current[0],
             "set_device": set_device,
             "get_device_name": name_of,
             "get_device_properties": properties,
-            "get_device_capability": _says((0, 0)),
+            "get_device_capability": _constant((0, 0)),
             "mem_get_info": lambda *_, **__: (psutil.virtual_memory().available, psutil.virtual_memory().total),
             "memory_summary": lambda device=None, **__: f"{name_of(device)}: {memory_used()} bytes in this process",
             "get_rng_state": lambda *_, **__: torch.get_rng_state(),
@@ -149,11 +149,11 @@ def _answers(workers: int) -> dict[str, Any]:
             "set_rng_state_all": lambda states: torch.set_rng_state(next(iter(states))),
             "utilization": lambda *_, **__: int(psutil.cpu_percent()),
             "initial_seed": torch.initial_seed,
-            "can_device_access_peer": _says(True),
-            "is_current_stream_capturing": _says(False),
-            "list_gpu_processes": _says("no processes are running"),
-            "current_stream": _says(_FakeStream()),
-            "default_stream": _says(_FakeStream()),
+            "can_device_access_peer": _constant(True),
+            "is_current_stream_capturing": _constant(False),
+            "list_gpu_processes": _constant("no processes are running"),
+            "current_stream": _constant(_FakeStream()),
+            "default_stream": _constant(_FakeStream()),
             "Stream": _FakeStream,
             "Event": _FakeEvent,
             "device": _FakeDevice,
@@ -164,20 +164,20 @@ def _answers(workers: int) -> dict[str, Any]:
 
 def _accelerator_answers(workers: int) -> dict[str, Any]:
     return {
-        "is_available": _says(True),
-        "device_count": _says(workers),
-        "current_accelerator": _says(torch.device("cuda")),
-        "current_device_index": _says(0),
+        "is_available": _constant(True),
+        "device_count": _constant(workers),
+        "current_accelerator": _constant(torch.device("cuda")),
+        "current_device_index": _constant(0),
         "synchronize": _nothing,
         "set_device_index": _nothing,
     }
 
 
-def _says(answer: Any) -> Callable[..., Any]:
+def _constant(answer: Any) -> Callable[..., Any]:
     return lambda *_, **__: answer
 
 
-_nothing = _says(None)
+_nothing = _constant(None)
 
 
 class _FakeStream:

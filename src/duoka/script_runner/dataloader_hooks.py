@@ -9,14 +9,14 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data import dataloader as implementation
 
-from duoka.script_runner.model_discovery import where
+from duoka.script_runner.model_discovery import caller_location
 from duoka.script_runner.patching import Patches
 from duoka.script_runner.run_stats import LoaderStats, RunStats
 
 __all__ = ["watch_loaders"]
 
 
-def watch_loaders(patches: Patches, account: RunStats, factor: int) -> None:
+def watch_loaders(patches: Patches, stats: RunStats, factor: int) -> None:
     """Time every loader until the patches end, and multiply the batch size of those that shuffle by ``factor``."""
 
     def make(
@@ -25,10 +25,10 @@ def watch_loaders(patches: Patches, account: RunStats, factor: int) -> None:
         scaled = batch_size
         if isinstance(batch_size, int) and kwargs.get("batch_sampler") is None and _is_for_training(args, kwargs):
             scaled = batch_size * factor
-            account.loaders.append(LoaderStats(where(), batch_size, scaled))
+            stats.loaders.append(LoaderStats(caller_location(), batch_size, scaled))
         elif factor > 1 and isinstance(kwargs.get("batch_sampler"), BatchSampler | Sampler):
-            account.note(
-                f"The DataLoader at {where()} has a batch sampler of its own, which --scale-batch leaves alone."
+            stats.add_note(
+                f"The DataLoader at {caller_location()} has a batch sampler of its own, which --scale-batch leaves alone."
             )
         original(loader, dataset, scaled, *args, **kwargs)
 
@@ -37,10 +37,10 @@ def watch_loaders(patches: Patches, account: RunStats, factor: int) -> None:
         try:
             return original(iterator)
         finally:
-            account.loading += time.perf_counter() - begun
+            stats.loading += time.perf_counter() - begun
 
-    patches.around(DataLoader, "__init__", make)
-    patches.around(implementation._BaseDataLoaderIter, "__next__", take)
+    patches.wrap(DataLoader, "__init__", make)
+    patches.wrap(implementation._BaseDataLoaderIter, "__next__", take)
 
 
 def _is_for_training(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

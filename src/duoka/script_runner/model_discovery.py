@@ -34,36 +34,36 @@ _INSIDERS = ("torch", "duoka", "contextlib", "functools", "importlib")
 class ModelFinder:
     """Gives each model of a script a call that is shared out, and ``nn.DataParallel`` the devices of this run."""
 
-    def __init__(self, devices: Sequence[torch.device], account: RunStats, *, fits_one: bool = True) -> None:
+    def __init__(self, devices: Sequence[torch.device], stats: RunStats, *, fits_one: bool = True) -> None:
         self._fits_one = fits_one
         self._devices = tuple(devices)
-        self._account = account
+        self._stats = stats
         self._calls: list[weakref.ref[ParallelizedCall]] = []
         self._wrapped: list[weakref.ref[DataParallel]] = []
         self._sources = Sources()
 
-    def watch_wrappers(self, patches: Patches) -> None:
+    def track_wrappers(self, patches: Patches) -> None:
         """Account for what the script shares out itself, until the patches end."""
-        patches.around(DataParallel, "__init__", self._made)
-        patches.around(DataParallel, "forward", self._called)
+        patches.wrap(DataParallel, "__init__", self._on_wrapper)
+        patches.wrap(DataParallel, "forward", self._on_wrapper_call)
 
     def enter(self, patches: Patches) -> None:
         """Look from now on, until the patches end."""
-        patches.around(nn.Module, "to", self._moved)
-        patches.around(nn.Module, "cuda", self._moved)
-        patches.around(torch.optim.Optimizer, "__init__", self._optimised)
-        patches.around(torch, "compile", self._compiled)
-        patches.around(nn.Module, "_replicate_for_data_parallel", _for_itself)
+        patches.wrap(nn.Module, "to", self._on_move)
+        patches.wrap(nn.Module, "cuda", self._on_move)
+        patches.wrap(torch.optim.Optimizer, "__init__", self._on_optimizer)
+        patches.wrap(torch, "compile", self._on_compile)
+        patches.wrap(nn.Module, "_replicate_for_data_parallel", _plain_replica)
         wrapper = self._data_parallel()
         for owner in (nn, nn.parallel, nn.parallel.data_parallel):
             if hasattr(owner, "DataParallel"):
-                patches.put(owner, "DataParallel", wrapper)
-        patches.put(sys.modules["torch.nn.parallel.data_parallel"], "DataParallel", wrapper)
+                patches.set(owner, "DataParallel", wrapper)
+        patches.set(sys.modules["torch.nn.parallel.data_parallel"], "DataParallel", wrapper)
         for owner in (nn.parallel, sys.modules["torch.nn.parallel.data_parallel"]):
-            patches.put(owner, "data_parallel", _functional)
-        patches.around(nn.parallel.DistributedDataParallel, "__init__", self._distributed)
-        patches.around(torch.autograd, "grad", self._differentiated)
-        patches.around(torch.autograd, "backward", self._differentiated)
+            patches.set(owner, "data_parallel", _data_parallel_function)
+        patches.wrap(nn.parallel.DistributedDataParallel, "__init__", self._on_ddp)
+        patches.wrap(torch.autograd, "grad", self._on_autograd)
+        patches.wrap(torch.autograd, "backward", self._on_autograd)
         patches.callback(self.close)
 
     def close(self) -> None:
@@ -75,66 +75,68 @@ class ModelFinder:
             if (model := reference()) is not None:
                 DataParallel.close(model)  # a subclass of the script's may have a close of its own
 
-    def _moved(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _on_move(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = original(module, *args, **kwargs)
-        if _is_asked_by_script():
-            self._found(module, f"moved to a device at {where()}")
+        if _is_called_by_script():
+            self._register(module, f"moved to a device at {caller_location()}")
         return result
 
-    def _optimised(self, original: Callable[..., Any], optimizer: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+    def _on_optimizer(
+        self, original: Callable[..., Any], optimizer: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> None:
         original(optimizer, params, *args, **kwargs)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for module in owners(parameters):
-            self._found(module, f"trained by {type(optimizer).__name__} at {where()}")
+        for module in modules_owning(parameters):
+            self._register(module, f"trained by {type(optimizer).__name__} at {caller_location()}")
 
-    def _made(self, original: Callable[..., None], wrapper: DataParallel, /, *args: Any, **kwargs: Any) -> None:
+    def _on_wrapper(self, original: Callable[..., None], wrapper: DataParallel, /, *args: Any, **kwargs: Any) -> None:
         original(wrapper, *args, **kwargs)
-        if _shares_by_itself(wrapper) and not isinstance(wrapper, _Wrapper):
-            self._accounts_for(wrapper, f"wrapped by the script at {where()}")
+        if _is_parallel_wrapper(wrapper) and not isinstance(wrapper, _Wrapper):
+            self._record_wrapper(wrapper, f"wrapped by the script at {caller_location()}")
 
-    def _called(self, original: Callable[..., Any], wrapper: DataParallel, /, *inputs: Any, **kwargs: Any) -> Any:
-        if ParallelizedCall.is_inside() or not _shares_by_itself(wrapper):
+    def _on_wrapper_call(
+        self, original: Callable[..., Any], wrapper: DataParallel, /, *inputs: Any, **kwargs: Any
+    ) -> Any:
+        if ParallelizedCall.is_local() or not _is_parallel_wrapper(wrapper):
             return original(wrapper, *inputs, **kwargs)
-        account = self._account.model(wrapper.module)
-        if not account.devices:  # a copy, or one that was loaded
-            self._accounts_for(wrapper, "wrapped by the script")
-        with ParallelizedCall.only_here():
+        stats = self._stats.model(wrapper.module)
+        if not stats.devices:  # a copy, or one that was loaded
+            self._record_wrapper(wrapper, "wrapped by the script")
+        with ParallelizedCall.local_only():
             value = original(wrapper, *inputs, **kwargs)
-        account.count(_batch_of(inputs, kwargs, wrapper.dim), split=len(wrapper._duoka_devices) > 1)
+        stats.count(_batch_size(inputs, kwargs, wrapper.dim), split=len(wrapper._duoka_devices) > 1)
         return value
 
-    def _accounts_for(self, wrapper: DataParallel, how: str) -> ModelStats:
-        account = self._account.model(wrapper.module)
-        account.wrapped(type(wrapper.module).__name__, how, len(wrapper._duoka_devices))
-        return account
+    def _record_wrapper(self, wrapper: DataParallel, how: str) -> ModelStats:
+        stats = self._stats.model(wrapper.module)
+        stats.wrapped(type(wrapper.module).__name__, how, len(wrapper._duoka_devices))
+        return stats
 
-    def _compiled(self, original: Callable[..., Any], model: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _on_compile(self, original: Callable[..., Any], model: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(model, nn.Module) and not isinstance(model, DataParallel):
-            account = self._account.model(model)
-            account.found(type(model).__name__, f"compiled at {where()}")
-            account.refuse(
+            stats = self._stats.model(model)
+            stats.found(type(model).__name__, f"compiled at {caller_location()}")
+            stats.refuse(
                 "torch.compile has compiled it for one device; duoka.DataParallel(model) before compiling shares it"
             )
         return original(model, *args, **kwargs)
 
-    def _differentiated(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _on_autograd(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if inspect.signature(original).bind(*args, **kwargs).arguments.get("create_graph"):
-            self._account.refuse_all(DOUBLE_BACKWARD)
+            self._stats.refuse_all(DOUBLE_BACKWARD)
         return original(*args, **kwargs)
 
-    def _distributed(
-        self, original: Callable[..., Any], wrapper: Any, module: nn.Module, *args: Any, **kwargs: Any
-    ) -> None:
-        self._account.note(
+    def _on_ddp(self, original: Callable[..., Any], wrapper: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._stats.add_note(
             "The script uses DistributedDataParallel: it shares work between processes that torchrun or duoka.launch start."
         )
-        self._account.model(module).refuse("DistributedDataParallel already shares it between processes")
+        self._stats.model(module).refuse("DistributedDataParallel already shares it between processes")
         original(wrapper, module, *args, **kwargs)
 
-    def _found(self, module: nn.Module, how: str) -> None:
+    def _register(self, module: nn.Module, how: str) -> None:
         if isinstance(module, nn.parallel.DistributedDataParallel | torch.jit.ScriptModule):
             return
-        if any(map(_shares_by_itself, module.modules())):
+        if any(map(_is_parallel_wrapper, module.modules())):
             return
         if isinstance(module, DataParallel):  # for one device
             module = module.module
@@ -142,13 +144,13 @@ class ModelFinder:
             return
         if not has_forward(module):
             for child in module.children():
-                self._found(child, how)
+                self._register(child, how)
             return
         if any(differentiates_gradients(source) for source in self._sources.new()):
-            self._account.refuse_all(DOUBLE_BACKWARD)
-        account = self._account.model(module)
-        account.found(type(module).__name__, how)
-        call = ParallelizedCall(module, self._devices, account, fits_one=self._fits_one)
+            self._stats.refuse_all(DOUBLE_BACKWARD)
+        stats = self._stats.model(module)
+        stats.found(type(module).__name__, how)
+        call = ParallelizedCall(module, self._devices, stats, fits_one=self._fits_one)
         module._compiled_call_impl = call
         self._calls.append(weakref.ref(call))
 
@@ -165,11 +167,11 @@ class ModelFinder:
                 output_device: int | torch.device | None = None,
                 dim: int = 0,
             ) -> None:
-                own, devices = own_steps(type(self)), finder._taken(device_ids)
+                own, devices = own_steps(type(self)), finder._map_device_ids(device_ids)
                 super().__init__(module, devices=list(devices[:1] if own else devices), dim=dim)
                 if output_device is not None:
                     self.output_device = output_device  # type: ignore[assignment]
-                finder._wraps(self, f"wrapped by the script at {where()}", own)
+                finder._register_wrapper(self, f"wrapped by the script at {caller_location()}", own)
 
             def __deepcopy__(self, memo: dict[int, Any]) -> Any:
                 double = super().__deepcopy__(memo)
@@ -186,36 +188,36 @@ class ModelFinder:
                 devices = finder._devices[: 1 if own else None]
                 nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
                 rebuilt(self, tuple(devices), None, {"device_ids": list(range(len(devices)))})
-                finder._wraps(self, f"loaded by the script at {where()}", own)
+                finder._register_wrapper(self, f"loaded by the script at {caller_location()}", own)
 
         DataParallel.__module__, DataParallel.__qualname__ = "torch.nn.parallel.data_parallel", "DataParallel"
         return DataParallel
 
-    def _wraps(self, wrapper: Any, how: str, own: list[str]) -> None:
+    def _register_wrapper(self, wrapper: Any, how: str, own: list[str]) -> None:
         """Account for a wrapper of the script's; ``own`` are the steps that its class has and duoka does not call."""
-        account = self._accounts_for(wrapper, how)
+        stats = self._record_wrapper(wrapper, how)
         if own:
-            account.refuse(
+            stats.refuse(
                 f"its wrapper {type(wrapper).__name__} has a {' and a '.join(own)} of its own, which duoka does not call"
             )
         elif len(wrapper._duoka_devices) == 1:
-            account.refuse("the script wraps it for one device")
+            stats.refuse("the script wraps it for one device")
         self._wrapped.append(weakref.ref(wrapper))
 
-    def _taken(self, device_ids: Sequence[int | torch.device] | None) -> Sequence[torch.device]:
+    def _map_device_ids(self, device_ids: Sequence[int | torch.device] | None) -> Sequence[torch.device]:
         """The devices of this run that a script's ``device_ids`` name."""
         if device_ids is None:
             return self._devices
         numbers = [one if isinstance(one, int) else torch.device(one).index or 0 for one in device_ids]
         there = [self._devices[number] for number in numbers if 0 <= number < len(self._devices)]
         if len(there) < len(numbers):
-            self._account.note(
+            self._stats.add_note(
                 f"The script names devices {numbers}, of which this run has {len(there)}: --device decides how many there are."
             )
         return there or self._devices[:1]
 
 
-def _for_itself(original: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
+def _plain_replica(original: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
     """Let a replica that the script makes by hand compute what it is given, and not have its model asked."""
     replica = original(module)
     replica.__dict__.pop("_compiled_call_impl", None)
@@ -238,18 +240,18 @@ class _Wrapper(DataParallel):
         return nn.Module.state_dict(self, *args, **kwargs)
 
 
-def _shares_by_itself(module: nn.Module) -> bool:
+def _is_parallel_wrapper(module: nn.Module) -> bool:
     """Whether it is a wrapper that decides where its model is computed; one of duoka's own for one device does not."""
     return isinstance(module, _Wrapper) or (isinstance(module, DataParallel) and len(module._duoka_devices) > 1)
 
 
-def _batch_of(inputs: Any, kwargs: Any, dim: int) -> int | None:
+def _batch_size(inputs: Any, kwargs: Any, dim: int) -> int | None:
     from duoka.data_parallel import scatter_gather
 
     return scatter_gather.batch_size(scatter_gather.take_out((inputs, kwargs))[0], dim)
 
 
-def owners(parameters: Iterable[torch.Tensor]) -> list[nn.Module]:
+def modules_owning(parameters: Iterable[torch.Tensor]) -> list[nn.Module]:
     """Return the largest living modules that hold any of these parameters."""
     wanted = {id(parameter) for parameter in parameters}
     living = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_parameters" in one.__dict__]
@@ -271,7 +273,7 @@ def has_forward(module: nn.Module) -> bool:
     return getattr(type(module).forward, "__name__", "") != "_forward_unimplemented"
 
 
-def _is_asked_by_script() -> bool:
+def _is_called_by_script() -> bool:
     """Whether the patched function was called by other code than torch's own."""
     frame: Any = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__", "").startswith("duoka.script_runner.patching"):
@@ -279,7 +281,7 @@ def _is_asked_by_script() -> bool:
     return frame is None or str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _INSIDERS
 
 
-def where() -> str:
+def caller_location() -> str:
     """Return file and line of the script's code that is running, the innermost that is not a library's."""
     frame: Any = sys._getframe(1)
     while frame is not None:
@@ -291,7 +293,7 @@ def where() -> str:
     return "a place that is not known"
 
 
-def _functional(module: nn.Module, inputs: Any, *_: Any, module_kwargs: Any = None, **__: Any) -> Any:
+def _data_parallel_function(module: nn.Module, inputs: Any, *_: Any, module_kwargs: Any = None, **__: Any) -> Any:
     """What ``torch.nn.parallel.data_parallel`` is in a script: the model's call, which is shared out where it is found."""
     args = inputs if isinstance(inputs, tuple) else () if inputs is None else (inputs,)
     return module(*args, **(module_kwargs or {}))

@@ -26,7 +26,7 @@ def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[i
         scale_batch: whether training loaders get batches as many times as large.
 
     Returns:
-        The exit status (1 where a cell raised), the file with the outputs, and the account of the run.
+        The exit status (1 where a cell raised), the file with the outputs, and the stats of the run.
 
     Raises:
         ConfigError: there is no such notebook, or nbclient is not installed.
@@ -88,14 +88,14 @@ def begin(spec: str, scale_batch: bool) -> None:
 
 
 def end(*, completed: bool) -> None:
-    """Print the account, in the notebook's kernel."""
+    """Print the stats, in the notebook's kernel."""
     from rich.console import Console
 
     from duoka.script_runner.report import print_report
 
     _session.__exit__(None, None, None)
     print_report(
-        _session.account,
+        _session.stats,
         Console(width=120, highlight=False, force_jupyter=False, color_system=None),
         completed=completed,
     )

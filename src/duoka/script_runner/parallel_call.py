@@ -23,13 +23,13 @@ from duoka.errors import WorkerDied
 from duoka.log import logger
 from duoka.script_runner.run_stats import ModelStats
 from duoka.script_runner.split_check import (
-    STALE,
+    STALE_CLOSURE,
     Generators,
     SplitCheckResult,
+    check_splittable,
     first_line,
     is_users,
     signature,
-    try_parts,
 )
 
 __all__ = ["ParallelizedCall"]
@@ -41,15 +41,15 @@ _WHOLE_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
 class ParallelizedCall:
     """A model's call, shared out; ``model._compiled_call_impl`` is where torch looks for one before its own."""
 
-    _inside = threading.local()
+    _local = threading.local()
 
     def __init__(
-        self, module: nn.Module, devices: Sequence[torch.device], account: ModelStats, *, fits_one: bool = True
+        self, module: nn.Module, devices: Sequence[torch.device], stats: ModelStats, *, fits_one: bool = True
     ) -> None:
         """Stand in for the calls of ``module``; ``fits_one`` tells whether a whole batch fits on one device."""
         self._module = weakref.ref(module)
         self._devices = tuple(devices)
-        self._account = account
+        self._stats = stats
         self._engine: Controller | None = None
         self._starting = threading.Lock()
         self._verdicts: dict[Any, SplitCheckResult] = {}
@@ -64,25 +64,25 @@ class ParallelizedCall:
         """Compute ``module(*args, **kwargs)``."""
         module = self._module()
         assert module is not None, "it is the module that is being called"
-        if self.is_inside() or is_traced(module):
-            return _alone(module, args, kwargs)
-        with self.only_here():
+        if self.is_local() or is_traced(module):
+            return _call_locally(module, args, kwargs)
+        with self.local_only():
             return self._call(module, args, kwargs)
 
     @classmethod
-    def is_inside(cls) -> bool:
+    def is_local(cls) -> bool:
         """Whether this thread computes a part now, or a whole that is not to be shared."""
-        return getattr(cls._inside, "is_so", False)
+        return getattr(cls._local, "is_so", False)
 
     @classmethod
     @contextlib.contextmanager
-    def only_here(cls) -> Iterator[None]:
+    def local_only(cls) -> Iterator[None]:
         """Let models that are called inside the ``with`` block compute what they are given: it is a part already."""
-        before, cls._inside.is_so = cls.is_inside(), True
+        before, cls._local.is_so = cls.is_local(), True
         try:
             yield
         finally:
-            cls._inside.is_so = before
+            cls._local.is_so = before
 
     def close(self) -> None:
         """Give the helpers back, and the model its own call."""
@@ -95,19 +95,19 @@ class ParallelizedCall:
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors, skeleton = scatter_gather.take_out((args, kwargs))
         batch = scatter_gather.batch_size(tensors, 0)
-        if batch is None or batch < 2 or self._account.refusal or self._is_elsewhere(module):
-            self._account.count(batch, split=False)
-            return _alone(module, args, kwargs)
+        if batch is None or batch < 2 or self._stats.refusal or self._is_elsewhere(module):
+            self._stats.count(batch, split=False)
+            return _call_locally(module, args, kwargs)
         verdict = self._verdict(module, tensors, skeleton, batch)
         if verdict is None:
-            self._account.count(batch, split=False)
-            return _alone(module, args, kwargs)
+            self._stats.count(batch, split=False)
+            return _call_locally(module, args, kwargs)
         reason = verdict.reason or _reason_now(module, tensors, verdict)
         if reason:
-            self._account.refuse(reason)
+            self._stats.refuse(reason)
         if reason or self._is_for_comparison():
-            self._account.count(batch, split=False)
-            return _alone(module, args, kwargs)
+            self._stats.count(batch, split=False)
+            return _call_locally(module, args, kwargs)
         return self._split(module, args, kwargs, batch, verdict)
 
     def _is_elsewhere(self, module: nn.Module) -> bool:
@@ -120,7 +120,7 @@ class ParallelizedCall:
     def _started(self) -> Controller:
         with self._starting:  # two threads that come first at once are not to have an engine each
             if self._engine is None:
-                with self._account.calls.begins():
+                with self._stats.calls.startup():
                     self._engine = Controller(self._devices, 0)
                     self._engine.crew.start()
             return self._engine
@@ -134,17 +134,19 @@ class ParallelizedCall:
         seen = self._seen[kind]
         if kind in self._verdicts and seen & (seen - 1):
             return self._verdicts[kind]
-        with self._account.calls.begins():
+        with self._stats.calls.startup():
             parts = len(self._devices)
             if not self._fits_one and batch >= 2 * parts:  # where the whole may not fit, try one device's part
                 sizes = scatter_gather.part_sizes(batch, parts)
                 tensors = [scatter_gather.split(tensor, sizes, 0)[0] for tensor in tensors]
             args, kwargs = scatter_gather.fill(skeleton, tensors)
-            verdict = try_parts(module, args, kwargs, parts, self._helpers_on(module, args, kwargs))
+            verdict = check_splittable(module, args, kwargs, parts, self._helpers_on(module, args, kwargs))
         if verdict is not None:
             self._verdicts[kind] = verdict
-            if verdict.reason is STALE:
-                logger.warning("%s: %s; it is computed on one device from here on", type(module).__name__, STALE)
+            if verdict.reason is STALE_CLOSURE:
+                logger.warning(
+                    "%s: %s; it is computed on one device from here on", type(module).__name__, STALE_CLOSURE
+                )
         return verdict
 
     def _helpers_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -157,7 +159,7 @@ class ParallelizedCall:
         if not torch.is_grad_enabled() or not self._fits_one:
             return False
         is_first, self._is_first = self._is_first, False
-        return is_first or self._account.calls.steps in _WHOLE_STEPS
+        return is_first or self._stats.calls.steps in _WHOLE_STEPS
 
     def _split(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, verdict: SplitCheckResult
@@ -170,15 +172,15 @@ class ParallelizedCall:
             raise
         except Exception as error:  # of a part: if the whole fails too, its exception is the script's own
             generators.rewind()
-            value = _alone(module, args, kwargs)
-            self._account.refuse(f"a part of a batch failed: {type(error).__name__}: {first_line(error)}")
-            self._account.count(batch, split=False)
+            value = _call_locally(module, args, kwargs)
+            self._stats.refuse(f"a part of a batch failed: {type(error).__name__}: {first_line(error)}")
+            self._stats.count(batch, split=False)
             return value
-        self._account.count(batch, split=True)
-        return _averaged(value, verdict.numbers, scatter_gather.part_sizes(batch, len(self._devices)))
+        self._stats.count(batch, split=True)
+        return _weighted_mean(value, verdict.numbers, scatter_gather.part_sizes(batch, len(self._devices)))
 
 
-def _alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call_locally(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's own call, on this device."""
     own: Any = module._call_impl
     return own(*args, **kwargs)
@@ -200,7 +202,7 @@ def _no_call() -> None:
     return None
 
 
-def _averaged(value: Any, numbers: Sequence[int], sizes: Sequence[int]) -> Any:
+def _weighted_mean(value: Any, numbers: Sequence[int], sizes: Sequence[int]) -> Any:
     """Turn the numbers among the outputs, which came one a device, into their mean over the batch."""
     if not numbers or len(sizes) == 1:
         return value

@@ -15,13 +15,13 @@ _ABSENT = object()
 class Patches(contextlib.ExitStack):
     """Replaces attributes until the ``with`` block ends."""
 
-    def put(self, owner: Any, name: str, value: Any) -> None:
+    def set(self, owner: Any, name: str, value: Any) -> None:
         """Let ``owner.name`` be ``value``."""
         before = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
-        self.callback(functools.partial(_put_back, owner, name, before))
+        self.callback(functools.partial(_restore, owner, name, before))
 
-    def around(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Let ``owner.name(...)`` call ``wrapper(original, ...)``."""
         original = getattr(owner, name)
 
@@ -29,10 +29,10 @@ class Patches(contextlib.ExitStack):
         def call(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        self.put(owner, name, call)
+        self.set(owner, name, call)
 
 
-def _put_back(owner: Any, name: str, before: Any) -> None:
+def _restore(owner: Any, name: str, before: Any) -> None:
     if before is _ABSENT:
         delattr(owner, name)
     else:

@@ -1,4 +1,4 @@
-"""The account of a run in words: a table of models, the time of a step, and the one change that would help most."""
+"""The stats of a run in words: a table of models, the time of a step, and the one change that would help most."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _FEW = 3
 """Steps that tell nothing yet."""
 
 
-def print_report(account: RunStats, out: Console, *, completed: bool = True) -> None:
+def print_report(stats: RunStats, out: Console, *, completed: bool = True) -> None:
     """Print what the run came to; of one that failed before anything was shared out there is nothing to say."""
     from rich.table import Table
 
-    if not completed and not any(model.split for model in account.models):
+    if not completed and not any(model.split for model in stats.models):
         return
     out.print()
-    if account.models:
-        table = Table(title=f"duoka run on {device_words(account.devices)}", title_justify="left", title_style="bold")
+    if stats.models:
+        table = Table(title=f"duoka run on {device_words(stats.devices)}", title_justify="left", title_style="bold")
         for heading in ("model", "found", "devices", "batch", "batch per device", "calls shared / whole"):
             table.add_column(heading, overflow="fold")
-        for model in _alike_together(account.models):
-            table.add_row(*_row(model, len(account.devices)))
+        for model in _alike_together(stats.models):
+            table.add_row(*_row(model, len(stats.devices)))
         out.print(table)
     else:
-        out.print(f"duoka run on {device_words(account.devices)}")
-    for line in lines(account):
+        out.print(f"duoka run on {device_words(stats.devices)}")
+    for line in lines(stats):
         out.print(line, soft_wrap=True)
     if completed:
-        out.print(f"what would help most: {advice(account)}", soft_wrap=True)
+        out.print(f"what would help most: {advice(stats)}", soft_wrap=True)
 
 
 def device_words(devices: Sequence[torch.device]) -> str:
@@ -52,24 +52,24 @@ def device_words(devices: Sequence[torch.device]) -> str:
     return " and ".join(map(str, devices))
 
 
-def lines(account: RunStats) -> list[str]:
+def lines(stats: RunStats) -> list[str]:
     """Return what is said below the table."""
-    models = _alike_together(account.models)
+    models = _alike_together(stats.models)
     said = [f"{model.name}: on one device, because {model.refusal}." for model in models if model.refusal]
     said += [
         f"DataLoader at {loader.place}: batch size {loader.batch} -> {loader.scaled}"
-        for loader in account.loaders
+        for loader in stats.loaders
         if loader.scaled != loader.batch
     ]
-    if any(loader.scaled != loader.batch for loader in account.loaders):
+    if any(loader.scaled != loader.batch for loader in stats.loaders):
         said.append("The learning rate is the script's own; with a larger batch a larger one is often right.")
-    if account.scales and not account.loaders:
+    if stats.scales and not stats.loaders:
         said.append("--scale-batch has changed nothing: the script made no DataLoader that shuffles or samples.")
-    return [*said, *account.notes, *_times(account)]
+    return [*said, *stats.notes, *_times(stats)]
 
 
 def _alike_together(models: Sequence[ModelStats]) -> list[ModelStats]:
-    """Return one account for all models that one line of the script has made, as that of a cross-validation does."""
+    """Return one stats for all models that one line of the script has made, as that of a cross-validation does."""
     groups: dict[tuple[str, str, str, int], list[ModelStats]] = {}
     for model in models:
         groups.setdefault((model.name, model.how, model.refusal, model.devices), []).append(model)
@@ -87,13 +87,13 @@ def _together(group: Sequence[ModelStats]) -> ModelStats:
     return total
 
 
-def _times(account: RunStats) -> list[str]:
+def _times(stats: RunStats) -> list[str]:
     """Say how long a step took, and where its time went."""
     said = []
-    is_shared = any(step.is_split for step in account.steps)
-    shared = [model for model in account.models if model.is_shared]
+    is_shared = any(step.is_split for step in stats.steps)
+    shared = [model for model in stats.models if model.is_shared]
     all_wrapped = bool(shared) and all(model.devices for model in shared)  # a wrapper computes no batch whole
-    compared, seconds, devices = account.comparison(), account.seconds_a_step(), len(account.devices)
+    compared, seconds, devices = stats.comparison(), stats.seconds_a_step(), len(stats.devices)
     if compared is not None:
         whole, split = compared
         how = f"{whole / split:.2f} times as fast" if split <= whole else f"{split / whole:.2f} times slower"
@@ -103,24 +103,24 @@ def _times(account: RunStats) -> list[str]:
     elif seconds is not None:
         few = "; too few steps to compare with one device" if is_shared and not all_wrapped else ""
         said.append(f"a step: {_time(seconds)} on {'all devices' if is_shared else 'one device'}{few}")
-    if account.steps:
-        said.append(f"its time: {_shares(account.shares())}")
-    if account.calls.starting:
-        said.append(f"to begin with: {_time(account.calls.starting)} for trying the model and starting helpers, once")
+    if stats.steps:
+        said.append(f"its time: {_shares(stats.shares())}")
+    if stats.calls.startup_s:
+        said.append(f"to begin with: {_time(stats.calls.startup_s)} for trying the model and starting helpers, once")
     return said
 
 
-def advice(account: RunStats) -> str:
+def advice(stats: RunStats) -> str:
     """Return the one change that would help most."""
-    shared = [model for model in account.models if model.is_shared]
-    devices = max((model.devices for model in shared), default=0) or len(account.devices)
+    shared = [model for model in stats.models if model.is_shared]
+    devices = max((model.devices for model in shared), default=0) or len(stats.devices)
     if devices == 1:
         return "more devices; --device cpu:2 shares the work between two CPU workers, --device all takes every GPU."
     if not shared:
-        return _why_nothing(account)
-    if len(account.steps) < _FEW:
-        return f"nothing that can be told from {account.calls.steps} training steps."
-    shares = account.shares()
+        return _why_nothing(stats)
+    if len(stats.steps) < _FEW:
+        return f"nothing that can be told from {stats.calls.steps} training steps."
+    shares = stats.shares()
     if shares.loading > _SLOW_LOADING:
         workers = max(2, core_limits().count // 2)
         return (
@@ -128,9 +128,9 @@ def advice(account: RunStats) -> str:
             "the data in memory."
         )
     batch = max(model.batch for model in shared)
-    can_scale = account.loaders and not account.scales
+    can_scale = stats.loaders and not stats.scales
     larger = f"a larger batch{' (--scale-batch multiplies it)' if can_scale else ''}: {batch} samples are "
-    compared = account.comparison()
+    compared = stats.comparison()
     if compared is not None and compared[0] < _WORTH_IT * compared[1]:
         return (
             f"{larger}{_per_device(batch, devices)} a device, too little work to be worth sharing between {devices}. "
@@ -141,22 +141,22 @@ def advice(account: RunStats) -> str:
     return "nothing that this run shows; devices are busy computing."
 
 
-def _why_nothing(account: RunStats) -> str:
-    if not account.models:
+def _why_nothing(stats: RunStats) -> str:
+    if not stats.models:
         return (
             "nothing here: no model was found. Models are found where model.to(device), model.cuda() or an optimiser is given "
             "their parameters; or write model = duoka.DataParallel(model)."
         )
-    refused = [model for model in account.models if model.refusal]
+    refused = [model for model in stats.models if model.refusal]
     if refused:
         return f"a model that can be computed in parts; {refused[0].name} is on one device for the reason above."
-    uncalled = [model for model in account.models if not model.whole]
+    uncalled = [model for model in stats.models if not model.whole]
     if uncalled:
         return (
             f"calling the model as model(batch): {uncalled[0].name} was found, but at most its methods or parts were called, "
             "which are computed on one device."
         )
-    if max(model.batch for model in account.models) < 2:
+    if max(model.batch for model in stats.models) < 2:
         return "batches of more than one sample: one sample cannot be shared."
     return "more steps: the first call is computed whole, to try the model, and there was no other."
 

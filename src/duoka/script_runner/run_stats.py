@@ -29,17 +29,17 @@ class CallStats:
 
     def __init__(self) -> None:
         self.whole = self.split = self.steps = 0
-        self.starting = 0.0
+        self.startup_s = 0.0
         """Seconds that were spent on trying models and on starting helpers."""
 
     @contextlib.contextmanager
-    def begins(self) -> Iterator[None]:
+    def startup(self) -> Iterator[None]:
         """The ``with`` block tries a model or starts helpers."""
         begun = time.perf_counter()
         try:
             yield
         finally:
-            self.starting += time.perf_counter() - begun
+            self.startup_s += time.perf_counter() - begun
 
 
 @dataclass
@@ -129,7 +129,7 @@ class TimeShares(NamedTuple):
 
 
 class RunStats:
-    """The account of one run."""
+    """The stats of one run."""
 
     def __init__(self, devices: Sequence[torch.device], clock: Clock) -> None:
         self.devices = tuple(devices)
@@ -150,20 +150,20 @@ class RunStats:
         self._last: tuple[float, float, float, float, int, int] | None = None
 
     def model(self, module: nn.Module) -> ModelStats:
-        """Return the account of a model, a new one if there is none."""
-        account = self._by_module.get(module)
-        if account is None:
-            account = self._by_module[module] = ModelStats(self.calls, refusal=self.whole_script)
-            self.models.append(account)
-        return account
+        """Return the stats of a model, a new one if there is none."""
+        stats = self._by_module.get(module)
+        if stats is None:
+            stats = self._by_module[module] = ModelStats(self.calls, refusal=self.whole_script)
+            self.models.append(stats)
+        return stats
 
     def refuse_all(self, reason: str) -> None:
         """Let every model be computed on one device from now on."""
         self.whole_script = reason
-        for account in self.models:
-            account.refuse(reason)
+        for stats in self.models:
+            stats.refuse(reason)
 
-    def note(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         """Say this at the end, once."""
         if text not in self.notes:
             self.notes.append(text)

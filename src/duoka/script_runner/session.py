@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.data_parallel.device_remap import renaming
 from duoka.data_parallel.timers import CLOCK
-from duoka.script_runner.cuda_emulation import rehearsal
+from duoka.script_runner.cuda_emulation import emulate_cuda
 from duoka.script_runner.dataloader_hooks import watch_loaders
 from duoka.script_runner.model_discovery import DOUBLE_BACKWARD, ModelFinder
 from duoka.script_runner.patching import Patches
@@ -28,26 +28,26 @@ class RunSession:
     def __init__(self, devices: Sequence[torch.device], *, scale_batch: bool = False, source: bytes = b"") -> None:
         """Prepare for these devices; one device shares nothing. ``source`` is the script's text, as far as it is known."""
         self.devices = tuple(devices)
-        self.account = RunStats(devices, CLOCK)
+        self.stats = RunStats(devices, CLOCK)
         if differentiates_gradients(source):
-            self.account.refuse_all(DOUBLE_BACKWARD)
-        self.account.scales = scale_batch
+            self.stats.refuse_all(DOUBLE_BACKWARD)
+        self.stats.scales = scale_batch
         self._factor = len(self.devices) if scale_batch else 1
         self._patches = Patches()
 
     def __enter__(self) -> RunSession:
         patches = self._patches
         if len(self.devices) > 1 and self.devices[0].type == "cpu":
-            patches.enter_context(rehearsal(len(self.devices)))
+            patches.enter_context(emulate_cuda(len(self.devices)))
         # A batch that was multiplied may be too large for the memory of one accelerator.
         fits_one = self._factor == 1 or self.devices[0].type == "cpu"
-        finder = ModelFinder(self.devices, self.account, fits_one=fits_one)
-        finder.watch_wrappers(patches)
+        finder = ModelFinder(self.devices, self.stats, fits_one=fits_one)
+        finder.track_wrappers(patches)
         if len(self.devices) > 1:
             patches.enter_context(renaming())
             finder.enter(patches)
-        watch_loaders(patches, self.account, self._factor)
-        handle = register_optimizer_step_post_hook(lambda optimizer, *_: self.account.stepped(optimizer))
+        watch_loaders(patches, self.stats, self._factor)
+        handle = register_optimizer_step_post_hook(lambda optimizer, *_: self.stats.stepped(optimizer))
         patches.callback(handle.remove)
         return self
 

@@ -21,7 +21,7 @@ from duoka.data.global_rng import GLOBAL
 from duoka.data_parallel import scatter_gather
 from duoka.errors import WorkerDied
 
-__all__ = ["STALE", "Generators", "SplitCheckResult", "first_line", "is_users", "signature", "try_parts"]
+__all__ = ["STALE_CLOSURE", "Generators", "SplitCheckResult", "first_line", "is_users", "signature", "check_splittable"]
 
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
 """Of the largest value, by type; of float32 and others ``_USUAL``."""
@@ -47,10 +47,10 @@ _DROPPED = frozenset(
 _ATOMS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 
 
-Others = Callable[[type[TorchFunctionMode]], Sequence[tuple[list[torch.Tensor], Any]]]
+WorkerOutputs = Callable[[type[TorchFunctionMode]], Sequence[tuple[list[torch.Tensor], Any]]]
 """What asks helpers for their parts, computed inside a mode; see ``Engine.others``."""
 
-STALE = (
+STALE_CLOSURE = (
     "its forward uses something outside the model that the script has changed, which helper processes do not see; since "
     "the last trial they may have computed with what it was before"
 )
@@ -73,12 +73,12 @@ def signature(module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any)
     return module.training, torch.is_grad_enabled(), forms, repr(_shape_of(skeleton))
 
 
-def try_parts(
+def check_splittable(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     devices: int,
-    others: Others | None = None,
+    worker_outputs: WorkerOutputs | None = None,
 ) -> SplitCheckResult | None:
     """Compute a batch whole and in parts, and compare.
 
@@ -106,7 +106,7 @@ def try_parts(
         calls = [_given(skeleton, own) for own in (tensors, *zip(*split, strict=True))]
     except Exception as error:
         return SplitCheckResult(f"it or what it is given cannot be copied to be tried: {first_line(error)}")
-    theirs, failed = _asked(others)
+    theirs, failed = _query_workers(worker_outputs)
     if failed:
         return SplitCheckResult(failed)
     with _undisturbed(), torch.no_grad(), DeterministicMode():
@@ -129,17 +129,17 @@ def try_parts(
             return SplitCheckResult(f"its forward changes the buffer {name!r} by what the whole batch holds")
     for (value, _), other in zip(parts[1:], theirs, strict=False):
         if not _same(scatter_gather.take_out(value)[0], other[0]):
-            return SplitCheckResult(STALE)
+            return SplitCheckResult(STALE_CLOSURE)
     return _compare(whole, [value for value, _ in parts], sizes)
 
 
-def _asked(others: Others | None) -> tuple[Sequence[tuple[list[torch.Tensor], Any]], str]:
+def _query_workers(worker_outputs: WorkerOutputs | None) -> tuple[Sequence[tuple[list[torch.Tensor], Any]], str]:
     """Return what helpers make of their parts, nothing where there are none; and why one cannot, empty if all can."""
-    if others is None:
+    if worker_outputs is None:
         return [], ""
     try:
         with _undisturbed(), torch.no_grad():
-            return others(DeterministicMode), ""
+            return worker_outputs(DeterministicMode), ""
     except WorkerDied:
         raise
     except Exception as error:
