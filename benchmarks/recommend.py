@@ -132,7 +132,7 @@ def report_training(data: ML1MDataset, model: Recommender, epochs: int, threads:
                 "optimizer": "adamw",
                 "lr": 1e-3,
                 "max_grad_norm": 1.0,
-                "batch": "global",
+                "batch_size_means": "global",
                 "verbose": False,
             }
             net = StageTraining(copy.deepcopy(model), task)

@@ -14,7 +14,8 @@ from duoka.recipes.common.config import of_run
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.datasets import digits
 from duoka.recipes.datasets.images import write_image
-from duoka.recipes.image_classification.cifar100 import Cifar100Config, predict
+from duoka.recipes.image_classification.cifar100 import predict
+from duoka.recipes.image_classification.config import Cifar100Config
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -136,7 +136,12 @@ def test_a_trainer_learns_the_same_on_two_devices_and_predicts_in_order():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 37))
         data = loader(transforms=[*CHANGES, transforms.Normalize((0.5,) * 3, (0.3,) * 3)])
-        options = {"loss": torch.nn.functional.cross_entropy, "epochs": 2, "batch": "global", "verbose": False}
+        options = {
+            "loss": torch.nn.functional.cross_entropy,
+            "epochs": 2,
+            "batch_size_means": "global",
+            "verbose": False,
+        }
         trainer = duoka.Trainer(model, data, device=device, optimizer="sgd", lr=0.1, **options)
         trainer.fit(save_model=False)
         return trainer.predict(data)

@@ -43,7 +43,7 @@ def trained(device: str, **options) -> tuple[nn.Module, duoka.Trainer]:
         optimizer=optimizer,
         epochs=2,
         device=device,
-        batch="global",
+        batch_size_means="global",
         seed=3,
         **options,
     )
@@ -79,7 +79,7 @@ def test_what_a_mix_draws_on_the_device_is_drawn_once_for_all_devices() -> None:
         )
         net = nn.Linear(4, 2)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        options = {"epochs": 3, "batch": "global", "seed": 1, "verbose": False}
+        options = {"epochs": 3, "batch_size_means": "global", "seed": 1, "verbose": False}
         duoka.Trainer(net, data, loss=nn.MSELoss(), optimizer=optimizer, device=device, **options).fit()
         return net.weight.detach().cpu()
 

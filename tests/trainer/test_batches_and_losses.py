@@ -69,7 +69,7 @@ class TwoInputs(nn.Module):
 
 
 def fitted(model: nn.Module, loader, device: str, **options) -> nn.Module:
-    options = {"optimizer": "sgd", "lr": 0.1, "epochs": 2, "batch": "global", "verbose": False} | options
+    options = {"optimizer": "sgd", "lr": 0.1, "epochs": 2, "batch_size_means": "global", "verbose": False} | options
     Trainer(model, loader, device=device, **options).fit()
     return model
 
@@ -98,11 +98,11 @@ def test_the_target_of_a_dict_is_found_by_its_usual_names_or_by_the_one_given():
         def forward(self, features):
             return self.layer(features)
 
-    for name, options in (("label", {}), ("y", {}), ("answer", {"target": "answer"})):
+    for name, options in (("label", {}), ("y", {}), ("answer", {"target_key": "answer"})):
         loader = DataLoader(Dicts(name), batch_size=4)
         model = fitted(Plain(), loader, "cpu", loss=functional.cross_entropy, **options)
         assert torch.allclose(model.layer.weight, reference(), atol=1e-6)
-    with pytest.raises(DataError, match=r"answer.*target="):
+    with pytest.raises(DataError, match=r"answer.*target_key="):
         fitted(Plain(), DataLoader(Dicts("answer"), batch_size=4), "cpu", loss=functional.cross_entropy)
 
 
@@ -136,7 +136,7 @@ def test_a_method_of_the_model_predicts_and_metrics_see_its_predictions():
     trainer = Trainer(
         model,
         loss="calculate_loss",
-        predict="classes",
+        predict_fn="classes",
         metrics=[torchmetrics.classification.MulticlassAccuracy(3, average="micro")],
         device="cpu:2",
     )

@@ -27,7 +27,7 @@ PROGRAM = textwrap.dedent(
     data = TensorDataset(torch.randn(11, 4, generator=generator), torch.randint(2, (11,), generator=generator))
     loader = DataLoader(data, batch_size=4)
     trainer = Trainer(model, loader, loader, loss=torch.nn.functional.cross_entropy, optimizer="sgd", lr=0.1, epochs=2,
-                      batch="global", device="cpu", monitor="loss")
+                      batch_size_means="global", device="cpu", monitor="loss")
     trainer.fit()
     torch.save((model.weight.detach(), trainer.predict(loader)), sys.argv[1] + str(rank))
     """
@@ -43,7 +43,14 @@ def loader() -> DataLoader:
 def fitted() -> torch.Tensor:
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
-    options = {"optimizer": "sgd", "lr": 0.1, "epochs": 2, "batch": "global", "device": "cpu", "verbose": False}
+    options = {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "epochs": 2,
+        "batch_size_means": "global",
+        "device": "cpu",
+        "verbose": False,
+    }
     Trainer(model, loader(), loader(), loss=torch.nn.functional.cross_entropy, monitor="loss", **options).fit()
     return model.weight.detach()
 
@@ -75,7 +82,14 @@ def test_inside_a_launched_function_the_trainer_uses_its_ranks():
         generator = torch.Generator().manual_seed(0)
         data = TensorDataset(torch.randn(11, 4, generator=generator), torch.randint(2, (11,), generator=generator))
         model = torch.nn.Linear(4, 2)
-        options = {"optimizer": "sgd", "lr": 0.1, "epochs": 2, "batch": "global", "device": "cpu", "verbose": False}
+        options = {
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "epochs": 2,
+            "batch_size_means": "global",
+            "device": "cpu",
+            "verbose": False,
+        }
         Trainer(model, DataLoader(data, batch_size=4), loss=torch.nn.functional.cross_entropy, **options).fit()
         return model.weight.detach()
 

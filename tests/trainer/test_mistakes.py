@@ -99,7 +99,7 @@ class Named(nn.Linear):
         ),
         ({"loss": 3}, "loss=3 cannot be called"),
         ({"loss": "trainin_loss", "model": Named(5, 2)}, r"Named has none; did you mean training_loss\?"),
-        ({"predict": "forwrd"}, r"predict='forwrd'.*did you mean forward\?"),
+        ({"predict_fn": "forwrd"}, r"predict_fn='forwrd'.*did you mean forward\?"),
         ({"callbacks": print}, r"callbacks has <built-in function print>; give a list"),
         ({"callbacks": [Callback]}, r"callbacks has the class Callback itself; call it"),
         ({"model": nn.Linear}, r"model is the class Linear itself; call it: Linear\(\.\.\.\)"),
@@ -160,7 +160,7 @@ def test_batch_norm_on_a_part_of_one_sample_says_what_to_do(device):
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     data = DataLoader(rows(3 if device == "cpu:2" else 5), batch_size=4)
     with pytest.raises(DataError, match=r"batch norm cannot be trained on one sample.*drop_last=True"):
-        trainer_of(model=model, train_data=data, device=device, batch="global").fit()
+        trainer_of(model=model, train_data=data, device=device, batch_size_means="global").fit()
 
 
 class Longer(IterableDataset):
@@ -206,7 +206,7 @@ class Odd(nn.Linear):
 
 
 def test_predictions_that_fit_no_single_tensor_are_the_models_and_not_the_loaders_fault():
-    with pytest.raises(DataError, match=r"^predictions for different batches do not fit.*predict="):
+    with pytest.raises(DataError, match=r"^predictions for different batches do not fit.*predict_fn="):
         Trainer(Odd(False), device="cpu").predict([torch.zeros(4, 5), torch.zeros(4, 7)])
     with pytest.raises(DataError, match=r"single number without a batch dimension.*squeeze\(-1\)"):
         Trainer(Odd(True), device="cpu").predict([torch.zeros(4, 1), torch.zeros(1, 1)])

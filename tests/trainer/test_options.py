@@ -58,13 +58,19 @@ def rates(**options) -> list[float]:
     ("options", "message"),
     [
         ({"epoch": 3}, "no option 'epoch'; did you mean 'epochs'"),
+        ({"batch": "global"}, "'batch'; did you mean 'batch_size_means'"),
+        ({"accumulate": 2}, "'accumulate'; did you mean 'gradient_accumulation_steps'"),
+        ({"eval_step": 2}, "'eval_step'; did you mean 'eval_every_epochs'"),
+        ({"target": "y"}, "'target'; did you mean 'target_key'"),
+        ({"predict": "forward"}, "'predict'; did you mean 'predict_fn'"),
+        ({"devices": "cpu:2"}, "device='cpu'.*devices='cpu:2'"),
         ({"precision": "fp23"}, "precision='fp23'.*did you mean 'fp32'"),
         ({"optimizer": "adamm"}, "did you mean 'adam'"),
         ({"scheduler": "cosin"}, "did you mean 'cosine'"),
         ({"strategy": "dpp"}, "did you mean 'd"),
         ({"epochs": 0}, "epochs=0 has to be a whole number, 1 or more"),
         ({"epochs": 2.5}, "epochs=2.5"),
-        ({"accumulate": True}, "accumulate=True"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps=True"),
         ({"lr": -1}, "lr=-1 has to be a number above 0"),
         ({"max_grad_norm": 0}, "max_grad_norm=0"),
         ({"lr_scaling": "linear"}, "needs lr"),
@@ -151,7 +157,7 @@ def test_a_factory_gets_the_parameters_that_are_trained():
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
 def test_schedules_advance_once_an_epoch_or_step_whatever_the_number_of_devices(device):
-    common = {"optimizer": "sgd", "lr": 1.0, "batch": "global", "device": device}  # three steps an epoch
+    common = {"optimizer": "sgd", "lr": 1.0, "batch_size_means": "global", "device": device}  # three steps an epoch
 
     def halving(optimizer):
         return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -198,7 +204,9 @@ def test_multistep_falls_at_its_milestones():
 def test_half_precision_trains_within_its_rounding(precision):
     exact = trainer_of(optimizer="sgd", lr=0.1, max_grad_norm=1.0)
     exact.fit()
-    half = trainer_of(optimizer="sgd", lr=0.1, max_grad_norm=1.0, precision=precision, device="cpu:2", batch="global")
+    half = trainer_of(
+        optimizer="sgd", lr=0.1, max_grad_norm=1.0, precision=precision, device="cpu:2", batch_size_means="global"
+    )
     half.fit()
     assert torch.allclose(half.model.weight, exact.model.weight, atol=0.02)
     assert half.model.weight.dtype == torch.float32
@@ -245,7 +253,7 @@ def test_whether_more_is_better_is_asked_of_the_metric():
 
 
 def test_evaluation_happens_every_so_many_epochs_and_at_the_end():
-    trainer = trainer_of(eval_data=loader(), epochs=5, eval_step=2)
+    trainer = trainer_of(eval_data=loader(), epochs=5, eval_every_epochs=2)
     trainer.fit()
     assert [record["epoch"] for record in trainer.history if "val_loss" in record] == [2, 4, 5]
 
@@ -289,7 +297,7 @@ def test_the_results_are_those_of_the_last_weights_where_training_stopped_betwee
             if state.epoch == 4:
                 state.stop()
 
-    options = {"optimizer": "sgd", "lr": 0.1, "epochs": 9, "eval_step": 3, "device": device}
+    options = {"optimizer": "sgd", "lr": 0.1, "epochs": 9, "eval_every_epochs": 3, "device": device}
     trainer = trainer_of(eval_data=loader(), callbacks=[AfterFour()], **options)
     validation, _ = trainer.fit()
     assert [record["epoch"] for record in trainer.history if "val_loss" in record] == [3, 4]

@@ -41,7 +41,8 @@ PROGRAM = textwrap.dedent(
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # what the user's generator holds has no say
     trainer = Trainer(
         model, loader, loader, loss=nn.CrossEntropyLoss(), optimizer="adamw", lr=0.01, weight_decay=0.1, epochs=3,
-        scheduler="onecycle", scheduler_options={"max_lr": 0.02}, accumulate=2, batch="global", device=device, seed=7,
+        scheduler="onecycle", scheduler_options={"max_lr": 0.02}, gradient_accumulation_steps=2,
+        batch_size_means="global", device=device, seed=7,
         out_dir=out_dir, checkpoint_every_steps=1, resume=resume, monitor="loss", verbose=False, tensorboard=False,
         callbacks=[Kill()] if kill_at else [],
     )
@@ -108,7 +109,7 @@ def trained(folder: Path | None, device: str, **options) -> tuple[torch.nn.Modul
         "optimizer": "sgd",
         "optimizer_options": {"momentum": 0.9},
         "lr": 0.1,
-        "batch": "global",
+        "batch_size_means": "global",
         "epochs": 4,
         "out_dir": folder,
         "verbose": False,

@@ -194,7 +194,7 @@ def test_a_callback_stops_all_ranks_after_a_step_or_an_epoch(device):
         def on_epoch_end(self, state):
             state.stop()
 
-    trainer = trainer_of(callbacks=[AfterStep()], device=device, batch="global")
+    trainer = trainer_of(callbacks=[AfterStep()], device=device, batch_size_means="global")
     trainer.fit()
     assert (trainer.history[-1]["step"], trainer.stopped) == (2, "enough")
     assert "val_loss" in trainer.history[-1]

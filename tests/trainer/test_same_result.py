@@ -66,7 +66,7 @@ def fitted(model: nn.Module, loader: DataLoader, device: str, **options) -> tupl
         "lr": 0.2,
         "weight_decay": 0.01,
         "max_grad_norm": 0.5,
-        "batch": "global",
+        "batch_size_means": "global",
         "epochs": 100,
         "max_steps": STEPS,
         "verbose": False,
@@ -82,7 +82,7 @@ def test_one_two_and_three_devices_take_the_steps_of_a_raw_loop(samples, accumul
     loader = DataLoader(labelled(samples), batch_size=4)
     reference = raw_loop(classifier(), loader, accumulate)
     for device in DEVICES:
-        model, trainer = fitted(classifier(), loader, device, accumulate=accumulate)
+        model, trainer = fitted(classifier(), loader, device, gradient_accumulation_steps=accumulate)
         assert trainer.history[-1]["step"] == STEPS
         assert relative_difference(model, reference) < 1e-6, device
 
@@ -106,7 +106,7 @@ def test_a_global_batch_smaller_than_the_number_of_devices_takes_the_same_step()
 def test_batch_per_device_makes_one_step_of_a_batch_a_device():
     samples = labelled(11)
     reference, _ = fitted(classifier(), DataLoader(samples, batch_size=6), "cpu")
-    model, trainer = fitted(classifier(), DataLoader(samples, batch_size=3), "cpu:2", batch="per_device")
+    model, trainer = fitted(classifier(), DataLoader(samples, batch_size=3), "cpu:2", batch_size_means="per_device")
     assert trainer.history[0]["step"] == 2
     assert relative_difference(model, reference) < 1e-6
 
@@ -115,8 +115,8 @@ LOSSES = {
     "ignored by default": (functional.cross_entropy, {}),
     "ignored and weighed": (nn.CrossEntropyLoss(ignore_index=1, weight=torch.tensor([1.0, 9.0, 5.0, 0.1])), {}),
     "smoothed": (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0, 0.1]), label_smoothing=0.2), {}),
-    "log-probabilities": (nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 5.0, 0.1])), {"accumulate": 2}),
-    "options": (functools.partial(functional.cross_entropy, ignore_index=2), {"accumulate": 2}),
+    "log-probabilities": (nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 5.0, 0.1])), {"gradient_accumulation_steps": 2}),
+    "options": (functools.partial(functional.cross_entropy, ignore_index=2), {"gradient_accumulation_steps": 2}),
 }
 
 
@@ -128,7 +128,7 @@ def test_losses_over_classes_are_the_mean_over_what_counts_in_the_global_batch(k
     loader = DataLoader(data, batch_size=6)
     raw = classifier()
     optimizer = torch.optim.SGD(raw.parameters(), lr=0.2)
-    batches = [data[:]] if "accumulate" in options else loader
+    batches = [data[:]] if "gradient_accumulation_steps" in options else loader
     for _ in range(2):
         for features, target in batches:
             loss(raw(features), target).backward()
@@ -180,7 +180,7 @@ def test_a_loss_of_sum_and_weight_gives_the_gradient_of_the_mean_over_all_tokens
             if steps == STEPS:
                 break
     for device in DEVICES:
-        model, _ = fitted(classifier(), loader, device, loss=token_loss, accumulate=accumulate)
+        model, _ = fitted(classifier(), loader, device, loss=token_loss, gradient_accumulation_steps=accumulate)
         assert relative_difference(model, reference) < 1e-6, device
 
 
@@ -223,7 +223,7 @@ def test_results_after_a_fit_are_equal_on_any_number_of_devices():
             loader,
             loss=nn.CrossEntropyLoss(),
             metrics=accuracy,
-            batch="global",
+            batch_size_means="global",
             device=device,
             epochs=2,
             lr=0.01,

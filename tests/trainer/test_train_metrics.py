@@ -17,7 +17,8 @@ def history(device: str, **options):
     torch.manual_seed(0)
     trainer = duoka.Trainer(
         torch.nn.Linear(4, 2), DataLoader(DATA, 8, shuffle=True), loss=torch.nn.functional.cross_entropy, epochs=2, lr=1e-12,
-        train_metrics={"accuracy": MulticlassAccuracy(2, average="micro")}, optimizer="sgd", device=device, batch="global",
+        train_metrics={"accuracy": MulticlassAccuracy(2, average="micro")}, optimizer="sgd", device=device,
+        batch_size_means="global",
         verbose=False, **options,
     )  # fmt: skip
     trainer.fit(save_model=False)

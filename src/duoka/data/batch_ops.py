@@ -246,5 +246,5 @@ def _join_arrays(arrays: list[Any]) -> Any:
         shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
         raise DataError(
             f"batches of shapes {shapes} do not fit into one global batch; pad them to one length, or use "
-            'batch="global", which cuts each batch of the loader and joins none'
+            'batch_size_means="global", which cuts each batch of the loader and joins none'
         ) from error

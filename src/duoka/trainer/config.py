@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -28,12 +28,23 @@ LR_SCALINGS = ("none", "linear", "sqrt")
 KINDS: tuple[tuple[str, tuple[type, ...], tuple[str, ...]], ...] = (
     ("True or False", (bool,), ("use_multi_gpu", "sync_batchnorm", "compile", "verbose")),
     ("True, False or None", (bool, NoneType), ("find_unused_parameters", "tensorboard")),
-    ("a name or None", (str, NoneType), ("monitor", "target")),
+    ("a name or None", (str, NoneType), ("monitor", "target_key")),
     ("the path of a folder or None", (str, Path, NoneType), ("out_dir",)),
     ("True, False, 'auto' or a path", (bool, str, Path), ("resume",)),
     ("a dict of names and values", (Mapping,), ("ddp_options", "optimizer_options", "scheduler_options")),
 )
 """What an option has to be, the types, and the options."""
+
+RENAMED = {
+    "batch": "batch_size_means",
+    "accumulate": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "eval_step": "eval_every_epochs",
+    "target": "target_key",
+    "predict": "predict_fn",
+}
+"""Names that other programs, or earlier versions, give an option, and the name that it has here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,7 @@ class TrainerConfig:
     Options:
         device: What to compute on, in the device grammar: ``"auto"``, ``"cuda"`` (all GPUs), ``"0,1"``, ``"cpu"``,
             ``"cpu:2"``.
+        devices: Another name of ``device``; give one of the two.
         use_multi_gpu: Whether to use every device that ``device`` names; ``False`` takes the first one only. In a job
             of several processes that torchrun or Slurm started, ``False`` is refused.
         strategy: How devices are kept together: ``"auto"`` (DDP where there are several), ``"ddp"``, ``"single"``,
@@ -59,9 +71,9 @@ class TrainerConfig:
             scaling).
         epochs: How many times the training data are gone through.
         max_steps: Stop after this many optimiser steps, if that is earlier.
-        batch: What the loader's batch size means: ``"per_device"`` (N devices take N batches a step) or ``"global"``
+        batch_size_means: What the loader's batch size means: ``"per_device"`` (N devices take N batches a step) or ``"global"``
             (one, split).
-        accumulate: How many global batches make one optimiser step.
+        gradient_accumulation_steps: How many global batches make one optimiser step.
         optimizer: A name, a class, a function from parameters to an optimiser, or an optimiser of the model's own
             parameters.
         lr: Learning rate for one device's batch; ``None`` leaves the optimiser's own default.
@@ -79,14 +91,14 @@ class TrainerConfig:
             schedule begins.
         warmup_steps: The same in optimiser steps, for data of unknown length; give one of the two.
         max_grad_norm: Largest norm of the gradient over all parameters and ranks; a longer one is shortened to it.
-        eval_step: Epochs from one evaluation to the next; the last epoch is always evaluated.
+        eval_every_epochs: Epochs from one evaluation to the next; the last epoch is always evaluated.
         monitor: Name of the evaluation result that decides which weights are best; ``None`` keeps the last weights.
         monitor_mode: Whether a lower (``"min"``) or higher (``"max"``) value is better; ``"auto"`` asks the metric,
             then the words of its name, and refuses to guess where neither says it.
         early_stop_patience: Stop after this many evaluations in a row without a better one; monitors ``"loss"`` if
             nothing else is named.
-        target: Key of the target where batches are dicts; ``None`` looks for labels, label, targets, target, y.
-        predict: What predicts: the name of a method of the model that takes a batch, or a function ``(model,
+        target_key: Key of the target where batches are dicts; ``None`` looks for labels, label, targets, target, y.
+        predict_fn: What predicts: the name of a method of the model that takes a batch, or a function ``(model,
             batch)``.
         seed: Decides the order of samples, random augmentation and, with the rank, the random masks.
         out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing. A run that begins
@@ -105,6 +117,7 @@ class TrainerConfig:
     """
 
     device: Any = "auto"
+    devices: InitVar[Any] = None
     use_multi_gpu: bool = True
     strategy: str = "auto"
     sync_batchnorm: bool = False
@@ -115,8 +128,8 @@ class TrainerConfig:
 
     epochs: int = 10
     max_steps: int | None = None
-    batch: str = "per_device"
-    accumulate: int = 1
+    batch_size_means: str = "per_device"
+    gradient_accumulation_steps: int = 1
 
     optimizer: Any = "adamw"
     lr: float | None = None
@@ -130,13 +143,13 @@ class TrainerConfig:
     warmup_steps: int = 0
     max_grad_norm: float | None = None
 
-    eval_step: int = 1
+    eval_every_epochs: int = 1
     monitor: str | None = None
     monitor_mode: str = "auto"
     early_stop_patience: int | None = None
 
-    target: str | None = None
-    predict: Any = None
+    target_key: str | None = None
+    predict_fn: Any = None
 
     seed: int = 0
     out_dir: str | Path | None = None
@@ -145,7 +158,11 @@ class TrainerConfig:
     tensorboard: bool | None = None
     verbose: bool = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, devices: Any) -> None:
+        if devices is not None:
+            if self.device != "auto":
+                raise ConfigError(f"device={self.device!r} and devices={devices!r} are one option; give one of them")
+            object.__setattr__(self, "device", devices)
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, np.generic):
@@ -158,10 +175,10 @@ class TrainerConfig:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> TrainerConfig:
         """Return the configuration of these ``options``, and say which name was meant where one does not exist."""
-        names = [item.name for item in dataclasses.fields(cls)]
+        names = [*(item.name for item in dataclasses.fields(cls)), "devices"]
         for option in options:
             if option not in names:
-                close = difflib.get_close_matches(option, names, n=1)
+                close = [RENAMED[option]] if option in RENAMED else difflib.get_close_matches(option, names, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(names)}"
                 raise ConfigError(f"Trainer has no option {option!r}; {hint}")
         return cls(**options)
@@ -175,7 +192,7 @@ class TrainerConfig:
     def _check_choices(self) -> None:
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("precision", self.precision, PRECISIONS)
-        _one_of("batch", self.batch, BATCHES)
+        _one_of("batch_size_means", self.batch_size_means, BATCHES)
         _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
         _one_of("monitor_mode", self.monitor_mode, ("auto", "min", "max"))
         if self.scheduler_interval is not None:
@@ -200,7 +217,7 @@ class TrainerConfig:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("epochs", "accumulate", "eval_step"):
+        for name in ("epochs", "gradient_accumulation_steps", "eval_every_epochs"):
             _whole(name, getattr(self, name), 1)
         for name in ("max_steps", "early_stop_patience", "checkpoint_every_steps"):
             if getattr(self, name) is not None:

@@ -77,7 +77,7 @@ def predict(objective: ModelWithLoss, parts: Iterable[Any], world: World) -> Any
     except DataError as error:
         raise DataError(
             f"predictions for different batches do not fit together: {str(error).partition(';')[0]}; let them have one shape a "
-            "sample: pad them in Trainer(..., predict=function of model and batch), or predict data of one length at a time"
+            "sample: pad them in Trainer(..., predict_fn=function of model and batch), or predict data of one length at a time"
         ) from error
 
 

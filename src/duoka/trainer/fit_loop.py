@@ -111,7 +111,7 @@ class FitLoop:
 
     def _count_steps(self) -> int | None:
         try:
-            return -(-len(self.train) // self.config.accumulate)
+            return -(-len(self.train) // self.config.gradient_accumulation_steps)
         except TypeError:
             return None
 
@@ -119,7 +119,9 @@ class FitLoop:
         config, factor = self.config, learning_rate(self.config, self.strategy.replicas).factor
         optimizer = build_optimizer(config, self.objective, factor)
         schedule = build_schedule(config, optimizer, self.steps_per_epoch, factor)
-        self.objective.alone = self.strategy.name == "single" and config.accumulate == 1 and not config.compile
+        self.objective.alone = (
+            self.strategy.name == "single" and config.gradient_accumulation_steps == 1 and not config.compile
+        )
         scaler = torch.amp.GradScaler(self.world.device.type) if config.precision == "fp16" else None
         return TrainStep(
             self.objective,
@@ -206,7 +208,7 @@ class FitLoop:
         self.teller.begin_epoch(self.steps_per_epoch)
         watching = self.watch_steps or self.config.checkpoint_every_steps or self.config.max_steps
         clock = time.perf_counter
-        for window in windows(self.train, self.config.accumulate):
+        for window in windows(self.train, self.config.gradient_accumulation_steps):
             if not self.wrapped:
                 self._wrap(window)
             taken = stepper.step(window)
@@ -276,7 +278,7 @@ class FitLoop:
             return False
         config = self.config
         ending = epoch + 1 == config.epochs or (config.max_steps is not None and self.state.step >= config.max_steps)
-        return ending or (epoch + 1) % config.eval_step == 0 or self._is_over()
+        return ending or (epoch + 1) % config.eval_every_epochs == 0 or self._is_over()
 
     def _evaluate(self, record: dict[str, Any], *, whole: bool) -> bool:
         """Evaluate, add the results to ``record`` and return whether they are the best so far."""

@@ -131,7 +131,7 @@ def check_calls(model: nn.Module, loss: Any, predict: Any) -> None:
 
     """
     check_reduction(loss)
-    for option, value in (("loss", loss), ("predict", predict)):
+    for option, value in (("loss", loss), ("predict_fn", predict)):
         if isinstance(value, str) and not callable(getattr(model, value, None)):
             methods = [name for name in dir(type(model)) if callable(getattr(type(model), name))]
             close = difflib.get_close_matches(value, methods, n=1)
@@ -202,7 +202,7 @@ def split_target(batch: Any, key: str | None = None) -> tuple[Any, Any]:
             return {other: value for other, value in batch.items() if other != name}, batch[name]
         raise DataError(
             f"a batch with the keys {', '.join(map(str, batch))} has no target among {', '.join(TARGETS)}; "
-            "name it: Trainer(..., target='...')"
+            "name it: Trainer(..., target_key='...')"
         )
     raise DataError(
         f"a batch of type {type(batch).__name__} has no target for loss(output, target); let the loader yield "

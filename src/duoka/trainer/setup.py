@@ -134,7 +134,7 @@ class CheckedLoader:
 def sharded(job: FitSpec, name: str, strategy: Strategy) -> CheckedLoader:
     """Return this rank's part of the ``train_data``, ``eval_data`` or ``test_data`` of ``job``."""
     world, data, training = strategy.world, getattr(job, name), name == "train_data"
-    merge = strategy.replicas if job.config.batch == "per_device" else 1
+    merge = strategy.replicas if job.config.batch_size_means == "per_device" else 1
     loader = shard(data, rank=world.rank, size=world.size, seed=job.config.seed, merge=merge, training=training)
     return CheckedLoader(loader, _empty(name, data, merge if training else 1), name, world)
 
@@ -179,8 +179,8 @@ def prepared_objective(job: FitSpec, world: World) -> Iterator[ModelWithLoss]:
     objective = ModelWithLoss(
         job.model,
         job.loss,
-        target=config.target,
-        predict=config.predict,
+        target=config.target_key,
+        predict=config.predict_fn,
         precision=config.precision,
         device_type=world.device.type,
     ).to(world.device)

@@ -94,8 +94,11 @@ class Trainer:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is a {type(model).__name__}; it has to be a torch.nn.Module")
         self.model: nn.Module = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
-        self.config = TrainerConfig.of({**(_fields(config) if config is not None else {}), **options})
-        check_calls(self.model, loss, self.config.predict)
+        before = {} if config is None else _fields(config)
+        if "devices" in options:
+            before.pop("device", None)
+        self.config = TrainerConfig.of({**before, **options})
+        check_calls(self.model, loss, self.config.predict_fn)
         self.callbacks = _checked(callbacks)
         self.train_data, self.eval_data, self.test_data = train_data, eval_data, test_data
         self.loss, self.metrics, self.train_metrics = loss, metrics, train_metrics
@@ -162,7 +165,7 @@ class Trainer:
         the sampler's order. What its ``drop_last`` leaves out is left out.
 
         Batches may hold a target, which is left out: a tuple that is longer than what the model's ``forward`` requires
-        ends with one. ``Trainer(..., predict=...)`` says otherwise.
+        ends with one. ``Trainer(..., predict_fn=...)`` says otherwise.
         """
         return self._launch(_predict_on_rank, self._job(eval_data=unshuffled(data)))
 

@@ -17,7 +17,7 @@ __all__ = ["batch_size_of", "count_in_words", "introduction", "learning_rate"]
 
 def learning_rate(config: TrainerConfig, replicas: int) -> LearningRate:
     """Return the learning rate's arithmetic for this number of devices."""
-    growth = float(replicas) if config.batch == "per_device" else 1.0
+    growth = float(replicas) if config.batch_size_means == "per_device" else 1.0
     return LearningRate(
         config.lr if config.lr is not None else 1.0,
         growth,
@@ -51,10 +51,11 @@ def introduction(
 
 def batch_in_words(config: TrainerConfig, size: int, replicas: int) -> str:
     """Return the batch's arithmetic; ``size`` is what the loader yields."""
-    factor = config.accumulate if config.batch == "global" else 1
-    if size * factor < replicas * config.accumulate:
-        return f"{size * config.accumulate} global, fewer than devices x accumulated: some devices will have no sample"
-    return Batch(size * factor, replicas, config.batch, config.accumulate).words
+    accumulate = config.gradient_accumulation_steps
+    factor = accumulate if config.batch_size_means == "global" else 1
+    if size * factor < replicas * accumulate:
+        return f"{size * accumulate} global, fewer than devices x accumulated: some devices will have no sample"
+    return Batch(size * factor, replicas, config.batch_size_means, accumulate).words
 
 
 def _rate_in_words(config: TrainerConfig, optimizer: torch.optim.Optimizer, replicas: int) -> str:

@@ -10,7 +10,7 @@ import yaml
 from duoka.errors import ConfigError
 from duoka.recipes.common.config import at_least, check, field_docs, read, read_yaml
 from duoka.recipes.common.recipe_run import RecipeRun
-from duoka.recipes.image_classification.cifar100 import Cifar100Config
+from duoka.recipes.image_classification.config import Cifar100Config
 
 GUIDE = (
     "root: ./data\nworkers: 8        # 数据加载线程数\nbsize: 256        # 单GPU batch size\nepochs: 50\nlr: 0.001\n"

@@ -14,9 +14,10 @@ import torch
 from duoka.cli.main import main
 from duoka.errors import ConfigError
 from duoka.recipes.common.label_metrics import LabelWeightedAccuracy
+from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.datasets.images import Images, ImageSet
-from duoka.recipes.image_classification import tiny_imagenet
-from duoka.recipes.image_classification.tiny_imagenet import TinyImageNetConfig
+from duoka.recipes.image_classification import common, tiny_imagenet
+from duoka.recipes.image_classification.config import TinyImageNetConfig
 from duoka.recipes.models import small_cnns
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "tiny-imagenet-10.tar"
@@ -60,7 +61,7 @@ def test_weights_load_into_a_plain_torch_model_in_three_lines_without_duoka(run,
     )
     code = f"{before}\n{lines}\n{after}"
     subprocess.run([sys.executable, "-c", code], cwd=run, check=True)
-    model, _ = tiny_imagenet._finished(tiny_imagenet.Run.at(run), TinyImageNetConfig(model="residual"))
+    model, _ = tiny_imagenet._finished(RecipeRun.at(run), TinyImageNetConfig(model="residual"))
     assert torch.equal(torch.load(run / "out"), model.eval()(torch.ones(2, 3, 16, 16)))
 
 
@@ -82,8 +83,8 @@ def test_the_run_says_what_it_came_to(run, capsys):
 @needs_data
 def test_evaluation_sees_no_random_change(root):
     images = tiny_imagenet.load(TinyImageNetConfig(root=str(root), image_size=16, limit=4))
-    facts = tiny_imagenet.classifying.facts_of(images)
-    test = tiny_imagenet.classifying.test_loader(images, facts, 64)
+    facts = common.facts_of(images)
+    test = common.test_loader(images, facts, 64)
     assert sum(transform.draws for transform in test.transforms) == 0
     assert test.mix is None
     assert not test.shuffle
@@ -133,7 +134,7 @@ def test_worker_processes_make_batches_like_those_on_the_device(augmentation):
     pixels[:, 0] += torch.arange(64, dtype=torch.uint8)[:, None, None]
     images = Images(pixels, torch.arange(64) % 4)
     images = ImageSet("some", ("a", "b", "c", "d"), images, images)
-    facts = tiny_imagenet.classifying.facts_of(images)
+    facts = common.facts_of(images)
     kept, worked = (
         next(
             iter(

@@ -88,7 +88,14 @@ def test_any_number_of_devices_takes_the_same_steps(kind, cached, texts):
     def trained(device: str) -> dict[str, torch.Tensor]:
         model = kind(texts, use_cache=cached, candidates=20)
         data = DataLoader(Triples(65), batch_size=32, shuffle=True)  # 32, 32, and one sample for two devices
-        options = {"device": device, "batch": "global", "epochs": 1, "verbose": False, "optimizer": "sgd", "lr": 0.1}
+        options = {
+            "device": device,
+            "batch_size_means": "global",
+            "epochs": 1,
+            "verbose": False,
+            "optimizer": "sgd",
+            "lr": 0.1,
+        }
         duoka.Trainer(model, data, loss="loss", **options).fit()
         return model.state_dict()
 
@@ -100,7 +107,15 @@ def test_three_devices_agree_where_the_candidates_lie_on_several_of_them(texts):
         model = GPT2RecommenderEnhanced(texts, candidates=30, contrast=1.0)
         data = DataLoader(Triples(70), batch_size=70)
         duoka.Trainer(
-            model, data, loss="loss", device=device, batch="global", epochs=2, verbose=False, optimizer="sgd", lr=0.1
+            model,
+            data,
+            loss="loss",
+            device=device,
+            batch_size_means="global",
+            epochs=2,
+            verbose=False,
+            optimizer="sgd",
+            lr=0.1,
         ).fit()
         return model.state_dict()
 
@@ -228,7 +243,7 @@ def test_gpt2_gets_a_rate_of_its_own(texts):
     model = GPT2Recommender(texts, use_cache=False)
     before = copy.deepcopy(model.state_dict())
     trainer = duoka.Trainer(
-        model, DataLoader(Triples(64), batch_size=32), loss="loss", epochs=1, device="cpu:2", batch="global",
+        model, DataLoader(Triples(64), batch_size=32), loss="loss", epochs=1, device="cpu:2", batch_size_means="global",
         optimizer=TwoRates.of(model, lr=1e-2, text_lr=1e-5), verbose=False,
     )  # fmt: skip
     trainer.fit()

@@ -228,7 +228,14 @@ def test_one_device_and_two_take_the_same_steps(data, stage):
     for device in ("cpu", "cpu:2"):
         model = build(config, data, texts, stage)
         samples = negative_sampling.Triples(data.train.pairs, data.seen(), data.n_items)
-        options = {"device": device, "batch": "global", "optimizer": "sgd", "lr": 0.5, "epochs": 2, "verbose": False}
+        options = {
+            "device": device,
+            "batch_size_means": "global",
+            "optimizer": "sgd",
+            "lr": 0.5,
+            "epochs": 2,
+            "verbose": False,
+        }
         trainer = Trainer(
             StageTraining(model, task),
             negative_sampling.loader(samples, 300),

@@ -8,16 +8,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from duoka import checkpoint, devices
 from duoka.data import transforms
-from duoka.errors import ConfigError
-from duoka.recipes.common.config import at_least, check
 from duoka.recipes.common.recipe_run import RecipeRun, folder_of, run_options
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
 from duoka.recipes.datasets import cifar, tiny_imagenet
@@ -25,6 +22,7 @@ from duoka.recipes.datasets.image_loader import Collate, loader
 from duoka.recipes.datasets.images import ImageSet
 from duoka.recipes.image_classification import common
 from duoka.recipes.image_classification.common import DatasetMetadata
+from duoka.recipes.image_classification.config import TinyImageNetConfig
 from duoka.recipes.models import small_cnns
 from duoka.trainer import Trainer
 from duoka.utils.imports import require
@@ -43,94 +41,6 @@ SCALE = (0.8, 1.0)
 """The share of an image's area that a random crop keeps."""
 JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
 """How much colours change."""
-
-
-@dataclass(frozen=True)
-class TinyImageNetConfig:
-    """Train one of five networks for small images, as one experiment of a suite.
-
-    The validation part is evaluated after every epoch, without any random change, and never chooses anything.
-    """
-
-    dataset: Literal["tiny-imagenet", "cifar10", "cifar100"] = "tiny-imagenet"
-    """What to train on."""
-    root: str = "./data"
-    """Folder of the data: of the official folder or archive, or that folder itself."""
-    download: bool = True
-    """Whether data may be downloaded (250 MB, CIFAR 170 MB) when ``root`` has none."""
-    image_size: int | None = None
-    """Side, in pixels, that images are scaled to, a multiple of 8; null is 64, of CIFAR 32, which keeps its own."""
-    limit: int | None = None
-    """How many images of each class are trained and tested on, at most; null is all: for a quick look."""
-
-    model: Literal["baseline", "residual", "deeper_wider", "se_attention", "best"] = "baseline"
-    """The network; with 200 classes of 13.6, 9.9, 19.4, 13.7 and 20.1 million parameters."""
-    augmentation: Literal["none", "basic", "mixup", "cutmix"] = "basic"
-    """Random changes in training: none; resized crop, flip and colours; or these and torchvision's MixUp or CutMix."""
-
-    device: str = "auto"
-    """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
-    workers: int | None = None
-    """Processes that load data, for all devices of a machine together, never more than its cores allow (the guide has four a
-    device); null and 0 are none: images stay on the device, where whole batches are changed at once. With workers, MixUp and
-    CutMix mix each device's part of a batch in itself."""
-    bsize: int = 64
-    """Batch size, in images, of each device (see ``batch``)."""
-    batch: Literal["per_device", "global"] = "per_device"
-    """Whether ``bsize`` is each device's, or all devices' together."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of forward and backward."""
-
-    epochs: int = 50
-    """How many times the training images are gone through."""
-    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"
-    """What changes the weights."""
-    lr: float = 3e-4
-    """Learning rate, for one device's batch."""
-    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    """How ``lr`` grows with the number of devices when the batch does."""
-    scheduler: Literal["cosine", "none"] | None = None
-    """How the learning rate changes: along a cosine to 0, or not; null is none for adam, cosine for the others."""
-    weight_decay: float | None = None
-    """Weight decay; null is 0.000001 for the model best, else 0.01 for adamw and 0 for the others."""
-    seed: int = 0
-    """Decides the first weights, the order of the images and their random changes."""
-
-    out: str = "runs"
-    """Folder of all runs; this one becomes OUT/tiny-imagenet/TIME-NAME."""
-    name: str | None = None
-    """The run's name; null is MODEL-AUGMENTATION-OPTIMIZER."""
-    resume: str | None = None
-    """A stopped run's folder, to go on with it there, with its own options unless others are given."""
-
-    FIXED = ("dataset", "image_size", "model", "optimizer", "scheduler")
-    PLANNED = ("cosine",)
-    DATA = ("dataset", "root", "download", "image_size", "limit")
-
-    def __post_init__(self) -> None:
-        check(self)
-        for option, least in {"bsize": 1, "epochs": 1, "workers": 0, "seed": 0}.items():
-            at_least(self, option, least)
-        at_least(self, "lr", 0, exclusive=True)
-        at_least(self, "image_size", 8)
-        at_least(self, "limit", 1)
-        own = 64 if self.dataset == "tiny-imagenet" else 32
-        if self.image_size is not None and (self.image_size % 8 or (own == 32 and self.image_size != own)):
-            limits = "a multiple of 8" if own == 64 else f"{own}, the size of {self.dataset}'s images"
-            raise ConfigError(f"`image_size` is {self.image_size}: it must be {limits}")
-        at_least(self, "weight_decay", 0)
-
-    def resolved(self) -> TinyImageNetConfig:
-        """Return the same with a value for every option that was left open."""
-        decay = 1e-6 if self.model == "best" else 0.01 if self.optimizer == "adamw" else 0.0
-        chosen = {
-            "scheduler": "none" if self.optimizer == "adam" else "cosine",
-            "weight_decay": decay,
-            "image_size": 64 if self.dataset == "tiny-imagenet" else 32,
-            "name": f"{self.model}-{self.augmentation}-{self.optimizer}",
-        }
-        open_ones: dict[str, Any] = {option: value for option, value in chosen.items() if getattr(self, option) is None}
-        return dataclasses.replace(self, **open_ones)
 
 
 Config = TinyImageNetConfig
@@ -226,7 +136,7 @@ def _trainer(
         metrics=common.metrics(len(facts.classes)),
         train_metrics={"accuracy": LabelWeightedAccuracy()},
         device=config.device,
-        batch=config.batch,
+        batch_size_means=config.batch,
         precision=config.precision,
         epochs=config.epochs,
         optimizer=config.optimizer,

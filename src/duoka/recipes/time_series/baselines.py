@@ -44,7 +44,7 @@ def dlinear(parts: SplitRows, device: Any, seed: int) -> Tensor:
         loader(parts.validation, 512),
         loss=mse_loss,
         device=device,
-        batch="global",
+        batch_size_means="global",
         epochs=EPOCHS,
         optimizer="adam",
         lr=RATE,

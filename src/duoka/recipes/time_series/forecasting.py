@@ -210,7 +210,7 @@ def _trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData, opti
         loss=mse_loss,
         metrics={"mae": torchmetrics.MeanAbsoluteError()},
         device=config.device,
-        batch=config.batch,
+        batch_size_means=config.batch,
         precision=config.precision,
         epochs=config.epochs,
         optimizer=config.optimizer,
