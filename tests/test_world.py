@@ -14,7 +14,7 @@ def test_alone_every_collective_returns_its_input() -> None:
     assert world.all_reduce(tensor) is tensor
     assert world.broadcast_object(value) is value
     assert world.all_gather_object(value) == [value]
-    assert [world.any_rank(True), world.any(False)] == [True, False]
+    assert [world.any_rank(True), world.any_rank(False)] == [True, False]
     world.barrier()
 
 

@@ -77,7 +77,7 @@ def _uuids() -> list[str] | None:
     """Return the UUID of each CUDA device in CUDA's order, without starting CUDA in this process."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("driver.py"))]
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("cuda_uuids.py"))]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
