@@ -36,10 +36,17 @@ def test_devices_may_stand_where_torch_has_numbers():
 
 
 def test_launch_says_what_was_meant():
-    with pytest.raises(ConfigError, match="did you mean devices='cpu:2'"):
-        duoka.launch(print, device="cpu:2")
-    with pytest.raises(ConfigError, match="no option 'epochs'; what is for the function stands after it"):
+    with pytest.raises(ConfigError, match="device='cpu:2' and devices='cpu:3'"):
+        duoka.launch(print, device="cpu:2", devices="cpu:3")
+    with pytest.raises(ConfigError, match="no option 'epochs'"):
         duoka.launch(print, epochs=3)
+
+
+def test_launch_takes_device_and_devices():
+    def size() -> int:
+        return duoka.current_world().size
+
+    assert duoka.launch(size, device="cpu:2") == duoka.launch(size, device="cpu:2", devices=["cpu", "cpu"]) == 2
 
 
 def test_swapped_arguments_of_save_and_load_are_said():

@@ -5,5 +5,6 @@ from __future__ import annotations
 from duoka.devices.info import DeviceInfo, DeviceProcess, Link
 from duoka.devices.inventory import describe
 from duoka.devices.selection import DeviceSelection, resolve
+from duoka.devices.spec import DeviceSpec
 
-__all__ = ["DeviceSelection", "DeviceInfo", "DeviceProcess", "Link", "describe", "resolve"]
+__all__ = ["DeviceInfo", "DeviceProcess", "DeviceSelection", "DeviceSpec", "Link", "describe", "resolve"]

@@ -6,14 +6,14 @@ import difflib
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 
-from duoka.errors import DeviceError
+from duoka.errors import ConfigError, DeviceError
 
-__all__ = ["DeviceSpec", "DeviceRequest", "parse"]
+__all__ = ["DeviceRequest", "DeviceSpec", "parse", "reconcile"]
 
 DeviceSpec: TypeAlias = "str | int | torch.device | Sequence[str | int | torch.device] | None"
 """Anything of the grammar: ``"auto"``, ``0``, ``"0,1"``, ``torch.device("cuda:1")``, ``["cuda:0", "cuda:1"]``."""
@@ -28,6 +28,22 @@ _ALIASES = {"hip": "cuda", "rocm": "cuda"}  # torch calls an AMD GPU "cuda"
 _WORDS = sorted({"auto", "cpu", "idle"} | _ANY_ACCELERATOR | _ACCELERATORS)
 _MOST = 1024
 """More devices or workers than this are a slip of the hand; it also keeps ``0-999999999`` from filling the memory."""
+
+
+def reconcile(device: DeviceSpec, devices: DeviceSpec, default: DeviceSpec = "auto") -> DeviceSpec:
+    """Return what ``device=`` and ``devices=``, two spellings of one option, name together; ``None`` is not given.
+
+    Raises ConfigError where both are given and name different devices.
+
+    >>> reconcile("cpu:2", None)
+    'cpu:2'
+    """
+    if device is None or devices is None:
+        given = device if devices is None else devices
+        return default if given is None else given
+    if replace(parse(device), text="") != replace(parse(devices), text=""):
+        raise ConfigError(f"device={device!r} and devices={devices!r} name different devices. Give one of them.")
+    return devices
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
 
-import torch
 import torch.distributed as dist
 
-from duoka import devices as device_grammar
 from duoka import workers
+from duoka.devices.selection import resolve
+from duoka.devices.spec import DeviceSpec, reconcile
 from duoka.errors import ConfigError, LaunchError
 from duoka.launcher import cluster_environment, rank_context
 from duoka.workers.exceptions import own_frames
@@ -22,14 +22,13 @@ T = TypeVar("T")
 _one_at_a_time = threading.Lock()
 """A process has one default process group, one environment and one rank."""
 
-DeviceSpec = str | int | torch.device | Sequence[str | int | torch.device] | None
-
 
 @overload
 def launch(
     fn: Callable[..., T],
     *args: Any,
     devices: DeviceSpec = ...,
+    device: DeviceSpec = ...,
     returns: Literal["first"] = ...,
     output: str = ...,
     timeout_s: float = ...,
@@ -39,6 +38,7 @@ def launch(
     fn: Callable[..., T],
     *args: Any,
     devices: DeviceSpec = ...,
+    device: DeviceSpec = ...,
     returns: Literal["all"],
     output: str = ...,
     timeout_s: float = ...,
@@ -46,7 +46,8 @@ def launch(
 def launch(
     fn: Callable[..., Any],
     *args: Any,
-    devices: DeviceSpec = "all",
+    devices: DeviceSpec = None,
+    device: DeviceSpec = None,
     returns: Literal["first", "all"] = "first",
     output: str = "quiet",
     timeout_s: float = 1800.0,
@@ -65,7 +66,9 @@ def launch(
     Args:
         fn: any callable, defined anywhere: a module, a notebook cell, the REPL; it need not be importable.
         args: its arguments; helpers get them by value, tensors on an accelerator arriving on the helper's own device.
-        devices: the device grammar: ``"all"``, ``"auto"``, ``"0,1"``, ``"cpu:2"``, ``torch.device`` or a list of these.
+        devices: the device grammar: ``"all"`` (the default), ``"auto"``, ``"0,1"``, ``"cpu:2"``, a ``torch.device``, or a
+            list of these.
+        device: another spelling of ``devices``.
         returns: ``"first"`` for rank 0's value, ``"all"`` for the list of every rank's.
         output: ``"quiet"`` keeps what helpers print for error reports only; ``"all"`` shows it, each line labelled.
         timeout_s: seconds after which a collective over gloo that some rank does not join fails; NCCL waits on.
@@ -82,13 +85,9 @@ def launch(
         [0, 1]
 
     """
-    for name, value in others.items():
-        hint = (
-            f"did you mean devices={value!r}?"
-            if name == "device"
-            else "what is for the function stands after it, by place"
-        )
-        raise ConfigError(f"launch has no option {name!r}; {hint}")
+    for name in others:
+        raise ConfigError(f"launch has no option {name!r}; pass arguments of the function by position: launch(fn, 3)")
+    spec = reconcile(device, devices, default="all")
     _check_choice("returns", returns, ("first", "all"))
     _check_choice("output", output, ("quiet", "all"))
     if not callable(fn):
@@ -99,9 +98,9 @@ def launch(
             "thread); call it once, with all the devices it should use"
         )
     try:
-        if cluster_environment.is_member(devices):
-            return _join(fn, args, devices, returns, timeout_s)
-        return _launch_here(fn, args, devices, returns, output, timeout_s)
+        if cluster_environment.is_member(spec):
+            return _join(fn, args, spec, returns, timeout_s)
+        return _launch_here(fn, args, spec, returns, output, timeout_s)
     except BaseException as error:
         raise error.with_traceback(own_frames(error.__traceback__))  # noqa: B904 - it is the same error
     finally:
@@ -116,7 +115,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _launch_here(
     fn: Callable[..., Any], args: tuple[Any, ...], spec: DeviceSpec, returns: str, output: str, timeout_s: float
 ) -> Any:
-    chosen = device_grammar.resolve(spec).devices
+    chosen = resolve(spec).devices
     if dist.is_initialized():
         raise LaunchError(
             "this process already has a process group of its own, with one rank; launch needs to make one. "
