@@ -17,8 +17,8 @@ from duoka.checkpoint.key_names import clean_name, clean_state, nearest, unwrap
 from duoka.checkpoint.load_state import load_state
 from duoka.checkpoint.rank_zero_write import written_by_one
 from duoka.checkpoint.sanitize import portable, tensor_bytes
-from duoka.checkpoint.storage import atomic_write
 from duoka.errors import CheckpointError, ConfigError
+from duoka.utils.files import atomic_write
 
 __all__ = ["check_suffix", "load", "model_state", "read", "save", "write"]
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from duoka.checkpoint.storage import atomic_write, check_writable
 from duoka.errors import ConfigError, StorageError
 from duoka.malloc import keep_freed_memory
+from duoka.utils.files import atomic_write, check_writable
 
 __all__ = ["begin", "end", "run_notebook"]
 

@@ -1,4 +1,4 @@
-"""Packages that only some recipes need: imported where they are used, named with their remedy when they are missing."""
+"""Import of packages that only some features need, with the pip command in the error."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from duoka.errors import MissingDependencyError
 
-__all__ = ["require"]
+__all__ = ["import_optional"]
 
 
-def require(module: str, extra: str) -> Any:
-    """Import and return ``module``, which ``pip install 'duoka[extra]'`` brings.
+def import_optional(module: str, extra: str) -> Any:
+    """Import and return ``module``, which ``pip install 'duoka[extra]'`` installs.
 
     Raises:
         MissingDependencyError: the package is not installed; the message names the command that installs it.

@@ -13,7 +13,7 @@ from duoka.errors import DataError, MissingDependencyError
 from duoka.recipes.datasets import digits, image_folder
 from duoka.recipes.datasets.image_loader import Collate, ImageDataset, augmentation, loader
 from duoka.recipes.datasets.images import Images, read_image, statistics_of, stratified_split, write_image
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 
 TINY_IMAGENET = Path(__file__).parents[4] / "shared" / "data" / "tiny-imagenet-10.tar"
 
@@ -200,5 +200,5 @@ def test_a_missing_package_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
     with pytest.raises(MissingDependencyError, match=r"sklearn is needed .*pip install 'duoka\[vision\]'"):
-        require("sklearn.datasets", extra="vision")
+        import_optional("sklearn.datasets", extra="vision")
     assert import_it is builtins.__import__

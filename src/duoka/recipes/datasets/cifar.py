@@ -17,7 +17,7 @@ import torch
 from duoka.errors import DataError
 from duoka.recipes.datasets.download import check, fetch, refuse_file
 from duoka.recipes.datasets.images import Images, ImageSet
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 
 __all__ = ["CifarArchive", "load", "official"]
 
@@ -53,7 +53,7 @@ class CifarArchive:
 
 def official(name: str) -> CifarArchive:
     """Return the source of ``"cifar10"`` or ``"cifar100"``, with the addresses and checksums that torchvision keeps."""
-    known = getattr(require("torchvision.datasets", extra="vision"), name.upper())
+    known = getattr(import_optional("torchvision.datasets", extra="vision"), name.upper())
     train, test = (tuple((file, md5) for file, md5 in files) for files in (known.train_list, known.test_list))
     meta = (known.meta["filename"], known.meta["md5"])
     labels = "fine_labels" if name == "cifar100" else "labels"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from duoka.recipes.datasets.images import Images, ImageSet, Statistics
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 
 if TYPE_CHECKING:
     Samples = Dataset[tuple[Tensor, int]]
@@ -62,7 +62,7 @@ def augmentation(images: ImageSet) -> Callable[[Tensor], Tensor]:
 
     The border is 4 pixels for 32 (He et al., 2015), and as much of other sizes.
     """
-    v2: Any = require("torchvision.transforms.v2", extra="vision")
+    v2: Any = import_optional("torchvision.transforms.v2", extra="vision")
     _, height, width = images.shape
     steps = [v2.RandomCrop((height, width), padding=max(1, min(height, width) // 8))]
     if images.mirrored_alike:

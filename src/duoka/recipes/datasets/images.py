@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from duoka.errors import DataError, StorageError
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 
 __all__ = ["ImageSet", "Images", "Statistics", "read_image", "statistics_of", "stratified_split", "write_image"]
 
@@ -103,7 +103,10 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
         DataError: the file is missing or is no image that can be read; the message names it.
 
     """
-    image_module, image_ops = require("PIL.Image", extra="vision"), require("PIL.ImageOps", extra="vision")
+    image_module, image_ops = (
+        import_optional("PIL.Image", extra="vision"),
+        import_optional("PIL.ImageOps", extra="vision"),
+    )
     channels, height, width = shape
     try:
         with image_module.open(path) as file:
@@ -125,7 +128,7 @@ def write_image(path: Path, pixels: Tensor) -> None:
     array = pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        require("PIL.Image", extra="vision").fromarray(array).save(path)
+        import_optional("PIL.Image", extra="vision").fromarray(array).save(path)
     except OSError as error:
         raise StorageError(f"cannot write the image {path}: {error}") from error
 

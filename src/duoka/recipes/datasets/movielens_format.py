@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duoka.errors import DataError
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 
 __all__ = [
     "AGES",
@@ -187,7 +187,7 @@ def _parsed(path: Path) -> Integers:
     The C parser of pandas takes one character between columns, so each ``::`` is a column that must be empty: it is, where
     there are six colons a line, in pairs, and none of the four numbers is missing.
     """
-    pandas = require("pandas", extra="recommend")
+    pandas = import_optional("pandas", extra="recommend")
     data = _bytes(path)
     try:
         table = pandas.read_csv(

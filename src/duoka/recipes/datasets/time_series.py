@@ -18,7 +18,7 @@ from duoka.recipes.datasets import ett
 from duoka.recipes.datasets.csv_table import Table, listed
 from duoka.recipes.datasets.sliding_windows import SlidingWindows
 from duoka.recipes.datasets.standardization import Standardization
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 
 __all__ = ["SplitRows", "TimeSeries", "calendar", "series_of"]
 
@@ -65,7 +65,7 @@ class TimeSeries:
 
     def after(self, steps: int) -> Any:
         """Return the dates of the ``steps`` that follow the last."""
-        pandas = require("pandas", extra="forecast")
+        pandas = import_optional("pandas", extra="forecast")
         return pandas.date_range(self.dates[-1], periods=steps + 1, freq=self.dates.freq)[1:]
 
 
@@ -164,7 +164,7 @@ def calendar(dates: Any, step_s: float) -> Tensor:
 
 def _dates(table: Table, place: int) -> Any:
     """Return the column of dates, all of them dates and rising."""
-    pandas = require("pandas", extra="forecast")
+    pandas = import_optional("pandas", extra="forecast")
     cells = [row[place].strip() for row in table.rows]
     where = f"column {place + 1} ({table.columns[place]})"
     try:
@@ -242,7 +242,7 @@ def _regular(table: Table, dates: Any, values: Tensor, fill: bool, frequency: st
 
 def _grid(dates: Any, frequency: str | None) -> Any:
     """Return the fewest regular dates that have all of ``dates`` among them; ``None`` if that more than doubles them."""
-    pandas = require("pandas", extra="forecast")
+    pandas = import_optional("pandas", extra="forecast")
     usual, day = _usual(dates), pandas.Timedelta(days=1)
     found = None
     for step in (frequency, usual, *(UNEQUAL if usual >= day else ())):

@@ -25,7 +25,7 @@ from duoka.recipes.image_classification.common import DatasetMetadata
 from duoka.recipes.image_classification.config import TinyImageNetConfig
 from duoka.recipes.models import small_cnns
 from duoka.trainer import Trainer
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 from duoka.world import current_world
 
 __all__ = ["TinyImageNetConfig", "evaluate", "predict", "train"]
@@ -103,7 +103,7 @@ def changes(config: TinyImageNetConfig, size: int) -> list[Any]:
 
 def one_by_one(config: TinyImageNetConfig, size: int) -> Any:
     """Return torchvision's transform of one image that makes the same random changes, for worker processes."""
-    v2 = require("torchvision.transforms.v2", extra="vision")
+    v2 = import_optional("torchvision.transforms.v2", extra="vision")
     if config.augmentation == "none":
         return v2.Identity()
     return v2.Compose([v2.RandomResizedCrop(size, scale=SCALE), v2.RandomHorizontalFlip(), v2.ColorJitter(**JITTER)])
@@ -113,7 +113,7 @@ def mixing(config: TinyImageNetConfig, classes: int) -> Any:
     """Return torchvision's transform that mixes a batch, or ``None``."""
     if config.augmentation not in ("mixup", "cutmix"):
         return None
-    v2 = require("torchvision.transforms.v2", extra="vision")
+    v2 = import_optional("torchvision.transforms.v2", extra="vision")
     return (v2.MixUp if config.augmentation == "mixup" else v2.CutMix)(num_classes=classes)
 
 

@@ -24,7 +24,7 @@ from duoka.errors import ConfigError, DataError
 from duoka.log import logger
 from duoka.recipes.models.gpt2_packed_forward import states
 from duoka.recipes.models.prefix_packing import pack
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 
 __all__ = ["TRAINING", "Lora", "TextSpans", "TokenizedTexts", "EntityTexts", "TextEncoder", "prepare", "width_of"]
 
@@ -180,7 +180,7 @@ def width_of(network: nn.Module) -> int:
 
 
 def _add_lora(network: nn.Module, lora: Lora) -> None:
-    peft = require("peft", "recommend")
+    peft = import_optional("peft", "recommend")
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -212,7 +212,7 @@ def prepare(
         MissingDependencyError: transformers is not installed.
 
     """
-    require("transformers", "recommend")
+    import_optional("transformers", "recommend")
     texts = [*user_texts, *item_texts]
     with _quiet():
         tokenize, network = _small(texts, seed) if str(pretrained) == "none" else _loaded(str(pretrained))
@@ -295,7 +295,7 @@ def _check_lengths(side: str, texts: Sequence[str], pieces: Sequence[Sequence[Pi
 
 def _small(texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
     """Return a byte-level tokeniser that has learned the texts' own words, and a small GPT-2 with random weights."""
-    transformers, tokenizers = require("transformers", "recommend"), require("tokenizers", "recommend")
+    transformers, tokenizers = import_optional("transformers", "recommend"), import_optional("tokenizers", "recommend")
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(sorted(set(texts)), vocab_size=2048, min_frequency=2, show_progress=False)
     config = transformers.GPT2Config(
@@ -316,7 +316,7 @@ def _small(texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
 
 
 def _loaded(name: str) -> tuple[Tokenize, Any]:
-    transformers = require("transformers", "recommend")
+    transformers = import_optional("transformers", "recommend")
     if not Path(name).is_dir():
         logger.info("looking for %s on the Hugging Face hub", name)
     try:
@@ -373,7 +373,10 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' progress bars and advice to itself, but those of downloads, and leave its settings as they were."""
-    logging, hub = require("transformers", "recommend").utils.logging, require("huggingface_hub", "recommend").utils
+    logging, hub = (
+        import_optional("transformers", "recommend").utils.logging,
+        import_optional("huggingface_hub", "recommend").utils,
+    )
     level, bars, downloads, hub_level = (
         logging.get_verbosity(),
         logging.is_progress_bar_enabled(),

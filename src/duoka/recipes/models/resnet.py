@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from duoka.errors import ConfigError
-from duoka.utils.imports import require
+from duoka.utils.imports import import_optional
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def resnet(name: str, num_classes: int, in_channels: int = 3, width: float = 1.0
         raise ConfigError(f"there is no model {name!r}: choose one of {', '.join(LAYERS)}")
     if width <= 0:
         raise ConfigError(f"width is {width}: it multiplies the numbers of channels and must be above 0")
-    blocks = require("torchvision.models.resnet", extra="vision")
+    blocks = import_optional("torchvision.models.resnet", extra="vision")
     block, layers = LAYERS[name]
     return ResNet(getattr(blocks, block), layers, num_classes, in_channels, width)
 

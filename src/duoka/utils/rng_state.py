@@ -1,20 +1,23 @@
-"""The states of every random generator a training run draws from, as plain tensors and numbers, exact."""
+"""States of the global random number generators: Python, NumPy, torch on CPU, and the current accelerator."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["rng_state", "set_rng_state"]
+__all__ = ["derive_seed", "preserve_rng_state", "rng_state", "seed_all", "set_rng_state"]
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the states of Python's, NumPy's and torch's generators and of the accelerator that this process uses, if any.
+    """Return the states of all global generators as numbers and tensors, which a checkpoint can hold.
 
-    Holds numbers and tensors only, so that it goes into a checkpoint as it is; ``set_rng_state`` takes it back.
+    The accelerator's state is included only if this process has initialized the accelerator.
 
     >>> before = rng_state()
     >>> first = torch.rand(2)
@@ -23,7 +26,7 @@ def rng_state() -> dict[str, Any]:
     True
     """
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - what users draw from
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - user code draws from it
     return {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
         "numpy": {
@@ -39,7 +42,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set the generators to what ``rng_state`` returned; an accelerator's only where there is one of the same type."""
+    """Restore what ``rng_state`` returned; an accelerator's state only if one of the same type is present."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)
@@ -50,12 +53,45 @@ def set_rng_state(state: dict[str, Any]) -> None:
     _set_accelerator_state(state["accelerator"])
 
 
+@contextlib.contextmanager
+def preserve_rng_state() -> Iterator[None]:
+    """Restore all global generators after the ``with`` block.
+
+    >>> before = torch.initial_seed()
+    >>> with preserve_rng_state():
+    ...     seed_all(1)
+    >>> torch.initial_seed() == before
+    True
+    """
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def seed_all(seed: int) -> None:
+    """Seed all global generators, with the same seed."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - user code draws from it
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that is a hash of ``parts``, the same in every process.
+
+    >>> derive_seed(0, "epoch", 3) == derive_seed(0, "epoch", 3) != derive_seed(0, "epoch", 4)
+    True
+    """
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
 def _accelerator_state() -> dict[str, Any] | None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return None
     module = torch.get_device_module(accelerator.type)
-    is_used = getattr(module, "is_initialized", lambda: True)  # MPS has none, and nothing to initialise
+    is_used = getattr(module, "is_initialized", lambda: True)  # MPS lacks the function and needs no initialization
     return {"type": accelerator.type, "state": module.get_rng_state().cpu()} if is_used() else None
 
 

@@ -1,4 +1,4 @@
-"""Writing a file so that it is there whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+"""Atomic file writes (temporary file, fsync, rename) and a lock between processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from duoka.errors import StorageError
+from duoka.utils.text import format_bytes
 
-__all__ = ["atomic_write", "check_writable"]
+__all__ = ["atomic_write", "check_writable", "file_lock"]
 
 _TEMPORARY = ".duoka-tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -24,16 +25,16 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Open ``path`` for writing bytes; readers see the old file until the block ends well, then the whole new one.
+    """Open ``path`` for writing bytes; readers see the old file until the block ends without an error.
 
-    The bytes go to a hidden temporary file in the same folder, which is flushed to the disk and renamed when the block
-    ends. When the block raises, the temporary file is removed and ``path`` is as it was. A writer that is killed leaves
-    its temporary file; the next write of the same ``path`` removes it. Missing folders are created, a symbolic link is
-    followed, and the permission bits are those that the umask gives.
+    The bytes go to a hidden temporary file in the same folder. When the block ends, the file is flushed to disk and
+    renamed. When the block raises, the temporary file is removed and ``path`` keeps its old content. A killed writer
+    leaves its temporary file, and the next write of the same ``path`` removes it. Missing folders are created,
+    symbolic links are followed, and the umask decides the permission bits.
 
     Args:
         path: the file to write.
-        needed_bytes: how much will be written, named in the message when the disk is full.
+        needed_bytes: the size to be written, which the message names when the disk is full.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
@@ -45,10 +46,10 @@ def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = Non
     target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_what_is_no_file(target)
-        _remove_stale(target)
+        _check_regular_file(target)
+        _remove_stale_files(target)
         temporary, file = _open_temporary(target)
-        with _removed_on_error(temporary, file):
+        with _remove_on_error(temporary, file):
             yield file
             _flush_to_disk(file)
             temporary.replace(target)
@@ -57,40 +58,40 @@ def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = Non
     except StorageError:
         raise
     except Exception as error:
-        cause = _operating_system_error(error)
+        cause = _find_os_error(error)
         if cause is None:
             raise
-        raise StorageError(_explain(target, cause, needed_bytes)) from error
+        raise StorageError(_storage_message(target, cause, needed_bytes)) from error
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Make sure that ``atomic_write`` can begin to write ``path``; missing folders are created.
+    """Check that ``atomic_write`` can start to write ``path``; missing folders are created.
 
     Raises:
-        StorageError: the folder cannot be made or written.
+        StorageError: the folder cannot be created or written.
 
     """
     target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_what_is_no_file(target)
+        _check_regular_file(target)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(_explain(target, error, None)) from error
+        raise StorageError(_storage_message(target, error, None)) from error
 
 
-def _refuse_what_is_no_file(target: Path) -> None:
-    """A device, a pipe or a folder would be replaced by the rename."""
+def _check_regular_file(target: Path) -> None:
+    """Raise for a device, a pipe or a folder, which the rename would replace."""
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "not a regular file"
         raise StorageError(f"cannot write {target}: it is {kind}; name a file")
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove the temporary files of writers that were killed: nobody holds their lock any more."""
+def _remove_stale_files(target: Path) -> None:
+    """Remove temporary files without a lock, which killed writers left."""
     for stale in target.parent.glob(f".{_escaped(target.name)}.*{_TEMPORARY}"):
         with contextlib.suppress(OSError):
             descriptor = os.open(stale, os.O_RDWR | os.O_NOFOLLOW)
@@ -106,11 +107,11 @@ def _escaped(name: str) -> str:
 
 
 def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
-    """Create and lock a temporary file beside ``target``; again when a cleaner took it before it was locked."""
+    """Create and lock a temporary file beside ``target``; retry if another writer removed it before the lock."""
     while True:
         temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(4)}{_TEMPORARY}"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: nothing of it is ever taken for stale
+        with contextlib.suppress(OSError):  # a file system without locks; no file on it is ever seen as stale
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_nlink:
             return temporary, os.fdopen(descriptor, "w+b")
@@ -118,13 +119,13 @@ def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextlib.contextmanager
-def _removed_on_error(temporary: Path, file: BinaryIO) -> Iterator[None]:
+def _remove_on_error(temporary: Path, file: BinaryIO) -> Iterator[None]:
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        with contextlib.suppress(OSError):  # what is buffered cannot be written either when the disk is full
+        with contextlib.suppress(OSError):  # buffered bytes cannot be written when the disk is full
             file.close()
         raise
 
@@ -135,7 +136,7 @@ def _flush_to_disk(file: BinaryIO) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the file system can."""
+    """Make the rename durable where the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -144,8 +145,8 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _operating_system_error(error: BaseException | None) -> OSError | None:
-    """The system's refusal behind ``error``: torch's archive writer reports it as an error of its own."""
+def _find_os_error(error: BaseException | None) -> OSError | None:
+    """Return the OSError that caused ``error``; torch's archive writer wraps it in a RuntimeError."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error
@@ -153,18 +154,18 @@ def _operating_system_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _explain(target: Path, error: OSError, needed_bytes: int | None) -> str:
-    said = error.strerror or str(error)
+def _storage_message(target: Path, error: OSError, needed_bytes: int | None) -> str:
+    reason = error.strerror or str(error)
     if error.errno in _FULL:
-        needed = "" if needed_bytes is None else f"{_size(needed_bytes)} needed, "
+        needed = "" if needed_bytes is None else f"{format_bytes(needed_bytes)} needed, "
         limit = " or raise the file-size limit (ulimit -f)" if error.errno == errno.EFBIG else ""
         return (
-            f"cannot write {target}: {said} ({needed}{_size(_free_bytes(target.parent))} free). "
-            f"Free some space{limit}, or write to another disk; what was there before is untouched"
+            f"cannot write {target}: {reason} ({needed}{format_bytes(_free_bytes(target.parent))} free). "
+            f"Free some space{limit}, or write to another disk; the previous content is untouched"
         )
     if error.errno in _FORBIDDEN:
-        return f"cannot write {target}: {said}. Make {target.parent} writable, or write to another folder"
-    return f"cannot write {target}: {said}. Check the path, or write to another folder"
+        return f"cannot write {target}: {reason}. Make {target.parent} writable, or write to another folder"
+    return f"cannot write {target}: {reason}. Check the path, or write to another folder"
 
 
 def _free_bytes(folder: Path) -> int:
@@ -173,5 +174,25 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count} bytes"
+@contextlib.contextmanager
+def file_lock(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold an exclusive lock between processes on ``path``: a folder, or a file that is created if it is missing.
+
+    The operating system releases the lock when the process ends, even if it is killed. A file system without locks
+    gives no protection and no error.
+
+    Raises:
+        StorageError: ``path`` cannot be opened.
+
+    """
+    flags = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR | os.O_CREAT
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise StorageError(f"cannot lock {path}: {error.strerror}. Choose a folder that can be written") from error
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,237 @@
+"""Private torch interfaces that duoka uses, one function each, and nothing else of torch's private names elsewhere.
+
+Each was seen in torch 2.9 to 2.14. ``tests/utils/test_torch_private.py`` exercises every function, so that a torch release
+that changes one fails a test that names it. Where torch offers no public equivalent, the docstring says why one is needed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd import Variable
+from torch.distributed import distributed_c10d
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import get_worker_info
+
+from duoka.errors import UnsupportedError
+
+__all__ = [
+    "BatchNorm",
+    "abort_default_process_group",
+    "add_in_place",
+    "backward_keeps_graph",
+    "broadcast_coalesced",
+    "call_module",
+    "copy_in_place",
+    "default_store",
+    "exception_wrapper",
+    "forget_loaded_sparse_tensors",
+    "gloo_process_group",
+    "inject_parametrized_class",
+    "is_in_functorch",
+    "multiply_in_place",
+    "nccl_process_group",
+    "replace_call",
+    "replaced_call",
+    "restore_call",
+    "run_after_backward",
+    "set_default_group_timeout",
+    "set_worker_dataset",
+    "storage_id",
+    "storage_use_count",
+    "stop_dataloader_workers",
+    "take_dataloader_iterator",
+]
+
+BatchNorm: type[nn.Module] = _BatchNorm
+"""Common base class of all batch norm layers."""
+
+
+# autograd
+
+
+def backward_keeps_graph() -> bool:
+    """Return whether the running backward has ``retain_graph=True``; call it inside a backward. False if unknown."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(ask()) if ask is not None else False
+
+
+def run_after_backward(callback: Callable[[], Any]) -> None:
+    """Call ``callback`` when the running backward has ended; call it inside a backward. DDP and FSDP use the same."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+# tensors and storages
+
+
+def storage_use_count(storage: torch.UntypedStorage) -> int:
+    """Return the number of references to a storage, from C++ and from Python objects.
+
+    A parameter may move into shared memory only if no other tensor views its storage.
+    """
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Return an integer that is the same for all Python objects of one storage."""
+    return int(storage._cdata)
+
+
+def copy_in_place(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source into its target with one fused kernel."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def add_in_place(targets: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+    """Add each tensor to its target with one fused kernel."""
+    torch._foreach_add_(list(targets), list(others))
+
+
+def multiply_in_place(targets: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply each target by a scalar tensor with one fused kernel."""
+    torch._foreach_mul_(list(targets), factor)
+
+
+def forget_loaded_sparse_tensors() -> None:
+    """Empty the list in which torch's unpickler keeps sparse tensors until ``torch.load`` validates them."""
+    getattr(torch._utils, "_sparse_tensors_to_validate", []).clear()
+
+
+# modules
+
+
+def call_module(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run hooks and forward of ``module``, even if ``replace_call`` has replaced its call."""
+    own: Any = module._call_impl
+    return own(*args, **kwargs)
+
+
+def replace_call(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Make ``module(...)`` call ``call``: the slot in which ``Module.compile`` stores its compiled call.
+
+    The object, its class, its pickle and its copies stay as they are, which no public hook offers.
+    """
+    module._compiled_call_impl = call
+
+
+def replaced_call(module: nn.Module) -> Any:
+    """Return what ``replace_call`` or ``Module.compile`` has set on ``module``, or ``None``."""
+    return module._compiled_call_impl
+
+
+def restore_call(module: nn.Module) -> None:
+    """Undo ``replace_call``."""
+    module.__dict__.pop("_compiled_call_impl", None)
+
+
+def check_replace_call() -> None:
+    """Raise ``UnsupportedError`` if this torch does not call what ``replace_call`` sets."""
+    probe = nn.Identity()
+    try:
+        replace_call(probe, lambda value: value + 1)
+        works = probe(1) == 2 and call_module(probe, (1,), {}) == 1
+        restore_call(probe)
+        works = works and probe(1) == 1
+    except (AttributeError, TypeError):
+        works = False
+    if not works:
+        raise UnsupportedError(
+            f"torch {torch.__version__} calls modules in another way than torch 2.9 to 2.14, so `duoka run` cannot "
+            "parallelize a script's models; use duoka.DataParallel, or one of these torch versions"
+        )
+
+
+def is_in_functorch() -> bool:
+    """Return whether code runs inside ``torch.func.vmap``, ``grad`` or another functorch transform."""
+    level = getattr(torch._C._functorch, "maybe_current_level", None)
+    return level is not None and level() is not None
+
+
+def inject_parametrized_class(module: nn.Module, names: Sequence[str]) -> None:
+    """Give ``module`` the class with properties that ``torch.nn.utils.parametrize`` makes; that class refuses pickling."""
+    from torch.nn.utils import parametrize
+
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+
+
+# torch.distributed
+
+
+def gloo_process_group(store: Any, rank: int, size: int, interface: str, timeout: datetime.timedelta) -> Any:
+    """Return a gloo group that ``torch.distributed`` does not know, on one network interface."""
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def nccl_process_group(store: Any, rank: int, size: int, device: torch.device, timeout: datetime.timedelta) -> Any:
+    """Return an NCCL group that ``torch.distributed`` does not know, with one communicator, connected now."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    group = dist.ProcessGroupNCCL(store, rank, size, options)
+    group.eager_connect_single_device(device)
+    return group
+
+
+def default_store() -> Any:
+    """Return the store of the default process group; ``None`` if the group has none (MPI) or is not initialized."""
+    try:
+        return distributed_c10d._get_default_store()
+    except (AttributeError, RuntimeError, ValueError):
+        return None
+
+
+def set_default_group_timeout(timeout: datetime.timedelta) -> None:
+    """Set the timeout of the default process group; ``dist.set_timeout`` is public from torch 2.14 on."""
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    set_timeout(timeout)
+
+
+def abort_default_process_group() -> None:
+    """Abort the default process group's communicators, which frees ranks that wait in a collective."""
+    distributed_c10d._abort_process_group()
+
+
+def broadcast_coalesced(tensors: Sequence[torch.Tensor], bytes_per_message: int) -> None:
+    """Broadcast rank 0's tensors over the default group in few messages, as DDP does at its start."""
+    group: Any = dist.group.WORLD
+    dist._broadcast_coalesced(group, list(tensors), bytes_per_message, 0)  # type: ignore[attr-defined]
+
+
+# torch.utils.data
+
+
+def exception_wrapper() -> type[Any]:
+    """Return the class in which a DataLoader worker sends an exception."""
+    from torch._utils import ExceptionWrapper
+
+    return ExceptionWrapper
+
+
+def stop_dataloader_workers(iterator: Any) -> None:
+    """End the worker processes of a DataLoader's iterator now; other iterators have none."""
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if callable(shutdown):
+        shutdown()
+
+
+def take_dataloader_iterator(loader: Any) -> Any:
+    """Return the iterator that a DataLoader with persistent workers keeps, or ``None``, and let the loader forget it."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        loader._iterator = None
+    return iterator
+
+
+def set_worker_dataset(dataset: Any) -> None:
+    """Set ``get_worker_info().dataset`` in a DataLoader worker; plain assignment is refused."""
+    object.__setattr__(get_worker_info(), "dataset", dataset)

@@ -1,0 +1,44 @@
+"""torch's process-wide settings: default dtype, matmul precision, determinism, anomaly mode, cuDNN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.backends import cudnn
+
+__all__ = ["apply_torch_settings", "capture_torch_settings"]
+
+
+def capture_torch_settings(names: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Return the current settings by name; ``names`` selects some of ``SETTINGS``."""
+    return {name: SETTINGS[name][0]() for name in names or SETTINGS}
+
+
+def apply_torch_settings(settings: Mapping[str, Any]) -> None:
+    """Set what ``capture_torch_settings`` returned; a setting that already has its value is not touched."""
+    for name, value in settings.items():
+        get, put = SETTINGS[name]
+        if get() != value:
+            put(value)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_anomaly(enabled: bool) -> None:
+    torch.autograd.set_detect_anomaly(enabled)
+
+
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "deterministic": (_deterministic, lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1])),
+    "anomaly": (torch.is_anomaly_enabled, _set_anomaly),
+    "cudnn_benchmark": (lambda: cudnn.benchmark, lambda value: setattr(cudnn, "benchmark", value)),
+    "cudnn_deterministic": (lambda: cudnn.deterministic, lambda value: setattr(cudnn, "deterministic", value)),
+    "cudnn_allow_tf32": (lambda: cudnn.allow_tf32, lambda value: setattr(cudnn, "allow_tf32", value)),
+}
+"""Each setting's getter and setter."""

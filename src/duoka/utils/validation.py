@@ -1,0 +1,89 @@
+"""Checks of option values, and the one form of message for a value that is not valid."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from duoka.errors import ConfigError
+from duoka.utils.text import did_you_mean
+
+__all__ = [
+    "check_choice",
+    "check_field_types",
+    "check_integer",
+    "check_number",
+    "describe_type",
+    "invalid_option",
+]
+
+
+def invalid_option(name: str, value: object, expected: str, hint: str = "") -> ConfigError:
+    """Return the error for an option whose value is not valid.
+
+    >>> print(invalid_option("lr", -1, "a number above 0", "0.001 suits Adam"))
+    lr=-1 is not valid: it must be a number above 0; 0.001 suits Adam
+    """
+    return ConfigError(f"{name}={value!r} is not valid: it must be {expected}{f'; {hint}' if hint else ''}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ``ConfigError`` unless ``value`` is one of ``choices``; the message suggests the closest."""
+    if value not in choices:
+        expected = f"one of {', '.join(str(choice) for choice in choices)}"
+        raise invalid_option(name, value, expected, did_you_mean(value, choices))
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Raise ``ConfigError`` unless ``value`` is an integer of at least ``least``; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise invalid_option(name, value, f"an integer, {least} or more")
+
+
+def check_number(
+    name: str, value: object, least: float = 0, *, exclusive: bool = False, below: float = math.inf
+) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a finite number in the range; ``exclusive`` shuts ``least`` out."""
+    limits = f"above {least:g}" if exclusive else f"{least:g} or more"
+    if below < math.inf:
+        limits += f" and below {below:g}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (least < value < below if exclusive else least <= value < below):  # type: ignore[operator]
+        raise invalid_option(name, value, f"a finite number, {limits}")
+
+
+def check_field_types(config: Any) -> None:
+    """Raise ``ConfigError`` unless every field of a dataclass has a value of its annotated type."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            raise invalid_option(name, value, describe_type(hint), did_you_mean(value, typing.get_args(hint)))
+
+
+def describe_type(hint: Any) -> str:
+    """Return a type annotation in plain English.
+
+    >>> describe_type(int | None), describe_type(typing.Literal["a", "b"])
+    ('an integer or none', 'one of a, b')
+    """
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    if hint in words:
+        return words[hint]
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return " or ".join(describe_type(part) for part in typing.get_args(hint)) or str(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether ``value`` has the type ``hint``; an int is a float too, and a bool is neither."""
+    if hint is Any:
+        return True
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if parts := typing.get_args(hint):
+        return any(_fits(value, part) for part in parts)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
