@@ -17,14 +17,14 @@ import torch
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
-from duoka.recipes.models.informer import Informer, Size
+from duoka.recipes.models.informer import Informer, InformerSize
 
 BATCH, HORIZON, MARKS = 32, 24, 4
 CASES = {"M": (7, 48, 48), "S": (1, 720, 168)}
 """Columns, seq_len and label_len of the authors' script for ETTh1, horizon 24."""
 
 
-def authors_operations(columns: int, past: int, start: int, size: Size) -> int:
+def authors_operations(columns: int, past: int, start: int, size: InformerSize) -> int:
     """Multiplications and additions of one window's forward in the authors' code."""
     d, hidden = size.width, size.hidden
     total, length = 0, past
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="how long to time each case")
     seconds = parser.parse_args().seconds
     for name, (columns, past, start) in CASES.items():
-        size = Size()
+        size = InformerSize()
         model = Informer(columns, columns, MARKS, label_length=start, horizon=HORIZON, size=size)
         history, marks = torch.randn(BATCH, past, columns), torch.randn(BATCH, past + HORIZON, MARKS)
         truth = torch.randn(BATCH, HORIZON, columns)

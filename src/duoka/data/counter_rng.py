@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["uniforms"]
+__all__ = ["splitmix64", "uniforms"]
 
 _GOLDEN = 0x9E37_79B9_7F4A_7C15
 _FACTORS = ((30, 0xBF58_476D_1CE4_E5B9), (27, 0x94D0_49BB_1331_11EB))
@@ -22,10 +22,14 @@ def uniforms(stream: int, places: Tensor, count: int) -> Tensor:
     """
     number = places[:, None] * count + torch.arange(1, count + 1, device=places.device)
     bits = number * _signed(_GOLDEN) + _signed(stream)
+    return _shifted(splitmix64(bits), 40).float() * 2.0**-24
+
+
+def splitmix64(bits: Tensor) -> Tensor:
+    """Return a hash of each of ``bits``, int64 of any shape: splitmix64's finalizer."""
     for shift, factor in _FACTORS:
         bits = (bits ^ _shifted(bits, shift)) * _signed(factor)
-    bits = bits ^ _shifted(bits, 31)
-    return _shifted(bits, 40).float() * 2.0**-24
+    return bits ^ _shifted(bits, 31)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:

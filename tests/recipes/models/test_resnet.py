@@ -1,4 +1,4 @@
-"""The networks against torchvision's own."""
+"""ResNets against torchvision's."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def count(module: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("classes", [10, 100])
-def test_parameters_are_torchvisions_less_the_greater_stem(name, classes):
+def test_parameters_are_torchvisions_apart_from_the_stem(name, classes):
     block, layers = LAYERS[name]
     theirs = torchvision.models.ResNet(getattr(torchvision.models.resnet, block), list(layers), num_classes=classes)
     assert count(resnet(name, classes)) == count(theirs) - 64 * 3 * (7 * 7 - 3 * 3)
@@ -25,7 +25,7 @@ def test_resnet18_for_cifar100_has_the_known_number_of_parameters():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_features_equal_torchvisions_when_it_is_given_the_small_stem(name):
+def test_outputs_equal_torchvisions_with_the_small_stem(name):
     block, layers = LAYERS[name]
     theirs = torchvision.models.ResNet(getattr(torchvision.models.resnet, block), list(layers), num_classes=7)
     theirs.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -36,7 +36,7 @@ def test_features_equal_torchvisions_when_it_is_given_the_small_stem(name):
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
 
 
-def test_small_grey_digits_fit():
+def test_small_gray_digits_fit():
     assert resnet("resnet10", 10, in_channels=1, width=0.25)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
@@ -50,7 +50,7 @@ def test_width_multiplies_every_channel():
     ]
 
 
-def test_the_first_stage_sees_the_image_at_its_full_size():
+def test_the_first_stage_gets_the_image_at_full_size():
     model, seen = resnet("resnet10", 10), []
     model.layer1.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape))
     model(torch.zeros(2, 3, 32, 32))
@@ -59,8 +59,8 @@ def test_the_first_stage_sees_the_image_at_its_full_size():
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "message"), [("resnet19", 1, "no model 'resnet19'"), ("resnet10", 0, "above 0")]
+    ("name", "width", "message"), [("resnet19", 1, "model='resnet19'"), ("resnet10", 0, "width=0")]
 )
-def test_what_cannot_be_built_is_said(name, width, message):
+def test_unknown_models_and_widths_are_rejected(name, width, message):
     with pytest.raises(ConfigError, match=message):
         resnet(name, 10, width=width)

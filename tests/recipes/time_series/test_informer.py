@@ -23,7 +23,7 @@ from duoka.errors import ConfigError, DataError
 from duoka.recipes.datasets import csv_table, synthetic_table
 from duoka.recipes.datasets.sliding_windows import SlidingWindows, loader
 from duoka.recipes.datasets.time_series import TimeSeries
-from duoka.recipes.models.informer import Informer, Size
+from duoka.recipes.models.informer import Informer, InformerSize
 from duoka.recipes.time_series import TimeSeriesConfig, forecasting, regression
 from duoka.recipes.time_series import plots as drawing
 from duoka.recipes.time_series.baselines import last_season, last_value
@@ -196,7 +196,7 @@ def test_two_devices_take_the_steps_of_one(folder, task):
 def test_nothing_of_the_future_reaches_a_forecast(folder):
     config = TimeSeriesConfig(csv=str(folder / "waves.csv"), seq_len=24, label_len=12, pred_len=6).resolved()
     test = forecasting.read(config).parts.test
-    model = Informer(3, 3, test.marks.shape[1], label_length=12, horizon=6, size=Size(16, 2, 32, factor=1))
+    model = Informer(3, 3, test.marks.shape[1], label_length=12, horizon=6, size=InformerSize(16, 2, 32, factor=1))
     trainer = Trainer(model, loss=mse_loss, device="cpu", verbose=False)
     before, truth = trainer.predict(loader(test, 64))[0], test.futures[0].clone()
     test.values[test.past :] += 1e6  # all that comes after the first window's past

@@ -1,4 +1,4 @@
-"""ResNet-10, 18 and 50 for small images: torchvision's blocks behind a 3x3 stem without max-pool."""
+"""ResNet-10, 18 and 50 for small images: torchvision's blocks after a 3x3 stem without max-pool."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from duoka.errors import ConfigError
 from duoka.utils.imports import import_optional
+from duoka.utils.validation import check_choice, invalid_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,21 +20,21 @@ LAYERS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
     "resnet18": ("BasicBlock", (2, 2, 2, 2)),
     "resnet50": ("Bottleneck", (3, 4, 6, 3)),
 }
-"""A model's name, its block in torchvision, and how many blocks each of the four stages has."""
+"""Model name to its block in torchvision, and the number of blocks of each stage."""
 
 
 class ResNet(nn.Module):
-    """A residual network for images of about 8 to 64 pixels a side (He et al., 2015, https://arxiv.org/abs/1512.03385).
+    """A residual network for images of 8 to 64 pixels a side (He et al., 2015, https://arxiv.org/abs/1512.03385).
 
-    The names of its parameters are torchvision's. Against torchvision's ``ResNet`` the stem is one 3x3 convolution
-    with stride 1 and there is no max-pool, so that a 32x32 image enters the first stage as 32x32.
+    Parameter names are torchvision's. The stem differs: one 3x3 convolution of stride 1 and no
+    max-pool, so a 32x32 image enters the first stage as 32x32.
 
     Args:
         block: torchvision's ``BasicBlock`` or ``Bottleneck``.
-        layers: blocks in each of the four stages.
+        layers: number of blocks in each of the four stages.
         num_classes: length of the output.
-        in_channels: 1 for grey images, 3 for colour.
-        width: factor on torchvision's widths, 64, 128, 256 and 512 channels.
+        in_channels: 1 for gray images, 3 for color.
+        width: factor on torchvision's 64, 128, 256 and 512 channels.
 
     """
 
@@ -58,7 +58,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``(batch, num_classes)`` of ``images`` ``(batch, in_channels, height, width)``."""
+        """Return logits ``(batch, num_classes)`` for ``images (batch, in_channels, height, width)``."""
         features = self.relu(self.bn1(self.conv1(images)))
         features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(features), 1))
@@ -71,17 +71,16 @@ def resnet(name: str, num_classes: int, in_channels: int = 3, width: float = 1.0
     >>> sum(p.numel() for p in resnet("resnet18", num_classes=100).parameters())
     11220132
     """
-    if name not in LAYERS:
-        raise ConfigError(f"there is no model {name!r}: choose one of {', '.join(LAYERS)}")
+    check_choice("model", name, tuple(LAYERS))
     if width <= 0:
-        raise ConfigError(f"width is {width}: it multiplies the numbers of channels and must be above 0")
+        raise invalid_option("width", width, "above 0")
     blocks = import_optional("torchvision.models.resnet", extra="vision")
     block, layers = LAYERS[name]
     return ResNet(getattr(blocks, block), layers, num_classes, in_channels, width)
 
 
 def _stage(block: Any, inputs: int, planes: int, count: int, stride: int) -> nn.Sequential:
-    """Return ``count`` blocks; the first takes ``inputs`` channels and the stride, with a 1x1 shortcut where needed."""
+    """Return ``count`` blocks; the first takes the stride, with a 1x1 shortcut where the shape changes."""
     outputs = planes * block.expansion
     shortcut = None
     if stride != 1 or inputs != outputs:

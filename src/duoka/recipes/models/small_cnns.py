@@ -1,6 +1,6 @@
-"""Five networks for 64x64 images, in torch alone: this file works beside its weights on a machine without duoka.
+"""Five convolutional networks for 64x64 images that import only torch, not duoka.
 
-``duoka train tiny-imagenet`` writes a copy of it into every run's folder, as ``model.py``.
+``duoka train tiny-imagenet`` copies this file into every run's folder, as ``model.py``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["MODELS", "baseline", "best", "build", "deeper_wider", "residual", "s
 
 
 class SqueezeExcite(nn.Module):
-    """Weighs each channel by what all channels hold on average (Hu et al., 2018, https://arxiv.org/abs/1709.01507)."""
+    """Scales each channel by a function of all channels' means (Hu et al., 2018, https://arxiv.org/abs/1709.01507)."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        self.weigh = nn.Sequential(
+        self.scale = nn.Sequential(
             nn.Linear(channels, channels // reduction, bias=False),
             nn.ReLU(inplace=True),
             nn.Linear(channels // reduction, channels, bias=False),
@@ -27,17 +27,17 @@ class SqueezeExcite(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return ``features (batch, channels, height, width)``, weighed."""
-        weights: Tensor = self.weigh(features.mean(dim=(2, 3)))
-        return features * weights[:, :, None, None]
+        """Return ``features (batch, channels, height, width)``, scaled."""
+        scales: Tensor = self.scale(features.mean(dim=(2, 3)))
+        return features * scales[:, :, None, None]
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, 1x1 where the shape changes (He et al., 2015)."""
+    """Two 3x3 convolutions and a shortcut, 1x1 where the shape changes (He et al., 2015)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.convolutions = nn.Sequential(
+        self.layers = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
             nn.ReLU(inplace=True),
@@ -49,29 +49,29 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return ``(batch, outputs, height / stride, width / stride)`` of ``(batch, inputs, height, width)``."""
-        return torch.relu(self.convolutions(features) + self.shortcut(features))
+        """Return ``(batch, outputs, height / stride, width / stride)`` for ``(batch, inputs, height, width)``."""
+        return torch.relu(self.layers(features) + self.shortcut(features))
 
 
 def baseline(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
-    """Five 3x3 convolutions with bias, a pool and dropout 0.3 after the first, second and fifth; three linear layers."""
+    """Five 3x3 convolutions, max-pool and dropout 0.3 after the first, second and fifth; three linear layers."""
     return _five_convolutions(num_classes, image_size, lambda _: [])
 
 
 def se_attention(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
-    """Return the baseline with batch-norm, and squeeze-and-excitation after each convolution."""
+    """Return the baseline with batch norm, and squeeze-and-excitation after each convolution."""
     return _five_convolutions(num_classes, image_size, lambda channels: [nn.BatchNorm2d(channels)], SqueezeExcite)
 
 
 def residual(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa: ARG001
-    """One convolution, four residual blocks with stride 2, the average over places, one linear layer."""
+    """One convolution, four residual blocks of stride 2, global average pooling, one linear layer."""
     widths = (64, 128, 256, 512, 512)
     blocks = [ResidualBlock(inputs, outputs, 2) for inputs, outputs in itertools.pairwise(widths)]
     return nn.Sequential(*_convolution(3, widths[0]), *blocks, *_average(), nn.Linear(widths[-1], num_classes))
 
 
 def deeper_wider(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa: ARG001
-    """Two convolutions with batch-norm at each of 128 to 1,024 channels, max-pool and dropout 0.2 between."""
+    """Two convolutions with batch norm at each of 128 to 1,024 channels, max-pool and dropout 0.2 between."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 128), (128, 256), (256, 512), (512, 1024)):
         between = [nn.MaxPool2d(2), nn.Dropout(0.2)] if layers else []
@@ -97,21 +97,21 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {
 
 
 def build(name: str, num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
-    """Return the network called ``name``: images ``(batch, 3, image_size, image_size)`` to logits ``(batch, num_classes)``.
+    """Return network ``name``: images ``(batch, 3, image_size, image_size)`` to logits ``(batch, num_classes)``.
 
-    ``image_size`` is a multiple of 8; only ``baseline`` and ``se_attention`` depend on it.
+    Only ``baseline`` and ``se_attention`` depend on ``image_size``, a multiple of 8.
 
     Raises:
-        ValueError: there is no such network, or the size is none.
+        ValueError: there is no such network, or the size is no multiple of 8.
 
     >>> build("residual", 200)(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 200])
 
     """
     if name not in MODELS:
-        raise ValueError(f"there is no model {name!r}: choose one of {', '.join(MODELS)}")
+        raise ValueError(f"model={name!r} is not valid: it must be one of {', '.join(MODELS)}")
     if image_size < 8 or image_size % 8:
-        raise ValueError(f"image_size is {image_size}: it must be a multiple of 8, as it is halved three times")
+        raise ValueError(f"image_size={image_size} is not valid: it must be a multiple of 8")
     return MODELS[name](num_classes, image_size)
 
 
@@ -121,7 +121,7 @@ def _five_convolutions(
     after: Callable[[int], Sequence[nn.Module]],
     last: Callable[[int], nn.Module] | None = None,
 ) -> nn.Sequential:
-    """Return the baseline with ``after(channels)`` between each convolution and its ReLU, and ``last(channels)`` behind."""
+    """Return the baseline with ``after(channels)`` before each ReLU and ``last(channels)`` after it."""
     layers: list[nn.Module] = []
     for inputs, outputs, pools in ((3, 128, 1), (128, 256, 1), (256, 512, 0), (512, 512, 0), (512, 256, 1)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), *after(outputs), nn.ReLU(inplace=True)]

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from duoka.errors import ConfigError
 from duoka.recipes.common.config import at_least, check
-from duoka.recipes.models.informer import Size
-from duoka.recipes.models.tabular_regressor import SMALL
+from duoka.recipes.models.informer import InformerSize
+from duoka.recipes.models.tabular_regressor import SMALL_SIZE
 
 __all__ = ["NAME", "TimeSeriesConfig"]
 
@@ -209,7 +209,7 @@ class TimeSeriesConfig:
             ConfigError: lengths or widths that do not go together.
 
         """
-        size = Size() if self.task == "forecast" else SMALL
+        size = InformerSize() if self.task == "forecast" else SMALL_SIZE
         chosen: dict[str, Any] = {
             "width": size.width,
             "heads": size.heads,
@@ -227,13 +227,13 @@ class TimeSeriesConfig:
         resolved._check_together()
         return resolved
 
-    def size(self) -> Size:
+    def size(self) -> InformerSize:
         """Return the model's widths and depths."""
         assert self.width is not None
         assert self.heads is not None
         assert self.hidden is not None
         assert self.dropout is not None
-        return Size(
+        return InformerSize(
             width=self.width,
             heads=self.heads,
             hidden=self.hidden,

@@ -18,7 +18,7 @@ from duoka.recipes.common.recipe_run import RecipeRun, folder_of, refuse_other_d
 from duoka.recipes.common.registry import RecipeOutcome, Written
 from duoka.recipes.datasets import csv_table
 from duoka.recipes.datasets.standardization import Standardization
-from duoka.recipes.models.tabular_regressor import Regressor
+from duoka.recipes.models.tabular_regressor import TabularRegressor
 from duoka.recipes.time_series import plots
 from duoka.recipes.time_series.common import check_finite, file_names, next_step, predictions_of, schedule
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
@@ -66,7 +66,7 @@ def train(config: TimeSeriesConfig) -> RecipeOutcome:
     if config.resume:
         refuse_other_data(run, rows.facts, str(config.csv))
     torch.manual_seed(config.seed)
-    model = Regressor(len(rows.inputs), len(rows.targets), config.size())
+    model = TabularRegressor(len(rows.inputs), len(rows.targets), config.size())
     trainer = _trainer(model, config, rows, run_options(run, NAME, config, rows.facts))
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
@@ -236,7 +236,7 @@ def _check_targets(contents: csv_table.Table, values: Tensor, names: list[str], 
             )
 
 
-def _trainer(model: Regressor, config: TimeSeriesConfig, rows: TableRows, options: dict[str, Any]) -> Trainer:
+def _trainer(model: TabularRegressor, config: TimeSeriesConfig, rows: TableRows, options: dict[str, Any]) -> Trainer:
     assert config.epochs is not None
     return Trainer(
         model,
@@ -306,10 +306,10 @@ def _text(found: dict[str, Any], count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _finished(run: RecipeRun, config: TimeSeriesConfig) -> tuple[Regressor, dict[str, Any]]:
+def _finished(run: RecipeRun, config: TimeSeriesConfig) -> tuple[TabularRegressor, dict[str, Any]]:
     """Return the trained model of a run and what it remembers of its table."""
     path, remembered = run.finished_model(), run.read_results("table")["table"]
-    model = Regressor(len(remembered["inputs"]), len(remembered["targets"]), config.size())
+    model = TabularRegressor(len(remembered["inputs"]), len(remembered["targets"]), config.size())
     load(path, into=model)
     return model, remembered
 
