@@ -42,7 +42,7 @@ def parts_of(loader: Any, size: int, seed: int = 5, epoch: int = 0, **options: A
     """What each rank takes in each step of one epoch: ``[step][rank]`` is a list of samples."""
     ranks = []
     for rank in range(size):
-        sharded = shard(loader, rank=rank, size=size, seed=seed, **options)
+        sharded = shard(loader, rank=rank, world_size=size, seed=seed, **options)
         for _ in range(epoch):
             list(sharded)
         parts = list(sharded)

@@ -21,7 +21,7 @@ def augmented(
     """What each sample became in one epoch."""
     seen: dict[int, Any] = {}
     for rank in range(size):
-        sharded = shard(loader, rank=rank, size=size, seed=1, **options)
+        sharded = shard(loader, rank=rank, world_size=size, seed=1, **options)
         if position is not None:
             sharded.set_position(position)
         for part in sharded:
@@ -46,7 +46,7 @@ def test_augmentation_is_the_same_on_any_number_of_devices(dataset: str) -> None
     single = augmented(loader)
     assert len(set(single.values())) == 11
     assert all(augmented(loader, size) == single for size in (2, 3, 5))
-    assert augmented(loader, 2, merge=2) == single
+    assert augmented(loader, 2, batches_per_step=2) == single
 
 
 @pytest.mark.parametrize("dataset", ["plain", "in bulk"])
@@ -67,7 +67,7 @@ def test_augmentation_is_the_same_after_a_resume_and_another_in_each_epoch() -> 
 
 
 def test_evaluation_augments_the_same_way_every_time() -> None:
-    sharded = shard(DataLoader(Noisy(), batch_size=4), rank=0, size=1, seed=1, training=False)
+    sharded = shard(DataLoader(Noisy(), batch_size=4), rank=0, world_size=1, seed=1, training=False)
     first, second = ([part.batch[1].tolist() for part in sharded] for _ in range(2))
     assert first == second
 
@@ -92,7 +92,7 @@ def test_loading_in_this_process_leaves_the_users_generators_alone(dataset: str)
     random.seed(1)
     np.random.seed(1)
     np.random.randn()
-    sharded = shard(DataLoader(DATASETS[dataset], batch_size=4), rank=0, size=1, seed=0)
+    sharded = shard(DataLoader(DATASETS[dataset], batch_size=4), rank=0, world_size=1, seed=0)
     for _ in range(2):  # before and after it is known what the data set draws from
         before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
         list(sharded)
@@ -102,7 +102,7 @@ def test_loading_in_this_process_leaves_the_users_generators_alone(dataset: str)
 
 def test_sample_drawn_twice_is_augmented_twice() -> None:
     loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=2, sampler=[3, 3, 3, 3])
-    values = [part.batch[1].tolist() for part in shard(loader, rank=0, size=1, seed=1)]
+    values = [part.batch[1].tolist() for part in shard(loader, rank=0, world_size=1, seed=1)]
     assert len({value for batch in values for value in batch}) == 4
 
 
@@ -125,7 +125,7 @@ def test_data_set_that_draws_late_leaves_the_users_generators_alone() -> None:
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     expected = torch.rand(2).tolist(), random.random(), np.random.rand()
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    list(shard(DataLoader(Late(), batch_size=4), rank=0, size=1, seed=0))
+    list(shard(DataLoader(Late(), batch_size=4), rank=0, world_size=1, seed=0))
     assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected
 
 
@@ -140,7 +140,7 @@ def test_bulk_loading_is_kept_where_nothing_is_drawn() -> None:
             self.asked.append(list(indices))
             return list(indices)
 
-    list(shard(DataLoader(Bulk(), batch_size=4), rank=1, size=2, seed=0))
+    list(shard(DataLoader(Bulk(), batch_size=4), rank=1, world_size=2, seed=0))
     assert Bulk.asked == [[2, 3], [5]]
 
 
@@ -227,7 +227,7 @@ def test_generator_that_a_data_set_holds_is_seeded_for_each_sample(name: str) ->
 
 def test_generator_that_a_data_set_holds_is_given_back_as_it_was() -> None:
     dataset = Holding(np.random.default_rng(0))
-    sharded = shard(DataLoader(dataset, batch_size=4), rank=0, size=1, seed=0)
+    sharded = shard(DataLoader(dataset, batch_size=4), rank=0, world_size=1, seed=0)
     first, second = ([part.batch[1].tolist() for part in sharded] for _ in range(2))
     assert first != second
     assert dataset.rng.random() == np.random.default_rng(0).random()
@@ -275,7 +275,7 @@ def test_spare_gaussian_of_the_users_is_neither_used_nor_lost(draw: Any) -> None
 
 def test_another_bit_generator_of_numpys_is_noticed() -> None:
     loader: DataLoader[Any] = DataLoader(Gaussian(np.random.rand), batch_size=1)
-    list(shard(loader, rank=0, size=1, seed=0))
+    list(shard(loader, rank=0, world_size=1, seed=0))
     found = np.random.get_bit_generator()
     try:
         np.random.set_bit_generator(np.random.PCG64(1))

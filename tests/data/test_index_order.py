@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from typing import ClassVar
@@ -33,14 +34,14 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize("batches_per_step", [1, 2, 3])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_parts_of_all_ranks_make_the_global_batches_of_one_device(sampler: str, merge: int) -> None:
+def test_parts_of_all_ranks_make_the_global_batches_of_one_device(sampler: str, batches_per_step: int) -> None:
     for length in LENGTHS[1:]:
         loader = numbers(length, **SAMPLERS[sampler](length))
-        single = globals_of(loader, 1, merge=merge)
+        single = globals_of(loader, 1, batches_per_step=batches_per_step)
         for size in SIZES[1:]:
-            steps = parts_of(loader, size, merge=merge)
+            steps = parts_of(loader, size, batches_per_step=batches_per_step)
             assert [flat(step) for step in steps] == single
             for step in steps:
                 assert [len(part) for part in step] == [
@@ -53,7 +54,7 @@ def test_parts_of_all_ranks_make_the_global_batches_of_one_device(sampler: str, 
 def test_one_epoch_holds_every_sample_once(length: int, size: int) -> None:
     loader = numbers(length, batch_size=4, shuffle=length > 0)
     for training in (True, False):
-        taken = flat(globals_of(loader, size, training=training, merge=2))
+        taken = flat(globals_of(loader, size, training=training, batches_per_step=2))
         assert sorted(taken) == list(range(length))
 
 
@@ -63,7 +64,7 @@ def test_without_shuffling_the_batches_are_the_loaders_own() -> None:
 
 
 def test_merged_batches_are_consecutive_batches_of_the_loader() -> None:
-    assert globals_of(numbers(11, batch_size=2), 2, merge=2) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert globals_of(numbers(11, batch_size=2), 2, batches_per_step=2) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
 
 
 def test_uneven_last_batch_is_split_without_loss_or_repetition() -> None:
@@ -72,14 +73,14 @@ def test_uneven_last_batch_is_split_without_loss_or_repetition() -> None:
 
 def test_drop_last_leaves_no_incomplete_global_batch_in_training_only() -> None:
     loader = numbers(11, batch_size=2, drop_last=True)
-    assert globals_of(loader, 2, merge=2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert globals_of(loader, 2, merge=2, training=False) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert globals_of(loader, 2, batches_per_step=2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert globals_of(loader, 2, batches_per_step=2, training=False) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_rank_without_a_sample_gets_a_filler_in_training_and_none_in_evaluation(training: bool) -> None:
     for loader in (numbers(5, batch_size=4), [[torch.arange(4)], [torch.arange(4, 5)]]):
-        sharded = shard(loader, rank=2, size=3, seed=0, training=training)
+        sharded = shard(loader, rank=2, world_size=3, seed=0, training=training)
         first, last = list(sharded)
         assert (first.count, first.global_count, first.batch[0].tolist()) == (1, 4, [3])
         assert (last.count, last.global_count) == (0, 1)
@@ -88,7 +89,7 @@ def test_rank_without_a_sample_gets_a_filler_in_training_and_none_in_evaluation(
 
 def test_filler_is_the_first_sample_of_the_global_batch() -> None:
     for loader in (numbers(2, batch_size=2), [[torch.arange(2)]], DataLoader(helpers.Numbers(2), batch_size=2)):
-        (part,) = shard(loader, rank=2, size=3, seed=0)
+        (part,) = shard(loader, rank=2, world_size=3, seed=0)
         assert (part.count, part.global_count, torch.as_tensor(part.batch[0]).tolist()) in ((0, 2, [0]), (0, 2, 0))
 
 
@@ -118,7 +119,7 @@ def test_order_does_not_depend_on_the_users_generators_and_leaves_them_alone(sam
 
 def test_evaluation_takes_the_same_order_every_time() -> None:
     loader = numbers(64, batch_size=4, shuffle=True)
-    sharded = shard(loader, rank=0, size=2, seed=0, training=False)
+    sharded = shard(loader, rank=0, world_size=2, seed=0, training=False)
     assert [helpers.indices(part) for part in sharded] == [helpers.indices(part) for part in sharded]
 
 
@@ -131,7 +132,7 @@ def test_users_seed_of_a_generator_still_chooses_the_order() -> None:
 
 
 def test_endless_sampler_is_read_no_further_than_needed() -> None:
-    sharded = shard(numbers(7, batch_size=4, sampler=helpers.Endless()), rank=1, size=2, seed=0)
+    sharded = shard(numbers(7, batch_size=4, sampler=helpers.Endless()), rank=1, world_size=2, seed=0)
     parts = [part for part, _ in zip(sharded, range(100), strict=False)]
     assert all(part.global_count == 4 and part.count == 2 for part in parts)
     assert len({str(parts[start : start + 8]) for start in range(0, 96, 8)}) == 12  # no draw is repeated
@@ -152,7 +153,7 @@ def test_sampler_and_data_set_are_told_the_epoch() -> None:
             self.epochs.append(epoch)
 
     dataset = Told(4)
-    sharded = shard(DataLoader(dataset, sampler=ToldSampler(dataset)), rank=0, size=1, seed=0)
+    sharded = shard(DataLoader(dataset, sampler=ToldSampler(dataset)), rank=0, world_size=1, seed=0)
     for _ in range(3):
         list(sharded)
     assert sorted(set(dataset.epochs)) == sorted(set(ToldSampler.epochs)) == [0, 1, 2]
@@ -174,7 +175,7 @@ def test_samplers_that_divide_by_themselves_are_refused() -> None:
 
     dataset = helpers.Logged(11)
     with pytest.raises(ConfigError, match="already divides the samples over 2"):
-        shard(DataLoader(dataset, sampler=Divided(dataset)), rank=0, size=2, seed=0)
+        shard(DataLoader(dataset, sampler=Divided(dataset)), rank=0, world_size=2, seed=0)
 
 
 def test_sampler_of_index_lists_without_collation_is_cut_too() -> None:
@@ -205,27 +206,28 @@ def test_lengths_are_those_of_the_epoch() -> None:
             {"batch_size": 4, "drop_last": True},
             {"batch_sampler": helpers.Buckets(length)},
         ):
-            for merge in (1, 2, 3):
-                for training in (True, False):
-                    sharded = shard(numbers(length, **options), rank=0, size=2, seed=0, merge=merge, training=training)
-                    parts = list(sharded)
-                    assert len(sharded) == len(parts)
-                    assert sharded.samples_per_epoch in (None, sum(part.global_count for part in parts))
-    assert shard(numbers(11, batch_size=4), rank=0, size=2, seed=0).samples_per_epoch == 11
+            for merged, training in itertools.product((1, 2, 3), (True, False)):
+                sharded = shard(
+                    numbers(length, **options), rank=0, world_size=2, seed=0, batches_per_step=merged, training=training
+                )
+                parts = list(sharded)
+                assert len(sharded) == len(parts)
+                assert sharded.samples_per_epoch in (None, sum(part.global_count for part in parts))
+    assert shard(numbers(11, batch_size=4), rank=0, world_size=2, seed=0).samples_per_epoch == 11
 
 
-@pytest.mark.parametrize(("rank", "size", "merge"), [(2, 2, 1), (-1, 2, 1), (0, 0, 1), (0, 1, 0)])
-def test_impossible_share_is_an_error(rank: int, size: int, merge: int) -> None:
+@pytest.mark.parametrize(("rank", "size", "batches_per_step"), [(2, 2, 1), (-1, 2, 1), (0, 0, 1), (0, 1, 0)])
+def test_impossible_share_is_an_error(rank: int, size: int, batches_per_step: int) -> None:
     with pytest.raises(ConfigError):
-        shard(numbers(4), rank=rank, size=size, seed=0, merge=merge)
+        shard(numbers(4), rank=rank, world_size=size, seed=0, batches_per_step=batches_per_step)
 
 
 def test_data_set_in_place_of_a_loader_is_an_error_that_says_how_to_wrap_it() -> None:
     with pytest.raises(ConfigError, match=r"wrap it: torch.utils.data.DataLoader\("):
-        shard(helpers.Logged(3), rank=0, size=1, seed=0)
+        shard(helpers.Logged(3), rank=0, world_size=1, seed=0)
 
 
 @pytest.mark.parametrize("wrong", [iter([torch.zeros(2)]), torch.zeros(3), {"x": torch.zeros(3)}, "text", 5])
 def test_what_is_no_loader_is_an_error(wrong: object) -> None:
     with pytest.raises(ConfigError):
-        shard(wrong, rank=0, size=1, seed=0)
+        shard(wrong, rank=0, world_size=1, seed=0)

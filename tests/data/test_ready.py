@@ -32,18 +32,18 @@ class Unbatched(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return torch.arange(4 * index, min(4 * index + 4, 11))
 
 
-@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize("batches_per_step", [1, 2, 3])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_parts_of_ready_batches_make_the_batches_of_one_device(length: int, merge: int) -> None:
+def test_parts_of_ready_batches_make_the_batches_of_one_device(length: int, batches_per_step: int) -> None:
     for loader in (
         Batches(length),
         [(batch, batch) for batch in torch.arange(length).split(4)],
         DataLoader(Numbers(length, shuffled=True), batch_size=4),
         DataLoader(Numbers(length, shuffled=True), batch_size=4, drop_last=True),
     ):
-        single = globals_of(loader, 1, merge=merge)
+        single = globals_of(loader, 1, batches_per_step=batches_per_step)
         for size in SIZES[1:]:
-            assert globals_of(loader, size, merge=merge) == single
+            assert globals_of(loader, size, batches_per_step=batches_per_step) == single
         if getattr(loader, "drop_last", None) is not True:
             assert sorted(flat(single)) == list(range(length))
 
@@ -54,7 +54,7 @@ def test_stream_is_shared_out_once_with_worker_processes_too(workers: int) -> No
     single = globals_of(loader, 1)
     assert sorted(flat(single)) == list(range(11))
     assert globals_of(loader, 2) == single
-    assert flat(globals_of(loader, 2, merge=2)) == flat(single)
+    assert flat(globals_of(loader, 2, batches_per_step=2)) == flat(single)
     assert globals_of(loader, 2, epoch=1) != single
 
 
@@ -71,7 +71,7 @@ def test_stream_without_workers_collates_only_the_ranks_own_samples() -> None:
         return frozenset(samples)
 
     loader: DataLoader[Any] = DataLoader(Numbers(11), batch_size=4, collate_fn=strange)
-    parts = [part.batch for part in shard(loader, rank=1, size=2, seed=0, merge=2)]
+    parts = [part.batch for part in shard(loader, rank=1, world_size=2, seed=0, batches_per_step=2)]
     assert parts == [frozenset({4, 5, 6, 7}), frozenset({10})]
 
 
@@ -99,7 +99,7 @@ def test_order_of_a_custom_loader_is_a_function_of_seed_and_epoch(loader: Any) -
 def test_draws_at_each_step_of_a_custom_loader_are_the_same_on_all_ranks() -> None:
     values = []
     for size in (1, 3):
-        ranks = [list(shard(Batches(11), rank=rank, size=size, seed=0)) for rank in range(size)]
+        ranks = [list(shard(Batches(11), rank=rank, world_size=size, seed=0)) for rank in range(size)]
         values.append([torch.cat([part.batch[1][: part.count] for part in step]).tolist() for step in zip(*ranks)])  # noqa: B905
     assert values[0] == values[1]
     assert len({value for step in values[0] for value in step}) == 11
@@ -107,32 +107,35 @@ def test_draws_at_each_step_of_a_custom_loader_are_the_same_on_all_ranks() -> No
 
 def test_dicts_and_names_are_cut_with_their_tensors() -> None:
     batches = [{"x": torch.arange(5), "names": ["a", "b", "c", "d", "e"], "scale": 2.0}]
-    (part,) = shard(batches, rank=1, size=2, seed=0)
+    (part,) = shard(batches, rank=1, world_size=2, seed=0)
     assert part.batch["x"].tolist() == [3, 4]
     assert (part.batch["names"], part.batch["scale"]) == (["d", "e"], 2.0)
 
 
 def test_lengths_and_sample_counts_are_known_where_the_loader_knows() -> None:
     batches = [torch.arange(4), torch.arange(3)]
-    assert (len(shard(batches, rank=0, size=2, seed=0)), shard(batches, rank=0, size=2, seed=0).samples_per_epoch) == (
+    assert (
+        len(shard(batches, rank=0, world_size=2, seed=0)),
+        shard(batches, rank=0, world_size=2, seed=0).samples_per_epoch,
+    ) == (
         2,
         7,
     )
-    assert len(shard(Batches(11), rank=0, size=2, seed=0, merge=2)) == 2
+    assert len(shard(Batches(11), rank=0, world_size=2, seed=0, batches_per_step=2)) == 2
     with pytest.raises(TypeError):
-        len(shard(generated, rank=0, size=2, seed=0))
+        len(shard(generated, rank=0, world_size=2, seed=0))
 
 
 def test_batches_that_do_not_fit_together_are_an_error_that_says_what_to_do() -> None:
     batches = [torch.zeros(2, 5), torch.zeros(1, 4)]
     with pytest.raises(DataError, match=r"\(2, 5\), \(1, 4\).*pad them"):
-        list(shard(batches, rank=0, size=1, seed=0, merge=2))
+        list(shard(batches, rank=0, world_size=1, seed=0, batches_per_step=2))
 
 
 def test_empty_batches_are_passed_over() -> None:
     batches = [torch.arange(0), torch.arange(3), torch.arange(0)]
     assert parts_of([(batch,) for batch in batches], 2) == [[[0, 1], [2]]]
-    assert [indices(part) for part in shard([(b,) for b in batches], rank=0, size=1, seed=0)] == [[0, 1, 2]]
+    assert [indices(part) for part in shard([(b,) for b in batches], rank=0, world_size=1, seed=0)] == [[0, 1, 2]]
 
 
 class Nested(Numbers):
@@ -143,7 +146,7 @@ class Nested(Numbers):
 
 def test_columns_that_default_collation_nests_are_cut_even_where_they_are_as_many_as_samples() -> None:
     loader: DataLoader[Any] = DataLoader(Nested(4), batch_size=2, num_workers=1)
-    parts = list(shard(loader, rank=1, size=2, seed=0))
+    parts = list(shard(loader, rank=1, world_size=2, seed=0))
     assert repr([part.batch for part in parts]) == repr(
         [[[torch.tensor([n]), torch.tensor([n + 10])], torch.tensor([n + 20])] for n in (1, 3)]
     )

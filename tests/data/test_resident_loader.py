@@ -20,11 +20,11 @@ def loader(**options) -> DeviceResidentLoader:
     return resident((PIXELS, LABELS), **{"batch_size": 5, "shuffle": True, "transforms": CHANGES, **options})
 
 
-def epoch(data, size: int, *, skip: int = 0, number: int = 0, training: bool = True, merge: int = 1):
+def epoch(data, size: int, *, skip: int = 0, number: int = 0, training: bool = True, batches_per_step: int = 1):
     """All ranks' parts of an epoch, joined as one device would have them: a list of (images, labels)."""
     ranks = []
     for rank in range(size):
-        sharded = shard(data, rank=rank, size=size, seed=3, merge=merge, training=training)
+        sharded = shard(data, rank=rank, world_size=size, seed=3, batches_per_step=batches_per_step, training=training)
         sharded.set_position(DataPosition(3, number, skip))
         ranks.append(list(sharded))
     joined = []
@@ -55,8 +55,8 @@ def test_batches_are_the_same_on_any_number_of_ranks(size, mix):
 def test_batches_are_the_same_after_a_resume_on_another_number_of_ranks(mix):
     whole = epoch(loader(mix=mix), 1, number=2)
     assert same(whole[3:], epoch(loader(mix=mix), 2, skip=15, number=2))
-    merged = epoch(loader(mix=mix), 2, merge=2, number=2)
-    assert same(merged[1:], epoch(loader(mix=mix), 1, merge=2, skip=10, number=2))
+    merged = epoch(loader(mix=mix), 2, batches_per_step=2, number=2)
+    assert same(merged[1:], epoch(loader(mix=mix), 1, batches_per_step=2, skip=10, number=2))
 
 
 def test_an_epoch_has_every_sample_once_in_an_order_and_with_changes_of_its_own():
@@ -78,18 +78,20 @@ def test_without_changes_samples_are_what_they_were():
 def test_evaluation_is_the_same_every_time_and_counts_every_sample_once():
     still = loader(shuffle=False, transforms=[transforms.Normalize((0.5,) * 3, (0.2,) * 3)])
     assert same(epoch(still, 1, training=False), epoch(still, 3, number=4, training=False))
-    parts = list(shard(loader(), rank=6, size=7, seed=0, training=False))
+    parts = list(shard(loader(), rank=6, world_size=7, seed=0, training=False))
     assert parts[-1].batch is None
 
 
-@pytest.mark.parametrize(("drop", "merge", "lengths"), [(False, 1, 8), (True, 1, 7), (True, 2, 3), (False, 2, 4)])
-def test_lengths_are_told_before_they_are_read(drop, merge, lengths):
-    sharded = shard(loader(drop_last=drop), rank=0, size=2, seed=0, merge=merge)
+@pytest.mark.parametrize(
+    ("drop", "batches_per_step", "lengths"), [(False, 1, 8), (True, 1, 7), (True, 2, 3), (False, 2, 4)]
+)
+def test_lengths_are_told_before_they_are_read(drop, batches_per_step, lengths):
+    sharded = shard(loader(drop_last=drop), rank=0, world_size=2, seed=0, batches_per_step=batches_per_step)
     parts = list(sharded)
     assert len(sharded) == len(parts) == lengths
     assert sharded.samples_per_epoch == sum(part.global_count for part in parts)
     like = DataLoader(torch.utils.data.TensorDataset(PIXELS, LABELS), 5, drop_last=drop)
-    other = shard(like, rank=0, size=2, seed=0, merge=merge)
+    other = shard(like, rank=0, world_size=2, seed=0, batches_per_step=batches_per_step)
     assert [part.global_count for part in other] == [part.global_count for part in parts]
 
 

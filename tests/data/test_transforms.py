@@ -7,7 +7,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from duoka.data import transforms
-from duoka.data.counter_rng import uniforms
+from duoka.data.counter_rng import counter_uniform
 from duoka.errors import ConfigError
 
 CERTAIN = 1e-3
@@ -15,7 +15,7 @@ CERTAIN = 1e-3
 
 
 def numbers(count: int, draws: int, seed: int = 0) -> torch.Tensor:
-    return uniforms(seed, torch.arange(count), draws)
+    return counter_uniform(seed, torch.arange(count), draws)
 
 
 def images(count: int = 6, side: int = 16, channels: int = 3) -> torch.Tensor:
@@ -36,12 +36,12 @@ def test_numbers_are_uniform_and_independent_of_each_other():
 
 def test_a_place_has_the_same_numbers_in_any_company():
     whole = numbers(100, 3, seed=2**64 - 1)
-    assert torch.equal(uniforms(2**64 - 1, torch.tensor([99, 7]), 3), whole[[99, 7]])
+    assert torch.equal(counter_uniform(2**64 - 1, torch.tensor([99, 7]), 3), whole[[99, 7]])
 
 
 def test_a_box_is_cut_out_and_scaled_as_torchvision_does():
     crop = transforms.RandomResizedCrop(12, scale=(0.1, 1.0))
-    source, draws = images(40, 32), numbers(40, crop.draws)
+    source, draws = images(40, 32), numbers(40, crop.num_random)
     boxes = torch.stack(crop.boxes(draws, 32, 32), 1).int().tolist()
     expected = [F.resized_crop(image, *box, [12, 12], antialias=True) for image, box in zip(source, boxes, strict=True)]
     assert torch.allclose(crop(source, draws), torch.stack(expected), atol=1e-5)
@@ -55,7 +55,7 @@ def test_a_box_is_cut_out_and_scaled_as_torchvision_does():
 ])  # fmt: skip
 def test_boxes_are_distributed_as_torchvisions_are(shape, scale, ratio):
     crop = transforms.RandomResizedCrop(64, scale=scale, ratio=ratio)
-    ours = torch.stack(crop.boxes(numbers(2000, crop.draws), *shape), 1)
+    ours = torch.stack(crop.boxes(numbers(2000, crop.num_random), *shape), 1)
     theirs_of, blank = v2.RandomResizedCrop(64, scale=scale, ratio=ratio), torch.zeros(3, *shape)
     torch.manual_seed(0)
     theirs = [theirs_of.make_params([blank]) for _ in range(2000)]
@@ -133,7 +133,7 @@ def test_a_chain_is_distributed_as_torchvisions():
         [v2.RandomResizedCrop(8, (0.5, 1)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)]
     )
     source = images(1, 16).expand(1000, 3, 16, 16)
-    ours = transforms.apply(ours_of, source, numbers(1000, sum(each.draws for each in ours_of)))
+    ours = transforms.apply(ours_of, source, numbers(1000, sum(each.num_random for each in ours_of)))
     torch.manual_seed(0)
     theirs = torch.stack([theirs_of(image) for image in source])
     for place in ((0, 0, 0), (1, 4, 4), (2, 7, 3)):

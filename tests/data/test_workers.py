@@ -42,7 +42,7 @@ class Unlucky(Dataset[int]):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_exception_in_a_data_set_arrives_with_its_own_type(workers: int) -> None:
-    sharded = shard(DataLoader(Unlucky(), batch_size=4, num_workers=workers), rank=1, size=2, seed=0)
+    sharded = shard(DataLoader(Unlucky(), batch_size=4, num_workers=workers), rank=1, world_size=2, seed=0)
     state = torch.get_rng_state()
     with pytest.raises(UnluckyError, match="sample 6"):
         list(sharded)
@@ -52,7 +52,7 @@ def test_exception_in_a_data_set_arrives_with_its_own_type(workers: int) -> None
 
 @pytest.mark.parametrize("dataset", [Noisy(40), Numbers(40)])
 def test_leaving_an_epoch_early_ends_its_workers(dataset: Any) -> None:
-    sharded = shard(DataLoader(dataset, batch_size=2, num_workers=1), rank=0, size=1, seed=0)
+    sharded = shard(DataLoader(dataset, batch_size=2, num_workers=1), rank=0, world_size=1, seed=0)
     for _ in sharded:
         break
     del _
@@ -62,7 +62,9 @@ def test_leaving_an_epoch_early_ends_its_workers(dataset: Any) -> None:
 
 @pytest.mark.parametrize("dataset", [Noisy(40), Numbers(40)])
 def test_closing_ends_workers_that_stay_and_the_loader_can_be_used_again(dataset: Any) -> None:
-    sharded = shard(DataLoader(dataset, batch_size=4, num_workers=1, persistent_workers=True), rank=0, size=2, seed=0)
+    sharded = shard(
+        DataLoader(dataset, batch_size=4, num_workers=1, persistent_workers=True), rank=0, world_size=2, seed=0
+    )
     list(sharded)
     first = multiprocessing.active_children()
     list(sharded)
@@ -74,7 +76,7 @@ def test_closing_ends_workers_that_stay_and_the_loader_can_be_used_again(dataset
 
 
 def test_closing_in_the_middle_of_an_epoch_ends_it() -> None:
-    sharded = shard(numbers(40, batch_size=4, num_workers=1), rank=0, size=1, seed=0)
+    sharded = shard(numbers(40, batch_size=4, num_workers=1), rank=0, world_size=1, seed=0)
     running = iter(sharded)
     next(running)
     sharded.close()
@@ -84,7 +86,7 @@ def test_closing_in_the_middle_of_an_epoch_ends_it() -> None:
 
 def test_workers_that_stay_after_an_epoch_left_early_load_the_right_samples() -> None:
     loader = numbers(40, batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
-    sharded = shard(loader, rank=0, size=1, seed=5)
+    sharded = shard(loader, rank=0, world_size=1, seed=5)
     for _ in sharded:
         break
     second = [indices(part) for part in sharded]
@@ -104,7 +106,7 @@ class Told(Logged):
 
 def test_data_sets_in_workers_that_stay_are_told_the_epoch() -> None:
     loader = DataLoader(Told(4), batch_size=4, num_workers=1, persistent_workers=True)
-    sharded = shard(loader, rank=0, size=1, seed=0)
+    sharded = shard(loader, rank=0, world_size=1, seed=0)
     assert [next(iter(list(sharded))).batch.tolist() for _ in range(2)] == [[0] * 4, [1] * 4]
     sharded.close()
 
@@ -126,18 +128,18 @@ def set_offset(worker: int) -> None:
 
 def test_worker_init_fn_sees_the_users_own_data_set() -> None:
     loader = DataLoader(Offset(), batch_size=4, num_workers=1, worker_init_fn=set_offset)
-    (part,) = shard(loader, rank=0, size=1, seed=0)
+    (part,) = shard(loader, rank=0, world_size=1, seed=0)
     assert part.batch.tolist() == [10, 11, 12, 13]
 
 
 def test_rank_without_a_single_sample_ends_its_workers_too() -> None:
-    sharded = shard(numbers(2, batch_size=4, num_workers=1), rank=2, size=3, seed=0, training=False)
+    sharded = shard(numbers(2, batch_size=4, num_workers=1), rank=2, world_size=3, seed=0, training=False)
     assert [tuple(part) for part in sharded] == [(None, 0, 2)]
 
 
 def test_only_the_ranks_own_samples_are_loaded() -> None:
     dataset = Logged(11)
-    list(shard(DataLoader(dataset, batch_size=4), rank=1, size=3, seed=0, merge=2))
+    list(shard(DataLoader(dataset, batch_size=4), rank=1, world_size=3, seed=0, batches_per_step=2))
     assert dataset.loaded == [3, 4, 5, 9]
 
 
@@ -190,7 +192,7 @@ def load(kind, context, refused):
     world = duoka.current_world()
     options = {"collate_fn": joined, "worker_init_fn": started, "multiprocessing_context": context}
     loader = DataLoader(kind(refused), batch_size=4, num_workers=1, persistent_workers=True, **options)
-    sharded = shard(loader, rank=world.rank, size=world.size, seed=0)
+    sharded = shard(loader, rank=world.rank, world_size=world.size, seed=0)
     seen = []
     for _ in range(2):
         for part in sharded:
@@ -248,14 +250,16 @@ class Counting(Numbers):
 def test_spawned_workers_share_what_a_data_set_shares() -> None:
     dataset = Counting(6)
     loader = DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context="spawn")
-    list(shard(loader, rank=0, size=1, seed=0))
+    list(shard(loader, rank=0, world_size=1, seed=0))
     assert dataset.loaded == 6
 
 
 def test_spawned_workers_watch_generators_of_their_own() -> None:
-    alone = list(shard(DataLoader(Noisy(), batch_size=4), rank=0, size=1, seed=0))  # this process's are found by now
+    alone = list(
+        shard(DataLoader(Noisy(), batch_size=4), rank=0, world_size=1, seed=0)
+    )  # this process's are found by now
     loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=4, num_workers=1, multiprocessing_context="spawn")
-    spawned = list(shard(loader, rank=0, size=1, seed=0))
+    spawned = list(shard(loader, rank=0, world_size=1, seed=0))
     assert [part.batch[1].tolist() for part in spawned] == [part.batch[1].tolist() for part in alone]
 
 
@@ -273,7 +277,7 @@ class Permuted(Numbers):
 
 def test_generator_that_a_stream_holds_starts_alike_in_all_workers_and_anew_in_each_epoch() -> None:
     def epochs(**options: Any) -> list[list[int]]:
-        sharded = shard(DataLoader(Permuted(12), batch_size=3, num_workers=2, **options), rank=0, size=1, seed=0)
+        sharded = shard(DataLoader(Permuted(12), batch_size=3, num_workers=2, **options), rank=0, world_size=1, seed=0)
         seen = [[number for part in sharded for number in part.batch.tolist()] for _ in range(2)]
         sharded.close()
         return seen

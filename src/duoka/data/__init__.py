@@ -7,14 +7,14 @@ from duoka.data.batch_ops import batch_length, concat_batches, slice_batch, spli
 from duoka.data.position import DataPosition, LocalBatch
 from duoka.data.resident_loader import DeviceResidentLoader, resident
 from duoka.data.sharding import ShardedLoader, shard
-from duoka.data.stream_fingerprint import alike
+from duoka.data.stream_fingerprint import same_stream
 
 __all__ = [
     "LocalBatch",
     "DataPosition",
     "DeviceResidentLoader",
     "ShardedLoader",
-    "alike",
+    "same_stream",
     "transforms",
     "batch_length",
     "concat_batches",

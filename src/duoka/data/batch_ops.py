@@ -147,7 +147,7 @@ def _like_dataclass(node: Any, names: list[str], children: list[Any]) -> Any:
     return like
 
 
-def _is_one_a_sample(node: Any, length: int, is_within: bool) -> bool:
+def _is_per_sample_list(node: Any, length: int, is_within: bool) -> bool:
     """Whether ``node`` is a list with one entry a sample, and not a structure whose tensors hold the samples."""
     if not isinstance(node, (list, tuple)) or hasattr(node, "_fields") or len(node) != length:
         return False
@@ -160,7 +160,7 @@ def _is_one_a_sample(node: Any, length: int, is_within: bool) -> bool:
 
 def _check_lists(node: Any, length: int, is_within: bool = False) -> None:
     """Raise ``DataError`` where a list within the batch may be either one entry a sample or columns."""
-    if _is_one_a_sample(node, length, is_within):
+    if _is_per_sample_list(node, length, is_within):
         return
     children = (opened(node) or ([],))[0]
     is_list = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
@@ -194,7 +194,7 @@ def _cut(node: Any, length: int, samples: slice, is_within: bool = False) -> Any
                 f"{length}. What is not one row a sample cannot be cut into parts: keep it out of the batch"
             )
         return node[samples] if node.ndim else node
-    if _is_one_a_sample(node, length, is_within):
+    if _is_per_sample_list(node, length, is_within):
         return node[samples]
     inside = opened(node)
     if inside is None:
@@ -208,7 +208,7 @@ def _join(nodes: list[Any], lengths: list[int], is_within: bool = False) -> Any:
     if _is_array(first):
         _check_structures(nodes)
         return _join_arrays(nodes) if first.ndim else first
-    one_a_sample = [_is_one_a_sample(node, length, is_within) for node, length in zip(nodes, lengths, strict=True)]
+    one_a_sample = [_is_per_sample_list(node, length, is_within) for node, length in zip(nodes, lengths, strict=True)]
     if all(one_a_sample) or (any(one_a_sample) and any(True for _ in _arrays(nodes))):  # one alone may look like either
         return type(first)([item for node in nodes for item in node])
     _check_structures(nodes)

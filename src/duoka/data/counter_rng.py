@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["splitmix64", "uniforms"]
+__all__ = ["splitmix64", "counter_uniform"]
 
 _GOLDEN = 0x9E37_79B9_7F4A_7C15
 _FACTORS = ((30, 0xBF58_476D_1CE4_E5B9), (27, 0x94D0_49BB_1331_11EB))
 
 
-def uniforms(stream: int, places: Tensor, count: int) -> Tensor:
+def counter_uniform(stream: int, places: Tensor, count: int) -> Tensor:
     """Return ``count`` numbers from 0 (included) to 1 (not) for each of ``places``: float32 ``(len(places), count)``.
 
     ``stream`` is a 64-bit seed and ``places`` int64 on any device, which the result is on, too. Places are independent of each
     other: splitmix64 (Steele, Lea and Flood, 2014), whose top 24 bits are used.
 
-    >>> uniforms(7, torch.tensor([0, 1]), 3)[1].equal(uniforms(7, torch.tensor([1]), 3)[0])
+    >>> counter_uniform(7, torch.tensor([0, 1]), 3)[1].equal(counter_uniform(7, torch.tensor([1]), 3)[0])
     True
     """
     number = places[:, None] * count + torch.arange(1, count + 1, device=places.device)

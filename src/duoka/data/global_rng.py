@@ -174,7 +174,7 @@ class _Python(_Twister):
         state = random.getstate()[1]
         content = np.array([state[624], *state[:624]], dtype=np.uint32).tobytes()
         found = ctypes.string_at(id(generator) + header, len(content)) == content
-        return _memory(id(generator) + header, 12) if found else None  # seeding sets the first word alike
+        return _memory(id(generator) + header, 12) if found else None  # seeding sets the first word same_stream
 
 
 class _Numpy(_Twister):

@@ -19,16 +19,16 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from duoka.data.global_rng import GLOBAL, TORCH, RngState
-from duoka.data.rng import PrivateRandomness, held_by
+from duoka.data.rng import IsolatedRng, generators_of
 from duoka.errors import ConfigError
 from duoka.log import logger
 
 __all__ = [
-    "checked_whole",
-    "cut_front",
-    "drawn_from",
-    "grouped",
-    "in_private",
+    "checked_sampler",
+    "skip_samples",
+    "generators_used_by",
+    "merge_batches",
+    "draw_isolated",
     "index_batches",
     "set_epoch",
     "whole_sampler",
@@ -60,7 +60,7 @@ def whole_sampler(sampler: Any, dataset: Any) -> Any:
     """Return ``sampler``, or in place of torch's ``DistributedSampler`` the one that draws from the whole data set."""
     if type(sampler) is DistributedSampler:
         _warn_of_distributed_sampler()
-        return _whole_order(sampler, dataset)
+        return _whole_sampler_like(sampler, dataset)
     replicas = getattr(sampler, "num_replicas", 1)
     if isinstance(replicas, int) and replicas > 1:
         raise ConfigError(
@@ -70,7 +70,7 @@ def whole_sampler(sampler: Any, dataset: Any) -> Any:
     return sampler
 
 
-def checked_whole(loader: DataLoader[Any]) -> Any:
+def checked_sampler(loader: DataLoader[Any]) -> Any:
     """Return the sampler of a ``loader`` that is iterated as it is; ``ConfigError`` where it divides the samples."""
     if whole_sampler(loader.sampler, loader.dataset) is not loader.sampler:
         raise ConfigError(
@@ -79,7 +79,7 @@ def checked_whole(loader: DataLoader[Any]) -> Any:
     return loader.sampler
 
 
-def in_private(batches: Iterable[Sequence[Any]], private: PrivateRandomness) -> Iterator[Sequence[Any]]:
+def draw_isolated(batches: Iterable[Sequence[Any]], private: IsolatedRng) -> Iterator[Sequence[Any]]:
     """Yield ``batches``, drawn in growing chunks, with the generators of ``private`` in force meanwhile."""
     source: Iterator[Sequence[Any]] | None = None
     length = 16
@@ -93,13 +93,13 @@ def in_private(batches: Iterable[Sequence[Any]], private: PrivateRandomness) -> 
         length = min(4 * length, _LONGEST_CHUNK)
 
 
-def drawn_from(batches: Any) -> tuple[RngState, ...]:
+def generators_used_by(batches: Any) -> tuple[RngState, ...]:
     """Return all generators that ``batches``, a sampler, may draw from; torch's own samplers use torch's only."""
     sampler = batches.sampler if type(batches) is BatchSampler else batches
-    return (*((TORCH,) if type(sampler) in _TORCH_SAMPLERS else GLOBAL), *held_by(batches, sampler))
+    return (*((TORCH,) if type(sampler) in _TORCH_SAMPLERS else GLOBAL), *generators_of(batches, sampler))
 
 
-def cut_front(batches: Iterator[Sequence[Any]], samples: int) -> Iterator[Sequence[Any]]:
+def skip_samples(batches: Iterator[Sequence[Any]], samples: int) -> Iterator[Sequence[Any]]:
     """Yield ``batches`` without their first ``samples`` indices: a batch in which these end gives its rest."""
     while samples > 0:
         batch = next(batches, None)
@@ -111,7 +111,7 @@ def cut_front(batches: Iterator[Sequence[Any]], samples: int) -> Iterator[Sequen
     yield from batches
 
 
-def grouped(batches: Iterator[Sequence[Any]], merge: int, whole_only: bool) -> Iterator[Sequence[Any]]:
+def merge_batches(batches: Iterator[Sequence[Any]], merge: int, whole_only: bool) -> Iterator[Sequence[Any]]:
     """Yield global batches of ``merge`` consecutive ``batches``; the last is shorter, or left out with ``whole_only``."""
     if merge == 1:
         yield from (batch for batch in batches if len(batch))
@@ -129,7 +129,7 @@ def set_epoch(epoch: int, *owners: object) -> None:
             method(epoch)
 
 
-def _whole_order(sampler: DistributedSampler[Any], dataset: Any) -> Any:
+def _whole_sampler_like(sampler: DistributedSampler[Any], dataset: Any) -> Any:
     if not sampler.shuffle or not len(dataset):
         return SequentialSampler(dataset)
     return RandomSampler(dataset, generator=torch.Generator().manual_seed(sampler.seed))  # the seed keeps its meaning

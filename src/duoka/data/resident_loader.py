@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from duoka.data.counter_rng import uniforms
+from duoka.data.counter_rng import counter_uniform
 from duoka.data.global_rng import ACCELERATOR, TORCH
-from duoka.data.rng import PrivateRandomness, nth_seed
+from duoka.data.rng import IsolatedRng, derive_seed
 from duoka.data.transforms import BatchTransform, apply
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger
@@ -72,7 +72,7 @@ class DeviceResidentLoader:
         """Return the same without shuffling and changes at random: for predictions."""
         still = copy.copy(self)
         still.shuffle, still.mix = False, None
-        still.transforms = tuple(transform for transform in self.transforms if not transform.draws)
+        still.transforms = tuple(transform for transform in self.transforms if not transform.num_random)
         return still
 
     def batch(self, samples: Tensor, places: Tensor, stream: int, mixed: int | None = None) -> tuple[Tensor, ...]:
@@ -85,12 +85,14 @@ class DeviceResidentLoader:
         tensors = self._on(device)
         inputs, *others = (tensor[samples.to(tensor.device)].to(device) for tensor in tensors)
         if self.transforms:
-            draws = uniforms(stream, places.to(device), sum(transform.draws for transform in self.transforms))
+            draws = counter_uniform(
+                stream, places.to(device), sum(transform.num_random for transform in self.transforms)
+            )
             inputs = apply(self.transforms, inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs, draws)
         if mixed is None:
             return (inputs, *others)
         assert self.mix is not None
-        with PrivateRandomness(mixed, (TORCH, ACCELERATOR)):
+        with IsolatedRng(mixed, (TORCH, ACCELERATOR)):
             mixture = self.mix(inputs, *others)
         return tuple(part[1:] for part in mixture)
 
@@ -149,9 +151,9 @@ def resident(
         DataError: no samples, or tensors of different lengths.
 
     >>> import torch
-    >>> from duoka.data import augment, resident
+    >>> from duoka.data import resident, transforms
     >>> pixels, labels = torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.arange(10)
-    >>> loader = resident((pixels, labels), batch_size=4, shuffle=True, transforms=[augment.RandomCrop(8, padding=1)])
+    >>> loader = resident((pixels, labels), batch_size=4, shuffle=True, transforms=[transforms.RandomCrop(8, padding=1)])
     >>> [tuple(images.shape) for images, _ in loader]
     [(4, 3, 8, 8), (4, 3, 8, 8), (2, 3, 8, 8)]
 
@@ -186,7 +188,7 @@ class TransformedDataset(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         inputs, *others = self.dataset[index]
         if self.transforms:
-            draws = torch.rand(1, sum(transform.draws for transform in self.transforms))
+            draws = torch.rand(1, sum(transform.num_random for transform in self.transforms))
             images = inputs[None].float().div_(255) if inputs.dtype == torch.uint8 else inputs[None]
             inputs = apply(self.transforms, images, draws)[0]
         return (inputs, *others)
@@ -241,13 +243,13 @@ def _read(dataset: Any) -> tuple[Tensor, ...] | str:
         return True
 
     with ThreadPoolExecutor() as pool:
-        alike = all(pool.map(read, range(len(dataset))))
-    return kept if alike else "the data are not kept, as samples have different shapes"
+        same_stream = all(pool.map(read, range(len(dataset))))
+    return kept if same_stream else "the data are not kept, as samples have different shapes"
 
 
 def mix_seed(stream: int, first: int) -> int:
     """Return the seed that the global batch which begins at place ``first`` is mixed by."""
-    return nth_seed(~stream, first)
+    return derive_seed(~stream, first)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 
 from duoka.data.global_rng import GLOBAL, RngState, WatchedRngState
 
-__all__ = ["PrivateRandomness", "RandomUseDetector", "held_by", "mixed", "nth_seed"]
+__all__ = ["IsolatedRng", "RandomUseDetector", "generators_of", "hash_seed", "derive_seed"]
 
 T = TypeVar("T")
 Generator: TypeAlias = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
@@ -27,12 +27,12 @@ _BUILT_FROM = ("dataset", "datasets", "transform", "transforms", "target_transfo
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 
 
-def mixed(*parts: object) -> int:
+def hash_seed(*parts: object) -> int:
     """Return a 64-bit seed that is a function of ``parts`` (numbers and words) on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def nth_seed(stream: int, number: int) -> int:
+def derive_seed(stream: int, number: int) -> int:
     """Return seed ``number`` of the ``stream``: splitmix64 (Steele, Lea and Flood 2014), cheap enough for each sample."""
     z = (stream + (number + 1) * 0x9E37_79B9_7F4A_7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK
@@ -40,7 +40,7 @@ def nth_seed(stream: int, number: int) -> int:
     return z ^ (z >> 31)
 
 
-class PrivateRandomness(contextlib.AbstractContextManager[None]):
+class IsolatedRng(contextlib.AbstractContextManager[None]):
     """States of ``streams`` that are in force inside ``with`` blocks only; each block continues where the last one ended.
 
     They start from ``seed``; outside the blocks the generators are as they were.
@@ -48,24 +48,24 @@ class PrivateRandomness(contextlib.AbstractContextManager[None]):
 
     def __init__(self, seed: int, streams: Sequence[RngState]) -> None:
         self._seed = seed
-        self._streams = streams
+        self._generators = streams
         self._inside: list[Any] | None = None
         self._outside: list[Any] = []
 
     def __enter__(self) -> None:
-        self._outside = [stream.get() for stream in self._streams]
+        self._outside = [stream.get() for stream in self._generators]
         if self._inside is None:
-            for stream in self._streams:
+            for stream in self._generators:
                 stream.seed(self._seed)
         else:
             self._set(self._inside)
 
     def __exit__(self, *_: object) -> None:
-        self._inside = [stream.get() for stream in self._streams]
+        self._inside = [stream.get() for stream in self._generators]
         self._set(self._outside)
 
     def _set(self, states: list[Any]) -> None:
-        for stream, state in zip(self._streams, states, strict=True):
+        for stream, state in zip(self._generators, states, strict=True):
             stream.set(state)
 
 
@@ -117,7 +117,7 @@ class RandomUseDetector:
         return [(stream, stream.get()) for stream, _ in moved]
 
 
-def held_by(*owners: object) -> list[WatchedRngState]:
+def generators_of(*owners: object) -> list[WatchedRngState]:
     """Return the generators that ``owners`` hold as attributes, each once.
 
     So do those that they are built from: the data sets of a data set (``Subset``, ``ConcatDataset``), the transforms of
@@ -144,10 +144,10 @@ class UserGenerator:
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         first = generator.initial_seed() if isinstance(generator, torch.Generator) else pickle.dumps(self.get())
-        self._origin = mixed("held", first)
+        self._origin = hash_seed("held", first)
 
     def seed(self, seed: int) -> None:
-        generator, seed = self._generator, mixed(seed, self._origin)
+        generator, seed = self._generator, hash_seed(seed, self._origin)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)
         elif isinstance(generator, np.random.Generator):

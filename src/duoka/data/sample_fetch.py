@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from duoka.data.index_order import set_epoch
-from duoka.data.rng import RandomUseDetector, held_by, nth_seed
-from duoka.data.worker_pickle import PickledByValue, answer
+from duoka.data.rng import RandomUseDetector, derive_seed, generators_of
+from duoka.data.worker_pickle import PickledByValue, wrap_result
 
-__all__ = ["FetchRequest", "SampleFetcher", "SeededCollate", "WorkerStart", "as_is", "samples_of"]
+__all__ = ["FetchRequest", "SampleFetcher", "SeededCollate", "WorkerInit", "identity_collate", "make_fetcher"]
 
 Collate = Callable[[Any], Any]
 
@@ -28,22 +28,22 @@ class FetchRequest(NamedTuple):
     stream: int
     """What the samples' seeds are drawn from: a function of (seed, epoch)."""
     epoch: int | None
-    """The epoch that a data set with ``set_epoch`` is told, or ``None``."""
+    """The epoch that a data set with ``set_epoch`` is epoch_for_dataset, or ``None``."""
 
 
-def samples_of(dataset: Any, collate: Collate, whole: bool) -> SampleFetcher:
+def make_fetcher(dataset: Any, collate: Collate, whole: bool) -> SampleFetcher:
     """Return what answers ``Request``s with collated batches; ``whole`` asks ``dataset[indices]`` for a ready batch."""
     if not whole and collate is default_collate and _draws_nothing(dataset):
         return _TensorRows(dataset) if _has_plain_rows(dataset) else _PlainFetcher(dataset)
     return _SeededFetcher(dataset, collate, whole)
 
 
-def as_is(batch: Any) -> Any:
+def identity_collate(batch: Any) -> Any:
     """Return ``batch``: the collation of a loader whose data set collates."""
     return batch
 
 
-class WorkerStart(PickledByValue):
+class WorkerInit(PickledByValue):
     """The ``worker_init_fn``: shows the user's own function the user's own data set, as it would be without duoka."""
 
     def __init__(self, function: Callable[[int], None] | None) -> None:
@@ -84,7 +84,7 @@ class SampleFetcher(PickledByValue, Dataset[Any]):
 
     def __getitems__(self, request: FetchRequest) -> Any:
         """Answer a DataLoader, here or in a worker process."""
-        return answer(lambda: self.load(request))
+        return wrap_result(lambda: self.load(request))
 
     def load(self, request: FetchRequest) -> Any:
         """Return the collated batch."""
@@ -123,20 +123,20 @@ class _SeededFetcher(SampleFetcher):
         self._collate = SeededCollate(collate)
         self._whole = whole
         self._many_at_once = not whole and _loads_many(dataset)
-        self._loading = RandomUseDetector(held_by(dataset))
+        self._loading = RandomUseDetector(generators_of(dataset))
         self._epoch: int | None = None
 
     def load(self, request: FetchRequest) -> Any:
         if request.epoch is not None and request.epoch != self._epoch:
             set_epoch(request.epoch, self.dataset)  # here too: a worker that stays has a data set of its own
             self._epoch = request.epoch
-            self._loading = RandomUseDetector(held_by(self.dataset))  # it may have made its generators anew
+            self._loading = RandomUseDetector(generators_of(self.dataset))  # it may have made its generators anew
         samples = self._loading.run(lambda: self._load(request))
         return self._collate(samples, request.stream, request.first)
 
     def _load(self, request: FetchRequest) -> Any:
         if self._whole:
-            self._loading.seed(nth_seed(request.stream, request.first))
+            self._loading.seed(derive_seed(request.stream, request.first))
             return self.dataset[request.indices]
         dataset = self.dataset
         if not self._loading.used:  # nothing is drawn so far; else the watch calls again
@@ -145,7 +145,7 @@ class _SeededFetcher(SampleFetcher):
         return [self._one(index, request.stream, place) for place, index in enumerate(request.indices, request.first)]
 
     def _one(self, index: Any, stream: int, place: int) -> Any:
-        self._loading.seed(nth_seed(stream, place))
+        self._loading.seed(derive_seed(stream, place))
         return self.dataset.__getitems__([index])[0] if self._many_at_once else self.dataset[index]
 
 
@@ -154,13 +154,13 @@ class SeededCollate:
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
-        self._watch = RandomUseDetector(held_by(collate))
+        self._watch = RandomUseDetector(generators_of(collate))
 
     def __call__(self, samples: Any, stream: int, first: int) -> Any:
         """Return ``samples`` collated; ``stream`` and ``first`` are those of a ``Request``."""
         if self._collate is default_collate:
             return _collated(samples)
-        return self._watch.run(lambda: self._seeded(samples, nth_seed(~stream, first)))
+        return self._watch.run(lambda: self._seeded(samples, derive_seed(~stream, first)))
 
     def _seeded(self, samples: Any, seed: int) -> Any:
         self._watch.seed(seed)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from duoka.data.index_order import checked_whole
+from duoka.data.index_order import checked_sampler
 from duoka.data.kept import ResidentSource
 from duoka.data.position import DataPosition, LocalBatch
 from duoka.data.resident_loader import DeviceResidentLoader
@@ -52,9 +52,9 @@ class ShardedLoader:
         return self._source.samples
 
     @property
-    def glimpse(self) -> StreamFingerprint | None:
+    def fingerprint(self) -> StreamFingerprint | None:
         """What this rank has read first in the epoch, where every rank reads the whole stream: the same on all ranks."""
-        return self._source.glimpse
+        return self._source.fingerprint
 
     @property
     def position(self) -> DataPosition:
@@ -93,7 +93,9 @@ class ShardedLoader:
         self._running = None
 
 
-def shard(loader: Any, *, rank: int, size: int, seed: int, merge: int = 1, training: bool = True) -> ShardedLoader:
+def shard(
+    loader: Any, *, rank: int, world_size: int, seed: int, batches_per_step: int = 1, training: bool = True
+) -> ShardedLoader:
     """Return rank ``rank``'s part of each global batch of ``loader``, for ``size`` ranks.
 
     The order is a function of (seed, epoch), whatever draws it: samplers and loaders run with generators of their own, and
@@ -112,9 +114,9 @@ def shard(loader: Any, *, rank: int, size: int, seed: int, merge: int = 1, train
     Args:
         loader: a ``DataLoader`` of any kind, or any iterable (or generator function) that yields ready-made batches.
         rank: this process's number, from 0.
-        size: how many processes divide each global batch.
+        world_size: how many processes divide each global batch.
         seed: what the order of the samples and their augmentation are drawn from; the same on every rank.
-        merge: how many consecutive batches of ``loader`` make one global batch.
+        batches_per_step: how many consecutive batches of ``loader`` make one global batch.
         training: where a rank has no sample, whether it gets a filler (``True``) or ``None``; evaluation also draws the
             same order and augmentation every time, and keeps an incomplete global batch whatever ``drop_last`` says.
 
@@ -122,26 +124,26 @@ def shard(loader: Any, *, rank: int, size: int, seed: int, merge: int = 1, train
 
     >>> from torch.utils.data import DataLoader, TensorDataset
     >>> loader = DataLoader(TensorDataset(torch.arange(5)), batch_size=5)
-    >>> [shard(loader, rank=rank, size=2, seed=0).__iter__().__next__().batch for rank in range(2)]
+    >>> [shard(loader, rank=rank, world_size=2, seed=0).__iter__().__next__().batch for rank in range(2)]
     [[tensor([0, 1, 2])], [tensor([3, 4])]]
 
     """
-    share = ShardSpec(rank, size, merge, training)
-    return ShardedLoader(_source(loader, share), seed)
+    spec = ShardSpec(rank, world_size, batches_per_step, training)
+    return ShardedLoader(_source(loader, spec), seed)
 
 
-def _source(loader: Any, share: ShardSpec) -> BatchSource:
+def _source(loader: Any, spec: ShardSpec) -> BatchSource:
     if isinstance(loader, DeviceResidentLoader):
-        return ResidentSource(loader, share)
+        return ResidentSource(loader, spec)
     if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
         if isinstance(loader.dataset, IterableDataset):
-            return streamed_source(loader, share)
+            return streamed_source(loader, spec)
         if is_mapped(loader):
-            return MapStyleSource(loader, share)
-        return BatchIterableSource(loader, share, (checked_whole(loader), loader.dataset))
+            return MapStyleSource(loader, spec)
+        return BatchIterableSource(loader, spec, (checked_sampler(loader), loader.dataset))
     if not inspect.isgeneratorfunction(loader):
         _check_is_loader(loader)
-    return BatchIterableSource(loader, share)
+    return BatchIterableSource(loader, spec)
 
 
 def _check_is_loader(loader: Any) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["shuffles_undone"]
+__all__ = ["restore_shuffled_lists"]
 
 LONGEST = 1 << 24
 """A longer row of numbers is data and no order of samples: copying it would cost too much."""
 
 
 @contextlib.contextmanager
-def shuffles_undone(*owners: object) -> Iterator[None]:
+def restore_shuffled_lists(*owners: object) -> Iterator[None]:
     """Put back after the block what was shuffled in place in it, of the lists and arrays that ``owners`` have as attributes.
 
     Anything else that changes (a counter, a list that something was taken from) stays as it is: it may be meant to.

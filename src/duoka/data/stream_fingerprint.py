@@ -11,7 +11,7 @@ import torch
 
 from duoka.data.batch_ops import opened
 
-__all__ = ["StreamFingerprint", "alike", "glimpse"]
+__all__ = ["StreamFingerprint", "same_stream", "fingerprint"]
 
 SAMPLES = 4
 """How many samples are looked at."""
@@ -28,7 +28,7 @@ class StreamFingerprint(NamedTuple):
     numbers: list[float]
 
 
-def glimpse(samples: Sequence[Any]) -> StreamFingerprint:
+def fingerprint(samples: Sequence[Any]) -> StreamFingerprint:
     """Return a glimpse of the first of ``samples`` (or of the batches that hold them)."""
     seen = StreamFingerprint([], [])
     for sample in samples[:SAMPLES]:
@@ -52,7 +52,7 @@ def _look(node: Any, seen: StreamFingerprint) -> None:
             _look(child, seen)
 
 
-def alike(one: StreamFingerprint, other: StreamFingerprint) -> bool:
+def same_stream(one: StreamFingerprint, other: StreamFingerprint) -> bool:
     """Whether both are of the same samples, up to rounding."""
     return (
         one.words == other.words

@@ -37,7 +37,7 @@ class BatchTransform(Protocol):
     """What ``resident`` takes."""
 
     @property
-    def draws(self) -> int:
+    def num_random(self) -> int:
         """How many random numbers it takes an image."""
         ...
 
@@ -50,8 +50,8 @@ def apply(transforms: Sequence[BatchTransform], images: Tensor, draws: Tensor) -
     """Return ``images`` after all ``transforms``; ``draws (batch, sum of theirs)`` are dealt out in order."""
     first = 0
     for transform in transforms:
-        images = transform(images, draws[:, first : first + transform.draws])
-        first += transform.draws
+        images = transform(images, draws[:, first : first + transform.num_random])
+        first += transform.num_random
     return images
 
 
@@ -60,7 +60,7 @@ class RandomHorizontalFlip:
     """Mirrors an image with probability ``p``."""
 
     p: float = 0.5
-    draws = 1
+    num_random = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
@@ -77,7 +77,7 @@ class RandomCrop:
 
     size: int
     padding: int = 0
-    draws = 2
+    num_random = 2
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.padding < 0:
@@ -91,7 +91,7 @@ class RandomCrop:
             raise ConfigError(
                 f"RandomCrop: images of {height}x{width} pixels with their border are smaller than {self.size}"
             )
-        top, left = (_below(draws[:, axis], side - self.size + 1) for axis, side in enumerate((height, width)))
+        top, left = (_randint_below(draws[:, axis], side - self.size + 1) for axis, side in enumerate((height, width)))
         windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
         return windows[torch.arange(batch, device=images.device), :, top, left]
 
@@ -106,7 +106,7 @@ class RandomResizedCrop:
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    draws = 2 * TRIES + 2
+    num_random = 2 * TRIES + 2
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -143,7 +143,7 @@ class RandomResizedCrop:
             torch.where(fits.any(1), side.gather(1, first)[:, 0], own)
             for side, own in zip((wide, tall), middle, strict=True)
         )
-        top, left = _below(draws[:, -2], height - tall + 1), _below(draws[:, -1], width - wide + 1)
+        top, left = _randint_below(draws[:, -2], height - tall + 1), _randint_below(draws[:, -1], width - wide + 1)
         top = torch.where(fits.any(1), top, ((height - tall) / 2).floor())
         left = torch.where(fits.any(1), left, ((width - wide) / 2).floor())
         return top, left, tall, wide
@@ -178,7 +178,7 @@ class ColorJitter:
             raise ConfigError(f"ColorJitter: hue is {self.hue}; it is a share of the colour circle, 0 to 0.5")
 
     @property
-    def draws(self) -> int:
+    def num_random(self) -> int:
         """A place in the order and a factor for each of four changes."""
         return 8
 
@@ -193,9 +193,9 @@ class ColorJitter:
         order = self._order(draws[:, :4])
         for step in range(order.shape[1]):
             kind = order[:, step]
-            images = _blended(images, kind, factors.gather(1, kind.clamp_max(2)[:, None])[:, 0])
+            images = _adjust_color(images, kind, factors.gather(1, kind.clamp_max(2)[:, None])[:, 0])
             if self.hue and images.shape[1] == 3:
-                images = torch.where((kind == 3)[:, None, None, None], _turned(images, turns), images)
+                images = torch.where((kind == 3)[:, None, None, None], _shift_hue(images, turns), images)
         return images
 
     def _order(self, draws: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class Normalize:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    draws = 0
+    num_random = 0
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
@@ -224,7 +224,7 @@ class Normalize:
         return (images - mean).div_(std)
 
 
-def _below(draws: Tensor, limit: Tensor | int) -> Tensor:
+def _randint_below(draws: Tensor, limit: Tensor | int) -> Tensor:
     """Return whole numbers from 0 to ``limit - 1``, as int64 where ``limit`` is a number, else in its type."""
     if isinstance(limit, int):
         return (draws * limit).long().clamp_max(limit - 1)
@@ -244,7 +244,7 @@ def _resampling(start: Tensor, length: Tensor, inputs: int, outputs: int) -> Ten
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def _blended(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
+def _adjust_color(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
     """Blend each image with black (kind 0), its mean grey (1) or its grey self (2); of another kind it stays as it is.
 
     Each is a matrix over the channels and a number added, so that the images are gone through twice and not ten times.
@@ -259,7 +259,7 @@ def _blended(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
     return torch.baddbmm(grey[:, None, None], matrix, pixels).clamp_(0, 1).view_as(images)
 
 
-def _turned(images: Tensor, turns: Tensor) -> Tensor:
+def _shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     """Return ``images (batch, 3, ...)`` with their hues turned by ``turns`` of the circle."""
     red, green, blue = images.unbind(1)
     most, least = images.amax(1), images.amin(1)

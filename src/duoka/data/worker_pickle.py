@@ -19,38 +19,38 @@ import cloudpickle
 from torch._utils import ExceptionWrapper
 from torch.utils.data import get_worker_info
 
-__all__ = ["PickledByValue", "answer", "failure"]
+__all__ = ["PickledByValue", "wrap_exception", "wrap_result"]
 
 
 class PickledByValue:
     """Base of what workers are given: its attributes are pickled by value where a name may lead nowhere."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _sent, (type(self), _dumps(_WorkerPickler, self.__dict__))
+        return _unpickle, (type(self), _dumps(_WorkerPickler, self.__dict__))
 
 
-def answer(work: Callable[[], Any]) -> Any:
+def wrap_result(work: Callable[[], Any]) -> Any:
     """Return ``work()``; in a worker process, as something that arrives as the value or the exception of ``work()``."""
     if get_worker_info() is None:
         return work()
     try:
-        return _Answer(work())
+        return _Result(work())
     except Exception:
-        return _Answer(failure())
+        return _Result(wrap_exception())
 
 
-def failure() -> ExceptionWrapper:
+def wrap_exception() -> ExceptionWrapper:
     """Return the exception that is being handled in a worker process as torch sends it: to be raised where it arrives."""
     info = get_worker_info()
     return ExceptionWrapper(where=f"in DataLoader worker process {info.id if info else 0}")  # type: ignore[no-untyped-call]
 
 
-class _Answer:
+class _Result:
     def __init__(self, value: Any) -> None:
         self._value = value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.loads, (_dumps(_AnswerPickler, self._value),)
+        return pickle.loads, (_dumps(_ResultPickler, self._value),)
 
 
 class _WorkerPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is not annotated
@@ -59,7 +59,7 @@ class _WorkerPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle i
     dispatch_table: ClassVar[Any] = ChainMap(ForkingPickler._extra_reducers, cloudpickle.Pickler.dispatch_table)  # type: ignore[attr-defined]
 
 
-class _AnswerPickler(_WorkerPickler):
+class _ResultPickler(_WorkerPickler):
     """Names what has a name here: a forked worker's classes are those of the process that it answers."""
 
     def reducer_override(self, obj: Any) -> Any:
@@ -75,7 +75,7 @@ def _dumps(pickler: type[_WorkerPickler], value: Any) -> bytes:
     return file.getvalue()
 
 
-def _sent(kind: type[PickledByValue], attributes: bytes) -> PickledByValue:
+def _unpickle(kind: type[PickledByValue], attributes: bytes) -> PickledByValue:
     thing = object.__new__(kind)
     thing.__dict__.update(pickle.loads(attributes))
     return thing

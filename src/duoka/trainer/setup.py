@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from duoka.checkpoint import rng_state, set_rng_state
-from duoka.data import DeviceResidentLoader, LocalBatch, ShardedLoader, alike, shard, to_device
+from duoka.data import DeviceResidentLoader, LocalBatch, ShardedLoader, same_stream, shard, to_device
 from duoka.errors import ConfigError, DataError
 from duoka.strategy import Strategy, choose
 from duoka.trainer.callbacks import Callback
@@ -122,8 +122,10 @@ class CheckedLoader:
 
     def _check_same(self) -> None:
         """Compare what the ranks have read first of a stream, of which each is to read all, and to keep its part."""
-        read = self.world.all_gather_object(self.loader.glimpse)
-        if any(one is not None for one in read) and not all(one and read[0] and alike(one, read[0]) for one in read):
+        read = self.world.all_gather_object(self.loader.fingerprint)
+        if any(one is not None for one in read) and not all(
+            one and read[0] and same_stream(one, read[0]) for one in read
+        ):
             raise DataError(
                 f"{self.name} yields other samples on another rank: it divides itself by rank (or draws from a generator that "
                 "duoka does not know), so that samples would be lost, as duoka divides every global batch itself. Let it yield "
@@ -135,7 +137,9 @@ def sharded(job: FitSpec, name: str, strategy: Strategy) -> CheckedLoader:
     """Return this rank's part of the ``train_data``, ``eval_data`` or ``test_data`` of ``job``."""
     world, data, training = strategy.world, getattr(job, name), name == "train_data"
     merge = strategy.replicas if job.config.batch_size_means == "per_device" else 1
-    loader = shard(data, rank=world.rank, size=world.size, seed=job.config.seed, merge=merge, training=training)
+    loader = shard(
+        data, rank=world.rank, world_size=world.size, seed=job.config.seed, batches_per_step=merge, training=training
+    )
     return CheckedLoader(loader, _empty(name, data, merge if training else 1), name, world)
 
 

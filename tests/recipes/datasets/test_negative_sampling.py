@@ -84,7 +84,7 @@ def epoch_of(samples, size: int, epoch: int, skip: int = 0) -> list[tuple[int, i
     """What all ranks together take in an epoch, in the order of the global batches."""
     ranks = []
     for rank in range(size):
-        parts = shard(loader(samples, 32), rank=rank, size=size, seed=9)
+        parts = shard(loader(samples, 32), rank=rank, world_size=size, seed=9)
         parts.set_position(DataPosition(9, epoch, skip))
         ranks.append([part.batch for part in parts])
     steps = [batch for step in zip(*ranks, strict=True) for batch in step]

@@ -85,7 +85,7 @@ def test_evaluation_sees_no_random_change(root):
     images = tiny_imagenet.load(TinyImageNetConfig(root=str(root), image_size=16, limit=4))
     facts = common.facts_of(images)
     test = common.test_loader(images, facts, 64)
-    assert sum(transform.draws for transform in test.transforms) == 0
+    assert sum(transform.num_random for transform in test.transforms) == 0
     assert test.mix is None
     assert not test.shuffle
     mean = torch.tensor(facts.statistics.mean).view(3, 1, 1)

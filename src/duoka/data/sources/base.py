@@ -1,4 +1,4 @@
-"""What every kind of source of parts has in common: the share a rank has, and what a source promises."""
+"""What every kind of source of parts has in common: the spec a rank has, and what a source promises."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from duoka.data.position import LocalBatch, part_bounds
-from duoka.data.rng import mixed
+from duoka.data.rng import hash_seed
 from duoka.data.stream_fingerprint import StreamFingerprint
 from duoka.errors import ConfigError
 
@@ -19,20 +19,22 @@ class ShardSpec:
     """Which part of which global batches one rank has."""
 
     rank: int
-    size: int
-    merge: int
+    world_size: int
+    batches_per_step: int
     """How many consecutive batches of the user's loader make one global batch."""
     training: bool
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0 <= self.rank < self.size:
-            raise ConfigError(f"rank is {self.rank} and size is {self.size}; ranks are numbered from 0 to size - 1")
-        if self.merge < 1:
-            raise ConfigError(f"merge is {self.merge}; a global batch is made of at least 1 batch of the loader")
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ConfigError(
+                f"rank={self.rank} with world_size={self.world_size} is not valid: ranks are 0 to world_size - 1"
+            )
+        if self.batches_per_step < 1:
+            raise ConfigError(f"batches_per_step={self.batches_per_step} is not valid: it must be 1 or more")
 
     def bounds(self, length: int) -> tuple[int, int]:
         """Return where this rank's part of ``length`` samples begins and ends; both are equal where it has none."""
-        return (0, length) if self.size == 1 else part_bounds(length, self.rank, self.size)
+        return (0, length) if self.world_size == 1 else part_bounds(length, self.rank, self.world_size)
 
     def epoch(self, epoch: int) -> int:
         """Return what randomness is drawn from for ``epoch``: evaluation is the same every time."""
@@ -43,7 +45,7 @@ class BatchSource(Protocol):
     """A user's loader, seen as parts."""
 
     @property
-    def glimpse(self) -> StreamFingerprint | None:
+    def fingerprint(self) -> StreamFingerprint | None:
         """What this rank has read first in the epoch; ``None`` where a rank reads its own samples only, or none so far."""
         ...
 
@@ -65,12 +67,12 @@ class BatchSource(Protocol):
 
 def order_seed(seed: int, epoch: int) -> int:
     """Return the seed that the order of ``epoch`` is drawn from."""
-    return mixed("order", seed, epoch)
+    return hash_seed("order", seed, epoch)
 
 
 def samples_seed(seed: int, epoch: int) -> int:
     """Return the stream that seeds the samples of ``epoch``."""
-    return mixed("samples", seed, epoch)
+    return hash_seed("samples", seed, epoch)
 
 
 def stop_workers(iterator: Any) -> None:

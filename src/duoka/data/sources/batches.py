@@ -13,10 +13,10 @@ from duoka.data.batch_ops import batch_length, concat_batches, slice_batch
 from duoka.data.global_rng import GLOBAL
 from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
-from duoka.data.rng import PrivateRandomness, held_by
-from duoka.data.shuffle_reset import shuffles_undone
+from duoka.data.rng import IsolatedRng, generators_of
+from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import ShardSpec, order_seed, stop_workers
-from duoka.data.stream_fingerprint import StreamFingerprint, glimpse
+from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
 
 __all__ = ["BatchIterableSource"]
 
@@ -31,7 +31,7 @@ class BatchIterableSource:
     def __init__(
         self,
         loader: Any,
-        share: ShardSpec,
+        spec: ShardSpec,
         owners: tuple[object, ...] = (),
         begin: Callable[[int, int], None] | None = None,
         has_columns: bool = False,
@@ -42,31 +42,33 @@ class BatchIterableSource:
         each epoch of a loader that draws nothing in this process. ``has_columns`` is ``slice_batch``'s.
         """
         self._loader = loader
-        self._share = share
+        self._spec = spec
         self._owners = (loader, *owners)
-        self._streams = (*GLOBAL, *held_by(*self._owners))
+        self._generators = (*GLOBAL, *generators_of(*self._owners))
         self._begin = begin
         self._has_columns = has_columns
         self._quiet = begin is not None or isinstance(loader, (list, tuple))
-        self._whole_only = share.training and getattr(loader, "drop_last", False) is True
+        self._whole_only = spec.training and getattr(loader, "drop_last", False) is True
         self._reading: weakref.ref[Any] | None = None
-        self.glimpse: StreamFingerprint | None = None
+        self.fingerprint: StreamFingerprint | None = None
         self.samples: int | None = sum(map(batch_length, loader)) if isinstance(loader, (list, tuple)) else None
 
     def __len__(self) -> int:
         batches = len(self._loader)
-        return batches // self._share.merge if self._whole_only else -(-batches // self._share.merge)
+        return (
+            batches // self._spec.batches_per_step if self._whole_only else -(-batches // self._spec.batches_per_step)
+        )
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
         """Yield this rank's parts of ``epoch``; the first ``skip`` samples are read and dropped."""
-        if self._share.training:
+        if self._spec.training:
             set_epoch(epoch, *self._owners)
-        drawn = self._share.epoch(epoch)
+        drawn = self._spec.epoch(epoch)
         if self._begin is not None:
             self._begin(seed, drawn)
         batches = self._read(contextlib.nullcontext() if self._quiet else self._private(seed, drawn))
         owners = () if isinstance(self._loader, (list, tuple)) else self._owners
-        with shuffles_undone(*owners), contextlib.closing(batches):
+        with restore_shuffled_lists(*owners), contextlib.closing(batches):
             yield from self._parts(_without(batches, skip, self._has_columns))
 
     def close(self) -> None:
@@ -76,8 +78,8 @@ class BatchIterableSource:
             self._loader._iterator = None  # or the next epoch would wait for the dead
         stop_workers(iterator)
 
-    def _private(self, seed: int, epoch: int) -> PrivateRandomness:
-        return PrivateRandomness(order_seed(seed, epoch), self._streams)
+    def _private(self, seed: int, epoch: int) -> IsolatedRng:
+        return IsolatedRng(order_seed(seed, epoch), self._generators)
 
     def _read(self, private: contextlib.AbstractContextManager[None]) -> Any:
         """Yield the loader's batches; its code runs with the generators of ``private`` in force."""
@@ -96,19 +98,19 @@ class BatchIterableSource:
                 stop_workers(source)
 
     def _parts(self, batches: Iterator[Sized]) -> Iterator[LocalBatch]:
-        share, self.glimpse = self._share, None
+        spec, self.fingerprint = self._spec, None
         filled = ((batch, length) for batch, length in batches if length)
-        while group := list(itertools.islice(filled, share.merge)):
-            if len(group) < share.merge and self._whole_only:
+        while group := list(itertools.islice(filled, spec.batches_per_step)):
+            if len(group) < spec.batches_per_step and self._whole_only:
                 return
-            if self.glimpse is None and share.size > 1:
-                self.glimpse = glimpse([batch for batch, _ in group])
+            if self.fingerprint is None and spec.world_size > 1:
+                self.fingerprint = fingerprint([batch for batch, _ in group])
             total = sum(length for _, length in group)
-            start, stop = share.bounds(total)
+            start, stop = spec.bounds(total)
             if start < stop:
                 yield LocalBatch(_between(group, start, stop, self._has_columns), stop - start, total)
             else:
-                yield LocalBatch(_between(group, 0, 1, self._has_columns) if share.training else None, 0, total)
+                yield LocalBatch(_between(group, 0, 1, self._has_columns) if spec.training else None, 0, total)
 
 
 def _without(batches: Iterable[Any], skip: int, has_columns: bool) -> Iterator[Sized]:

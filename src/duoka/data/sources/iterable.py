@@ -17,44 +17,44 @@ from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, default_
 from duoka.data.global_rng import GLOBAL
 from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
-from duoka.data.rng import PrivateRandomness, held_by, nth_seed
-from duoka.data.sample_fetch import SeededCollate, WorkerStart, as_is
-from duoka.data.shuffle_reset import shuffles_undone
+from duoka.data.rng import IsolatedRng, derive_seed, generators_of
+from duoka.data.sample_fetch import SeededCollate, WorkerInit, identity_collate
+from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import BatchSource, ShardSpec, order_seed, samples_seed
 from duoka.data.sources.batches import BatchIterableSource
-from duoka.data.stream_fingerprint import StreamFingerprint, glimpse
-from duoka.data.worker_pickle import PickledByValue, answer, failure
+from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
+from duoka.data.worker_pickle import PickledByValue, wrap_exception, wrap_result
 from duoka.errors import ConfigError
 
 __all__ = ["streamed_source"]
 
 
-def streamed_source(loader: DataLoader[Any], share: ShardSpec) -> BatchSource:
+def streamed_source(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
     """Return the source of parts of ``loader``, whose data set is an iterable one."""
     if loader.num_workers == 0 and loader.batch_size is not None:
-        return _InProcess(loader, share)
+        return _InProcess(loader, spec)
     if loader.num_workers == 0:
-        return BatchIterableSource(loader, share, (loader.dataset,))
+        return BatchIterableSource(loader, spec, (loader.dataset,))
     if isinstance(loader.dataset, IterDataPipe):
         raise ConfigError(
             f"the data pipe {type(loader.dataset).__name__} has num_workers={loader.num_workers}: torch divides it over the "
             "processes of a group by itself, so that ranks would read different streams; set num_workers=0"
         )
-    return _with_workers(loader, share)
+    return _with_workers(loader, spec)
 
 
 class _InProcess:
     """The samples are read here; a rank collates its own."""
 
-    def __init__(self, loader: DataLoader[Any], share: ShardSpec) -> None:
-        self._groups = _Groups(loader, share)
-        self._share = share
+    def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
+        self._groups = _Groups(loader, spec)
+        self._spec = spec
         self._dataset = loader.dataset
         # a DataLoader only for its pinned memory, in which parts arrive as tuples of their kind
         self._loader: DataLoader[Any] = DataLoader(
             self._groups,
             batch_size=None,
-            collate_fn=as_is,
+            collate_fn=identity_collate,
             pin_memory=loader.pin_memory,
             generator=torch.Generator(),
         )
@@ -68,19 +68,19 @@ class _InProcess:
             return None
 
     @property
-    def glimpse(self) -> StreamFingerprint | None:
+    def fingerprint(self) -> StreamFingerprint | None:
         """What was read first in the epoch."""
-        return self._groups.glimpse
+        return self._groups.fingerprint
 
     def __len__(self) -> int:
         return -(-self._groups.kept(len(self._dataset)) // self._groups.length)  # type: ignore[arg-type]
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
         """Yield this rank's parts of ``epoch``; the first ``skip`` samples are read and dropped."""
-        if self._share.training:
+        if self._spec.training:
             set_epoch(epoch, self._dataset)
-        self._groups.plan = (seed, self._share.epoch(epoch), skip)
-        with shuffles_undone(self._dataset):
+        self._groups.plan = (seed, self._spec.epoch(epoch), skip)
+        with restore_shuffled_lists(self._dataset):
             yield from self._loader
 
     def close(self) -> None:
@@ -90,16 +90,16 @@ class _InProcess:
 class _Groups(IterableDataset[LocalBatch]):
     """The stream, as parts."""
 
-    def __init__(self, loader: DataLoader[Any], share: ShardSpec) -> None:
+    def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
         assert loader.batch_size is not None
         self.plan = (0, 0, 0)
-        self.glimpse: StreamFingerprint | None = None
-        self.length = loader.batch_size * share.merge
-        self._unit = (self.length if share.training else loader.batch_size) if loader.drop_last else 1
-        self._share = share
+        self.fingerprint: StreamFingerprint | None = None
+        self.length = loader.batch_size * spec.batches_per_step
+        self._unit = (self.length if spec.training else loader.batch_size) if loader.drop_last else 1
+        self._spec = spec
         self._dataset: Any = loader.dataset
         self._collate = SeededCollate(loader.collate_fn)
-        self._streams = (*GLOBAL, *held_by(loader, loader.dataset))
+        self._generators = (*GLOBAL, *generators_of(loader, loader.dataset))
 
     def kept(self, length: int) -> int:
         """Return how many of ``length`` samples are not dropped as an incomplete batch."""
@@ -107,12 +107,12 @@ class _Groups(IterableDataset[LocalBatch]):
 
     def __iter__(self) -> Iterator[LocalBatch]:
         seed, epoch, first = self.plan
-        stream, self.glimpse = samples_seed(seed, epoch), None
-        for group in self._read(PrivateRandomness(order_seed(seed, epoch), self._streams), first):
-            if self.glimpse is None and self._share.size > 1:
-                self.glimpse = glimpse(group)
-            start, stop = self._share.bounds(len(group))
-            if start == stop and not self._share.training:
+        stream, self.fingerprint = samples_seed(seed, epoch), None
+        for group in self._read(IsolatedRng(order_seed(seed, epoch), self._generators), first):
+            if self.fingerprint is None and self._spec.world_size > 1:
+                self.fingerprint = fingerprint(group)
+            start, stop = self._spec.bounds(len(group))
+            if start == stop and not self._spec.training:
                 yield LocalBatch(None, 0, len(group))
             else:
                 mine = group[start:stop] or group[:1]
@@ -120,7 +120,7 @@ class _Groups(IterableDataset[LocalBatch]):
                 yield LocalBatch(batch, stop - start, len(group))
             first += len(group)
 
-    def _read(self, private: PrivateRandomness, skip: int) -> Iterator[list[Any]]:
+    def _read(self, private: IsolatedRng, skip: int) -> Iterator[list[Any]]:
         with private:
             samples = iter(self._dataset)
             for _ in itertools.islice(samples, skip):
@@ -134,10 +134,10 @@ class _Groups(IterableDataset[LocalBatch]):
                 return
 
 
-def _with_workers(loader: DataLoader[Any], share: ShardSpec) -> BatchSource:
+def _with_workers(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
     stream = _SeededStream(loader.dataset)
     generator = torch.Generator()
-    remade: DataLoader[Any] = DataLoader(
+    seeded_loader: DataLoader[Any] = DataLoader(
         stream,
         batch_size=loader.batch_size,
         drop_last=loader.drop_last,
@@ -145,7 +145,7 @@ def _with_workers(loader: DataLoader[Any], share: ShardSpec) -> BatchSource:
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=WorkerStart(loader.worker_init_fn),
+        worker_init_fn=WorkerInit(loader.worker_init_fn),
         multiprocessing_context=loader.multiprocessing_context,
         generator=generator,
         prefetch_factor=loader.prefetch_factor,
@@ -156,34 +156,34 @@ def _with_workers(loader: DataLoader[Any], share: ShardSpec) -> BatchSource:
         generator.manual_seed(samples_seed(seed, epoch))
         stream.plan.copy_(torch.tensor([order_seed(seed, epoch) >> 1, epoch], device="cpu"))
 
-    return BatchIterableSource(remade, share, (loader.dataset,), begin, loader.collate_fn is default_collate)
+    return BatchIterableSource(seeded_loader, spec, (loader.dataset,), begin, loader.collate_fn is default_collate)
 
 
 class _SeededStream(PickledByValue, IterableDataset[Any]):
     """A user's stream in a worker process: every epoch of it is drawn from seeds of that epoch, in workers that stay too.
 
-    A generator that the data set holds starts alike in all workers, which may agree by it on who yields what.
+    A generator that the data set holds starts same_stream in all workers, which may agree by it on who yields what.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self.plan = torch.zeros(2, dtype=torch.int64, device="cpu")  # seed and epoch, seen by workers that are running
         self.plan.share_memory_()  # type: ignore[no-untyped-call]
-        self._held = held_by(dataset)
+        self._held = generators_of(dataset)
 
     def __iter__(self) -> Iterator[Any]:
         try:
             self._begin()
-            with shuffles_undone(self.dataset):
+            with restore_shuffled_lists(self.dataset):
                 yield from self.dataset
         except Exception:
-            yield from itertools.repeat(failure())  # for the collation, which sends it
+            yield from itertools.repeat(wrap_exception())  # for the collation, which sends it
 
     def _begin(self) -> None:
         info: Any = get_worker_info()
         seed, epoch = self.plan.tolist()
         for stream in GLOBAL:
-            stream.seed(nth_seed(seed, info.id))
+            stream.seed(derive_seed(seed, info.id))
         for stream in self._held:
             stream.seed(seed)
         set_epoch(epoch, self.dataset)
@@ -200,4 +200,4 @@ class _Collation(PickledByValue):
 
     def __call__(self, samples: Any) -> Any:
         last = samples[-1] if type(samples) is list and samples else samples
-        return answer(lambda: last if isinstance(last, ExceptionWrapper) else self._collate(samples))
+        return wrap_result(lambda: last if isinstance(last, ExceptionWrapper) else self._collate(samples))

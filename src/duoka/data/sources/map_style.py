@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from duoka.data.index_order import cut_front, drawn_from, grouped, in_private, index_batches, set_epoch
+from duoka.data.index_order import (
+    draw_isolated,
+    generators_used_by,
+    index_batches,
+    merge_batches,
+    set_epoch,
+    skip_samples,
+)
 from duoka.data.position import LocalBatch
-from duoka.data.rng import PrivateRandomness
-from duoka.data.sample_fetch import FetchRequest, WorkerStart, as_is, samples_of
-from duoka.data.shuffle_reset import shuffles_undone
+from duoka.data.rng import IsolatedRng
+from duoka.data.sample_fetch import FetchRequest, WorkerInit, identity_collate, make_fetcher
+from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import ShardSpec, order_seed, samples_seed, stop_workers
 
 __all__ = ["MapStyleSource", "is_mapped"]
@@ -27,23 +34,23 @@ def is_mapped(loader: DataLoader[Any]) -> bool:
 class MapStyleSource:
     """The parts of a map-style ``loader``; a new DataLoader with the user's options loads them."""
 
-    glimpse = None
+    fingerprint = None
 
-    def __init__(self, loader: DataLoader[Any], share: ShardSpec) -> None:
-        self._requests = _Requests(loader, share)
+    def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
+        self._requests = _Requests(loader, spec)
         self._generator = torch.Generator()
         whole = loader.batch_sampler is None  # the sampler yields lists, and dataset[list] is a ready-made batch
         workers = loader.num_workers
-        self._samples = samples_of(loader.dataset, loader.collate_fn, whole)
+        self._samples = make_fetcher(loader.dataset, loader.collate_fn, whole)
         self._is_direct = not workers and not loader.pin_memory
         self._loader: DataLoader[Any] = DataLoader(
             self._samples,
             batch_sampler=self._requests,  # type: ignore[arg-type]
-            collate_fn=as_is,
+            collate_fn=identity_collate,
             num_workers=workers,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=WorkerStart(loader.worker_init_fn) if workers else None,
+            worker_init_fn=WorkerInit(loader.worker_init_fn) if workers else None,
             multiprocessing_context=loader.multiprocessing_context if workers else None,
             generator=self._generator,  # workers are seeded from it: not from the user's global generator
             prefetch_factor=loader.prefetch_factor if workers else None,
@@ -85,12 +92,12 @@ class MapStyleSource:
 class _Requests(Sampler[FetchRequest]):
     """The batch sampler: yields what this rank loads, and notes the sizes of every global batch for when it is loaded."""
 
-    def __init__(self, loader: DataLoader[Any], share: ShardSpec) -> None:
+    def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
         self._batches = index_batches(loader)
-        self._share = share
-        self._whole_only = share.training and (loader.drop_last or getattr(self._batches, "drop_last", False) is True)
+        self._spec = spec
+        self._whole_only = spec.training and (loader.drop_last or getattr(self._batches, "drop_last", False) is True)
         self._owners = (loader, self._batches, getattr(self._batches, "sampler", None))
-        self._streams = drawn_from(self._batches)
+        self._generators = generators_used_by(self._batches)
         self._dataset = loader.dataset
         self._plan = (0, 0, 0)
         self._taken: deque[tuple[int, int, bool]] = deque()
@@ -102,31 +109,38 @@ class _Requests(Sampler[FetchRequest]):
         return self._taken
 
     def __iter__(self) -> Iterator[FetchRequest]:
-        (seed, epoch, skip), taken, share = self._plan, self._taken, self._share
-        drawn = share.epoch(epoch)
-        if share.training:
+        (seed, epoch, skip), taken, spec = self._plan, self._taken, self._spec
+        drawn = spec.epoch(epoch)
+        if spec.training:
             set_epoch(epoch, *self._owners, self._dataset)
-        batches = in_private(self._batches, PrivateRandomness(order_seed(seed, drawn), self._streams))
+        batches = draw_isolated(self._batches, IsolatedRng(order_seed(seed, drawn), self._generators))
         stream = samples_seed(seed, drawn)
-        told = epoch if share.training and hasattr(self._dataset, "set_epoch") else None
+        dataset_epoch = epoch if spec.training and hasattr(self._dataset, "set_epoch") else None
         first = skip
-        with shuffles_undone(*self._owners[1:]):
-            for indices in grouped(cut_front(batches, skip), share.merge, self._whole_only):
+        with restore_shuffled_lists(*self._owners[1:]):
+            for indices in merge_batches(skip_samples(batches, skip), spec.batches_per_step, self._whole_only):
                 length = len(indices)
-                start, stop = share.bounds(length)
+                start, stop = spec.bounds(length)
                 if start < stop:
                     taken.append((stop - start, length, True))
-                    yield FetchRequest(indices if share.size == 1 else indices[start:stop], first + start, stream, told)
-                elif share.training:
+                    yield FetchRequest(
+                        indices if spec.world_size == 1 else indices[start:stop],
+                        first + start,
+                        stream,
+                        dataset_epoch,
+                    )
+                elif spec.training:
                     taken.append((0, length, True))
-                    yield FetchRequest(indices[:1], first, stream, told)
+                    yield FetchRequest(indices[:1], first, stream, dataset_epoch)
                 else:
                     taken.append((0, length, False))
                 first += length
 
     def __len__(self) -> int:
         batches = len(self._batches)  # type: ignore[arg-type]
-        return batches // self._share.merge if self._whole_only else -(-batches // self._share.merge)
+        return (
+            batches // self._spec.batches_per_step if self._whole_only else -(-batches // self._spec.batches_per_step)
+        )
 
     def samples(self) -> int | None:
         """Return how many samples an epoch has, where that is known without drawing one."""
@@ -136,5 +150,5 @@ class _Requests(Sampler[FetchRequest]):
             length = len(self._batches.sampler)  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):
             return None
-        unit = self._batches.batch_size * (self._share.merge if self._whole_only else 1)
+        unit = self._batches.batch_size * (self._spec.batches_per_step if self._whole_only else 1)
         return length // unit * unit if self._batches.drop_last else length
