@@ -21,7 +21,7 @@ from duoka.recipes.experiments import read_plan
 ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "examples" / "tiny_imagenet_suite.yml"
 BASE = {
-    "dataset": "folder", "root": "pictures", "image_size": 16, "device": "cpu", "epochs": 1, "bsize": 8,
+    "dataset": "folder", "root": "pictures", "image_size": 16, "device": "cpu", "epochs": 1, "batch_size": 8,
     "width": 0.0625, "model": "resnet10",
 }  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_the_suite_is_the_guides_nine_experiments():
         "se_attention",
         "best",
     }
-    assert all((config.bsize, config.lr, config.epochs) == (64, 3e-4, 50) for config in configs.values())
+    assert all((config.batch_size, config.lr, config.epochs) == (64, 3e-4, 50) for config in configs.values())
     assert configs["rmsprop + cosine"].scheduler == "cosine"
     assert configs["best"].weight_decay == 1e-6
     assert plan.baseline == "baseline"

@@ -138,7 +138,22 @@ def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys):
             )
     options = ["--dataset", "folder", "--root", "pets", "--image_size", "16", "--model", "resnet10", "--width", "0.1"]
     assert (
-        main(["train", "cifar100", *options, "--bsize", "8", "--epochs", "4", "--device", "cpu", "--workers", "0"]) == 0
+        main(
+            [
+                "train",
+                "cifar100",
+                *options,
+                "--batch_size",
+                "8",
+                "--epochs",
+                "4",
+                "--device",
+                "cpu",
+                "--num_workers",
+                "0",
+            ]
+        )
+        == 0
     )
     following = lines_of(capsys)[-1]
     assert main(shlex.split(following)[2:]) == 0
@@ -148,7 +163,7 @@ def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad", "rmsprop"])
 def test_every_optimiser_trains_with_a_schedule_of_its_own(here, optimizer):
     schedule = {"sgd": "multistep", "adam": "cosine"}.get(optimizer, "onecycle")
-    options = [*SHORT, "--optimizer", optimizer, "--scheduler", schedule, "--bsize", "256"]
+    options = [*SHORT, "--optimizer", optimizer, "--scheduler", schedule, "--batch_size", "256"]
     assert main(["train", "cifar100", *options]) == 0
     (found,) = (here / "runs" / "cifar100").iterdir()
     losses = [json.loads(line)["train_loss"] for line in (found / "metrics.jsonl").read_text().splitlines()]
@@ -159,20 +174,20 @@ def test_every_optimiser_trains_with_a_schedule_of_its_own(here, optimizer):
     ("words", "message"),
     [
         (["train", "cifar10"], "did you mean `cifar100`?"),
-        (["train", "cifar100", "--bsise", "3"], "did you mean `bsize`?"),
+        (["train", "cifar100", "--bsise", "3"], "did you mean `batch_size`?"),
         (["train", "cifar100", "--download", "false", "--device", "cpu"], "--download true"),
         (["train", "cifar100", *SHORT, "--device", "cpu:x"], "device 'cpu:x' is not understood"),
         (["train", "cifar100", *SHORT, "--out", "file"], "file is a file: choose another --out"),
         (["train", "cifar100", "--resume", "none"], "no run at none"),
         (["eval", "none"], "no run at none"),
         (
-            ["train", "cifar100", *SHORT, "--device", "cpu:2", "--bsize", "1"],
-            "`bsize` is 1 (global) on 2 devices, which gives a device only one image: batch norm needs at least two. "
-            "Write --bsize 6",
+            ["train", "cifar100", *SHORT, "--device", "cpu:2", "--batch_size", "1"],
+            "`batch_size` is 1 (global) on 2 devices, which gives a device only one image: batch norm needs at least two. "
+            "Write --batch_size 6",
         ),
         (
-            ["train", "cifar100", *SHORT, "--bsize", "479"],
-            "`bsize` is 479 (global), which leaves 1 of 1,438 images for the last batch and gives a device only one image",
+            ["train", "cifar100", *SHORT, "--batch_size", "479"],
+            "`batch_size` is 479 (global), which leaves 1 of 1,438 images for the last batch and gives a device only one image",
         ),
     ],
 )
@@ -205,8 +220,8 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(run, here, capfd):
 
 
 def test_a_batch_of_more_than_all_images_is_said(here, caplog):
-    assert main(["train", "cifar100", *SHORT, "--epochs", "1", "--bsize", "100000"]) == 0
-    assert "`bsize` is 100,000, more than the 1,438 images: one step an epoch" in caplog.text
+    assert main(["train", "cifar100", *SHORT, "--epochs", "1", "--batch_size", "100000"]) == 0
+    assert "`batch_size` is 100,000, more than the 1,438 images: one step an epoch" in caplog.text
 
 
 def test_an_interruption_before_the_first_epoch_leaves_no_folder(here, monkeypatch, capfd):

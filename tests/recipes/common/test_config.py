@@ -58,8 +58,25 @@ def small(*arguments: str) -> Small:
 def test_the_guides_files_work_as_they_are(file, text, workers):
     config = read(Cifar100Config, ["-c", file(text), "--device", "0,1"], recipe="cifar100").resolved()
     assert (config.dataset, config.model, config.device) == ("cifar100", "resnet18", "0,1")
-    assert (config.root, config.workers, config.bsize, config.epochs, config.lr) == ("./data", workers, 256, 50, 0.001)
-    assert config.batch == "per_device"
+    assert (config.root, config.num_workers, config.batch_size, config.epochs, config.lr) == (
+        "./data",
+        workers,
+        256,
+        50,
+        0.001,
+    )
+    assert config.batch_size_means == "per_device"
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "value"),
+    [("bsize", "batch_size", 8), ("workers", "num_workers", 2), ("devices", "device", "cpu")],
+)
+def test_an_option_with_a_second_name_takes_both(file, alias, name, value):
+    for arguments in (["-c", file(f"{alias}: {value}")], [f"--{alias}", str(value)]):
+        assert getattr(read(Cifar100Config, arguments, recipe="cifar100"), name) == value
+    with pytest.raises(ConfigError, match=f"`{alias}` in config.yml is another name of `{name}`"):
+        read(Cifar100Config, ["-c", file(f"{name}: {value}\n{alias}: {value}")], recipe="cifar100")
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file):
@@ -141,9 +158,9 @@ def test_a_wrong_command_line_is_refused_with_the_remedy(file, arguments, messag
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("bsize", 0), ("epochs", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")), ("width", -1.0),
+        ("batch_size", 0), ("epochs", 0), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")), ("width", -1.0),
         ("weight_decay", -0.1), ("momentum", 1.0), ("label_smoothing", 1.0), ("test_share", 0.0), ("test_share", 1.0),
-        ("image_size", 4), ("workers", -1), ("seed", -1), ("model", "resnet19"), ("precision", "fp64"), ("epochs", 1.5),
+        ("image_size", 4), ("num_workers", -1), ("seed", -1), ("model", "resnet19"), ("precision", "fp64"), ("epochs", 1.5),
         ("scheduler", None), ("root", 3),
     ],
 )  # fmt: skip
@@ -171,7 +188,12 @@ def test_help_lists_each_field_with_its_docstring():
 
 def test_options_that_depend_on_others_are_filled_in():
     digits = Cifar100Config(dataset="digits").resolved()
-    assert (digits.model, digits.width, digits.batch, digits.name) == ("resnet10", 0.25, "global", "digits-resnet10")
+    assert (digits.model, digits.width, digits.batch_size_means, digits.name) == (
+        "resnet10",
+        0.25,
+        "global",
+        "digits-resnet10",
+    )
     assert Cifar100Config(optimizer="sgd").resolved().lr == 0.1
     assert Cifar100Config(dataset="digits", optimizer="sgd").resolved().lr == 0.1
     assert Cifar100Config(dataset="digits", epochs=3, model="resnet18").resolved().name == "digits-resnet18"
@@ -203,7 +225,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("learning-rate", "lr"), ("batch_size", "bsize"), ("num_workers", "workers"), ("wd", "weight_decay")],
+    [("learning-rate", "lr"), ("bs", "batch_size"), ("n_workers", "num_workers"), ("wd", "weight_decay")],
 )
 def test_what_other_programs_call_an_option_leads_to_it(name, meant):
     with pytest.raises(ConfigError, match=f"did you mean `{meant}`"):
@@ -219,7 +241,7 @@ def test_what_other_programs_call_an_option_leads_to_it(name, meant):
         ),
         (["--optimizer", "sgd"], "`optimizer` was adamw in this run and is sgd now"),
         (["--epochs", "20"], "`epochs` was 12 in this run and is 20 now.*`onecycle`.*--epochs 20"),
-        (["--bsize", "32"], "`bsize` was 64 in this run and is 32 now"),
+        (["--batch_size", "32"], "`batch_size` was 64 in this run and is 32 now"),
     ],
 )
 def test_a_change_that_a_checkpoint_does_not_fit_is_refused_by_name(tmp_path, options, said):
@@ -231,7 +253,7 @@ def test_a_change_that_a_checkpoint_does_not_fit_is_refused_by_name(tmp_path, op
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--model", "resnet10"], ["--device", "cpu"], ["--epochs", "10"], ["--epochs", "24", "--bsize", "128"]],
+    [[], ["--model", "resnet10"], ["--device", "cpu"], ["--epochs", "10"], ["--epochs", "24", "--batch_size", "128"]],
 )
 def test_a_run_is_resumed_with_what_its_checkpoint_fits(tmp_path, options):
     RecipeRun(tmp_path).write_config("cifar100", Cifar100Config(dataset="digits").resolved())

@@ -94,7 +94,7 @@ def test_evaluation_sees_no_random_change(root):
 
 
 @pytest.mark.parametrize(("options", "chosen"), [
-    ({}, {"scheduler": "none", "weight_decay": 0.0, "lr": 3e-4, "bsize": 64, "image_size": 64}),
+    ({}, {"scheduler": "none", "weight_decay": 0.0, "lr": 3e-4, "batch_size": 64, "image_size": 64}),
     ({"model": "best"}, {"weight_decay": 1e-6, "scheduler": "none", "optimizer": "adam"}),
     ({"optimizer": "adamw"}, {"scheduler": "cosine", "weight_decay": 0.01}),
     ({"optimizer": "rmsprop"}, {"scheduler": "cosine", "weight_decay": 0.0}),
@@ -120,7 +120,13 @@ def test_every_augmentation_and_optimiser_trains_on_cifar_too(augmentation, opti
     pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
     images = Images(pixels, torch.arange(16) % 2)
     monkeypatch.setattr(tiny_imagenet.cifar, "load", lambda *_, **__: ImageSet("cifar10", ("a", "b"), images, images))
-    options = {"augmentation": augmentation, "optimizer": optimizer, "epochs": 1, "bsize": 8, "workers": workers}
+    options = {
+        "augmentation": augmentation,
+        "optimizer": optimizer,
+        "epochs": 1,
+        "batch_size": 8,
+        "num_workers": workers,
+    }
     options["out"] = str(tmp_path)
     outcome = tiny_imagenet.train(
         TinyImageNetConfig(dataset="cifar10", model="residual", device="cpu", limit=4, **options)
@@ -139,7 +145,7 @@ def test_worker_processes_make_batches_like_those_on_the_device(augmentation):
         next(
             iter(
                 tiny_imagenet._train_loader(
-                    TinyImageNetConfig(augmentation=augmentation, workers=workers), images, facts
+                    TinyImageNetConfig(augmentation=augmentation, num_workers=workers), images, facts
                 )
             )
         )

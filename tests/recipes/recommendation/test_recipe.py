@@ -31,7 +31,18 @@ from duoka.recipes.recommendation.training import StageTraining, build, prepared
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-SMALL = ["--pretrained", "none", "--embedding_size", "16", "--bsize", "256", "--epochs", "2", "--dynamic_epochs", "1"]
+SMALL = [
+    "--pretrained",
+    "none",
+    "--embedding_size",
+    "16",
+    "--batch_size",
+    "256",
+    "--epochs",
+    "2",
+    "--dynamic_epochs",
+    "1",
+]
 SMALL = [*SMALL, "--lr", "0.01", "--dynamic_lr", "0.003", "--text_lr", "0.001", "--patience", "0"]
 SLIGHT = 0.02
 """Of two sets of scores in standard deviations, what AdamW makes of rounding."""
@@ -317,7 +328,7 @@ def test_stage_1_cannot_change_under_a_stage_2(run, capsys):
 def test_a_run_that_is_interrupted_in_stage_2_goes_on_there(folder, tmp_path):
     """Ctrl-C in a process of its own, once stage 2 has written a checkpoint; then the same weights as without it."""
     options = [*SMALL, "--baselines", "false", "--device", "cpu", "--epochs", "1", "--dynamic_epochs", "3"]
-    options += ["--root", str(folder / "data"), "--bsize", "128", "--model", "concatenation"]
+    options += ["--root", str(folder / "data"), "--batch_size", "128", "--model", "concatenation"]
     command = [sys.executable, "-m", "duoka", "train", "movielens", *options, "--out", str(tmp_path / "a")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
@@ -351,7 +362,7 @@ LEARNING = [
     "cpu",
     "--embedding_size",
     "32",
-    "--bsize",
+    "--batch_size",
     "512",
     "--lr",
     "0.01",

@@ -31,8 +31,8 @@ from duoka.recipes.time_series.config import LENGTHS
 
 ETTH1 = Path(__file__).parents[4] / "shared" / "data" / "ETTh1.csv"
 SMALL = ["--device", "cpu", "--width", "16", "--heads", "2", "--hidden", "32", "--seq_len", "24", "--label_len", "12"]
-SMALL = [*SMALL, "--pred_len", "6", "--lr", "0.003", "--epochs", "2", "--bsize", "64"]
-TINY = ["--device", "cpu", "--width", "16", "--heads", "2", "--hidden", "16", "--epochs", "3", "--bsize", "128"]
+SMALL = [*SMALL, "--pred_len", "6", "--lr", "0.003", "--epochs", "2", "--batch_size", "64"]
+TINY = ["--device", "cpu", "--width", "16", "--heads", "2", "--hidden", "16", "--epochs", "3", "--batch_size", "128"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,7 +183,7 @@ def matters(name: str, weights: torch.Tensor) -> torch.Tensor:
 def test_two_devices_take_the_steps_of_one(folder, task):
     csv = {"forecast": "waves.csv", "regress": "datatry.csv"}[task]
     options = ["--task", task, "--csv", str(folder / csv), *(SMALL if task == "forecast" else TINY)]
-    options = [*options, "--dropout", "0", "--epochs", "1", "--baselines", "false", "--bsize", "50"]
+    options = [*options, "--dropout", "0", "--epochs", "1", "--baselines", "false", "--batch_size", "50"]
     one = trained(folder, f"one-{task}", *options)
     two = trained(folder, f"two-{task}", *options, "--device", "cpu:2")
     first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
@@ -621,6 +621,6 @@ def test_a_small_model_learns_something_of_the_real_series(tmp_path):
         "--lr",
         "0.003",
     ]
-    found = results(trained(tmp_path, "out", *words, "--epochs", "1", "--bsize", "256", "--baselines", "false"))
+    found = results(trained(tmp_path, "out", *words, "--epochs", "1", "--batch_size", "256", "--baselines", "false"))
     assert found["windows"] == {"training": 8569, "validation": 2857, "test": 2857}
     assert found["test_mse"] < 0.3

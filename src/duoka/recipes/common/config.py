@@ -23,6 +23,7 @@ from duoka.recipes.common.recipe_run import RecipeRun
 __all__ = [
     "COMMAND_LINE",
     "at_least",
+    "canonical",
     "check",
     "field_docs",
     "of_run",
@@ -35,16 +36,20 @@ __all__ = [
 
 C = TypeVar("C")
 COMMAND_LINE = "the command line"
+ALIASES = {"bsize": "batch_size", "workers": "num_workers", "devices": "device"}
+"""Second names of options, in files and on the command line."""
 OTHER_NAMES = {
     "lr": ("learning_rate", "learningrate", "rate", "base_lr", "init_lr"),
-    "bsize": ("batch_size", "batchsize", "bs", "train_batch_size", "per_device_train_batch_size"),
-    "workers": ("num_workers", "n_workers", "dataloader_num_workers"),
+    "batch_size": ("batchsize", "bs", "train_batch_size", "per_device_train_batch_size"),
+    "batch_size_means": ("batch",),
+    "num_workers": ("n_workers", "dataloader_num_workers"),
+    "eval_every_epochs": ("eval_step", "eval_every"),
     "epochs": ("num_epochs", "n_epochs", "max_epochs", "num_train_epochs"),
     "optimizer": ("optim", "opt", "optimiser"),
     "scheduler": ("lr_scheduler", "schedule", "sched"),
     "weight_decay": ("wd", "l2", "decay"),
     "model": ("arch", "net", "network", "backbone"),
-    "device": ("devices", "gpu", "gpus", "gpu_ids", "device_ids"),
+    "device": ("gpu", "gpus", "gpu_ids", "device_ids"),
     "root": ("data", "data_dir", "data_root", "data_path", "dir"),
     "out": ("output", "output_dir", "out_dir", "save_dir", "log_dir"),
     "precision": ("amp", "dtype", "fp16", "bf16", "mixed_precision"),
@@ -105,9 +110,10 @@ def refuse_changes(run: RecipeRun, recipe: str, before: Any, now: Any) -> None:
             )
     if now.scheduler not in now.PLANNED:
         return
-    alike = (before.device, before.batch) == (now.device, now.batch)
-    for key, grows in (("epochs", now.epochs > before.epochs), ("bsize", alike and now.bsize < before.bsize)):
-        if grows and before.epochs * now.bsize < now.epochs * before.bsize:
+    alike = (before.device, before.batch_size_means) == (now.device, now.batch_size_means)
+    shrinks = alike and now.batch_size < before.batch_size
+    for key, grows in (("epochs", now.epochs > before.epochs), ("batch_size", shrinks)):
+        if grows and before.epochs * now.batch_size < now.epochs * before.batch_size:
             was, wanted = getattr(before, key), getattr(now, key)
             raise ConfigError(
                 f"`{key}` was {was} in this run and is {wanted} now: its schedule `{now.scheduler}` was planned for fewer "
@@ -256,6 +262,7 @@ def _command_line(parser: Any, kind: type[Any], arguments: Sequence[str]) -> dic
     while left:
         flag, joined, value = left.pop(0).partition("=")
         name = "config" if flag == "-c" else flag.removeprefix("--").replace("-", "_")
+        name = ALIASES.get(name, name)
         if not flag.startswith("-"):
             raise ConfigError(f"{flag!r} on the command line belongs to no option: write `--key {flag}`")
         if name not in ("config", *names):
@@ -278,7 +285,7 @@ def _typed(kind: type[Any], parser: Any, options: Mapping[str, Any], where: str 
 
     hints = typing.get_type_hints(kind)
     typed = {}
-    for key, value in options.items():
+    for key, value in canonical(options, where).items():
         if key == "recipe":
             if value != recipe:
                 raise ConfigError(f"{where} is for the recipe `{value}`: use `duoka train {value} -c {where}`")
@@ -293,6 +300,17 @@ def _typed(kind: type[Any], parser: Any, options: Mapping[str, Any], where: str 
     return typed
 
 
+def canonical(options: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """Return ``options`` with every alias replaced by the option's name; raises ``ConfigError`` where both stand."""
+    named: dict[str, Any] = {}
+    for key, value in options.items():
+        name = ALIASES.get(key, key)
+        if name in named:
+            raise ConfigError(f"`{key}` {_in(where)} is another name of `{name}`, which stands there too: remove one")
+        named[name] = value
+    return named
+
+
 def _is_text(hint: Any) -> bool:
     """Whether a field is for text, so that ``device: 0`` means ``"0"``."""
     return hint is str or str in typing.get_args(hint)
@@ -300,7 +318,7 @@ def _is_text(hint: Any) -> bool:
 
 def _unknown(key: str, names: Sequence[str], where: str | Path) -> str:
     meant = [name for name, others in OTHER_NAMES.items() if key.lower() in others and name in names]
-    close = meant or difflib.get_close_matches(key, names, n=1)
+    close = meant or [ALIASES.get(name, name) for name in difflib.get_close_matches(key, [*names, *ALIASES], n=1)]
     hint = f"did you mean `{close[0]}`?" if close else f"there is {', '.join(names)}"
     return f"unknown key `{key}` {_in(where)}: {hint}"
 

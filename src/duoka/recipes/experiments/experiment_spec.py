@@ -11,7 +11,7 @@ from typing import Any
 
 from duoka.errors import ConfigError
 from duoka.recipes.common import registry
-from duoka.recipes.common.config import COMMAND_LINE, read_yaml, typed, typed_options
+from duoka.recipes.common.config import COMMAND_LINE, canonical, read_yaml, typed, typed_options
 
 __all__ = ["OURS", "ExperimentSpec", "Variant", "read_plan"]
 
@@ -123,7 +123,7 @@ def _base(document: Mapping[str, Any], where: str, changes: Mapping[str, Any]) -
     for options, place in ((base, f"`base` of {where}"), (changes, COMMAND_LINE)):
         _refuse_ours(options, place)
         typed_options(kind, options, place, recipe=document["recipe"])
-    return {**base, **changes}
+    return {**canonical(base, where), **canonical(changes, COMMAND_LINE)}
 
 
 def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
@@ -156,7 +156,8 @@ def _variants(document: Mapping[str, Any], where: str, swept: bool) -> dict[str,
         if swept:
             return {"": {}}
         raise ConfigError(f"{where} has no variants: write `variants:`, and a name and its keys a line below it")
-    return {str(name): _mapping(variants, name, f"`variants` in {where}") for name in variants}
+    place = f"`variants` in {where}"
+    return {str(name): canonical(_mapping(variants, name, place), place) for name in variants}
 
 
 def _swept(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -171,7 +172,10 @@ def _swept(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> dict[st
     if not columns:
         return variants
     return {
-        " ".join(filter(None, [name, *(f"{key}={value}" for key, value in chosen)])): {**options, **dict(chosen)}
+        " ".join(filter(None, [name, *(f"{key}={value}" for key, value in chosen)])): {
+            **options,
+            **canonical(dict(chosen), COMMAND_LINE),
+        }
         for name, options in variants.items()
         for chosen in itertools.product(*columns)
     }

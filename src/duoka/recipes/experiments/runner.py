@@ -21,7 +21,7 @@ from duoka.recipes.experiments.parallel_runner import side_by_side
 __all__ = ["check_metric", "finished", "history", "run_all", "run_one"]
 
 Say = Callable[[str], None]
-CARRIED = ("device", "workers", "root", "download")
+CARRIED = ("device", "num_workers", "root", "download")
 """Options that may change from one start to the next: they say where and by whom, not what."""
 
 

@@ -47,7 +47,7 @@ def train(config: Cifar100Config) -> RecipeOutcome:
     trainer = _trainer(model, config, images, facts, run)
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
-    test = common.test_loader(images, facts, _given(config.bsize))
+    test = common.test_loader(images, facts, _given(config.batch_size))
     return common.tested(NAME, run, trainer, images, facts, test)
 
 
@@ -56,7 +56,7 @@ def evaluate(run: RecipeRun, config: Cifar100Config) -> RecipeOutcome:
     model, facts = _finished(run, config)
     images = load(config)
     trainer = _trainer(model, config, images, facts, None)
-    return common.evaluated(run, trainer, images, common.test_loader(images, facts, _given(config.bsize)))
+    return common.evaluated(run, trainer, images, common.test_loader(images, facts, _given(config.batch_size)))
 
 
 def predict(
@@ -85,11 +85,11 @@ def _trainer(
     return Trainer(
         model,
         _train_loader(config, images, facts),
-        common.test_loader(images, facts, _given(config.bsize)),
+        common.test_loader(images, facts, _given(config.batch_size)),
         loss=nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
         metrics=common.metrics(len(images.classes)),
         device=config.device,
-        batch_size_means=config.batch,
+        batch_size_means=config.batch_size_means,
         precision=config.precision,
         epochs=config.epochs,
         optimizer=config.optimizer,
@@ -109,10 +109,10 @@ def _check_batch(config: Cifar100Config, images: ImageSet, replicas: int) -> Non
 
     The network halves a side three times, so images of up to 8 pixels end as one value a channel.
     """
-    size, count = _given(config.bsize), len(images.train)
-    together = replicas if config.batch == "per_device" else 1
+    size, count = _given(config.batch_size), len(images.train)
+    together = replicas if config.batch_size_means == "per_device" else 1
     if size * together > count:
-        logger.warning("`bsize` is %s, more than the %s images: one step an epoch", f"{size:,}", f"{count:,}")
+        logger.warning("`batch_size` is %s, more than the %s images: one step an epoch", f"{size:,}", f"{count:,}")
 
     def fewest(size: int) -> int:
         """Return how many images the smallest batch of an epoch has."""
@@ -127,8 +127,8 @@ def _check_batch(config: Cifar100Config, images: ImageSet, replicas: int) -> Non
             else f" leaves {fewest(size)} of {count:,} images for the last batch and"
         )
         raise ConfigError(
-            f"`bsize` is {size} ({config.batch}){on}, which{last} gives a device only one image: batch norm needs at least "
-            f"two. Write --bsize {enough}"
+            f"`batch_size` is {size} ({config.batch_size_means}){on}, which{last} gives a device only "
+            f"one image: batch norm needs at least two. Write --batch_size {enough}"
         )
 
 
@@ -143,10 +143,10 @@ def _schedule(config: Cifar100Config) -> dict[str, Any]:
 
 def _train_loader(config: Cifar100Config, images: ImageSet, facts: DatasetMetadata) -> Any:
     """Return a loader that makes batches on the device, or in worker processes where these were asked for."""
-    if not config.workers:
-        return common.loader(images.train, facts, _given(config.bsize), common.shifts(images))
-    workers = common.workers_of(config.device, config.workers)
-    return loader(images.train, Collate(facts.statistics), _given(config.bsize), workers, augmentation(images))
+    if not config.num_workers:
+        return common.loader(images.train, facts, _given(config.batch_size), common.shifts(images))
+    workers = common.workers_of(config.device, config.num_workers)
+    return loader(images.train, Collate(facts.statistics), _given(config.batch_size), workers, augmentation(images))
 
 
 def _finished(run: RecipeRun, config: Cifar100Config) -> tuple[nn.Module, DatasetMetadata]:

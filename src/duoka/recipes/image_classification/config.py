@@ -15,13 +15,13 @@ SETS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "resnet10",
         "width": 0.25,
-        "bsize": 64,
-        "batch": "global",
+        "batch_size": 64,
+        "batch_size_means": "global",
         "epochs": 12,
         "lr": 0.01,
-        "workers": 0,
+        "num_workers": 0,
     },
-    "others": {"model": "resnet18", "width": 1.0, "bsize": 256, "batch": "per_device", "epochs": 50},
+    "others": {"model": "resnet18", "width": 1.0, "batch_size": 256, "batch_size_means": "per_device", "epochs": 50},
 }
 """What an option that is left open comes to, by data set."""
 OPTIMIZERS: dict[str, dict[str, float]] = {
@@ -63,13 +63,13 @@ class Cifar100Config:
 
     device: str = "auto"
     """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
-    workers: int | None = None
+    num_workers: int | None = None
     """Processes that load data, for all devices of a machine together, never more than its cores allow; null and 0 are none:
     images stay on the device, where whole batches are changed at once."""
-    bsize: int | None = None
-    """Batch size, in images, of each device (see ``batch``); null is 256, for digits 64."""
-    batch: Literal["per_device", "global"] | None = None
-    """Whether ``bsize`` is each device's, or all devices' together; null is per_device, for digits global."""
+    batch_size: int | None = None
+    """Batch size, in images, of each device (see ``batch_size_means``); null is 256, for digits 64."""
+    batch_size_means: Literal["per_device", "global"] | None = None
+    """Whether ``batch_size`` is each device's, or all devices' together; null is per_device, for digits global."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of forward and backward."""
 
@@ -108,10 +108,10 @@ class Cifar100Config:
     def __post_init__(self) -> None:
         check(self)
         for option, least in {
-            "bsize": 1,
+            "batch_size": 1,
             "epochs": 1,
             "image_size": 8,
-            "workers": 0,
+            "num_workers": 0,
             "seed": 0,
             "split_seed": 0,
         }.items():
@@ -160,14 +160,14 @@ class TinyImageNetConfig:
 
     device: str = "auto"
     """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
-    workers: int | None = None
+    num_workers: int | None = None
     """Processes that load data, for all devices of a machine together, never more than its cores allow (the guide has four a
     device); null and 0 are none: images stay on the device, where whole batches are changed at once. With workers, MixUp and
     CutMix mix each device's part of a batch in itself."""
-    bsize: int = 64
-    """Batch size, in images, of each device (see ``batch``)."""
-    batch: Literal["per_device", "global"] = "per_device"
-    """Whether ``bsize`` is each device's, or all devices' together."""
+    batch_size: int = 64
+    """Batch size, in images, of each device (see ``batch_size_means``)."""
+    batch_size_means: Literal["per_device", "global"] = "per_device"
+    """Whether ``batch_size`` is each device's, or all devices' together."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of forward and backward."""
 
@@ -199,7 +199,7 @@ class TinyImageNetConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for option, least in {"bsize": 1, "epochs": 1, "workers": 0, "seed": 0}.items():
+        for option, least in {"batch_size": 1, "epochs": 1, "num_workers": 0, "seed": 0}.items():
             at_least(self, option, least)
         at_least(self, "lr", 0, exclusive=True)
         at_least(self, "image_size", 8)

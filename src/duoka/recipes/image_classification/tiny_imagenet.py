@@ -61,7 +61,7 @@ def train(config: TinyImageNetConfig) -> RecipeOutcome:
         trainer.fit(save_model=True, model_path=run.model)
     if current_world().is_main:
         _write_plain(run, model, config, facts)
-    test = common.test_loader(images, facts, config.bsize)
+    test = common.test_loader(images, facts, config.batch_size)
     return common.tested(NAME, run, trainer, images, facts, test)
 
 
@@ -70,7 +70,7 @@ def evaluate(run: RecipeRun, config: TinyImageNetConfig) -> RecipeOutcome:
     model, facts = _finished(run, config)
     images = load(config)
     trainer = _trainer(model, config, images, facts, None)
-    return common.evaluated(run, trainer, images, common.test_loader(images, facts, config.bsize))
+    return common.evaluated(run, trainer, images, common.test_loader(images, facts, config.batch_size))
 
 
 def predict(
@@ -131,12 +131,12 @@ def _trainer(
     return Trainer(
         model,
         _train_loader(config, images, facts),
-        common.test_loader(images, facts, config.bsize),
+        common.test_loader(images, facts, config.batch_size),
         loss=nn.functional.cross_entropy,
         metrics=common.metrics(len(facts.classes)),
         train_metrics={"accuracy": LabelWeightedAccuracy()},
         device=config.device,
-        batch_size_means=config.batch,
+        batch_size_means=config.batch_size_means,
         precision=config.precision,
         epochs=config.epochs,
         optimizer=config.optimizer,
@@ -152,11 +152,11 @@ def _trainer(
 def _train_loader(config: TinyImageNetConfig, images: ImageSet, facts: DatasetMetadata) -> Any:
     """Return a loader that makes batches on the device, or in worker processes where these were asked for."""
     mix = mixing(config, len(facts.classes))
-    if not config.workers:
-        return common.loader(images.train, facts, config.bsize, changes(config, facts.shape[1]), mix)
-    workers = common.workers_of(config.device, config.workers)
+    if not config.num_workers:
+        return common.loader(images.train, facts, config.batch_size, changes(config, facts.shape[1]), mix)
+    workers = common.workers_of(config.device, config.num_workers)
     collate = Collate(facts.statistics, mix)
-    return loader(images.train, collate, config.bsize, workers, one_by_one(config, facts.shape[1]))
+    return loader(images.train, collate, config.batch_size, workers, one_by_one(config, facts.shape[1]))
 
 
 def _write_plain(run: RecipeRun, model: nn.Module, config: TinyImageNetConfig, facts: DatasetMetadata) -> None:

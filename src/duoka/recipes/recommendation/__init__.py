@@ -92,7 +92,7 @@ def _refuse_longer_first_stage(config: RecommendationConfig) -> None:
     if not (run.folder / "stage-2" / "checkpoint").is_dir():
         return
     started = of_run(RecommendationConfig, run)
-    for option in ("epochs", "patience", "eval_step"):
+    for option in ("epochs", "patience", "eval_every_epochs"):
         before, now = getattr(started, option), getattr(config, option)
         if before != now:
             raise ConfigError(

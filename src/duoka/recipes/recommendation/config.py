@@ -49,10 +49,10 @@ class RecommendationConfig:
 
     device: str = "auto"
     """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
-    bsize: int = 2048
-    """Batch size, in ratings (see ``batch``)."""
-    batch: Literal["per_device", "global"] = "global"
-    """Whether ``bsize`` is each device's, or all devices' together."""
+    batch_size: int = 2048
+    """Batch size, in ratings (see ``batch_size_means``)."""
+    batch_size_means: Literal["per_device", "global"] = "global"
+    """Whether ``batch_size`` is each device's, or all devices' together."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of forward and backward; auto is bf16 on accelerators and fp32 on the CPU. Evaluations have fp32."""
     clip: float = 1.0
@@ -78,7 +78,7 @@ class RecommendationConfig:
     """Weight decay, of both stages."""
     patience: int = 3
     """Stop a stage after this many evaluations without a better NDCG@10; 0 never stops."""
-    eval_step: int = 1
+    eval_every_epochs: int = 1
     """Epochs from one evaluation to the next."""
     baselines: bool = True
     """Whether popularity, ItemKNN and NCF are measured beside the model."""
@@ -116,7 +116,7 @@ class RecommendationConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for option in ("embedding_size", "heads", "bsize", "epochs", "lora_rank", "eval_step"):
+        for option in ("embedding_size", "heads", "batch_size", "epochs", "lora_rank", "eval_every_epochs"):
             at_least(self, option, 1)
         for option in ("split_seed", "seed", "dynamic_epochs", "patience", "contrast", "weight_decay"):
             at_least(self, option, 0)

@@ -154,15 +154,15 @@ def _trainer(model: Recommender, config: RecommendationConfig, data: ML1MDataset
     task = RankingEvaluator.of(data, "validation", only_its_films=config.split == "cold-films")
     return Trainer(
         StageTraining(model, task),
-        negatives.loader(samples_of(config, data), config.bsize),
+        negatives.loader(samples_of(config, data), config.batch_size),
         task.loader(),
         metrics=means(WATCHED),
         device=config.device,
-        batch_size_means=config.batch,
+        batch_size_means=config.batch_size_means,
         precision=_precision(config),
         optimizer=TwoRates.of(model, lr=lr, text_lr=config.text_lr, weight_decay=config.weight_decay),
         max_grad_norm=config.clip,
-        eval_every_epochs=config.eval_step,
+        eval_every_epochs=config.eval_every_epochs,
         monitor=BEST,
         early_stop_patience=config.patience or None,
         seed=config.seed,

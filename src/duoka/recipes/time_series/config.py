@@ -18,7 +18,7 @@ NAME = "informer"
 LENGTHS = {"M": (48, 48, 24), "MS": (96, 48, 24), "S": (720, 168, 24)}
 """seq_len, label_len and pred_len by what is forecast: the authors' script for ETTh1, horizon 24; for MS their defaults."""
 FORECAST: dict[str, Any] = {
-    "bsize": 32,
+    "batch_size": 32,
     "epochs": 6,
     "optimizer": "adam",
     "lr": 1e-4,
@@ -27,7 +27,7 @@ FORECAST: dict[str, Any] = {
     "patience": 3,
 }
 REGRESS: dict[str, Any] = {
-    "bsize": 1024,
+    "batch_size": 1024,
     "epochs": 300,
     "optimizer": "adamw",
     "lr": 1e-3,
@@ -105,10 +105,10 @@ class TimeSeriesConfig:
 
     device: str = "auto"
     """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
-    bsize: int | None = None
-    """Batch size, in windows or rows (see ``batch``); null is 32, for regress 1024."""
-    batch: Literal["per_device", "global"] = "global"
-    """Whether ``bsize`` is each device's, or all devices' together."""
+    batch_size: int | None = None
+    """Batch size, in windows or rows (see ``batch_size_means``); null is 32, for regress 1024."""
+    batch_size_means: Literal["per_device", "global"] = "global"
+    """Whether ``batch_size`` is each device's, or all devices' together."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of forward and backward."""
 
@@ -179,7 +179,7 @@ class TimeSeriesConfig:
     def __post_init__(self) -> None:
         check(self)
         for option in (
-            "bsize",
+            "batch_size",
             "epochs",
             "factor",
             "encoder_layers",

@@ -202,15 +202,15 @@ def _model(config: TimeSeriesConfig, inputs: int, outputs: int, marks: int) -> I
 
 
 def _trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData, options: dict[str, Any]) -> Trainer:
-    assert config.bsize is not None
+    assert config.batch_size is not None
     return Trainer(
         model,
-        loader(data.parts.train, config.bsize, shuffle=True),
-        loader(data.parts.validation, max(256, config.bsize)),
+        loader(data.parts.train, config.batch_size, shuffle=True),
+        loader(data.parts.validation, max(256, config.batch_size)),
         loss=mse_loss,
         metrics={"mae": torchmetrics.MeanAbsoluteError()},
         device=config.device,
-        batch_size_means=config.batch,
+        batch_size_means=config.batch_size_means,
         precision=config.precision,
         epochs=config.epochs,
         optimizer=config.optimizer,

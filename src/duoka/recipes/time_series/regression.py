@@ -240,11 +240,11 @@ def _trainer(model: TabularRegressor, config: TimeSeriesConfig, rows: TableRows,
     assert config.epochs is not None
     return Trainer(
         model,
-        DataLoader(rows.train, batch_size=config.bsize, shuffle=True),
+        DataLoader(rows.train, batch_size=config.batch_size, shuffle=True),
         DataLoader(rows.test, batch_size=4096),
         loss=mse_loss,
         device=config.device,
-        batch_size_means=config.batch,
+        batch_size_means=config.batch_size_means,
         precision=config.precision,
         epochs=config.epochs,
         eval_every_epochs=max(1, config.epochs // EVALUATIONS),
