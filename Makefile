@@ -1,4 +1,4 @@
-# What a person or CI runs: each target works alone on a fresh machine with Python 3.11 or later, make and a package index.
+# Each target works alone on a fresh machine with Python 3.11 or later, make and a package index.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,15 +9,19 @@ EXTRAS := vision,forecast,recommend,track,dev
 demo: $(VENV)/installed  ## train a small ResNet on real images, on every device of this machine
 	@$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
 
-test: $(VENV)/installed  ## the test-suite, as CI runs it; the documentation's code is run by `make check`
-	$(BIN)/python -m pytest --ignore tests/docs --durations=30
-	$(BIN)/python tests/standin/run.py -m pytest tests/gpu
+test: $(VENV)/installed  ## the test suite on CPU workers, then tests/gpu on the stand-in accelerator
+	@status=0; \
+	$(BIN)/python -m pytest --ignore tests/docs --durations=30 || status=$$?; \
+	$(BIN)/python tests/standin/run.py -m pytest tests/gpu || status=$$?; \
+	exit $$status
 
-test-all: $(VENV)/installed  ## the test-suite, and what is too much like it or too long for every time
-	$(BIN)/python -m pytest -m "extended or not extended"
-	STANDIN_DEVICES=3 $(BIN)/python tests/standin/run.py -m pytest tests/gpu -m "extended or not extended"
+test-all: $(VENV)/installed  ## also the tests marked `extended`: repeats and long ones
+	@status=0; \
+	$(BIN)/python -m pytest -m "extended or not extended" || status=$$?; \
+	STANDIN_DEVICES=3 $(BIN)/python tests/standin/run.py -m pytest tests/gpu -m "extended or not extended" || status=$$?; \
+	exit $$status
 
-check: $(VENV)/installed  ## style, types, import order, documentation's code
+check: $(VENV)/installed  ## style, types, import order, the code in the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,8 +36,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
-bench: $(VENV)/installed  ## the libraries that the benchmarks compare with
+bench: $(VENV)/installed  ## install the libraries that the benchmarks compare with
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 
-clean:  ## remove what the targets above made
+clean:  ## remove what these targets made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
