@@ -1,4 +1,4 @@
-"""The example table: the same everywhere, by the law that its docstring states."""
+"""Synthetic table: reproducible, and drawn by the formulas of its docstring."""
 
 import math
 
@@ -8,19 +8,19 @@ import torch
 from duoka.recipes.datasets import csv_table, synthetic_table
 
 
-def test_a_seed_gives_the_same_rows_and_another_others():
+def test_rows_are_a_function_of_the_seed():
     first, again, other = synthetic_table.make(50, 3), synthetic_table.make(50, 3), synthetic_table.make(50, 4)
     assert torch.equal(first.targets, again.targets)
     assert not torch.equal(first.targets, other.targets)
 
 
-def test_the_rows_of_seed_0_are_those_that_were_documented():
+def test_rows_of_seed_0_are_the_documented_ones():
     example = synthetic_table.make(10_000, 0)
     assert example.best_r2() == pytest.approx({"Pressure": 0.9948, "SWAT": 0.9869}, abs=1e-4)
     assert example.features[0, 0].item() == pytest.approx(2352.085, abs=1e-3)
 
 
-def test_features_are_even_and_the_law_is_the_stated_one():
+def test_features_are_uniform_and_targets_follow_the_formulas():
     example = synthetic_table.make(4000, 1)
     low, high = (torch.tensor([feature[end] for feature in synthetic_table.FEATURES]).double() for end in (1, 2))
     share = (example.features - low) / (high - low)
@@ -35,15 +35,15 @@ def test_features_are_even_and_the_law_is_the_stated_one():
         front = 0.5 * x["Days"] + 0.6 * x["Injection"] * x["Permeability"] - 0.4 * x["Distance"] - 0.1
         viscosity = example.features[row, 4].item()
         water = 0.15 + 0.7 / (1 + math.exp(-6 * front)) - 0.08 * math.log(viscosity) / math.log(20)
-        assert example.law[row].tolist() == pytest.approx([pressure, water])
+        assert example.ground_truth[row].tolist() == pytest.approx([pressure, water])
 
 
-def test_the_noise_is_as_large_as_stated():
+def test_noise_has_the_stated_deviation():
     example = synthetic_table.make(20_000, 2)
-    assert (example.targets - example.law).std(0).tolist() == pytest.approx([3.0, 0.02], rel=0.03)
+    assert (example.targets - example.ground_truth).std(0).tolist() == pytest.approx([3.0, 0.02], rel=0.03)
 
 
-def test_the_file_has_the_guides_shape(tmp_path):
+def test_file_has_the_features_then_the_targets(tmp_path):
     example = synthetic_table.make(20)
     synthetic_table.write(tmp_path / "d.csv", example)
     found = csv_table.read(tmp_path / "d.csv")

@@ -1,4 +1,4 @@
-"""Series: regular dates, the paper's borders, windows that are views, features of the calendar."""
+"""Time series: regular dates, the paper's split, windows as views, calendar features."""
 
 import hashlib
 from pathlib import Path
@@ -10,10 +10,8 @@ import torch
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.datasets import csv_table, ett
 from duoka.recipes.datasets.sliding_windows import SlidingWindows, loader
-from duoka.recipes.datasets.time_series import SplitRows, TimeSeries, calendar, series_of
-
-ETTH1 = Path(__file__).parents[4] / "shared" / "data" / "ETTh1.csv"
-needs_etth1 = pytest.mark.skipif(not ETTH1.exists(), reason="needs ../shared/data/ETTh1.csv")
+from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries, calendar_features, series_from_table
+from support.paths import ETTH1, needs_file
 
 
 @pytest.fixture
@@ -28,7 +26,7 @@ def file(tmp_path):
 
 
 def read(path: Path, *, fill: bool = False) -> TimeSeries:
-    return series_of(csv_table.read(path), "date", [1], fill=fill)
+    return series_from_table(csv_table.read(path), "date", [1], fill=fill)
 
 
 def hours(count: int, step: str = "h") -> list[str]:
@@ -42,12 +40,12 @@ def hours(count: int, step: str = "h") -> list[str]:
 def test_steps_from_minutes_to_months_are_regular(file, step, season):
     dates = hours(40, step)
     series = read(file(dates))
-    assert (series.frequency, series.season()) == (step, season)
+    assert (series.frequency, series.season_length()) == (step, season)
     expected = pd.date_range(dates[0], periods=43, freq=step)[40:]
-    assert list(series.after(3)) == list(expected)
+    assert list(series.future_dates(3)) == list(expected)
 
 
-def test_a_step_without_a_name_of_its_own_is_regular_too(file):
+def test_step_of_seven_minutes_is_regular(file):
     assert read(file(hours(10, "7min"))).frequency == "7min"
 
 
@@ -81,7 +79,7 @@ def test_a_step_without_a_name_of_its_own_is_regular_too(file):
         ),
     ],
 )
-def test_dates_that_make_no_series_are_refused_with_their_line(file, dates, message):
+def test_dates_without_a_series_are_an_error_with_their_line(file, dates, message):
     with pytest.raises(DataError, match=message):
         read(file(dates))
 
@@ -114,35 +112,35 @@ def test_day_and_month_are_told_apart_by_all_dates_together(file, form):
     assert list(series.dates) == list(dates)
 
 
-def test_a_step_that_is_expected_goes_before_another_that_fits(file):
+def test_expected_frequency_is_preferred(file):
     path = file(["2020-07-01", "2020-08-01", "2020-09-01"])
     assert read(path).frequency == "744h"
-    assert series_of(csv_table.read(path), "1", [1], frequency="MS").frequency == "MS"
+    assert series_from_table(csv_table.read(path), "1", [1], frequency="MS").frequency == "MS"
 
 
-def test_a_series_that_never_changes_is_refused():
+def test_constant_series_is_an_error():
     series = TimeSeries(
         "flat", pd.date_range("2020-01-01", periods=200, freq="h"), torch.ones(200, 2).double(), ("x", "y")
     )
     series.values[:, 1] = torch.arange(200)
     with pytest.raises(DataError, match="flat: x never changes in the 140 training rows"):
-        SplitRows.of(series, "auto", 10, 5, [0])
-    assert SplitRows.of(series, "auto", 10, 5, [0, 1]).scaling.std[0] == 1
+        SeriesSplit.from_series(series, "auto", 10, 5, [0])
+    assert SeriesSplit.from_series(series, "auto", 10, 5, [0, 1]).standardization.std[0] == 1
 
 
-def test_a_column_of_dates_that_is_not_there_is_named(file):
+def test_missing_column_of_dates_is_named(file):
     with pytest.raises(ConfigError, match="no column 'day'"):
-        series_of(csv_table.read(file(hours(5))), "day", [1])
+        series_from_table(csv_table.read(file(hours(5))), "day", [1])
 
 
-def test_the_calendar_lies_between_minus_and_plus_a_half():
+def test_calendar_features_lie_between_minus_and_plus_a_half():
     dates = pd.date_range("2020-01-01", "2020-12-31 23:45", freq="15min")
     for step, features in ((900, 5), (3600, 4), (86_400, 3), (7 * 86_400, 2)):
-        marks = calendar(dates, step)
+        marks = calendar_features(dates, step)
         assert marks.shape == (len(dates), features)
         assert marks.min() == -0.5
         assert marks.max() <= 0.5
-    assert calendar(dates, 3600)[0].tolist() == pytest.approx([-0.5, 2 / 6 - 0.5, -0.5, -0.5])
+    assert calendar_features(dates, 3600)[0].tolist() == pytest.approx([-0.5, 2 / 6 - 0.5, -0.5, -0.5])
 
 
 def windows() -> SlidingWindows:
@@ -158,7 +156,7 @@ def test_windows_are_views_of_the_series():
         assert view.shape[:2] == (14, 7)
 
 
-def test_a_window_is_what_its_place_says():
+def test_window_starts_at_its_index():
     samples = windows()
     assert len(samples) == 14
     for place in (0, 7, 13):
@@ -169,7 +167,7 @@ def test_a_window_is_what_its_place_says():
         assert torch.equal(future, samples.futures[place])
 
 
-def test_a_batch_is_its_windows_and_owns_its_memory():
+def test_batch_is_its_windows_and_owns_its_memory():
     samples = windows()
     (batch,) = loader(samples, 14)
     for column, stacked in enumerate(batch):
@@ -183,48 +181,48 @@ def made(name: str, rows: int, step: str = "h") -> TimeSeries:
     return TimeSeries(name, dates, torch.arange(float(rows), dtype=torch.float64).unsqueeze(1), ("x",))
 
 
-def test_the_papers_parts_are_12_4_and_4_months():
+def test_paper_split_has_12_4_and_4_months():
     for name, step, factor in (("ETTh9", "h", 1), ("ETTm9", "15min", 4)):
-        parts = SplitRows.of(made(name, 17_420 * factor, step), "auto", 48, 24, [0])
+        parts = SeriesSplit.from_series(made(name, 17_420 * factor, step), "auto", 48, 24, [0])
         lengths = [len(part) for part in (parts.train, parts.validation, parts.test)]
         assert lengths == [8640 * factor - 71, 2880 * factor - 23, 2880 * factor - 23]
-        first = parts.scaling.invert(parts.test.futures[0])[0]
+        first = parts.standardization.inverse_transform(parts.test.futures[0])[0]
         assert first.item() == pytest.approx(11_520 * factor, rel=1e-6)
-        assert parts.scaling.mean == ((8640 * factor - 1) / 2,)
+        assert parts.standardization.mean == ((8640 * factor - 1) / 2,)
 
 
-def test_other_series_are_cut_70_10_20():
-    parts = SplitRows.of(made("sales", 1000), "auto", 30, 10, [0])
+def test_other_series_are_split_70_10_20():
+    parts = SeriesSplit.from_series(made("sales", 1000), "auto", 30, 10, [0])
     assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [661, 91, 191]
     with pytest.raises(ConfigError, match=r"takes 20 months.*sales has 1,000 steps of h: use --split ratio"):
-        SplitRows.of(made("sales", 1000), "paper", 30, 10, [0])
+        SeriesSplit.from_series(made("sales", 1000), "paper", 30, 10, [0])
 
 
 def test_too_few_rows_are_counted():
     with pytest.raises(DataError, match="sales has 100 rows, 70 of them for training, which needs 72 at least"):
-        SplitRows.of(made("sales", 100), "auto", 48, 24, [0])
+        SeriesSplit.from_series(made("sales", 100), "auto", 48, 24, [0])
     with pytest.raises(DataError, match="sales has 120 rows, 12 of them for validation, which needs 24"):
-        SplitRows.of(made("sales", 120), "auto", 48, 24, [0])
+        SeriesSplit.from_series(made("sales", 120), "auto", 48, 24, [0])
 
 
-@needs_etth1
-def test_the_real_file_has_the_papers_parts():
+@needs_file(ETTH1)
+def test_real_file_has_the_paper_split():
     ett.locate("ETTh1", ETTH1.parent, download=False)
     contents = csv_table.read(ETTH1)
     assert contents.columns == ("date", "HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
-    series = series_of(contents, "date", range(1, 8))
-    assert (len(series), series.frequency, series.season()) == (17_420, "h", 24)
-    parts = SplitRows.of(series, "auto", 48, 24, range(7))
+    series = series_from_table(contents, "date", range(1, 8))
+    assert (len(series), series.frequency, series.season_length()) == (17_420, "h", 24)
+    parts = SeriesSplit.from_series(series, "auto", 48, 24, range(7))
     assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [8569, 2857, 2857]
     frame = pd.read_csv(ETTH1)
     first_test = torch.from_numpy(frame.iloc[11_520 : 11_520 + 24, 1:].to_numpy())
-    assert torch.allclose(parts.scaling.invert(parts.test.futures[0]), first_test, atol=1e-4)
+    assert torch.allclose(parts.standardization.inverse_transform(parts.test.futures[0]), first_test, atol=1e-4)
     train = frame.iloc[:8640, 1:]
-    assert parts.scaling.mean == pytest.approx(tuple(train.mean()))
-    assert parts.scaling.std == pytest.approx(tuple(train.std(ddof=0)))
+    assert parts.standardization.mean == pytest.approx(tuple(train.mean()))
+    assert parts.standardization.std == pytest.approx(tuple(train.std(ddof=0)))
 
 
-def test_a_set_that_is_not_there_or_changed_is_refused(tmp_path):
+def test_missing_or_changed_set_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"ETTh2\.csv is not there, and download is off"):
         ett.locate("ETTh2", tmp_path, download=False)
     (tmp_path / "ETTh2.csv").write_text("date,x\n")
@@ -232,7 +230,7 @@ def test_a_set_that_is_not_there_or_changed_is_refused(tmp_path):
         ett.locate("ETTh2", tmp_path, download=False)
 
 
-def test_a_set_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+def test_set_is_downloaded_once_and_verified(tmp_path, monkeypatch):
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / "ETTh2.csv").write_bytes(b"date,OT\n2016-07-01,1\n")
     monkeypatch.setattr(ett, "URL", (tmp_path / "server").as_uri() + "/")

@@ -114,9 +114,9 @@ def test_errors_are_those_of_the_forecasts_that_were_written(run):
     written = csv_table.read(run / "forecasts.csv")
     values = written.numbers(range(1, 7))
     truth, said = values[:, 0::2], values[:, 1::2]
-    expected = data.parts.scaling.invert(data.parts.test.futures[::6]).flatten(0, 1)
+    expected = data.parts.standardization.inverse_transform(data.parts.test.futures[::6]).flatten(0, 1)
     assert torch.allclose(truth, expected, rtol=1e-5, atol=1e-5)
-    assert [written.rows[0][0], written.rows[6][0]] == [str(data.series.dates[480]), str(data.series.dates[486])]
+    assert [written.text(0)[0], written.text(0)[6]] == [str(data.series.dates[480]), str(data.series.dates[486])]
     units = found["original_units"]["Informer"]
     assert float((said - truth).square().mean()) == pytest.approx(units["mse"], rel=0.2)  # every sixth window only
     steps, columns = units["mse_by_step"], [column["mse"] for column in units["by_column"].values()]
@@ -230,7 +230,7 @@ def test_predict_forecasts_beyond_the_end_of_a_file(run, folder, capsys):
     answer = json.loads(capsys.readouterr().out)
     csv, picture = map(Path, answer["files"])
     found = csv_table.read(csv)
-    assert [row[0] for row in found.rows] == [f"2021-03-26 {hour:02}:00:00" for hour in range(6)]
+    assert found.text(0) == [f"2021-03-26 {hour:02}:00:00" for hour in range(6)]
     assert found.numbers([1, 2, 3]).isfinite().all()
     with Image.open(picture) as shown:
         assert min(shown.size) > 300
@@ -242,7 +242,7 @@ def test_a_forecast_of_the_last_test_window_is_that_of_training(run, folder, tmp
     assert main(["predict", str(run), "--from", str(tmp_path / "shorter.csv"), "--device", "cpu"]) == 0
     found = csv_table.read(run / "predictions" / "shorter.csv").numbers([1, 2, 3])
     written = csv_table.read(run / "forecasts.csv")
-    place = [row[0] for row in written.rows].index(frame["date"].iloc[-6])
+    place = written.text(0).index(frame["date"].iloc[-6])
     torch.testing.assert_close(found, written.numbers([2, 4, 6])[place : place + 6], rtol=1e-4, atol=1e-4)
 
 
@@ -254,7 +254,7 @@ def test_a_regression_predicts_the_rows_of_another_file(table_run, folder, tmp_p
     assert "400 rows" in capsys.readouterr().out
     new = csv_table.read(table_run / "predictions" / "new.csv")
     trained_on = csv_table.read(table_run / "predictions.csv")
-    line = int(trained_on.rows[0][0])
+    line = int(trained_on.text(0)[0])
     row = new.numbers([1, 2])[400 - (line - 1)]
     torch.testing.assert_close(row, trained_on.numbers([2, 4])[0], rtol=1e-4, atol=1e-4)
     assert main(["predict", str(table_run), "--from", str(folder / "datatry.csv"), "--device", "cpu"]) == 0
@@ -525,7 +525,7 @@ def test_dates_below_a_picture_need_no_warning(tmp_path, step, steps):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawing.beyond(tmp_path / "p.png", series, [0], series.after(4), torch.randn(4, 1), history=steps)
+        drawing.beyond(tmp_path / "p.png", series, [0], series.future_dates(4), torch.randn(4, 1), history=steps)
 
 
 def test_a_forecast_of_one_step_can_be_seen(folder, tmp_path):
@@ -560,7 +560,7 @@ def test_small_errors_are_printed_with_digits(folder, tmp_path, capsys):
 def test_many_columns_are_drawn_in_part(tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "MOST_COLUMNS", 5)
     series = TimeSeries("many", pd.date_range("2020-01-01", periods=30, freq="h"), torch.randn(30, 40), tuple("x" * 40))
-    drawing.beyond(tmp_path / "p.png", series, range(40), series.after(2), torch.randn(2, 40), history=9)
+    drawing.beyond(tmp_path / "p.png", series, range(40), series.future_dates(2), torch.randn(2, 40), history=9)
     drawing.residuals(tmp_path / "r.png", torch.randn(9, 30), [str(number) for number in range(30)])
     for name in ("p.png", "r.png"):
         with Image.open(tmp_path / name) as picture:

@@ -1,4 +1,4 @@
-"""A series as overlapping windows: a past and the future that follows it, cut out of one tensor without copies."""
+"""Sliding windows over a time series, a history and the future after it, as views of one tensor."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
-    Samples = Dataset[tuple[Tensor, Tensor, Tensor]]
+    WindowDataset = Dataset[tuple[Tensor, Tensor, Tensor]]
 else:
-    Samples = Dataset
+    WindowDataset = Dataset
 
 __all__ = ["SlidingWindows", "loader"]
 
 
-class SlidingWindows(Samples):
-    """Sample ``i`` is ``(history, marks, future)``: steps ``i`` to ``i + past`` of all columns, the calendar, what follows.
+class SlidingWindows(WindowDataset):
+    """Data set whose sample ``i`` is ``(history, marks, future)`` of the window that starts at step ``i``.
 
     Args:
         values: float32 ``(steps, columns)``.
         marks: calendar features, float32 ``(steps, features)``.
         past: steps of the history.
         horizon: steps of the future.
-        targets: places of the columns that are forecast.
+        targets: indices of the columns to forecast.
 
     """
 
@@ -38,13 +38,13 @@ class SlidingWindows(Samples):
 
     @property
     def views(self) -> tuple[Tensor, Tensor]:
-        """All windows of values and of marks, ``(windows, past + horizon, columns)``, in the series' own memory."""
+        """All windows of values and of marks, ``(windows, past + horizon, columns)``, in the memory of the series."""
         length = self.past + self.horizon
         return self.values.unfold(0, length, 1).transpose(1, 2), self.marks.unfold(0, length, 1).transpose(1, 2)
 
     @property
     def futures(self) -> Tensor:
-        """What is to be forecast in all windows, ``(windows, horizon, targets)``."""
+        """The true future of all windows, ``(windows, horizon, targets)``."""
         return self.values[self.past :, self.targets].unfold(0, self.horizon, 1).transpose(1, 2)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,15 +52,15 @@ class SlidingWindows(Samples):
         return history[0], marks[0], future[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the batch of these windows: ``(batch, past, columns)``, marks, ``(batch, horizon, targets)``."""
+        """Return a batch: ``(batch, past, columns)``, marks, ``(batch, horizon, targets)``."""
         values, marks = (view[torch.as_tensor(indices)] for view in self.views)
         return values[:, : self.past], marks, values[:, self.past :, self.targets].contiguous()
 
 
 def loader(samples: SlidingWindows, batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:
-    """Return a loader of ``samples``, which come as batches from the data set itself."""
-    return DataLoader(samples, batch_size=batch_size, shuffle=shuffle, collate_fn=_as_it_is)
+    """Return a loader of ``samples``, whose ``__getitems__`` already returns whole batches."""
+    return DataLoader(samples, batch_size=batch_size, shuffle=shuffle, collate_fn=_identity_collate)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity_collate(batch: Any) -> Any:
     return batch

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 
 from duoka import Trainer
 from duoka.recipes.datasets.sliding_windows import SlidingWindows, loader
-from duoka.recipes.datasets.time_series import SplitRows
+from duoka.recipes.datasets.time_series import SeriesSplit
 from duoka.recipes.models.dlinear import DLinear
 
 __all__ = ["dlinear", "last_season", "last_value"]
@@ -34,7 +34,7 @@ def last_season(windows: SlidingWindows, season: int) -> Tensor | None:
     return values[:, steps][:, :, windows.targets]
 
 
-def dlinear(parts: SplitRows, device: Any, seed: int) -> Tensor:
+def dlinear(parts: SeriesSplit, device: Any, seed: int) -> Tensor:
     """Train a linear model on the same windows as the Informer, and return its forecasts, ``(windows, horizon, targets)``."""
     test = parts.test
     model = DLinear(test.past, test.horizon, test.targets)

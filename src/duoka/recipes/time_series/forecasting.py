@@ -18,7 +18,7 @@ from duoka.recipes.common.registry import RecipeOutcome, Written
 from duoka.recipes.datasets import csv_table, ett
 from duoka.recipes.datasets.sliding_windows import loader
 from duoka.recipes.datasets.standardization import Standardization
-from duoka.recipes.datasets.time_series import SplitRows, TimeSeries, calendar, series_of
+from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries, calendar_features, series_from_table
 from duoka.recipes.models.informer import Informer
 from duoka.recipes.time_series import baselines, plots
 from duoka.recipes.time_series import results as report
@@ -37,7 +37,7 @@ class ForecastData:
     series: TimeSeries
     targets: tuple[int, ...]
     """Places of the forecast columns among the series' columns."""
-    parts: SplitRows
+    parts: SeriesSplit
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class ForecastData:
     @property
     def facts(self) -> dict[str, Any]:
         """What a run remembers of its data: a file of other rows or values differs in one of these."""
-        scaling = self.parts.scaling
+        scaling = self.parts.standardization
         windows = ", ".join(f"{count:,} {part}" for part, count in self.windows.items())
         return {
             "windows are": windows,
@@ -66,8 +66,8 @@ class ForecastData:
     def spans(self) -> str:
         """Say from when to when each part lasts."""
         parts, dates = self.parts, self.series.dates
-        first_test = parts.test_begins + parts.test.past
-        ends = len(parts.train.values), first_test, parts.test_begins + len(parts.test.values)
+        first_test = parts.test_start + parts.test.past
+        ends = len(parts.train.values), first_test, parts.test_start + len(parts.test.values)
         begins = 0, ends[0], first_test
         words = zip(("training", "validation", "test"), begins, ends, strict=True)
         return "; ".join(f"{part}: {dates[begin]} to {dates[end - 1]}" for part, begin, end in words)
@@ -115,7 +115,7 @@ def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Writ
     path, remembered = run.finished_model(), run.read_results("series")["series"]
     contents = csv_table.read(source)
     places = [contents.find_name(name) for name in remembered["columns"]]
-    series = series_of(contents, config.date, places, fill=config.fill, frequency=remembered["frequency"])
+    series = series_from_table(contents, config.date, places, fill=config.fill, frequency=remembered["frequency"])
     past, _, horizon = config.lengths
     if len(series) < past:
         raise DataError(
@@ -129,18 +129,18 @@ def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Writ
     model = _model(config, len(places), len(remembered["targets"]), remembered["marks"])
     load(path, into=model)
     scaling = Standardization(tuple(remembered["mean"]), tuple(remembered["std"]))
-    dates = series.after(horizon)
-    marks = calendar(series.dates[-past:].append(dates), series.step_s)
+    dates = series.future_dates(horizon)
+    marks = calendar_features(series.dates[-past:].append(dates), series.step_s)
     device = devices.resolve(config.device).devices[0]
     model.to(device).eval()
     with torch.inference_mode():
-        forecast = model(scaling.apply(series.values[-past:])[None].to(device), marks[None].to(device))[0].cpu()
+        forecast = model(scaling.transform(series.values[-past:])[None].to(device), marks[None].to(device))[0].cpu()
     check_finite(forecast)
     targets = [remembered["columns"].index(name) for name in remembered["targets"]]
-    forecast = scaling.at(targets).invert(forecast)
+    forecast = scaling.select(targets).inverse_transform(forecast)
     written = predictions_of(run, source, ".csv"), predictions_of(run, source, ".png")
     rows = [[str(date), *values] for date, values in zip(dates, forecast.tolist(), strict=True)]
-    csv_table.write(written[0], [contents.columns[contents.find_one(config.date)], *remembered["targets"]], rows)
+    csv_table.write(written[0], [contents.columns[contents.find_column(config.date)], *remembered["targets"]], rows)
     plots.beyond(written[1], series, targets, dates, forecast, history=max(past, 3 * horizon))
     return Written(written, f"{horizon} steps from {dates[0]} to {dates[-1]}")
 
@@ -169,18 +169,22 @@ def read(config: TimeSeriesConfig, remembered: dict[str, Any] | None = None) -> 
             remembered["frequency"],
             Standardization(tuple(remembered["mean"]), tuple(remembered["std"])),
         )
-    series = series_of(contents, config.date, inputs, fill=config.fill, frequency=frequency)
+    series = series_from_table(contents, config.date, inputs, fill=config.fill, frequency=frequency)
     places = tuple(inputs.index(place) for place in targets)
     past, _, horizon = config.lengths
-    return ForecastData(source, series, places, SplitRows.of(series, config.split, past, horizon, places, scaling))
+    return ForecastData(
+        source, series, places, SeriesSplit.from_series(series, config.split, past, horizon, places, scaling)
+    )
 
 
-def _columns(contents: csv_table.Table, config: TimeSeriesConfig) -> tuple[list[int], list[int]]:
+def _columns(contents: csv_table.CsvTable, config: TimeSeriesConfig) -> tuple[list[int], list[int]]:
     """Return the places of the columns to learn from, those to forecast among them, and of those."""
-    date = contents.find_one(config.date)
+    date = contents.find_column(config.date)
     others = [place for place in range(len(contents.columns)) if place != date]
-    inputs = contents.find(config.inputs) if config.inputs else others
-    targets = contents.find(config.targets) if config.targets else inputs if config.features == "M" else inputs[-1:]
+    inputs = contents.find_columns(config.inputs) if config.inputs else others
+    targets = (
+        contents.find_columns(config.targets) if config.targets else inputs if config.features == "M" else inputs[-1:]
+    )
     if date in (*inputs, *targets):
         option = "inputs" if date in inputs else "targets"
         raise ConfigError(
@@ -231,10 +235,10 @@ def _tested(trainer: Trainer, config: TimeSeriesConfig, data: ForecastData) -> r
     check_finite(forecasts["Informer"])
     if config.baselines:
         forecasts["last value"] = baselines.last_value(test)
-        if (seasonal := baselines.last_season(test, data.series.season())) is not None:
+        if (seasonal := baselines.last_season(test, data.series.season_length())) is not None:
             forecasts["last season"] = seasonal
         forecasts["DLinear"] = baselines.dlinear(data.parts, config.device, config.seed)
-    return report.Forecasts(forecasts, test.futures, data.names, data.parts.scaling.at(data.targets))
+    return report.Forecasts(forecasts, test.futures, data.names, data.parts.standardization.select(data.targets))
 
 
 def _headline(config: TimeSeriesConfig, results: report.Forecasts) -> dict[str, float]:
@@ -249,7 +253,7 @@ def _headline(config: TimeSeriesConfig, results: report.Forecasts) -> dict[str, 
 
 def _write(run: RecipeRun, config: TimeSeriesConfig, data: ForecastData, results: report.Forecasts) -> None:
     """Write numbers, forecasts and pictures into the run's folder."""
-    series, scaling = data.series, data.parts.scaling
+    series, scaling = data.series, data.parts.standardization
     remembered = {
         "source": data.source,
         "columns": series.columns,
@@ -270,11 +274,13 @@ def _write(run: RecipeRun, config: TimeSeriesConfig, data: ForecastData, results
     run.write_results(numbers)
     notes = [data.spans]
     if config.baselines and "last season" not in results.forecasts:
-        notes.append(f"No last season: the past of {parts.test.past} steps is shorter than one of {series.season()}.")
+        notes.append(
+            f"No last season: the past of {parts.test.past} steps is shorter than one of {series.season_length()}."
+        )
     text = results.text(f"{series.name}, {len(parts.test):,} test windows, horizon {config.lengths[2]}", notes)
     run.write_text("evaluation_results.txt", text)
     run.log(text)
-    dates = series.dates[parts.test_begins :]
+    dates = series.dates[parts.test_start :]
     report.write_forecasts(run.folder / "forecasts.csv", results, dates, parts.test, config.date)
     plots.examples(run.plots / "forecasts.png", results, dates, parts)
     plots.by_step(run.plots / "error_by_step.png", results)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duoka.recipes.datasets.time_series import SplitRows, TimeSeries
+from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries
 from duoka.recipes.image_classification.plots import canvas
 from duoka.recipes.time_series.results import Forecasts
 
@@ -22,7 +22,7 @@ MARKERS = ("o", "s", "^", "D")
 SHOWN_COLUMNS, SHOWN_WINDOWS, SHOWN_ROWS, MOST_COLUMNS = 4, 3, 150, 24
 
 
-def examples(path: Path, results: Forecasts, dates: Any, parts: SplitRows) -> None:
+def examples(path: Path, results: Forecasts, dates: Any, parts: SeriesSplit) -> None:
     """Draw three test windows of the first columns with their history: what came, the Informer's forecast, the next best.
 
     Args:
@@ -42,12 +42,12 @@ def examples(path: Path, results: Forecasts, dates: Any, parts: SplitRows) -> No
         for column, window in enumerate(windows):
             ends = window + test.past
             when = dates[ends - past : ends + test.horizon]
-            truth = scaling.invert(test.values[ends - past : ends + test.horizon, test.targets])
+            truth = scaling.inverse_transform(test.values[ends - past : ends + test.horizon, test.targets])
             for row, name in enumerate(names):
                 axes = grid[row, column]
                 axes.plot(when, truth[:, row].numpy(), color=BLUE, linewidth=1.3, label="what came")
                 for who, colour, style in zip(("Informer", *others), (ORANGE, GREEN), ("-", "--"), strict=False):
-                    forecast = scaling.invert(results.forecasts[who][window])[:, row]
+                    forecast = scaling.inverse_transform(results.forecasts[who][window])[:, row]
                     dot = "o" if test.horizon == 1 else None
                     axes.plot(
                         when[past:],

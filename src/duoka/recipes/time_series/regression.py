@@ -55,7 +55,7 @@ class TableRows:
     @property
     def truth(self) -> Tensor:
         """The test rows' targets in their units, float64 ``(rows, targets)``."""
-        return self.scaling[1].invert(self.test.tensors[1])
+        return self.scaling[1].inverse_transform(self.test.tensors[1])
 
 
 def train(config: TimeSeriesConfig) -> RecipeOutcome:
@@ -98,8 +98,8 @@ def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Writ
     device = devices.resolve(config.device).devices[0]
     model.to(device).eval()
     with torch.inference_mode():
-        parts = [model(part.to(device)).cpu() for part in torch.split(scaling.apply(values), 4096)]
-    predicted = of_targets.invert(torch.cat(parts))
+        parts = [model(part.to(device)).cpu() for part in torch.split(scaling.transform(values), 4096)]
+    predicted = of_targets.inverse_transform(torch.cat(parts))
     check_finite(predicted)
     targets: list[str] = remembered["targets"]
     written = [predictions_of(run, source, ".csv")]
@@ -112,7 +112,7 @@ def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Writ
     return Written(tuple(written), f"{len(predicted):,} row{'' if len(predicted) == 1 else 's'}")
 
 
-def _known(contents: csv_table.Table, name: str) -> Tensor | None:
+def _known(contents: csv_table.CsvTable, name: str) -> Tensor | None:
     """Return the column ``name`` of a file to predict, if it is there and complete: what comes is often not known yet."""
     if name not in contents.columns:
         return None
@@ -151,12 +151,14 @@ def read(config: TimeSeriesConfig, remembered: dict[str, Any] | None = None) -> 
     names = [contents.columns[place] for place in (*inputs, *targets)]
     for rows, kind in ((train, "training"), (test, "test")):
         _check_targets(contents, values[rows][:, len(inputs) :], names[len(inputs) :], kind)
-    scaling = Standardization.of(values[train], names)
-    of_inputs, of_targets = scaling.at(range(len(inputs))), scaling.at(range(len(inputs), len(names)))
+    scaling = Standardization.fit(values[train], names)
+    of_inputs, of_targets = scaling.select(range(len(inputs))), scaling.select(range(len(inputs), len(names)))
     if remembered is not None:
         of_inputs, of_targets = _scaling(remembered)
     parts = [
-        TensorDataset(of_inputs.apply(values[part, : len(inputs)]), of_targets.apply(values[part, len(inputs) :]))
+        TensorDataset(
+            of_inputs.transform(values[part, : len(inputs)]), of_targets.transform(values[part, len(inputs) :])
+        )
         for part in (train, test)
     ]
     lines = tuple(contents.lines[row] for row in test.tolist())
@@ -165,19 +167,21 @@ def read(config: TimeSeriesConfig, remembered: dict[str, Any] | None = None) -> 
     )
 
 
-def _columns(contents: csv_table.Table, config: TimeSeriesConfig) -> tuple[list[int], list[int]]:
+def _columns(contents: csv_table.CsvTable, config: TimeSeriesConfig) -> tuple[list[int], list[int]]:
     """Return the places of the columns to learn from and of those to predict."""
     width = len(contents.columns)
     if not config.targets and width <= TARGETS:
         raise ConfigError(
             f"{config.csv} has {width} columns; the last {TARGETS} would be the targets: name them with --targets"
         )
-    targets = contents.find(config.targets) if config.targets else list(range(width - TARGETS, width))
+    targets = contents.find_columns(config.targets) if config.targets else list(range(width - TARGETS, width))
     inputs = (
-        contents.find(config.inputs) if config.inputs else [place for place in range(width) if place not in targets]
+        contents.find_columns(config.inputs)
+        if config.inputs
+        else [place for place in range(width) if place not in targets]
     )
     if both := [contents.columns[place] for place in inputs if place in targets]:
-        raise ConfigError(f"both among inputs and targets: {csv_table.listed(both)}: leave each out of one of them")
+        raise ConfigError(f"both among inputs and targets: {csv_table.join_first(both)}: leave each out of one of them")
     if not inputs:
         raise ConfigError(f"every column of {config.csv} is a target: leave some to learn from")
     return inputs, targets
@@ -225,7 +229,7 @@ def _split(config: TimeSeriesConfig, count: int) -> tuple[Tensor, Tensor]:
     return order[:wanted].sort().values, order[wanted:].sort().values
 
 
-def _check_targets(contents: csv_table.Table, values: Tensor, names: list[str], rows: str) -> None:
+def _check_targets(contents: csv_table.CsvTable, values: Tensor, names: list[str], rows: str) -> None:
     """Refuse a target that never changes: there is nothing to learn, or no R² to measure."""
     for column, name in zip(values.unbind(1), names, strict=True):
         if bool((column == column[0]).all()):
@@ -259,7 +263,7 @@ def _trainer(model: TabularRegressor, config: TimeSeriesConfig, rows: TableRows,
 
 def _predicted(trainer: Trainer, rows: TableRows) -> Tensor:
     """Return the test rows' predictions in the targets' units, float64 ``(rows, targets)``."""
-    predicted = rows.scaling[1].invert(trainer.predict(DataLoader(rows.test, batch_size=4096)))
+    predicted = rows.scaling[1].inverse_transform(trainer.predict(DataLoader(rows.test, batch_size=4096)))
     check_finite(predicted)
     return predicted
 

@@ -91,8 +91,8 @@ def write_forecasts(path: Path, results: Forecasts, dates: Any, windows: Sliding
 
     """
     every = slice(0, len(windows), windows.horizon)
-    forecast = results.scaling.invert(next(iter(results.forecasts.values()))[every]).flatten(0, 1)
-    truth = results.scaling.invert(results.truth[every]).flatten(0, 1)
+    forecast = results.scaling.inverse_transform(next(iter(results.forecasts.values()))[every]).flatten(0, 1)
+    truth = results.scaling.inverse_transform(results.truth[every]).flatten(0, 1)
     header = [date, *(f"{name}{kind}" for name in results.names for kind in ("", " forecast"))]
     rows = [
         [str(when), *(value for pair in zip(true, said, strict=True) for value in pair)]
