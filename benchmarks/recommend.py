@@ -25,7 +25,7 @@ from torch import Tensor
 from duoka import Trainer
 from duoka.recipes.datasets import synthetic_movielens
 from duoka.recipes.datasets.movielens import ML1MDataset
-from duoka.recipes.datasets.negative_sampling import Triples, loader
+from duoka.recipes.datasets.negative_sampling import TripletDataset, loader
 from duoka.recipes.models.recommender import Recommender
 from duoka.recipes.recommendation import Config
 from duoka.recipes.recommendation.baselines import Popularity
@@ -61,9 +61,9 @@ def plain_reading(path: Path) -> list[list[int]]:
         return [[int(field) for field in line.rstrip("\n").split("::")] for line in file]
 
 
-def data_and_sampler(folder: Path) -> tuple[ML1MDataset, Triples]:
+def data_and_sampler(folder: Path) -> tuple[ML1MDataset, TripletDataset]:
     data = ML1MDataset(folder)
-    return data, Triples(data.train.pairs, data.seen(), data.n_items)
+    return data, TripletDataset(data.train.pairs, data.seen(), data.n_items)
 
 
 def report_data(folder: Path) -> ML1MDataset:
@@ -124,7 +124,7 @@ def plain_ranking(model: Recommender, task: RankingEvaluator, users: Tensor, n_i
 
 def report_training(data: ML1MDataset, model: Recommender, epochs: int, threads: int) -> None:
     """Train on one process with all threads, and on as many CPU workers with one thread each; the best epoch counts."""
-    samples = Triples(data.train.pairs, data.seen(), data.n_items)
+    samples = TripletDataset(data.train.pairs, data.seen(), data.n_items)
     task = RankingEvaluator.of(data, "validation")
     for batch in (2048, 8192):
         for device in dict.fromkeys(("cpu", f"cpu:{threads}")):

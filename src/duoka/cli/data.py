@@ -71,7 +71,7 @@ def _movielens(options: argparse.Namespace) -> int:
     counts = f"{len(example.genders):,} users, {len(example.titles):,} films, {len(example.users):,} ratings"
     out.print(f"wrote {folder}: {counts}, in the format of MovieLens-1M", soft_wrap=True)
     data = ML1MDataset(folder)
-    task, law = RankingEvaluator.of(data, "test"), torch.from_numpy(example.wishes).float()
+    task, law = RankingEvaluator.of(data, "test"), torch.from_numpy(example.utility).float()
     found = {
         "the law itself, the best reachable": law.__getitem__,
         "popularity": Popularity(task.seen, data.n_items).all,

@@ -1,4 +1,4 @@
-"""MovieLens-1M: what its files say, what is refused, how ratings are divided, and the example of known law."""
+"""MovieLens-1M: reading, errors, splits, and synthetic ratings with a known ground truth."""
 
 import hashlib
 import zipfile
@@ -9,6 +9,7 @@ import pytest
 
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.datasets import movielens, synthetic_movielens
+from duoka.recipes.datasets.download import RemoteFile
 from duoka.recipes.datasets.movielens import ML1MDataset, SeenItems
 
 USERS = ["7::F::1::10::48067", "3::M::56::16::70072-1234", "12::M::25::0::55117"]
@@ -22,7 +23,7 @@ RATINGS = [
 ]
 
 
-def written(folder: Path, users=USERS, films=FILMS, ratings=RATINGS, end: str = "\n") -> Path:
+def write_files(folder: Path, users=USERS, films=FILMS, ratings=RATINGS, end: str = "\n") -> Path:
     folder.mkdir(exist_ok=True)
     for name, lines in (("users.dat", users), ("movies.dat", films), ("ratings.dat", ratings)):
         (folder / name).write_bytes((end.join(lines) + end).encode("latin-1"))
@@ -34,7 +35,7 @@ def read(folder: Path, **options) -> ML1MDataset:
 
 
 def test_users_films_and_ratings_are_those_of_the_files(tmp_path):
-    data = read(written(tmp_path))
+    data = read(write_files(tmp_path))
     assert data.user_ids.tolist() == [3, 7, 12]
     assert data.item_ids.tolist() == [1, 9, 30]
     assert data.user_texts[:2] == ["male\naged 56 or older\nself-employed", "female\naged under 18\nK-12 student"]
@@ -50,14 +51,14 @@ def test_users_films_and_ratings_are_those_of_the_files(tmp_path):
         ids = zip(data.user_ids[part.users], data.item_ids[part.items], part.stars, part.times, strict=True)
         rows |= {"::".join(map(str, row)) for row in ids}
     assert rows == set(RATINGS)
-    assert data.user(12) == 2
+    assert data.user_index(12) == 2
     with pytest.raises(DataError, match=r"no user 4 in .*users.dat: its 3 users are 3 to 12"):
-        data.user(4)
+        data.user_index(4)
 
 
-def test_lines_may_end_as_on_windows_and_the_last_one_not_at_all(tmp_path):
-    written(tmp_path / "a", end="\r\n")
-    folder = written(tmp_path / "b")
+def test_windows_line_ends_and_a_missing_last_one_are_read(tmp_path):
+    write_files(tmp_path / "a", end="\r\n")
+    folder = write_files(tmp_path / "b")
     (folder / "ratings.dat").write_text("\n".join(RATINGS))
     assert np.array_equal(read(tmp_path / "a").train.pairs, read(tmp_path / "b").train.pairs)
 
@@ -84,8 +85,8 @@ def test_lines_may_end_as_on_windows_and_the_last_one_not_at_all(tmp_path):
         ("ratings", ["\u00e97::9::4::5"], "line 1: UserID is 'é7'"),
         ("ratings", ["\0" + RATINGS[0]], "line 1: the byte 0x00 is no character"),
         ("users", ["7::F::1::10"], "users.dat, line 1 has 4 fields"),
-        ("users", [USERS[0], "3::X::1::1::2"], "line 2: the gender is 'X': there is F, M"),
-        ("users", ["3::F::2::1::2"], "line 1: the age group is 2: there is 1, 18"),
+        ("users", [USERS[0], "3::X::1::1::2"], "line 2: the gender is 'X': choose one of F, M"),
+        ("users", ["3::F::2::1::2"], "line 1: the age group is 2: choose one of 1, 18"),
         ("users", ["3::F::1::21::2"], "line 1: the occupation is 21"),
         ("users", [USERS[0], USERS[0]], "line 2: user 7 is in line 1 already"),
         ("films", ["1::Toy Story"], "movies.dat, line 1 has 2 fields"),
@@ -97,13 +98,13 @@ def test_lines_may_end_as_on_windows_and_the_last_one_not_at_all(tmp_path):
         ("films", [], "movies.dat, line 1 is empty|movies.dat is empty"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_with_file_and_line(tmp_path, name, lines, words):
+def test_line_that_does_not_fit_is_named_with_its_file(tmp_path, name, lines, words):
     with pytest.raises(DataError, match=words):
-        read(written(tmp_path, **{name: lines}))
+        read(write_files(tmp_path, **{name: lines}))
 
 
-def test_utf8_is_not_taken_for_latin_1(tmp_path):
-    folder = written(tmp_path)
+def test_utf8_is_not_read_as_latin_1(tmp_path):
+    folder = write_files(tmp_path)
     (folder / "movies.dat").write_text("\n".join(FILMS), encoding="utf-8")
     with pytest.raises(DataError, match=r"movies.dat, line 2: the text is UTF-8, .* iconv"):
         read(folder)
@@ -112,12 +113,12 @@ def test_utf8_is_not_taken_for_latin_1(tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"neither users.dat, movies.dat, ratings.dat, nor ml-1m, nor ml-1m.zip: allow"):
         read(tmp_path)
-    (written(tmp_path) / "movies.dat").unlink()
+    (write_files(tmp_path) / "movies.dat").unlink()
     with pytest.raises(DataError, match=r"lacks movies.dat: unpack"):
         read(tmp_path)
 
 
-def test_a_folder_that_was_emptied_is_not_looked_into_for_ever(tmp_path):
+def test_emptied_folder_is_an_error(tmp_path):
     (tmp_path / "ml-1m").mkdir()
     (tmp_path / "ml-1m.zip").write_bytes(b"PK")
     for download in (True, False):
@@ -125,7 +126,7 @@ def test_a_folder_that_was_emptied_is_not_looked_into_for_ever(tmp_path):
             read(tmp_path, download=download)
 
 
-def test_an_archive_is_no_folder(tmp_path):
+def test_archive_in_place_of_the_folder_is_an_error(tmp_path):
     (tmp_path / "ml-1m.zip").write_bytes(b"PK")
     (tmp_path / "ratings.dat").write_text("1::2::5::978300760")
     with pytest.raises(
@@ -136,25 +137,25 @@ def test_an_archive_is_no_folder(tmp_path):
         read(tmp_path / "ml-1m.zip")
 
 
-def test_a_set_is_known_again_and_told_from_others(tmp_path):
-    facts = read(written(tmp_path / "a")).facts()
-    assert facts == read(written(tmp_path / "b", end="\r\n")).facts()
+def test_metadata_distinguish_sets(tmp_path):
+    facts = read(write_files(tmp_path / "a")).metadata()
+    assert facts == read(write_files(tmp_path / "b", end="\r\n")).metadata()
     assert [facts[key] for key in ("users", "films", "train", "validation", "test")] == [3, 3, 4, 2, 3]
-    renamed = read(written(tmp_path / "c", films=[*FILMS[:2], "9::Cold::Drama"])).facts()
+    renamed = read(write_files(tmp_path / "c", films=[*FILMS[:2], "9::Cold::Drama"])).metadata()
     assert {key for key in facts if facts[key] != renamed[key]} == {"entities"}
-    swapped = read(written(tmp_path / "d", ratings=RATINGS[::-1])).facts()
+    swapped = read(write_files(tmp_path / "d", ratings=RATINGS[::-1])).metadata()
     assert {key for key in facts if facts[key] != swapped[key]} == {"parts"}
 
 
-def test_the_archive_is_fetched_checked_and_unpacked_once(tmp_path, monkeypatch):
-    written(tmp_path / "ml-1m")
+def test_archive_is_downloaded_verified_and_unpacked_once(tmp_path, monkeypatch):
+    write_files(tmp_path / "ml-1m")
     (tmp_path / "server").mkdir()
     archive = tmp_path / "server" / "ml-1m.zip"
     with zipfile.ZipFile(archive, "w") as packed:
         for path in sorted((tmp_path / "ml-1m").iterdir()):
             packed.write(path, f"ml-1m/{path.name}")
     md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-    monkeypatch.setattr(movielens, "ARCHIVE", (archive.as_uri(), md5))
+    monkeypatch.setattr(movielens, "ARCHIVE", RemoteFile(archive.as_uri(), None, md5))
     root = tmp_path / "root"
     assert len(read(root, download=True).titles) == 3
     archive.unlink()
@@ -168,16 +169,16 @@ def test_the_archive_is_fetched_checked_and_unpacked_once(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory) -> tuple[Path, synthetic_movielens.SyntheticRatings]:
-    folder = tmp_path_factory.mktemp("planted")
+def synthetic(tmp_path_factory) -> tuple[Path, synthetic_movielens.SyntheticRatings]:
+    folder = tmp_path_factory.mktemp("synthetic")
     example = synthetic_movielens.make(150, 120, 6_000, seed=3)
     synthetic_movielens.write(folder, example, seed=3)
     return folder, example
 
 
 @pytest.mark.parametrize("split", ["random", "per-user", "time", "cold-films"])
-def test_every_rating_is_in_one_part_and_the_seed_decides_which(planted, split):
-    folder, _ = planted
+def test_each_rating_is_in_one_part_by_seed(synthetic, split):
+    folder, _ = synthetic
     first, again, other = (ML1MDataset(folder, split=split, seed=seed) for seed in (0, 0, 1))
     parts = [first.train, first.validation, first.test]
     together = np.concatenate([part.pairs for part in parts])
@@ -190,8 +191,8 @@ def test_every_rating_is_in_one_part_and_the_seed_decides_which(planted, split):
     assert [len(part) / 6_000 for part in parts] == pytest.approx([0.8, 0.1, 0.1], abs=0.05)
 
 
-def test_per_user_and_time_divide_each_users_ratings(planted):
-    folder, _ = planted
+def test_per_user_and_time_split_the_ratings_of_each_user(synthetic):
+    folder, _ = synthetic
     for split in ("per-user", "time"):
         data = ML1MDataset(folder, split=split)
         counts = [np.bincount(part.users, minlength=150) for part in (data.train, data.validation, data.test)]
@@ -204,52 +205,52 @@ def test_per_user_and_time_divide_each_users_ratings(planted):
 
 
 def test_users_with_fewer_than_three_ratings_stay_in_training(tmp_path):
-    folder = written(tmp_path, ratings=[*RATINGS[:5], *RATINGS[6:]])
+    folder = write_files(tmp_path, ratings=[*RATINGS[:5], *RATINGS[6:]])
     data = ML1MDataset(folder, split="time")
     counts = [np.bincount(part.users, minlength=3).tolist() for part in (data.train, data.validation, data.test)]
     assert counts == [[2, 1, 1], [0, 1, 1], [0, 1, 1]]
 
 
 @pytest.mark.parametrize("ratio", [(0.1, 0.45, 0.45), (0.1, 0.1, 0.8), (0.1, 0.8, 0.1)])
-def test_everybody_with_three_ratings_has_some_in_each_part(tmp_path, ratio):
+def test_users_with_three_ratings_have_some_in_each_part(tmp_path, ratio):
     films = [f"{film}::Film {film}::Drama" for film in range(1, 9)]
     rated = [f"{user}::{film}::3::{film}" for user, count in ((3, 3), (7, 4), (12, 8)) for film in range(1, count + 1)]
-    folder = written(tmp_path, films=films, ratings=rated)
+    folder = write_files(tmp_path, films=films, ratings=rated)
     for split in ("per-user", "time"):
         data = ML1MDataset(folder, ratio, split)
         for part in (data.train, data.validation, data.test):
             assert set(part.users.tolist()) == {0, 1, 2}
 
 
-def test_cold_films_are_unknown_to_training(planted):
-    data = ML1MDataset(planted[0], split="cold-films")
+def test_cold_films_have_no_rating_in_training(synthetic):
+    data = ML1MDataset(synthetic[0], split="cold-films")
     films = [set(part.items.tolist()) for part in (data.train, data.validation, data.test)]
     assert not films[0] & films[1]
     assert not films[2] & (films[0] | films[1])
 
 
-def test_splits_that_cannot_be_are_refused(tmp_path, planted):
+def test_invalid_splits_are_an_error(tmp_path, synthetic):
     for ratio in ([0.8, 0.2], [0.8, 0.2, 0.0], [0.8, 0.1, 0.2]):
         with pytest.raises(ConfigError, match="give the shares of training, validation and test"):
-            ML1MDataset(planted[0], split_ratio=ratio)
-    with pytest.raises(ConfigError, match="split is 'user': there is random, per-user"):
-        ML1MDataset(planted[0], split="user")
+            ML1MDataset(synthetic[0], split_ratio=ratio)
+    with pytest.raises(ConfigError, match="split='user' is not valid: choose one of random, per-user"):
+        ML1MDataset(synthetic[0], split="user")
     with pytest.raises(DataError, match=r"the validation part is empty: the split 'random' of 2 ratings"):
-        ML1MDataset(written(tmp_path, ratings=RATINGS[:2]))
+        ML1MDataset(write_files(tmp_path, ratings=RATINGS[:2]))
 
 
-def test_seen_lists_what_each_user_knows_in_order(planted):
-    data = ML1MDataset(planted[0])
+def test_seen_lists_the_films_of_each_user_in_order(synthetic):
+    data = ML1MDataset(synthetic[0])
     seen = data.seen("train", "validation")
     assert isinstance(seen, SeenItems)
     for user in range(data.n_users):
         known = {*data.train.items[data.train.users == user], *data.validation.items[data.validation.users == user]}
-        assert seen.of_user(user).tolist() == sorted(known)
+        assert seen.items_of(user).tolist() == sorted(known)
     assert len(data.seen().indices) == len(data.train)
 
 
-def test_the_example_is_what_was_planted(planted):
-    folder, example = planted
+def test_synthetic_files_hold_the_synthetic_ratings(synthetic):
+    folder, example = synthetic
     data = ML1MDataset(folder)
     rated = {tuple(pair) for part in (data.train, data.validation, data.test) for pair in part.pairs.tolist()}
     assert rated == set(zip(example.users.tolist(), example.items.tolist(), strict=True))
@@ -257,23 +258,22 @@ def test_the_example_is_what_was_planted(planted):
     assert tuple(data.titles) == example.titles
     assert data.item_texts[5] == f"{', '.join(example.genres[5])}\n{example.titles[5]}"
     assert len(data.item_ids) < data.item_ids[-1]  # numbers have gaps
-    watched = np.zeros(example.wishes.shape, dtype=bool)
+    watched = np.zeros(example.utility.shape, dtype=bool)
     watched[example.users, example.items] = True
-    assert example.wishes[watched].mean() > example.wishes[~watched].mean() + 1
+    assert example.utility[watched].mean() > example.utility[~watched].mean() + 1
     again = synthetic_movielens.make(150, 120, 6_000, seed=3)
     assert np.array_equal(again.items, example.items)
 
 
-def test_the_examples_texts_tell_tastes(planted):
-    """People of one age and films of one genre are alike in what the law says of them."""
-    example = planted[1]
-    wishes = example.wishes - example.wishes.mean(0)
-    close = np.corrcoef(wishes)
+def test_synthetic_texts_determine_tastes(synthetic):
+    """Users of one gender, age and occupation have similar utilities."""
+    example = synthetic[1]
+    close = np.corrcoef(example.utility - example.utility.mean(0))
     same = (example.occupations[:, None] == example.occupations) & (example.ages[:, None] == example.ages)
     same &= (example.genders[:, None] == example.genders) & ~np.eye(150, dtype=bool)
     assert close[same].mean() > close[~same].mean() + 0.3
 
 
-def test_impossible_examples_are_refused():
+def test_invalid_synthetic_sizes_are_an_error():
     with pytest.raises(ConfigError, match=r"ratings from 20 a user to half of all pairs, 200 to 500"):
         synthetic_movielens.make(10, 100, 600)

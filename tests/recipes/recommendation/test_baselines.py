@@ -16,7 +16,7 @@ PAIRS = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [2, 0], [3, 3]], dtype
 
 @pytest.fixture
 def seen() -> UserItemIndex:
-    return UserItemIndex.of(SeenItems.of(PAIRS, 4, 5))
+    return UserItemIndex.of(SeenItems.from_pairs(PAIRS, 4, 5))
 
 
 def test_popularity_counts_who_knows_a_film(seen):
@@ -47,6 +47,6 @@ def test_on_planted_tastes_neighbours_beat_popularity_and_the_law_beats_both(tmp
     data = ML1MDataset(tmp_path)
     task = RankingEvaluator.of(data, "test")
     popular, neighbours = (model(task.seen, data.n_items).all for model in (Popularity, ItemKNN))
-    law = torch.from_numpy(example.wishes).float()
+    law = torch.from_numpy(example.utility).float()
     found = [evaluate(score, task)["ndcg@10"] for score in (popular, neighbours, law.__getitem__)]
     assert 1.2 * found[0] < found[1] < found[2]

@@ -31,7 +31,7 @@ N_USERS, N_ITEMS = 60, 90
 
 def structure(rows: list[list[int]]) -> SeenItems:
     pairs = [(user, item) for user, items in enumerate(rows) for item in items]
-    return SeenItems.of(np.array(pairs, dtype=np.int64).reshape(-1, 2), len(rows), N_ITEMS)
+    return SeenItems.from_pairs(np.array(pairs, dtype=np.int64).reshape(-1, 2), len(rows), N_ITEMS)
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ def test_a_user_gets_titles_and_reasons_and_nothing_seen(run, data, capsys):
         status, out, _ = asked(capsys, str(run), "--user", str(user), "-k", "5", "--json")
         answer = json.loads(out)
         assert (status, answer["user"], len(answer["films"])) == (0, user, 5)
-        known = set(data.seen("train", "validation", "test").of_user(user - 1).tolist())
+        known = set(data.seen("train", "validation", "test").items_of(user - 1).tolist())
         assert answer["known"] == len(known)
         scores = [film["score"] for film in answer["films"]]
         assert scores == sorted(scores, reverse=True)
@@ -238,7 +238,7 @@ def test_one_device_and_two_take_the_same_steps(data, stage):
     found = []
     for device in ("cpu", "cpu:2"):
         model = build(config, data, texts, stage)
-        samples = negative_sampling.Triples(data.train.pairs, data.seen(), data.n_items)
+        samples = negative_sampling.TripletDataset(data.train.pairs, data.seen(), data.n_items)
         options = {
             "device": device,
             "batch_size_means": "global",
@@ -277,7 +277,7 @@ def test_each_evaluation_is_of_the_weights_of_then(data):
     """A fused optimiser changes weights without a trace in their version counters."""
     task = RankingEvaluator.of(data, "validation")
     model = build(RecommendationConfig(model="ncf", embedding_size=16), data, None, 1)
-    found, samples = [], negative_sampling.Triples(data.train.pairs, data.seen(), data.n_items)
+    found, samples = [], negative_sampling.TripletDataset(data.train.pairs, data.seen(), data.n_items)
 
     class Watch(Callback):
         def on_evaluate(self, state):

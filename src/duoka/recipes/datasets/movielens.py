@@ -1,14 +1,12 @@
-"""MovieLens-1M as recommenders want it: users and films by dense places, their texts, and ratings in three parts.
+"""MovieLens-1M for recommenders: users and films by consecutive index, their texts, and ratings in three parts.
 
-`movielens_files` reads the official files, `movielens_split` divides the ratings, `movielens_planted` makes an example,
-`negatives` draws what a user does not know. Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and
-Context, ACM TiiS 5(4), 2015, https://grouplens.org/datasets/movielens/1m/.
+`movielens_format` reads the official files, `movielens_split` splits the ratings, `synthetic_movielens` makes an example,
+`negative_sampling` draws films that a user has not rated. Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets:
+History and Context, ACM TiiS 5(4), 2015, https://grouplens.org/datasets/movielens/1m/.
 """
 
 from __future__ import annotations
 
-import shutil
-import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,48 +16,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duoka.errors import ConfigError, DataError, StorageError
-from duoka.recipes.datasets.download import check, fetch, one_at_a_time, refuse_file
-from duoka.recipes.datasets.movielens_format import NAMES, read_films, read_ratings, read_users
-from duoka.recipes.datasets.movielens_split import PARTS, split_of
+from duoka.errors import ConfigError, DataError
+from duoka.recipes.datasets.download import RemoteFile, reject_archive
+from duoka.recipes.datasets.movielens_format import NAMES, Ratings, read_films, read_ratings, read_users
+from duoka.recipes.datasets.movielens_split import PARTS, split_ratings
 
-__all__ = ["ARCHIVE", "ML1MDataset", "InteractionSplit", "SeenItems", "locate"]
+__all__ = ["ARCHIVE", "ML1MDataset", "SeenItems", "locate"]
 
 Integers = NDArray[np.int64]
-URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
-MD5 = "c4d9eecfca2ab87c1945afe126590906"
-ARCHIVE = (URL, MD5)
-"""Where the set comes from (6 MB), and its checksum."""
-
-
-@dataclass(frozen=True)
-class InteractionSplit:
-    """Ratings of one part, in the order of the file."""
-
-    pairs: Integers
-    """Places of user and film ``(ratings, 2)``."""
-    stars: Integers
-    """1 to 5 ``(ratings,)``."""
-    times: Integers
-    """Seconds since 1970 ``(ratings,)``."""
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @property
-    def users(self) -> Integers:
-        """Places of the users ``(ratings,)``."""
-        return self.pairs[:, 0]
-
-    @property
-    def items(self) -> Integers:
-        """Places of the films ``(ratings,)``."""
-        return self.pairs[:, 1]
+ARCHIVE = RemoteFile(
+    "https://files.grouplens.org/datasets/movielens/ml-1m.zip", None, "c4d9eecfca2ab87c1945afe126590906"
+)
+"""The official archive, 6 MB."""
+MAKE_EXAMPLE = "or make an example: duoka data make movielens"
 
 
 @dataclass(frozen=True)
 class SeenItems:
-    """Which films each user knows: those of user ``u`` are ``indices[indptr[u]:indptr[u + 1]]``, ascending."""
+    """Films that each user has rated: those of user ``u`` are ``indices[indptr[u]:indptr[u + 1]]``, ascending."""
 
     indptr: Integers
     """``(users + 1,)``."""
@@ -67,37 +41,37 @@ class SeenItems:
     """``(pairs,)``."""
 
     @classmethod
-    def of(cls, pairs: Integers, n_users: int, n_items: int) -> SeenItems:
-        """Return the structure of ``pairs`` ``(pairs, 2)``, of which no two are the same."""
+    def from_pairs(cls, pairs: Integers, n_users: int, n_items: int) -> SeenItems:
+        """Return the structure of distinct ``pairs (pairs, 2)``."""
         keys = np.sort(pairs[:, 0] * n_items + pairs[:, 1])
         counts = np.bincount(pairs[:, 0], minlength=n_users)
         return cls(np.concatenate(([0], np.cumsum(counts))).astype(np.int64), keys % n_items)
 
-    def of_user(self, user: int) -> Integers:
-        """Return the films that ``user`` knows."""
+    def items_of(self, user: int) -> Integers:
+        """Return the films that ``user`` has rated."""
         return self.indices[self.indptr[user] : self.indptr[user + 1]]
 
 
 class ML1MDataset:
-    """MovieLens-1M, or a set in its format; users and films are numbered from 0 in the order of the files' numbers.
+    """MovieLens-1M, or a set in its format; users and films are indexed from 0 by ascending id.
 
     Args:
         path: the folder with ``users.dat``, ``movies.dat`` and ``ratings.dat``, or the one that ``ml-1m`` is in.
         split_ratio: shares of training, validation and test.
-        split: how they are drawn: ``random``, ``per-user``, ``time`` (each user's last ratings are the test) or
-            ``cold-films`` (all ratings of the test's films are in the test).
-        seed: decides what is random in it.
-        download: whether the set may be downloaded where it is not there.
+        split: ``random``, ``per-user``, ``time`` (each user's last ratings are the test) or ``cold-films`` (all ratings
+            of the test's films are in the test).
+        seed: the seed of a random split.
+        download: whether the set may be downloaded if it is missing.
 
     Attributes:
-        user_ids, item_ids: the files' numbers by place, int64 ``(users,)`` and ``(films,)``.
-        user_texts, item_texts: what is known of each, by place: gender, age group and occupation, or genres and title, a
-            line each. titles: of the films.
-        train, validation, test: a ``Part`` each.
+        user_ids, item_ids: ids in the files by index, int64 ``(users,)`` and ``(films,)``.
+        user_texts, item_texts: texts by index, a field a line: gender, age group and occupation, or genres and title.
+        titles: titles of the films.
+        train, validation, test: the ``Ratings`` of each part.
 
     Raises:
-        ConfigError: a split that cannot be.
-        DataError: files are missing, or a line of one does not fit the format: file, line and remedy.
+        ConfigError: the split is not possible.
+        DataError: files are missing, or a line does not fit the format; the message names file, line and remedy.
 
     """
 
@@ -119,38 +93,34 @@ class ML1MDataset:
         self.item_texts = [film.text for film in self.films]
         self.titles = [film.title for film in self.films]
         found = read_ratings(ratings, self.user_ids, self.item_ids)
-        pairs = np.stack((found.users, found.items), axis=1)
-        self.train, self.validation, self.test = (
-            InteractionSplit(pairs[rows], found.stars[rows], found.times[rows])
-            for rows in split_of(found, split_ratio, split, seed)
-        )
+        self.train, self.validation, self.test = map(found.select, split_ratings(found, split_ratio, split, seed))
 
     @property
     def n_users(self) -> int:
-        """How many users there are."""
+        """Number of users."""
         return len(self.user_ids)
 
     @property
     def n_items(self) -> int:
-        """How many films there are, those that nobody has rated included."""
+        """Number of films, with those that have no rating."""
         return len(self.item_ids)
 
-    def part(self, name: str) -> InteractionSplit:
-        """Return the part ``train``, ``validation`` or ``test``."""
+    def part(self, name: str) -> Ratings:
+        """Return the ratings of ``train``, ``validation`` or ``test``."""
         if name not in PARTS:
-            raise ConfigError(f"there is no part {name!r} of the ratings: there is {', '.join(PARTS)}")
-        part: InteractionSplit = getattr(self, name)
+            raise ConfigError(f"part={name!r} is not valid: choose one of {', '.join(PARTS)}")
+        part: Ratings = getattr(self, name)
         return part
 
     def seen(self, *parts: str) -> SeenItems:
-        """Return which films each user knows from these parts; without any, from training."""
+        """Return the films that each user has rated in these parts, by default in training."""
         pairs = [self.part(name).pairs for name in parts or ("train",)]
-        return SeenItems.of(np.concatenate(pairs), self.n_users, self.n_items)
+        return SeenItems.from_pairs(np.concatenate(pairs), self.n_users, self.n_items)
 
-    def facts(self) -> dict[str, Any]:
-        """Return what tells this set from others, to be remembered: counts, and two checksums.
+    def metadata(self) -> dict[str, Any]:
+        """Return counts and two checksums that distinguish this set from others.
 
-        ``entities`` is that of who and what there is, ``parts`` that of which rating is in which part.
+        ``entities`` covers users and films, ``parts`` the ratings of each part.
         """
         counts = {"users": self.n_users, "films": self.n_items, **{name: len(self.part(name)) for name in PARTS}}
         numbers = self.user_ids.tobytes() + self.item_ids.tobytes()
@@ -160,24 +130,24 @@ class ML1MDataset:
             parts = zlib.crc32(self.part(name).pairs.tobytes(), zlib.crc32(name.encode(), parts))
         return {**counts, "entities": f"{entities:08x}", "parts": f"{parts:08x}"}
 
-    def user(self, number: int) -> int:
-        """Return the place of the user with the file's ``number``.
+    def user_index(self, user_id: int) -> int:
+        """Return the index of the user with this id in the file.
 
         Raises:
-            DataError: there is none.
+            DataError: there is no such user.
 
         """
-        place = int(np.searchsorted(self.user_ids, number))
-        if place == self.n_users or self.user_ids[place] != number:
-            ends = f"{self.user_ids[0]} to {self.user_ids[-1]}"
+        index = int(np.searchsorted(self.user_ids, user_id))
+        if index == self.n_users or self.user_ids[index] != user_id:
+            ids = f"{self.user_ids[0]} to {self.user_ids[-1]}"
             raise DataError(
-                f"there is no user {number} in {self.folder / NAMES[0]}: its {self.n_users:,} users are {ends}"
+                f"there is no user {user_id} in {self.folder / NAMES[0]}: its {self.n_users:,} users are {ids}"
             )
-        return place
+        return index
 
 
 def locate(root: str | Path, *, download: bool = False) -> Path:
-    """Return the folder of the three files: ``root``, or ``ml-1m`` in it, unpacked or downloaded where it is not there.
+    """Return the folder of the three files: ``root``, or ``ml-1m`` in it, unpacked or downloaded if it is missing.
 
     Raises:
         DataError: some of the files are missing, or the archive is damaged.
@@ -185,45 +155,33 @@ def locate(root: str | Path, *, download: bool = False) -> Path:
 
     """
     root = Path(root)
-    refuse_file(root)
-    begun = (root / "ml-1m").exists()  # asked before its files are: others may be unpacking it
+    reject_archive(root)
+    existed = (root / "ml-1m").exists()  # read before its files, because another process may unpack them now
+    found = _find(root)
+    if found is None and not existed:
+        if not (root / ARCHIVE.file_name).is_file():
+            if not download:
+                remedy = f"allow the download with --download true, or fetch {ARCHIVE.url}, {MAKE_EXAMPLE}"
+                raise DataError(
+                    f"{root} holds neither {', '.join(NAMES)}, nor ml-1m, nor {ARCHIVE.file_name}: {remedy}"
+                )
+            ARCHIVE.download(root)
+        ARCHIVE.unpack(root)
+        found = _find(root)
+    if found is None:
+        raise DataError(
+            f"{root / 'ml-1m'} holds none of {', '.join(NAMES)}: delete it to unpack it anew, or unpack {ARCHIVE.url}"
+        )
+    return found
+
+
+def _find(root: Path) -> Path | None:
+    """Return the folder of the three files."""
     for folder in (root, root / "ml-1m"):
         missing = [name for name in NAMES if not (folder / name).is_file()]
         if not missing:
             return folder
         if len(missing) < len(NAMES):
-            remedy = f"unpack {URL} again, or make an example: duoka data make movielens"
+            remedy = f"unpack {ARCHIVE.url} again, {MAKE_EXAMPLE}"
             raise DataError(f"{folder} lacks {' and '.join(missing)}: {remedy}")
-    if begun:
-        raise DataError(
-            f"{root / 'ml-1m'} holds none of {', '.join(NAMES)}: delete it to have it made anew, or unpack {URL}"
-        )
-    url, md5 = ARCHIVE
-    archive = root / url.rpartition("/")[2]
-    if not archive.is_file() and not download:
-        remedy = f"allow the download with --download true, fetch {url}, or make an example: duoka data make movielens"
-        raise DataError(f"{root} holds neither {', '.join(NAMES)}, nor ml-1m, nor {archive.name}: {remedy}")
-    if not archive.is_file():
-        fetch(url, archive, size=None, md5=md5)
-    with one_at_a_time(root):
-        if not (root / "ml-1m").is_dir():
-            _unpack(archive, root / "ml-1m", md5)
-    return locate(root)
-
-
-def _unpack(archive: Path, folder: Path, md5: str) -> None:
-    """Unpack the set; under its name the folder is never half of it."""
-    again = f"delete it and start again to download it anew, or fetch {URL}"
-    check(archive, size=None, md5=md5, remedy=again)
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            opened.extractall(part, [name for name in opened.namelist() if name.startswith(f"{folder.name}/")])
-        (part / folder.name).rename(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
-        raise DataError(f"{archive} cannot be unpacked: {error}: {again}") from error
-    except OSError as error:
-        raise StorageError(f"cannot write {part}: {error}: free some space, or choose another --root") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    return None

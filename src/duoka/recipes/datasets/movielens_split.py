@@ -1,4 +1,4 @@
-"""Which ratings are for training, for validation and for the test."""
+"""Split of ratings into training, validation and test."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.datasets.movielens_format import Ratings
 
-__all__ = ["PARTS", "SPLITS", "check_ratio", "split_of"]
+__all__ = ["PARTS", "SPLITS", "check_ratio", "split_ratings"]
 
 Integers = NDArray[np.int64]
 PARTS = ("train", "validation", "test")
 SPLITS = ("random", "per-user", "time", "cold-films")
-FEWEST = 3
-"""Ratings that a user must have to be divided user by user; with fewer all are for training."""
+MIN_RATINGS = 3
+"""Ratings of a user below which a split by user puts all of them into training."""
 
 
 def check_ratio(ratio: Sequence[float]) -> tuple[float, float, float]:
@@ -31,75 +31,72 @@ def check_ratio(ratio: Sequence[float]) -> tuple[float, float, float]:
     if len(shares) != len(PARTS) or not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
         given = ", ".join(f"{share:g}" for share in shares)
         raise ConfigError(
-            f"split_ratio is [{given}]: give the shares of training, validation and test, each above 0, such as [0.8, 0.1, 0.1]"
+            f"split_ratio=[{given}] is not valid: give the shares of training, validation and test, each above 0, such as "
+            "[0.8, 0.1, 0.1]"
         )
     return shares  # type: ignore[return-value]
 
 
-def split_of(ratings: Ratings, ratio: Sequence[float], how: str, seed: int) -> tuple[Integers, Integers, Integers]:
+def split_ratings(ratings: Ratings, ratio: Sequence[float], split: str, seed: int) -> tuple[Integers, ...]:
     """Return the rows of training, validation and test.
 
-    - ``random``: all ratings together, at random.
-    - ``per-user``: each user's ratings at random, so that everybody with three or more has some in each part.
-    - ``time``: each user's ratings in their order; the last are the test, those before them the validation. Ratings of the
-      same second stay in the order of the file.
-    - ``cold-films``: films at random with all their ratings, so that the test is about films that training has never seen.
+    - ``random``: all ratings at random.
+    - ``per-user``: each user's ratings at random; a user with three or more has some in each part.
+    - ``time``: each user's ratings by time; the last are the test, those before them the validation. Ratings of the
+      same second keep the order of the file.
+    - ``cold-films``: films at random with all their ratings, so that training has no rating of the test's films.
 
     Raises:
-        ConfigError: ``ratio`` or ``how`` cannot be.
+        ConfigError: ``ratio`` or ``split`` is not valid.
         DataError: a part has no rating.
 
     """
     shares = check_ratio(ratio)
-    if how not in SPLITS:
-        raise ConfigError(f"split is {how!r}: there is {', '.join(SPLITS)}")
+    if split not in SPLITS:
+        raise ConfigError(f"split={split!r} is not valid: choose one of {', '.join(SPLITS)}")
     random = np.random.default_rng(seed)
-    if how in ("random", "cold-films"):
-        parts = _at_random(ratings, shares, random, films=how == "cold-films")
+    if split in ("random", "cold-films"):
+        part = _split_randomly(ratings, shares, random, by_film=split == "cold-films")
     else:
-        parts = _by_user(ratings, shares, None if how == "time" else random)
-    for name, rows in zip(PARTS, parts, strict=True):
-        if not len(rows):
+        part = _split_by_user(ratings, shares, None if split == "time" else random)
+    rows = tuple(np.flatnonzero(part == number) for number in range(len(PARTS)))
+    for name, found in zip(PARTS, rows, strict=True):
+        if not len(found):
             raise DataError(
-                f"the {name} part is empty: the split {how!r} of {len(ratings.users):,} ratings by "
+                f"the {name} part is empty: the split {split!r} of {len(ratings):,} ratings by "
                 f"{', '.join(f'{share:g}' for share in shares)} gives it none: give more ratings, or another split_ratio"
             )
-    return parts
+    return rows
 
 
-def _at_random(
-    ratings: Ratings, shares: tuple[float, float, float], random: np.random.Generator, *, films: bool
-) -> tuple[Integers, Integers, Integers]:
-    """Divide all ratings, or all films that have ratings, at random; rows stay in the order of the file."""
-    units = np.unique(ratings.items) if films else np.arange(len(ratings.users))
-    first, second = (round(len(units) * share) for share in (shares[0], shares[0] + shares[1]))
+def _split_randomly(
+    ratings: Ratings, shares: tuple[float, float, float], random: np.random.Generator, *, by_film: bool
+) -> NDArray[np.int8]:
+    """Return the part of each rating, drawn for each rating or for each film that has ratings."""
+    units = np.unique(ratings.items) if by_film else np.arange(len(ratings))
+    validation, test = (round(len(units) * share) for share in (shares[0], shares[0] + shares[1]))
     part = np.zeros(int(units.max(initial=0)) + 1, dtype=np.int8)
-    mixed = random.permutation(units)
-    part[mixed[first:second]], part[mixed[second:]] = 1, 2
-    return _rows(part[ratings.items] if films else part)
+    shuffled = random.permutation(units)
+    part[shuffled[validation:test]], part[shuffled[test:]] = 1, 2
+    return part[ratings.items] if by_film else part
 
 
-def _by_user(
+def _split_by_user(
     ratings: Ratings, shares: tuple[float, float, float], random: np.random.Generator | None
-) -> tuple[Integers, Integers, Integers]:
-    """Divide each user's ratings: at random, or without ``random`` in the order of their times."""
-    keys = ratings.times if random is None else random.permutation(len(ratings.users))
+) -> NDArray[np.int8]:
+    """Return the part of each rating, drawn within each user's ratings; without ``random``, by their times."""
+    keys = ratings.times if random is None else random.permutation(len(ratings))
     order = np.lexsort((keys, ratings.users))  # stable: the file's order decides between equal times
     counts = np.bincount(ratings.users)
     counts = counts[counts > 0]
-    begins = np.cumsum(counts) - counts
-    place = np.arange(len(order)) - np.repeat(begins, counts)
-    test = np.where(counts < FEWEST, 0, np.maximum(1, np.rint(counts * shares[2]))).astype(np.int64)
-    validation = np.where(counts < FEWEST, 0, np.maximum(1, np.rint(counts * shares[1]))).astype(np.int64)
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(order)) - np.repeat(starts, counts)  # of a rating among its user's
+    test = np.where(counts < MIN_RATINGS, 0, np.maximum(1, np.rint(counts * shares[2]))).astype(np.int64)
+    validation = np.where(counts < MIN_RATINGS, 0, np.maximum(1, np.rint(counts * shares[1]))).astype(np.int64)
     test = np.minimum(test, np.maximum(0, counts - 2))  # large shares of few ratings leave some for the other parts
     validation = np.minimum(validation, np.maximum(0, counts - test - 1))
     part = np.zeros(len(order), dtype=np.int8)
-    part[order] = (place >= np.repeat(counts - test - validation, counts)).astype(np.int8) + (
-        place >= np.repeat(counts - test, counts)
-    )
-    return _rows(part)
-
-
-def _rows(part: NDArray[np.int8]) -> tuple[Integers, Integers, Integers]:
-    train, validation, test = (np.flatnonzero(part == number) for number in range(len(PARTS)))
-    return train, validation, test
+    in_validation = rank >= np.repeat(counts - test - validation, counts)
+    in_test = rank >= np.repeat(counts - test, counts)
+    part[order] = in_validation.astype(np.int8) + in_test
+    return part

@@ -1,4 +1,4 @@
-"""Pairs for ranking losses: each known film of a user next to one the user does not know, drawn anew in every epoch."""
+"""Triplets for ranking losses: each rated film of a user with an unrated one, drawn anew in every epoch."""
 
 from __future__ import annotations
 
@@ -15,79 +15,80 @@ from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import SeenItems
 
 if TYPE_CHECKING:
-    Samples = Dataset[dict[str, Tensor]]
+    Triplets = Dataset[dict[str, Tensor]]
 else:
-    Samples = Dataset
+    Triplets = Dataset
 
-__all__ = ["Negatives", "Triples", "loader"]
+__all__ = ["NegativeSampler", "TripletDataset", "loader"]
 
 Integers = NDArray[np.int64]
 
 
-class Negatives:
-    """Draws unknown films: each as likely as any other, and never one that the user knows.
+class NegativeSampler:
+    """Draws unrated films of a user, each with the same probability and without rejection.
 
-    A user with ``m`` known films among ``n`` has ``n - m`` unknown ones. Their number ``r``, drawn evenly, is turned into a
-    place without drawing again: it is ``r`` plus the known places before it. Known place ``k`` of a user (from 0), which is
-    ``p``, has ``p - k`` unknown ones before it, so the known ones before unknown ``r`` are those with ``p - k <= r``: one
-    binary search in an ascending list over all users.
+    A user with ``m`` rated films among ``n`` has ``n - m`` unrated ones. A uniform number ``r`` below ``n - m`` selects
+    film ``r + k``, where ``k`` is the number of rated films before it. The user's rated film number ``k`` (from 0) with
+    index ``p`` has ``p - k`` unrated films before it. So ``k`` counts the rated films with ``p - k <= r``: one binary
+    search in an ascending list over all users.
 
     Args:
-        seen: what each user knows.
-        n_items: how many films there are.
-        user_ids: the users' numbers in their file, for messages; without them their places are named.
-        among: the films to draw from, ascending, all that anybody knows among them; ``None`` is every film.
+        seen: the rated films of each user.
+        n_items: the number of films.
+        user_ids: ids of the users for messages; ``None`` names their indices.
+        candidates: the films to draw from, ascending, with all rated films among them; ``None`` is every film.
 
     """
 
     def __init__(
-        self, seen: SeenItems, n_items: int, user_ids: Integers | None = None, among: Integers | None = None
+        self, seen: SeenItems, n_items: int, user_ids: Integers | None = None, candidates: Integers | None = None
     ) -> None:
-        self.n_items, self.user_ids, self.among = n_items if among is None else len(among), user_ids, among
+        self.n_items = n_items if candidates is None else len(candidates)
+        self.user_ids, self.candidates = user_ids, candidates
         self.indptr = seen.indptr
         counts = np.diff(seen.indptr)
-        self.unknown = self.n_items - counts
-        """How many films each user does not know ``(users,)``."""
-        owners = np.repeat(np.arange(len(counts)), counts)
-        places = seen.indices if among is None else np.searchsorted(among, seen.indices)
-        before = places - (np.arange(len(places)) - seen.indptr[owners])
-        self._keys = owners * self.n_items + before
+        self.num_unrated = self.n_items - counts
+        """The number of unrated films of each user ``(users,)``."""
+        users = np.repeat(np.arange(len(counts)), counts)
+        rated = seen.indices if candidates is None else np.searchsorted(candidates, seen.indices)
+        unrated_before = rated - (np.arange(len(rated)) - seen.indptr[users])
+        self._keys = users * self.n_items + unrated_before
 
     def draw(self, users: Integers, random: np.random.Generator) -> Integers:
-        """Return one unknown film for each of ``users``, both ``(samples,)``; ascending users are the fastest.
+        """Return one unrated film for each of ``users``, both ``(samples,)``; ascending users are fastest.
 
         Raises:
-            DataError: one of them knows every film.
+            DataError: a user has rated every film.
 
         """
-        unknown = self.unknown[users]
-        if len(users) and unknown.min() < 1:
-            place = int(users[np.argmin(unknown)])
-            user = f"the user at place {place}" if self.user_ids is None else f"user {self.user_ids[place]}"
-            which = "" if self.among is None else " that training has"
+        num_unrated = self.num_unrated[users]
+        if len(users) and num_unrated.min() < 1:
+            index = int(users[np.argmin(num_unrated)])
+            user = f"the user at index {index}" if self.user_ids is None else f"user {self.user_ids[index]}"
+            where = "" if self.candidates is None else " of the training part"
             raise DataError(
-                f"{user} knows all {self.n_items:,} films{which}, so there is none to tell them from: leave the user out, or "
+                f"{user} has rated all {self.n_items:,} films{where}, which leaves no negative sample: leave the user out, or "
                 "add films"
             )
-        numbers = random.integers(0, unknown)
-        known = np.searchsorted(self._keys, users * self.n_items + numbers, side="right") - self.indptr[users]
-        drawn: Integers = numbers + known
-        return drawn if self.among is None else self.among[drawn]
+        numbers = random.integers(0, num_unrated)
+        rated_before = np.searchsorted(self._keys, users * self.n_items + numbers, side="right") - self.indptr[users]
+        drawn: Integers = numbers + rated_before
+        return drawn if self.candidates is None else self.candidates[drawn]
 
 
-class Triples(Samples):
-    """Sample ``i`` is the ``i``-th known pair with a film its user does not know: ``users``, ``positives``, ``negatives``.
+class TripletDataset(Triplets):
+    """Data set whose sample ``i`` is the ``i``-th pair with an unrated film: ``users``, ``positives``, ``negatives``.
 
-    The unknown films are a function of ``(seed, epoch)``: the same on every device, whatever part of them it loads, and after
-    a resume. Trainers tell the epoch; who iterates a loader himself calls ``set_epoch``.
+    The unrated films are a function of ``(seed, epoch)``: the same on every rank and after a resume. Trainers call
+    ``set_epoch``; a loop of your own must call it too.
 
     Args:
-        pairs: places of user and film ``(samples, 2)``.
-        seen: what each user knows; usually the same pairs.
-        n_items: how many films there are.
-        seed: what is drawn from.
-        user_ids: the users' numbers in their file, for messages.
-        among: the films that unknown ones are drawn from, ascending; ``None`` is every film.
+        pairs: indices of user and film ``(samples, 2)``.
+        seen: the rated films of each user, usually the same pairs.
+        n_items: the number of films.
+        seed: the seed of the draws.
+        user_ids: ids of the users for messages.
+        candidates: the films to draw from, ascending; ``None`` is every film.
 
     """
 
@@ -98,18 +99,18 @@ class Triples(Samples):
         n_items: int,
         seed: int = 0,
         user_ids: Integers | None = None,
-        among: Integers | None = None,
+        candidates: Integers | None = None,
     ) -> None:
         ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
         self._users = np.ascontiguousarray(ordered[:, 0])
-        self._sampler = Negatives(seen, n_items, user_ids, among)
+        self._sampler = NegativeSampler(seen, n_items, user_ids, candidates)
         self._seed, self._epoch = seed, -1
         self.users = torch.from_numpy(self._users)
         self.positives = torch.from_numpy(np.ascontiguousarray(ordered[:, 1]))
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the unknown films of ``epoch``."""
+        """Draw the unrated films of ``epoch``."""
         if epoch != self._epoch:
             drawn = self._sampler.draw(self._users, np.random.default_rng((self._seed, epoch)))
             self.negatives, self._epoch = torch.from_numpy(drawn), epoch
@@ -121,18 +122,19 @@ class Triples(Samples):
         return {name: column[0] for name, column in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return the batch of these samples, each tensor int64 ``(batch,)``."""
-        rows = torch.from_numpy(np.array(indices))  # five times as fast as torch is with a list of numbers
+        """Return a batch, each tensor int64 ``(batch,)``."""
+        rows = torch.from_numpy(np.array(indices))  # five times as fast as torch with a list of numbers
         return {"users": self.users[rows], "positives": self.positives[rows], "negatives": self.negatives[rows]}
 
 
-def loader(samples: Triples, batch_size: int) -> DataLoader[Any]:
-    """Return a loader of ``samples`` in random order, which come as batches from the data set itself."""
-    return DataLoader(samples, batch_size=batch_size, sampler=_Shuffled(len(samples)), collate_fn=_as_it_is)
+def loader(samples: TripletDataset, batch_size: int) -> DataLoader[Any]:
+    """Return a shuffling loader of ``samples``, whose ``__getitems__`` already returns whole batches."""
+    sampler = _ShuffleSampler(len(samples))
+    return DataLoader(samples, batch_size=batch_size, sampler=sampler, collate_fn=_identity_collate)
 
 
-class _Shuffled(Sampler[int]):
-    """The numbers below ``count`` in random order, in half the time of torch's ``RandomSampler``."""
+class _ShuffleSampler(Sampler[int]):
+    """Indices below ``count`` in random order, in half the time of torch's ``RandomSampler``."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -144,5 +146,5 @@ class _Shuffled(Sampler[int]):
         return self.count
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity_collate(batch: Any) -> Any:
     return batch

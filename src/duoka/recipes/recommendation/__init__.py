@@ -132,7 +132,7 @@ def _table(config: RecommendationConfig, data: ML1MDataset, stages: Sequence[Sta
 
 def _write(run: RecipeRun, data: ML1MDataset, stages: Sequence[Stage], best: Stage, table: report.Table) -> None:
     """Write numbers and pictures into the run's folder."""
-    facts = data.facts()
+    facts = data.metadata()
     results: dict[str, Any] = {
         "recipe": NAME,
         **report.headline(table),

@@ -82,7 +82,7 @@ def refuse_other_data(run: RecipeRun, data: ML1MDataset, before: dict[str, Any],
         DataError: it is another one.
 
     """
-    now, counted, remedy = data.facts(), ("users", "films"), "give the set of then with --root"
+    now, counted, remedy = data.metadata(), ("users", "films"), "give the set of then with --root"
     for key in (*counted, *PARTS) if ratings else counted:
         if before[key] != now[key]:
             what = key if key in counted else f"ratings in its {key} part"
@@ -124,9 +124,9 @@ def recommend(run: RecipeRun, config: RecommendationConfig, user: int, k: int) -
     if k < 1:
         raise ConfigError(f"k is {k}: ask for 1 film or more")
     data = data_of(config, run)
-    place = data.user(user)
+    place = data.user_index(user)
     model = model_of(run, config, data)
-    known = data.seen(*PARTS).of_user(place)
+    known = data.seen(*PARTS).items_of(place)
     scorer = model.scorer()
     films, scores = model.recommend(place, k, known.tolist(), scorer)
     likeness = _likeness(scorer.items.product.cpu(), films, torch.from_numpy(known))

@@ -128,7 +128,7 @@ def _train(
         epochs=epochs,
         out_dir=folder,
         resume="auto" if config.resume else False,
-        callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None), data.facts())],
+        callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None), data.metadata())],
     )
     validation, _ = trainer.fit(save_model=True)
     return Stage(number, model, validation, len(trainer.history))
@@ -141,13 +141,15 @@ def train_ncf(config: RecommendationConfig, data: ML1MDataset) -> Recommender:
     return model
 
 
-def samples_of(config: RecommendationConfig, data: ML1MDataset) -> negatives.Triples:
+def samples_of(config: RecommendationConfig, data: ML1MDataset) -> negatives.TripletDataset:
     """Return what is trained on: known pairs, each with an unknown film.
 
     In the split of films that are yet to come those are never the unknown ones: nobody has turned them down.
     """
     films = np.unique(data.train.items) if config.split == "cold-films" else None
-    return negatives.Triples(data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids, films)
+    return negatives.TripletDataset(
+        data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids, films
+    )
 
 
 def _trainer(model: Recommender, config: RecommendationConfig, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
