@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from duoka.errors import StorageError
+from duoka.errors import DuokaError, StorageError
 from duoka.utils.text import format_bytes
 
 __all__ = ["atomic_write", "check_writable", "file_lock"]
@@ -55,7 +55,7 @@ def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = Non
             temporary.replace(target)
             file.close()
         _flush_folder(target.parent)
-    except StorageError:
+    except DuokaError:
         raise
     except Exception as error:
         cause = _find_os_error(error)

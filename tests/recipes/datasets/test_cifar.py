@@ -1,12 +1,11 @@
-"""CIFAR in its official format: read, checked, and refused with a reason."""
+"""CIFAR in its official format: reading, checksums, errors and the download."""
 
+import contextlib
 import dataclasses
-import functools
 import pickle
 import shutil
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ import pytest
 import torch
 
 from duoka.errors import DataError, StorageError
-from duoka.recipes.datasets import cifar as cifar_set
 from duoka.recipes.datasets.cifar import CifarArchive, load, official
+from support.http_server import Served, serve_bytes
 
 
 @pytest.fixture
@@ -25,46 +24,24 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unpacked(root: Path, cifar: CifarArchive) -> Path:
-    (root / cifar.archive).unlink()
+    (root / cifar.file_name).unlink()
     return root / cifar.folder
 
 
 @pytest.fixture
 def archive(root: Path, cifar: CifarArchive) -> Path:
     shutil.rmtree(root / cifar.folder)
-    return root / cifar.archive
+    return root / cifar.file_name
 
 
 @pytest.fixture
-def serve() -> Iterator:
-    """Serve bytes on the loopback address; ``promised`` is the length that the header states."""
-    servers = []
-
-    def start(content: bytes, status: int = 200, promised: int | None = None) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content) if promised is None else promised))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
-        thread.start()
-        servers.append((server, thread))
-        return f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz"
-
-    yield start
-    for server, thread in servers:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def serve() -> Iterator[Callable[..., Served]]:
+    """Return a function that serves bytes under the archive's name until the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda content, **options: stack.enter_context(serve_bytes(content, "cifar-100-python.tar.gz", **options))
 
 
-def test_the_unpacked_folder_and_the_archive_give_the_same_images(root, cifar):
+def test_folder_and_archive_give_the_same_images(root, cifar):
     from_folder = load(cifar, root)
     shutil.rmtree(root / cifar.folder)
     from_archive = load(cifar, root)
@@ -80,40 +57,40 @@ def test_rows_are_images_channel_by_channel(unpacked, root, cifar):
     assert np.array_equal(load(cifar, root).train.pixels.numpy(), rows.reshape(-1, 3, 32, 32))
 
 
-def test_batches_of_cifar10_are_joined_in_their_order(unpacked, root, cifar):
+def test_batches_are_joined_in_order(unpacked, root, cifar):
     several = dataclasses.replace(cifar, train=(*cifar.train, *cifar.test))
     images = load(several, root)
     assert len(images.train) == 18
     assert torch.equal(images.train.pixels[12:], images.test.pixels)
 
 
-def test_the_official_sources_are_those_of_the_authors():
+def test_official_archives_are_the_authors():
     for name, parts in (("cifar10", 5), ("cifar100", 1)):
         source = official(name)
         assert source.url.startswith("https://www.cs.toronto.edu/~kriz/cifar-")
         assert (len(source.train), len(source.test)) == (parts, 1)
-    assert official("cifar100").archive == "cifar-100-python.tar.gz"
+    assert official("cifar100").file_name == "cifar-100-python.tar.gz"
 
 
-def test_nothing_there_and_no_download_names_both_places_and_the_remedy(tmp_path, cifar):
+def test_missing_data_without_download_name_both_places_and_the_remedy(tmp_path, cifar):
     with pytest.raises(DataError, match=r"cifar-100-python nor .*tar\.gz is there.*--download true"):
         load(cifar, tmp_path / "empty", download=False)
     assert not (tmp_path / "empty").exists()
 
 
-def test_a_truncated_archive_names_both_sizes(archive, root, cifar):
+def test_truncated_archive_names_both_sizes(archive, root, cifar):
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"tar\.gz has {cifar.size - 100:,} bytes, not {cifar.size:,}: delete it"):
         load(cifar, root)
 
 
-def test_a_truncated_archive_is_refused_without_the_check_too(archive, root, cifar):
+def test_truncated_archive_is_an_error_without_verification_too(archive, root, cifar):
     archive.write_bytes(archive.read_bytes()[:-200])
     with pytest.raises(DataError, match=r"is truncated or no archive.*delete it"):
         load(cifar, root, verify=False)
 
 
-def test_a_changed_file_names_both_checksums(unpacked, root, cifar):
+def test_changed_file_names_both_checksums(unpacked, root, cifar):
     data = bytearray((unpacked / "test").read_bytes())
     data[-50] ^= 1
     (unpacked / "test").write_bytes(data)
@@ -121,13 +98,13 @@ def test_a_changed_file_names_both_checksums(unpacked, root, cifar):
         load(cifar, root)
 
 
-def test_a_missing_file_of_the_folder_is_named(unpacked, root, cifar):
+def test_missing_file_of_the_folder_is_named(unpacked, root, cifar):
     (unpacked / "meta").unlink()
     with pytest.raises(DataError, match="meta is missing, the folder was not unpacked completely: unpack"):
         load(cifar, root)
 
 
-def test_a_truncated_batch_is_refused_without_the_check_too(unpacked, root, cifar):
+def test_truncated_batch_is_an_error_without_verification_too(unpacked, root, cifar):
     (unpacked / "train").write_bytes((unpacked / "train").read_bytes()[:1000])
     with pytest.raises(DataError, match=r"cannot read .*train \(1,000 bytes\)"):
         load(cifar, root, verify=False)
@@ -143,13 +120,13 @@ def test_a_truncated_batch_is_refused_without_the_check_too(unpacked, root, cifa
         ([1, 2], "holds a list"),
     ],
 )
-def test_a_batch_of_another_form_is_refused(unpacked, root, cifar, batch, message):
+def test_batch_of_another_form_is_an_error(unpacked, root, cifar, batch, message):
     (unpacked / "train").write_bytes(pickle.dumps(batch, protocol=2))
     with pytest.raises(DataError, match=message):
         load(cifar, root, verify=False)
 
 
-def test_a_pickle_that_names_code_does_not_run_it(unpacked, root, cifar, tmp_path):
+def test_pickle_that_names_code_does_not_run_it(unpacked, root, cifar, tmp_path):
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
@@ -167,50 +144,48 @@ def test_arrays_pickled_by_old_and_new_numpy_are_read(unpacked, root, cifar):
         assert len(load(cifar, root, verify=False).train) == 12
 
 
-def test_a_download_arrives_whole_and_is_used_again(archive, cifar, serve, tmp_path):
-    source = dataclasses.replace(cifar, url=serve(archive.read_bytes()))
+def test_download_is_used_again(archive, cifar, serve, tmp_path):
+    source = dataclasses.replace(cifar, url=serve(archive.read_bytes()).url)
     assert len(load(source, tmp_path / "new").train) == 12
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [cifar.archive]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [cifar.file_name]
     assert len(load(dataclasses.replace(source, url=cifar.url), tmp_path / "new").train) == 12
 
 
-@pytest.mark.parametrize("promise", [True, False])
-def test_a_download_that_is_cut_short_leaves_nothing(archive, cifar, serve, tmp_path, promise):
+@pytest.mark.parametrize("stated", [True, False])
+def test_truncated_download_leaves_no_file(archive, cifar, serve, tmp_path, stated):
     half = archive.read_bytes()[: cifar.size // 2]
-    source = dataclasses.replace(cifar, url=serve(half, promised=cifar.size if promise else None))
+    source = dataclasses.replace(cifar, url=serve(half, content_length=cifar.size if stated else None).url)
     with pytest.raises(DataError, match=r"cut short|IncompleteRead|cannot download"):
         load(source, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_download_of_something_else_leaves_nothing(cifar, serve, tmp_path):
-    source = dataclasses.replace(cifar, url=serve(b"x" * cifar.size))
+def test_download_with_a_wrong_checksum_leaves_no_file(cifar, serve, tmp_path):
+    source = dataclasses.replace(cifar, url=serve(b"x" * cifar.size).url)
     with pytest.raises(DataError, match=f"MD5 checksum .*not {cifar.md5}.*start again"):
         load(source, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_an_address_that_fails_is_named_with_a_way_round(cifar, serve, tmp_path):
-    for url in (serve(b"gone", status=404), "http://127.0.0.1:9/cifar-100-python.tar.gz"):
+def test_failing_address_is_named_with_a_way_round(cifar, serve, tmp_path):
+    for url in (serve(b"gone", status=404).url, "http://127.0.0.1:9/cifar-100-python.tar.gz"):
         with pytest.raises(DataError, match=rf"cannot download {url}: .*put it at .*tar\.gz"):
             load(dataclasses.replace(cifar, url=url), tmp_path / "new")
         assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_place_that_is_not_writable_is_named(archive, cifar, serve, tmp_path):
+def test_folder_that_cannot_be_created_is_named(archive, cifar, serve, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match=r"cannot use the folder .*choose another --root"):
-        load(dataclasses.replace(cifar, url=serve(archive.read_bytes())), tmp_path / "file" / "data")
+        load(dataclasses.replace(cifar, url=serve(archive.read_bytes()).url), tmp_path / "file" / "data")
 
 
-def test_of_several_that_ask_at_once_one_downloads(archive, cifar, serve, tmp_path, monkeypatch):
-    source = dataclasses.replace(cifar, url=serve(archive.read_bytes()))
-    asked = []
-    chunks = cifar_set.fetch.__globals__["_chunks"]
-    monkeypatch.setitem(cifar_set.fetch.__globals__, "_chunks", lambda *words: asked.append(words) or chunks(*words))
+def test_one_of_several_threads_downloads(archive, cifar, serve, tmp_path):
+    served = serve(archive.read_bytes())
+    source = dataclasses.replace(cifar, url=served.url)
     threads = [threading.Thread(target=load, args=(source, tmp_path / "new")) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(asked) == 1
+    assert len(served.requests) == 1

@@ -1,6 +1,5 @@
 """Image files, folders of them, digits, splits, statistics and batches."""
 
-import builtins
 import sys
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from PIL import Image
 from duoka.errors import DataError, MissingDependencyError
 from duoka.recipes.datasets import digits, image_folder
 from duoka.recipes.datasets.image_loader import Collate, ImageDataset, augmentation, loader
-from duoka.recipes.datasets.images import Images, read_image, statistics_of, stratified_split, write_image
+from duoka.recipes.datasets.images import channel_statistics, read_image, stratified_split, write_image
 from duoka.utils.imports import import_optional
-
-TINY_IMAGENET = Path(__file__).parents[4] / "shared" / "data" / "tiny-imagenet-10.tar"
+from support.paths import TINY_IMAGENET, needs_file
 
 
 def grey(path: Path, pixels: np.ndarray) -> Path:
@@ -23,7 +21,7 @@ def grey(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def test_an_image_of_the_right_size_is_read_as_it_is(tmp_path):
+def test_image_of_the_right_size_is_read_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     assert np.array_equal(read_image(grey(tmp_path / "a.png", pixels), (1, 8, 8))[0].numpy(), pixels)
 
@@ -33,37 +31,37 @@ def test_invert_swaps_dark_and_light(tmp_path):
     assert read_image(path, (1, 8, 8), invert=True).unique().tolist() == [245]
 
 
-def test_other_sizes_are_scaled_and_cropped_around_the_centre(tmp_path):
+def test_other_sizes_are_scaled_and_cropped_around_the_center(tmp_path):
     wide = np.zeros((16, 64), np.uint8)
     wide[:, 24:40] = 200
     assert read_image(grey(tmp_path / "a.png", wide), (1, 8, 8)).float().mean() == pytest.approx(200, abs=12)
 
 
-def test_grey_becomes_colour_and_colour_grey(tmp_path):
+def test_gray_becomes_color_and_color_gray(tmp_path):
     path = grey(tmp_path / "a.png", np.full((8, 8), 77, np.uint8))
     assert read_image(path, (3, 8, 8)).unique().tolist() == [77]
     Image.new("RGB", (9, 9), (255, 255, 255)).save(tmp_path / "b.jpg")
     assert read_image(tmp_path / "b.jpg", (1, 8, 8)).unique().tolist() == [255]
 
 
-def test_sixteen_bits_are_brought_to_eight_not_clipped(tmp_path):
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
     path = grey(tmp_path / "a.png", np.full((8, 8), 0x8080, np.uint16))
     assert read_image(path, (1, 8, 8)).unique().tolist() == [128]
 
 
-def test_what_is_transparent_is_white(tmp_path):
+def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", (3, 8, 8)).unique().tolist() == [255]
 
 
-def test_a_written_image_reads_back_as_it_was(tmp_path):
+def test_written_image_is_read_back_unchanged(tmp_path):
     for shape in ((1, 8, 8), (3, 8, 10)):
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         write_image(tmp_path / "deep" / "a.png", pixels)
         assert torch.equal(read_image(tmp_path / "deep" / "a.png", shape), pixels)
 
 
-def test_a_missing_and_an_unreadable_image_are_named(tmp_path):
+def test_missing_and_unreadable_images_are_named(tmp_path):
     with pytest.raises(DataError, match=r"there is no image .*none\.png"):
         read_image(tmp_path / "none.png", (1, 8, 8))
     Image.new("RGB", (50, 50)).save(tmp_path / "cut.jpg")
@@ -97,7 +95,7 @@ def test_train_and_test_folders_are_kept_apart(picture_folder, part):
     assert (len(images.train), images.test.labels.tolist()) == (19, [1])
 
 
-def test_folders_that_cannot_be_used_are_refused_with_a_reason(picture_folder, tmp_path):
+def test_folders_without_classes_or_images_are_an_error(picture_folder, tmp_path):
     with pytest.raises(DataError, match="there is no folder"):
         image_folder.load(tmp_path / "none")
     with pytest.raises(DataError, match="two at least: found 'pictures' only"):
@@ -110,7 +108,7 @@ def test_folders_that_cannot_be_used_are_refused_with_a_reason(picture_folder, t
         image_folder.load(picture_folder)
 
 
-def test_a_class_for_testing_only_is_refused(picture_folder):
+def test_class_in_the_test_part_only_is_an_error(picture_folder):
     root = picture_folder.parent / "parts"
     root.mkdir()
     picture_folder.rename(root / "train")
@@ -121,7 +119,7 @@ def test_a_class_for_testing_only_is_refused(picture_folder):
         image_folder.load(root)
 
 
-@pytest.mark.skipif(not TINY_IMAGENET.exists(), reason="needs ../shared/data/tiny-imagenet-10.tar")
+@needs_file(TINY_IMAGENET)
 def test_real_photographs_in_class_folders_are_read(tmp_path):
     import tarfile
 
@@ -132,10 +130,10 @@ def test_real_photographs_in_class_folders_are_read(tmp_path):
     images = image_folder.load(train, size=32)
     assert len(images.train) + len(images.test) == len(members)
     assert images.shape == (3, 32, 32)
-    assert 0.3 < statistics_of(images.train).mean[0] < 0.6
+    assert 0.3 < channel_statistics(images.train.pixels).mean[0] < 0.6
 
 
-def test_digits_are_all_there_split_by_seed_and_class():
+def test_digits_are_complete_and_split_by_seed_and_class():
     images = digits.load()
     assert len(images.train) + len(images.test) == 1797
     assert images.shape == (1, 8, 8)
@@ -147,7 +145,7 @@ def test_digits_are_all_there_split_by_seed_and_class():
     assert not torch.equal(images.test.labels, digits.load(split_seed=1).test.labels)
 
 
-def test_a_split_takes_every_place_once_and_leaves_each_class_something_to_learn_from():
+def test_split_takes_each_index_once_and_trains_on_every_class():
     labels = torch.tensor([0] * 10 + [1] * 2 + [2])
     train, test = stratified_split(labels, 0.9, seed=0)
     assert sorted([*train.tolist(), *test.tolist()]) == list(range(13))
@@ -158,22 +156,24 @@ def test_a_split_takes_every_place_once_and_leaves_each_class_something_to_learn
 def test_statistics_are_those_of_all_pixels():
     pixels = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels[:, 2] = 7
-    found, floats = statistics_of(Images(pixels, torch.zeros(50))), pixels.double() / 255
+    found, floats = channel_statistics(pixels), pixels.double() / 255
     assert found.mean == pytest.approx(floats.mean(dim=(0, 2, 3)).tolist())
     assert found.std[:2] == pytest.approx(floats.std(dim=(0, 2, 3), correction=0).tolist()[:2])
     assert found.std[2] == 1  # a constant channel does not become infinite
 
 
-def test_batches_are_normalised_floats_and_labels():
+def test_batches_are_normalized_floats_and_labels():
     images = digits.load()
-    everything = next(iter(loader(images.train, Collate(statistics_of(images.train)), len(images.train), 0)))
+    everything = next(
+        iter(loader(images.train, Collate(channel_statistics(images.train.pixels)), len(images.train), 0))
+    )
     assert everything[0].dtype == torch.float32
     assert float(everything[0].mean()) == pytest.approx(0, abs=1e-5)
     assert float(everything[0].std()) == pytest.approx(1, abs=1e-3)
     assert torch.equal(everything[1], images.train.labels)
 
 
-def test_crop_shifts_by_the_border_at_most_and_digits_are_never_mirrored():
+def test_crop_shifts_by_the_border_and_digits_are_never_flipped():
     image = torch.zeros(1, 8, 8, dtype=torch.uint8)
     image[0, 3, 2] = 9
     change = augmentation(digits.load())
@@ -181,7 +181,7 @@ def test_crop_shifts_by_the_border_at_most_and_digits_are_never_mirrored():
     assert places == {(row, column) for row in (2, 3, 4) for column in (1, 2, 3)}
 
 
-def test_photographs_are_mirrored_half_of_the_time(picture_folder):
+def test_photographs_are_flipped_half_of_the_time(picture_folder):
     images = image_folder.load(picture_folder, size=32)
     change = augmentation(images)
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
@@ -190,15 +190,13 @@ def test_photographs_are_mirrored_half_of_the_time(picture_folder):
     assert 100 < mirrored < 200
 
 
-def test_evaluation_changes_nothing():
+def test_evaluation_images_are_not_transformed():
     images = digits.load().test
     assert torch.equal(ImageDataset(images)[5][0], images.pixels[5])
 
 
-def test_a_missing_package_names_the_command_that_installs_it(monkeypatch):
-    import_it = builtins.__import__
+def test_missing_package_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
     with pytest.raises(MissingDependencyError, match=r"sklearn is needed .*pip install 'duoka\[vision\]'"):
         import_optional("sklearn.datasets", extra="vision")
-    assert import_it is builtins.__import__

@@ -1,16 +1,12 @@
-"""Tiny-ImageNet: the official folders read, packed once, checked against the files, and fetched when absent."""
+"""Tiny-ImageNet: reading of the official folders, the cache of decoded images, and the download."""
 
 import dataclasses
-import functools
 import hashlib
 import os
 import shutil
 import tarfile
-import threading
-import time
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +15,19 @@ import torch
 from PIL import Image
 
 from duoka.errors import DataError
-from duoka.recipes.datasets import image_cache, tiny_imagenet
-from duoka.recipes.datasets.images import statistics_of
-from duoka.recipes.datasets.tiny_imagenet import Archive, load
+from duoka.recipes.datasets import image_cache, images, tiny_imagenet
+from duoka.recipes.datasets.download import RemoteFile
+from duoka.recipes.datasets.images import channel_statistics
+from duoka.recipes.datasets.tiny_imagenet import load
+from support.http_server import serve_bytes
+from support.paths import TINY_IMAGENET, needs_file
 
-REAL = Path(__file__).parents[4] / "shared" / "data" / "tiny-imagenet-10.tar"
-PACK = ".duoka-64px.pack"
+CACHE, HEADER = ".duoka-64px.npy", ".duoka-64px.json"
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A set like the official one with three classes, 4 training and 2 validation images each; every third is grey."""
+    """A set like the official one with three classes, 4 training and 2 validation images each; every third is gray."""
     folder, random = tmp_path / "data" / "tiny-imagenet-200", np.random.default_rng(0)
 
     def image(path: Path, number: int) -> None:
@@ -56,29 +54,29 @@ def folder(root: Path) -> Path:
     return root / "tiny-imagenet-200"
 
 
-def decodings(monkeypatch) -> list[str]:
-    """Count what is decoded from now on."""
+def decoded_images(monkeypatch) -> list[str]:
+    """Return a list to which each image that is decoded from now on is added."""
     seen: list[str] = []
-    real = image_cache.read_image
-    monkeypatch.setattr(image_cache, "read_image", lambda path, shape: (seen.append(str(path)), real(path, shape))[1])
+    real = images.read_image
+    monkeypatch.setattr(images, "read_image", lambda path, shape: (seen.append(str(path)), real(path, shape))[1])
     return seen
 
 
 def test_images_labels_and_names_are_those_of_the_folder(root, folder):
-    images = load(root)
-    assert images.classes == ("crane (n01)", "crane (n02)", "goldfish")
-    assert images.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert images.test.labels.tolist() == [2, 2, 0, 0, 1, 1]
-    assert images.shape == (3, 64, 64)
+    found = load(root)
+    assert found.classes == ("crane (n01)", "crane (n02)", "goldfish")
+    assert found.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert found.test.labels.tolist() == [2, 2, 0, 0, 1, 1]
+    assert found.shape == (3, 64, 64)
     with Image.open(folder / "train" / "n02" / "images" / "n02_1.JPEG") as picture:
-        assert torch.equal(images.train.pixels[5].permute(1, 2, 0), torch.from_numpy(np.array(picture)))
-    grey = images.train.pixels[2]
-    assert torch.equal(grey[0], grey[1])
-    assert torch.equal(grey[0], grey[2])
-    assert images.statistics == statistics_of(images.train)
+        assert torch.equal(found.train.pixels[5].permute(1, 2, 0), torch.from_numpy(np.array(picture)))
+    gray = found.train.pixels[2]
+    assert torch.equal(gray[0], gray[1])
+    assert torch.equal(gray[0], gray[2])
+    assert found.statistics == channel_statistics(found.train.pixels)
 
 
-def test_the_set_is_found_above_and_at_its_folder_and_under_another_name(root, folder):
+def test_set_is_found_below_the_root_at_it_and_by_another_name(root, folder):
     assert len(load(folder).train) == 12
     folder.rename(root / "small")
     assert len(load(root).test) == 6
@@ -87,10 +85,10 @@ def test_the_set_is_found_above_and_at_its_folder_and_under_another_name(root, f
         load(root)
 
 
-def test_a_second_start_decodes_a_few_images_and_maps_the_rest(root, folder, monkeypatch):
-    monkeypatch.setattr(image_cache, "PROBES", 2)
+def test_second_run_decodes_a_few_images_and_maps_the_rest(root, folder, monkeypatch):
+    monkeypatch.setattr(image_cache, "NUM_CHECKED", 2)
     first = load(root)
-    seen = decodings(monkeypatch)
+    seen = decoded_images(monkeypatch)
     second = load(root)
     assert len(seen) == 2
     assert torch.equal(first.train.pixels, second.train.pixels)
@@ -101,23 +99,23 @@ def test_a_second_start_decodes_a_few_images_and_maps_the_rest(root, folder, mon
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "replaced", "touched", "labels"])
-def test_a_pack_of_other_files_is_made_anew(root, folder, change):
+def test_cache_of_other_files_is_rebuilt(root, folder, change):
     before = load(root)
-    images = folder / "train" / "n01" / "images"
+    jpegs = folder / "train" / "n01" / "images"
     if change == "added":
-        shutil.copy(images / "n01_0.JPEG", images / "n01_9.JPEG")
+        shutil.copy(jpegs / "n01_0.JPEG", jpegs / "n01_9.JPEG")
     elif change == "removed":
-        (images / "n01_0.JPEG").unlink()
+        (jpegs / "n01_0.JPEG").unlink()
     elif change == "replaced":
-        Image.new("RGB", (64, 64), "red").save(images / "n01_0.JPEG")
+        Image.new("RGB", (64, 64), "red").save(jpegs / "n01_0.JPEG")
     elif change == "touched":
-        os.utime(images / "n01_0.JPEG", (1, 1))
+        os.utime(jpegs / "n01_0.JPEG", (1, 1))
     else:
         text = (folder / "val" / tiny_imagenet.ANNOTATIONS).read_text()
         (folder / "val" / tiny_imagenet.ANNOTATIONS).write_text(text.replace("val_0.JPEG\tn03", "val_0.JPEG\tn01"))
-    stamp = (folder / PACK).stat().st_mtime_ns
+    stamp = (folder / CACHE).stat().st_mtime_ns
     after = load(root)
-    assert (folder / PACK).stat().st_mtime_ns != stamp
+    assert (folder / CACHE).stat().st_mtime_ns != stamp
     assert len(after.train) == len(before.train) + {"added": 1, "removed": -1}.get(change, 0)
     if change == "replaced":
         assert after.train.pixels[0, 0].float().mean() > 250
@@ -125,30 +123,35 @@ def test_a_pack_of_other_files_is_made_anew(root, folder, change):
         assert after.test.labels[0] == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "name", "header", "pixels", "empty"])
-def test_a_damaged_pack_is_made_anew_with_a_warning(root, folder, damage, caplog):
-    before, pack = load(root).train.pixels.clone(), folder / PACK
-    good = pack.read_bytes()
+@pytest.mark.parametrize("damage", ["cut", "magic", "shape", "pixels", "empty", "other shape", "json", "no json"])
+def test_damaged_cache_is_rebuilt_with_a_warning(root, folder, damage, caplog):
+    before, cache = load(root).train.pixels.clone(), folder / CACHE
+    good, header = cache.read_bytes(), (folder / HEADER).read_bytes()
     bad = {
         "cut": good[:-1],
-        "name": b"x" + good[1:],
-        "header": good[:20] + b"x" * 60 + good[80:],
-        "pixels": good[:4096] + bytes(len(good) - 4096),
+        "magic": b"x" + good[1:],
+        "shape": good[:20] + b"x" * 60 + good[80:],
+        "pixels": good[:128] + bytes(len(good) - 128),
         "empty": b"",
-    }[damage]
-    pack.write_bytes(bad)
+        "other shape": good.replace(b"(18, 3, 64, 64)", b"(17, 3, 64, 64)"),
+    }
+    cache.write_bytes(bad.get(damage, good))
+    if damage == "json":
+        (folder / HEADER).write_bytes(header[:-5])
+    elif damage == "no json":
+        (folder / HEADER).unlink()
     assert torch.equal(load(root).train.pixels, before)
-    assert "it is made anew" in caplog.text
-    assert pack.read_bytes() == good
+    assert ("rebuilding" in caplog.text) == (damage != "no json")
+    assert (cache.read_bytes(), (folder / HEADER).read_bytes()) == (good, header)
 
 
-def test_a_folder_that_cannot_be_written_is_decoded_into_memory(root, folder, caplog):
-    (folder / f"{PACK}.part").mkdir()  # in the way, also for root, whom permissions do not stop
-    images = load(root)
-    assert len(images.train) == 12
-    assert images.statistics == statistics_of(images.train)
-    assert "kept in memory" in caplog.text
-    assert not (folder / PACK).exists()
+def test_images_of_a_read_only_folder_stay_in_memory(root, folder, caplog):
+    (folder / f"{CACHE}.part").mkdir()  # in the way, also for root, whom permissions do not stop
+    found = load(root)
+    assert len(found.train) == 12
+    assert found.statistics == channel_statistics(found.train.pixels)
+    assert "stay in memory" in caplog.text
+    assert not (folder / CACHE).exists()
 
 
 @pytest.mark.parametrize(
@@ -167,16 +170,16 @@ def test_a_folder_that_cannot_be_written_is_decoded_into_memory(root, folder, ca
     ],
     ids=["class", "image", "annotations", "label", "wnids", "jpeg", "truncated"],
 )
-def test_what_is_missing_or_damaged_is_named_with_the_remedy(root, folder, damage, message):
+def test_missing_or_damaged_file_is_named_with_the_remedy(root, folder, damage, message):
     damage(folder)
     with pytest.raises(DataError, match=message) as caught:
         load(root)
     assert ":" in str(caught.value)
-    assert not (folder / PACK).exists()
+    assert not (folder / CACHE).exists()
     assert not list(folder.glob("*.part"))
 
 
-def test_without_data_and_download_the_message_says_where_to_get_them(tmp_path):
+def test_missing_data_without_download_are_an_error_with_their_address(tmp_path):
     with pytest.raises(
         DataError, match=r"--download true, or fetch http://cs231n\.stanford\.edu/tiny-imagenet-200\.zip"
     ):
@@ -184,7 +187,7 @@ def test_without_data_and_download_the_message_says_where_to_get_them(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "how"), [("tiny.tar", "tar -xf"), ("tiny.zip", "unzip")])
-def test_an_archive_in_place_of_the_folder_is_to_be_unpacked(tmp_path, name, how):
+def test_archive_in_place_of_the_folder_is_an_error(tmp_path, name, how):
     (tmp_path / name).write_bytes(b"an archive")
     with pytest.raises(DataError, match=rf"{name} is a file, not a folder: unpack it with `{how}"):
         load(tmp_path / name)
@@ -193,39 +196,22 @@ def test_an_archive_in_place_of_the_folder_is_to_be_unpacked(tmp_path, name, how
 
 
 @pytest.fixture
-def served(root: Path, folder: Path) -> Iterator[Archive]:
+def served(root: Path, folder: Path) -> Iterator[RemoteFile]:
     """The set as an archive on the loopback address, and no longer on disk."""
-    with zipfile.ZipFile(root / "t.zip", "w") as packed_file:
+    with zipfile.ZipFile(root / "t.zip", "w") as archive:
         for path in sorted(folder.rglob("*")):
-            packed_file.write(path, path.relative_to(root))
-        packed_file.writestr("tiny-imagenet-200/test/images/test_0.JPEG", b"without a label")
+            archive.write(path, path.relative_to(root))
+        archive.writestr("tiny-imagenet-200/test/images/test_0.JPEG", b"without a label")
     content = (root / "t.zip").read_bytes()
     shutil.rmtree(root)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip"
-    yield Archive(url, len(content), hashlib.md5(content, usedforsecurity=False).hexdigest())
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serve_bytes(content, "tiny-imagenet-200.zip") as server:
+        yield RemoteFile(server.url, len(content), hashlib.md5(content, usedforsecurity=False).hexdigest())
 
 
-def test_absent_data_are_downloaded_checked_and_unpacked_once(root, served, capfd):
+def test_missing_data_are_downloaded_verified_and_unpacked_once(root, served):
     assert len(load(root, archive=served).train) == 12
-    assert "100%" in capfd.readouterr().err or (root / served.name).is_file()
-    assert {path.name for path in root.iterdir()} == {served.name, "tiny-imagenet-200"}
+    assert (root / served.file_name).is_file()
+    assert {path.name for path in root.iterdir()} == {served.file_name, "tiny-imagenet-200"}
     assert not (root / "tiny-imagenet-200" / "test").exists()
     nowhere = dataclasses.replace(served, url="http://127.0.0.1:9/tiny-imagenet-200.zip")
     assert len(load(root, archive=nowhere).train) == 12
@@ -233,32 +219,32 @@ def test_absent_data_are_downloaded_checked_and_unpacked_once(root, served, capf
     assert len(load(root, archive=nowhere, download=False).train) == 12
 
 
-def test_a_download_of_other_bytes_is_refused_and_leaves_nothing(root, served):
+def test_download_of_other_bytes_leaves_no_file(root, served):
     with pytest.raises(DataError, match="MD5"):
         load(root, archive=dataclasses.replace(served, md5="0" * 32))
     assert not list(root.iterdir())
 
 
-def test_a_truncated_archive_is_refused_before_it_is_unpacked(root, served):
+def test_truncated_archive_is_an_error_before_it_is_unpacked(root, served):
     root.mkdir()
-    (root / served.name).write_bytes(b"PK half of it")
+    (root / served.file_name).write_bytes(b"PK half of it")
     with pytest.raises(DataError, match="delete it and start again"):
         load(root, archive=served)
-    assert [path.name for path in root.iterdir()] == [served.name]
+    assert [path.name for path in root.iterdir()] == [served.file_name]
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data/tiny-imagenet-10.tar")
-def test_the_real_subset_is_read_and_its_later_starts_are_quick(tmp_path):
-    with tarfile.open(REAL) as tar:
+@needs_file(TINY_IMAGENET)
+def test_real_subset_is_read_and_decoded_once(tmp_path, monkeypatch):
+    with tarfile.open(TINY_IMAGENET) as tar:
         tar.extractall(tmp_path, filter="data")
     images = load(tmp_path)
     assert (len(images.train), len(images.test), len(images.classes)) == (2000, 500, 10)
     assert images.train.labels.bincount().tolist() == [200] * 10
     assert images.test.labels.bincount().tolist() == [50] * 10
     assert images.classes[0] == "goldfish"
-    began = time.perf_counter()
+    decoded = decoded_images(monkeypatch)
     again = load(tmp_path)
-    assert time.perf_counter() - began < 2
+    assert len(decoded) == image_cache.NUM_CHECKED
     assert torch.equal(images.train.pixels, again.train.pixels)
-    grey = (images.train.pixels[:, 0] == images.train.pixels[:, 1]).flatten(1).all(1)
-    assert 0 < grey.sum() < 200, "the subset has grey-scale images"
+    gray = (images.train.pixels[:, 0] == images.train.pixels[:, 1]).flatten(1).all(1)
+    assert 0 < gray.sum() < 200, "the subset has gray-scale images"

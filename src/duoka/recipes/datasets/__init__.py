@@ -1,1 +1,1 @@
-"""Image sets that the recipes train on: each module reads one kind of source into an ``ImageSet``."""
+"""Data sets of the recipes, each module with one source: images, tables and time series, and MovieLens ratings."""

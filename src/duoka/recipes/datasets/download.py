@@ -1,121 +1,168 @@
-"""One file from the network to its place: with progress, checked, and never half a file under its final name."""
+"""Download, checksum and extraction of data set files, each done by one process at a time and never left half done."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 from urllib.request import urlopen
 
 from duoka.errors import DataError, StorageError
 from duoka.log import logger
+from duoka.utils.files import atomic_write, file_lock
 
-__all__ = ["check", "fetch", "one_at_a_time", "refuse_file"]
+__all__ = ["RemoteFile", "locked_folder", "reject_archive", "verify_md5"]
 
-CHUNK = 1 << 20
-"""Bytes read at once."""
+CHUNK_BYTES = 1 << 20
+TIMEOUT_S = 30.0
 
 
-def fetch(url: str, target: Path, *, size: int | None, md5: str, timeout_s: float = 30) -> None:
-    """Download ``url`` to ``target`` unless it is there; of several processes that ask, one downloads, all wait.
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file to download, with its checksum."""
 
-    Raises:
-        DataError: the network fails, or what came has not ``size`` bytes (``None``: any) and the checksum ``md5``.
-        StorageError: ``target`` cannot be written.
+    url: str
+    size: int | None
+    """Bytes; ``None`` is not checked."""
+    md5: str
 
-    """
-    part = target.with_name(target.name + ".part")
-    with one_at_a_time(target.parent):
-        if target.exists():
-            return
+    @property
+    def file_name(self) -> str:
+        """The last part of the address."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def refetch(self) -> str:
+        """The remedy for a damaged file."""
+        return f"delete it and start again to download it anew, or fetch {self.url}"
+
+    def download(self, folder: Path) -> Path:
+        """Download the file into ``folder`` unless it is there; other processes wait for the one that downloads.
+
+        Raises:
+            DataError: the network fails, or size or checksum of the download are wrong.
+            StorageError: ``folder`` cannot be written.
+
+        """
+        target = folder / self.file_name
+        with locked_folder(folder):
+            if not target.exists():
+                logger.info("downloading %s to %s", self.url, folder)
+                with atomic_write(target, needed_bytes=self.size) as file:
+                    for chunk in self._chunks(target):
+                        file.write(chunk)
+                    remedy = f"the download of {self.url} was cut short or changed: start again"
+                    verify_md5(file, target, self.md5, size=self.size, remedy=remedy)
+        return target
+
+    def unpack(self, root: Path, *, skip: str | None = None) -> Path:
+        """Verify and unpack the zip file in ``root`` into the folder of its name, unless that exists; return the folder.
+
+        Args:
+            root: the folder of the zip file.
+            skip: a folder of the archive that is left out.
+
+        Raises:
+            DataError: the archive is damaged.
+            StorageError: ``root`` cannot be written.
+
+        """
+        archive = root / self.file_name
+        folder = root / archive.stem
+        with locked_folder(root):
+            if not folder.exists():
+                with archive.open("rb") as file:
+                    verify_md5(file, archive, self.md5, size=self.size, remedy=self.refetch)
+                logger.info("unpacking %s", archive)
+                self._extract(archive, folder, skip)
+        return folder
+
+    def _chunks(self, target: Path) -> Iterator[bytes]:
+        """Yield the file's bytes with a progress bar."""
+        from rich.console import Console
+        from rich.progress import wrap_file
+
+        console = Console(stderr=True, force_jupyter=False)
         try:
-            how_much = "" if size is None else f" ({size / 1e6:.0f} MB)"
-            logger.info("downloading %s%s to %s", url, how_much, target.parent)
-            _receive(_chunks(url, target, timeout_s), part, size)
-            check(part, size=size, md5=md5, remedy=f"the download of {url} was cut short or changed: start again")
-            part.replace(target)
+            with urlopen(self.url, timeout=TIMEOUT_S) as response:
+                total = self.size or int(response.headers.get("Content-Length", 0))
+                with wrap_file(response, total, description=self.file_name, console=console) as stream:
+                    while chunk := stream.read(CHUNK_BYTES):
+                        yield chunk
+        except (OSError, HTTPException) as error:
+            remedy = f"check the connection, or fetch it with a browser and put it at {target}"
+            raise DataError(f"cannot download {self.url}: {error}: {remedy}") from error
+
+    def _extract(self, archive: Path, folder: Path, skip: str | None) -> None:
+        """Extract into a temporary folder, then rename it."""
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                names = [name for name in opened.namelist() if name.startswith(f"{folder.name}/")]
+                skipped = f"{folder.name}/{skip}/"
+                opened.extractall(part, [name for name in names if not name.startswith(skipped)])
+            (part / folder.name).rename(folder)
+        except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
+            raise DataError(f"{archive} cannot be unpacked: {error}: {self.refetch}") from error
+        except OSError as error:
+            raise StorageError(f"cannot write {part}: {error}: free some space, or choose another --root") from error
         finally:
-            part.unlink(missing_ok=True)
+            shutil.rmtree(part, ignore_errors=True)
 
 
-def check(path: Path, *, size: int | None, md5: str, remedy: str) -> None:
-    """Compare the file with what it should be.
+def verify_md5(file: IO[bytes], path: Path, md5: str, *, size: int | None = None, remedy: str) -> None:
+    """Compare an open file, named ``path`` in messages, with the checksum that it must have.
 
     Raises:
         DataError: size or checksum differ; the message names the file, both values, and ``remedy``.
 
     """
-    found = path.stat().st_size
+    found = file.seek(0, 2)
     if size is not None and found != size:
         raise DataError(f"{path} has {found:,} bytes, not {size:,}: {remedy}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if digest != md5:
-        raise DataError(f"{path} ({found:,} bytes) has the MD5 checksum {digest}, not {md5}: {remedy}")
+    file.seek(0)
+    digest = hashlib.md5(usedforsecurity=False)
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+    if digest.hexdigest() != md5:
+        raise DataError(f"{path} ({found:,} bytes) has the MD5 checksum {digest.hexdigest()}, not {md5}: {remedy}")
 
 
-def refuse_file(root: Path) -> None:
-    """Say what to do with a file, most likely an archive, that was given in place of the data's folder.
+def reject_archive(root: Path) -> None:
+    """Raise if ``root`` is a file, most likely an archive, instead of the data's folder.
 
     Raises:
         DataError: ``root`` is a file.
 
     """
     if root.is_file():
-        is_archive = root.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2")
-        how = "unzip" if root.suffix == ".zip" else "tar -xf"
-        remedy = f"unpack it with `{how} {root}`, and give the folder with --root"
-        raise DataError(
-            f"{root} is a file, not a folder: {remedy if is_archive else f'give the folder of the data: --root {root.parent}'}"
-        )
-
-
-def _receive(chunks: Iterator[bytes], part: Path, size: int | None) -> None:
-    """Write ``chunks`` to ``part``, showing progress."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    try:
-        with (
-            part.open("wb") as file,
-            Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True, force_jupyter=False)) as bar,
-        ):
-            task = bar.add_task(part.stem, total=size)
-            for chunk in chunks:
-                file.write(chunk)
-                bar.advance(task, len(chunk))
-    except OSError as error:
-        raise StorageError(f"cannot write {part}: {error}: free some space, or choose another --root") from error
-
-
-def _chunks(url: str, by_hand: Path, timeout_s: float) -> Iterator[bytes]:
-    """Yield what ``url`` sends, piece by piece."""
-    try:
-        with urlopen(url, timeout=timeout_s) as response:
-            while chunk := response.read(CHUNK):
-                yield chunk
-    except (OSError, HTTPException) as error:  # refused, not found, timed out
-        remedy = f"check the connection, or fetch it with a browser and put it at {by_hand}"
-        raise DataError(f"cannot download {url}: {error}: {remedy}") from error
+        remedy = f"give the folder of the data: --root {root.parent}"
+        if root.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2"):
+            command = "unzip" if root.suffix == ".zip" else "tar -xf"
+            remedy = f"unpack it with `{command} {root}`, and give the folder with --root"
+        raise DataError(f"{root} is a file, not a folder: {remedy}")
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` against other processes that ask the same, where the system can lock; make it if needed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise StorageError(f"cannot use the folder {folder}: {error}: choose another --root") from error
-    try:
-        with contextlib.suppress(ImportError, OSError):  # Windows; network file systems without locks
-            import fcntl
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create ``folder`` if it is missing, and lock it between processes.
 
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    Raises:
+        StorageError: ``folder`` cannot be created or read.
+
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(folder))
+        except (OSError, StorageError) as error:
+            raise StorageError(f"cannot use the folder {folder}: {error}: choose another --root") from error
         yield
-    finally:
-        os.close(handle)

@@ -1,13 +1,13 @@
-"""The Electricity Transformer Temperature set: four files of two years, hourly or every 15 minutes, and the paper's split."""
+"""Electricity Transformer Temperature data: four files of two years, hourly or every 15 minutes, and the paper's split."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from duoka.errors import DataError
-from duoka.recipes.datasets.download import check, fetch
+from duoka.recipes.datasets.download import RemoteFile, verify_md5
 
-__all__ = ["FILES", "borders", "locate"]
+__all__ = ["FILES", "locate", "part_ends"]
 
 URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/"
 FILES = {
@@ -16,35 +16,36 @@ FILES = {
     "ETTm1": (10_360_719, "82d6bd89109c63d075d99c1077b33f38"),
     "ETTm2": (9_677_236, "7687e47825335860bf58bccb31be0c56"),
 }
-"""Each file's bytes and MD5 checksum. Source: https://github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0)."""
+"""Bytes and MD5 checksum of each file. Source: https://github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0)."""
 MONTH_HOURS = 30 * 24
 
 
 def locate(name: str, root: str | Path, *, download: bool = True) -> Path:
-    """Return the file of ``name``, one of ``FILES``, below ``root``; downloaded and checked where it is not there.
+    """Return the file of the set ``name`` in ``root``, downloaded if it is missing.
 
     Raises:
-        DataError: it is not there and ``download`` is off, or what is there or came has another checksum.
+        DataError: the file is missing and ``download`` is off, or its checksum is wrong.
 
     """
-    path = Path(root) / f"{name}.csv"
-    size, md5 = FILES[name]
+    remote = RemoteFile(f"{URL}{name}.csv", *FILES[name])
+    path = Path(root) / remote.file_name
     if path.exists():
-        check(path, size=size, md5=md5, remedy="delete it to download it anew, or give your own file with --csv")
-    elif download:
-        fetch(f"{URL}{name}.csv", path, size=size, md5=md5)
-    else:
-        remedy = f"allow it with --download true, or fetch {URL}{name}.csv"
+        remedy = "delete it to download it anew, or give your own file with --csv"
+        with path.open("rb") as file:
+            verify_md5(file, path, remote.md5, size=remote.size, remedy=remedy)
+        return path
+    if not download:
+        remedy = f"allow it with --download true, or fetch {remote.url}"
         raise DataError(f"{path} is not there, and download is off: {remedy}")
-    return path
+    return remote.download(path.parent)
 
 
-def borders(rows: int, steps_per_hour: int) -> tuple[int, int, int] | None:
-    """Return where training, validation and test end in the paper: after 12, 16 and 20 months of 30 days.
+def part_ends(rows: int, steps_per_hour: int) -> tuple[int, int, int] | None:
+    """Return the ends of training, validation and test in the paper: after 12, 16 and 20 months of 30 days.
 
-    ``None`` where there are not as many rows.
+    ``None`` if there are not enough rows.
 
-    >>> borders(17_420, 1)
+    >>> part_ends(17_420, 1)
     (8640, 11520, 14400)
     """
     month = MONTH_HOURS * steps_per_hour

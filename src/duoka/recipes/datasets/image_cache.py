@@ -1,9 +1,7 @@
-"""Image files packed once into one file of bytes, which later starts map into memory instead of decoding anything.
+"""Cache of decoded images: a ``.npy`` file that later runs map into memory, and a JSON header with its fingerprint.
 
-The pack lies beside the files, and is made anew when they are others than those it was made of: their names, sizes and
-times are compared at every start, and a few images are decoded again and compared with it. Its layout: eight bytes of
-name, the length of the header (8 bytes, little-endian), the header in JSON, zeros up to a whole page, then the pixels of
-the training and of the test part, uint8 ``(images, 3, height, width)``.
+The cache lies beside the image files. The fingerprint covers their names, labels, sizes and modification times. Each
+run compares it, decodes a few images again and compares them with the cache; on any difference it rebuilds the cache.
 """
 
 from __future__ import annotations
@@ -11,173 +9,130 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from duoka.errors import DataError
 from duoka.log import logger
-from duoka.recipes.datasets.download import one_at_a_time
-from duoka.recipes.datasets.images import Images, ImageSet, Statistics, read_image, statistics_of
+from duoka.recipes.datasets.download import locked_folder
+from duoka.recipes.datasets.images import Images, ImageSet, Statistics, channel_statistics, read_images
+from duoka.utils.files import atomic_write
 
-__all__ = ["CachedFiles", "load"]
+__all__ = ["ImageFile", "load"]
 
-MAGIC = b"duokapk1"
-PAGE = 4096
-PROBES = 16
-"""How many images are decoded again at each start."""
-CHUNK = 512
-"""How many images are decoded from one step of the progress bar to the next."""
+NUM_CHECKED = 16
+"""Images that each run decodes again."""
 
 
-@dataclass(frozen=True)
-class CachedFiles:
-    """The image files of one part."""
+class ImageFile(NamedTuple):
+    """A labeled image file."""
 
-    names: tuple[str, ...]
-    """Paths below the folder."""
-    labels: tuple[int, ...]
-    stats: tuple[tuple[int, int], ...]
-    """Size in bytes and time of the last change in ns, of each."""
-
-
-@dataclass(frozen=True)
-class _CacheKey:
-    """What a pack is to hold."""
-
-    folder: Path
-    names: tuple[str, ...]
+    name: str
+    """Path below the folder of the set."""
+    label: int
     size: int
-    """Pixels a side."""
-    train: int
-    """How many of the images are for training; they come first."""
-    fingerprint: str
-    """Changes when any of the files does."""
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return len(self.names), 3, self.size, self.size
-
-    def image(self, place: int) -> Tensor:
-        return read_image(self.folder / self.names[place], self.shape[1:])
+    """Bytes."""
+    modified_ns: int
 
 
-def load(folder: Path, classes: Sequence[str], train: CachedFiles, test: CachedFiles, *, size: int) -> ImageSet:
-    """Return the images at ``size`` x ``size`` pixels, from the pack in ``folder``, which is made if it has to be.
+def load(
+    folder: Path, classes: Sequence[str], train: Sequence[ImageFile], test: Sequence[ImageFile], *, size: int
+) -> ImageSet:
+    """Return images at ``size`` x ``size`` pixels from the cache in ``folder``, which is built if necessary.
 
-    Where it cannot be written the images are kept in memory, and the log says so.
+    If the cache cannot be written, the images stay in memory, with a warning.
 
     Raises:
-        DataError: an image that cannot be read.
+        DataError: an image cannot be read.
 
     """
-    names = (*train.names, *test.names)
-    wanted = _CacheKey(folder, names, size, len(train.names), _fingerprint(classes, (train, test), size))
-    pack = folder / f".duoka-{size}px.pack"
-    with one_at_a_time(folder):
-        pixels, statistics = _opened(pack, wanted) or _made(pack, wanted)
-    first, second = pixels[: wanted.train], pixels[wanted.train :]
-    parts = Images(first, torch.tensor(train.labels)), Images(second, torch.tensor(test.labels))
+    digest = hashlib.blake2b(json.dumps([size, classes, train, test]).encode(), digest_size=16)
+    paths = [folder / file.name for file in (*train, *test)]
+    cache = _ImageCache(folder / f".duoka-{size}px.npy", paths, size, len(train), digest.hexdigest())
+    with locked_folder(folder):
+        pixels, statistics = cache.open() or cache.build()
+    first, second = (torch.tensor([file.label for file in part]) for part in (train, test))
+    parts = Images(pixels[: len(train)], first), Images(pixels[len(train) :], second)
     return ImageSet(folder.resolve().name, tuple(classes), *parts, statistics=statistics)
 
 
-def _fingerprint(classes: Sequence[str], parts: Sequence[CachedFiles], size: int) -> str:
-    digest = hashlib.blake2b(repr((size, tuple(classes))).encode(), digest_size=16)
-    for part in parts:
-        digest.update(repr((part.names, part.labels, part.stats)).encode())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _ImageCache:
+    """The two files of a cache, and the images that they must hold."""
 
+    path: Path
+    """The ``.npy`` file; the header has the same name with ``.json``."""
+    images: Sequence[Path]
+    size: int
+    num_train: int
+    fingerprint: str
 
-def _opened(pack: Path, wanted: _CacheKey) -> tuple[Tensor, Statistics] | None:
-    """Return what the pack holds, mapped; ``None`` where there is none or it is not of these files."""
-    if not pack.is_file():
-        return None
-    try:
-        header, offset = _header(pack)
-        statistics = Statistics(tuple(header["mean"]), tuple(header["std"]))
-        if header["fingerprint"] != wanted.fingerprint:
-            logger.info("the images in %s have changed since they were packed: they are packed anew", wanted.folder)
+    @property
+    def header(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self.images), 3, self.size, self.size
+
+    def open(self) -> tuple[Tensor, Statistics] | None:
+        """Return the mapped pixels, private to this process; ``None`` if there is no valid cache."""
+        if not self.header.is_file():
             return None
-        pixels = torch.from_numpy(np.memmap(pack, np.uint8, "c", offset, wanted.shape))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s): it is made anew", pack, error)
-        return None
-    for place in torch.linspace(0, len(pixels) - 1, min(PROBES, len(pixels))).long().tolist():
-        if not torch.equal(pixels[place], wanted.image(place)):
-            logger.warning("%s does not hold the image %s: it is made anew", pack, wanted.names[place])
-            return None
-    return pixels, statistics
-
-
-def _header(pack: Path) -> tuple[dict[str, Any], int]:
-    """Return a pack's header and where its pixels begin."""
-    with pack.open("rb") as file:
-        if file.read(8) != MAGIC:
-            raise ValueError("its first bytes are not those of a pack")
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(min(length, PAGE))), PAGE
-
-
-def _made(pack: Path, wanted: _CacheKey) -> tuple[Tensor, Statistics]:
-    """Decode all images into a new pack; of one that is cut short nothing stays."""
-    part = pack.with_name(f"{pack.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.truncate(PAGE + int(np.prod(wanted.shape)))
-        array = np.memmap(part, np.uint8, "r+", PAGE, wanted.shape)
-    except OSError as error:
-        logger.warning("cannot write %s (%s): the images are decoded at every start, and kept in memory", pack, error)
-        pixels = torch.empty(wanted.shape, dtype=torch.uint8)
-        _decode(wanted, lambda place: pixels[place].copy_(wanted.image(place)))
-        return pixels, _statistics(pixels, wanted)
-    try:
-        _decode(wanted, lambda place: array.__setitem__(place, wanted.image(place).numpy()))
-        statistics = _statistics(torch.from_numpy(array), wanted)
-        array.flush()
-        _write_header(part, {"fingerprint": wanted.fingerprint, "mean": statistics.mean, "std": statistics.std})
-        part.replace(pack)
-    finally:
-        part.unlink(missing_ok=True)
-    return torch.from_numpy(np.memmap(pack, np.uint8, "c", PAGE, wanted.shape)), statistics
-
-
-def _write_header(part: Path, header: dict[str, Any]) -> None:
-    text = json.dumps(header).encode()
-    with part.open("r+b") as file:
-        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _statistics(pixels: Tensor, wanted: _CacheKey) -> Statistics:
-    return statistics_of(Images(pixels[: wanted.train], torch.zeros(wanted.train)))
-
-
-def _decode(wanted: _CacheKey, place: Callable[[int], object]) -> None:
-    """Call ``place`` for every image in threads, as Pillow decodes outside the interpreter's lock; shows progress."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    total = len(wanted.names)
-    logger.info("packing %d images of %s, once", total, wanted.folder)
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as bar,
-    ):
-        task = bar.add_task("packing images", total=total)
         try:
-            for start in range(0, total, CHUNK):
-                places = range(start, min(start + CHUNK, total))
-                for _ in pool.map(place, places):
-                    pass
-                bar.advance(task, len(places))
-        except DataError:
-            pool.shutdown(cancel_futures=True)
-            raise
+            header = json.loads(self.header.read_text())
+            statistics = Statistics(tuple(header["mean"]), tuple(header["std"]))
+            if header["fingerprint"] != self.fingerprint:
+                logger.info("%s: the images have changed since they were decoded: rebuilding", self.path)
+                return None
+            pixels = self._map()
+        except Exception as error:  # numpy and json raise errors of many types for damaged headers
+            logger.warning("%s is damaged (%s): rebuilding it", self.path, error)
+            return None
+        checked = torch.linspace(0, len(pixels) - 1, min(NUM_CHECKED, len(pixels))).long()
+        decoded = torch.empty((len(checked), *self.shape[1:]), dtype=torch.uint8)
+        read_images([self.images[index] for index in checked.tolist()], decoded)
+        different = (pixels[checked] != decoded).flatten(1).any(1).nonzero().flatten()
+        if len(different):
+            image = self.images[int(checked[different[0]])]
+            logger.warning("%s does not hold the image %s: rebuilding it", self.path, image)
+            return None
+        return pixels, statistics
+
+    def build(self) -> tuple[Tensor, Statistics]:
+        """Decode all images into a new cache; a build that fails leaves no file."""
+        part = self.path.with_name(f"{self.path.name}.part")
+        try:
+            array = np.lib.format.open_memmap(part, "w+", np.uint8, self.shape)
+        except OSError as error:
+            logger.warning("cannot write %s (%s): the images stay in memory, decoded in every run", self.path, error)
+            return self._decode(torch.empty(self.shape, dtype=torch.uint8))
+        try:
+            _, statistics = self._decode(torch.from_numpy(array))
+            array.flush()
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            self.header.unlink(missing_ok=True)  # at no time does a header describe other pixels
+            part.replace(self.path)
+        finally:
+            part.unlink(missing_ok=True)
+        with atomic_write(self.header) as file:
+            header = {"fingerprint": self.fingerprint, "mean": statistics.mean, "std": statistics.std}
+            file.write(json.dumps(header).encode())
+        return self._map(), statistics
+
+    def _decode(self, pixels: Tensor) -> tuple[Tensor, Statistics]:
+        logger.info("decoding %d images of %s, once", len(self.images), self.path.parent)
+        read_images(self.images, pixels, description="decoding images")
+        return pixels, channel_statistics(pixels[: self.num_train])
+
+    def _map(self) -> Tensor:
+        array = np.load(self.path, mmap_mode="c")
+        if (array.shape, array.dtype) != (self.shape, np.uint8):
+            raise ValueError(f"it has the shape {array.shape}, not {self.shape}")
+        return torch.from_numpy(array)

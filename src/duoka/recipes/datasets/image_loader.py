@@ -1,4 +1,4 @@
-"""From an image set to batches for a model: random crop and flip a sample, normalisation a batch."""
+"""DataLoader of an image set: random crop and flip of each sample, normalization of each batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from duoka.recipes.datasets.images import Images, ImageSet, Statistics
 from duoka.utils.imports import import_optional
 
 if TYPE_CHECKING:
-    Samples = Dataset[tuple[Tensor, int]]
+    LabeledImages = Dataset[tuple[Tensor, int]]
 else:
-    Samples = Dataset
+    LabeledImages = Dataset
 
 __all__ = ["Collate", "ImageDataset", "augmentation", "loader"]
 
 
-class ImageDataset(Samples):
+class ImageDataset(LabeledImages):
     """``Images`` as a map-style data set: sample ``i`` is ``(uint8 (channels, height, width), label)``."""
 
     def __init__(self, images: Images, transform: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -37,7 +37,7 @@ class ImageDataset(Samples):
 
 
 class Collate:
-    """Joins samples into ``(float32 (batch, channels, height, width), int64 (batch,))``, normalised, and mixed by ``mix``."""
+    """Joins samples into ``(float32 (batch, channels, height, width), int64 (batch,))``, normalized, then mixed."""
 
     def __init__(
         self, statistics: Statistics, mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -49,30 +49,26 @@ class Collate:
     def __call__(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         """Return the batch of these ``(image, label)`` samples."""
         images, labels = zip(*samples, strict=True)
-        batch = self.normalise(torch.stack(images)), torch.tensor(labels)
+        batch = torch.stack(images).float().sub_(self.mean).div_(self.std), torch.tensor(labels)
         return batch if self.mix is None else self.mix(*batch)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Return uint8 images ``(batch, channels, height, width)`` as floats of mean 0 and deviation 1."""
-        return pixels.float().sub_(self.mean).div_(self.std)
 
 
 def augmentation(images: ImageSet) -> Callable[[Tensor], Tensor]:
-    """Return what changes a training image at random: a shift within a border, and a flip where that is the same thing.
+    """Return a random shift within a border, with a random flip if that keeps the label.
 
-    The border is 4 pixels for 32 (He et al., 2015), and as much of other sizes.
+    The border is 4 pixels for images of 32 (He et al., 2015), and an eighth of other sizes.
     """
     v2: Any = import_optional("torchvision.transforms.v2", extra="vision")
     _, height, width = images.shape
     steps = [v2.RandomCrop((height, width), padding=max(1, min(height, width) // 8))]
-    if images.mirrored_alike:
+    if images.flip_keeps_label:
         steps.append(v2.RandomHorizontalFlip())
-    changed: Callable[[Tensor], Tensor] = v2.Compose(steps)
-    return changed
+    transform: Callable[[Tensor], Tensor] = v2.Compose(steps)
+    return transform
 
 
 def loader(images: Images, collate: Collate, batch_size: int, workers: int, transform: Any = None) -> DataLoader[Any]:
-    """Return a loader of ``images``; shuffled and changed by ``transform`` where there is one."""
+    """Return a loader of ``images``, shuffled and transformed if there is a ``transform``."""
     return DataLoader(
         ImageDataset(images, transform),
         batch_size=batch_size,

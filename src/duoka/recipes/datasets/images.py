@@ -1,8 +1,10 @@
-"""What every source of images is read into: uint8 tensors, labels, and the facts that a model must be told."""
+"""Labeled images of one size as uint8 tensors, their statistics and splits, and image files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,28 +15,42 @@ from torch import Tensor
 from duoka.errors import DataError, StorageError
 from duoka.utils.imports import import_optional
 
-__all__ = ["ImageSet", "Images", "Statistics", "read_image", "statistics_of", "stratified_split", "write_image"]
+__all__ = [
+    "ImageSet",
+    "Images",
+    "Statistics",
+    "channel_statistics",
+    "read_image",
+    "read_images",
+    "stratified_split",
+    "write_image",
+]
+
+DECODED_AT_ONCE = 512
+"""Images between two steps of the progress bar."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images, kept as bytes: four times smaller than floats, and quick to hand to other processes."""
+    """Labeled images as bytes, which take a quarter of the memory of floats."""
 
     pixels: Tensor
     """uint8 ``(images, channels, height, width)``"""
     labels: Tensor
-    """int64 ``(images,)``, places in ``ImageSet.classes``"""
+    """int64 ``(images,)``, indices into ``ImageSet.classes``"""
 
     def __post_init__(self) -> None:
         if len(self.pixels) != len(self.labels):
-            raise DataError(f"there are {len(self.pixels)} images and {len(self.labels)} labels: one label an image")
+            raise DataError(
+                f"there are {len(self.pixels)} images and {len(self.labels)} labels: give one label an image"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, places: Tensor) -> Images:
-        """Return the images at ``places``, in that order."""
-        return Images(self.pixels[places], self.labels[places])
+    def select(self, indices: Tensor) -> Images:
+        """Return the images at ``indices``, in that order."""
+        return Images(self.pixels[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -47,16 +63,16 @@ class Statistics:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of labelled images in two parts, of one size."""
+    """Labeled images of one size for training and for the test."""
 
     name: str
     classes: tuple[str, ...]
     train: Images
     test: Images
-    mirrored_alike: bool = True
-    """Whether an image's mirror image has the same label: not so for digits."""
+    flip_keeps_label: bool = True
+    """Whether the mirror image has the same label, which is false for digits."""
     statistics: Statistics | None = None
-    """Those of the training images, where they are known already; ``statistics_of`` counts them else."""
+    """Statistics of the training images if they are known; otherwise ``channel_statistics`` computes them."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,42 +81,71 @@ class ImageSet:
         return channels, height, width
 
 
-def statistics_of(images: Images) -> Statistics:
-    """Return the exact statistics of ``images``, counted from a histogram of each channel's 256 values."""
-    counts = torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in images.pixels.unbind(1)])
+def channel_statistics(pixels: Tensor) -> Statistics:
+    """Return exact statistics of ``pixels (images, channels, height, width)`` from a histogram of each channel."""
+    counts = torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in pixels.unbind(1)])
     share = counts.double() / counts.sum(dim=1, keepdim=True)
     value = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ value
     std = (share @ value.square() - mean.square()).clamp_min(0).sqrt()
-    std[std == 0] = 1  # a channel that is the same everywhere says nothing, and must not divide by zero
+    std[std == 0] = 1  # a constant channel must not divide by zero
     return Statistics(tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split places ``0 .. len(labels) - 1`` into ``(train, test)`` with ``share`` of each class in ``test``.
+def stratified_split(labels: Tensor, test_share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return indices ``(train, test)`` with ``test_share`` of each class in ``test``.
 
-    A class of two images or more has at least one in either part; a class of one is for training. The split is a
-    function of ``labels``, ``share`` and ``seed`` alone.
+    A class of two or more images has at least one in each part; the image of a class of one is for training.
     """
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
     for label in torch.unique(labels):
-        places = (labels == label).nonzero().flatten()
-        places = places[torch.randperm(len(places), generator=generator)]
-        count = min(max(1, round(share * len(places))), len(places) - 1)
-        test.append(places[:count])
-        train.append(places[count:])
+        indices = (labels == label).nonzero().flatten()
+        indices = indices[torch.randperm(len(indices), generator=generator)]
+        count = min(max(1, round(test_share * len(indices))), len(indices) - 1)
+        test.append(indices[:count])
+        train.append(indices[count:])
     return torch.cat(train).sort().values, torch.cat(test).sort().values
 
 
-def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) -> Tensor:
-    """Read an image file of any size, grey or colour, into uint8 ``shape = (channels, height, width)``.
+def read_images(paths: Sequence[Path], out: Tensor, *, description: str | None = None) -> None:
+    """Read image files into uint8 ``out (images, channels, height, width)``, with a progress bar if it has a description.
 
-    It is turned upright as its camera noted, transparent parts become white, and it is scaled and cropped around its
-    centre to the height and width.
+    Threads decode in parallel, because Pillow releases the interpreter's lock.
 
     Raises:
-        DataError: the file is missing or is no image that can be read; the message names it.
+        DataError: a file is missing or not a readable image.
+
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    def read_one(index: int) -> None:
+        out[index] = read_image(paths[index], out.shape[1:])
+
+    starts = track(
+        range(0, len(paths), DECODED_AT_ONCE),
+        description or "",
+        disable=description is None,
+        console=Console(stderr=True, force_jupyter=False),
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for start in starts:
+                list(pool.map(read_one, range(start, min(start + DECODED_AT_ONCE, len(paths)))))
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) -> Tensor:
+    """Read an image file of any size, gray or color, into uint8 ``shape = (channels, height, width)``.
+
+    The image is turned upright by its EXIF orientation, transparent pixels become white, and it is scaled and cropped
+    around its center.
+
+    Raises:
+        DataError: the file is missing or not a readable image; the message names it.
 
     """
     image_module, image_ops = (
@@ -110,7 +155,7 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
     channels, height, width = shape
     try:
         with image_module.open(path) as file:
-            image = _flattened(image_ops.exif_transpose(file), image_module)
+            image = _to_opaque_8_bit(image_ops.exif_transpose(file), image_module)
     except FileNotFoundError as error:
         raise DataError(f"there is no image {path}") from error
     except IsADirectoryError as error:
@@ -124,7 +169,7 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
 
 
 def write_image(path: Path, pixels: Tensor) -> None:
-    """Write uint8 ``pixels (channels, height, width)`` to a file of the kind that its name ends in."""
+    """Write uint8 ``pixels (channels, height, width)`` in the format of the file's suffix."""
     array = pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,9 +178,9 @@ def write_image(path: Path, pixels: Tensor) -> None:
         raise StorageError(f"cannot write the image {path}: {error}") from error
 
 
-def _flattened(image: Any, image_module: Any) -> Any:
+def _to_opaque_8_bit(image: Any, image_module: Any) -> Any:
     """Return ``image`` with 8 bits a channel and no transparency."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         return image.point(lambda value: value / 257).convert("L")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -18,7 +18,7 @@ from duoka.data import transforms as augment
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
-from duoka.recipes.datasets.images import Images, ImageSet, Statistics, read_image, statistics_of, write_image
+from duoka.recipes.datasets.images import Images, ImageSet, Statistics, channel_statistics, read_image, write_image
 from duoka.recipes.image_classification import plots
 from duoka.trainer import Trainer
 from duoka.world import current_world
@@ -52,7 +52,7 @@ class DatasetMetadata:
 
 def facts_of(images: ImageSet) -> DatasetMetadata:
     """Return what a model of ``images`` must be told."""
-    return DatasetMetadata(images.classes, images.shape, images.statistics or statistics_of(images.train))
+    return DatasetMetadata(images.classes, images.shape, images.statistics or channel_statistics(images.train.pixels))
 
 
 def read_facts(run: RecipeRun) -> DatasetMetadata:
@@ -92,7 +92,7 @@ def shifts(images: ImageSet) -> list[Any]:
     The border is 4 pixels for 32 (He et al., 2015), and as much of other sizes.
     """
     side = min(images.shape[1:])
-    flip = [augment.RandomHorizontalFlip()] if images.mirrored_alike else []
+    flip = [augment.RandomHorizontalFlip()] if images.flip_keeps_label else []
     return [augment.RandomCrop(side, padding=max(1, side // 8)), *flip]
 
 

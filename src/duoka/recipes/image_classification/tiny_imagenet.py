@@ -89,7 +89,7 @@ def load(config: TinyImageNetConfig) -> ImageSet:
         images = cifar.load(cifar.official(config.dataset), config.root, download=config.download)
     if config.limit is None:
         return images
-    train, test = (part.take(_first_of_each(part.labels, config.limit)) for part in (images.train, images.test))
+    train, test = (part.select(_first_of_each(part.labels, config.limit)) for part in (images.train, images.test))
     return dataclasses.replace(images, train=train, test=test)
 
 
