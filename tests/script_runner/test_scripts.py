@@ -14,98 +14,110 @@ import pytest
 
 SCRIPTS = Path(__file__).parent / "scripts"
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:[eE][-+]?\d+)?|\bnan\b|\binf\b")
-OF_DEVICES = re.compile(r"gpu|cuda|device|cpu|设备", re.IGNORECASE)
-SELDOM = {  # like others in the list: run by `make test-all`, which takes ten minutes longer
-    "exit_status",
-    "finetune_freeze",
-    "jit_trace_export",
-    "keyword_inputs",
-    "manual_sgd",
-    "module_guard",
-    "strip_prefix_slice",
-    "swa_averaged_model",
-    "inference_only",
-    "hf_gpt2",
-    "save_whole_model",
-    "functional_per_sample",
-    "parallel_by_hand",
-    "weight_tying",
-    "agent_class",
-    "always_data_parallel",
-    "amp_new_api",
-    "autoencoder",
-    "best_weights_deepcopy",
-    "char_rnn",
-    "compile_always",
-    "contrastive",
-    "cosine_warmup",
-    "dict_output",
-    "distillation",
-    "edge_index",
-    "ensemble_list",
-    "graph_network",
-    "list_of_tensors",
-    "loss_in_forward_mean",
-    "lr_finder",
-    "maml",
-    "manual_momentum",
-    "mnist_example",
-    "multitask",
-    "notebook_export",
-    "onecycle",
-    "pinn",
-    "plateau",
-    "raw_tensors",
-    "sam_two_passes",
-    "seed_everything",
-    "seq2seq",
-    "sequence_first_rnn_plain",
-    "siamese_triplet",
-    "strip_prefix_replace",
-    "two_models_alternate",
-    "unet",
-    "workers_guarded",
-    "batch_coupled_forward",
-    "batch_times_gpus",
-    "bf16_autocast",
-    "device_in_forward",
-    "own_methods",
-    "ema_by_hand",
-    "inline_sequential",
-    "attribute_set_in_forward",
-    "embedding_bag_offsets",
-    "aux_tuple",
-    "compile_guarded",
-    "loss_in_forward",
-    "sequence_first_lstm",
-    "workers_top_level",
-    "device_option",
-    "hf_padded_labels",
-    "kfold",
-    "dropout_batchnorm",
-}
-ON_ONE_DEVICE = {  # and the words that say why
-    "attribute_set_in_forward": "keeps tensors in",
-    "edge_index": "cannot compute a part",
-    "embedding_bag_offsets": "cannot compute a part",
-    "forward_hook": "hook of the script",
-    "functional_per_sample": "create_graph",
-    "gradient_penalty": "create_graph",
-    "graph_network": "cannot compute a part",
-    "maml": "create_graph",
-    "packed_sequence": "on one device, because",
-    "pinn": "create_graph",
-    "raw_tensors": "no model was found",
-    "seq2seq": "first dimension",
-    "sequence_first_lstm": "looks across samples",
-    "sequence_first_rnn_plain": "first dimension",
-    "compile_always": "torch.compile",
-    "batch_coupled_forward": "looks across samples",
-    "list_of_tensors": "",
-    "tiny_batches": "one sample cannot be shared",
-    "raises_in_forward": "",
-    "hf_padded_labels": "labels of which some do not count",
-}
+NAMES_DEVICE = re.compile(r"gpu|cuda|device|cpu|设备", re.IGNORECASE)
+EXTENDED = pytest.mark.extended
+
+
+def script(name: str, one_device: str | None = None, marks: tuple | pytest.MarkDecorator = ()):
+    """A script of the table; ``one_device`` is the report's reason for a model that must not be split."""
+    return pytest.param(SCRIPTS / f"{name}.py", one_device, id=name.rpartition("/")[2], marks=marks)
+
+
+SAME_LOSSES = [
+    script("agent_class", marks=EXTENDED),
+    script("always_data_parallel", marks=EXTENDED),
+    script("amp_gradscaler"),
+    script("amp_new_api", marks=EXTENDED),
+    script("autoencoder", marks=EXTENDED),
+    script("aux_tuple", marks=EXTENDED),
+    script("best_weights_deepcopy", marks=EXTENDED),
+    script("char_rnn", marks=EXTENDED),
+    script("compile_always", one_device="torch.compile", marks=EXTENDED),
+    script("compile_guarded", marks=EXTENDED),
+    script("contrastive", marks=EXTENDED),
+    script("cosine_warmup", marks=EXTENDED),
+    script("dataclass_output"),
+    script("device_in_forward", marks=EXTENDED),
+    script("device_option", marks=EXTENDED),
+    script("dict_output", marks=EXTENDED),
+    script("distillation", marks=EXTENDED),
+    script("early_stopping"),
+    script("ema_by_hand", marks=EXTENDED),
+    script("ensemble_list", marks=EXTENDED),
+    script("exit_status", marks=EXTENDED),
+    script("finetune_freeze", marks=EXTENDED),
+    script("five_steps"),
+    script("gan"),
+    script("gradient_accumulation"),
+    script("hf_bert_classifier"),
+    script("hf_gpt2", marks=EXTENDED),
+    script("inference_only", marks=EXTENDED),
+    script("inline_sequential", marks=EXTENDED),
+    script("jit_trace_export", marks=EXTENDED),
+    script("keyword_inputs", marks=EXTENDED),
+    script("kfold", marks=EXTENDED),
+    script("lbfgs"),
+    script("loss_in_forward", marks=EXTENDED),
+    script("loss_in_forward_mean", marks=EXTENDED),
+    script("lr_finder", marks=EXTENDED),
+    script("lstm_sine"),
+    script("manual_momentum", marks=EXTENDED),
+    script("manual_sgd", marks=EXTENDED),
+    script("mixup"),
+    script("mnist_example", marks=EXTENDED),
+    script("module_guard", marks=EXTENDED),
+    script("multitask", marks=EXTENDED),
+    script("notebook_export", marks=EXTENDED),
+    script("onecycle", marks=EXTENDED),
+    script("own_methods", marks=EXTENDED),
+    script("parallel_by_hand", marks=EXTENDED),
+    script("plateau", marks=EXTENDED),
+    script("plots"),
+    script("raises"),
+    script("raises_in_forward", one_device=""),
+    script("resume_checkpoint"),
+    script("sam_two_passes", marks=EXTENDED),
+    script("save_whole_model", marks=EXTENDED),
+    script("seed_everything", marks=EXTENDED),
+    script("siamese_triplet", marks=EXTENDED),
+    script("strip_prefix_replace", marks=EXTENDED),
+    script("strip_prefix_slice", marks=EXTENDED),
+    script("swa_averaged_model", marks=EXTENDED),
+    script("tiny_batches", one_device="one sample cannot be split"),
+    script("top_level"),
+    script("transformer_padding"),
+    script("two_losses"),
+    script("two_models_alternate", marks=EXTENDED),
+    script("unet", marks=EXTENDED),
+    script("weight_tying", marks=EXTENDED),
+    script("workers_guarded", marks=EXTENDED),
+    script("workers_top_level", marks=EXTENDED),
+    script("awkward/attribute_set_in_forward", one_device="keeps tensors in", marks=EXTENDED),
+    script("awkward/edge_index", one_device="cannot compute a part", marks=EXTENDED),
+    script("awkward/embedding_bag_offsets", one_device="cannot compute a part", marks=EXTENDED),
+    script("awkward/forward_hook", one_device="hook of the script"),
+    script("awkward/functional_per_sample", one_device="create_graph", marks=EXTENDED),
+    script("awkward/gradient_penalty", one_device="create_graph"),
+    script("awkward/graph_network", one_device="cannot compute a part", marks=EXTENDED),
+    script("awkward/hf_padded_labels", one_device="ignores negative labels", marks=EXTENDED),
+    script("awkward/list_of_tensors", one_device="", marks=EXTENDED),
+    script("awkward/maml", one_device="create_graph", marks=EXTENDED),
+    script("awkward/packed_sequence", one_device="ran on one device"),
+    script("awkward/pinn", one_device="create_graph", marks=EXTENDED),
+    script("awkward/raw_tensors", one_device="no model was found", marks=EXTENDED),
+    script("awkward/seq2seq", one_device="first dimension", marks=EXTENDED),
+    script("awkward/sequence_first_lstm", one_device="depends on other samples", marks=EXTENDED),
+    script("awkward/sequence_first_rnn_plain", one_device="first dimension", marks=EXTENDED),
+    script("sibling/imports_sibling"),
+    script("recommender/main"),
+]
+LEARNS = [
+    script("stochastic/batch_coupled_forward", one_device="depends on other samples", marks=EXTENDED),
+    script("stochastic/batch_times_gpus", marks=EXTENDED),
+    script("stochastic/bf16_autocast", marks=EXTENDED),
+    script("stochastic/dropout_batchnorm", marks=EXTENDED),
+    script("stochastic/vae"),
+]
 
 
 class Result(NamedTuple):
@@ -120,8 +132,8 @@ class Result(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """What is printed beside these numbers, whole numbers among it, but for lines that speak of devices."""
-        return [NUMBER.sub("#", line) for line in self.out.splitlines() if not OF_DEVICES.search(line)]
+        """The printed lines without these numbers, and without lines that name devices."""
+        return [NUMBER.sub("#", line) for line in self.out.splitlines() if not NAMES_DEVICE.search(line)]
 
 
 class Runner:
@@ -135,7 +147,7 @@ class Runner:
         )
 
     def run(self, *words: str) -> tuple[Result, Result]:
-        """Return what became of a script, plain and shared out; both run at once."""
+        """Run a script plain and under ``duoka run``, both at once."""
         jobs = [
             {"cwd": str(self._prepare(words, device)), "words": words, "device": device} for device in ("", "cpu:2")
         ]
@@ -171,47 +183,51 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     runner.close()
 
 
-def found(*folders: str) -> list:
-    paths = [path for folder in folders for path in sorted((SCRIPTS / folder).glob("*.py"))]
-    return [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.extended] if path.stem in SELDOM else [])
-        for path in paths
-        if path.stem not in ("my_nets", "__init__")
-    ]
+def test_the_tables_hold_every_script() -> None:
+    listed = {entry.values[0] for entry in (*SAME_LOSSES, *LEARNS)}
+    folders = [SCRIPTS / name for name in ("", "awkward", "sibling", "stochastic")]
+    files = {path for folder in folders for path in folder.glob("*.py") if path.stem != "my_nets"}
+    assert files <= listed
 
 
-@pytest.mark.leaks_allowed
-@pytest.mark.parametrize("path", [*found("", "awkward", "sibling"), SCRIPTS / "recommender" / "main.py"])
-def test_prints_the_same_losses(path: Path, runner: Runner) -> None:
-    plain, shared = runner.run(str(path))
-    assert shared.status == plain.status, shared.err
-    assert shared.numbers == pytest.approx(plain.numbers, rel=1e-4, abs=1e-7, nan_ok=True), shared.err
-    assert shared.words == plain.words
-    assert shared.files == plain.files
+@pytest.mark.leaks_allowed  # the module's runner lives on
+@pytest.mark.parametrize(("path", "one_device"), SAME_LOSSES)
+def test_prints_the_same_losses(path: Path, one_device: str | None, runner: Runner) -> None:
+    plain, parallel = runner.run(str(path))
+    assert parallel.status == plain.status, parallel.err
+    assert parallel.numbers == pytest.approx(plain.numbers, rel=1e-4, abs=1e-7, nan_ok=True), parallel.err
+    assert parallel.words == plain.words
+    assert parallel.files == plain.files
     if "SKIP" in plain.out:
         pytest.skip(plain.out.strip())
-    if path.stem in ON_ONE_DEVICE:
-        assert ON_ONE_DEVICE[path.stem] in " ".join(shared.err.split())
-    else:
-        assert calls_shared(shared.err) > 0, shared.err
+    check_devices(parallel, one_device)
 
 
-def calls_shared(report: str) -> int:
-    return sum(int(count) for count in re.findall(r"(\d+) / \d+\s*│", report))
-
-
-@pytest.mark.leaks_allowed
-@pytest.mark.parametrize("path", found("stochastic"))
-def test_runs_and_learns(path: Path, runner: Runner) -> None:
-    _, shared = runner.run(str(path))
-    assert shared.status == 0, shared.err
-    losses = [float(word) for word in re.findall(r"loss:? (\d+\.\d+)", shared.out)]
+@pytest.mark.leaks_allowed  # the module's runner lives on
+@pytest.mark.parametrize(("path", "one_device"), LEARNS)
+def test_runs_and_learns(path: Path, one_device: str | None, runner: Runner) -> None:
+    _, parallel = runner.run(str(path))
+    assert parallel.status == 0, parallel.err
+    losses = [float(word) for word in re.findall(r"loss:? (\d+\.\d+)", parallel.out)]
     assert losses[-1] < 0.9 * losses[0]
+    check_devices(parallel, one_device)
 
 
-@pytest.mark.leaks_allowed
+@pytest.mark.leaks_allowed  # the module's runner lives on
 def test_a_module_of_a_package_runs_with_its_relative_imports(runner: Runner) -> None:
-    plain, shared = runner.run("-m", "pkg.train")
-    assert shared.numbers == pytest.approx(plain.numbers, rel=1e-4)
-    assert len(shared.numbers) > 2
-    assert calls_shared(shared.err) > 0
+    plain, parallel = runner.run("-m", "pkg.train")
+    assert parallel.numbers == pytest.approx(plain.numbers, rel=1e-4)
+    assert len(parallel.numbers) > 2
+    assert split_calls(parallel.err) > 0
+
+
+def check_devices(result: Result, one_device: str | None) -> None:
+    """Check that models ran on all devices, or that the report gives the reason why not."""
+    if one_device is None:
+        assert split_calls(result.err) > 0, result.err
+    else:
+        assert one_device in " ".join(result.err.split())
+
+
+def split_calls(report: str) -> int:
+    return sum(int(count) for count in re.findall(r"(\d+) / \d+\s*│", report))

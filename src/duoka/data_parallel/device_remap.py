@@ -11,6 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["RemapCuda", "is_cuda", "is_renaming", "renaming"]
 
+__tracebackhide__ = True
+"""Leaves this module's frames out of the traceback of a script under ``duoka run``."""
+
 _renamings = 0
 
 

@@ -1,4 +1,4 @@
-"""``duoka run``: somebody's unchanged script or notebook on every device, and an stats of what that brought."""
+"""``duoka run``: runs an unchanged script or notebook on every device, and reports what that gained."""
 
 from __future__ import annotations
 

@@ -1,187 +1,204 @@
-"""CPU workers that stand for GPUs: what a script asks CUDA for is answered as if each worker were one.
+"""Emulation of several GPUs by CPU workers, for the script alone.
 
-So a script takes the branches that it would take on a machine with several GPUs: ``torch.cuda.device_count() > 1`` is
-true, ``cuda:0`` is the CPU. torch's own code, and duoka's, go on seeing the machine as it is.
+The script takes the branches that it takes on a machine with GPUs: ``torch.cuda.device_count()`` is the number of CPU
+workers, and ``cuda:0`` means the CPU. Code of torch and duoka still gets the machine's real answers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from duoka.data_parallel.device_remap import RemapCuda, is_cuda
-from duoka.script_runner import by_hand
 from duoka.script_runner.patching import Patches
 
-__all__ = ["emulate_cuda"]
+__all__ = ["emulate_cuda", "emulated_api"]
 
-_INSIDERS = ("torch", "duoka")
+_LIBRARIES = ("torch", "duoka")
 _CPU = torch.device("cpu")
+_Generator = torch.Generator
+_MEMORY_IN_USE = (
+    "memory_allocated",
+    "max_memory_allocated",
+    "memory_reserved",
+    "max_memory_reserved",
+    "memory_cached",
+)
+_WITHOUT_EFFECT = (
+    "empty_cache",
+    "synchronize",
+    "reset_peak_memory_stats",
+    "reset_max_memory_allocated",
+    "init",
+    "ipc_collect",
+    "set_per_process_memory_fraction",
+)
 
 
 @contextlib.contextmanager
-def emulate_cuda(workers: int) -> Any:
-    """Let ``workers`` CPU workers stand for as many GPUs inside the ``with`` block."""
+def emulate_cuda(num_devices: int) -> Iterator[None]:
+    """Present ``num_devices`` CPU workers to the script as GPUs inside the ``with`` block."""
     with Patches() as patches:
-        for name, answer in _fake_cuda_api(workers).items():
-            _answer(patches, torch.cuda, name, answer)
-        for name, answer in _accelerator_answers(workers).items():
-            _answer(patches, torch.accelerator, name, answer)
-        for name in [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]:
-            patches.set(torch.cuda, name, getattr(torch, name))
-        patches.set(torch, "Generator", _FakeGenerator)
-        patches.wrap(torch.random, "fork_rng", _fork_rng)
-        patches.set(torch.Tensor, "record_stream", lambda *_: None)
-        for kind in (torch.UntypedStorage, torch.TypedStorage):
-            patches.wrap(kind, "cuda", lambda _, storage, *__, **___: storage)
-        patches.wrap(torch.nn.Module, "cuda", lambda _, module, device=None: module.to(_cuda(device)))
-        patches.wrap(torch, "load", _load)
-        patches.wrap(
-            torch, "set_default_device", lambda original, device: original(_CPU if is_cuda(device) else device)
-        )
-        patches.wrap(torch.amp.autocast_mode.autocast, "__init__", _autocast)
-        patches.wrap(torch.amp.grad_scaler.GradScaler, "__init__", _scaler)
-        patches.wrap(threading.Thread, "run", functools.partial(_in_rehearsal, workers))
-        by_hand.enter(patches)
-        patches.enter_context(RemapCuda(_CPU, workers))
+        for patch, owner, table in emulated_api(num_devices):
+            for name, value in table.items():
+                if hasattr(owner, name):  # older versions of torch lack some names
+                    patch(patches, owner, name, value)
+        patches.wrap(threading.Thread, "run", functools.partial(_run_thread, num_devices))
+        patches.enter_context(RemapCuda(_CPU, num_devices))
         yield
 
 
-def _in_rehearsal(workers: int, original: Callable[..., Any], thread: threading.Thread) -> None:
-    """Run a thread of the script's: function modes hold for the thread that entered them alone."""
-    with RemapCuda(_CPU, workers):
-        original(thread)
+def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
+    """Return all names of torch that the emulation replaces: the way to do it, the owner, and a value for each name."""
+    data_parallel = [
+        importlib.import_module(f"torch.nn.parallel{name}") for name in ("", ".parallel_apply", ".data_parallel")
+    ]
+    scatter_gather = importlib.import_module("torch.nn.parallel.scatter_gather")
+    tensor_types = [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]
+    return [
+        (_answer_script, torch.cuda, _cuda_api(num_devices)),
+        (_answer_script, torch.accelerator, _accelerator_api(num_devices)),
+        (Patches.set, torch.cuda, {name: getattr(torch, name) for name in tensor_types}),
+        (Patches.set, torch.cuda, {"Stream": _FakeStream, "Event": _FakeEvent, "device": _FakeDevice}),
+        (Patches.set, torch, {"Generator": _FakeGenerator}),
+        (Patches.set, torch.Tensor, {"record_stream": _constant(None)}),
+        (Patches.wrap, torch, {"load": _load, "set_default_device": _set_default_device}),
+        (Patches.wrap, torch.random, {"fork_rng": _fork_rng}),
+        (Patches.wrap, torch.UntypedStorage, {"cuda": _keep_storage}),
+        (Patches.wrap, torch.TypedStorage, {"cuda": _keep_storage}),
+        (Patches.wrap, nn.Module, {"cuda": _move_module}),
+        (Patches.wrap, torch.amp.autocast_mode.autocast, {"__init__": _init_autocast}),
+        (Patches.wrap, torch.amp.grad_scaler.GradScaler, {"__init__": _init_grad_scaler}),
+        # The steps of nn.DataParallel, for scripts that call them: torch's need CUDA; these compute one after another.
+        (Patches.set, scatter_gather, {"Scatter": SimpleNamespace(apply=_scatter)}),
+        (Patches.set, scatter_gather, {"Gather": SimpleNamespace(apply=_gather)}),
+        (
+            Patches.set,
+            importlib.import_module("torch.nn.parallel._functions"),
+            {"Broadcast": SimpleNamespace(apply=_broadcast)},
+        ),
+        (Patches.set, importlib.import_module("torch.nn.parallel.comm"), {"broadcast_coalesced": _copy_buffers}),
+        *((Patches.set, owner, {"parallel_apply": _parallel_apply}) for owner in data_parallel),
+    ]
 
 
-def _cuda(device: Any) -> torch.device:
-    """The device that ``module.cuda(device)`` names: ``None``, a number, a string or a device."""
-    return torch.device("cuda", device or 0) if device is None or isinstance(device, int) else torch.device(device)
+def _cuda_api(num_devices: int) -> dict[str, Any]:
+    """Return the answers of ``torch.cuda``, by name."""
+    devices = _FakeDevices(num_devices)
+    return {
+        **dict.fromkeys(_WITHOUT_EFFECT, _constant(None)),
+        **dict.fromkeys(_MEMORY_IN_USE, devices.memory_in_use),
+        "is_available": _constant(True),
+        "is_initialized": _constant(True),
+        "is_bf16_supported": _constant(True),
+        "is_current_stream_capturing": _constant(False),
+        "can_device_access_peer": _constant(True),
+        "device_count": _constant(num_devices),
+        "current_device": lambda: devices.current,
+        "set_device": devices.set_current,
+        "get_device_name": devices.name,
+        "get_device_properties": devices.properties,
+        "get_device_capability": _constant((0, 0)),
+        "mem_get_info": lambda *_, **__: (psutil.virtual_memory().available, psutil.virtual_memory().total),
+        "memory_summary": devices.memory_summary,
+        "utilization": lambda *_, **__: int(psutil.cpu_percent()),
+        "list_gpu_processes": _constant("no processes are running"),
+        "initial_seed": torch.initial_seed,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state_all": lambda states: torch.set_rng_state(next(iter(states))),
+        "current_stream": _constant(_FakeStream()),
+        "default_stream": _constant(_FakeStream()),
+        "stream": lambda *_, **__: contextlib.nullcontext(),
+    }
 
 
-def _answer(patches: Patches, owner: Any, name: str, answer: Any) -> None:
-    """Give the script an answer of our own; whoever asks from within torch or duoka gets the true one."""
-    original = getattr(owner, name, None)
-    if original is None:
-        return
-    if isinstance(answer, type):
-        patches.set(owner, name, answer)
-        return
+def _accelerator_api(num_devices: int) -> dict[str, Any]:
+    """Return the answers of ``torch.accelerator``, by name."""
+    return {
+        "is_available": _constant(True),
+        "device_count": _constant(num_devices),
+        "current_accelerator": _constant(torch.device("cuda")),
+        "current_device_index": _constant(0),
+        "synchronize": _constant(None),
+        "set_device_index": _constant(None),
+    }
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def _answer_script(patches: Patches, owner: Any, name: str, answer: Callable[..., Any]) -> None:
+    """Replace ``owner.name`` for the script; calls from torch and duoka reach the original."""
+    original = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        asking = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
-        return (original if asking in _INSIDERS else answer)(*args, **kwargs)
+        caller = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
+        return (original if caller in _LIBRARIES else answer)(*args, **kwargs)
 
     call.__name__, call.__doc__ = name, original.__doc__
     patches.set(owner, name, call)
 
 
-def _fake_cuda_api(workers: int) -> dict[str, Any]:
-    """What ``torch.cuda`` says, by name."""
-    current = [0]
+def _run_thread(num_devices: int, original: Callable[..., Any], thread: threading.Thread) -> None:
+    """Run a thread of the script under its own ``RemapCuda``: function modes are local to a thread."""
+    with RemapCuda(_CPU, num_devices):
+        original(thread)
 
-    def number(device: Any = None) -> int:
-        index = current[0] if device is None else device if isinstance(device, int) else torch.device(device).index or 0
-        if not 0 <= index < workers:
-            raise RuntimeError(f"CUDA error: invalid device ordinal {index}: this run has {workers} devices")
+
+class _FakeDevices:
+    """The emulated GPUs: CPU workers, described by the machine's processor and memory."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.current = 0
+
+    def index(self, device: Any = None) -> int:
+        if device is None:
+            return self.current
+        index = device if isinstance(device, int) else torch.device(device).index or 0
+        if not 0 <= index < self.count:
+            raise RuntimeError(f"CUDA error: invalid device ordinal {index}: this run has {self.count} devices")
         return index
 
-    def set_device(device: Any) -> None:
-        current[0] = number(device)
+    def set_current(self, device: Any) -> None:
+        self.current = self.index(device)
 
-    def name_of(device: Any = None) -> str:
-        return f"CPU worker {number(device)} (duoka)"
+    def name(self, device: Any = None) -> str:
+        return f"CPU worker {self.index(device)} (duoka)"
 
-    def memory_used(device: Any = None) -> int:
-        number(device)
+    def memory_in_use(self, device: Any = None) -> int:
+        self.index(device)
         return int(psutil.Process().memory_info().rss)
 
-    def properties(device: Any = None) -> Any:
+    def memory_summary(self, device: Any = None, **_: Any) -> str:
+        return f"{self.name(device)}: {self.memory_in_use()} bytes in this process"
+
+    def properties(self, device: Any = None) -> Any:
         return SimpleNamespace(
-            name=name_of(device),
+            name=self.name(device),
             total_memory=psutil.virtual_memory().total,
-            multi_processor_count=max(1, (psutil.cpu_count() or 1) // workers),
+            multi_processor_count=max(1, (psutil.cpu_count() or 1) // self.count),
             major=0,
             minor=0,
         )
 
-    used: dict[str, Any] = dict.fromkeys(
-        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_cached"),
-        memory_used,
-    )
-    quiet: dict[str, Any] = dict.fromkeys(
-        (
-            "empty_cache",
-            "synchronize",
-            "reset_peak_memory_stats",
-            "reset_max_memory_allocated",
-            "init",
-            "ipc_collect",
-            "set_per_process_memory_fraction",
-        ),
-        _nothing,
-    )
-    return (
-        used
-        | quiet
-        | {
-            "is_available": _constant(True),
-            "is_initialized": _constant(True),
-            "is_bf16_supported": _constant(True),
-            "device_count": _constant(workers),
-            "current_device": lambda: current[0],
-            "set_device": set_device,
-            "get_device_name": name_of,
-            "get_device_properties": properties,
-            "get_device_capability": _constant((0, 0)),
-            "mem_get_info": lambda *_, **__: (psutil.virtual_memory().available, psutil.virtual_memory().total),
-            "memory_summary": lambda device=None, **__: f"{name_of(device)}: {memory_used()} bytes in this process",
-            "get_rng_state": lambda *_, **__: torch.get_rng_state(),
-            "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
-            "get_rng_state_all": lambda: [torch.get_rng_state()],
-            "set_rng_state_all": lambda states: torch.set_rng_state(next(iter(states))),
-            "utilization": lambda *_, **__: int(psutil.cpu_percent()),
-            "initial_seed": torch.initial_seed,
-            "can_device_access_peer": _constant(True),
-            "is_current_stream_capturing": _constant(False),
-            "list_gpu_processes": _constant("no processes are running"),
-            "current_stream": _constant(_FakeStream()),
-            "default_stream": _constant(_FakeStream()),
-            "Stream": _FakeStream,
-            "Event": _FakeEvent,
-            "device": _FakeDevice,
-            "stream": lambda *_, **__: contextlib.nullcontext(),
-        }
-    )
-
-
-def _accelerator_answers(workers: int) -> dict[str, Any]:
-    return {
-        "is_available": _constant(True),
-        "device_count": _constant(workers),
-        "current_accelerator": _constant(torch.device("cuda")),
-        "current_device_index": _constant(0),
-        "synchronize": _nothing,
-        "set_device_index": _nothing,
-    }
-
-
-def _constant(answer: Any) -> Callable[..., Any]:
-    return lambda *_, **__: answer
-
-
-_nothing = _constant(None)
-
 
 class _FakeStream:
-    """A stream of work on a CPU worker: everything is done when it is asked for."""
+    """CUDA stream of a CPU worker: all work is complete at once."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def synchronize(self) -> None: ...
@@ -197,14 +214,12 @@ class _FakeStream:
 
 
 class _FakeEvent:
-    """A moment, for scripts that time themselves."""
+    """CUDA event that records the time of the host."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._seconds = 0.0
 
     def record(self, *_: Any) -> None:
-        import time
-
         self._seconds = time.perf_counter()
 
     def synchronize(self) -> None: ...
@@ -213,7 +228,7 @@ class _FakeEvent:
         return True
 
     def elapsed_time(self, end: _FakeEvent) -> float:
-        """Milliseconds, as CUDA's."""
+        """Return the time from this event to ``end`` in milliseconds, as CUDA's does."""
         return 1000 * (end._seconds - self._seconds)
 
 
@@ -221,25 +236,35 @@ class _FakeDevice(contextlib.nullcontext[None]):
     """``with torch.cuda.device(1):``."""
 
 
-class _AnyGenerator(type):
-    """Makes torch's generators, which are a final class, for the CPU where CUDA is asked for."""
+class _FakeGeneratorMeta(type):
+    """Creates and recognizes generators of torch's own class, which allows no subclass."""
 
     def __call__(cls, device: Any = "cpu") -> torch.Generator:
-        return _TRUE_GENERATOR(_CPU if is_cuda(device) or isinstance(device, int) else device)
+        return _Generator(_CPU if is_cuda(device) or isinstance(device, int) else device)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, _TRUE_GENERATOR)
+        return isinstance(instance, _Generator)
 
 
-class _FakeGenerator(metaclass=_AnyGenerator):
-    """``torch.Generator("cuda")``."""
+class _FakeGenerator(metaclass=_FakeGeneratorMeta):
+    """``torch.Generator``, where ``"cuda"`` means the CPU."""
 
 
-_TRUE_GENERATOR = torch.Generator
+def _keep_storage(_: Callable[..., Any], storage: Any, *__: Any, **___: Any) -> Any:
+    return storage
+
+
+def _move_module(_: Callable[..., Any], module: nn.Module, device: Any = None) -> nn.Module:
+    is_index = device is None or isinstance(device, int)
+    return module.to(torch.device("cuda", device or 0) if is_index else torch.device(device))
+
+
+def _set_default_device(original: Callable[..., Any], device: Any) -> None:
+    original(_CPU if is_cuda(device) else device)
 
 
 def _fork_rng(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``torch.random.fork_rng(devices=[0])``: every worker's generator is the CPU's, which is kept in any case."""
+    """Call ``torch.random.fork_rng`` without ``devices``: it preserves the CPU's generator, which all devices share."""
     return original([], *args[1:], **{name: value for name, value in kwargs.items() if name != "devices"})
 
 
@@ -251,8 +276,8 @@ def _load(original: Callable[..., Any], f: Any, map_location: Any = None, *args:
     return original(f, map_location, *args, **kwargs)
 
 
-def _autocast(original: Callable[..., Any], self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-    """CUDA's mixed precision is not rehearsed: CPU workers compute in full precision."""
+def _init_autocast(original: Callable[..., Any], self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+    """Disable CUDA's mixed precision: CPU workers compute in full precision."""
     if device_type == "cuda":
         dtype = args[0] if args else kwargs.get("dtype")
         original(self, device_type, dtype=dtype, enabled=False)
@@ -260,8 +285,34 @@ def _autocast(original: Callable[..., Any], self: Any, device_type: str, *args: 
         original(self, device_type, *args, **kwargs)
 
 
-def _scaler(original: Callable[..., Any], self: Any, device: Any = "cuda", *args: Any, **kwargs: Any) -> None:
+def _init_grad_scaler(original: Callable[..., Any], self: Any, device: Any = "cuda", *args: Any, **kwargs: Any) -> None:
     if is_cuda(device):
         original(self, "cuda", enabled=False)
     else:
         original(self, device, *args, **kwargs)
+
+
+def _scatter(devices: Sequence[Any], _: Any, dim: int, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensor.chunk(len(devices), dim)
+
+
+def _gather(_: Any, dim: int, *outputs: torch.Tensor) -> torch.Tensor:
+    return torch.stack(outputs) if outputs[0].dim() == 0 else torch.cat(outputs, dim)
+
+
+def _broadcast(devices: Sequence[Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return views, so that gradients of the replicas reach the model's parameters."""
+    return tuple(tensor.view_as(tensor) for _ in devices for tensor in tensors)
+
+
+def _copy_buffers(tensors: Sequence[torch.Tensor], devices: Sequence[Any], *_: Any) -> list[list[torch.Tensor]]:
+    """Return the model's own buffers for the first replica, so that its updates persist, and copies for the others."""
+    return [list(tensors), *([tensor.detach().clone() for tensor in tensors] for _ in devices[1:])]
+
+
+def _parallel_apply(
+    modules: Sequence[nn.Module], inputs: Sequence[Any], kwargs_tup: Sequence[Any] | None = None, _: Any = None
+) -> list[Any]:
+    positional = [value if isinstance(value, list | tuple) else (value,) for value in inputs]
+    keyword = [kwargs or {} for kwargs in kwargs_tup or [None] * len(positional)]
+    return [module(*args, **kwargs) for module, args, kwargs in zip(modules, positional, keyword, strict=True)]

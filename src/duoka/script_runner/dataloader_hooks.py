@@ -1,4 +1,4 @@
-"""The DataLoaders of a script: how long it waits for them, and larger batches for those that it trains with."""
+"""Hooks on the script's DataLoaders: they measure the time that it waits, and can multiply the training batch size."""
 
 from __future__ import annotations
 
@@ -6,45 +6,46 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
-from torch.utils.data import dataloader as implementation
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from duoka.script_runner.model_discovery import caller_location
 from duoka.script_runner.patching import Patches
 from duoka.script_runner.run_stats import LoaderStats, RunStats
+from duoka.script_runner.source_scan import caller_location
+from duoka.utils.torch_private import dataloader_iterator_class
 
-__all__ = ["watch_loaders"]
+__all__ = ["install_loader_hooks"]
 
 
-def watch_loaders(patches: Patches, stats: RunStats, factor: int) -> None:
-    """Time every loader until the patches end, and multiply the batch size of those that shuffle by ``factor``."""
+def install_loader_hooks(patches: Patches, stats: RunStats, batch_factor: int) -> None:
+    """Time every loader, and multiply the batch size of shuffling loaders by ``batch_factor``, until the patches end."""
 
-    def make(
+    def init(
         original: Callable[..., Any], loader: Any, dataset: Any, batch_size: Any = 1, *args: Any, **kwargs: Any
     ) -> None:
         scaled = batch_size
-        if isinstance(batch_size, int) and kwargs.get("batch_sampler") is None and _is_for_training(args, kwargs):
-            scaled = batch_size * factor
+        batch_sampler = kwargs.get("batch_sampler")
+        if batch_sampler is None and isinstance(batch_size, int) and _is_for_training(args, kwargs):
+            scaled = batch_size * batch_factor
             stats.loaders.append(LoaderStats(caller_location(), batch_size, scaled))
-        elif factor > 1 and isinstance(kwargs.get("batch_sampler"), BatchSampler | Sampler):
+        elif batch_factor > 1 and batch_sampler is not None:
             stats.add_note(
-                f"The DataLoader at {caller_location()} has a batch sampler of its own, which --scale-batch leaves alone."
+                f"The DataLoader at {caller_location()} has its own batch_sampler, which --scale-batch does not change."
             )
         original(loader, dataset, scaled, *args, **kwargs)
 
-    def take(original: Callable[..., Any], iterator: Any) -> Any:
-        begun = time.perf_counter()
+    def next_batch(original: Callable[..., Any], iterator: Any) -> Any:
+        start = time.perf_counter()
         try:
             return original(iterator)
         finally:
-            stats.loading += time.perf_counter() - begun
+            stats.loading_s += time.perf_counter() - start
 
-    patches.wrap(DataLoader, "__init__", make)
-    patches.wrap(implementation._BaseDataLoaderIter, "__next__", take)
+    patches.wrap(DataLoader, "__init__", init)
+    patches.wrap(dataloader_iterator_class(), "__next__", next_batch)
 
 
 def _is_for_training(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether it shuffles, or samples otherwise than in order: so training loaders do, and others do not."""
+    """Return whether the loader shuffles, or samples in another order than the data set's, as training loaders do."""
     shuffle = args[0] if args else kwargs.get("shuffle")
     sampler = args[1] if len(args) > 1 else kwargs.get("sampler")
     return bool(shuffle) or isinstance(sampler, RandomSampler) or not isinstance(sampler, SequentialSampler | None)

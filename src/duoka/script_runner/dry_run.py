@@ -1,4 +1,4 @@
-"""What ``duoka run`` would do with a script, read from its text: nothing of it is run."""
+"""Dry run of ``duoka run --explain``: what a run would do with a script, from its source alone."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from typing import NamedTuple
 import torch
 
 from duoka.errors import ConfigError
-from duoka.script_runner.report import device_words
+from duoka.script_runner.report import describe_devices
 
 __all__ = ["Finding", "explain"]
 
 _OPTIMIZERS = frozenset(name for name in vars(torch.optim) if isinstance(getattr(torch.optim, name), type))
+_RUNS_ON_ALL = "runs on all devices"
+_MODEL_WORDS = ("model", "net", "encoder", "decoder", "generator", "critic", "student", "teacher")
 _CALLS = {
-    "DataParallel": "the model is wrapped by the script; duoka.DataParallel takes the place of nn.DataParallel",
-    "device_count": "answered with the number of devices, {devices}",
-    "is_available": "answered with True",
-    "DistributedDataParallel": "left alone: DDP shares work between processes that torchrun or duoka.launch start",
-    "init_process_group": "left alone: this script starts process groups itself; run it with torchrun or duoka.launch",
-    "compile": "a compiled model stays on one device; duoka.DataParallel(model) before compiling shares it",
-    "functional_call": "a call with other parameters stays on one device",
-    "jit.script": "a scripted model stays on one device",
-    "GradScaler": "kept; on CPU workers it is switched off",
-    "autocast": "kept; on CPU workers CUDA's mixed precision is switched off",
+    "DataParallel": f"the wrapped model {_RUNS_ON_ALL}: duoka.DataParallel replaces nn.DataParallel",
+    "device_count": "returns the number of devices, {devices}",
+    "is_available": "returns True",
+    "DistributedDataParallel": "unchanged: it needs one process per device, from torchrun or duoka.launch",
+    "init_process_group": "unchanged: start this script, which creates process groups, with torchrun or duoka.launch",
+    "compile": "a compiled model runs on one device; duoka.DataParallel(model, compile=True) compiles it for all",
+    "functional_call": "a call with other parameters runs on one device",
+    "jit.script": "a scripted model runs on one device",
+    "GradScaler": "unchanged on GPUs, disabled on CPU workers",
+    "autocast": "unchanged on GPUs; CUDA's mixed precision is disabled on CPU workers",
 }
 
 
 class Finding(NamedTuple):
-    """One line of the script, and what it means for the run."""
+    """A call in the script, and its meaning for the run."""
 
     line: int
     code: str
@@ -37,13 +39,13 @@ class Finding(NamedTuple):
 
 
 def explain(source: bytes, name: str, devices: Sequence[torch.device], *, scale_batch: bool = False) -> list[str]:
-    """Return, line by line, what would be done with a script.
+    """Return, as lines of text, what a run would do with a script.
 
     Args:
         source: the script's text.
-        name: what to call it.
-        devices: the devices that it would run on.
-        scale_batch: whether batch sizes would be multiplied.
+        name: the script's name in the text.
+        devices: the devices of the run.
+        scale_batch: whether the run would multiply batch sizes.
 
     Raises:
         ConfigError: the text is not Python.
@@ -52,71 +54,63 @@ def explain(source: bytes, name: str, devices: Sequence[torch.device], *, scale_
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        raise ConfigError(f"{name}, line {error.lineno}: {error.msg}. It cannot be run as it is.") from error
-    said = [f"{name} would run once, in one process, on {device_words(devices)}."]
+        raise ConfigError(f"{name}, line {error.lineno}: {error.msg}. Correct the script first.") from error
+    lines = [f"{name} would run once, in one process, on {describe_devices(devices)}."]
     if len(devices) == 1:
-        return [*said, "One device shares nothing: it would run as it does without duoka."]
-    found = sorted(set(findings(tree, len(devices), scale_batch=scale_batch)))
-    said += [f"  line {finding.line}: {finding.code}\n      {finding.meaning}" for finding in found]
-    if not any("computed on all devices" in finding.meaning or "wrapped" in finding.meaning for finding in found):
-        said.append(
-            "No place was found where a model is moved to a device, wrapped, or given to an optimiser: unless code that this "
-            "script imports does so, it would run as it does without duoka."
+        return [*lines, "On one device it would run as it does without duoka."]
+    found = sorted(set(find_calls(tree, len(devices), scale_batch=scale_batch)))
+    lines += [f"  line {finding.line}: {finding.code}\n      {finding.meaning}" for finding in found]
+    if not any(_RUNS_ON_ALL in finding.meaning for finding in found):
+        lines.append(
+            "It does not move a model to a device, wrap it, or create an optimizer. Unless a module that it imports does, "
+            "it would run as it does without duoka."
         )
     return [
-        *said,
-        "Each model is tried on its first batch before it is shared out: parts must give what the whole gives.",
+        *lines,
+        "duoka checks each model on its first batch and splits it only if the parts give the result of the whole batch.",
     ]
 
 
-def findings(tree: ast.AST, devices: int, *, scale_batch: bool) -> Iterator[Finding]:
-    """Yield what is found in a script's syntax tree."""
+def find_calls(tree: ast.AST, devices: int, *, scale_batch: bool) -> Iterator[Finding]:
+    """Yield the calls in a syntax tree that a run treats specially."""
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        last = called.rpartition(".")[2]
-        code = ast.unparse(node)
-        short = code if len(code) <= 100 else f"{code[:97]}..."
-        if last == "DataLoader":
-            if meaning := _loader(node, devices, scale_batch=scale_batch):
-                yield Finding(node.lineno, short, meaning)
-        elif any(keyword.arg == "create_graph" and ast.unparse(keyword.value) == "True" for keyword in node.keywords):
-            yield Finding(node.lineno, short, "gradients of gradients: every model of this script stays on one device")
-        elif last in _OPTIMIZERS and node.args:
-            yield Finding(node.lineno, short, "the model that owns these parameters is computed on all devices")
-        elif (last in ("to", "cuda")) and isinstance(node.func, ast.Attribute) and _looks_like_model(node):
-            meaning = (
-                "if this is a model: computed on all devices, each its part of the batch; otherwise moved as usual"
-            )
-            yield Finding(node.lineno, short, meaning)
-        else:
-            meaning = next((m for name, m in _CALLS.items() if called == name or called.endswith(f".{name}")), "")
-            if meaning:
-                yield Finding(node.lineno, short, meaning.format(devices=devices))
+        if isinstance(node, ast.Call) and (meaning := _meaning(node, devices, scale_batch=scale_batch)):
+            code = ast.unparse(node)
+            yield Finding(node.lineno, code if len(code) <= 100 else f"{code[:97]}...", meaning)
 
 
-def _looks_like_model(node: ast.Call) -> bool:
-    """Whether the thing moved may be a model: made on the spot by a capitalised name, or named like one."""
-    assert isinstance(node.func, ast.Attribute)
-    owner = node.func.value
+def _meaning(node: ast.Call, devices: int, *, scale_batch: bool) -> str:
+    """Return what a call means for the run; empty for most calls."""
+    function = ast.unparse(node.func)
+    name = function.rpartition(".")[2]
+    if name == "DataLoader":
+        return _loader_meaning(node, devices, scale_batch=scale_batch)
+    if any(keyword.arg == "create_graph" and ast.unparse(keyword.value) == "True" for keyword in node.keywords):
+        return "differentiates gradients: every model of this script runs on one device"
+    if name in _OPTIMIZERS and node.args:
+        return f"the model that owns these parameters {_RUNS_ON_ALL}"
+    if name in ("to", "cuda") and isinstance(node.func, ast.Attribute) and _looks_like_model(node.func.value):
+        return f"a model {_RUNS_ON_ALL}, each with its part of the batch; anything else moves as usual"
+    known = (text for key, text in _CALLS.items() if function == key or function.endswith(f".{key}"))
+    return next(known, "").format(devices=devices)
+
+
+def _looks_like_model(owner: ast.expr) -> bool:
+    """Return whether an object may be a model: a call of a capitalized name, or a name such as ``model``."""
     if isinstance(owner, ast.Call):
         return ast.unparse(owner.func).rpartition(".")[2][:1].isupper()
     name = ast.unparse(owner).rpartition(".")[2].lower()
-    return any(
-        word in name for word in ("model", "net", "encoder", "decoder", "generator", "critic", "student", "teacher")
-    )
+    return any(word in name for word in _MODEL_WORDS)
 
 
-def _loader(node: ast.Call, devices: int, *, scale_batch: bool) -> str:
-    words = {keyword.arg: keyword.value for keyword in node.keywords}
-    size = words.get("batch_size") or (node.args[1] if len(node.args) > 1 else None)
-    shuffles = "shuffle" in words and ast.unparse(words["shuffle"]) != "False"
+def _loader_meaning(node: ast.Call, devices: int, *, scale_batch: bool) -> str:
+    options = {keyword.arg: keyword.value for keyword in node.keywords}
+    size = options.get("batch_size") or (node.args[1] if len(node.args) > 1 else None)
     if size is None:
         return ""
-    shown = ast.unparse(size)
-    if scale_batch and shuffles:
-        return f"batch size {shown} becomes {devices} x {shown} (--scale-batch), {shown} a device"
+    text = ast.unparse(size)
+    if scale_batch and "shuffle" in options and ast.unparse(options["shuffle"]) != "False":
+        return f"--scale-batch: batch size {text} becomes {devices} x {text}, {text} per device"
     if isinstance(size, ast.Constant) and isinstance(size.value, int):
-        return f"each batch of {shown} becomes {devices} parts of about {max(1, size.value // devices)}"
-    return f"each batch of {shown} becomes {devices} parts"
+        return f"each batch of {text} is split into {devices} parts of about {max(1, size.value // devices)}"
+    return f"each batch of {text} is split into {devices} parts"

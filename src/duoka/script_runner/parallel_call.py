@@ -1,7 +1,7 @@
-"""What stands in the place of a model's call: the whole batch here at first, and its parts on all devices from then on.
+"""Replacement of a model's call: the first call runs the whole batch on one device, later calls split it over all devices.
 
-The first call of each kind tries whether the model may be computed in parts at all. Now and then a training step is still
-computed whole, which changes nothing about its result, so that there is something to compare the speed with.
+The first call of each kind checks whether the model may be split at all. A few later training steps also run on one
+device, which gives the same result, to compare the speed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,211 +24,205 @@ from duoka.log import logger
 from duoka.script_runner.run_stats import ModelStats
 from duoka.script_runner.split_check import (
     STALE_CLOSURE,
-    Generators,
     SplitCheckResult,
+    call_signature,
     check_splittable,
-    first_line,
-    is_users,
-    signature,
+    describe_error,
+    is_script_hook,
 )
+from duoka.utils.rng_state import rng_state, set_rng_state
+from duoka.utils.torch_private import call_module, is_in_functorch, replace_call, replaced_call, restore_call
 
 __all__ = ["ParallelizedCall"]
 
-_WHOLE_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
-"""After so many optimiser steps a step is computed whole, to compare with; so is each model's first call."""
+_COMPARISON_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
+"""Numbers of optimizer steps after which a step runs on one device, to compare; so does each model's first call."""
 
 
 class ParallelizedCall:
-    """A model's call, shared out; ``model._compiled_call_impl`` is where torch looks for one before its own."""
+    """Replacement of one model's call."""
 
-    _local = threading.local()
+    _thread = threading.local()
 
     def __init__(
-        self, module: nn.Module, devices: Sequence[torch.device], stats: ModelStats, *, fits_one: bool = True
+        self, module: nn.Module, devices: Sequence[torch.device], stats: ModelStats, *, fits_one_device: bool = True
     ) -> None:
-        """Stand in for the calls of ``module``; ``fits_one`` tells whether a whole batch fits on one device."""
+        """Prepare; ``fits_one_device`` is whether one device has the memory for a whole batch."""
         self._module = weakref.ref(module)
         self._devices = tuple(devices)
         self._stats = stats
-        self._engine: Controller | None = None
-        self._starting = threading.Lock()
-        self._verdicts: dict[Any, SplitCheckResult] = {}
-        self._seen: Counter[Any] = Counter()
+        self._fits_one_device = fits_one_device
+        self._controller: Controller | None = None
+        self._start_lock = threading.Lock()
+        self._checks: dict[Any, SplitCheckResult] = {}
+        self._calls_of_kind: Counter[Any] = Counter()
         self._is_first = True
-        self._fits_one = fits_one
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _no_call, ()
+        return _none, ()  # a pickle or a copy of the model has its own call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute ``module(*args, **kwargs)``."""
         module = self._module()
-        assert module is not None, "it is the module that is being called"
+        assert module is not None, "its module is being called"
         if self.is_local() or is_traced(module):
-            return _call_locally(module, args, kwargs)
+            return call_module(module, args, kwargs)
         with self.local_only():
             return self._call(module, args, kwargs)
 
     @classmethod
     def is_local(cls) -> bool:
-        """Whether this thread computes a part now, or a whole that is not to be shared."""
-        return getattr(cls._local, "is_so", False)
+        """Return whether models called by this thread compute on one device."""
+        return getattr(cls._thread, "is_local", False)
 
     @classmethod
     @contextlib.contextmanager
     def local_only(cls) -> Iterator[None]:
-        """Let models that are called inside the ``with`` block compute what they are given: it is a part already."""
-        before, cls._local.is_so = cls.is_local(), True
+        """Compute models called inside the ``with`` block on one device: their inputs are a chunk already."""
+        before, cls._thread.is_local = cls.is_local(), True
         try:
             yield
         finally:
-            cls._local.is_so = before
+            cls._thread.is_local = before
+
+    @staticmethod
+    def replicate(original: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
+        """Restore the call of a replica that the script makes with ``nn.parallel.replicate``."""
+        replica = original(module)
+        restore_call(replica)
+        return replica
+
+    def install(self) -> None:
+        """Replace the model's call."""
+        if (module := self._module()) is not None:
+            replace_call(module, self)
 
     def close(self) -> None:
-        """Give the helpers back, and the model its own call."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
-        if (module := self._module()) is not None and module._compiled_call_impl is self:
-            del module._compiled_call_impl
+        """Restore the model's call and release the workers."""
+        controller, self._controller = self._controller, None
+        if controller is not None:
+            controller.close()
+        if (module := self._module()) is not None and replaced_call(module) is self:
+            restore_call(module)
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors, skeleton = scatter_gather.take_out((args, kwargs))
         batch = scatter_gather.batch_size(tensors, 0)
-        if batch is None or batch < 2 or self._stats.refusal or self._is_elsewhere(module):
-            self._stats.count(batch, split=False)
-            return _call_locally(module, args, kwargs)
-        verdict = self._verdict(module, tensors, skeleton, batch)
-        if verdict is None:
-            self._stats.count(batch, split=False)
-            return _call_locally(module, args, kwargs)
-        reason = verdict.reason or _reason_now(module, tensors, verdict)
-        if reason:
+        check = None
+        if batch is not None and batch >= 2 and not self._stats.refusal and not self._has_moved(module):
+            check = self._check(module, tensors, skeleton, batch)
+        if check is not None and (reason := check.reason or _reason_for_inputs(module, tensors, check)):
             self._stats.refuse(reason)
-        if reason or self._is_for_comparison():
+            check = None
+        if batch is None or check is None or self._is_for_comparison():
             self._stats.count(batch, split=False)
-            return _call_locally(module, args, kwargs)
-        return self._split(module, args, kwargs, batch, verdict)
+            return call_module(module, args, kwargs)
+        return self._split(module, args, kwargs, batch, check)
 
-    def _is_elsewhere(self, module: nn.Module) -> bool:
-        """Whether the script has moved a model away for now that was shared, to try or save it on the host."""
-        if self._engine is None:  # one that never was there is told so
+    def _has_moved(self, module: nn.Module) -> bool:
+        """Return whether the script has moved a parallelized model to another device, to evaluate or save it there."""
+        if self._controller is None:
             return False
         first = next(module.parameters(), None)
         return first is not None and first.device != self._devices[0]
 
-    def _started(self) -> Controller:
-        with self._starting:  # two threads that come first at once are not to have an engine each
-            if self._engine is None:
-                with self._stats.calls.startup():
-                    self._engine = Controller(self._devices, 0)
-                    self._engine.crew.start()
-            return self._engine
-
-    def _verdict(
+    def _check(
         self, module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any, batch: int
     ) -> SplitCheckResult | None:
-        """Return what a trial has said of this kind of call; it is tried again at its 2nd, 4th, 8th, ... call."""
-        kind = signature(module, tensors, skeleton)
-        self._seen[kind] += 1
-        seen = self._seen[kind]
-        if kind in self._verdicts and seen & (seen - 1):
-            return self._verdicts[kind]
+        """Return the check's result for this kind of call; the check runs at its calls 1, 2, 4, 8, ..."""
+        kind = call_signature(module, tensors, skeleton)
+        self._calls_of_kind[kind] += 1
+        count = self._calls_of_kind[kind]
+        if kind in self._checks and count & (count - 1):
+            return self._checks[kind]
         with self._stats.calls.startup():
-            parts = len(self._devices)
-            if not self._fits_one and batch >= 2 * parts:  # where the whole may not fit, try one device's part
-                sizes = scatter_gather.part_sizes(batch, parts)
+            num_devices = len(self._devices)
+            if not self._fits_one_device and batch >= 2 * num_devices:  # check one device's chunk of the batch
+                sizes = scatter_gather.part_sizes(batch, num_devices)
                 tensors = [scatter_gather.split(tensor, sizes, 0)[0] for tensor in tensors]
             args, kwargs = scatter_gather.fill(skeleton, tensors)
-            verdict = check_splittable(module, args, kwargs, parts, self._helpers_on(module, args, kwargs))
-        if verdict is not None:
-            self._verdicts[kind] = verdict
-            if verdict.reason is STALE_CLOSURE:
-                logger.warning(
-                    "%s: %s; it is computed on one device from here on", type(module).__name__, STALE_CLOSURE
-                )
-        return verdict
-
-    def _helpers_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what asks helpers, once there are any, for what they make of this call."""
-        if (engine := self._engine) is None:
-            return None
-        return functools.partial(engine.others, module, args, kwargs)
+            run_on_workers = self._controller and functools.partial(self._controller.others, module, args, kwargs)
+            result = check_splittable(module, args, kwargs, num_devices, run_on_workers)
+        if result is not None:
+            self._checks[kind] = result
+            if result.reason == STALE_CLOSURE:
+                logger.warning("%s runs on one device from here on: %s", type(module).__name__, STALE_CLOSURE)
+        return result
 
     def _is_for_comparison(self) -> bool:
-        if not torch.is_grad_enabled() or not self._fits_one:
+        if not torch.is_grad_enabled() or not self._fits_one_device:
             return False
         is_first, self._is_first = self._is_first, False
-        return is_first or self._stats.calls.steps in _WHOLE_STEPS
+        return is_first or self._stats.calls.steps in _COMPARISON_STEPS
+
+    def _start(self) -> Controller:
+        with self._start_lock:
+            if self._controller is None:
+                with self._stats.calls.startup():
+                    self._controller = Controller(self._devices, 0)
+                    self._controller.crew.start()
+            return self._controller
 
     def _split(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, verdict: SplitCheckResult
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, check: SplitCheckResult
     ) -> Any:
-        engine = self._started()
-        generators = Generators()
+        controller = self._start()
+        generators = rng_state()
         try:
-            value = engine.run(module, args, kwargs)
+            value = controller.run(module, args, kwargs)
         except WorkerDied:
             raise
-        except Exception as error:  # of a part: if the whole fails too, its exception is the script's own
-            generators.rewind()
-            value = _call_locally(module, args, kwargs)
-            self._stats.refuse(f"a part of a batch failed: {type(error).__name__}: {first_line(error)}")
+        except Exception as error:  # if the whole batch fails too, the script gets that exception
+            set_rng_state(generators)
+            value = call_module(module, args, kwargs)
+            self._stats.refuse(f"a device failed on its part of a batch: {describe_error(error)}")
             self._stats.count(batch, split=False)
             return value
         self._stats.count(batch, split=True)
-        return _weighted_mean(value, verdict.numbers, scatter_gather.part_sizes(batch, len(self._devices)))
+        return _weighted_mean(value, check.scalar_outputs, scatter_gather.part_sizes(batch, len(self._devices)))
 
 
-def _call_locally(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module's own call, on this device."""
-    own: Any = module._call_impl
-    return own(*args, **kwargs)
+def _none() -> None:
+    return None
 
 
 def is_traced(module: nn.Module) -> bool:
-    """Whether this call is looked at rather than run, or runs with other tensors in the place of the parameters."""
+    """Return whether the call is traced or compiled, or runs with other tensors in place of the parameters."""
     return (
-        torch._C._get_tracing_state() is not None
+        torch.jit.is_tracing()
         or torch.compiler.is_compiling()
-        or torch._C._functorch.maybe_current_level() is not None
+        or is_in_functorch()
         or any(
-            p is not None and not isinstance(p, nn.Parameter) for m in module.modules() for p in m._parameters.values()
+            parameter is not None and not isinstance(parameter, nn.Parameter)
+            for part in module.modules()
+            for parameter in part._parameters.values()
         )
     )
 
 
-def _no_call() -> None:
-    return None
-
-
-def _weighted_mean(value: Any, numbers: Sequence[int], sizes: Sequence[int]) -> Any:
-    """Turn the numbers among the outputs, which came one a device, into their mean over the batch."""
-    if not numbers or len(sizes) == 1:
+def _weighted_mean(value: Any, scalar_outputs: Sequence[int], sizes: Sequence[int]) -> Any:
+    """Replace scalar outputs, which were gathered as one number per device, by their mean over the batch."""
+    if not scalar_outputs or len(sizes) == 1:
         return value
     tensors, skeleton = scatter_gather.take_out(value)
-    shares = torch.tensor(sizes) / sum(sizes)
-    for index in numbers:
-        tensors[index] = (tensors[index] * shares.to(tensors[index])).sum()
+    weights = torch.tensor(sizes) / sum(sizes)
+    for index in scalar_outputs:
+        tensors[index] = (tensors[index] * weights.to(tensors[index])).sum()
     return scatter_gather.fill(skeleton, tensors)
 
 
-def _reason_now(module: nn.Module, tensors: Sequence[torch.Tensor], verdict: SplitCheckResult) -> str:
-    """Why this call must see the whole batch although its kind need not; empty if it need not."""
+def _reason_for_inputs(module: nn.Module, tensors: Sequence[torch.Tensor], check: SplitCheckResult) -> str:
+    """Return why this call needs the whole batch although other calls of its kind do not; empty if it does not."""
     for name, part in module.named_modules():
         registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        if any(is_users(hook) for registry in registries for hook in registry.values()):
+        if any(is_script_hook(hook) for registry in registries for hook in registry.values()):
             return f"a hook of the script on {name or 'the model'} must see the whole batch"
-    if verdict.numbers and any(_marks_ignored(tensor) for tensor in tensors):
-        return "it computes its loss itself, over labels of which some do not count, so parts have unequal weight"
+    if check.scalar_outputs and any(_has_ignored_labels(tensor) for tensor in tensors):
+        return "its forward computes the loss and ignores negative labels, so the parts have unequal weight"
     return ""
 
 
-def _marks_ignored(tensor: torch.Tensor) -> bool:
-    """Whether these look like labels of which some are to be ignored: whole numbers below zero."""
-    return (
-        not tensor.is_floating_point()
-        and not tensor.is_complex()
-        and tensor.dtype != torch.bool
-        and bool((tensor < 0).any())
-    )
+def _has_ignored_labels(tensor: torch.Tensor) -> bool:
+    """Return whether the tensor may hold labels to be ignored: negative integers."""
+    is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return is_integer and bool((tensor < 0).any())

@@ -1,4 +1,4 @@
-"""What a run came to: which models were shared out, how long a step took and where its time went, and what would help."""
+"""Statistics of a run: which models ran in parallel, how long a training step took, and where its time went."""
 
 from __future__ import annotations
 
@@ -16,68 +16,75 @@ from torch import nn
 
 from duoka.data_parallel.timers import Clock
 
-__all__ = ["RunStats", "LoaderStats", "ModelStats", "TimeShares"]
+__all__ = ["CallStats", "LoaderStats", "ModelStats", "RunStats", "StepComparison", "StepTiming", "TimeShares"]
 
-_NEAR = 8
-_ENOUGH = 3
-_KEPT = 4096
-"""How many of the last steps are remembered."""
+_NEIGHBORS = 8
+"""A step on one device is compared with so many steps before it and after it."""
+_MIN_COMPARED = 3
+_MAX_KEPT = 4096
+"""Steps in memory, the most recent ones."""
 
 
 class CallStats:
-    """What all models together have done: training calls whole and in parts, steps of the optimiser, time to get going."""
+    """Calls of all models together."""
 
     def __init__(self) -> None:
-        self.whole = self.split = self.steps = 0
+        self.whole = 0
+        """Training calls on one device."""
+        self.split = 0
+        """Training calls split over all devices."""
+        self.steps = 0
+        """Steps of the optimizer that is timed."""
         self.startup_s = 0.0
-        """Seconds that were spent on trying models and on starting helpers."""
+        """Seconds spent on checking models and starting workers."""
 
     @contextlib.contextmanager
     def startup(self) -> Iterator[None]:
-        """The ``with`` block tries a model or starts helpers."""
-        begun = time.perf_counter()
+        """Count the time of the ``with`` block as ``startup_s``."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.startup_s += time.perf_counter() - begun
+            self.startup_s += time.perf_counter() - start
 
 
 @dataclass
 class ModelStats:
-    """What became of one model."""
+    """Calls of one model, or of several that one line of the script creates."""
 
     calls: CallStats
     name: str = ""
     how: str = ""
+    """Where it was found."""
     refusal: str = ""
-    """Why it is computed on one device; empty while it is not."""
+    """Why it runs on one device; empty if it may run on all."""
     devices: int = 0
-    """On how many devices a wrapper in the script computes it; 0 where there is none, and the run decides."""
+    """Number of devices of its wrapper in the script; 0 without a wrapper, when the run decides."""
     whole: int = 0
     split: int = 0
     trained: Counter[int] = field(default_factory=Counter)
-    """Training calls by their number of samples."""
+    """Training calls by batch size."""
     evaluated: Counter[int] = field(default_factory=Counter)
-    """Calls without a graph, likewise."""
+    """Calls without gradients by batch size."""
     trained_split: int = 0
-    """Training calls that were computed in parts."""
+    """Training calls split over all devices."""
 
     def found(self, name: str, how: str) -> None:
-        """Note where the model was found: first come."""
+        """Record where the model was found first."""
         if not self.how:
             self.name, self.how = name, how
 
     def wrapped(self, name: str, how: str, devices: int) -> None:
-        """Note that a wrapper in the script computes it on so many devices, whatever else is known of it."""
+        """Record that a wrapper in the script runs the model on ``devices`` devices."""
         self.name, self.how, self.devices, self.refusal = name, how, devices, ""
 
     def refuse(self, reason: str) -> None:
-        """Note why it is computed on one device from now on; the first reason stays. A wrapper for several goes on."""
+        """Keep the model on one device from now on; the first reason stays. A wrapper for several devices is exempt."""
         if self.devices < 2:
             self.refusal = self.refusal or reason
 
     def count(self, batch: int | None, *, split: bool) -> None:
-        """One call of the model, with a batch of so many samples."""
+        """Count one call with a batch of ``batch`` samples."""
         self.split += split
         self.whole += not split
         is_training = torch.is_grad_enabled()
@@ -89,137 +96,173 @@ class ModelStats:
 
     @property
     def batch(self) -> int:
-        """The usual number of samples of a training call, or of any other if there were none."""
+        """The most frequent batch size in training, or in evaluation if the model was not trained."""
         batches = self.trained or self.evaluated
         return batches.most_common(1)[0][0] if batches else 0
 
     @property
-    def is_shared(self) -> bool:
-        """Whether its training was computed in parts; of a model that was not trained, its other calls."""
+    def is_parallel(self) -> bool:
+        """Whether a training call was split; for a model that was not trained, any call."""
         return bool(self.trained_split if self.trained else self.split)
+
+    def merged(self, others: Sequence[ModelStats]) -> ModelStats:
+        """Return the sum of this model's calls and those of others."""
+        group = [self, *others]
+        if not others:
+            return self
+        return ModelStats(
+            self.calls,
+            f"{self.name} ({len(group)} models)",
+            self.how,
+            self.refusal,
+            self.devices,
+            whole=sum(model.whole for model in group),
+            split=sum(model.split for model in group),
+            trained=sum((model.trained for model in group), Counter()),
+            evaluated=sum((model.evaluated for model in group), Counter()),
+            trained_split=sum(model.trained_split for model in group),
+        )
 
 
 @dataclass
 class LoaderStats:
     """A DataLoader of the script."""
 
-    place: str
+    location: str
     batch: int
-    scaled: int
+    scaled_batch: int
     """Its batch size in this run."""
 
 
 class StepTiming(NamedTuple):
-    """From one optimiser step to the next; seconds."""
+    """Time from one optimizer step to the next, in seconds."""
 
     seconds: float
-    moving: float
-    waiting: float
-    loading: float
+    transfer_s: float
+    wait_s: float
+    loading_s: float
     is_split: bool
 
 
 class TimeShares(NamedTuple):
-    """Where the time of a usual step goes, as parts of one."""
+    """Fractions of a typical step's time."""
 
     computing: float
-    moving: float
+    transfer: float
     waiting: float
     loading: float
 
 
-class RunStats:
-    """The stats of one run."""
+class StepComparison(NamedTuple):
+    """Seconds per step on one device and on all devices."""
 
-    def __init__(self, devices: Sequence[torch.device], clock: Clock) -> None:
+    one_device_s: float
+    all_devices_s: float
+
+
+class _Counters(NamedTuple):
+    """Running totals at an optimizer step."""
+
+    seconds: float
+    transfer_s: float
+    wait_s: float
+    loading_s: float
+    whole: int
+    split: int
+
+
+class RunStats:
+    """Statistics of one run."""
+
+    def __init__(self, devices: Sequence[torch.device], timers: Clock) -> None:
         self.devices = tuple(devices)
-        self.clock = clock
+        self.timers = timers
         self.calls = CallStats()
         self.models: list[ModelStats] = []
         self.loaders: list[LoaderStats] = []
         self.notes: list[str] = []
-        self.whole_script = ""
-        """Why nothing of the script may be computed in parts; empty where something may."""
-        self.scales = False
-        """Whether batches of training loaders are multiplied."""
-        self.loading = 0.0
+        self.scale_batch = False
+        """Whether training loaders get larger batches."""
+        self.loading_s = 0.0
         """Seconds that the script has waited for its DataLoaders."""
         self.steps: list[StepTiming] = []
+        self._refusal = ""
         self._by_module: weakref.WeakKeyDictionary[nn.Module, ModelStats] = weakref.WeakKeyDictionary()
-        self._leader: weakref.ref[Any] | None = None
-        self._last: tuple[float, float, float, float, int, int] | None = None
+        self._optimizer: weakref.ref[Any] | None = None
+        self._last: _Counters | None = None
 
     def model(self, module: nn.Module) -> ModelStats:
-        """Return the stats of a model, a new one if there is none."""
+        """Return the statistics of a model; create them if there are none."""
         stats = self._by_module.get(module)
         if stats is None:
-            stats = self._by_module[module] = ModelStats(self.calls, refusal=self.whole_script)
+            stats = self._by_module[module] = ModelStats(self.calls, refusal=self._refusal)
             self.models.append(stats)
         return stats
 
     def refuse_all(self, reason: str) -> None:
-        """Let every model be computed on one device from now on."""
-        self.whole_script = reason
+        """Keep every model on one device from now on."""
+        self._refusal = reason
         for stats in self.models:
             stats.refuse(reason)
 
     def add_note(self, text: str) -> None:
-        """Say this at the end, once."""
+        """Add a line to the report, unless it has that line."""
         if text not in self.notes:
             self.notes.append(text)
 
-    def stepped(self, optimizer: Any) -> None:
-        """An optimiser has stepped; the steps of the first one that is still alive are timed."""
-        if self._leader is None or self._leader() is None:
-            self._leader, self._last = weakref.ref(optimizer), None
-        if self._leader() is not optimizer:
+    def on_step(self, optimizer: Any) -> None:
+        """Record an optimizer step. Only the first optimizer that is still alive is timed."""
+        if self._optimizer is None or self._optimizer() is None:
+            self._optimizer, self._last = weakref.ref(optimizer), None
+        if self._optimizer() is not optimizer:
             return
         self.calls.steps += 1
-        now = (
+        now = _Counters(
             time.perf_counter(),
-            self.clock.moving,
-            self.clock.waiting,
-            self.loading,
+            self.timers.moving,
+            self.timers.waiting,
+            self.loading_s,
             self.calls.whole,
             self.calls.split,
         )
         if self._last is not None:
-            seconds, moving, waiting, loading, whole, split = (a - b for a, b in zip(now, self._last, strict=True))
-            if bool(whole) != bool(split):
-                self.steps.append(StepTiming(seconds, moving, waiting, loading, bool(split)))
-                del self.steps[:-_KEPT]
+            step = _Counters._make(new - old for new, old in zip(now, self._last, strict=True))
+            if bool(step.whole) != bool(step.split):
+                self.steps.append(StepTiming(*step[:4], is_split=bool(step.split)))
+                del self.steps[:-_MAX_KEPT]
         self._last = now
 
-    def comparison(self) -> tuple[float, float] | None:
-        """Return the time of a step on one device and on all, seconds; ``None`` if there is nothing to compare.
+    def comparison(self) -> StepComparison | None:
+        """Return the times of a step on one device and on all; ``None`` if there are too few steps.
 
-        Steps on one device that lie between others are compared with their neighbours: the machine was the same then, and
-        warm. Those at the beginning are not.
+        Steps on one device are compared with their neighbors, which ran under the same conditions. Steps on one device
+        at the start are left out.
         """
-        first = next((index for index, step in enumerate(self.steps) if step.is_split), len(self.steps))
-        whole = [index for index, step in enumerate(self.steps) if not step.is_split and index > first]
-        near = {index for one in whole for index in range(one - _NEAR, one + _NEAR + 1) if index > first + 1}
+        first_split = next((index for index, step in enumerate(self.steps) if step.is_split), len(self.steps))
+        whole = [index for index, step in enumerate(self.steps) if not step.is_split and index > first_split]
+        neighbors = {near for index in whole for near in range(index - _NEIGHBORS, index + _NEIGHBORS + 1)}
         beside = [
-            self.steps[index].seconds
-            for index in sorted(near)
-            if index < len(self.steps) and self.steps[index].is_split
+            step.seconds
+            for index, step in enumerate(self.steps)
+            if step.is_split and index in neighbors and index > first_split + 1
         ]
-        if len(whole) < _ENOUGH or len(beside) < _ENOUGH:
+        if len(whole) < _MIN_COMPARED or len(beside) < _MIN_COMPARED:
             return None
-        return statistics.median(self.steps[index].seconds for index in whole), statistics.median(beside)
+        one_device_s = statistics.median(self.steps[index].seconds for index in whole)
+        return StepComparison(one_device_s, statistics.median(beside))
 
-    def seconds_a_step(self) -> float | None:
-        """Return the usual time of a step, of those in parts if there are any; ``None`` if there are none."""
+    def seconds_per_step(self) -> float | None:
+        """Return the median time of a split step, or of any step if none was split; ``None`` without steps."""
         times = [step.seconds for step in self.steps if step.is_split][1:] or [step.seconds for step in self.steps]
         return statistics.median(times) if times else None
 
-    def shares(self) -> TimeShares:
-        """Return where the time of steps goes; of those in parts if there are any."""
+    def time_shares(self) -> TimeShares:
+        """Return where the time of split steps goes, or of all steps if none was split."""
         steps = [step for step in self.steps if step.is_split] or self.steps
-        typical = statistics.median(step.seconds for step in steps) if steps else 0.0
-        usual = [step for step in steps if step.seconds <= 3 * typical]  # not those with an evaluation between them
-        total = sum(step.seconds for step in usual) or 1.0
-        moving, waiting, loading = (
-            (sum(column) / total for column in list(zip(*usual, strict=True))[1:4]) if usual else (0, 0, 0)
-        )
-        return TimeShares(max(0.0, 1 - moving - waiting - loading), moving, waiting, loading)
+        median = statistics.median(step.seconds for step in steps) if steps else 0.0
+        typical = [step for step in steps if step.seconds <= 3 * median]  # without those that include an evaluation
+        total = sum(step.seconds for step in typical) or 1.0
+        transfer = sum(step.transfer_s for step in typical) / total
+        waiting = sum(step.wait_s for step in typical) / total
+        loading = sum(step.loading_s for step in typical) / total
+        return TimeShares(max(0.0, 1 - transfer - waiting - loading), transfer, waiting, loading)

@@ -1,4 +1,4 @@
-"""Somebody's program: a file or a module, run once as ``__main__`` with everything where Python itself would put it."""
+"""Script or module that ``duoka run`` executes once, as ``__main__``, with the surroundings that Python gives it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from duoka.errors import ConfigError, DuokaError
 
 __all__ = ["Script"]
 
-_INTERRUPTED = 128 + signal.SIGINT
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class Script:
-    """A script or a module, found, read and compiled, ready to run in this process."""
+    """A script or a module, found and read, ready to run in this process."""
 
     def __init__(self, target: str, arguments: Sequence[str] = (), *, is_module: bool = False) -> None:
-        """Find the program.
+        """Find and read the script.
 
         Args:
-            target: a file's path, or with ``is_module`` a module's name as after ``python -m``.
-            arguments: what the program shall find in ``sys.argv`` after its own name.
+            target: a file's path, or with ``is_module`` a module's name as for ``python -m``.
+            arguments: the script's command-line arguments, ``sys.argv[1:]``.
             is_module: whether ``target`` is a module's name.
 
         Raises:
-            ConfigError: there is no such file or module, or it cannot be run.
+            ConfigError: the file or module does not exist, or cannot be run.
 
         """
         self.target, self.is_module = target, is_module
@@ -41,24 +41,24 @@ class Script:
         self.path = str(Path(str(self._spec.origin) if self._spec is not None else target).absolute())
         self.argv = [self.path if is_module else target, *arguments]
         self.source = _read(Path(self.path if is_module else target))
-        self._first_on_path = os.getcwd() if is_module else str(Path(target).resolve().parent)
+        self._import_dir = os.getcwd() if is_module else str(Path(target).resolve().parent)
 
     def run(self) -> int:
-        """Run it to its end and return its exit status; its exceptions are shown as Python shows them."""
-        main = self._main_module()
-        with _as_main(main, self.argv, self._first_on_path):
+        """Run to the end and return the exit status; exceptions are printed as Python prints them."""
+        main = self._create_main_module()
+        with _installed_as_main(main, self.argv, self._import_dir):
             try:
-                exec(self._compiled(), main.__dict__)  # noqa: S102 - it is the user's own script
+                exec(self._compile(), main.__dict__)  # noqa: S102 - the user's own script
             except SystemExit as stop:
-                return _status(stop)
+                return _exit_status(stop)
             except BaseException as error:
-                return _show(error)
+                return _print_exception(error)
         return 0
 
-    def _compiled(self) -> CodeType:
+    def _compile(self) -> CodeType:
         return compile(self.source, self.path, "exec", dont_inherit=True)
 
-    def _main_module(self) -> ModuleType:
+    def _create_main_module(self) -> ModuleType:
         main = ModuleType("__main__")
         main.__file__ = self.path
         main.__builtins__ = __builtins__  # type: ignore[attr-defined]
@@ -68,15 +68,16 @@ class Script:
 
 
 @contextlib.contextmanager
-def _as_main(main: ModuleType, argv: list[str], first_on_path: str) -> Iterator[None]:
+def _installed_as_main(main: ModuleType, argv: list[str], import_dir: str) -> Iterator[None]:
+    """Set ``__main__``, ``sys.argv`` and ``sys.path`` for the script, and wait for its threads at the end."""
     before = sys.modules["__main__"], sys.argv, sys.path[:]
     sys.modules["__main__"], sys.argv = main, list(argv)
-    # Python has put the folder of the `duoka` command first, where a script finds its own folder.
-    sys.path[:] = [first_on_path, *(sys.path[1:] if sys.path and not sys.flags.safe_path else sys.path)]
+    # The first entry is the folder of the `duoka` command; Python puts the script's folder there.
+    sys.path[:] = [import_dir, *(sys.path[1:] if sys.path and not sys.flags.safe_path else sys.path)]
     try:
         yield
     finally:
-        for thread in threading.enumerate():  # as Python does before it ends
+        for thread in threading.enumerate():  # as Python does before it exits
             if not thread.daemon and thread is not threading.current_thread():
                 thread.join()
         with contextlib.suppress(Exception):
@@ -85,7 +86,7 @@ def _as_main(main: ModuleType, argv: list[str], first_on_path: str) -> Iterator[
 
 
 def _find_module(name: str) -> ModuleSpec:
-    """Return where a module is, as ``python -m`` looks for it: from the working directory, a package by its ``__main__``."""
+    """Find a module as ``python -m`` does: from the working directory; for a package, its ``__main__``."""
     sys.path.insert(0, os.getcwd())
     try:
         spec = importlib.util.find_spec(name)
@@ -93,13 +94,15 @@ def _find_module(name: str) -> ModuleSpec:
             spec = importlib.util.find_spec(f"{name}.__main__")
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            f"there is no module {name!r}: {error}. Run from the folder that holds its package."
+            f"there is no module {name!r}: {error}. Run from the folder that contains its package."
         ) from error
     finally:
         sys.path.pop(0)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         path = f"{name.replace('.', '/')}.py"
-        raise ConfigError(f"there is no module {name!r} to run ({path} or a package with __main__.py, seen from here).")
+        raise ConfigError(
+            f"there is no module {name!r} to run: {os.getcwd()} contains neither {path} nor a package with __main__.py."
+        )
     return spec
 
 
@@ -109,19 +112,17 @@ def _read(path: Path) -> bytes:
     try:
         source = path.read_bytes()
     except FileNotFoundError:
-        beside = sorted(str(other) for other in path.parent.glob("*.py"))[:8] if path.parent.is_dir() else []
-        there = f" Here there are: {', '.join(beside)}." if beside else ""
-        raise ConfigError(f"there is no script {str(path)!r}.{there}") from None
+        others = sorted(str(other) for other in path.parent.glob("*.py"))[:8] if path.parent.is_dir() else []
+        hint = f" The folder contains: {', '.join(others)}." if others else ""
+        raise ConfigError(f"there is no script {str(path)!r}.{hint}") from None
     except OSError as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     if b"\0" in source:
-        raise ConfigError(
-            f"{str(path)!r} is no script: it holds binary data. Name a file of Python code, or a notebook."
-        )
+        raise ConfigError(f"{str(path)!r} contains binary data. Name a Python file or a notebook.")
     return source
 
 
-def _status(stop: SystemExit) -> int:
+def _exit_status(stop: SystemExit) -> int:
     """Return the exit status that Python gives for ``sys.exit(...)``."""
     if stop.code is None:
         return 0
@@ -131,42 +132,42 @@ def _status(stop: SystemExit) -> int:
     return 1
 
 
-def _show(error: BaseException) -> int:
-    """Show an exception as Python does at the end of a script, without the frames that stand between script and torch."""
-    is_explained = isinstance(
-        error, KeyboardInterrupt | DuokaError
-    )  # where it came to pass in duoka tells nobody anything
-    own = _without_ours(error.__traceback__, ends_at_ours=is_explained)
-    _tidy_context(error)
-    sys.excepthook(type(error), error.with_traceback(own), own)
+def _print_exception(error: BaseException) -> int:
+    """Print an exception as Python does, without the frames between the script and torch, and return the exit status."""
+    # Frames inside duoka do not help with an interrupt, or with an error whose message names the remedy.
+    cut = isinstance(error, KeyboardInterrupt | DuokaError)
+    trace = _script_frames(error.__traceback__, cut_at_duoka=cut)
+    _clean_context(error)
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
     with contextlib.suppress(io.UnsupportedOperation, ValueError):
         sys.stderr.flush()
-    return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    return _EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _tidy_context(error: BaseException) -> None:
-    """Take duoka's frames out of what an exception came of; of two Ctrl-C show one."""
-    before = error.__cause__ or error.__context__
-    if isinstance(error, KeyboardInterrupt) and isinstance(before, KeyboardInterrupt):
+def _clean_context(error: BaseException) -> None:
+    """Remove duoka's frames from the causes of an exception; of two interrupts keep the last."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, KeyboardInterrupt) and isinstance(cause, KeyboardInterrupt):
         error.__suppress_context__ = True
-    elif before is not None:
-        before.__traceback__ = _without_ours(before.__traceback__, ends_at_ours=isinstance(before, DuokaError))
-        _tidy_context(before)
+    elif cause is not None:
+        cause.__traceback__ = _script_frames(cause.__traceback__, cut_at_duoka=isinstance(cause, DuokaError))
+        _clean_context(cause)
 
 
-def _without_ours(trace: TracebackType | None, *, ends_at_ours: bool) -> TracebackType | None:
-    """Return a traceback without duoka's frames and those of torch's function modes, except where it ends in one."""
+def _script_frames(trace: TracebackType | None, *, cut_at_duoka: bool) -> TracebackType | None:
+    """Return a traceback without frames of duoka and of torch's function modes, but with the frame that raised.
+
+    With ``cut_at_duoka`` the traceback ends before the first frame of duoka. Modules that set ``__tracebackhide__``
+    call torch's C++ code, so their frame is left out even if it is the last.
+    """
     if trace is None:
         return None
     name = str(trace.tb_frame.f_globals.get("__name__", ""))
-    is_ours = name.startswith("duoka.") or name == "torch.overrides"
-    if name == __name__:
-        return _without_ours(trace.tb_next, ends_at_ours=ends_at_ours)
-    if is_ours and ends_at_ours:
+    is_internal = name.startswith("duoka.") or name == "torch.overrides"
+    if name != __name__ and is_internal and cut_at_duoka:
         return None
-    rest = _without_ours(trace.tb_next, ends_at_ours=ends_at_ours)
-    if is_ours and (
-        trace.tb_next is not None or name == "duoka.data_parallel.device_remap"
-    ):  # which calls torch's own, in C++
+    rest = _script_frames(trace.tb_next, cut_at_duoka=cut_at_duoka)
+    has_raised = trace.tb_next is None and "__tracebackhide__" not in trace.tb_frame.f_globals
+    if name == __name__ or (is_internal and not has_raised):
         return rest
     return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)

@@ -1,0 +1,176 @@
+"""Replacement of ``torch.nn.DataParallel`` while a script runs, and the record of every wrapper that the script makes."""
+
+from __future__ import annotations
+
+import copyreg
+import importlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.data_parallel import DataParallel, scatter_gather
+from duoka.data_parallel.module import own_steps, rebuilt
+from duoka.script_runner.parallel_call import ParallelizedCall
+from duoka.script_runner.patching import Patches
+from duoka.script_runner.run_stats import ModelStats, RunStats
+from duoka.script_runner.source_scan import caller_location
+
+__all__ = ["DataParallelHooks", "is_parallel_wrapper"]
+
+_TORCH_MODULE = "torch.nn.parallel.data_parallel"
+
+
+class DataParallelHooks:
+    """Records the script's wrappers, and gives ``nn.DataParallel`` the devices of this run."""
+
+    def __init__(self, devices: Sequence[torch.device], stats: RunStats) -> None:
+        self._devices = tuple(devices)
+        self._stats = stats
+        self._wrappers: list[weakref.ref[DataParallel]] = []
+
+    def record_wrappers(self, patches: Patches) -> None:
+        """Record each ``DataParallel`` of the script and its calls until the patches end."""
+        patches.wrap(DataParallel, "__init__", self._on_init)
+        patches.wrap(DataParallel, "forward", self._on_forward)
+
+    def replace_torch(self, patches: Patches) -> None:
+        """Replace ``nn.DataParallel`` and ``nn.parallel.data_parallel`` until the patches end."""
+        wrapper = _TorchNameMeta(
+            "DataParallel",
+            (ScriptDataParallel,),
+            {
+                "__doc__": ScriptDataParallel.__doc__,
+                "__module__": _TORCH_MODULE,
+                "__qualname__": "DataParallel",
+                "_duoka_hooks": self,
+            },
+        )
+        implementation = importlib.import_module(_TORCH_MODULE)
+        for owner in (nn, nn.parallel, implementation):
+            patches.set(owner, "DataParallel", wrapper)
+        for owner in (nn.parallel, implementation):
+            patches.set(owner, "data_parallel", _data_parallel)
+        patches.callback(self._close_wrappers)
+
+    def map_device_ids(self, device_ids: Sequence[int | torch.device] | None) -> Sequence[torch.device]:
+        """Return the devices of this run that a script's ``device_ids`` name."""
+        if device_ids is None:
+            return self._devices
+        indices = [one if isinstance(one, int) else torch.device(one).index or 0 for one in device_ids]
+        devices = [self._devices[index] for index in indices if 0 <= index < len(self._devices)]
+        if len(devices) < len(indices):
+            self._stats.add_note(
+                f"The script uses device_ids={indices}, but this run has {len(self._devices)} devices: "
+                "--device sets how many."
+            )
+        return devices or self._devices[:1]
+
+    def default_devices(self, wrapper_class: type) -> Sequence[torch.device]:
+        """Return the devices of a wrapper without ``device_ids``: one for a class with its own scatter or gather."""
+        return self._devices[:1] if own_steps(wrapper_class) else self._devices
+
+    def register(self, wrapper: DataParallel, how: str) -> None:
+        """Record a wrapper of the replaced class, and why it uses one device if it does."""
+        stats = self._record(wrapper, how)
+        if own := own_steps(type(wrapper)):
+            stats.refuse(
+                f"its wrapper {type(wrapper).__name__} overrides {' and '.join(own)}, which duoka does not call"
+            )
+        elif len(wrapper._duoka_devices) == 1:
+            stats.refuse("the script wraps it for one device")
+        self.close_at_end(wrapper)
+
+    def close_at_end(self, wrapper: DataParallel) -> None:
+        """Release the wrapper's workers when the script ends."""
+        self._wrappers.append(weakref.ref(wrapper))
+
+    def _on_init(self, original: Callable[..., None], wrapper: DataParallel, /, *args: Any, **kwargs: Any) -> None:
+        original(wrapper, *args, **kwargs)
+        if is_parallel_wrapper(wrapper) and not isinstance(wrapper, ScriptDataParallel):
+            self._record(wrapper, f"wrapped by the script at {caller_location()}")
+
+    def _on_forward(self, original: Callable[..., Any], wrapper: DataParallel, /, *inputs: Any, **kwargs: Any) -> Any:
+        if ParallelizedCall.is_local() or not is_parallel_wrapper(wrapper):
+            return original(wrapper, *inputs, **kwargs)
+        stats = self._stats.model(wrapper.module)
+        if not stats.devices:  # copied or unpickled: no constructor has run
+            self._record(wrapper, "wrapped by the script")
+        with ParallelizedCall.local_only():
+            value = original(wrapper, *inputs, **kwargs)
+        batch = scatter_gather.batch_size(scatter_gather.take_out((inputs, kwargs))[0], wrapper.dim)
+        stats.count(batch, split=len(wrapper._duoka_devices) > 1)
+        return value
+
+    def _record(self, wrapper: DataParallel, how: str) -> ModelStats:
+        stats = self._stats.model(wrapper.module)
+        stats.wrapped(type(wrapper.module).__name__, how, len(wrapper._duoka_devices))
+        return stats
+
+    def _close_wrappers(self) -> None:
+        for reference in self._wrappers:
+            if (wrapper := reference()) is not None:
+                DataParallel.close(wrapper)  # a subclass in the script may define another close
+
+
+class _TorchNameMeta(type):
+    """Makes ``isinstance(model, nn.DataParallel)`` true for every ``duoka.DataParallel``."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        is_replacement = "_duoka_hooks" in vars(cls)
+        return isinstance(value, DataParallel) if is_replacement else type.__instancecheck__(cls, value)
+
+
+class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
+    """Computes each batch on the devices of this run; see ``duoka.DataParallel``."""
+
+    _duoka_hooks: DataParallelHooks
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Sequence[int | torch.device] | None = None,
+        output_device: int | torch.device | None = None,
+        dim: int = 0,
+    ) -> None:
+        hooks = self._duoka_hooks
+        devices = hooks.map_device_ids(device_ids)
+        super().__init__(module, devices=list(devices[:1] if own_steps(type(self)) else devices), dim=dim)
+        if output_device is not None:
+            self.output_device = output_device  # type: ignore[assignment]
+        hooks.register(self, f"wrapped by the script at {caller_location()}")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state with ``module.`` in its names, as torch does: scripts remove that prefix themselves."""
+        return nn.Module.state_dict(self, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        double = super().__deepcopy__(memo)
+        self._duoka_hooks.close_at_end(double)
+        return double
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if "_duoka_hooks" in vars(type(self)):  # pickled by torch's name, so that torch alone can load it
+            return type(self), (self.module,)
+        return copyreg.__newobj__, (type(self),), self._duoka_state() | {"device_ids": []}  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        devices = self._duoka_hooks.default_devices(type(self))
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+        rebuilt(self, tuple(devices), None, {"device_ids": list(range(len(devices)))})
+        self._duoka_hooks.register(self, f"loaded by the script at {caller_location()}")
+
+
+def is_parallel_wrapper(module: nn.Module) -> bool:
+    """Return whether a wrapper decides where its model is computed; a ``duoka.DataParallel`` for one device does not."""
+    return isinstance(module, ScriptDataParallel) or (
+        isinstance(module, DataParallel) and len(module._duoka_devices) > 1
+    )
+
+
+def _data_parallel(module: nn.Module, inputs: Any, *_: Any, module_kwargs: Any = None, **__: Any) -> Any:
+    """Replace ``torch.nn.parallel.data_parallel``: call the model, which splits the batch where duoka found it."""
+    args = inputs if isinstance(inputs, tuple) else () if inputs is None else (inputs,)
+    return module(*args, **(module_kwargs or {}))
