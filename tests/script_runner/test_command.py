@@ -1,4 +1,4 @@
-"""The command line of ``duoka run``: whose words are whose, what is explained, what is refused, and notebooks."""
+"""The command line of ``duoka run``: arguments, the dry run, refusals, scripts and notebooks."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ SCRIPTS = Path(__file__).parent / "scripts"
         (["--explain", "t.py", "--device", "cpu:2", "-x"], RunArguments("t.py", ("-x",), device="cpu:2", explain=True)),
     ],
 )
-def test_words_belong_to_duoka_or_to_the_script(words: list[str], request_: RunArguments) -> None:
+def test_each_argument_belongs_to_duoka_or_to_the_script(words: list[str], request_: RunArguments) -> None:
     assert parse(words) == request_
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--device"], "needs a value"),
         (["-m"], "name of a module"),
@@ -53,31 +53,31 @@ def test_words_belong_to_duoka_or_to_the_script(words: list[str], request_: RunA
         (["--dvice", "cpu:2", "t.py"], "no option '--dvice'"),
     ],
 )
-def test_a_command_line_that_is_not_understood_is_refused(words: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_an_invalid_command_line_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse(words)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["nowhere.py"], "there is no script 'nowhere.py'. Here there are: asks.py, binary.py, here.py"),
+        (["nowhere.py"], "asks.py, binary.py, here.py"),
         (["."], "is a folder"),
         (["-m", "no.such.module"], "there is no module 'no.such.module'"),
         (["nowhere.ipynb"], "there is no notebook"),
-        (["bad.ipynb"], "is not a notebook"),
+        (["bad.ipynb"], "is not a valid notebook"),
         (["here.py", "--device", "cpu:0"], "cpu:0"),
         (["here.py", "--device", "cuda:77"], "77"),
         (["asks.py", "--device", "cpu:2"], "may be meant for duoka or for asks.py"),
         (["here.py", "--devise", "cpu:2"], "did you mean --device by --devise"),
         (["here.py", "--device=cpu:2", "--scale_batch"], "did you mean --scale-batch"),
-        (["binary.py"], "holds binary data"),
+        (["binary.py"], "binary data"),
         (["taken.ipynb"], "taken.out.ipynb"),
         (["--explain", "wrong.py"], "wrong.py, line 1"),
         (["--explain", "here.ipynb"], "--explain reads scripts"),
     ],
 )
-def test_mistakes_get_one_message_and_status_2(words, said, tmp_path, monkeypatch, capsys) -> None:
+def test_a_mistake_gets_one_message_and_status_2(words, message, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "here.py").write_text("print('ran')")
     (tmp_path / "asks.py").write_text("import argparse\np = argparse.ArgumentParser()\np.add_argument('--device')")
     (tmp_path / "wrong.py").write_text("def (:")
@@ -88,24 +88,24 @@ def test_mistakes_get_one_message_and_status_2(words, said, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert main(["run", *words]) == 2
     out, err = capsys.readouterr()
-    assert said in err
+    assert message in err
     assert err.startswith("duoka: ")
     assert "Traceback" not in err
     assert "ran" not in out
 
 
-def test_explain_says_what_would_be_done_and_runs_nothing(capsys, tmp_path) -> None:
+def test_explain_names_each_call_and_runs_nothing(capsys, tmp_path) -> None:
     script = SCRIPTS / "gan.py"
     assert main(["run", "--explain", "--scale-batch", "--device", "cpu:2", str(script)]) == 0
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     lines = script.read_text().splitlines()
     number = next(index for index, line in enumerate(lines, 1) if "nn.DataParallel(netG" in line)
-    assert f"line {number}: nn.DataParallel(netG" in said
-    assert "becomes 2 x batch_size" in said
-    assert "errD" not in said
+    assert f"line {number}: nn.DataParallel(netG" in message
+    assert "becomes 2 x batch_size" in message
+    assert "errD" not in message
 
 
-def test_explain_says_when_it_finds_nothing(capsys, tmp_path) -> None:
+def test_explain_reports_that_it_finds_no_model(capsys, tmp_path) -> None:
     (tmp_path / "t.py").write_text("print(1)")
     assert main(["run", "--explain", "--device", "cpu:2", str(tmp_path / "t.py")]) == 0
     assert "run as it does without duoka" in capsys.readouterr().out
@@ -117,7 +117,7 @@ def duoka(*words: str, cwd: Path, **options) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_a_script_finds_everything_where_python_puts_it(device, tmp_path) -> None:
+def test_a_script_finds_argv_path_and_main_as_under_python(device, tmp_path) -> None:
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "beside.py").write_text("VALUE = 5")
@@ -132,8 +132,8 @@ def test_a_script_finds_everything_where_python_puts_it(device, tmp_path) -> Non
     plain = subprocess.run(
         [sys.executable, "project/t.py", "-x", "1"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    shared = duoka("run", "--device", device, "project/t.py", "-x", "1", cwd=tmp_path)
-    assert (shared.returncode, json.loads(shared.stdout)) == (7, json.loads(plain.stdout))
+    parallel = duoka("run", "--device", device, "project/t.py", "-x", "1", cwd=tmp_path)
+    assert (parallel.returncode, json.loads(parallel.stdout)) == (7, json.loads(plain.stdout))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_script_ends_as_under_python(code, status, last, tmp_path) -> None:
     ended = duoka("run", "--device", "cpu", "t.py", cwd=tmp_path)
     assert ended.returncode == status
     trace = ended.stderr.strip()
-    assert trace.endswith(last)  # and no stats of what has not happened
+    assert trace.endswith(last)  # without a report
     assert "duoka" not in trace
     assert "runpy" not in trace
 
@@ -172,7 +172,7 @@ print(len(loader), len(test_loader), loader.batch_size)
 """
 
 
-def test_scale_batch_multiplies_training_batches_and_says_so(tmp_path) -> None:
+def test_scale_batch_multiplies_training_batches_and_reports_it(tmp_path) -> None:
     (tmp_path / "t.py").write_text(TRAINING)
     ended = duoka("run", "t.py", "--device", "cpu:2", "--scale-batch", cwd=tmp_path)
     assert ended.stdout.split() == ["4", "8", "16"]
@@ -193,7 +193,7 @@ print("end of the script")
 """
 
 
-def test_threads_of_a_script_see_what_it_sees_and_are_waited_for(tmp_path) -> None:
+def test_threads_of_a_script_see_emulated_devices_and_are_joined(tmp_path) -> None:
     (tmp_path / "t.py").write_text(THREADED)
     ended = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
     assert (ended.returncode, sorted(ended.stdout.split("\n"))) == (
@@ -222,14 +222,14 @@ for _ in range(6):
 """
 
 
-def test_a_model_is_tried_again_because_it_may_change(tmp_path) -> None:
+def test_a_model_is_checked_again_because_it_may_change(tmp_path) -> None:
     (tmp_path / "t.py").write_text(GATED)
     plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
-    assert [float(x) for x in shared.stdout.split()] == pytest.approx(
+    parallel = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert [float(x) for x in parallel.stdout.split()] == pytest.approx(
         [float(x) for x in plain.stdout.split()], rel=1e-4
     )
-    assert "looks across samples" in shared.stderr
+    assert "depends on other samples" in parallel.stderr
 
 
 ASKING = """
@@ -267,7 +267,7 @@ except RuntimeError as error:
 """
 
 
-def test_what_scripts_ask_of_cuda_is_answered_without_one(tmp_path) -> None:
+def test_scripts_can_use_the_emulated_cuda_api(tmp_path) -> None:
     (tmp_path / "t.py").write_text(ASKING)
     asked = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
     assert asked.stdout.splitlines() == ["CUDA error: invalid device ordinal 2: this run has 2 devices"]
@@ -294,13 +294,13 @@ for number in range(4):
 
 
 @pytest.mark.extended
-def test_a_module_of_the_script_that_differentiates_gradients_keeps_models_whole(tmp_path) -> None:
+def test_create_graph_in_a_module_of_the_script_keeps_models_whole(tmp_path) -> None:
     (tmp_path / "penalties.py").write_text(PENALTY)
     (tmp_path / "t.py").write_text(CRITIC)
     plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
-    assert shared.stdout == plain.stdout
-    assert "create_graph=True" in shared.stderr
+    parallel = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert parallel.stdout == plain.stdout
+    assert "create_graph=True" in parallel.stderr
 
 
 OUTSIDE = """
@@ -321,11 +321,11 @@ for number in range(9):
 """
 
 
-def test_helpers_that_compute_with_what_the_script_has_changed_outside_the_model_are_found(tmp_path) -> None:
+def test_workers_with_a_stale_variable_outside_the_model_are_detected(tmp_path) -> None:
     (tmp_path / "settings.py").write_text("SCALE = 1.0\n")
     (tmp_path / "t.py").write_text(OUTSIDE)
-    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
-    assert "Net: its forward uses something outside the model that the script has changed" in shared.stderr
+    parallel = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert "Net runs on one device from here on: its forward reads a variable outside" in parallel.stderr
 
 
 GUARDED = """
@@ -349,13 +349,13 @@ for number in range(5):
 """
 
 
-def test_a_helper_that_fails_in_a_trial_is_a_reason_and_no_failure_of_the_script(tmp_path) -> None:
+def test_a_worker_that_fails_in_a_check_is_a_reason_and_no_error(tmp_path) -> None:
     (tmp_path / "settings.py").write_text("READY = False\n")
     (tmp_path / "t.py").write_text(GUARDED)
     plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    shared = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
-    assert shared.stdout == plain.stdout, shared.stderr
-    assert "a helper cannot compute its part: ValueError: not ready" in shared.stderr
+    parallel = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert parallel.stdout == plain.stdout, parallel.stderr
+    assert "a worker cannot compute its part: ValueError: not ready" in parallel.stderr
 
 
 OWN_STEPS = """
@@ -364,7 +364,7 @@ from torch import nn
 
 class Balanced(nn.DataParallel):
     def scatter(self, inputs, kwargs, device_ids):
-        raise AssertionError("with one device nobody needs it")
+        raise AssertionError("not needed on one device")
 
 torch.manual_seed(0)
 model = Balanced(nn.Linear(4, 2), device_ids=list(range(max(1, torch.cuda.device_count()))))
@@ -378,12 +378,12 @@ print("loss", loss.item())
 """
 
 
-def test_a_wrapper_that_divides_batches_itself_stays_on_one_device_with_the_reason(tmp_path) -> None:
+def test_a_wrapper_with_its_own_scatter_runs_on_one_device(tmp_path) -> None:
     (tmp_path / "train.py").write_text(OWN_STEPS)
     done = duoka("run", "train.py", "--device", "cpu:2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "loss " in done.stdout
-    assert "its wrapper Balanced has a scatter of its own, which duoka does not call" in " ".join(done.stderr.split())
+    assert "its wrapper Balanced overrides scatter" in " ".join(done.stderr.split())
 
 
 OWN_WRAPPER = """
@@ -430,11 +430,8 @@ print("loss", loss.item())
         ("nn.DataParallel(Head(), device_ids=[0])", "cpu:2", ["1", "9", "9", "0 / 30"]),
     ],
 )
-def test_a_model_that_the_script_wraps_itself_is_in_the_account(model, device, row, tmp_path) -> None:
-    """It was counted by the first device's part, once more for each wrapper inside, or not at all.
-
-    Where duoka shares it out, three steps after the 20th were to be whole, to compare with, and never were.
-    """
+def test_a_model_that_the_script_wraps_is_in_the_report(model, device, row, tmp_path) -> None:
+    """Its calls are counted once, with the whole batch; if duoka splits it, three steps after the 20th are whole."""
     (tmp_path / "train.py").write_text(OWN_WRAPPER.replace("MODEL", model))
     done = duoka("run", "train.py", "--device", device, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -442,11 +439,11 @@ def test_a_model_that_the_script_wraps_itself_is_in_the_account(model, device, r
     called = [[word.strip() for word in cells[3:7]] for cells in rows if cells[6].strip() != "0 / 0"]
     assert called == [row]
     assert "too few steps" not in done.stderr
-    assert ("tried in between" in done.stderr) == (row[3] == "26 / 4")
+    assert ("to compare" in done.stderr) == (row[3] == "26 / 4")
     assert ("the script wraps it for one device" in done.stderr) == (row[0] == "1")
 
 
-def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:
+def test_a_notebook_is_executed_and_saved_beside_the_original(tmp_path) -> None:
     pytest.importorskip("nbclient")
     source = SCRIPTS / "notebooks" / "classification.ipynb"
     book = tmp_path / source.name
@@ -454,17 +451,17 @@ def test_a_notebook_is_executed_and_saved_beside_itself(tmp_path) -> None:
     ended = duoka("run", source.name, "--device", "cpu:2", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert book.read_bytes() == source.read_bytes()
-    shared = texts(tmp_path / "classification.out.ipynb")
+    parallel = texts(tmp_path / "classification.out.ipynb")
     assert len(json.loads((tmp_path / "classification.out.ipynb").read_text())["cells"]) == len(
         json.loads(book.read_text())["cells"]
     )
     plain = execute(book, tmp_path)
-    assert numbers(shared) == pytest.approx(numbers(plain), rel=1e-4)
-    assert len(numbers(shared)) > 3
+    assert numbers(parallel) == pytest.approx(numbers(plain), rel=1e-4)
+    assert len(numbers(parallel)) > 3
     assert "wrapped by the script at line" in ended.stderr
 
 
-def test_a_failing_cell_is_shown_and_what_was_done_is_saved(tmp_path) -> None:
+def test_a_failing_cell_is_shown_and_earlier_outputs_are_saved(tmp_path) -> None:
     nbformat = pytest.importorskip("nbformat")
     cells = [nbformat.v4.new_code_cell(code) for code in ("print('first')", "1 / 0", "print('never')")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
@@ -479,10 +476,10 @@ def texts(path: Path) -> list[str]:
     return ["".join(output.get("text", "")) for output in outputs]
 
 
-def numbers(said: list[str]) -> list[float]:
+def numbers(message: list[str]) -> list[float]:
     return [
         float(word)
-        for word in " ".join(said).replace(",", " ").split()
+        for word in " ".join(message).replace(",", " ").split()
         if word.replace(".", "", 1).isdigit() and "." in word
     ]
 
@@ -523,7 +520,7 @@ if __name__ == "__main__":
 """
 
 
-def test_wrapped_models_are_copied_saved_whole_and_loaded_with_and_without_duoka(tmp_path) -> None:
+def test_wrapped_models_are_copied_saved_and_loaded_without_duoka(tmp_path) -> None:
     (tmp_path / "saves.py").write_text(SAVES_WHOLE_MODELS)
     (tmp_path / "loads.py").write_text(
         "import sys, torch\n"
@@ -546,7 +543,7 @@ def test_wrapped_models_are_copied_saved_whole_and_loaded_with_and_without_duoka
 
 
 @pytest.mark.parametrize("apart_s", [0.01, pytest.param(0.06, marks=pytest.mark.extended)])
-def test_ctrl_c_twice_ends_in_good_order(apart_s: float, tmp_path) -> None:
+def test_ctrl_c_twice_ends_without_a_traceback_of_duoka(apart_s: float, tmp_path) -> None:
     (tmp_path / "long.py").write_text(
         "import torch\n"
         "from torch import nn\n"
@@ -582,5 +579,5 @@ def test_an_error_in_torch_shows_no_frame_of_duoka(tmp_path) -> None:
     (tmp_path / "wrong.py").write_text("import torch\ntorch.zeros(2) @ torch.zeros(3)\n")
     done = duoka("run", "wrong.py", "--device", "cpu:2", cwd=tmp_path)
     assert done.returncode == 1
-    assert "naming.py" not in done.stderr
+    assert "device_remap.py" not in done.stderr
     assert 'wrong.py", line 2' in done.stderr

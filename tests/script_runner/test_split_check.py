@@ -1,4 +1,4 @@
-"""What may be computed in parts is found by trying: a model passes only if its parts give what the whole gives."""
+"""A model may be split only if the outputs of a batch's parts equal the output of the whole batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from duoka.script_runner.split_check import check_splittable
 
 
 class Function(nn.Module):
-    """A model whose forward is a function of itself and its inputs."""
+    """A model whose forward is a given function of itself and the inputs."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -87,28 +87,28 @@ SEQUENCE = torch.randn(11, 5, 6)
         (count, (X,)),
     ],
 )
-def test_models_that_treat_samples_alone_pass(function, inputs) -> None:
+def test_models_that_compute_each_sample_independently_pass(function, inputs) -> None:
     assert check_splittable(Function(function), inputs, {}, 3).reason == ""
 
 
 @pytest.mark.parametrize(
-    ("function", "inputs", "said"),
+    ("function", "inputs", "reason"),
     [
-        (lambda self, x: self.linear(x) - self.linear(x).mean(0), (X,), "looks across samples"),
-        (lambda self, x: self.linear(x) @ self.linear(x).T, (X,), "cannot be joined"),
+        (lambda self, x: self.linear(x) - self.linear(x).mean(0), (X,), "depends on other samples"),
+        (lambda self, x: self.linear(x) @ self.linear(x).T, (X,), "cannot be gathered"),
         (lambda self, x: nn.functional.mse_loss(x, x * 2, reduction="sum"), (X,), "not the mean over the samples"),
-        (lambda self, x: self.lstm(x)[1][0], (SEQUENCE,), "cannot be joined"),
+        (lambda self, x: self.lstm(x)[1][0], (SEQUENCE,), "cannot be gathered"),
         (lambda self, x: self.lstm(x)[1][0], (SEQUENCE[:9],), "first dimension"),
-        (lambda self, x: self.linear(x.cumsum(0)), (X,), "looks across samples"),
+        (lambda self, x: self.linear(x.cumsum(0)), (X,), "depends on other samples"),
         (lambda self, x: self.linear(x).view(11, 6), (X,), "cannot compute a part"),
         (lambda self, x: len(x), (X,), "no tensors"),
         (lambda self, x: self.linear(x) / 0 if len(x) > 4 else 1 / 0, (X,), "cannot compute a part"),
         (keep, (X,), "keeps tensors in kept"),
-        (follow, (X,), "changes the buffer 'mean'"),
+        (follow, (X,), "the buffer 'mean'"),
         (add, (X,), "keeps results in seen"),
-        (fill, (X, []), "changes an object that it is given"),
-        (cool, (X,), "looks across samples"),
-        (log, (X,), "not the same for every part"),
+        (fill, (X, []), "changes an object"),
+        (cool, (X,), "depends on other samples"),
+        (log, (X,), "differs between the parts"),
         (lambda self, x: self.linear(x.sub_(0.5)), (X.clone(),), "changes its inputs in place"),
         (lambda self, x: self.norm.weight.mul_(0.9) * x, (X,), "writes to its parameter norm.weight"),
         (lambda self, x: (self.linear(x), torch.distributions.Normal(x, 1)), (X,), "returns a Normal"),
@@ -116,18 +116,18 @@ def test_models_that_treat_samples_alone_pass(function, inputs) -> None:
         (lambda self, x: (self.linear(x), self.linear(x).detach().numpy()), (X,), "returns a ndarray"),
     ],
 )
-def test_models_that_need_the_whole_batch_are_refused_with_the_reason(function, inputs, said) -> None:
-    assert said in check_splittable(Function(function), inputs, {}, 3).reason
+def test_models_that_need_the_whole_batch_are_refused_with_a_reason(function, inputs, reason) -> None:
+    assert reason in check_splittable(Function(function), inputs, {}, 3).reason
 
 
-def test_a_trial_leaves_what_the_model_is_given_alone() -> None:
+def test_the_check_does_not_change_the_inputs() -> None:
     given, found = X.clone(), []
     check_splittable(Function(lambda self, x, found: fill(self, x.mul_(2), found)), (given, found), {}, 2)
     assert torch.equal(given, X)
     assert found == []
 
 
-def test_a_trial_leaves_parameters_alone() -> None:
+def test_the_check_does_not_change_parameters() -> None:
     model = Function(cool)
     check_splittable(model, (X,), {}, 2)
     assert torch.equal(model.norm.weight, torch.ones(6))
@@ -136,12 +136,12 @@ def test_a_trial_leaves_parameters_alone() -> None:
     assert isinstance(lazy.weight, nn.parameter.UninitializedParameter)
 
 
-def test_which_outputs_are_means_over_the_batch_is_told() -> None:
+def test_the_result_names_the_outputs_that_are_means_over_the_batch() -> None:
     model = Function(lambda self, x, y: {"loss": functional.mse_loss(self.linear(x), y), "logits": self.linear(x)})
-    assert check_splittable(model, (X, X), {}, 2).numbers == (0,)
+    assert check_splittable(model, (X, X), {}, 2).scalar_outputs == (0,)
 
 
-def test_a_trial_leaves_no_trace() -> None:
+def test_the_check_changes_no_buffer_attribute_hook_or_generator() -> None:
     model = Function(lambda self, x: follow(self, self.norm(functional.dropout(count(self, x), 0.5))) + torch.rand(()))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
@@ -159,7 +159,7 @@ def test_a_trial_leaves_no_trace() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_whose_parameters_other_processes_train_stays_whole() -> None:
+def test_a_model_in_memory_shared_with_other_processes_is_refused() -> None:
     model = nn.Linear(4, 2).share_memory()
-    verdict = check_splittable(model, (torch.ones(4, 4),), {}, 2)
-    assert "shares with processes of its own" in verdict.reason
+    result = check_splittable(model, (torch.ones(4, 4),), {}, 2)
+    assert "shares with other processes" in result.reason

@@ -141,7 +141,9 @@ class ParallelizedCall:
                 sizes = scatter_gather.part_sizes(batch, num_devices)
                 tensors = [scatter_gather.split(tensor, sizes, 0)[0] for tensor in tensors]
             args, kwargs = scatter_gather.fill(skeleton, tensors)
-            run_on_workers = self._controller and functools.partial(self._controller.others, module, args, kwargs)
+            run_on_workers = None
+            if self._controller is not None:
+                run_on_workers = functools.partial(self._controller.others, module, args, kwargs)
             result = check_splittable(module, args, kwargs, num_devices, run_on_workers)
         if result is not None:
             self._checks[kind] = result
@@ -189,7 +191,7 @@ def _none() -> None:
 def is_traced(module: nn.Module) -> bool:
     """Return whether the call is traced or compiled, or runs with other tensors in place of the parameters."""
     return (
-        torch.jit.is_tracing()
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch.compiler.is_compiling()
         or is_in_functorch()
         or any(

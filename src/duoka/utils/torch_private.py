@@ -17,6 +17,7 @@ from torch.autograd import Variable
 from torch.distributed import distributed_c10d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from duoka.errors import UnsupportedError
 
@@ -27,7 +28,9 @@ __all__ = [
     "backward_keeps_graph",
     "broadcast_coalesced",
     "call_module",
+    "check_replace_call",
     "copy_in_place",
+    "dataloader_iterator_class",
     "default_store",
     "exception_wrapper",
     "forget_loaded_sparse_tensors",
@@ -235,3 +238,8 @@ def take_dataloader_iterator(loader: Any) -> Any:
 def set_worker_dataset(dataset: Any) -> None:
     """Set ``get_worker_info().dataset`` in a DataLoader worker; plain assignment is refused."""
     object.__setattr__(get_worker_info(), "dataset", dataset)
+
+
+def dataloader_iterator_class() -> type[Any]:
+    """Return the base class of all iterators of a DataLoader, whose ``__next__`` loads a batch."""
+    return _BaseDataLoaderIter
