@@ -1,6 +1,6 @@
 """Runs scripts in fresh forks of one process that has imported torch: plain, as Python does, or under ``duoka run``.
 
-It reads a line of JSON a pair of jobs from standard input, runs both at once, and answers with their exit statuses.
+It reads one line of JSON per pair of jobs from standard input, runs both at once, and writes their exit statuses.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def main() -> int:
         for job in json.loads(line):
             child = os.fork()
             if child == 0:
-                nowhere = os.open(os.devnull, os.O_RDONLY)
-                os.dup2(nowhere, 0)
+                null = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(null, 0)
                 return run_job(job)
             children.append(child)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -28,22 +28,11 @@ __all__ = ["emulate_cuda", "emulated_api"]
 _LIBRARIES = ("torch", "duoka")
 _CPU = torch.device("cpu")
 _Generator = torch.Generator
-_MEMORY_IN_USE = (
-    "memory_allocated",
-    "max_memory_allocated",
-    "memory_reserved",
-    "max_memory_reserved",
-    "memory_cached",
-)
+_MEMORY_IN_USE = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_cached")
 _WITHOUT_EFFECT = (
-    "empty_cache",
-    "synchronize",
-    "reset_peak_memory_stats",
-    "reset_max_memory_allocated",
-    "init",
-    "ipc_collect",
-    "set_per_process_memory_fraction",
-)
+    "empty_cache", "synchronize", "init", "ipc_collect", "set_per_process_memory_fraction",
+    "reset_peak_memory_stats", "reset_max_memory_allocated",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -65,6 +54,8 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
         importlib.import_module(f"torch.nn.parallel{name}") for name in ("", ".parallel_apply", ".data_parallel")
     ]
     scatter_gather = importlib.import_module("torch.nn.parallel.scatter_gather")
+    functions = importlib.import_module("torch.nn.parallel._functions")
+    comm = importlib.import_module("torch.nn.parallel.comm")
     tensor_types = [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]
     return [
         (_answer_script, torch.cuda, _cuda_api(num_devices)),
@@ -81,14 +72,9 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
         (Patches.wrap, torch.amp.autocast_mode.autocast, {"__init__": _init_autocast}),
         (Patches.wrap, torch.amp.grad_scaler.GradScaler, {"__init__": _init_grad_scaler}),
         # The steps of nn.DataParallel, for scripts that call them: torch's need CUDA; these compute one after another.
-        (Patches.set, scatter_gather, {"Scatter": SimpleNamespace(apply=_scatter)}),
-        (Patches.set, scatter_gather, {"Gather": SimpleNamespace(apply=_gather)}),
-        (
-            Patches.set,
-            importlib.import_module("torch.nn.parallel._functions"),
-            {"Broadcast": SimpleNamespace(apply=_broadcast)},
-        ),
-        (Patches.set, importlib.import_module("torch.nn.parallel.comm"), {"broadcast_coalesced": _copy_buffers}),
+        (Patches.set, scatter_gather, {"Scatter": _function(_scatter), "Gather": _function(_gather)}),
+        (Patches.set, functions, {"Broadcast": _function(_broadcast)}),
+        (Patches.set, comm, {"broadcast_coalesced": _copy_buffers}),
         *((Patches.set, owner, {"parallel_apply": _parallel_apply}) for owner in data_parallel),
     ]
 
@@ -139,6 +125,11 @@ def _accelerator_api(num_devices: int) -> dict[str, Any]:
 
 def _constant(value: Any) -> Callable[..., Any]:
     return lambda *_, **__: value
+
+
+def _function(apply: Callable[..., Any]) -> Any:
+    """Return a stand-in for an autograd function, of which scripts use ``apply``."""
+    return SimpleNamespace(apply=apply)
 
 
 def _answer_script(patches: Patches, owner: Any, name: str, answer: Callable[..., Any]) -> None:
