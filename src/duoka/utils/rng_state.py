@@ -28,7 +28,7 @@ def rng_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - user code draws from it
     return {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "python": {"version": version, "words": torch.from_numpy(np.array(words)), "gauss": gauss},
         "numpy": {
             "kind": kind,
             "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
