@@ -1,13 +1,13 @@
-"""A world of one is a world: its collectives are the identity."""
+"""``World`` with one process, whose collectives are the identity, and ``use_world``."""
 
 from __future__ import annotations
 
 import torch
 
-from duoka.world import World, current_world, entered, is_entered
+from duoka.world import World, current_world, has_current_world, use_world
 
 
-def test_alone_every_collective_returns_its_input() -> None:
+def test_with_one_process_every_collective_returns_its_input() -> None:
     world = current_world()
     tensor, value = torch.arange(3.0), {"a": object()}
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
@@ -18,10 +18,10 @@ def test_alone_every_collective_returns_its_input() -> None:
     world.barrier()
 
 
-def test_a_place_is_left_as_it_was_entered() -> None:
-    place = World(2, 5, torch.device("cpu"))
-    with entered(place):
-        assert current_world() is place
-        assert is_entered()
-    assert not is_entered()
+def test_use_world_holds_inside_its_block_only() -> None:
+    world = World(2, 5, torch.device("cpu"))
+    with use_world(world):
+        assert current_world() is world
+        assert has_current_world()
+    assert not has_current_world()
     assert current_world().size == 1

@@ -1,92 +1,69 @@
-"""Arithmetic of many devices: batch, learning rate, threads and loader workers, as values and in words.
-
-Nothing is measured or started here; the standard library is enough.
-"""
+"""Arithmetic of batch size and learning rate on several devices, as numbers and as text."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from duoka.errors import ConfigError
+from duoka.utils.partition import chunk_sizes
+from duoka.utils.text import plural
+from duoka.utils.validation import check_choice, check_integer, check_number
 
-__all__ = [
-    "Batch",
-    "Cores",
-    "LearningRate",
-    "Workers",
-    "available_cores",
-    "core_limits",
-    "loader_workers",
-    "split",
-    "threads_per_rank",
-]
+__all__ = ["Batch", "LearningRate"]
 
 BATCH_MODES = ("per_device", "global")
 LR_RULES = ("none", "linear", "sqrt")
-WORKERS_PER_DEVICE = 4
-"""What is taken where the user says nothing and the cores allow it: four keep one device in images."""
-
-
-def split(count: int, parts: int) -> tuple[int, ...]:
-    """Return the sizes of ``parts`` contiguous, nearly equal parts of ``count``, as ``torch.tensor_split`` makes them.
-
-    >>> split(11, 3)
-    (4, 4, 3)
-    """
-    whole, rest = divmod(count, parts)
-    return tuple(whole + (part < rest) for part in range(parts))
+_LISTED_PARTS = 8
+"""The text lists the part of each device up to this number of devices."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How many samples an optimiser step takes, and how many of them each device.
+    """The samples of one optimizer step, and of each device in it.
 
-    >>> Batch(256, devices=2).words
+    >>> Batch(256, devices=2).summary
     '256 per device x 2 devices = 512 global'
-    >>> Batch(100, devices=3, mode="global").words
+    >>> Batch(100, devices=3, mode="global").summary
     '100 global = 34 + 33 + 33 on 3 devices'
     """
 
     size: int
-    """The user's batch size, in samples: of one device at a time, or of a whole step; see ``mode``."""
+    """The user's batch size, in samples: per device, or for the whole step; see ``mode``."""
     devices: int = 1
-    """How many devices share the work."""
+    """The number of devices that share the work."""
     mode: str = "per_device"
-    """``"per_device"``: every device takes ``size``, the global batch grows with the number of devices (and with
-    ``accumulate``). ``"global"``: ``size`` is the global batch, and is split, on any number of devices."""
-    accumulate: int = 1
-    """How many backward passes an optimiser step sums."""
+    """``"per_device"``: each device takes ``size`` samples, so the global batch grows with the number of devices and with
+    ``accumulation_steps``. ``"global"``: ``size`` is the global batch, which the devices split."""
+    accumulation_steps: int = 1
+    """The number of backward passes whose gradients one optimizer step sums."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "devices", "accumulate"):
-            _check_count(f"batch {name}" if name == "size" else name, getattr(self, name), 1)
-        _check_choice("batch", self.mode, BATCH_MODES)
-        parts = self.devices * self.accumulate
+        check_integer("batch_size", self.size, 1)
+        check_integer("devices", self.devices, 1)
+        check_integer("gradient_accumulation_steps", self.accumulation_steps, 1)
+        check_choice("batch_size_means", self.mode, BATCH_MODES)
+        parts = self.devices * self.accumulation_steps
         if self.mode == "global" and self.size < parts:
             raise ConfigError(
-                f"a global batch of {self.size} cannot be split into {parts} parts ({self._factors()}). "
-                f"Use at least {parts}, fewer devices, or less accumulation."
+                f"a global batch_size={self.size} cannot be split into {parts} parts ({self._factors()}). "
+                f"Use at least {parts}, fewer devices, or fewer gradient_accumulation_steps."
             )
 
     @property
     def global_batch(self) -> int:
-        """Samples that one optimiser step takes, over all devices and accumulated passes."""
-        return self.size if self.mode == "global" else self.size * self.devices * self.accumulate
+        """Samples of one optimizer step, over all devices and accumulated passes."""
+        return self.size if self.mode == "global" else self.size * self.devices * self.accumulation_steps
 
     @property
-    def device_parts(self) -> tuple[int, ...]:
-        """Samples of an optimiser step that each device takes, by rank."""
-        return split(self.global_batch, self.devices)
+    def device_parts(self) -> list[int]:
+        """Samples of one optimizer step on each device, by rank."""
+        return chunk_sizes(self.global_batch, self.devices)
 
     @property
     def micro_batch(self) -> int:
-        """The most samples that a device holds at a time: what its memory must have room for."""
-        return split(self.global_batch, self.devices * self.accumulate)[0]
+        """The most samples that a device holds at once, for which its memory must suffice."""
+        return self._micro_batches()[0]
 
     @property
     def growth(self) -> float:
@@ -94,39 +71,37 @@ class Batch:
         return float(self.devices) if self.mode == "per_device" else 1.0
 
     @property
-    def words(self) -> str:
-        """The arithmetic as a user reads it."""
+    def summary(self) -> str:
+        """The arithmetic as text."""
         if self.mode == "per_device":
             return f"{self.size} per device x {self._factors()} = {self.global_batch} global"
-        if self.devices * self.accumulate == 1:
+        parts = self._micro_batches()
+        if len(parts) == 1:
             return f"{self.size} global on 1 device"
-        return f"{self.size} global = {self._parts()}"
+        if parts[0] == parts[-1]:
+            split = f"{parts[0]} per device x {self._factors()}"
+        elif self.accumulation_steps > 1 or self.devices > _LISTED_PARTS:
+            split = f"{parts[-1]} to {parts[0]} per device x {self._factors()}"
+        else:
+            split = f"{' + '.join(map(str, parts))} on {self._factors()}"
+        return f"{self.size} global = {split}"
 
-    def _parts(self) -> str:
-        sizes = split(self.global_batch, self.devices * self.accumulate)
-        if sizes[0] == sizes[-1]:
-            return f"{sizes[0]} per device x {self._factors()}"
-        if self.accumulate > 1 or self.devices > WORDY:
-            return f"{sizes[-1]} to {sizes[0]} per device x {self._factors()}"
-        return f"{' + '.join(map(str, sizes))} on {self._factors()}"
+    def _micro_batches(self) -> list[int]:
+        return chunk_sizes(self.global_batch, self.devices * self.accumulation_steps)
 
     def _factors(self) -> str:
-        accumulated = f" x {self.accumulate} accumulated" if self.accumulate > 1 else ""
-        return f"{_several(self.devices, 'device')}{accumulated}"
-
-
-WORDY = 8
-"""Up to so many parts are written out."""
+        accumulated = f" x {self.accumulation_steps} accumulated" if self.accumulation_steps > 1 else ""
+        return f"{plural(self.devices, 'device')}{accumulated}"
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The learning rate for a global batch that grew, and the way up to it.
+    """The learning rate for a larger global batch, with its warm-up.
 
     Linear with warm-up is the rule of Goyal et al., "Accurate, large minibatch SGD" (2017); the square root keeps the
-    variance of a step (Krizhevsky, "One weird trick", 2014) and is the customary one for Adam.
+    variance of a step (Krizhevsky, "One weird trick", 2014) and is customary for Adam.
 
-    >>> LearningRate(0.1, growth=2, rule="linear", warmup_epochs=5).words
+    >>> LearningRate(0.1, growth=2, rule="linear", warmup_epochs=5).summary
     'lr 0.1 -> 0.2 (linear), 5 warm-up epochs'
     """
 
@@ -137,24 +112,24 @@ class LearningRate:
     rule: str = "none"
     """``"none"`` keeps ``base``; ``"linear"`` multiplies it by ``growth``; ``"sqrt"`` by the square root of that."""
     warmup_epochs: float = 0.0
-    """Epochs, or parts of one, over which the rate rises; this or ``warmup_steps``."""
+    """Epochs, or fractions of one, in which the rate rises; exclusive with ``warmup_steps``."""
     warmup_steps: int = 0
-    """Optimiser steps over which the rate rises; this or ``warmup_epochs``."""
+    """Optimizer steps in which the rate rises; exclusive with ``warmup_epochs``."""
 
     def __post_init__(self) -> None:
-        _check_number("lr", self.base, positive=True)
-        _check_number("growth", self.growth, positive=True)
-        _check_choice("lr_scaling", self.rule, LR_RULES)
-        _check_number("warmup_epochs", self.warmup_epochs, positive=False)
-        _check_count("warmup_steps", self.warmup_steps, 0)
+        check_number("lr", self.base, exclusive=True)
+        check_number("growth", self.growth, exclusive=True)
+        check_choice("lr_scaling", self.rule, LR_RULES)
+        check_number("warmup_epochs", self.warmup_epochs)
+        check_integer("warmup_steps", self.warmup_steps, 0)
         if self.warmup_epochs and self.warmup_steps:
             raise ConfigError(
-                f"warmup_epochs={self.warmup_epochs:g} and warmup_steps={self.warmup_steps} exclude each other. Give one."
+                f"warmup_epochs={self.warmup_epochs:g} and warmup_steps={self.warmup_steps} are both given. Give one of them."
             )
 
     @property
     def factor(self) -> float:
-        """What ``base`` is multiplied by."""
+        """The factor between ``base`` and ``scaled``."""
         return {"none": 1.0, "linear": self.growth, "sqrt": math.sqrt(self.growth)}[self.rule]
 
     @property
@@ -163,14 +138,14 @@ class LearningRate:
         return self.base * self.factor
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Return the length of the warm-up in optimiser steps; a part of a step counts as a whole one."""
+        """Return the length of the warm-up in optimizer steps, rounded up."""
         return self.warmup_steps or math.ceil(self.warmup_epochs * steps_per_epoch)
 
     def at(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of optimiser step ``step``, from 0: a straight line up, then ``scaled``.
+        """Return the learning rate of optimizer step ``step``, from 0: a linear warm-up, then ``scaled``.
 
-        The line starts from ``base`` where that was scaled up, as Goyal et al. do, else from 0; the last step of the
-        warm-up has ``scaled``.
+        The warm-up starts from ``base`` if ``scaled`` is larger, as in Goyal et al., else from 0. Its last step has
+        ``scaled``.
         """
         length = self.steps(steps_per_epoch)
         if step + 1 >= length:
@@ -179,152 +154,9 @@ class LearningRate:
         return start + (self.scaled - start) * (step + 1) / length
 
     @property
-    def words(self) -> str:
-        """The arithmetic as a user reads it."""
+    def summary(self) -> str:
+        """The arithmetic as text."""
         lr = f"lr {self.base:g}" if self.factor == 1 else f"lr {self.base:g} -> {self.scaled:g} ({self.rule})"
         if self.warmup_epochs:
-            one = self.warmup_epochs == 1
-            return f"{lr}, {self.warmup_epochs:g} warm-up epoch{'' if one else 's'}"
-        return f"{lr}, {_several(self.warmup_steps, 'warm-up step')}" if self.warmup_steps else lr
-
-
-@dataclass(frozen=True)
-class Cores:
-    """How many CPU cores this process may use, and what says so."""
-
-    count: int
-    words: str
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Data-loader worker processes for each device, and why so many."""
-
-    per_device: int
-    """0 is: the device's own process loads."""
-    devices: int
-    words: str
-
-    @property
-    def total(self) -> int:
-        """Worker processes on this machine."""
-        return self.per_device * self.devices
-
-
-def loader_workers(devices: int, requested: int | None = None, cores: int | None = None) -> Workers:
-    """Return the data-loader workers for ``devices`` devices of this machine, never more than its cores allow.
-
-    Every device's own process keeps a core; the others may load. ``requested`` is for all devices together (``None``:
-    four a device), ``cores`` is what there is (``None``: asked of the system).
-
-    >>> loader_workers(2, requested=16, cores=8).words
-    '3 per device: 16 were asked for, and 8 cores less 1 for each of 2 devices leave 6'
-    """
-    _check_count("devices", devices, 1)
-    _check_count("cores", 1 if cores is None else cores, 1)
-    _check_count("workers", 0 if requested is None else requested, 0)
-    cores = available_cores() if cores is None else cores
-    room = max(0, cores - devices)
-    wanted = WORKERS_PER_DEVICE if requested is None else math.ceil(requested / devices)
-    count = min(wanted, room // devices)
-    return Workers(count, devices, _workers_words(count, wanted, devices, requested, cores, room))
-
-
-def _workers_words(count: int, wanted: int, devices: int, requested: int | None, cores: int, room: int) -> str:
-    result = f"{count} per device" if count else "none, each device's own process loads"
-    asked = (
-        "nothing was asked for" if requested is None else f"{requested} {'was' if requested == 1 else 'were'} asked for"
-    )
-    if count < wanted:
-        each = f"1 for each of {devices} devices" if devices > 1 else "1 for the device"
-        leave = "leaves" if cores == 1 else "leave"
-        return f"{result}: {asked}, and {_several(cores, 'core')} less {each} {leave} {room}"
-    return f"{result}: {asked}" + (f", and {cores} cores allow it" if count else "")
-
-
-def threads_per_rank(ranks: int, cores: int | None = None) -> int:
-    """Return the compute threads for each of ``ranks`` processes that share this machine's cores: 1 or more."""
-    _check_count("ranks", ranks, 1)
-    return max(1, (available_cores() if cores is None else cores) // ranks)
-
-
-def available_cores() -> int:
-    """Return how many CPU cores this process may use: its affinity, less where a container has a smaller quota."""
-    return core_limits().count
-
-
-def core_limits(root: Path = Path("/"), affinity: int | None = None) -> Cores:
-    """Return how many cores this process may use, and which limit says so.
-
-    ``root`` is where ``proc`` and ``sys`` are mounted and ``affinity`` how many cores the scheduler allows; a test
-    gives its own. Source: Linux kernel documentation, "Control Group v2" (``cpu.max``) and "CFS Bandwidth Control".
-    """
-    allowed = affinity or _affinity()
-    quota = min(_quotas(root), default=math.inf)
-    if quota < allowed:
-        count = max(1, math.floor(quota))
-        return Cores(count, f"{_several(count, 'core')} (the container's quota is {quota:g} of {allowed})")
-    return Cores(allowed, _several(allowed, "core"))
-
-
-def _affinity() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _quotas(root: Path) -> Iterable[float]:
-    """Yield every CPU quota, in cores, that a control group of this process or one above it sets."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if not controllers:
-            for folder in _upwards(root / "sys/fs/cgroup", group):
-                yield from _quota(_read(folder / "cpu.max").split())
-        elif "cpu" in controllers.split(","):
-            for mount in ("cpu", controllers):
-                for folder in _upwards(root / "sys/fs/cgroup" / mount, group):
-                    yield from _quota([_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")])
-
-
-def _upwards(mount: Path, group: str) -> Iterable[Path]:
-    """Yield the folder of a control group and those of all above it; in a container ``mount`` itself may be it."""
-    parts = [part for part in group.split("/") if part not in ("", "..")]
-    for length in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:length])
-
-
-def _quota(fields: Sequence[str]) -> Iterable[float]:
-    """Yield time over period, in cores, where both are numbers: ``max`` and ``-1`` are no limit."""
-    if len(fields) == 2 and all(field.isdecimal() and int(field) > 0 for field in fields):
-        yield int(fields[0]) / int(fields[1])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _several(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more.")
-
-
-def _check_number(name: str, value: object, *, positive: bool) -> None:
-    limit = "greater than 0" if positive else "0 or more"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} is {value!r}; it must be a finite number, {limit}.")
-    if value < 0 or (positive and value == 0):
-        raise ConfigError(f"{name} is {value!r}; it must be {limit}.")
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        meant = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.{meant}")
+            return f"{lr}, {self.warmup_epochs:g} warm-up epoch{'' if self.warmup_epochs == 1 else 's'}"
+        return f"{lr}, {plural(self.warmup_steps, 'warm-up step')}" if self.warmup_steps else lr

@@ -1,4 +1,4 @@
-"""One process's place among the others: rank, size, device, and the collectives, which at size 1 are the identity."""
+"""One process's rank, world size, device and collectives; with one process every collective is the identity."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-__all__ = ["World", "current_world"]
+__all__ = ["World", "current_world", "has_current_world", "use_world"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together and this one's place in them.
+    """The processes that train together, and this process's rank among them.
 
-    Built by ``duoka.launch``; ``current_world()`` returns it. Where ``size`` is 1 every collective returns its input,
+    ``duoka.launch`` creates it and ``current_world()`` returns it. If ``size`` is 1, every collective returns its input,
     so that one code path serves one device and many.
     """
 
     rank: int
     """This process's number, from 0; rank 0 is the user's own process."""
     size: int
-    """How many processes there are."""
+    """The number of processes."""
     device: torch.device
-    """What this process computes on."""
+    """The device on which this process computes."""
     local_rank: int = 0
     """This process's number on this machine."""
     local_size: int = 1
-    """How many of the processes are on this machine."""
+    """The number of processes on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -44,51 +44,51 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             self.all_reduce(torch.zeros(1, device="cpu"))
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Return the sum (or ``"max"``, ``"min"``) of ``tensor`` over the ranks: same shape, type and device."""
+        """Return the sum (or ``"max"``, ``"min"``) of ``tensor`` over the ranks, with its shape, type and device."""
         if self.size == 1:
             return tensor
-        reduced = tensor.detach().to(self._wire(tensor.device), copy=True)
-        dist.all_reduce(reduced, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+        reduced = tensor.detach().to(self._wire_device(tensor.device), copy=True)
+        dist.all_reduce(reduced, op=getattr(dist.ReduceOp, op.upper()))
         return reduced.to(tensor.device)
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on at least one rank: how ranks agree to stop, skip or save."""
-        return (
-            bool(flag) if self.size == 1 else bool(self.all_reduce(torch.tensor(int(flag), device="cpu"), "max").item())
-        )
+        """Return whether ``flag`` is true on at least one rank: how ranks agree to stop, skip or save."""
+        if self.size == 1:
+            return bool(flag)
+        return bool(self.all_reduce(torch.tensor(int(flag), device="cpu"), "max").item())
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """Return rank ``source``'s picklable ``value`` on every rank."""
         if self.size == 1:
             return value
         box: list[Any] = [cloudpickle.dumps(value) if self.rank == source else None]
-        dist.broadcast_object_list(box, src=source, device=self._wire(torch.device("cpu")))
+        dist.broadcast_object_list(box, src=source, device=self._wire_device(torch.device("cpu")))
         return value if self.rank == source else pickle.loads(box[0])
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Return every rank's picklable ``value``, in the order of ranks, on every rank."""
+        """Return every rank's picklable ``value``, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         packed: list[Any] = [None] * self.size
         dist.all_gather_object(packed, cloudpickle.dumps(value))
         return [value if rank == self.rank else pickle.loads(data) for rank, data in enumerate(packed)]
 
-    def _wire(self, device: torch.device) -> torch.device:
-        """Where a tensor of ``device`` must lie to be sent: NCCL alone, without gloo, sends no CPU tensors."""
-        cpu_is_sent = "gloo" in dist.get_backend_config() or "mpi" in dist.get_backend_config()
-        return device if device.type != "cpu" or cpu_is_sent else self.device
+    def _wire_device(self, device: torch.device) -> torch.device:
+        """Return the device from which a tensor of ``device`` is sent: NCCL without gloo sends no CPU tensors."""
+        sends_cpu = "gloo" in dist.get_backend_config() or "mpi" in dist.get_backend_config()
+        return device if device.type != "cpu" or sends_cpu else self.device
 
 
 _current: ContextVar[World | None] = ContextVar("duoka_world", default=None)
 
 
 def current_world() -> World:
-    """Return this process's place: inside ``duoka.launch`` or a started process group that, else one process alone."""
+    """Return the world of ``duoka.launch`` or of the default process group; otherwise a world of one process."""
     world = _current.get()
     if world is not None:
         return world
@@ -100,8 +100,8 @@ def current_world() -> World:
 
 
 @contextlib.contextmanager
-def entered(world: World) -> Iterator[World]:
-    """Make ``world`` what ``current_world()`` returns inside the ``with`` block."""
+def use_world(world: World) -> Iterator[World]:
+    """Let ``current_world()`` return ``world`` inside the ``with`` block."""
     token = _current.set(world)
     try:
         yield world
@@ -109,8 +109,8 @@ def entered(world: World) -> Iterator[World]:
         _current.reset(token)
 
 
-def is_entered() -> bool:
-    """Whether this code runs at a place that ``entered`` gave it."""
+def has_current_world() -> bool:
+    """Return whether this code runs inside ``use_world``."""
     return _current.get() is not None
 
 

@@ -15,7 +15,7 @@ import torch
 from duoka.cli.devices import run, show
 from duoka.cli.main import main
 from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, Link, describe, resolve
-from duoka.scaling import Cores, available_cores
+from duoka.devices.cpu import Cores, available_cores
 
 GIB = 2**30
 TWO_GPUS = [

@@ -347,7 +347,7 @@ def test_a_backward_of_the_users_that_fails_leaves_the_order_whole(devices: str,
 
 
 def helper_pid(model) -> int:
-    return model._duoka_engine.crew._conversation.helpers[0].pid
+    return model._duoka_engine.crew._conversation.workers[0].pid
 
 
 def test_a_death_that_a_step_meets_is_told_by_the_next_forward(wrap) -> None:

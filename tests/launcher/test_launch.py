@@ -1,4 +1,4 @@
-"""What ``launch`` does when all goes well, and how it leaves the user's process."""
+"""``launch`` without failures: results, copies, reuse of workers, and the state of the user's process afterwards."""
 
 from __future__ import annotations
 
@@ -19,22 +19,17 @@ from torch import nn
 
 import duoka
 from duoka import errors
+from support.processes import worker_pids
 
 
-def helper_pids() -> set[int]:
-    return {
-        child.pid for child in psutil.Process().children() if "duoka.workers.worker_main" in " ".join(child.cmdline())
-    }
-
-
-def place() -> tuple[int, int, int, int]:
+def ranks() -> tuple[int, int, int, int]:
     world = duoka.current_world()
     return world.rank, world.size, dist.get_rank(), dist.get_world_size()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_device_runs_the_function_with_the_group_initialised(size: int) -> None:
-    assert duoka.launch(place, devices=f"cpu:{size}", returns="all") == [(r, size, r, size) for r in range(size)]
+def test_every_device_runs_the_function_in_one_process_group(size: int) -> None:
+    assert duoka.launch(ranks, devices=f"cpu:{size}", returns="all") == [(r, size, r, size) for r in range(size)]
 
 
 def test_the_caller_is_rank_zero_and_gets_its_value() -> None:
@@ -55,7 +50,7 @@ def test_collectives_reach_every_rank() -> None:
     assert duoka.launch(collect, devices="cpu:3", returns="all") == [(3.0, "from 0", [0, 1, 2], True)] * 3
 
 
-def test_rank_zero_works_on_the_very_objects_of_the_user() -> None:
+def test_rank_zero_gets_the_users_own_objects() -> None:
     model = nn.Linear(2, 2)
 
     def fill(given: nn.Linear) -> bool:
@@ -66,7 +61,7 @@ def test_rank_zero_works_on_the_very_objects_of_the_user() -> None:
     assert model.weight.unique().tolist() == [5.0]
 
 
-def test_helpers_get_copies_that_keep_types_views_and_ties() -> None:
+def test_workers_get_copies_that_keep_types_views_and_ties() -> None:
     base = torch.arange(1_000_000, dtype=torch.float32)
     array = np.arange(500_000)
 
@@ -84,16 +79,16 @@ def test_helpers_get_copies_that_keep_types_views_and_ties() -> None:
             part.untyped_storage()._cdata == whole.untyped_storage()._cdata,
         )
 
-    def on_helper(data: dict[str, object]) -> tuple[object, ...] | None:
+    def on_worker(data: dict[str, object]) -> tuple[object, ...] | None:
         return look(data) if duoka.current_world().rank else None
 
-    values = duoka.launch(on_helper, {"whole": base, "part": base[:10], "array": array}, devices="cpu:3", returns="all")
+    values = duoka.launch(on_worker, {"whole": base, "part": base[:10], "array": array}, devices="cpu:3", returns="all")
     assert values[1:] == [([1.0, 2.0], 7.0, 1, True)] * 2
     assert base[0] == 0
     assert array[0] == 0
 
 
-def test_a_large_tensor_is_mapped_by_helpers_and_not_copied() -> None:
+def test_workers_map_a_large_tensor_instead_of_copying_it() -> None:
     data = torch.ones(64 << 20, dtype=torch.uint8)
 
     def anonymous_bytes_used(given: torch.Tensor) -> int:
@@ -111,7 +106,7 @@ def test_a_large_tensor_is_mapped_by_helpers_and_not_copied() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.bool, torch.float64])
-def test_tensors_of_every_kind_travel_both_ways(dtype: torch.dtype) -> None:
+def test_tensors_of_every_type_arrive_in_both_directions(dtype: torch.dtype) -> None:
     sent = torch.eye(3).to(dtype)
     empty, scalar = torch.empty(0, 4, dtype=dtype), torch.ones((), dtype=dtype)
     returned = duoka.launch(lambda *given: given, sent, empty, scalar, devices="cpu:2", returns="all")[1]
@@ -120,7 +115,7 @@ def test_tensors_of_every_kind_travel_both_ways(dtype: torch.dtype) -> None:
         assert before.dtype == after.dtype
 
 
-def test_returned_parameters_keep_gradients_and_hooks_stay_out_of_the_way() -> None:
+def test_a_returned_parameter_still_requires_gradients() -> None:
     def train() -> nn.Parameter:
         parameter = nn.Parameter(torch.ones(3))
         (parameter * 2).sum().backward()
@@ -131,16 +126,16 @@ def test_returned_parameters_keep_gradients_and_hooks_stay_out_of_the_way() -> N
     assert returned.requires_grad
 
 
-def test_a_second_launch_reuses_the_warm_helpers() -> None:
-    duoka.launch(place, devices="cpu:3")
-    first = helper_pids()
-    duoka.launch(place, devices="cpu:3")
-    duoka.launch(place, devices="cpu:2")
-    assert helper_pids() == first
+def test_a_second_launch_reuses_the_warm_workers() -> None:
+    duoka.launch(ranks, devices="cpu:3")
+    first = set(worker_pids())
+    duoka.launch(ranks, devices="cpu:3")
+    duoka.launch(ranks, devices="cpu:2")
+    assert set(worker_pids()) == first
     assert len(first) == 2
 
 
-def test_helpers_see_the_folder_environment_path_and_arguments_of_now(tmp_path, monkeypatch) -> None:
+def test_workers_get_the_current_directory_variables_path_and_argv(tmp_path, monkeypatch) -> None:
     def look() -> tuple[str, str | None, bool, list[str]]:
         return os.getcwd(), os.environ.get("DUOKA_TEST_X"), "extra" in sys.path, sys.argv
 
@@ -154,7 +149,7 @@ def test_helpers_see_the_folder_environment_path_and_arguments_of_now(tmp_path, 
     assert duoka.launch(look, devices="cpu:2", returns="all")[1][1] is None
 
 
-def test_a_module_edited_between_launches_runs_in_its_new_edition(tmp_path, monkeypatch) -> None:
+def test_workers_run_the_new_version_of_an_edited_module(tmp_path, monkeypatch) -> None:
     import importlib
 
     source = tmp_path / "duoka_edited_module.py"
@@ -170,7 +165,7 @@ def test_a_module_edited_between_launches_runs_in_its_new_edition(tmp_path, monk
         del sys.modules["duoka_edited_module"]
 
 
-def test_the_callers_process_is_given_back_as_it_was_found() -> None:
+def test_the_callers_process_state_is_restored() -> None:
     def disturb() -> None:
         os.environ["DUOKA_LEFT_BEHIND"] = "1"
         torch.manual_seed(99)
@@ -178,9 +173,9 @@ def test_the_callers_process_is_given_back_as_it_was_found() -> None:
         np.random.seed(99)
         torch.set_num_threads(1)
 
-    duoka.launch(disturb, devices="cpu:2")  # helpers are warm from here on
+    duoka.launch(disturb, devices="cpu:2")  # starts the workers
     state = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    found = (
+    expected = (
         dict(os.environ),
         torch.get_num_threads(),
         signal.getsignal(signal.SIGINT),
@@ -191,7 +186,7 @@ def test_the_callers_process_is_given_back_as_it_was_found() -> None:
     duoka.launch(disturb, devices="cpu:2")
     assert torch.equal(torch.get_rng_state(), state[0])
     assert (random.getstate(), str(np.random.get_state())) == state[1:]
-    assert found == (
+    assert expected == (
         dict(os.environ),
         torch.get_num_threads(),
         signal.getsignal(signal.SIGINT),
@@ -204,7 +199,7 @@ def test_the_callers_process_is_given_back_as_it_was_found() -> None:
     assert psutil.Process().num_fds() == descriptors
 
 
-def test_a_seed_repeats_every_ranks_draws_and_ranks_draw_differently() -> None:
+def test_a_seed_repeats_the_draws_and_ranks_draw_differently() -> None:
     def draw() -> tuple[float, float, float]:
         return torch.rand(()).item(), random.random(), float(np.random.rand())
 
@@ -224,65 +219,64 @@ def test_ranks_share_the_cores() -> None:
     assert sum(duoka.launch(torch.get_num_threads, devices="cpu:2", returns="all")) <= max(cores, 2)
 
 
-def test_helpers_print_nothing_unless_asked_and_then_with_a_label(capfd) -> None:
-    def speak() -> None:
+def test_workers_output_is_hidden_or_labelled(capfd) -> None:
+    def print_rank() -> None:
         print(f"hello from {duoka.current_world().rank}")
 
-    duoka.launch(speak, devices="cpu:2")
+    duoka.launch(print_rank, devices="cpu:2")
     assert capfd.readouterr().out == "hello from 0\n"
-    duoka.launch(speak, devices="cpu:2", output="all")
+    duoka.launch(print_rank, devices="cpu:2", output="all")
     assert "[rank 1 cpu:1] hello from 1\n" in capfd.readouterr().out
 
 
-def test_a_helper_that_prints_a_lot_does_not_stall() -> None:
-    def speak() -> int:
+def test_a_worker_with_much_output_does_not_stall() -> None:
+    def print_rank() -> int:
         if duoka.current_world().rank:
             for _ in range(3000):
                 print("x" * 1000)
         return 1
 
-    assert duoka.launch(speak, devices="cpu:2", returns="all") == [1, 1]
+    assert duoka.launch(print_rank, devices="cpu:2", returns="all") == [1, 1]
 
 
-def test_a_launch_inside_a_launch_is_refused() -> None:
-    with pytest.raises(errors.LaunchError, match="running in this process already"):
-        duoka.launch(lambda: duoka.launch(place, devices="cpu:2"), devices="cpu:2")
+def test_a_launch_inside_a_launch_is_an_error() -> None:
+    with pytest.raises(errors.LaunchError, match="launch already runs"):
+        duoka.launch(lambda: duoka.launch(ranks, devices="cpu:2"), devices="cpu:2")
 
 
-def test_arguments_that_cannot_travel_are_named() -> None:
+def test_arguments_that_cannot_be_pickled_are_named() -> None:
     with pytest.raises(errors.LaunchError, match="lock"):
         duoka.launch(print, threading.Lock(), devices="cpu:2")
 
 
-def test_a_group_of_the_users_own_is_left_alone_and_named() -> None:
+def test_an_existing_process_group_is_an_error_and_stays() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(errors.LaunchError, match="destroy_process_group"):
-            duoka.launch(place, devices="cpu:2")
+            duoka.launch(ranks, devices="cpu:2")
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("option", "value"), [("returns", "some"), ("output", "loud")])
-def test_a_wrong_option_names_the_choices(option: str, value: str) -> None:
-    with pytest.raises(errors.ConfigError, match=f"{option}='{value}' is not one of"):
-        duoka.launch(place, devices="cpu:2", **{option: value})
+def test_an_invalid_option_is_named(option: str, value: str) -> None:
+    with pytest.raises(errors.ConfigError, match=f"{option}='{value}'"):
+        duoka.launch(ranks, devices="cpu:2", **{option: value})
 
 
-def test_a_thread_can_launch_and_its_end_does_not_end_the_helpers() -> None:
+def test_workers_outlive_the_thread_that_started_them() -> None:
     values: list[object] = []
-    thread = threading.Thread(target=lambda: values.append(duoka.launch(place, devices="cpu:2")))
+    thread = threading.Thread(target=lambda: values.append(duoka.launch(ranks, devices="cpu:2")))
     thread.start()
     thread.join()
-    warm = helper_pids()
-    time.sleep(0.1)
-    duoka.launch(place, devices="cpu:2")
+    warm = worker_pids()
+    duoka.launch(ranks, devices="cpu:2")
     assert values == [(0, 2, 0, 2)]
-    assert helper_pids() == warm
+    assert worker_pids() == warm
 
 
-def test_data_loader_workers_run_in_helpers() -> None:
+def test_a_dataloader_with_processes_works_in_workers() -> None:
     def load() -> float:
         data = torch.utils.data.TensorDataset(torch.arange(8.0))
         return sum(float(batch.sum()) for (batch,) in torch.utils.data.DataLoader(data, batch_size=2, num_workers=2))
@@ -291,28 +285,26 @@ def test_data_loader_workers_run_in_helpers() -> None:
 
 
 @pytest.mark.extended
-def test_a_rank_may_come_later_than_the_rendezvous_allows_and_earlier_than_the_timeout() -> None:
-    def meet_late() -> float:
+def test_a_rank_may_join_a_collective_after_the_connect_timeout() -> None:
+    def join_late() -> float:
         if duoka.current_world().rank:
             time.sleep(5)
         return duoka.current_world().all_reduce(torch.ones(1)).item()
 
-    assert duoka.launch(meet_late, devices="cpu:2", timeout_s=30) == 2.0
+    assert duoka.launch(join_late, devices="cpu:2", timeout_s=30) == 2.0
 
 
-def test_a_collective_that_a_rank_does_not_join_fails_after_the_timeout() -> None:
+def test_a_collective_that_a_rank_does_not_join_times_out() -> None:
     def wait_alone() -> None:
         if duoka.current_world().rank:
-            time.sleep(30)
+            time.sleep(150)  # longer than this test may take
         duoka.current_world().barrier()
 
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)timed out"):
         duoka.launch(wait_alone, devices="cpu:2", timeout_s=2)
-    assert time.monotonic() - start < 20
 
 
-def test_functions_may_mention_modules_of_torch_that_are_classes_of_their_own() -> None:
+def test_functions_may_use_torchs_special_module_objects() -> None:
     def look() -> tuple[bool, bool, bool]:
         torch.backends.cudnn.benchmark = bool(torch.backends.cudnn.benchmark)
         return torch.backends.mkldnn.is_available(), torch.backends.cuda.is_built(), callable(torch.ops.aten.add)
@@ -321,7 +313,7 @@ def test_functions_may_mention_modules_of_torch_that_are_classes_of_their_own() 
     assert first == second
 
 
-def test_a_loader_whose_workers_are_running_can_be_launched_with() -> None:
+def test_a_loader_with_running_processes_can_be_an_argument() -> None:
     data = torch.utils.data.TensorDataset(torch.arange(4.0))
     loader = torch.utils.data.DataLoader(data, num_workers=1, persistent_workers=True)
     next(iter(loader))
@@ -334,7 +326,7 @@ def test_a_loader_whose_workers_are_running_can_be_launched_with() -> None:
         loader._iterator._shutdown_workers()
 
 
-def test_what_a_script_sets_for_torch_holds_on_every_rank_and_no_longer_than_it_says() -> None:
+def test_torch_settings_of_the_caller_hold_on_every_rank() -> None:
     def look() -> tuple[object, ...]:
         return (
             torch.get_default_dtype(),
@@ -357,12 +349,12 @@ def test_what_a_script_sets_for_torch_holds_on_every_rank_and_no_longer_than_it_
     assert duoka.launch(look, devices="cpu:2", returns="all") == [before] * 2
 
 
-def test_a_value_that_cannot_travel_is_named_with_what_can() -> None:
+def test_a_value_that_cannot_be_pickled_is_named() -> None:
     with pytest.raises(errors.LaunchError, match=r"a lock, cannot be sent to rank 0.*state_dict"):
         duoka.launch(threading.Lock, devices="cpu:2", returns="all")
 
 
-def test_a_default_device_of_the_scripts_own_does_not_reach_the_launch_itself() -> None:
+def test_a_default_device_of_the_script_does_not_affect_launch() -> None:
     torch.set_default_device("meta")
     torch.autograd.set_detect_anomaly(True)
     try:

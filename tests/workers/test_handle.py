@@ -1,4 +1,4 @@
-"""One helper process and the lines to it."""
+"""The owner's handle of one worker process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from duoka.workers.handle import WorkerHandle
 
 
-def test_a_helper_that_several_threads_close_is_closed_once(monkeypatch) -> None:
-    """A number that is closed twice may by then be somebody else's file."""
-    helper, closed, real = WorkerHandle(torch.device("cpu")), [], os.close
-    mine = {helper.output_fd, helper.death_fd} - {None}
+def test_several_threads_that_close_a_worker_close_each_descriptor_once(monkeypatch) -> None:
+    """A descriptor's number may belong to another file when it is closed a second time."""
+    worker, closed, real = WorkerHandle(torch.device("cpu")), [], os.close
+    own = {worker.output_fd, worker.death_fd} - {None}
     start = threading.Barrier(4)
 
     def close() -> None:
         start.wait()
-        helper.close()
+        worker.close()
 
     monkeypatch.setattr(os, "close", lambda fd: (closed.append(fd), real(fd))[1])
     threads = [threading.Thread(target=close) for _ in range(4)]
@@ -26,5 +26,5 @@ def test_a_helper_that_several_threads_close_is_closed_once(monkeypatch) -> None
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(fd for fd in closed if fd in mine) == sorted(mine)
-    assert not helper.is_alive()
+    assert sorted(fd for fd in closed if fd in own) == sorted(own)
+    assert not worker.is_alive()

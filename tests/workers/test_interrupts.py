@@ -1,4 +1,4 @@
-"""A signal that stops rank 0 may come at any moment, and ends the job as the failure that it stands for."""
+"""Interrupts of rank 0 at inconvenient moments, and in forked children."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from duoka.workers import run_on_all
 from duoka.workers.interrupts import InterruptHandler, PeerFailed
 
 
-def test_a_stop_that_comes_while_the_caller_is_closing_is_turned_into_the_failure(monkeypatch) -> None:
-    """The first closing is hit by the signal, as happened once in a dozen runs."""
+def test_a_stop_during_clean_up_is_replaced_by_the_workers_failure(monkeypatch) -> None:
+    """The first ``close`` raises, as a signal at that moment makes it."""
     real_close, hits = InterruptHandler.close, []
 
     def close(self: InterruptHandler) -> None:
@@ -26,20 +26,20 @@ def test_a_stop_that_comes_while_the_caller_is_closing_is_turned_into_the_failur
         real_close(self)
 
     @contextlib.contextmanager
-    def work(place, meet):
-        if place:
+    def work(rank, barrier):
+        if rank:
             raise KeyError("of rank 1")
         threading.Event().wait(30)
         yield
 
     monkeypatch.setattr(InterruptHandler, "close", close)
     with pytest.raises(KeyError, match="of rank 1"):
-        run_on_all.run_job(work, [0, 1], (), [torch.device("cpu")] * 2)
+        run_on_all(work, [0, 1], (), [torch.device("cpu")] * 2)
     assert hits
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_signal_to_a_forked_child_is_the_childs_alone() -> None:
+def test_a_signal_to_a_forked_child_does_not_reach_the_parent() -> None:
     with InterruptHandler() as parent:
         if (child := os.fork()) == 0:
             try:

@@ -1,4 +1,4 @@
-"""What travels between processes arrives as it was, whatever it is made of."""
+"""Payloads and exceptions arrive in another process as they were sent."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from duoka.workers import exceptions
+from duoka.workers.exceptions import call_user_code, deserialize_exception, serialize_exception
 from duoka.workers.serialization import dumps, loads
 
 CPU = torch.device("cpu")
 
 
-def travel(value):
+def send(value):
     payload = dumps(value)
     try:
         return loads(payload, CPU)
@@ -24,14 +24,14 @@ def travel(value):
         payload.close()
 
 
-LARGE = 1 << 19  # elements: well above what stays in the pickle
+LARGE = 1 << 19  # elements: more bytes than a pickle may hold
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000, LARGE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int8, torch.bool])
 def test_a_tensor_of_any_type_and_size_arrives_equal(count: int, dtype: torch.dtype) -> None:
     sent = torch.arange(count).to(dtype)
-    got = travel(sent)
+    got = send(sent)
     assert got.dtype == dtype
     assert torch.equal(got, sent)
 
@@ -48,9 +48,9 @@ def test_a_tensor_of_any_type_and_size_arrives_equal(count: int, dtype: torch.dt
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse CSR")
-def test_layouts_and_kinds_of_tensors_are_kept(make) -> None:
+def test_a_tensor_keeps_its_layout_and_type(make) -> None:
     sent = make()
-    got = travel(sent)
+    got = send(sent)
     assert type(got) is type(sent)
     assert (got.shape, got.layout, got.device, got.requires_grad) == (
         sent.shape,
@@ -62,10 +62,10 @@ def test_layouts_and_kinds_of_tensors_are_kept(make) -> None:
         assert torch.equal(got.to_dense(), sent.to_dense())
 
 
-def test_sparse_tensors_that_travelled_are_kept_by_nobody(tmp_path) -> None:
-    travel(torch.eye(4).to_sparse())
+def test_torch_does_not_keep_sparse_tensors_that_were_received(tmp_path) -> None:
+    send(torch.eye(4).to_sparse())
     torch.save(torch.ones(1), tmp_path / "file.pt")
-    assert torch.load(tmp_path / "file.pt", weights_only=True) == 1  # torch would warn of what it had kept
+    assert torch.load(tmp_path / "file.pt", weights_only=True) == 1  # torch would warn about tensors that it has kept
 
 
 def test_tied_weights_stay_tied_and_an_optimizer_keeps_its_parameters() -> None:
@@ -74,36 +74,36 @@ def test_tied_weights_stay_tied_and_an_optimizer_keeps_its_parameters() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     model[1](torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    got_model, got_optimizer = travel((model, optimizer))
+    got_model, got_optimizer = send((model, optimizer))
     assert got_model[0].weight is got_model[1].weight
     assert got_optimizer.param_groups[0]["params"][0] is got_model[0].weight
     assert list(got_optimizer.state) == [got_model[0].weight]
 
 
-def test_a_generator_goes_on_where_it_was() -> None:
+def test_a_generator_continues_its_sequence() -> None:
     generator = torch.Generator().manual_seed(7)
     torch.rand(3, generator=generator)
-    got = travel(generator)
+    got = send(generator)
     assert torch.equal(torch.rand(5, generator=got), torch.rand(5, generator=generator))
 
 
 @pytest.mark.parametrize("count", [3, LARGE])
-def test_what_arrives_can_be_written_and_what_was_sent_stays(count: int) -> None:
+def test_writes_to_the_copy_do_not_reach_the_original(count: int) -> None:
     tensor, array = torch.zeros(count), np.zeros(count)
-    got_tensor, got_array = travel((tensor, array))
+    got_tensor, got_array = send((tensor, array))
     got_tensor += 1
     got_array += 1
     assert not tensor.any()
     assert not array.any()
 
 
-def test_small_tensors_can_be_resized_as_ordinary_ones() -> None:
-    assert travel(torch.ones(3)).resize_(100).shape == (100,)
+def test_a_small_tensor_can_be_resized() -> None:
+    assert send(torch.ones(3)).resize_(100).shape == (100,)
 
 
-def test_nothing_stays_open_after_a_large_payload() -> None:
+def test_no_descriptor_stays_open_after_a_large_payload() -> None:
     before = os.listdir("/proc/self/fd")
-    got = travel(torch.ones(LARGE))
+    got = send(torch.ones(LARGE))
     assert got.sum() == LARGE
     del got
     assert os.listdir("/proc/self/fd") == before
@@ -115,9 +115,13 @@ class PickyError(Exception):
         self.second = second
 
 
+def throw(error: Exception) -> None:
+    raise error
+
+
 def raised(error: Exception) -> Exception:
     try:
-        raise error
+        call_user_code(throw, error)
     except Exception as caught:
         return caught
 
@@ -134,15 +138,16 @@ def raised(error: Exception) -> Exception:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_exception_arrives_as_its_own_type_with_words_and_traceback(error: Exception) -> None:
-    payload = exceptions.pack(raised(error))
-    got = exceptions.unpack(payload, 3, "cpu:3", CPU)
+def test_an_exception_keeps_type_message_and_traceback(error: Exception) -> None:
+    payload = serialize_exception(raised(error))
+    got = deserialize_exception(payload, 3, "cpu:3", CPU)
     assert type(got) is type(error)
     assert str(got) == str(error)
     assert "Traceback of rank 3 (cpu:3)" in str(got.__cause__)
-    assert "in raised" in str(got.__cause__)
+    assert "in throw" in str(got.__cause__)
+    assert "in call_user_code" not in str(got.__cause__)
 
 
-def test_what_cannot_be_pickled_is_said_by_pickle_itself() -> None:
+def test_an_object_that_cannot_be_pickled_raises_pickles_error() -> None:
     with pytest.raises((TypeError, pickle.PicklingError), match="generator"):
         dumps(number for number in [1])

@@ -14,8 +14,9 @@ from torch import nn
 
 import duoka
 from duoka.cli.console import console, gibibytes, print_json
+from duoka.devices.cpu import loader_workers
 from duoka.errors import DuokaError
-from duoka.scaling import Batch, loader_workers
+from duoka.scaling import Batch
 
 __all__ = ["SUMMARY", "CheckResult", "check", "run"]
 
@@ -105,8 +106,8 @@ def _memory(devices: Sequence[torch.device], reason: str) -> str:
 
 
 def _configuration(devices: Sequence[torch.device]) -> str:
-    batch = Batch(BATCH, len(devices), "per_device", 1).words
-    return f"batch {batch}; data-loader workers {loader_workers(len(devices), None).words}"
+    batch = Batch(BATCH, len(devices), "per_device", 1).summary
+    return f"batch {batch}; data-loader workers {loader_workers(len(devices), None).reason}"
 
 
 def _small() -> nn.Sequential:

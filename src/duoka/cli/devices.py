@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from duoka.cli.console import console, gibibytes, print_json
 from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, describe, resolve
+from duoka.devices.cpu import Cores, core_limits
 from duoka.errors import ConfigError
-from duoka.scaling import Cores, core_limits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -114,7 +114,7 @@ def _table(facts: Sequence[DeviceInfo], cores: Cores) -> Table:
         table.add_column("links", overflow="fold")
     for fact in facts:
         memory = f"{gibibytes(fact.memory_used_bytes)} / {gibibytes(fact.memory_total_bytes)}"
-        rest = (cores.words,) if only_cpu else (_percent(fact), _users(fact), _links(fact))
+        rest = (cores.reason,) if only_cpu else (_percent(fact), _users(fact), _links(fact))
         table.add_row(fact.device, fact.name, memory, *rest)
     return table
 

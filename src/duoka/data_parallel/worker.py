@@ -119,7 +119,7 @@ class _RequestHandler:
                 self._forward(request, fd) if isinstance(request, ForwardRequest) else self._backward(request)
             )
         except _Failed as failed:
-            self._line.send(f"raised:{request.ticket}", exceptions.pack(failed.error))
+            self._line.send(f"raised:{request.ticket}", exceptions.serialize_exception(failed.error))
             self._side.settle(is_answered=False)
             return
         self._line.send(f"answer:{request.ticket}", Payload(pickle.dumps(answer), fd=payload.fd))
@@ -143,7 +143,7 @@ class _RequestHandler:
         args, kwargs = scatter_gather.fill(unpack(request.arguments, fd, self._side.device), inputs)
         call_context.seed_all(request.seed)
         with call_context.entered(request.ambient, self._side.device):
-            value = replica.compute(*args, **kwargs)
+            value = exceptions.call_user_code(replica.compute, *args, **kwargs)
         outputs, skeleton = scatter_gather.take_out(value, request.part)
         with_graph = {i: t for i, t in enumerate(outputs) if t.requires_grad} if request.keeps_graph else {}
         packed = dumps(skeleton)
@@ -174,7 +174,9 @@ class _RequestHandler:
                 "Specify retain_graph=True if you need to backward through the graph again."
             )
         with kept.replica.gradients_to(task, kept.plan):
-            torch.autograd.backward([kept.outputs[i] for i in wanted], task.given, retain_graph=request.keeps_graph)
+            exceptions.call_user_code(
+                torch.autograd.backward, [kept.outputs[i] for i in wanted], task.given, retain_graph=request.keeps_graph
+            )
         inputs = task.put_inputs([tensor.grad for tensor in kept.inputs])
         for tensor in kept.inputs:
             tensor.grad = None

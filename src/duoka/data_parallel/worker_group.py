@@ -31,7 +31,7 @@ from duoka.data_parallel.transport.collective import CollectiveOwnerTransport
 from duoka.data_parallel.transport.shared import SharedOwnerTransport
 from duoka.data_parallel.transport.shared_memory import Allocation, SharedArena
 from duoka.data_parallel.worker import serve
-from duoka.scaling import threads_per_rank
+from duoka.devices.cpu import threads_per_rank
 from duoka.workers import WorkerSession, exceptions
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload
@@ -40,8 +40,6 @@ __all__ = ["WorkerGroup", "crew_of"]
 
 _SENDS_ON_CPU = "DUOKA_MIRROR_SENDS"
 """For tests: where this environment variable is set, CPU workers are sent their tensors as accelerators are, over gloo."""
-_ECHO_S = 1.0
-"""How long the death is looked for that a broken connection speaks of."""
 
 
 class WorkerGroup:
@@ -105,7 +103,7 @@ class WorkerGroup:
         self._finished = [[] for _ in range(count)]
         posts = self.transport.posts(self._helpers_threads)
         try:
-            self._conversation = WorkerSession(serve, posts, (), self.devices[1:], scratch=self.transport.folder)
+            self._conversation = WorkerSession(serve, posts, (), self.devices[1:], temp_dir=self.transport.folder)
             self.transport.connect(self._conversation)
         except BaseException:
             self.stop()
@@ -155,8 +153,8 @@ class WorkerGroup:
             if not message.kind.startswith("raised"):
                 answers[index] = pickle.loads(message.payload.data), message.payload.fd
             elif failed is None:
-                helper = self._talk().helpers[index]
-                failed = exceptions.unpack(message.payload, helper.rank, helper.label, self.devices[0])
+                helper = self._talk().workers[index]
+                failed = exceptions.deserialize_exception(message.payload, helper.rank, helper.label, self.devices[0])
             else:
                 message.payload.close()
         return answers, failed
@@ -190,7 +188,7 @@ class WorkerGroup:
         try:
             yield
         except BaseException as error:
-            death = self._death() if exceptions.is_echo(error) else None
+            death = self._death() if exceptions.is_secondary_failure(error) else None
             self.stop()
             if death is not None:
                 raise death from None
@@ -198,9 +196,9 @@ class WorkerGroup:
 
     def _death(self) -> BaseException | None:
         """Return the death of a helper, if there is or is about to be one."""
-        deadline = time.monotonic() + _ECHO_S
+        deadline = time.monotonic() + exceptions.SECONDARY_FAILURE_WAIT_S
         while self._conversation is not None and time.monotonic() < deadline:
-            for helper in self._conversation.helpers:
+            for helper in self._conversation.workers:
                 if not helper.is_alive():
                     return helper.death()
             time.sleep(0.01)
@@ -226,7 +224,7 @@ class WorkerGroup:
         self.threads.give_back()
         if conversation is not None:
             self.transport.finish()
-            conversation.end()
+            conversation.close()
         self._answers.clear()
         self._asked.clear()
         self._unwanted.clear()

@@ -1,4 +1,4 @@
-"""Running one function on every device: helpers of this process, or this process's place in a larger job."""
+"""``launch``: one function on every device, in workers of this process or in the processes of a cluster job."""
 
 from __future__ import annotations
 

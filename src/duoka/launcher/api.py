@@ -1,4 +1,4 @@
-"""``launch``: a function on every device of this machine, or at this process's place in a larger job."""
+"""``launch``: one function on every device of this machine, or on this process's rank of a cluster job."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch.distributed as dist
 
-from duoka import workers
 from duoka.devices.selection import resolve
 from duoka.devices.spec import DeviceSpec, reconcile
 from duoka.errors import ConfigError, LaunchError
 from duoka.launcher import cluster_environment, rank_context
-from duoka.workers.exceptions import own_frames
-from duoka.world import entered, is_entered
+from duoka.utils.validation import check_choice, invalid_option
+from duoka.workers import run_on_all
+from duoka.workers.exceptions import call_user_code, strip_internal_frames
+from duoka.world import has_current_world, use_world
 
 __all__ = ["launch"]
 
 T = TypeVar("T")
-_one_at_a_time = threading.Lock()
-"""A process has one default process group, one environment and one rank."""
+_launch_lock = threading.Lock()
+"""One launch at a time: a process has one default process group, one environment and one rank."""
 
 
 @overload
@@ -51,33 +52,33 @@ def launch(
     returns: Literal["first", "all"] = "first",
     output: str = "quiet",
     timeout_s: float = 1800.0,
-    **others: Any,
+    **unknown: Any,
 ) -> Any:
     """Run ``fn(*args)`` on every device at once and return rank 0's value.
 
-    The calling process is rank 0 and runs ``fn`` itself, with the very objects that it was given; every further device has
-    a helper process, which gets copies. Inside, ``torch.distributed`` is initialised and ``duoka.current_world()`` tells
-    rank, size and device. Afterwards the calling process is as it was: process group, environment, current device, random
-    generators, thread count and signal handlers. Helpers stay warm for the next launch.
+    The calling process is rank 0: it runs ``fn`` itself, on the same objects that it passed. Every further device has a
+    worker process, which gets copies. Inside ``fn``, ``torch.distributed`` is initialized and ``duoka.current_world()``
+    returns rank, size and device. Afterwards the calling process has its earlier process group, environment, current
+    device, random generators, thread count and signal handlers. Workers stay warm for the next launch.
 
-    In a process that torchrun or Slurm started, or whose process group already has several ranks, no helper is started:
-    this process takes its own place in that job, and ``devices`` only says whether to use accelerators or the CPU.
+    A process that torchrun or Slurm started, or whose process group has several ranks, starts no workers. It runs
+    ``fn`` as its own rank of that job, and ``devices`` selects accelerators or the CPU.
 
     Args:
-        fn: any callable, defined anywhere: a module, a notebook cell, the REPL; it need not be importable.
-        args: its arguments; helpers get them by value, tensors on an accelerator arriving on the helper's own device.
+        fn: any callable: of a module, a notebook cell or the REPL; a worker need not be able to import it.
+        args: arguments of ``fn``; workers get copies, with accelerator tensors on the worker's own device.
         devices: the device grammar: ``"all"`` (the default), ``"auto"``, ``"0,1"``, ``"cpu:2"``, a ``torch.device``, or a
             list of these.
         device: another spelling of ``devices``.
-        returns: ``"first"`` for rank 0's value, ``"all"`` for the list of every rank's.
-        output: ``"quiet"`` keeps what helpers print for error reports only; ``"all"`` shows it, each line labelled.
-        timeout_s: seconds after which a collective over gloo that some rank does not join fails; NCCL waits on.
+        returns: ``"first"`` for rank 0's value, ``"all"`` for the list of every rank's value.
+        output: ``"quiet"`` shows the workers' output in error reports only; ``"all"`` prints each line with a label.
+        timeout_s: seconds after which a gloo collective fails if a rank does not join it; NCCL has no timeout here.
 
     Raises:
-        what ``fn`` raises on any rank, as its own type, the remote traceback being its cause; WorkerDied when a helper
-        process ends without an exception; LaunchError when ``args`` cannot be sent to another process, or when called
-        inside a launched function; DeviceError for devices that are not there. Called from another thread than the main one,
-        it raises a helper's exception when the Python code of rank 0 next runs: a long sleep is not interrupted there.
+        the exception of ``fn`` on any rank, as its own type, with the remote traceback as its cause; WorkerDied when a
+        worker ends without an exception; LaunchError when ``args`` cannot be sent to another process, or when a launched
+        function calls ``launch``; DeviceError for devices that do not exist. In a thread other than the main one, a
+        worker's exception is raised when rank 0 next runs Python code: it does not interrupt a long sleep.
 
     Example:
         >>> import duoka
@@ -85,57 +86,57 @@ def launch(
         [0, 1]
 
     """
-    for name in others:
+    for name in unknown:
         raise ConfigError(f"launch has no option {name!r}; pass arguments of the function by position: launch(fn, 3)")
-    spec = reconcile(device, devices, default="all")
-    _check_choice("returns", returns, ("first", "all"))
-    _check_choice("output", output, ("quiet", "all"))
+    check_choice("returns", returns, ("first", "all"))
+    check_choice("output", output, ("quiet", "all"))
     if not callable(fn):
-        raise ConfigError(f"launch runs a function; fn is {fn!r}. Pass the function itself: launch(train, ...)")
-    if is_entered() or not _one_at_a_time.acquire(blocking=False):
+        raise invalid_option("fn", fn, "a function", "pass the function itself: launch(train, ...)")
+    spec = reconcile(device, devices, default="all")
+    if has_current_world() or not _launch_lock.acquire(blocking=False):
         raise LaunchError(
-            "a launch is running in this process already (launch was called inside a launched function, or from another "
-            "thread); call it once, with all the devices it should use"
+            "a launch already runs in this process (a launched function or another thread has called launch). "
+            "Call launch once, with all the devices it should use"
         )
     try:
-        if cluster_environment.is_member(spec):
-            return _join(fn, args, spec, returns, timeout_s)
-        return _launch_here(fn, args, spec, returns, output, timeout_s)
+        if cluster_environment.is_in_cluster_job(spec):
+            return _run_in_cluster_job(fn, args, spec, returns, timeout_s)
+        return _run_on_this_machine(fn, args, spec, returns, output, timeout_s)
     except BaseException as error:
-        raise error.with_traceback(own_frames(error.__traceback__))  # noqa: B904 - it is the same error
+        raise error.with_traceback(strip_internal_frames(error.__traceback__))  # noqa: B904 - it is the same error
     finally:
-        _one_at_a_time.release()
+        _launch_lock.release()
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-
-
-def _launch_here(
+def _run_on_this_machine(
     fn: Callable[..., Any], args: tuple[Any, ...], spec: DeviceSpec, returns: str, output: str, timeout_s: float
 ) -> Any:
-    chosen = resolve(spec).devices
+    devices = resolve(spec).devices
     if dist.is_initialized():
         raise LaunchError(
-            "this process already has a process group of its own, with one rank; launch needs to make one. "
+            "this process already has a process group with one rank, and launch has to create its own. "
             "Call torch.distributed.destroy_process_group() first"
         )
-    with rank_context.own_state_kept(chosen[0]), rank_context.places(chosen, timeout_s) as places:
-        values = workers.run_job(
-            rank_context.run,
-            places,
+    with (
+        rank_context.preserve_process_state(devices[0]),
+        rank_context.rank_contexts(devices, timeout_s) as contexts,
+    ):
+        values = run_on_all(
+            rank_context.run_rank,
+            contexts,
             (fn, args, returns == "all"),
-            chosen,
-            unblock=lambda: rank_context.abort(chosen[0]),
-            scratch=places[0].folder,
+            devices,
+            unblock=lambda: rank_context.abort_collectives(devices[0]),
+            temp_dir=contexts[0].rendezvous_dir,
             show_output=output == "all",
         )
     return values if returns == "all" else values[0]
 
 
-def _join(fn: Callable[..., Any], args: tuple[Any, ...], spec: DeviceSpec, returns: str, timeout_s: float) -> Any:
-    world = cluster_environment.join(spec, timeout_s)
-    with entered(world):
-        value = fn(*args)
+def _run_in_cluster_job(
+    fn: Callable[..., Any], args: tuple[Any, ...], spec: DeviceSpec, returns: str, timeout_s: float
+) -> Any:
+    world = cluster_environment.join_process_group(spec, timeout_s)
+    with use_world(world):
+        value = call_user_code(fn, *args)
         return world.all_gather_object(value) if returns == "all" else world.broadcast_object(value)

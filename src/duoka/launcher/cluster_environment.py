@@ -1,4 +1,4 @@
-"""A larger job that something else started: torchrun, Slurm, Kubernetes; this process is one of its ranks."""
+"""Cluster jobs of torchrun, Slurm or Kubernetes, of which this process is one rank."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ import datetime
 import os
 import re
 import subprocess
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # first imported while a group is up it would keep that group for good
+import torch.distributed.nn.functional  # first imported while a group exists, it would keep that group for good
 
-from duoka.devices import resolve
-from duoka.devices import spec as device_grammar
+from duoka.devices.selection import resolve
+from duoka.devices.spec import DeviceSpec, parse
 from duoka.errors import LaunchError
 from duoka.log import logger
+from duoka.utils.text import plural
 from duoka.world import World
 
-__all__ = ["is_member", "join"]
+__all__ = ["is_in_cluster_job", "join_process_group"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def is_member(spec: Any = None) -> bool:
-    """Whether this process belongs to a job of several ranks, or to one that torchrun or Slurm started.
+def is_in_cluster_job(spec: DeviceSpec = None) -> bool:
+    """Return whether this process is a rank of several, or torchrun or Slurm started it.
 
-    A job of one process whose ``spec`` names several devices is none: this process starts helpers for them.
+    A job of one process does not count if ``spec`` names several devices: this process then starts workers for them.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         return True
     if all(name in os.environ for name in _TORCHRUN):
-        return os.environ["WORLD_SIZE"] != "1" or _named(spec) < 2
+        return os.environ["WORLD_SIZE"] != "1" or _num_devices_named(spec) < 2
     return _slurm_tasks() > 1
 
 
-def _named(spec: Any) -> int:
-    """How many devices ``spec`` names; 0 where it leaves that to what is there."""
-    request = device_grammar.parse(spec)
+def _num_devices_named(spec: DeviceSpec) -> int:
+    """Return the number of devices that ``spec`` names; 0 if it depends on the machine."""
+    request = parse(spec)
     return len(request.indices) if request.kind == "index" else request.count or 0
 
 
-def join(spec: Any, timeout_s: float) -> World:
-    """Take this process's place in the job; the group stays until the process ends, as torchrun's programs expect."""
+def join_process_group(spec: DeviceSpec, timeout_s: float) -> World:
+    """Join the job's process group, which exists until the process ends, as torchrun's programs expect."""
     if not dist.is_initialized() and "RANK" not in os.environ:
         os.environ.update(_slurm_variables())
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -53,55 +53,53 @@ def join(spec: Any, timeout_s: float) -> World:
     if not dist.is_initialized():
         logger.info("joining a job as rank %s of %s", os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
         dist.init_process_group(
-            "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{_accelerator_backend(device)}",
+            "gloo"
+            if device.type == "cpu"
+            else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}",
             timeout=datetime.timedelta(seconds=timeout_s),
         )
-        atexit.register(_leave)
+        atexit.register(_leave_process_group)
     return World(dist.get_rank(), dist.get_world_size(), device, local_rank, local_size)
 
 
-def _leave() -> None:
+def _leave_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _accelerator_backend(device: torch.device) -> str:
-    return dist.get_default_backend_for_device(device.type)
-
-
-def _device(spec: Any, local_rank: int, local_size: int) -> torch.device:
-    """Return what this process computes on: of several devices that are named, the one of its number on its machine."""
-    request, named = device_grammar.parse(spec), _named(spec)
+def _device(spec: DeviceSpec, local_rank: int, local_size: int) -> torch.device:
+    """Return this process's device: among several that ``spec`` names, the one at position ``local_rank``."""
+    request, named = parse(spec), _num_devices_named(spec)
     one_for_all = request.kind == "cpu" and named == 1
     if named and named != local_size and not one_for_all:
         raise LaunchError(
-            f"device {request.text!r} names {named} device(s), and the job has {local_size} process(es) on this machine, one "
-            f"a device: start as many (torchrun --nproc-per-node {named}), or write 'auto', by which each takes the device of "
-            "its number"
+            f"device {request.text!r} names {plural(named, 'device')}, but the job has "
+            f"{plural(local_size, 'process', 'processes')} on this machine. Start one process per device "
+            f"(torchrun --nproc-per-node {named}), or write 'auto': each process then uses the device of its local rank"
         )
     if request.kind == "idle" and local_size > 1:
         raise LaunchError(
-            f"device {request.text!r} in a job of {local_size} processes on this machine: each would look at another time and "
-            "find others idle; name the devices ('0,1'), or set CUDA_VISIBLE_DEVICES for the whole job"
+            f"device {request.text!r} is ambiguous in a job of {local_size} processes on this machine, because each could find "
+            "other devices idle. Name the devices ('0,1'), or set CUDA_VISIBLE_DEVICES for the whole job"
         )
     chosen = resolve(spec).devices
     if one_for_all or chosen[0].type == "cpu":
         return chosen[0]
     if local_rank >= len(chosen):
         raise LaunchError(
-            f"this process is number {local_rank} on its machine, which has {len(chosen)} accelerator(s); "
-            f"start at most {len(chosen)} processes on it (torchrun --nproc-per-node {len(chosen)})"
+            f"this process has local rank {local_rank}, but its machine has {plural(len(chosen), 'accelerator')}. "
+            f"Start at most {len(chosen)} processes on it (torchrun --nproc-per-node {len(chosen)})"
         )
     return chosen[local_rank]
 
 
 def _slurm_tasks() -> int:
-    """How many tasks ``srun`` started with this one; a batch script itself, and what it starts without srun, is alone."""
+    """Return how many tasks ``srun`` started together; a batch script without srun is one task."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_PROCID" in os.environ else 1
 
 
 def _slurm_variables() -> dict[str, str]:
-    """Slurm's variables under torchrun's names; the first node of the list is where the ranks meet."""
+    """Return Slurm's variables under torchrun's names; the first node of the list is the rendezvous host."""
     get = os.environ.get
     return {
         "RANK": os.environ["SLURM_PROCID"],
@@ -114,7 +112,7 @@ def _slurm_variables() -> dict[str, str]:
 
 
 def _slurm_tasks_here() -> int:
-    """Read this node's entry of ``SLURM_STEP_TASKS_PER_NODE``, which reads like ``4(x2),3``."""
+    """Return this node's entry of ``SLURM_STEP_TASKS_PER_NODE``, such as ``4(x2),3``."""
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")):
         counts += [int(count)] * int(repeat or 1)
@@ -129,6 +127,6 @@ def _first_slurm_host() -> str:
         shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise LaunchError(
-            f"the first host of SLURM_JOB_NODELIST={nodes!r} could not be found ({error}); set MASTER_ADDR to it"
+            f"scontrol cannot list the hosts of SLURM_JOB_NODELIST={nodes!r} ({error}). Set MASTER_ADDR to the first host"
         ) from error
     return shown.stdout.split()[0]

@@ -1,121 +1,115 @@
-"""One rank of a launch: how it finds the others, what it starts with, and what the user's process gets back."""
+"""One rank of a launch: its process group, device, threads and seed, and the state that the user's process gets back."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # first imported while a group is up it would keep that group for good
-from torch.distributed import distributed_c10d
+import torch.distributed.nn.functional  # first imported while a group exists, it would keep that group for good
 
-from duoka import scaling
-from duoka.world import World, entered
+from duoka.devices.cpu import threads_per_rank
+from duoka.utils.rng_state import rng_state, seed_all, set_rng_state
+from duoka.utils.torch_private import abort_default_process_group, set_default_group_timeout
+from duoka.workers.exceptions import call_user_code
+from duoka.workers.rendezvous import CONNECT_TIMEOUT, LOOPBACK_ENVIRONMENT, NO_WATCHDOG_ENVIRONMENT, file_store
+from duoka.world import World, use_world
 
-__all__ = ["RankContext", "abort", "own_state_kept", "places", "run"]
-
-_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-
-_RENDEZVOUS_S = 4.0
-"""How long ranks that are all there may take to connect; if one dies meanwhile, the others wait this long in C++ code."""
+__all__ = ["RankContext", "abort_collectives", "preserve_process_state", "rank_contexts", "run_rank"]
 
 
 @dataclass(frozen=True)
 class RankContext:
-    """What one rank needs to take its place beside the others."""
+    """The settings of one rank's process group, threads and random numbers."""
 
     world: World
-    folder: str | None
-    """Where ranks of this machine find each other; ``None`` for one alone."""
+    rendezvous_dir: str | None
+    """Folder in which the ranks exchange addresses; ``None`` for a single rank."""
     backend: str
     timeout_s: float
     threads: int
     seed: int | None
-    """``None`` for rank 0, which goes on with the user's own random generators."""
+    """``None`` for rank 0, which keeps the user's own random generators."""
 
 
 @contextlib.contextmanager
-def places(devices: Sequence[torch.device], timeout_s: float) -> Iterator[list[RankContext]]:
-    """Lay out the ranks, one a device, around a private folder that lives as long as the ``with`` block.
+def rank_contexts(devices: Sequence[torch.device], timeout_s: float) -> Iterator[list[RankContext]]:
+    """Return a context for each device, around a private folder that exists as long as the ``with`` block.
 
-    The file in it through which the ranks find each other is no port and no other user's to read. It is a file with a path
-    of its own because torch's store opens that path once more whenever it happens to be freed, however late.
+    The ranks exchange addresses in a file, which other users cannot read and which takes no port. The file has a path
+    of its own, because torch's store opens that path again when it is freed, at any later time.
     """
-    size, backend, base = len(devices), _backend(devices), _base_seed()
-    threads = scaling.threads_per_rank(size) if size > 1 else torch.get_num_threads()
-    seeds = [None, *(base + rank for rank in range(1, size))]
-    with _folder() if size > 1 else contextlib.nullcontext() as folder:
+    size, backend, seed = len(devices), _backend(devices), _base_seed()
+    threads = threads_per_rank(size) if size > 1 else torch.get_num_threads()
+    with _rendezvous_dir() if size > 1 else contextlib.nullcontext() as folder:
         yield [
-            RankContext(World(rank, size, device, rank, size), folder, backend, timeout_s, threads, seeds[rank])
+            RankContext(
+                World(rank, size, device, rank, size),
+                folder,
+                backend,
+                timeout_s,
+                threads,
+                seed + rank if rank else None,
+            )
             for rank, device in enumerate(devices)
         ]
 
 
 @contextlib.contextmanager
-def run(
-    place: RankContext, meet: Callable[[], None], fn: Callable[..., Any], args: tuple[Any, ...], wants_all: bool
+def run_rank(
+    context: RankContext, barrier: Callable[[], None], fn: Callable[..., Any], args: tuple[Any, ...], return_all: bool
 ) -> Iterator[Any]:
-    """Run ``fn(*args)`` at ``place``; the value of the ``with`` block is its answer, and the group lives as long."""
-    torch.set_num_threads(place.threads)
-    if place.world.device.type != "cpu":
-        torch.accelerator.set_device_index(place.world.device)
-    if place.seed is not None:
-        _seed(place.seed)
-    meet()  # torch's rendezvous cannot be interrupted: nobody enters it before all are there
-    with _process_group(place), entered(place.world):
-        value = fn(*args)
-        yield value if wants_all or place.world.is_main else None
+    """Run ``fn(*args)`` as one rank; the value of the ``with`` block is the result, and the group exists as long."""
+    torch.set_num_threads(context.threads)
+    if context.world.device.type != "cpu":
+        torch.accelerator.set_device_index(context.world.device)
+    if context.seed is not None:
+        seed_all(context.seed)
+    barrier()  # torch's rendezvous cannot be interrupted, so all ranks must be ready for it
+    with _process_group(context), use_world(context.world):
+        value = call_user_code(fn, *args)
+        yield value if return_all or context.world.is_main else None
 
 
-def abort(device: torch.device) -> None:
-    """Free a rank that waits in a collective of an accelerator; over gloo a peer's end does that."""
+def abort_collectives(device: torch.device) -> None:
+    """Free a rank that waits in a collective of an accelerator; gloo's end when a peer's connection closes."""
     if device.type != "cpu" and dist.is_initialized() and "nccl" in dist.get_backend_config():
-        with contextlib.suppress(Exception):  # it may just have ended by itself
-            distributed_c10d._abort_process_group()
+        with contextlib.suppress(Exception):  # the collective may just have ended
+            abort_default_process_group()
 
 
 @contextlib.contextmanager
-def own_state_kept(device: torch.device) -> Iterator[None]:
-    """Give the user's process back as it was: environment, hook, threads, current device, random generators."""
-    environment, excepthook = dict(os.environ), sys.excepthook  # torch's groups put a hook of their own around it
+def preserve_process_state(device: torch.device) -> Iterator[None]:
+    """Restore environment, exception hook, thread count, current device and random generators after the block."""
+    environment, excepthook = dict(os.environ), sys.excepthook  # torch's process groups replace the hook
     threads = torch.get_num_threads()
-    index = torch.accelerator.current_device_index() if device.type != "cpu" else None
-    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own
-    on_device = _device_generator(device)
+    current = torch.accelerator.current_device_index() if device.type != "cpu" else None
+    _set_current_device(device)
+    generators = rng_state()
     try:
         yield
     finally:
         _restore_environment(environment)
         sys.excepthook = excepthook
         torch.set_num_threads(threads)
-        torch.set_rng_state(generators[0])
-        random.setstate(generators[1])
-        np.random.set_state(generators[2])  # noqa: NPY002
-        if index is not None:
-            _set_device_generator(device, on_device)
-            torch.accelerator.set_device_index(index)
+        _set_current_device(device)
+        set_rng_state(generators)
+        if current is not None:
+            torch.accelerator.set_device_index(current)
 
 
-def _device_generator(device: torch.device) -> torch.Tensor | None:
-    if device.type == "cpu":
-        return None
-    where = () if device.type == "mps" else (device,)  # there is one, and its functions take no device
-    state: torch.Tensor = torch.get_device_module(device).get_rng_state(*where)
-    return state
-
-
-def _set_device_generator(device: torch.device, state: torch.Tensor | None) -> None:
-    where = () if device.type == "mps" else (device,)
-    torch.get_device_module(device).set_rng_state(state, *where)
+def _set_current_device(device: torch.device) -> None:
+    """Make an accelerator current and initialize it, so that its random generator has a state."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+        torch.empty(0, device=device)
 
 
 def _restore_environment(environment: dict[str, str]) -> None:
@@ -127,67 +121,54 @@ def _restore_environment(environment: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _process_group(place: RankContext) -> Iterator[None]:
-    world = place.world
-    os.environ.update(_variables(place))
-    store = dist.FileStore(f"{place.folder}/store", world.size) if world.size > 1 else dist.HashStore()  # type: ignore[attr-defined]
+def _process_group(context: RankContext) -> Iterator[None]:
+    world = context.world
+    os.environ.update(_variables(world))
     dist.init_process_group(
-        place.backend,
-        store=store,
+        context.backend,
+        store=file_store(context.rendezvous_dir, world.size),
         rank=world.rank,
         world_size=world.size,
-        timeout=datetime.timedelta(seconds=_RENDEZVOUS_S),
-        device_id=world.device if "nccl" in place.backend else None,
+        timeout=CONNECT_TIMEOUT,
+        device_id=world.device if "nccl" in context.backend else None,
     )
     try:
-        set_timeout = (
-            getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-        )  # its name before torch 2.14
-        set_timeout(datetime.timedelta(seconds=place.timeout_s))
+        set_default_group_timeout(timedelta(seconds=context.timeout_s))
         yield
     except BaseException:
-        abort(world.device)
+        abort_collectives(world.device)
         raise
     finally:
-        if dist.is_initialized():  # the function may have destroyed it itself
+        if dist.is_initialized():  # the user's function may have destroyed it
             dist.destroy_process_group()
 
 
-def _variables(place: RankContext) -> dict[str, str]:
-    """What code written for torchrun reads, and loopback for every connection of the group."""
-    world = place.world
+def _variables(world: World) -> dict[str, str]:
+    """Return the variables that code written for torchrun reads, and those that keep connections on loopback."""
     return {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
         "LOCAL_RANK": str(world.local_rank),
         "LOCAL_WORLD_SIZE": str(world.local_size),
-        "GLOO_SOCKET_IFNAME": _LOOPBACK,
-        "NCCL_SOCKET_IFNAME": _LOOPBACK,
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # NCCL's watchdog would end the user's process; ours ends the helpers
-        "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+        **LOOPBACK_ENVIRONMENT,
+        **NO_WATCHDOG_ENVIRONMENT,
     }
 
 
 def _backend(devices: Sequence[torch.device]) -> str:
-    """Gloo for the CPU's tensors, and the accelerator's own beside it unless one is used twice, which NCCL refuses."""
+    """Return gloo for CPU tensors, with the accelerator's own backend unless NCCL would refuse a repeated device."""
     kind = devices[0].type
     if kind in ("cpu", "mps") or len(set(devices)) < len(devices):
         return "gloo"
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def _rendezvous_dir() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True)
 
 
 def _base_seed() -> int:
-    """Drawn from a copy of the user's generator: repeatable after ``manual_seed``, and the user's own draws stay."""
+    """Draw from a copy of the user's generator: ``manual_seed`` makes it repeatable, and the user's draws do not change."""
     generator = torch.Generator("cpu")
     generator.set_state(torch.get_rng_state())
     return int(torch.randint(2**31, (), generator=generator, device="cpu"))
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - user code may draw from the global generator

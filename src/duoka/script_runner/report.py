@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from duoka.scaling import core_limits
+from duoka.devices.cpu import core_limits
 from duoka.script_runner.run_stats import ModelStats, RunStats, StepComparison
 from duoka.utils.text import format_duration, join_names, plural
 

@@ -193,12 +193,12 @@ class Trainer:
     def _launch(self, function: Callable[[FitSpec], Any], job: FitSpec) -> Any:
         """Run ``function`` once a device; inside ``duoka.launch``, or in a job of torchrun's, on this process's own."""
         from duoka.launcher import launch
-        from duoka.launcher.cluster_environment import is_member
-        from duoka.world import is_entered
+        from duoka.launcher.cluster_environment import is_in_cluster_job
+        from duoka.world import has_current_world
 
-        if is_entered():
+        if has_current_world():
             return function(dataclasses.replace(job, devices=(current_world().device,)))
-        if is_member(self.config.device):
+        if is_in_cluster_job(self.config.device):
             return launch(function, dataclasses.replace(job, devices=()), devices=self.config.device)
         used = self.devices[:1] if self.config.strategy == "dp" else self.devices
         return launch(function, job, devices=list(used))

@@ -55,13 +55,13 @@ def batch_in_words(config: TrainerConfig, size: int, replicas: int) -> str:
     factor = accumulate if config.batch_size_means == "global" else 1
     if size * factor < replicas * accumulate:
         return f"{size * accumulate} global, fewer than devices x accumulated: some devices will have no sample"
-    return Batch(size * factor, replicas, config.batch_size_means, accumulate).words
+    return Batch(size * factor, replicas, config.batch_size_means, accumulate).summary
 
 
 def _rate_in_words(config: TrainerConfig, optimizer: torch.optim.Optimizer, replicas: int) -> str:
     rule = learning_rate(config, replicas)
     if config.lr is not None:
-        return rule.words
+        return rule.summary
     rates = sorted({float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups})
     return f"lr {', '.join(f'{rate:g}' for rate in rates)} (its own)"
 

@@ -1,13 +1,13 @@
-"""Helper processes: started on demand, kept warm, and gone when the process that they help is gone.
+"""Worker processes on this machine: started on first use, kept warm, and ended with the process that started them.
 
-``run_job`` runs one task on every device; a ``Conversation`` keeps helpers for one who asks and is answered again and
-again; ``close_workers`` ends all helpers before the process ends.
+``run_on_all`` runs one function on every device; a ``WorkerSession`` keeps workers for a series of requests;
+``close_workers`` ends all workers before the process ends.
 """
 
 from __future__ import annotations
 
-from duoka.workers.pool import acquire, close_workers, release
-from duoka.workers.run_on_all import run_job
+from duoka.workers.pool import close_workers
+from duoka.workers.run_on_all import run_on_all
 from duoka.workers.worker_session import WorkerChannel, WorkerSession
 
-__all__ = ["WorkerSession", "WorkerChannel", "acquire", "close_workers", "release", "run_job"]
+__all__ = ["WorkerChannel", "WorkerSession", "close_workers", "run_on_all"]

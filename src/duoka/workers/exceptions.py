@@ -1,23 +1,35 @@
-"""How an exception crosses from a helper to the user's process: as its own type, with the helper's traceback as cause."""
+"""Exceptions across processes: each arrives as its own type, with the worker's traceback as its cause."""
 
 from __future__ import annotations
 
-import contextlib
 import traceback
-from pathlib import Path
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from duoka.errors import DuokaError
 from duoka.workers.serialization import Payload, dumps, loads
 
-__all__ = ["RemoteTraceback", "is_echo", "own_frames", "pack", "unpack"]
+__all__ = [
+    "SECONDARY_FAILURE_WAIT_S",
+    "RemoteTraceback",
+    "call_user_code",
+    "deserialize_exception",
+    "is_secondary_failure",
+    "serialize_exception",
+    "strip_internal_frames",
+]
+
+T = TypeVar("T")
+
+SECONDARY_FAILURE_WAIT_S = 1.0
+"""How long a failure that only reports a lost connection waits for the failure of the rank that closed it."""
 
 
 class RemoteTraceback(Exception):  # noqa: N818 - shown above the user's exception, it is no error of its own
-    """What the helper's own traceback said; the cause of the exception that the user sees."""
+    """The text of a worker's traceback; the cause of the exception that the user sees."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -28,63 +40,67 @@ class RemoteTraceback(Exception):  # noqa: N818 - shown above the user's excepti
 
 
 class RemoteError(DuokaError):
-    """Stands for an exception whose class or contents cannot leave the process that raised it."""
+    """Stands for an exception whose class or contents cannot be pickled."""
 
 
-def pack(error: BaseException) -> Payload:
-    """Pickle ``error`` and its traceback's text, with all of its causes."""
-    text = "".join(traceback.format_exception(type(error), error, own_frames(error.__traceback__)))
-    for how in (error, _Rebuilt(error), RemoteError(f"{type(error).__qualname__}: {error}")):
+def serialize_exception(error: BaseException) -> Payload:
+    """Pickle ``error`` and the text of its traceback and of those of its causes."""
+    text = "".join(traceback.format_exception(type(error), error, strip_internal_frames(error.__traceback__)))
+    for candidate in (error, _ByParts(error), RemoteError(f"{type(error).__qualname__}: {error}")):
         try:
-            payload = dumps((how, text, is_echo(error)))
+            payload = dumps((candidate, text))
             loads(payload, torch.device("cpu"))
         except Exception:
             continue
         return payload
-    raise AssertionError("text always travels")
+    raise AssertionError("text can always be pickled")
 
 
-def unpack(payload: Payload, rank: int, device: str, receiver: torch.device) -> BaseException:
-    """Rebuild the exception, its cause being the remote traceback."""
+def deserialize_exception(payload: Payload, rank: int, device: str, receiver: torch.device) -> BaseException:
+    """Rebuild the exception, with the worker's traceback as its cause."""
+    error: BaseException
     try:
-        error, text, _ = loads(payload, receiver)
-    except Exception as failed:  # its class can be rebuilt there but not here
-        error, text = RemoteError(f"an exception that cannot be rebuilt here: {failed}"), ""
+        error, text = loads(payload, receiver)
+    except Exception as failure:  # the sender can rebuild the class, and this process cannot
+        error, text = RemoteError(f"an exception that cannot be rebuilt in this process: {failure}"), ""
     finally:
         payload.close()
     error.__cause__ = RemoteTraceback(f"Traceback of rank {rank} ({device}):\n{text}")
-    return error  # type: ignore[no-any-return]
+    return error
 
 
-def own_frames(frames: TracebackType | None) -> TracebackType | None:
-    """Return the traceback from the user's function on, without the frames that led to it."""
-    package = Path(__file__).parents[1]
-    ours = (*(str(package / part) for part in ("workers", "launcher", "data_parallel")), contextlib.__file__)
+def call_user_code(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call ``function``; ``strip_internal_frames`` removes this frame and all above it from a traceback."""
+    return function(*args, **kwargs)
+
+
+def strip_internal_frames(frames: TracebackType | None) -> TracebackType | None:
+    """Return the traceback from the user's function on; unchanged if it does not pass through ``call_user_code``."""
     inner = frames
-    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(ours):
+    while inner is not None and inner.tb_frame.f_code is not call_user_code.__code__:
         inner = inner.tb_next
-    return inner or frames
+    return frames if inner is None else inner.tb_next or frames
 
 
-def is_echo(error: BaseException) -> bool:
-    """Whether ``error`` only says that another rank went away, so that the other's own failure is what to show."""
+def is_secondary_failure(error: BaseException) -> bool:
+    """Return whether ``error`` only reports a lost connection, so that another rank's failure is its cause."""
     if isinstance(error, torch.distributed.DistError):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "closed by peer"))
 
 
-class _Rebuilt:
-    """Pickles an exception by class, arguments and attributes, for classes whose constructor wants other arguments."""
+class _ByParts:
+    """Pickles an exception by class, arguments and attributes, for a class whose constructor has other arguments."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self.error), self.error.args, self.error.__dict__)
+        return _from_parts, (type(self.error), self.error.args, self.error.__dict__)
 
 
-def _rebuild(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+def _from_parts(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(attributes)

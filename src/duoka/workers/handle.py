@@ -1,4 +1,4 @@
-"""One helper process seen from its owner: start it, read what it writes, learn that it died, end it."""
+"""The owner's handle of one worker process: start, channel, output, death and end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from duoka.errors import LaunchError, WorkerDied
 from duoka.malloc import with_large_pages
-from duoka.workers.channel import Channel
+from duoka.workers.channel import Channel, Message
 
 __all__ = ["WorkerHandle"]
 
@@ -26,29 +26,29 @@ _PROGRAM = "import sys; sys.path[:] = {path!r}\nfrom duoka.workers.worker_main i
 
 
 class WorkerHandle:
-    """A running helper process and the lines to it.
+    """A running worker process and the descriptors that connect it with its owner.
 
-    It has a session of its own, so that Ctrl-C in the terminal reaches the owner only, and so that one signal to its group
-    also ends what it has started.
+    The worker leads a session of its own. Ctrl-C in the terminal therefore reaches the owner only, and one signal to the
+    worker's process group also ends the processes that the worker has started.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.rank = -1  # given for each task
+        self.rank = -1  # the pool sets it for each use
         self._output = bytearray()
-        ours, theirs = socket.socketpair()
+        own_end, worker_end = socket.socketpair()
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         try:
-            self._process = _spawn(theirs.fileno(), writing)
+            self._process = _spawn(worker_end.fileno(), writing)
         except BaseException:
-            ours.close()
+            own_end.close()
             os.close(reading)
             raise
         finally:
-            theirs.close()
+            worker_end.close()
             os.close(writing)
-        self.connection = Channel(ours)
+        self.channel = Channel(own_end)
         self.output_fd = reading
         self.death_fd = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else None
         self._open_fds = [fd for fd in (self.output_fd, self.death_fd) if fd is not None]
@@ -56,7 +56,7 @@ class WorkerHandle:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is also that of its session."""
+        """Process id, which is also the id of the worker's session."""
         return self._process.pid
 
     @property
@@ -64,24 +64,27 @@ class WorkerHandle:
         """The device as messages name it: ``cuda:1``, or ``cpu:1`` for the second CPU worker."""
         return f"cpu:{self.rank}" if self.device.type == "cpu" else str(self.device)
 
-    def await_ready(self) -> None:
-        """Wait for its first sign of life; raises WorkerDied when it ends instead."""
-        if self._is_ready:
-            return
+    def wait_ready(self) -> None:
+        """Wait for the first message; raises WorkerDied when the worker ends instead."""
+        if not self._is_ready:
+            message = self.receive()
+            if message.kind != "ready":
+                raise LaunchError(f"a worker process sent {message.kind!r} instead of 'ready'; this is a bug in duoka")
+            self._is_ready = True
+
+    def receive(self) -> Message:
+        """Wait for a message; raises WorkerDied when the worker has ended."""
         try:
-            message = self.connection.receive()
+            return self.channel.receive()
         except EOFError:
             raise self.death() from None
-        if message.kind != "ready":
-            raise LaunchError(f"a helper process answered {message.kind!r} instead of 'ready'; this is a bug in duoka")
-        self._is_ready = True
 
     def is_alive(self) -> bool:
-        """Whether it still runs."""
+        """Return whether the worker still runs."""
         return self._process.poll() is None
 
     def read_output(self) -> bytes:
-        """Return what it wrote since the last call, keeping the end of it for a report of its death."""
+        """Return the output since the last call; the handle keeps the end of it for ``death``."""
         new = bytearray()
         try:
             while part := os.read(self.output_fd, 1 << 16):
@@ -92,7 +95,7 @@ class WorkerHandle:
         return bytes(new)
 
     def death(self) -> WorkerDied:
-        """Describe how it ended."""
+        """Return the exception that describes how the worker ended; ends the worker if it still runs."""
         self.kill()
         self.read_output()
         status = self._process.returncode
@@ -101,58 +104,51 @@ class WorkerHandle:
         return WorkerDied(self.rank, self.label, None if status < 0 else status, name, "\n".join(lines))
 
     def kill(self) -> None:
-        """End it and everything in its session now, and wait until it has gone."""
-        if self._process.returncode is None:
-            _kill_group(self.pid)
+        """Kill the worker and everything in its session, and wait until the worker has ended."""
+        is_running = self._process.returncode is None
+        with contextlib.suppress(ProcessLookupError):  # DataLoader processes may outlive a worker that has ended
+            os.killpg(self.pid, signal.SIGKILL)
+        if is_running:
             self._process.wait(_END_TIMEOUT_S)
-        else:
-            _kill_group(self.pid)  # it has gone, its data-loader workers perhaps not
 
     def close(self) -> None:
-        """End it and close the lines to it."""
+        """Kill the worker and close the descriptors."""
         self.kill()
-        self.forget()
+        self.detach()
 
-    def forget(self) -> None:
-        """Close the lines to it without a signal: in a forked child, which does not own it."""
-        self.connection.close()
-        with contextlib.suppress(IndexError):  # taken one by one: two threads may close at once, and each number once
+    def detach(self) -> None:
+        """Close the descriptors without a signal: in a forked child, which does not own the worker."""
+        self.channel.close()
+        with contextlib.suppress(IndexError):  # pop() gives each descriptor to one thread, should two close at once
             while True:
                 os.close(self._open_fds.pop())
 
 
-def _spawn(line: int, output: int) -> subprocess.Popen[bytes]:
+def _spawn(channel_fd: int, output_fd: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-u"]  # type: ignore[attr-defined]
     try:
         return subprocess.Popen(
-            [*command, "-c", _PROGRAM.format(path=_path(sys.path, sys.argv[:1])), str(line)],
+            [*command, "-c", _PROGRAM.format(path=_module_path(sys.path, sys.argv[:1])), str(channel_fd)],
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[line],
+            stdout=output_fd,
+            stderr=output_fd,
+            pass_fds=[channel_fd],
             start_new_session=True,
-            env=with_large_pages(os.environ),  # a task has its owner's
+            env=with_large_pages(os.environ),  # each task applies its owner's environment
         )
     except OSError as error:
         raise LaunchError(
-            f"a helper process could not be started with {command[0]!r}: {error}. "
+            f"a worker process could not be started with {command[0]!r}: {error}. "
             f"Free some memory or processes, or use fewer devices."
         ) from error
 
 
-def _path(own: Sequence[str], script: Sequence[str]) -> list[str]:
-    """Return where a helper finds modules: where its owner does, in the owner's order, so that nothing shadows another module.
+def _module_path(own: Sequence[str], script: Sequence[str]) -> list[str]:
+    """Return the owner's module search path, with the script's folder last.
 
-    The folder of the script comes last until there is work: what lies there is the user's, and not for the helper itself.
+    A file beside the user's script must not shadow a module that the worker itself imports before it has a task.
     """
-    beside = {str(Path(name).absolute().parent) for name in script}
-    path = sorted((entry for entry in own if entry and isinstance(entry, str)), key=beside.__contains__)
+    script_folders = {str(Path(name).absolute().parent) for name in script}
+    path = sorted((entry for entry in own if entry and isinstance(entry, str)), key=script_folders.__contains__)
     package = str(Path(__file__).parents[2])
     return path if package in path else [*path, package]
-
-
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

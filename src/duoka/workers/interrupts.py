@@ -1,8 +1,8 @@
-"""Ctrl-C and failures of others, while the user's process may be blocked in a collective that runs no Python code.
+"""Ctrl-C, and failures of other ranks, while rank 0 may be blocked in a collective that runs no Python code.
 
-Python runs a signal handler between two bytecodes, so not while rank 0 waits inside a collective. The C-level handler does
-write to a wake-up descriptor at once; a watching thread reads it, ends the helpers, and their closing connections free the
-collective. In the other direction the watching thread stops rank 0, wherever it is, when a helper has failed.
+Python runs a signal handler between two bytecodes, so not while rank 0 waits inside a collective. The C-level handler
+writes to a wake-up descriptor at once. The monitor thread reads that descriptor and kills the workers; the connections
+that close then end the collective. When a worker fails, the monitor thread stops rank 0 in the same way.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["InterruptHandler", "PeerFailed"]
 
 
 class PeerFailed(BaseException):
-    """Raised in rank 0's function when another rank has failed; ``launch`` turns it into that failure."""
+    """Raised in rank 0's function when another rank has failed; ``run_on_all`` replaces it by that failure."""
 
 
 class InterruptHandler:
-    """Watches over one job: what a Ctrl-C does, and how the thread that runs rank 0 is stopped. A context manager."""
+    """Context manager that notes Ctrl-C, and can stop the thread that runs rank 0."""
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -46,23 +46,17 @@ class InterruptHandler:
         self._writer.setblocking(False)
         self._open = True
         previous = signal.getsignal(signal.SIGINT)
-        replaceable = callable(previous) or previous is signal.SIG_IGN  # else Ctrl-C ends the process, or C code has it
-        if threading.current_thread() is threading.main_thread() and replaceable:
+        is_python_handler = callable(previous) or previous is signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread() and is_python_handler:
             self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
-            _entered.add(self)
-            _watch_forks()
+            _active.add(self)
+            _register_fork_hook()
         return self
-
-    def forget(self) -> None:
-        """Give the signals back, in a forked child: what it gets would else be read by its parent."""
-        with contextlib.suppress(ValueError):  # not the main thread of the child
-            signal.signal(signal.SIGINT, self._previous)
-            signal.set_wakeup_fd(self._previous_wakeup)
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        _entered.discard(self)
+        _active.discard(self)
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             signal.set_wakeup_fd(self._previous_wakeup)
@@ -71,19 +65,25 @@ class InterruptHandler:
                 end.close()
 
     def close(self) -> None:
-        """From now on nothing is raised in the caller's thread: signals are only noted."""
+        """Raise nothing in the caller's thread from now on; signals are noted only."""
         with self._lock:
             self._open = False
-            if self._stopped and self._previous is None:  # it may be on its way and not have come yet: call it back
+            if self._stopped and self._previous is None:  # cancel an exception that has not been raised yet
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
 
+    def restore_in_child(self) -> None:
+        """Restore the signal handler in a forked child, whose signals the parent would read otherwise."""
+        with contextlib.suppress(ValueError):  # not the child's main thread
+            signal.signal(signal.SIGINT, self._previous)
+            signal.set_wakeup_fd(self._previous_wakeup)
+
     def fileno(self) -> int:
-        """Readable when a signal has come."""
+        """Return the descriptor that is readable after a signal."""
         assert self._reader is not None
         return self._reader.fileno()
 
     def read_signals(self) -> bool:
-        """Pass on what has come, and return whether it was a Ctrl-C that will raise KeyboardInterrupt in the caller."""
+        """Forward the signals to an earlier wake-up descriptor; return whether Ctrl-C raises KeyboardInterrupt."""
         assert self._reader is not None
         with contextlib.suppress(BlockingIOError):
             numbers = self._reader.recv(4096)
@@ -95,7 +95,7 @@ class InterruptHandler:
         return self.interrupted
 
     def stop_caller(self) -> None:
-        """Raise ``Stopped`` in the caller's thread, waking it from a sleep or a read if need be."""
+        """Raise ``PeerFailed`` in the caller's thread, and wake it from a sleep or a read."""
         with self._lock:
             if not self._open:
                 return
@@ -115,15 +115,15 @@ class InterruptHandler:
             handler(number, frame)
 
 
-_entered: weakref.WeakSet[InterruptHandler] = weakref.WeakSet()
-"""Those that have this process's signals; at most one."""
+_active: weakref.WeakSet[InterruptHandler] = weakref.WeakSet()
+"""Handlers that have replaced this process's signal handler; at most one."""
 
 
 @functools.cache
-def _watch_forks() -> None:
-    os.register_at_fork(after_in_child=_forget_all)
+def _register_fork_hook() -> None:
+    os.register_at_fork(after_in_child=_restore_all_in_child)
 
 
-def _forget_all() -> None:
-    for one in list(_entered):
-        one.forget()
+def _restore_all_in_child() -> None:
+    for handler in list(_active):
+        handler.restore_in_child()

@@ -1,4 +1,4 @@
-"""The helper processes that this process keeps warm: lent for one job at a time, ended when the process ends."""
+"""Warm worker processes of this process: acquired for one task at a time, closed when the process ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,7 @@ from duoka.workers.handle import WorkerHandle
 
 __all__ = ["acquire", "close_workers", "release"]
 
-_FIXED_AT_START = (
+_READ_AT_START = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",
     "HIP_VISIBLE_DEVICES",
@@ -26,76 +27,78 @@ _FIXED_AT_START = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "GLIBC_TUNABLES",
 )
-"""Environment variables that a process reads once: a helper started under other values of these is not reused."""
+"""Environment variables that a process reads once: a worker that started with other values is not reused."""
+
+
+class _Idle(NamedTuple):
+    key: tuple[str, ...]
+    sources: dict[str, int]
+    worker: WorkerHandle
 
 
 class _Pool:
-    """Idle helpers by what they were started for. One exists a process; nothing is registered before the first helper."""
+    """Idle and acquired workers. A process has one pool, which registers nothing before its first worker."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[tuple[tuple[str, ...], dict[str, int], WorkerHandle]] = []
-        self._lent: dict[int, tuple[str, ...]] = {}
-        self._lent_helpers: dict[int, WorkerHandle] = {}
+        self._idle: list[_Idle] = []
+        self._acquired: dict[WorkerHandle, tuple[str, ...]] = {}
         self._is_registered = False
 
     def acquire(self, devices: Sequence[torch.device]) -> list[WorkerHandle]:
-        """Return a helper for each device, warm where there is one, all of them ready."""
-        helpers: list[WorkerHandle] = []
+        """Return a worker for each device, warm if there is one; all of them are ready."""
+        workers: list[WorkerHandle] = []
         try:
             for device in devices:
-                helpers.append(self._take(device) or self._start(device))
-            for rank, helper in enumerate(helpers, start=1):
-                helper.rank = rank
-                helper.await_ready()
+                workers.append(self._reuse(device) or self._start(device))
+            for rank, worker in enumerate(workers, start=1):
+                worker.rank = rank
+                worker.wait_ready()
         except BaseException:
-            self.release(helpers, reusable=False)
+            self.release(workers, reusable=False)
             raise
-        return helpers
+        return workers
 
-    def release(self, helpers: Sequence[WorkerHandle], *, reusable: bool) -> None:
-        """Take helpers back; those that may be in the middle of something are ended."""
+    def release(self, workers: Sequence[WorkerHandle], *, reusable: bool) -> None:
+        """Take workers back; those that are not ``reusable``, because they may still run a task, are killed."""
         sources = _user_sources() if reusable else {}
         with self._lock:
-            for helper in helpers:
-                key = self._lent.pop(id(helper), None)
-                self._lent_helpers.pop(id(helper), None)
-                if reusable and key is not None and helper.is_alive():
-                    self._idle.append((key, sources, helper))
+            for worker in workers:
+                key = self._acquired.pop(worker, None)
+                if reusable and key is not None and worker.is_alive():
+                    self._idle.append(_Idle(key, sources, worker))
                 else:
-                    helper.close()
+                    worker.close()
 
     def close(self) -> None:
-        """End every helper, lent ones too."""
+        """Kill every worker, acquired ones too."""
         with self._lock:
-            for helper in [*(entry[2] for entry in self._idle), *self._lent_helpers.values()]:
-                helper.close()
-            self._clear()
+            for worker in self._take_all():
+                worker.close()
 
-    def _take(self, device: torch.device) -> WorkerHandle | None:
+    def _reuse(self, device: torch.device) -> WorkerHandle | None:
         key = _key(device)
         with self._lock:
-            for entry in [entry for entry in self._idle if entry[0] == key]:
+            for entry in [entry for entry in self._idle if entry.key == key]:
                 self._idle.remove(entry)
-                helper = entry[2]
-                if helper.is_alive() and not _changed(entry[1]):
-                    self._lend(helper, key)
-                    return helper
-                helper.close()
+                if entry.worker.is_alive() and not _have_changed(entry.sources):
+                    self._acquired[entry.worker] = key
+                    return entry.worker
+                entry.worker.close()
         return None
 
     def _start(self, device: torch.device) -> WorkerHandle:
         with self._lock:
             if not self._is_registered:
                 atexit.register(self._close_at_exit)
-                os.register_at_fork(after_in_child=self._forget)
+                os.register_at_fork(after_in_child=self._detach_in_child)
                 self._is_registered = True
-            helper = WorkerHandle(device)
-            self._lend(helper, _key(device))
-            return helper
+            worker = WorkerHandle(device)
+            self._acquired[worker] = _key(device)
+            return worker
 
     def _close_at_exit(self) -> None:
-        """End every helper whoever presses Ctrl-C once more: it takes no time, and the program is ending."""
+        """Close all workers, which takes no time, without interruption by another Ctrl-C."""
         if threading.current_thread() is not threading.main_thread():
             self.close()
             return
@@ -103,39 +106,35 @@ class _Pool:
         self.close()
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
-    def _lend(self, helper: WorkerHandle, key: tuple[str, ...]) -> None:
-        self._lent[id(helper)] = key
-        self._lent_helpers[id(helper)] = helper
-
-    def _forget(self) -> None:
-        """In a forked child: the helpers are its parent's, and must not be held alive by this child's copies."""
+    def _detach_in_child(self) -> None:
+        """Close a forked child's copies of the descriptors, which would keep the parent's workers alive."""
         self._lock = threading.Lock()
-        for helper in [*(entry[2] for entry in self._idle), *self._lent_helpers.values()]:
-            helper.forget()
-        self._clear()
+        for worker in self._take_all():
+            worker.detach()
 
-    def _clear(self) -> None:
+    def _take_all(self) -> list[WorkerHandle]:
+        workers = [*(entry.worker for entry in self._idle), *self._acquired]
         self._idle.clear()
-        self._lent.clear()
-        self._lent_helpers.clear()
+        self._acquired.clear()
+        return workers
 
 
 def _key(device: torch.device) -> tuple[str, ...]:
-    return (str(device), *(os.environ.get(name, "") for name in _FIXED_AT_START))
+    return (str(device), *(os.environ.get(name, "") for name in _READ_AT_START))
 
 
 def _user_sources() -> dict[str, int]:
-    """The user's own imported source files and when they were written: a helper must not run an older edition."""
-    ours = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
+    """Return the user's imported source files with their write times: a worker must not run an older version."""
+    installed = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {file: _written_ns(file) for file in files if isinstance(file, str) and not file.startswith(ours)}
+    return {file: _write_time_ns(file) for file in files if isinstance(file, str) and not file.startswith(installed)}
 
 
-def _changed(sources: dict[str, int]) -> bool:
-    return any(_written_ns(file) != written for file, written in sources.items())
+def _have_changed(sources: dict[str, int]) -> bool:
+    return any(_write_time_ns(file) != written for file, written in sources.items())
 
 
-def _written_ns(file: str) -> int:
+def _write_time_ns(file: str) -> int:
     try:
         return os.stat(file).st_mtime_ns
     except OSError:
@@ -148,9 +147,9 @@ release = _pool.release
 
 
 def close_workers() -> None:
-    """End the warm helper processes now, with the memory they hold, rather than when this process ends.
+    """End the warm worker processes now, and free their memory; the next launch starts new ones.
 
-    The next launch starts new ones.
+    Without this call they end with this process.
 
     Example:
         >>> import duoka

@@ -1,87 +1,63 @@
-"""What travels to a helper: the work, and what of the user's process it needs around it."""
+"""Work for a worker, and the context of the owner's process in which the worker runs it."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.backends import cudnn
+
+from duoka.utils.torch_settings import apply_torch_settings, capture_torch_settings
 
 __all__ = ["ProcessContext", "WorkItem"]
 
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """What of the user's process a task needs around it to run as if it ran there."""
+    """Environment, working directory, module search path, arguments and torch settings of a process."""
 
     environment: Mapping[str, str]
-    folder: str
-    path: Sequence[str]
-    arguments: Sequence[str]
-    settings: Mapping[str, Any]
-    """torch's process-wide settings, by their names in ``_SETTINGS``."""
+    working_directory: str
+    sys_path: Sequence[str]
+    argv: Sequence[str]
+    torch_settings: Mapping[str, Any]
 
     @staticmethod
-    def here() -> ProcessContext:
-        """Those of this process, now."""
-        settings = {name: get() for name, (get, _) in _SETTINGS.items()}
+    def capture() -> ProcessContext:
+        """Return the context of this process, now."""
         try:
-            folder = os.getcwd()
-        except FileNotFoundError:  # somebody removed it; a task that needs it will say so
-            folder = "/"
-        return ProcessContext(dict(os.environ), folder, list(sys.path), list(sys.argv), settings)
+            directory = os.getcwd()
+        except FileNotFoundError:  # removed meanwhile; a task that opens a file there will say so
+            directory = "/"
+        return ProcessContext(dict(os.environ), directory, list(sys.path), list(sys.argv), capture_torch_settings())
 
-    def enter(self) -> None:
-        """Make them those of this process."""
+    def apply(self) -> None:
+        """Give this process the context."""
         for name in os.environ.keys() - self.environment.keys():
             del os.environ[name]
         os.environ.update(self.environment)
-        os.chdir(self.folder)
-        sys.path[:] = self.path
-        sys.argv[:] = self.arguments
-        for name, value in self.settings.items():
-            get, put = _SETTINGS[name]
-            if get() != value:
-                put(value)
-
-
-def _deterministic() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def _set_anomaly(enabled: bool) -> None:
-    torch.autograd.set_detect_anomaly(enabled)
-
-
-_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
-    "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "deterministic": (_deterministic, lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1])),
-    "anomaly": (torch.is_anomaly_enabled, _set_anomaly),
-    "cudnn_benchmark": (lambda: cudnn.benchmark, lambda value: setattr(cudnn, "benchmark", value)),
-    "cudnn_deterministic": (lambda: cudnn.deterministic, lambda value: setattr(cudnn, "deterministic", value)),
-    "cudnn_allow_tf32": (lambda: cudnn.allow_tf32, lambda value: setattr(cudnn, "allow_tf32", value)),
-}
-"""What a script sets at its top and means for every rank: how to read it and how to set it."""
+        os.chdir(self.working_directory)
+        sys.path[:] = self.sys_path
+        sys.argv[:] = self.argv
+        apply_torch_settings(self.torch_settings)
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """What to run, once the surroundings are right: ``work`` is a pickled ``(function, arguments)``.
+    """One task of a worker: ``data`` and ``sizes`` are the payload of a pickled ``(function, arguments)``.
 
-    ``function(place, meet, *arguments)`` returns a context manager: its value is the rank's answer, and it is left when
-    all ranks have answered, so that no rank takes a process group away from under another. Where the task ``talks``, it is
-    given the whole line to its owner in place of ``meet``.
+    ``function(config, barrier, *arguments)`` returns a context manager whose value is the rank's result. The worker
+    leaves it when all ranks have a result, so that no rank destroys a process group that another still uses. In a
+    session the function gets the channel to the owner in place of ``barrier``.
     """
 
-    surroundings: ProcessContext
+    context: ProcessContext
     device: torch.device
-    place: Any
-    scratch: str | None
-    work: bytes
+    config: Any
+    temp_dir: str | None
+    data: bytes
     sizes: tuple[int, ...]
-    talks: bool = False
+    is_session: bool = False

@@ -1,4 +1,4 @@
-"""One job on a team: the same task on every helper and in this process, ended together however it ends."""
+"""One function run on all ranks: rank 0 in this process, the others in workers, ended together in every case."""
 
 from __future__ import annotations
 
@@ -10,128 +10,134 @@ from typing import Any
 import torch
 
 from duoka.errors import LaunchError
-from duoka.workers import exceptions, pool
+from duoka.workers import pool
+from duoka.workers.exceptions import SECONDARY_FAILURE_WAIT_S, is_secondary_failure
 from duoka.workers.handle import WorkerHandle
 from duoka.workers.interrupts import InterruptHandler, PeerFailed
 from duoka.workers.monitor import WorkerMonitor
 from duoka.workers.process_context import ProcessContext, WorkItem
+from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload, dumps, loads
 
-__all__ = ["run_job"]
-
-_ECHO_S = 1.0
-"""How long rank 0, cut off in a collective, waits to hear which rank failed."""
+__all__ = ["run_on_all"]
 
 
-def run_job(
-    work: Callable[..., AbstractContextManager[Any]],
-    places: Sequence[Any],
+def run_on_all(
+    function: Callable[..., AbstractContextManager[Any]],
+    configs: Sequence[Any],
     arguments: tuple[Any, ...],
     devices: Sequence[torch.device],
     *,
-    scratch: str | None = None,
+    temp_dir: str | None = None,
     unblock: Callable[[], None] = lambda: None,
     show_output: bool = False,
 ) -> list[Any]:
-    """Run ``work(places[rank], meet, *arguments)`` on every rank, rank 0 in this thread, and return the answers of all.
+    """Run ``function(configs[rank], barrier, *arguments)`` on every rank, rank 0 in this thread; return all results.
 
-    ``work`` returns a context manager whose value is the rank's answer and which is left when all have answered. Before it
-    first waits for the others outside Python it calls ``meet()``, once, which returns when all ranks have called it.
-    ``scratch`` is the caller's temporary folder for this job; helpers remove it should the caller be killed before it can.
-    ``unblock`` is called from another thread, after the helpers have been ended, to free a rank 0 that waits for them.
+    Args:
+        function: returns a context manager whose value is the rank's result; each rank leaves it when all have a result.
+            It calls ``barrier()`` exactly once, before it first waits for other ranks outside Python.
+        configs: one a rank.
+        arguments: the same for every rank; workers get copies.
+        devices: one a rank.
+        temp_dir: the caller's temporary folder, which workers remove if the caller is killed before it can.
+        unblock: called in another thread, after the workers have ended, to free a rank 0 that waits for them.
+        show_output: whether to print the workers' output.
 
-    Raises the first failure of any rank as its own type; WorkerDied when a helper died; KeyboardInterrupt on Ctrl-C.
+    Raises:
+        the first failure of any rank, as its own type; WorkerDied when a worker died; KeyboardInterrupt on Ctrl-C.
+
     """
-    failed: BaseException | None = None
-    watch: WorkerMonitor | None = None
-    packed = _pack(work, arguments) if len(devices) > 1 else Payload(b"")
+    failure: BaseException | None = None
+    monitor: WorkerMonitor | None = None
+    packed = _pack(function, arguments) if len(devices) > 1 else Payload(b"")
     try:
-        with InterruptHandler() as interruption:
-            helpers = pool.acquire(devices[1:])
-            watch = WorkerMonitor(helpers, interruption, unblock, devices[0], show=show_output)
+        with InterruptHandler() as interrupts:
+            workers = pool.acquire(devices[1:])
+            monitor = WorkerMonitor(workers, interrupts, unblock, devices[0], show_output=show_output)
             try:
-                watch.start()
-                for helper in helpers:
-                    _tell(helper, "run", _task(packed, helper, places[helper.rank], scratch), watch)
-                answer = _run_here(work, places[0], arguments, watch, helpers)
-                answers = [answer, *(_unpack(watch.answer(helper.rank), devices[0]) for helper in helpers)]
+                monitor.start()
+                for worker in workers:
+                    _send(worker, "run", _work_item(packed, worker, configs[worker.rank], temp_dir), monitor)
+                result = _run_rank_zero(function, configs[0], arguments, monitor, workers)
+                results = [result, *(_unpack(monitor.take_result(worker.rank), devices[0]) for worker in workers)]
             except BaseException as error:
-                interruption.close()
-                failed = _cause(error, watch, interruption)
-                if failed is error:
+                interrupts.close()
+                failure = _root_cause(error, monitor, interrupts)
+                if failure is error:
                     raise
             finally:
-                interruption.close()
-                pool.release(helpers, reusable=watch.end())
-    except PeerFailed:  # its one signal came while the caller was already on its way out
-        failed = watch.error if watch is not None else None
+                interrupts.close()
+                pool.release(workers, reusable=monitor.stop())
+    except PeerFailed:  # raised while the caller was already leaving
+        failure = monitor.error if monitor is not None else None
     finally:
         packed.close()
-    if failed is None and interruption.interrupted:  # while all was being put away
+    if failure is None and interrupts.interrupted:  # during the clean-up
         raise KeyboardInterrupt
-    if failed is None:
-        return answers
-    gc.collect()  # what the stopped frames held of the group (sockets, ports) goes with them, not at some later time
-    raise failed
+    if failure is None:
+        return results
+    gc.collect()  # frees sockets and ports that the stopped frames still hold
+    raise failure
 
 
-def _pack(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Payload:
+def _pack(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Payload:
     try:
-        return dumps((work, arguments))
+        return dumps((function, arguments))
     except Exception as error:
         raise LaunchError(
-            f"what helper processes need cannot be sent to them: {error}. Open files, locks, sockets and generators stay in "
-            "the process that made them: make such an object inside the function that is launched."
+            f"the function and its arguments cannot be sent to worker processes: {error}. Open files, locks, sockets and "
+            "generators cannot leave their process: create such an object inside the launched function."
         ) from error
 
 
-def _unpack(answer: Payload, device: torch.device) -> Any:
+def _unpack(result: Payload, device: torch.device) -> Any:
     try:
-        return loads(answer, device)
+        return loads(result, device)
     finally:
-        answer.close()
+        result.close()
 
 
-def _task(packed: Payload, helper: WorkerHandle, place: Any, scratch: str | None) -> Payload:
-    task = dumps(WorkItem(ProcessContext.here(), helper.device, place, scratch, packed.data, packed.sizes))
-    return Payload(task.data, fd=packed.fd)
+def _work_item(packed: Payload, worker: WorkerHandle, config: Any, temp_dir: str | None) -> Payload:
+    item = WorkItem(ProcessContext.capture(), worker.device, config, temp_dir, packed.data, packed.sizes)
+    return Payload(dumps(item).data, fd=packed.fd)
 
 
-def _run_here(
-    work: Callable[..., Any],
-    place: Any,
+def _run_rank_zero(
+    function: Callable[..., Any],
+    config: Any,
     arguments: tuple[Any, ...],
-    watch: WorkerMonitor,
-    helpers: Sequence[WorkerHandle],
+    monitor: WorkerMonitor,
+    workers: Sequence[WorkerHandle],
 ) -> Any:
-    def await_all(kind: str, then: str | None = None) -> None:
-        watch.await_all(kind)
-        if watch.error is not None:
+    def wait_for_all(kind: str, then_send: str | None = None) -> None:
+        monitor.wait_for_all(kind)
+        if monitor.error is not None:
             raise PeerFailed
-        if then is not None:
-            for helper in helpers:
-                _tell(helper, then, Payload(b""), watch)
+        if then_send is not None:
+            for worker in workers:
+                _send(worker, then_send, Payload(b""), monitor)
 
-    with work(place, lambda: await_all("met", then="go"), *arguments) as answer:
-        await_all("done", then="finish")
-    await_all("idle")
-    return answer
+    with function(config, lambda: wait_for_all(READY_FOR_RENDEZVOUS, ENTER_RENDEZVOUS), *arguments) as result:
+        wait_for_all("done", then_send="finish")
+    wait_for_all("idle")
+    return result
 
 
-def _tell(helper: WorkerHandle, kind: str, payload: Payload, watch: WorkerMonitor) -> None:
+def _send(worker: WorkerHandle, kind: str, payload: Payload, monitor: WorkerMonitor) -> None:
     try:
-        helper.connection.send(kind, payload)
-    except OSError:  # one has just died: the watch is about to say which
-        watch.await_failure(_ECHO_S)
+        worker.channel.send(kind, payload)
+    except OSError:  # the worker has died, which the monitor is about to notice
+        monitor.wait_for_failure(SECONDARY_FAILURE_WAIT_S)
         raise PeerFailed from None
 
 
-def _cause(error: BaseException, watch: WorkerMonitor, interruption: InterruptHandler) -> BaseException:
-    """What the user is told: of several failures the one that made the others."""
-    if interruption.interrupted or isinstance(error, KeyboardInterrupt):
+def _root_cause(error: BaseException, monitor: WorkerMonitor, interrupts: InterruptHandler) -> BaseException:
+    """Return the failure that caused the others."""
+    if interrupts.interrupted or isinstance(error, KeyboardInterrupt):
         return error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
-    if watch.error is None and exceptions.is_echo(error):
-        watch.await_failure(_ECHO_S)
-    if watch.error is not None and (isinstance(error, PeerFailed) or exceptions.is_echo(error)):
-        return watch.error
+    if monitor.error is None and is_secondary_failure(error):
+        monitor.wait_for_failure(SECONDARY_FAILURE_WAIT_S)
+    if monitor.error is not None and (isinstance(error, PeerFailed) or is_secondary_failure(error)):
+        return monitor.error
     return error

@@ -1,8 +1,8 @@
-"""How work and results travel between processes: cloudpickle, with tensors and arrays beside it in shared memory.
+"""Payloads between processes: cloudpickle, with the bytes of tensors and arrays in a memory file.
 
-The bytes of tensors and NumPy arrays are written once into an anonymous memory file, however many helpers read it. A
-receiver maps that file copy-on-write: reading costs no copy, and nobody's writes reach anybody else. A message is
-therefore a value, and a data set of 2 GB is held once more in all, not once more a helper.
+The sender writes the bytes of tensors and NumPy arrays once, for any number of workers. A receiver maps the file
+copy-on-write: reading needs no copy, and a write stays in the process that made it. A payload is therefore a value, and
+a data set of 2 GB takes 2 GB more for all workers together.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import cloudpickle
 import torch
 from torch.utils.data import DataLoader
 
+from duoka.utils.torch_private import forget_loaded_sparse_tensors, storage_id, take_dataloader_iterator
+
 __all__ = ["Payload", "dumps", "loads", "memory_file"]
 
 _ALIGNMENT = mmap.PAGESIZE
@@ -34,22 +36,22 @@ _receiver: ContextVar[torch.device] = ContextVar("duoka_receiver", default=torch
 
 @dataclass(frozen=True)
 class Payload:
-    """A pickled object: ``data``, and the sizes in bytes of the buffers that lie, page-aligned, in the file ``fd``."""
+    """A pickled object: ``data``, and the sizes in bytes of the page-aligned buffers in the memory file ``fd``."""
 
     data: bytes
     sizes: tuple[int, ...] = ()
     fd: int | None = None
 
     def close(self) -> None:
-        """Close this process's hold on the memory file; what receivers have mapped stays theirs."""
+        """Close this process's descriptor of the memory file; receivers keep their mappings."""
         if self.fd is not None:
             os.close(self.fd)
 
 
 def dumps(value: Any, replace: Callable[[Any], Any] | None = None) -> Payload:
-    """Pickle ``value``, functions and classes of ``__main__`` included; raises what pickling raises.
+    """Pickle ``value``, with functions and classes of ``__main__`` by value; raises what pickling raises.
 
-    ``replace`` may return for an object what to pickle in its place, as ``__reduce__`` does, or ``NotImplemented``.
+    ``replace(object)`` may return a tuple like that of ``__reduce__`` to pickle instead, or ``NotImplemented``.
     """
     file = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
@@ -61,19 +63,17 @@ def dumps(value: Any, replace: Callable[[Any], Any] | None = None) -> Payload:
 
 
 def loads(payload: Payload, device: torch.device) -> Any:
-    """Rebuild the object; tensors that were on an accelerator arrive on ``device``, all others on the CPU."""
+    """Rebuild the object: tensors from an accelerator on ``device``, all others on the CPU."""
     token = _receiver.set(device)
     try:
         return pickle.loads(payload.data, buffers=_map(payload))
     finally:
         _receiver.reset(token)
-        getattr(
-            torch._utils, "_sparse_tensors_to_validate", []
-        ).clear()  # torch.load's list: it would keep them for good
+        forget_loaded_sparse_tensors()
 
 
 def memory_file(name: str) -> int:
-    """Return the descriptor of an anonymous file in memory, or on systems without one, of an unlinked temporary file."""
+    """Return the descriptor of an anonymous file in memory, or of an unlinked temporary file where there are none."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name, os.MFD_CLOEXEC)
     with tempfile.TemporaryFile(prefix=name) as file:
@@ -91,7 +91,7 @@ class _PayloadPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle 
 
     def _keep_large(self, buffer: pickle.PickleBuffer) -> bool:
         if buffer.raw().nbytes < _MAPPED_FROM_BYTES:
-            return True  # small ones stay in the pickle
+            return True  # small buffers stay in the pickle
         self._buffers.append(buffer)
         return False
 
@@ -100,29 +100,29 @@ class _PayloadPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle 
             return other
         if type(obj) is torch.storage.TypedStorage and obj._untyped_storage.device.type != "meta":
             storage = obj._untyped_storage
-            handle = self._storages.setdefault(storage._cdata, _Storage(storage))
+            handle = self._storages.setdefault(storage_id(storage), _Storage(storage))
             return _typed_storage, (handle, obj.dtype)
         if type(obj) is torch.Generator:
             return _generator, (obj.device, obj.get_state())
         if isinstance(obj, ModuleType) and type(obj) is not ModuleType and sys.modules.get(obj.__name__) is obj:
-            return importlib.import_module, (obj.__name__,)  # torch.backends.cudnn, torch.ops: classes of their own
-        if isinstance(obj, DataLoader) and obj._iterator is not None:
-            idle = copy.copy(obj)  # its persistent workers stay where they were started
-            idle._iterator = None
+            return importlib.import_module, (obj.__name__,)  # torch.backends.cudnn, torch.ops: subclasses of ModuleType
+        if isinstance(obj, DataLoader):
+            idle = copy.copy(obj)
+            take_dataloader_iterator(idle)  # persistent DataLoader processes stay with the original
             return idle.__reduce_ex__(5)
         return super().reducer_override(obj)
 
     def _dynamic_function_reduce(self, func: FunctionType) -> tuple[Any, ...]:
-        """Let a function made by an installed library use that library's globals there, rather than copies of them."""
+        """Let a function of an installed library use the library's globals in the receiver, not copies of them."""
         make, arguments, state, *rest = super()._dynamic_function_reduce(func)
-        if _is_of_library(func):
+        if _is_in_installed_library(func):
             arguments = (arguments[0], _Globals(func.__module__), *arguments[2:])
             state[1]["__globals__"] = {}
         return make, arguments, state, *rest
 
 
 class _Globals:
-    """Stands for the global names of a module."""
+    """Stands for the globals of a module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -135,7 +135,7 @@ def _globals_of(name: str) -> dict[str, Any]:
     return importlib.import_module(name).__dict__
 
 
-def _is_of_library(func: FunctionType) -> bool:
+def _is_in_installed_library(func: FunctionType) -> bool:
     module = sys.modules.get(func.__module__)
     file = getattr(module, "__file__", None)
     is_installed = isinstance(file, str) and file.startswith((sys.prefix, sys.base_prefix))
@@ -143,7 +143,7 @@ def _is_of_library(func: FunctionType) -> bool:
 
 
 class _Storage:
-    """Stands for one storage in the pickle, so that tensors that share it share it again on the other side."""
+    """Stands for one storage in the pickle, so that tensors that share it also share it in the receiver."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage = storage
@@ -162,7 +162,7 @@ def _untyped_storage(buffer: Any, device_type: str) -> torch.UntypedStorage:
     view = memoryview(buffer)
     if view.nbytes == 0:
         tensor = torch.empty(0, dtype=torch.uint8)
-    elif view.readonly:  # it lay in the pickle itself
+    elif view.readonly:  # it was in the pickle itself
         tensor = torch.frombuffer(bytearray(view), dtype=torch.uint8)
     else:
         tensor = torch.frombuffer(view, dtype=torch.uint8)
@@ -172,8 +172,7 @@ def _untyped_storage(buffer: Any, device_type: str) -> torch.UntypedStorage:
 
 
 def _generator(device: torch.device, state: torch.Tensor) -> torch.Generator:
-    place = device if device.type == "cpu" else _receiver.get()
-    return torch.Generator(place).set_state(state)
+    return torch.Generator(device if device.type == "cpu" else _receiver.get()).set_state(state)
 
 
 def _aligned(size: int) -> int:

@@ -1,7 +1,7 @@
-"""The helper process, which calls ``main`` and nothing else: waits for work, does it, reports, and dies with its owner.
+"""Entry point of a worker process: waits for tasks, runs them, sends the results, and dies with its owner.
 
-It never sees the user's main module. A thread of its own listens to the connection: when the other end closes, however
-that came about, this process and all that it started (data-loader workers) end at once.
+A worker never imports the user's main module. One of its threads listens to the channel. When the owner's end closes for
+any reason, the worker ends at once, with everything that it has started (such as DataLoader processes).
 """
 
 from __future__ import annotations
@@ -20,99 +20,100 @@ from typing import Any
 import torch
 
 from duoka.errors import LaunchError
-from duoka.workers import exceptions
 from duoka.workers.channel import Channel, Message
+from duoka.workers.exceptions import is_secondary_failure, serialize_exception
 from duoka.workers.process_context import WorkItem
+from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload, dumps, loads
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Serve until the owner is gone."""
-    connection = Channel(socket.socket(fileno=int(sys.argv[1])))
-    os.register_at_fork(after_in_child=connection.close)  # a data-loader worker must not keep the line open
-    gc.freeze()  # what torch's import has made stays: collecting after each task looks at the task's objects only
-    line = _OwnerChannel(connection)
-    connection.send("ready", Payload(b""))
+    """Run tasks until the owner has ended."""
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    os.register_at_fork(after_in_child=channel.close)  # a DataLoader process must not keep the channel open
+    gc.freeze()  # collections after each task then skip the objects that torch's import created
+    owner = _OwnerChannel(channel)
+    owner.send("ready", Payload(b""))
     while True:
-        _serve(line)
+        _run_task(owner)
 
 
 class _OwnerChannel:
-    """The owner's end of the line as this process sees it; when the owner is gone, so is everything of this session."""
+    """The channel to the owner, read by a thread that ends this process's session when the owner has ended."""
 
-    def __init__(self, connection: Channel) -> None:
-        self.send = connection.send
-        self.scratch: str | None = None
-        self._connection = connection
+    def __init__(self, channel: Channel) -> None:
+        self.send = channel.send
+        self.temp_dir: str | None = None
+        self._channel = channel
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="duoka-listen", daemon=True).start()
 
     def receive(self) -> Message:
         return self._inbox.get()
 
-    def meet(self) -> None:
-        """Wait until every rank has come here."""
-        self.send("met", Payload(b""))
+    def barrier(self) -> None:
+        """Wait until every rank has called this."""
+        self.send(READY_FOR_RENDEZVOUS, Payload(b""))
         self.receive()
 
     def _listen(self) -> None:
         try:
             while True:
-                self._inbox.put(self._connection.receive())
-        finally:  # the owner is gone, or the line is broken: nothing of this session may stay
-            if self.scratch is not None:
-                shutil.rmtree(self.scratch, ignore_errors=True)
+                self._inbox.put(self._channel.receive())
+        finally:  # the owner has ended, or the channel is broken
+            if self.temp_dir is not None:
+                shutil.rmtree(self.temp_dir, ignore_errors=True)
             os.killpg(0, signal.SIGKILL)
 
 
-def _serve(line: _OwnerChannel) -> None:
-    """Run one task and report its value; leave its context when the owner says that every rank has reported."""
-    message = line.receive()
+def _run_task(owner: _OwnerChannel) -> None:
+    """Run one task and send its result; leave its context when the owner says that every rank has a result."""
+    message = owner.receive()
     try:
-        with _open(message.payload, line) as value:
-            answer = _answer(value)
-            line.send("done", answer)
-            answer.close()
-            line.receive()
-    except BaseException as error:  # SystemExit too: the function ended, the helper serves on
-        line.send("echo" if exceptions.is_echo(error) else "failed", exceptions.pack(error))
+        with _start(message.payload, owner) as value:
+            result = _serialize_result(value)
+            owner.send("done", result)
+            result.close()
+            owner.receive()
+    except BaseException as error:  # SystemExit too ends the task, not the worker
+        kind = "secondary_failure" if is_secondary_failure(error) else "failed"
+        owner.send(kind, serialize_exception(error))
         return
     del value
-    _tidy()
-    line.scratch = None
-    line.send("idle", Payload(b""))
+    _free_memory()
+    owner.temp_dir = None
+    owner.send("idle", Payload(b""))
 
 
-def _answer(value: Any) -> Payload:
+def _serialize_result(value: Any) -> Payload:
     try:
         return dumps(value)
     except Exception as error:
         raise LaunchError(
-            f"the value that this rank returned, a {type(value).__name__}, cannot be sent to rank 0: {error}. "
+            f"this rank's return value, a {type(value).__name__}, cannot be sent to rank 0: {error}. "
             "Return numbers, tensors or a state_dict."
         ) from error
 
 
-def _open(payload: Payload, line: _OwnerChannel) -> contextlib.AbstractContextManager[Any]:
-    task: WorkItem = loads(Payload(payload.data), torch.device("cpu"))
-    line.scratch = task.scratch
-    task.surroundings.enter()
-    work = Payload(task.work, task.sizes, payload.fd)
+def _start(payload: Payload, owner: _OwnerChannel) -> contextlib.AbstractContextManager[Any]:
+    item: WorkItem = loads(Payload(payload.data), torch.device("cpu"))
+    owner.temp_dir = item.temp_dir
+    item.context.apply()
+    work = Payload(item.data, item.sizes, payload.fd)
     try:
-        function, arguments = loads(work, task.device)
+        function, arguments = loads(work, item.device)
     finally:
         work.close()
-    context: contextlib.AbstractContextManager[Any] = function(
-        task.place, line if task.talks else line.meet, *arguments
-    )
+    connection = owner if item.is_session else owner.barrier
+    context: contextlib.AbstractContextManager[Any] = function(item.config, connection, *arguments)
     return context
 
 
-def _tidy() -> None:
+def _free_memory() -> None:
     gc.collect()
     if torch.accelerator.is_available():
-        is_initialized = getattr(torch.get_device_module(), "is_initialized", bool)  # Apple's has none, and no helpers
+        is_initialized = getattr(torch.get_device_module(), "is_initialized", bool)  # MPS lacks it, and has no workers
         if is_initialized():
             torch.accelerator.memory.empty_cache()

@@ -1,13 +1,12 @@
-"""A conversation: one long task on helpers that are sent messages and answer them, while no thread watches here.
+"""Long-lived session with worker processes that answer requests; no thread of the owner watches them.
 
-``run_job`` is for a task that begins and ends; this is for helpers that serve somebody for as long as it lives. Whoever
-waits for a message waits in Python, so that Ctrl-C ends the wait, and learns at once of the death of any helper.
+``run_on_all`` is for one task. In a session each worker runs a loop over requests until the owner closes the session.
+The owner waits for messages in Python, so Ctrl-C ends the wait, and a worker's death ends it at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import selectors
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,23 +14,23 @@ from typing import Any, Protocol
 
 import torch
 
-from duoka.workers import exceptions, pool
+from duoka.workers import pool
 from duoka.workers.channel import Message
+from duoka.workers.event_selector import EventSelector
+from duoka.workers.exceptions import deserialize_exception
 from duoka.workers.handle import WorkerHandle
 from duoka.workers.process_context import ProcessContext, WorkItem
 from duoka.workers.serialization import Payload, dumps
 
-__all__ = ["WorkerSession", "WorkerChannel"]
+__all__ = ["WorkerChannel", "WorkerSession"]
 
 _POLL_S = 0.5
-"""How often a death is looked for on systems that cannot announce one."""
-_ORDER = ("output", "message", "death")
-_END_S = 2.0
-"""How long a helper may take to say goodbye before it is ended."""
+_CLOSE_TIMEOUT_S = 2.0
+"""How long workers may take to leave the session before they are killed."""
 
 
 class WorkerChannel(Protocol):
-    """What the task on a helper is given to talk with: messages of any kind but ``"finish"``, which ends it."""
+    """A worker's end of a session: messages of any kind but ``"finish"``, which ends the session."""
 
     def send(self, kind: str, payload: Payload) -> None:
         """Send one message to the owner."""
@@ -41,110 +40,93 @@ class WorkerChannel(Protocol):
 
 
 class WorkerSession:
-    """Helpers, one a device, each running ``work(place, line, *arguments)`` until ``end``.
+    """Workers, one a device, each running ``function(configs[index], channel, *arguments)`` until ``close``.
 
-    ``scratch`` is a temporary folder of the owner's; helpers remove it should the owner be killed before it can.
+    ``temp_dir`` is a temporary folder of the owner, which workers remove if the owner is killed before it can.
     """
 
     def __init__(
         self,
-        work: Callable[..., AbstractContextManager[Any]],
-        places: Sequence[Any],
+        function: Callable[..., AbstractContextManager[Any]],
+        configs: Sequence[Any],
         arguments: tuple[Any, ...],
         devices: Sequence[torch.device],
         *,
-        scratch: str | None = None,
+        temp_dir: str | None = None,
     ) -> None:
-        self.helpers: list[WorkerHandle] = pool.acquire(devices)
-        self._selector = selectors.DefaultSelector()
-        self._is_over = False
+        self.workers: list[WorkerHandle] = pool.acquire(devices)
+        self._selector = EventSelector(self.workers)
+        self._is_closed = False
         try:
-            packed = dumps((work, arguments))
-            for index, helper in enumerate(self.helpers):
-                self._listen_to(index, helper)
-                task = WorkItem(
-                    ProcessContext.here(), helper.device, places[index], scratch, packed.data, packed.sizes, talks=True
-                )
-                helper.connection.send("run", Payload(dumps(task).data, fd=packed.fd))
+            packed = dumps((function, arguments))
+            for worker, config in zip(self.workers, configs, strict=True):
+                context = ProcessContext.capture()
+                item = WorkItem(context, worker.device, config, temp_dir, packed.data, packed.sizes, is_session=True)
+                worker.channel.send("run", Payload(dumps(item).data, fd=packed.fd))
             packed.close()
         except BaseException:
             self.kill()
             raise
 
     def send(self, index: int, kind: str, payload: Payload) -> None:
-        """Send one message to one helper; raises WorkerDied when it is gone."""
+        """Send one message to one worker; raises WorkerDied when the worker has ended."""
         try:
-            self.helpers[index].connection.send(kind, payload)
+            self.workers[index].channel.send(kind, payload)
         except OSError:
-            raise self.helpers[index].death() from None
+            raise self.workers[index].death() from None
 
     def receive(self) -> tuple[int, Message]:
-        """Wait for a message of any helper; raises WorkerDied, or what ended a helper's task."""
+        """Wait for a message of any worker; raises WorkerDied, or the exception that ended a worker's function."""
         while True:
-            if (found := self._poll(_POLL_S)) is not None:
-                return found
+            if (received := self._poll(_POLL_S)) is not None:
+                return received
 
-    def end(self) -> None:
-        """Say goodbye; helpers that answer stay warm for others, the rest are ended."""
-        if self._is_over:
+    def close(self) -> None:
+        """End the session; workers that answer in time stay warm, the others are killed."""
+        if self._is_closed:
             return
         with contextlib.suppress(Exception):
-            for answer in ("done", "idle"):  # the first goodbye ends the task, the second lets it leave its context
-                for index in range(len(self.helpers)):
+            for answer in ("done", "idle"):  # the first "finish" ends the function, the second its context
+                for index in range(len(self.workers)):
                     self.send(index, "finish", Payload(b""))
-                self._await_all(answer)
+                self._wait_for_all(answer)
             self._release(reusable=True)
             return
         self.kill()
 
     def kill(self) -> None:
-        """End the helpers now."""
+        """Kill the workers."""
         self._release(reusable=False)
 
-    def _listen_to(self, index: int, helper: WorkerHandle) -> None:
-        self._selector.register(helper.connection, selectors.EVENT_READ, ("message", index))
-        self._selector.register(helper.output_fd, selectors.EVENT_READ, ("output", index))
-        if helper.death_fd is not None:
-            self._selector.register(helper.death_fd, selectors.EVENT_READ, ("death", index))
-
     def _poll(self, timeout_s: float) -> tuple[int, Message] | None:
-        for (what, index), helper in sorted(self._events(timeout_s), key=lambda event: _ORDER.index(event[0][0])):
-            if what == "output":
-                helper.read_output()
-            elif what == "message":
-                return index, self._take(helper)
+        for event, worker in self._selector.select(timeout_s):
+            if event == "output":
+                worker.read_output()
+            elif event == "message":
+                return self.workers.index(worker), self._receive_from(worker)
             else:
-                raise helper.death()
+                raise worker.death()
         return None
 
-    def _events(self, timeout_s: float) -> list[tuple[tuple[str, int], WorkerHandle]]:
-        """What is there to be read: outputs first, then messages, deaths last, because the dead may have spoken before."""
-        events = [key.data for key, _ in self._selector.select(timeout_s)]
-        if not events:
-            events = [("death", index) for index, helper in enumerate(self.helpers) if not helper.is_alive()]
-        return [(event, self.helpers[event[1]]) for event in events]
-
-    def _take(self, helper: WorkerHandle) -> Message:
-        try:
-            message = helper.connection.receive()
-        except EOFError:
-            raise helper.death() from None
-        if message.kind in ("failed", "echo"):
-            raise exceptions.unpack(message.payload, helper.rank, helper.label, torch.device("cpu"))
+    def _receive_from(self, worker: WorkerHandle) -> Message:
+        message = worker.receive()
+        if message.kind in ("failed", "secondary_failure"):
+            raise deserialize_exception(message.payload, worker.rank, worker.label, torch.device("cpu"))
         return message
 
-    def _await_all(self, kind: str) -> None:
-        deadline, waiting = time.monotonic() + _END_S, set(range(len(self.helpers)))
+    def _wait_for_all(self, kind: str) -> None:
+        deadline, waiting = time.monotonic() + _CLOSE_TIMEOUT_S, set(range(len(self.workers)))
         while waiting:
             if time.monotonic() > deadline:
                 raise TimeoutError
-            if (found := self._poll(0.05)) is not None:
-                found[1].payload.close()
-                if found[1].kind == kind:
-                    waiting.discard(found[0])
+            if (received := self._poll(0.05)) is not None:
+                index, message = received
+                message.payload.close()
+                if message.kind == kind:
+                    waiting.discard(index)
 
     def _release(self, *, reusable: bool) -> None:
-        if not self._is_over:
-            self._is_over = True
+        if not self._is_closed:
+            self._is_closed = True
             self._selector.close()
-            pool.release(self.helpers, reusable=reusable)
+            pool.release(self.workers, reusable=reusable)

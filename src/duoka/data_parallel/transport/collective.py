@@ -29,6 +29,7 @@ from duoka.data_parallel.transport.watch import DeathMonitor
 from duoka.errors import LaunchError
 from duoka.workers import WorkerChannel, WorkerSession
 from duoka.workers.channel import Message
+from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ class CollectiveOwnerTransport:
         count = len(self._devices) - 1
         for _ in range(count):
             index, message = conversation.receive()
-            if message.kind != "met":
-                raise LaunchError(f"helper {index} answered {message.kind!r} instead of 'met'; this is a bug in duoka")
+            if message.kind != READY_FOR_RENDEZVOUS:
+                raise LaunchError(f"helper {index} answered {message.kind!r} out of turn; this is a bug in duoka")
         for index in range(count):
-            conversation.send(index, "go", Payload(b""))
+            conversation.send(index, ENTER_RENDEZVOUS, Payload(b""))
         assert self.folder is not None
         self._group = PrivateProcessGroup(self.folder, 0, count + 1, self._devices[0], self._backend)
-        self._watch = DeathMonitor(conversation.helpers, self._group.abort)
+        self._watch = DeathMonitor(conversation.workers, self._group.abort)
 
     def finish(self) -> None:
         """Wait until the device has done what it was asked: leaving the group ends what is under way."""
@@ -147,7 +148,7 @@ class CollectiveWorkerTransport:
 
     def __init__(self, device: torch.device, line: WorkerChannel, meeting: tuple[Any, ...]) -> None:
         self.device = device
-        line.send("met", Payload(b""))
+        line.send(READY_FOR_RENDEZVOUS, Payload(b""))
         line.receive()  # nobody enters the rendezvous before all are there
         self._group = PrivateProcessGroup(*meeting)
         self._models: dict[int, BucketLayout] = {}

@@ -10,31 +10,33 @@ import contextlib
 import ctypes
 import datetime
 import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from duoka.workers.rendezvous import (
+    CONNECT_TIMEOUT,
+    LOOPBACK,
+    NO_WATCHDOG_ENVIRONMENT,
+    environment_variables,
+    file_store,
+)
+
 __all__ = ["PrivateProcessGroup", "PendingCollectives", "backend_of"]
 
-_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-_RENDEZVOUS = datetime.timedelta(seconds=4)
-"""How long members that are all there may take to connect; if one dies meanwhile, the others wait this long in C++ code."""
 _FOREVER = datetime.timedelta(days=365)
 """Gloo's limit for what comes after: a member may compute for hours, and the death of one breaks its connections."""
 _TAG = 0
 _ENVIRONMENT = {
-    "NCCL_SOCKET_IFNAME": _LOOPBACK,
+    "NCCL_SOCKET_IFNAME": LOOPBACK,
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",  # one order of everything is what is wanted
 }
-_OWNERS_ENVIRONMENT = _ENVIRONMENT | {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # its watchdog would end the user's process; a helper may well be ended,
-    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # which is how its owner notices that its device has failed
-}
+_OWNERS_ENVIRONMENT = _ENVIRONMENT | NO_WATCHDOG_ENVIRONMENT
+"""A worker keeps the watchdog: it ends the worker when its device has failed, which the owner notices."""
 
 
 def backend_of(devices: Sequence[torch.device]) -> str:
@@ -74,7 +76,7 @@ class PrivateProcessGroup:
     def __init__(self, folder: str, rank: int, size: int, device: torch.device, backend: str) -> None:
         self.rank, self.size = rank, size
         self._device = device
-        store = dist.FileStore(f"{folder}/store", size)  # type: ignore[attr-defined]
+        store = file_store(folder, size)
         self._is_nccl = backend == "nccl"
         self._timeout = None if self._is_nccl else _FOREVER
         self._group: Any = self._nccl(store) if self._is_nccl else self._gloo(store)
@@ -122,14 +124,14 @@ class PrivateProcessGroup:
 
     def _gloo(self, store: Any) -> Any:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(interface=_LOOPBACK)]
-        options._timeout = _RENDEZVOUS
+        options._devices = [dist.ProcessGroupGloo.create_device(interface=LOOPBACK)]
+        options._timeout = CONNECT_TIMEOUT
         return dist.ProcessGroupGloo(store, self.rank, self.size, options)
 
     def _nccl(self, store: Any) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _FOREVER
-        with _environment(_ENVIRONMENT if self.rank else _OWNERS_ENVIRONMENT):
+        with environment_variables(_ENVIRONMENT if self.rank else _OWNERS_ENVIRONMENT):
             group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
             group.eager_connect_single_device(self._device)  # so that everything is one communicator's, in one order
         return group
@@ -146,18 +148,3 @@ def _keep_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_in_child)
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Let variables have these values inside the ``with`` block, and the user's own afterwards."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

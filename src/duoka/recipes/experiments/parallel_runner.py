@@ -13,7 +13,8 @@ from queue import SimpleQueue
 
 import torch
 
-from duoka import devices, scaling
+from duoka import devices
+from duoka.devices.cpu import available_cores
 from duoka.errors import ConfigError
 from duoka.recipes.experiments.experiment_spec import Variant
 
@@ -36,7 +37,7 @@ def side_by_side(trials: Sequence[Variant], say: Callable[[str], None]) -> dict[
     free: SimpleQueue[str] = SimpleQueue()
     for device in chosen:
         free.put(str(device))
-    threads = max(1, scaling.core_limits().count // max(1, len(chosen)))
+    threads = max(1, available_cores() // max(1, len(chosen)))
     processes = Processes()
 
     def train(trial: Variant) -> tuple[str, str]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import duoka
-from duoka import checkpoint, devices, scaling
+from duoka import checkpoint, devices
 from duoka.data import transforms as augment
+from duoka.devices.cpu import loader_workers
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
@@ -80,9 +81,9 @@ def test_loader(images: ImageSet, facts: DatasetMetadata, batch_size: int) -> An
 def workers_of(device: str, requested: int) -> int:
     """Return the loading processes of each device where ``requested`` are for all; says so where they are fewer."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or len(devices.resolve(device).devices)
-    workers = scaling.loader_workers(local, requested)
+    workers = loader_workers(local, requested)
     log = logger.warning if workers.total < requested else logger.info
-    log("data-loader workers: %s", workers.words)
+    log("data-loader workers: %s", workers.reason)
     return workers.per_device
 
 
