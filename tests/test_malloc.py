@@ -1,4 +1,4 @@
-"""What processes that are duoka's own do with memory that a step frees and the next one asks for."""
+"""glibc's memory in duoka's own processes: kept between steps, and in large pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: small pages only,
 
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for mebibytes in range(1, 32):  # larger ones each time, which the library asks the system for, whatever it has learnt
+    for mebibytes in range(1, 32):  # each larger than the last, so that glibc's own threshold never fits
         torch.ones(mebibytes << 18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -58,8 +58,8 @@ ALL = sum(range(1, 32)) * (1 << 20) // os.sysconf("SC_PAGE_SIZE")
 OF_A_CHILD = (240 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not GLIBC, reason="only the GNU C library is told anything")
-def test_a_script_under_duoka_run_asks_the_system_for_its_memory_once_and_its_children_do_not_keep_it(tmp_path) -> None:
+@pytest.mark.skipif(not GLIBC, reason="only the GNU C library has these settings")
+def test_duoka_run_keeps_freed_memory_and_its_children_do_not(tmp_path) -> None:
     (tmp_path / "script.py").write_text(PROGRAM)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
 
@@ -74,15 +74,15 @@ def test_a_script_under_duoka_run_asks_the_system_for_its_memory_once_and_its_ch
     own, of_a_child = pages()
     assert own < ALL / 4
     assert of_a_child > OF_A_CHILD / 2
-    assert pages(MALLOC_TOP_PAD_="0")[0] > ALL / 2, "the user's own word counts"
+    assert pages(MALLOC_TOP_PAD_="0")[0] > ALL / 2, "the user's own setting holds"
 
 
-@pytest.mark.skipif(GLIBC < (2, 35), reason="large pages are asked for with glibc 2.35 and later")
+@pytest.mark.skipif(GLIBC < (2, 35), reason="glibc 2.35 and later can use large pages")
 @pytest.mark.skipif(
     not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(),
-    reason="this system gives large pages to all or to none",
+    reason="this system gives large pages to all processes or to none",
 )
-def test_a_helper_asks_for_large_pages_and_tells_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_uses_large_pages_and_hides_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
         monkeypatch.delenv(name)
 
@@ -97,20 +97,20 @@ def test_a_helper_asks_for_large_pages_and_tells_nobody(monkeypatch: pytest.Monk
                 is_asked = "hg" in line.split()
         return is_asked, os.environ.get("GLIBC_TUNABLES")
 
-    own, helpers = duoka.launch(report, devices="cpu:2", returns="all")
+    own, of_worker = duoka.launch(report, devices="cpu:2", returns="all")
     assert own == (False, None)
-    assert helpers == (True, None)
+    assert of_worker == (True, None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what a process was started with")
-def test_what_the_user_says_of_memory_counts_in_helpers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_memory_settings_hold_in_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def report() -> bytes:
         return Path("/proc/self/environ").read_bytes()
 
     for value in (
         "glibc.malloc.hugetlb=0",
         "glibc.malloc.check=0",
-    ):  # the second is not for helpers that have the first
+    ):  # a worker that started with the first value is not reused for the second
         monkeypatch.setenv("GLIBC_TUNABLES", value)
-        _, said = duoka.launch(report, devices="cpu:2", returns="all")
-        assert f"GLIBC_TUNABLES={value}".encode() in said.split(b"\0")
+        _, environment = duoka.launch(report, devices="cpu:2", returns="all")
+        assert f"GLIBC_TUNABLES={value}".encode() in environment.split(b"\0")

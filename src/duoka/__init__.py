@@ -51,7 +51,7 @@ _NAMES = {
 _MODULES = frozenset({"checkpoint", "data", "devices", "errors", "scaling"})
 
 
-def __getattr__(name: str) -> Any:  # imported when first used, so that `import duoka` costs next to nothing
+def __getattr__(name: str) -> Any:  # imports on first use, so that `import duoka` is fast
     if name in _MODULES:
         return importlib.import_module(f"duoka.{name}")
     if name in _NAMES:

@@ -1,4 +1,4 @@
-"""Every exception that duoka raises. Each message says what, with which value, and what to do about it."""
+"""Exceptions of duoka. Each message names the cause, the value, and the remedy."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = [
 
 
 class DuokaError(Exception):
-    """Base of everything duoka raises by itself; a user's own exceptions keep their own type."""
+    """Base of all duoka exceptions; exceptions of user code keep their own type."""
 
 
 class ConfigError(DuokaError, ValueError):
-    """An option has a value it cannot have, or a name that does not exist."""
+    """An option has a value that is not valid, or does not exist."""
 
 
 class DeviceError(DuokaError, ValueError):
-    """A device was named that is not there, or cannot be used that way."""
+    """A device does not exist, or cannot be used in this way."""
 
 
 class DataError(DuokaError):
-    """Data are missing, truncated or not in the form they should have."""
+    """Data are missing, truncated, or in another format than expected."""
 
 
 class CheckpointError(DuokaError):
-    """A checkpoint is damaged, belongs to another model, or holds what cannot be loaded safely."""
+    """A checkpoint is damaged, belongs to another model, or contains objects that are not safe to load."""
 
 
 class StorageError(DuokaError, OSError):
@@ -49,14 +49,14 @@ class UnsupportedError(DuokaError, NotImplementedError):
 
 
 class LaunchError(DuokaError, RuntimeError):
-    """Helper processes could not be started, or were asked for something they cannot do."""
+    """Worker processes could not start, or cannot run a task."""
 
 
-class WorkerDied(LaunchError):  # noqa: N818 - the name that users read in a traceback, not a mistake of theirs
-    """A helper process ended without an exception: a signal, the out-of-memory killer, ``os._exit``.
+class WorkerDied(LaunchError):  # noqa: N818 - not an error of the user
+    """A worker process ended without an exception: a signal, the out-of-memory killer, ``os._exit``.
 
     Attributes: ``rank``; ``exit_code`` (``None`` when a signal ended it); ``signal`` (its name, or ``None``);
-    ``last_output`` (the last lines that the helper wrote).
+    ``last_output`` (the last lines of its output).
     """
 
     def __init__(self, rank: int, device: str, exit_code: int | None, signal: str | None, last_output: str) -> None:
@@ -65,14 +65,14 @@ class WorkerDied(LaunchError):  # noqa: N818 - the name that users read in a tra
         self.exit_code = exit_code
         self.signal = signal
         self.last_output = last_output
-        ended = f"was ended by {signal}" if signal else f"exited with status {exit_code}"
+        ended = f"was killed by {signal}" if signal else f"exited with status {exit_code}"
         cause = (
-            " The system's out-of-memory killer does this: try a smaller batch or fewer data-loader workers."
+            " The system's out-of-memory killer does this: use a smaller batch or fewer DataLoader workers."
             if signal == "SIGKILL"
             else ""
         )
-        written = f"\nIts last output:\n{last_output}" if last_output else "\nIt wrote no output."
-        super().__init__(f"the helper process of rank {rank} ({device}) {ended}.{cause}{written}")
+        written = f"\nIts last output:\n{last_output}" if last_output else "\nIt has no output."
+        super().__init__(f"the worker process of rank {rank} ({device}) {ended}.{cause}{written}")
 
     def __reduce__(self) -> tuple[type[WorkerDied], tuple[int, str, int | None, str | None, str]]:
         return type(self), (self.rank, self.device, self.exit_code, self.signal, self.last_output)

@@ -1,4 +1,4 @@
-"""The package's logger. The root logger and the user's handlers stay untouched."""
+"""The package's logger. duoka does not change the root logger or the user's handlers."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import logging
 __all__ = ["logger"]
 
 logger = logging.getLogger("duoka")
-"""Child of nothing that duoka configures: a user decides with ``logging`` what is shown; warnings show by default."""
+"""A user configures it with ``logging``; by default it prints warnings."""

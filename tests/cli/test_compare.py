@@ -145,7 +145,7 @@ def test_variants_side_by_side_have_a_device_each_and_the_results_of_one_after_a
     ({"base": {**BASE, "epocks": 1}}, "unknown key `epocks` in `base` of few.yml: did you mean `epochs`?"),
     ({"base": {**BASE, "image_size": 4}}, "the variant 'slow': `image_size` is 4"),
     ({"base": {**BASE, "root": "nowhere"}}, "there is no folder nowhere"),
-    ({"base": {**BASE, "device": "cuda:77"}}, "device 'cuda:77' is not there"),
+    ({"base": {**BASE, "device": "cuda:77"}}, "device 'cuda:77' does not exist"),
     ({"variants": {"a": {"model": "resnet19"}}}, "it must be one of resnet10"),
     ({"variants": ["a", "b"]}, "`variants` in few.yml holds a list"),
 ])  # fmt: skip

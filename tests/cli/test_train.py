@@ -176,7 +176,7 @@ def test_every_optimiser_trains_with_a_schedule_of_its_own(here, optimizer):
         (["train", "cifar10"], "did you mean `cifar100`?"),
         (["train", "cifar100", "--bsise", "3"], "did you mean `batch_size`?"),
         (["train", "cifar100", "--download", "false", "--device", "cpu"], "--download true"),
-        (["train", "cifar100", *SHORT, "--device", "cpu:x"], "device 'cpu:x' is not understood"),
+        (["train", "cifar100", *SHORT, "--device", "cpu:x"], "device 'cpu:x' is not valid"),
         (["train", "cifar100", *SHORT, "--out", "file"], "file is a file: choose another --out"),
         (["train", "cifar100", "--resume", "none"], "no run at none"),
         (["eval", "none"], "no run at none"),

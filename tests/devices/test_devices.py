@@ -1,4 +1,4 @@
-"""Devices: the grammar, the choice on machines of any kind, and facts about GPUs, from a stand-in for them."""
+"""Devices: the grammar, the selection on machines of any kind, and GPU properties from a stand-in for NVML."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, cuda_uuids, describe, nvml, resolve
-from duoka.devices.inventory import Inventory, look
-from duoka.devices.selection import choose
+from duoka.devices.inventory import Inventory, detect
+from duoka.devices.selection import select
 from duoka.devices.spec import parse
 from duoka.errors import DeviceError
 
@@ -30,8 +30,8 @@ GPU = 24 * 2**30
 
 
 def on(seen: Inventory, spec: Any, facts: list[DeviceInfo] | None = None) -> DeviceSelection:
-    """The choice that ``spec`` makes on a machine with these accelerators."""
-    return choose(parse(spec), seen, lambda: facts)
+    """Resolve ``spec`` on a machine with these accelerators."""
+    return select(parse(spec), seen, lambda: facts)
 
 
 def names(choice: DeviceSelection) -> str:
@@ -81,19 +81,19 @@ BUSY = DeviceProcess(4711, "ann", "python train.py", 9 * 2**30)
         (APPLE, "0", "mps:0"),
     ],
 )
-def test_every_form_of_the_grammar_chooses_its_devices(seen: Inventory, spec: Any, chosen: str) -> None:
+def test_every_form_of_the_grammar_selects_its_devices(seen: Inventory, spec: Any, chosen: str) -> None:
     assert names(on(seen, spec)) == chosen
 
 
 @pytest.mark.parametrize("spec", ["auto", "cpu:3", "0,1", "1"])
-def test_a_choice_given_back_is_chosen_again(spec: str) -> None:
+def test_selected_devices_are_a_valid_specification(spec: str) -> None:
     first = on(TWO, spec)
     assert on(TWO, first.devices).devices == first.devices
     assert on(TWO, ",".join(map(str, first.devices))).devices == first.devices
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("0-", "did you mean '0'"),
         ("-3", "negative"),
@@ -104,7 +104,7 @@ def test_a_choice_given_back_is_chosen_again(spec: str) -> None:
         ("idle:0", "1 to 1024"),
         ("cpu:5000", "1 to 1024"),
         ("0-9999", "at most 1024"),
-        ("99999999999999999999", "not understood"),
+        ("99999999999999999999", "not valid"),
         ("gpu0", "did you mean '0'"),
         ("cuda 1", "did you mean '1'"),
         ("cpu4", "did you mean 'cpu:4'"),
@@ -112,9 +112,9 @@ def test_a_choice_given_back_is_chosen_again(spec: str) -> None:
         ("idel", "did you mean 'idle'"),
         ("", "empty"),
         ("0,", "empty"),
-        ("²", "not understood"),
-        ("all,0", "cannot stand together"),
-        ("0,cpu", "cannot stand together"),
+        ("²", "not valid"),
+        ("all,0", "different kinds"),
+        ("0,cpu", "different kinds"),
         ("cuda:0,xpu:1", "cuda and xpu"),
         ([], "empty list"),
         ([[0]], "a list"),
@@ -123,84 +123,82 @@ def test_a_choice_given_back_is_chosen_again(spec: str) -> None:
         ({}, "dict"),
     ],
 )
-def test_nonsense_is_an_error_that_says_what_was_meant(spec: Any, said: str) -> None:
-    with pytest.raises(DeviceError, match="(?i)" + said.replace("(", r"\(")):
+def test_an_invalid_specification_is_an_error_with_a_suggestion(spec: Any, message: str) -> None:
+    with pytest.raises(DeviceError, match="(?i)" + message.replace("(", r"\(")):
         parse(spec)
 
 
 @pytest.mark.parametrize(
-    ("seen", "spec", "said"),
+    ("seen", "spec", "parts"),
     [
         (TWO, "5", ["'5'", "cuda:5", "cuda:0 and cuda:1", "0 to 1"]),
         (TWO, "0,1,2", ["cuda:2;", "0 to 1"]),
         (TWO, "2-40", ["31 more"]),
-        (NONE, 0, ["'0'", "only the CPU", "'cpu'"]),
-        (NONE, "cuda:1", ["cuda:1", "only the CPU"]),
+        (NONE, 0, ["'0'", "no accelerator", "'cpu:2'"]),
+        (NONE, "cuda:1", ["cuda:1", "no accelerator"]),
         (NONE, "idle:1", ["no accelerator"]),
         (TWO, "xpu:0", ["xpu:0", "cuda:0 and cuda:1"]),
         (APPLE, "cuda", ["'cuda'", "mps:0"]),
-        (NONE, "cuda", ["'cuda' is not there; there is no accelerator, only the CPU", "'cpu', or 'auto'"]),
-        (NONE, "GPU", ["'GPU' is not there; there is no accelerator, only the CPU"]),
-        (NONE, torch.device("cuda"), ["'cuda' is not there"]),
-        (NONE, "mps", ["'mps' is not there"]),
+        (NONE, "cuda", ["'cuda' does not exist; this machine has no accelerator", "'cpu'", "'auto'"]),
+        (NONE, "GPU", ["'GPU' does not exist; this machine has no accelerator"]),
+        (NONE, torch.device("cuda"), ["'cuda' does not exist"]),
+        (NONE, "mps", ["'mps' does not exist"]),
         (Inventory(note="torch 2.9+cpu is built for the CPU alone"), "cuda", ["(torch 2.9+cpu is built"]),
         (TWO, "idle:3", ["3", "cuda:0 and cuda:1"]),
         (replace(TWO, note="CUDA_VISIBLE_DEVICES='2,3' is set"), "3", ["CUDA_VISIBLE_DEVICES='2,3'"]),
     ],
 )
-def test_a_device_that_is_not_there_is_an_error_that_lists_what_is(seen: Inventory, spec: Any, said: list[str]) -> None:
+def test_a_missing_device_is_an_error_that_lists_the_devices(seen: Inventory, spec: Any, parts: list[str]) -> None:
     with pytest.raises(DeviceError) as raised:
         on(seen, spec)
-    assert [word for word in said if word not in str(raised.value)] == []
+    assert [part for part in parts if part not in str(raised.value)] == []
 
 
 @pytest.mark.parametrize("spec", ["all", "idle"])
-def test_without_accelerators_a_general_wish_falls_back_to_the_cpu_with_a_warning(
-    spec: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_all_and_idle_select_the_cpu_with_a_warning_without_gpus(spec: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert names(on(NONE, spec)) == "cpu"
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert f"{spec} takes the CPU" in caplog.text
+    assert f"{spec} selects the CPU" in caplog.text
 
 
-def test_auto_takes_the_cpu_quietly_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_selects_the_cpu_with_a_reason_and_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert "torch 2.9+cpu" in on(Inventory(note="torch 2.9+cpu is built for the CPU alone"), "auto").reason
     assert not caplog.records
 
 
-def test_an_index_named_twice_is_two_ranks_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_repeated_index_is_two_ranks_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert names(on(TWO, "0,0")) == "cuda:0 cuda:0"
     assert "cuda:0 more than once" in caplog.text
 
 
-def test_idle_takes_those_that_nobody_else_uses_and_says_who_uses_the_rest() -> None:
+def test_idle_selects_unused_devices_and_names_users_of_the_others() -> None:
     own = DeviceProcess(os.getpid(), "me", "python", 20 * 2**30, own=True)
     desktop = DeviceProcess(2, "root", "Xorg", 2**28, graphics=True)
     facts = [
         gpu(0, memory_used_bytes=9 * 2**30, processes=(BUSY,)),
-        gpu(1, memory_used_bytes=20 * 2**30, utilisation_percent=99, processes=(own,)),
-        gpu(2, memory_used_bytes=2**28, utilisation_percent=3, processes=(desktop,)),
+        gpu(1, memory_used_bytes=20 * 2**30, utilization_percent=99, processes=(own,)),
+        gpu(2, memory_used_bytes=2**28, utilization_percent=3, processes=(desktop,)),
         gpu(3, memory_used_bytes=12 * 2**30),
-        gpu(4, memory_used_bytes=0, utilisation_percent=80),
+        gpu(4, memory_used_bytes=0, utilization_percent=80),
     ]
     choice = on(Inventory("cuda", 5), "idle", facts)
     assert names(choice) == "cuda:1 cuda:2"
     assert "cuda:0 is used by ann (process 4711)" in choice.reason
     assert "cuda:3 has 50% of its memory taken" in choice.reason
-    assert "cuda:4 computes 80 % of the time" in choice.reason
+    assert "cuda:4 80 %" in choice.reason
 
 
-def test_idle_where_all_are_used_is_an_error_that_names_the_users() -> None:
+def test_idle_with_all_devices_in_use_names_the_users() -> None:
     facts = [gpu(index, memory_used_bytes=9 * 2**30, processes=(BUSY,)) for index in range(2)]
     with pytest.raises(DeviceError, match=r"cuda:1 is used by ann .*idle:1"):
         on(TWO, "idle", facts)
 
 
-def test_idle_n_takes_the_n_idlest_and_warns_where_they_are_shared(caplog: pytest.LogCaptureFixture) -> None:
+def test_idle_n_selects_the_least_used_and_warns_if_shared(caplog: pytest.LogCaptureFixture) -> None:
     facts = [
-        gpu(0, memory_used_bytes=9 * 2**30, utilisation_percent=99, processes=(BUSY,)),
-        gpu(1, memory_used_bytes=9 * 2**30, utilisation_percent=20, processes=(BUSY,)),
-        gpu(2, memory_used_bytes=0, utilisation_percent=0),
+        gpu(0, memory_used_bytes=9 * 2**30, utilization_percent=99, processes=(BUSY,)),
+        gpu(1, memory_used_bytes=9 * 2**30, utilization_percent=20, processes=(BUSY,)),
+        gpu(2, memory_used_bytes=0, utilization_percent=0),
     ]
     three = Inventory("cuda", 3)
     assert names(on(three, "idle:1", facts)) == "cuda:2"
@@ -214,17 +212,17 @@ def test_idle_without_nvml_is_an_error_with_a_remedy() -> None:
         on(TWO, "idle", None)
 
 
-def test_resolve_agrees_with_what_torch_sees() -> None:
+def test_resolve_agrees_with_torch() -> None:
     count = torch.accelerator.device_count()
-    assert len(look().names()) == count
+    assert len(detect().names()) == count
     assert len(resolve("auto").devices) == max(1, count)
     with pytest.raises(DeviceError):
         resolve(count)
 
 
-def test_neither_import_nor_resolve_nor_the_facts_start_cuda() -> None:
+def test_import_resolve_and_describe_do_not_start_cuda() -> None:
     if torch.version.hip or torch.xpu.is_available():
-        pytest.skip("the facts come from torch itself here")
+        pytest.skip("the properties come from torch here")
     program = """
         import duoka.devices, torch
         for spec in ("auto", "all", "cpu:2"):
@@ -235,7 +233,7 @@ def test_neither_import_nor_resolve_nor_the_facts_start_cuda() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120, capture_output=True)
 
 
-def test_hidden_accelerators_are_not_there() -> None:
+def test_hidden_accelerators_do_not_exist() -> None:
     program = "from duoka.devices import resolve; print(*resolve('auto').devices)"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run(
@@ -245,18 +243,18 @@ def test_hidden_accelerators_are_not_there() -> None:
 
 
 class FakeNvmlError(Exception):
-    """What the stand-in raises where NVML would."""
+    """The stand-in's ``NVMLError``."""
 
 
 @dataclass
 class FakeGpu:
-    """One GPU of the stand-in; PCI bus numbers stand for places."""
+    """One GPU of the stand-in; its PCI address is the bus number."""
 
     uuid: str
     name: str
     bus: int
     used: int = 0
-    utilisation: int | None = None
+    utilization: int | None = None
     compute: tuple[tuple[int, int | None], ...] = ()
     graphics: tuple[tuple[int, int | None], ...] = ()
     nvlinks: tuple[int, ...] = ()  # bus at the other end of each; -1 is a switch
@@ -264,7 +262,7 @@ class FakeGpu:
 
 
 class FakeNvml:
-    """Stands in for the ``pynvml`` module: hardware that the machine which runs the tests may not have."""
+    """Replaces the ``pynvml`` module, for hardware that the test machine lacks."""
 
     NVMLError = FakeNvmlError
     NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_STATUS_OK = 2, 0
@@ -297,9 +295,9 @@ class FakeNvml:
         return SimpleNamespace(total=GPU, used=handle.used)
 
     def nvmlDeviceGetUtilizationRates(self, handle: FakeGpu) -> Any:
-        if handle.utilisation is None:
+        if handle.utilization is None:
             raise FakeNvmlError("not supported")
-        return SimpleNamespace(gpu=handle.utilisation)
+        return SimpleNamespace(gpu=handle.utilization)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: FakeGpu) -> Any:
         return [SimpleNamespace(pid=pid, usedGpuMemory=memory) for pid, memory in handle.compute]
@@ -335,10 +333,10 @@ def facts_of(library: FakeNvml, *uuids: str) -> list[DeviceInfo]:
     return facts
 
 
-def test_facts_follow_the_order_that_cuda_sees_and_not_that_of_nvml() -> None:
+def test_properties_follow_cudas_order_and_not_nvmls() -> None:
     library = FakeNvml(
-        FakeGpu("GPU-aa", "old", 1, used=5, utilisation=7),
-        FakeGpu("GPU-bb", "new", 2, used=6, utilisation=0),
+        FakeGpu("GPU-aa", "old", 1, used=5, utilization=7),
+        FakeGpu("GPU-bb", "new", 2, used=6, utilization=0),
         FakeGpu("MIG-cc", "slice", 3),
     )
     facts = facts_of(library, "bb", "cc", "aa")
@@ -347,11 +345,11 @@ def test_facts_follow_the_order_that_cuda_sees_and_not_that_of_nvml() -> None:
         ("cuda:1", "slice", 0),
         ("cuda:2", "old", 5),
     ]
-    assert [fact.utilisation_percent for fact in facts] == [0, None, 7]
+    assert [fact.utilization_percent for fact in facts] == [0, None, 7]
     assert {fact.memory_total_bytes for fact in facts} == {GPU}
 
 
-def test_processes_of_others_and_own_ones_are_told_apart() -> None:
+def test_own_processes_are_separate_from_those_of_others() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         compute = ((os.getpid(), 100), (child.pid, 50), (1, 70), (2**22 + 5, None))
@@ -380,15 +378,13 @@ def test_processes_of_others_and_own_ones_are_told_apart() -> None:
         ((), 50, "SYS"),
     ],
 )
-def test_links_are_nvlinks_where_there_are_some_and_else_the_way_through_pcie(
-    nvlinks: tuple[int, ...], level: int, kind: str
-) -> None:
+def test_a_link_is_nvlink_if_there_is_one_and_else_pcie(nvlinks: tuple[int, ...], level: int, kind: str) -> None:
     library = FakeNvml(FakeGpu("GPU-aa", "gpu", 1, nvlinks=nvlinks, level=level), FakeGpu("GPU-bb", "gpu", 2))
     (link,) = facts_of(library, "aa", "bb")[0].links
     assert (link.to, link.kind) == (1, kind)
 
 
-def test_a_library_that_does_not_work_or_does_not_know_the_device_tells_nothing() -> None:
+def test_a_broken_nvml_or_an_unknown_device_gives_no_properties() -> None:
     assert nvml.read(FakeNvml(broken=True), ["aa"]) is None
     library = FakeNvml(FakeGpu("GPU-aa", "gpu", 1))
     assert nvml.read(library, ["bb"]) is None
@@ -396,7 +392,7 @@ def test_a_library_that_does_not_work_or_does_not_know_the_device_tells_nothing(
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_the_driver_is_asked_for_the_uuids_in_its_own_order(tmp_path: Path) -> None:
+def test_uuids_come_in_the_drivers_own_order(tmp_path: Path) -> None:
     source = """
         int cuInit(unsigned flags) { return flags; }
         int cuDeviceGetCount(int *count) { *count = 2; return 0; }
@@ -420,13 +416,13 @@ def test_the_driver_is_asked_for_the_uuids_in_its_own_order(tmp_path: Path) -> N
     assert ran.stdout.split() == ["07070707-0707-0707-0707-070707070707", "06060606-0606-0606-0606-060606060606"]
 
 
-def test_the_real_library_tells_nothing_or_the_truth() -> None:
+def test_the_real_nvml_does_not_know_an_invented_device() -> None:
     library = nvml.library()
     assert library is not None
     assert nvml.read(library, ["00000000-0000-0000-0000-000000000000"]) is None
 
 
-@pytest.mark.skipif(torch.accelerator.device_count() > 0, reason="describes the CPU only where there is nothing else")
+@pytest.mark.skipif(torch.accelerator.device_count() > 0, reason="this machine has an accelerator")
 def test_without_accelerators_the_cpu_is_described() -> None:
     (cpu,) = describe()
     assert (cpu.device, cpu.index) == ("cpu", None)
@@ -436,10 +432,10 @@ def test_without_accelerators_the_cpu_is_described() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.accelerator.device_count() == 0, reason="needs an accelerator")
-def test_facts_on_a_real_machine_agree_with_torch() -> None:
+def test_properties_of_real_devices_agree_with_torch() -> None:
     facts = describe()
     assert [fact.index for fact in facts] == list(range(torch.accelerator.device_count()))
     for fact in facts:
-        properties = torch.get_device_module(look().type).get_device_properties(fact.index)
+        properties = torch.get_device_module(detect().type).get_device_properties(fact.index)
         assert fact.name == properties.name
         assert fact.uuid in (None, str(properties.uuid))

@@ -114,7 +114,7 @@ def test_the_start_is_said_in_words_and_an_epoch_takes_a_line(capsys, tmp_path):
     trainer_of(model=model, device="cpu:2", **options).fit()
     shown = capsys.readouterr().out
     for words in (
-        "devices: 2 CPU workers (2 CPU workers were asked for)",
+        "devices: 2 CPU workers (2 CPU workers were requested)",
         "strategy: ddp (2 ranks",
         "parameters: 8.00K",
         "batch: 4 per device x 2 devices = 8 global",

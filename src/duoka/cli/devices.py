@@ -86,7 +86,7 @@ def show(spec: str, choice: DeviceSelection, facts: Sequence[DeviceInfo], cores:
     """Print the table of devices, and what ``spec`` chooses of them."""
     out = console()
     out.print(_table(facts, cores))
-    links = {link.kind: link.words for fact in facts for link in fact.links}
+    links = {link.kind: link.description for fact in facts for link in fact.links}
     for kind, words in sorted(links.items()):
         out.print(f"{kind}: {words}")
     if any(fact.source == "torch" for fact in facts):
@@ -120,13 +120,13 @@ def _table(facts: Sequence[DeviceInfo], cores: Cores) -> Table:
 
 
 def _percent(fact: DeviceInfo) -> str:
-    return "-" if fact.utilisation_percent is None else f"{fact.utilisation_percent} %"
+    return "-" if fact.utilization_percent is None else f"{fact.utilization_percent} %"
 
 
 def _users(fact: DeviceInfo) -> str:
     others = [process for process in fact.processes if not process.own]
     if not others:
-        hidden = fact.memory_of_others > _HIDDEN_MEMORY
+        hidden = fact.foreign_memory_share > _HIDDEN_MEMORY
         return "hidden processes" if hidden else "nobody" if fact.source == "nvml" else "-"
     return "\n".join(map(_process, others))
 

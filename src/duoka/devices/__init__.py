@@ -1,4 +1,4 @@
-"""Devices: the grammar that names them, what is there, who uses it, and why a choice was made."""
+"""Devices of this machine: the grammar that names them, their use, and the selection with its reason."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Print the UUID of every GPU in CUDA's own order, one a line. Run as a program of its own, standard library only.
+"""Program that prints the UUID of every GPU in CUDA's order, one a line; it needs the standard library only.
 
-CUDA's order is not NVML's: ``CUDA_VISIBLE_DEVICES`` and ``CUDA_DEVICE_ORDER`` change it, and a MIG slice is a device
-of its own. Only the driver knows, and asking it (``cuInit``) would spoil a later ``fork`` of the asking process:
-therefore a program of its own. No context is created, so no GPU memory is taken.
+CUDA's order differs from NVML's: ``CUDA_VISIBLE_DEVICES`` and ``CUDA_DEVICE_ORDER`` change it, and a MIG slice is a
+device. Only the driver knows the order. ``cuInit`` would break a later ``fork`` of the calling process, so this is a
+separate program. It creates no context and takes no GPU memory.
 Source: CUDA driver API, device management (``cuDeviceGetUuid_v2`` gives a MIG slice its own UUID).
 """
 

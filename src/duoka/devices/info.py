@@ -1,4 +1,4 @@
-"""What is known of one device: plain values, so that they print, compare and become JSON as they are."""
+"""Properties of one device as plain values, which print, compare and convert to JSON."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ class DeviceProcess:
 
     pid: int
     user: str | None
-    """Who runs it; ``None`` where the system does not tell (another container, a hidden process)."""
+    """Owner; ``None`` if the system hides it (another container, a hidden process)."""
     command: str | None
-    """Its command line, shortened; ``None`` where the system does not tell."""
+    """Command line, shortened; ``None`` if the system hides it."""
     memory_bytes: int | None
     graphics: bool = False
-    """Whether it only draws (a desktop), and computes nothing."""
+    """Whether it only draws a desktop and computes nothing."""
     own: bool = False
-    """Whether it is this process or one that this process started."""
+    """Whether it is this process or a descendant of it."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """How a device reaches another one."""
+    """Connection from a device to another one."""
 
     to: int
     """The other device's index."""
     kind: str
-    """As ``nvidia-smi topo -m`` has it: ``NV4``, ``PIX``, ``PXB``, ``PHB``, ``NODE``, ``SYS``."""
-    words: str
-    """The same in words."""
+    """Name in ``nvidia-smi topo -m``: ``NV4``, ``PIX``, ``PXB``, ``PHB``, ``NODE``, ``SYS``."""
+    description: str
+    """The same in plain English."""
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device: an accelerator by the index that the user sees, or the CPU. ``None`` is: nobody here can tell."""
+    """One device: an accelerator with the index that the user sees, or the CPU. ``None`` means unknown."""
 
     device: str
-    """As torch names it: ``"cuda:0"``, ``"cpu"``."""
+    """Name in torch: ``"cuda:0"``, ``"cpu"``."""
     index: int | None
-    """The accelerator's number as the user sees it, after ``CUDA_VISIBLE_DEVICES``; ``None`` for the CPU."""
+    """Index that the user sees, after ``CUDA_VISIBLE_DEVICES``; ``None`` for the CPU."""
     name: str
     memory_total_bytes: int | None = None
     memory_used_bytes: int | None = None
-    """By everyone together."""
-    utilisation_percent: int | None = None
-    """Share of the last second or so in which the device computed, 0 to 100."""
+    """By all processes together."""
+    utilization_percent: int | None = None
+    """Share of about the last second in which the device computed, 0 to 100."""
     processes: tuple[DeviceProcess, ...] = ()
     links: tuple[Link, ...] = ()
     uuid: str | None = None
     source: Literal["nvml", "torch", "system"] = "system"
-    """Who told; only NVML knows of other processes."""
+    """Where the values come from; only NVML knows other processes."""
 
     @property
     def users(self) -> tuple[DeviceProcess, ...]:
-        """The processes of others that compute on it."""
+        """Processes of other programs that compute on it."""
         return tuple(process for process in self.processes if not process.own and not process.graphics)
 
     @property
-    def memory_of_others(self) -> float:
-        """The share of the memory, 0 to 1, that others hold, also where the system hides their processes."""
+    def foreign_memory_share(self) -> float:
+        """Share of the memory, 0 to 1, that other programs hold, even if the system hides their processes."""
         if not self.memory_total_bytes or self.memory_used_bytes is None:
             return 0.0
         own = sum(process.memory_bytes or 0 for process in self.processes if process.own)

@@ -1,4 +1,4 @@
-"""What is there: the accelerators that torch sees, and what can be found out about each without disturbing it."""
+"""Accelerators that torch sees, and their properties, read without starting a context on any of them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import torch
 from duoka.devices import nvml
 from duoka.devices.info import DeviceInfo
 
-__all__ = ["Inventory", "describe", "look", "occupancy"]
+__all__ = ["Inventory", "describe", "detect", "device_usage"]
 
 _DRIVER_TIMEOUT_S = 60.0
-"""A machine with many GPUs and no persistence mode takes seconds for each."""
+"""A machine with many GPUs and no persistence mode takes seconds for each GPU."""
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The accelerators of this machine, as this process sees them."""
+    """The accelerators that this process sees."""
 
     type: str | None = None
-    """As torch calls them (``"cuda"``, ``"mps"``, ``"xpu"``); ``None`` where there are none."""
+    """Type in torch (``"cuda"``, ``"mps"``, ``"xpu"``); ``None`` without accelerators."""
     count: int = 0
     note: str = ""
-    """Why there are none, or why not all of the machine's, where that is known; half a sentence."""
+    """Known reason why some or all of the machine's accelerators are missing; half a sentence."""
 
     def names(self) -> tuple[str, ...]:
-        """Return the name of each: ``("cuda:0", "cuda:1")``."""
+        """Return all names: ``("cuda:0", "cuda:1")``."""
         return tuple(f"{self.type}:{index}" for index in range(self.count))
 
 
-def look() -> Inventory:
-    """Return the accelerators that this process sees. No context is created and no device memory taken."""
+def detect() -> Inventory:
+    """Return the accelerators that this process sees, without a context or device memory."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return Inventory(note=f"torch {torch.__version__} is built for the CPU alone")
@@ -46,7 +46,7 @@ def look() -> Inventory:
 
 
 def _hidden(kind: str) -> str:
-    """Return which variable hides devices from this process, in words; empty where none does."""
+    """Return the variable that may hide devices from this process, as half a sentence, or ``""``."""
     names = {
         "cuda": ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"],
         "xpu": ["ZE_AFFINITY_MASK"],
@@ -56,19 +56,19 @@ def _hidden(kind: str) -> str:
 
 
 def describe() -> list[DeviceInfo]:
-    """Return facts about each accelerator, in the order of their numbers, or about the CPU where there is none."""
-    seen = look()
-    if seen.type is None:
+    """Return the properties of each accelerator by index, or of the CPU if there is none."""
+    inventory = detect()
+    if inventory.type is None:
         return [_cpu()]
-    return occupancy(seen) or [_from_torch(seen.type, index) for index in range(seen.count)]
+    return device_usage(inventory) or [_from_torch(inventory.type, index) for index in range(inventory.count)]
 
 
-def occupancy(seen: Inventory) -> list[DeviceInfo] | None:
-    """Return what NVML knows of each accelerator, or ``None`` where it cannot be asked."""
-    if seen.type != "cuda" or torch.version.hip is not None:
+def device_usage(inventory: Inventory) -> list[DeviceInfo] | None:
+    """Return the properties that NVML knows, with other processes, or ``None`` without NVML."""
+    if inventory.type != "cuda" or torch.version.hip is not None:
         return None
     library, uuids = nvml.library(), _uuids()
-    if library is None or uuids is None or len(uuids) != seen.count:
+    if library is None or uuids is None or len(uuids) != inventory.count:
         return None
     return nvml.read(library, uuids)
 
@@ -86,7 +86,7 @@ def _uuids() -> list[str] | None:
 
 
 def _from_torch(kind: str, index: int) -> DeviceInfo:
-    """Return the little that torch tells of an accelerator: its name and, mostly, its memory."""
+    """Return the properties that torch knows: the name and mostly the memory."""
     try:
         properties = torch.get_device_module(kind).get_device_properties(index)
     except (AttributeError, RuntimeError):

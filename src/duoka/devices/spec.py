@@ -1,8 +1,7 @@
-"""The device grammar: what a user may write for a device, parsed into a request. What is there is not asked here."""
+"""The device grammar: text, numbers or ``torch.device`` objects, parsed into a ``DeviceRequest`` without hardware."""
 
 from __future__ import annotations
 
-import difflib
 import operator
 import re
 from collections.abc import Sequence
@@ -12,11 +11,12 @@ from typing import Literal, TypeAlias
 import torch
 
 from duoka.errors import ConfigError, DeviceError
+from duoka.utils.text import did_you_mean
 
 __all__ = ["DeviceRequest", "DeviceSpec", "parse", "reconcile"]
 
 DeviceSpec: TypeAlias = "str | int | torch.device | Sequence[str | int | torch.device] | None"
-"""Anything of the grammar: ``"auto"``, ``0``, ``"0,1"``, ``torch.device("cuda:1")``, ``["cuda:0", "cuda:1"]``."""
+"""Any form of the grammar: ``"auto"``, ``0``, ``"0,1"``, ``torch.device("cuda:1")``, ``["cuda:0", "cuda:1"]``."""
 
 GRAMMAR = "'auto', 'all', '0', '0,1', '0-3', 'cuda:1', 'cpu', 'cpu:4', 'idle', 'idle:2' or 'mps'"
 
@@ -24,10 +24,10 @@ Kind = Literal["auto", "all", "index", "cpu", "idle"]
 
 _ANY_ACCELERATOR = frozenset({"all", "gpu"})
 _ACCELERATORS = frozenset({"cuda", "hpu", "mps", "mtia", "npu", "xpu"})
-_ALIASES = {"hip": "cuda", "rocm": "cuda"}  # torch calls an AMD GPU "cuda"
-_WORDS = sorted({"auto", "cpu", "idle"} | _ANY_ACCELERATOR | _ACCELERATORS)
-_MOST = 1024
-"""More devices or workers than this are a slip of the hand; it also keeps ``0-999999999`` from filling the memory."""
+_ALIASES = {"hip": "cuda", "rocm": "cuda"}  # torch names an AMD GPU "cuda"
+_NAMES = sorted({"auto", "cpu", "idle"} | _ANY_ACCELERATOR | _ACCELERATORS)
+_MAX_DEVICES = 1024
+"""Limit for typing errors such as ``0-999999999``."""
 
 
 def reconcile(device: DeviceSpec, devices: DeviceSpec, default: DeviceSpec = "auto") -> DeviceSpec:
@@ -48,21 +48,21 @@ def reconcile(device: DeviceSpec, devices: DeviceSpec, default: DeviceSpec = "au
 
 @dataclass(frozen=True)
 class DeviceRequest:
-    """What a user asked for, before anyone has looked at what is there."""
+    """The devices that a user names, not yet compared with those of the machine."""
 
     text: str
-    """The request as the user wrote it, for messages."""
+    """The specification as the user wrote it, for messages."""
     kind: Kind
     type: str | None = None
-    """The accelerator type that was named, as torch calls it; ``None`` is any."""
+    """The accelerator type in torch; ``None`` for any."""
     indices: tuple[int, ...] = ()
-    """Which accelerators, where ``kind`` is ``"index"``."""
+    """The accelerators' indices, if ``kind`` is ``"index"``."""
     count: int | None = None
-    """How many CPU workers or idle accelerators; ``None`` is not said."""
+    """The number of CPU workers or idle accelerators; ``None`` if not given."""
 
 
 def parse(spec: DeviceSpec) -> DeviceRequest:
-    """Return what ``spec`` asks for, or raise ``DeviceError``, which says what was probably meant.
+    """Parse ``spec``; raises ``DeviceError``, with a suggestion, if it is not of the grammar.
 
     >>> parse("0,2-3").indices
     (0, 2, 3)
@@ -92,11 +92,11 @@ def _write(entry: object) -> str:
     """Return one entry as text."""
     if isinstance(entry, str):
         return entry.strip()
-    if isinstance(entry, torch.device):  # "cpu:0" is one CPU as a torch.device, and no workers in the grammar
+    if isinstance(entry, torch.device):  # torch.device("cpu:0") is the CPU, but "cpu:0" would be zero workers
         return "cpu" if entry.type == "cpu" else str(entry)
     try:
         if not isinstance(entry, bool):
-            return str(operator.index(entry))  # type: ignore[arg-type]  # any integer: numpy's, a 0-d tensor's
+            return str(operator.index(entry))  # type: ignore[arg-type]  # any integer, also of numpy or a 0-d tensor
     except TypeError:
         pass
     raise DeviceError(f"device {entry!r} is a {type(entry).__name__}; write {GRAMMAR}, or give a torch.device.")
@@ -117,7 +117,7 @@ def _parse_item(item: str, text: str) -> DeviceRequest:
         return DeviceRequest(text, "cpu", count=1)
     if _is_accelerator(item):
         return DeviceRequest(text, "all", _type(item))
-    raise _nonsense(item, text)
+    raise _syntax_error(item, text)
 
 
 def _is_accelerator(name: str) -> bool:
@@ -132,28 +132,28 @@ def _type(name: str | None) -> str | None:
 def _range(first: int, last: int, text: str) -> tuple[int, ...]:
     if last < first:
         raise DeviceError(f"device {text!r} counts down. A range goes up: write '{last}-{first}'.")
-    if last - first >= _MOST:
-        raise DeviceError(f"device {text!r} is {last - first + 1} devices; at most {_MOST} can be named.")
+    if last - first >= _MAX_DEVICES:
+        raise DeviceError(f"device {text!r} is {last - first + 1} devices; at most {_MAX_DEVICES} can be named.")
     return tuple(range(first, last + 1))
 
 
 def _count(name: str, count: int, text: str) -> int:
-    if 1 <= count <= _MOST:
+    if 1 <= count <= _MAX_DEVICES:
         return count
     what = "CPU workers" if name == "cpu" else "idle accelerators"
     hint = " Write 'cpu' for the CPU: the number after 'cpu:' is how many workers." if name == "cpu" else ""
-    raise DeviceError(f"device {text!r} asks for {count} {what}; it must be 1 to {_MOST}.{hint}")
+    raise DeviceError(f"device {text!r} asks for {count} {what}; it must be 1 to {_MAX_DEVICES}.{hint}")
 
 
 def _join(parts: list[DeviceRequest], text: str) -> DeviceRequest:
-    """Return the one request that several entries make: accelerators by number, or CPU workers."""
+    """Combine several entries into one request: accelerators by number, or CPU workers."""
     kinds = {part.kind for part in parts}
     if kinds == {"cpu"}:
         return DeviceRequest(text, "cpu", count=_count("cpu", sum(part.count or 1 for part in parts), text))
     if kinds != {"index"}:
         raise DeviceError(
-            f"device {text!r} mixes what cannot stand together. "
-            "A list holds numbered accelerators ('0,1', 'cuda:0,cuda:1') or CPU workers ('cpu:2'), nothing else."
+            f"device {text!r} mixes different kinds of devices. "
+            "Write numbered accelerators ('0,1', 'cuda:0,cuda:1') or CPU workers ('cpu:2')."
         )
     types = {part.type for part in parts} - {None}
     if len(types) > 1:
@@ -161,10 +161,10 @@ def _join(parts: list[DeviceRequest], text: str) -> DeviceRequest:
     return DeviceRequest(text, "index", next(iter(types), None), tuple(i for part in parts for i in part.indices))
 
 
-def _nonsense(item: str, text: str) -> DeviceError:
-    """Return the error for an entry that is not of the grammar, with what was probably meant."""
+def _syntax_error(item: str, text: str) -> DeviceError:
+    """Return the error for an entry that is not of the grammar, with a suggestion."""
     where = f"device {text!r}" if item == text.lower() else f"device {text!r}, entry {item!r},"
-    return DeviceError(f"{where} is not understood{_hint(item)} Devices are written {GRAMMAR}.")
+    return DeviceError(f"{where} is not valid{_hint(item)} Write {GRAMMAR}.")
 
 
 def _hint(item: str) -> str:
@@ -172,13 +172,13 @@ def _hint(item: str) -> str:
         return ": a name is empty."
     if re.fullmatch(r"(?:[a-z]+:)?-[0-9]+", item):
         return ": a number cannot be negative. 'cpu' is the CPU, 'all' is every accelerator."
-    if half := re.fullmatch(r"([0-9]+)-|-([0-9]+)", item):
-        return f": a range has two ends. Did you mean '{half[1]}'?"
-    if glued := re.fullmatch(r"([a-z]+)[ _-]?([0-9]{1,4})s?", item):
-        word, number = glued.groups()
-        if _is_accelerator(word):
+    if incomplete := re.fullmatch(r"([0-9]+)-|-([0-9]+)", item):
+        return f": a range has two ends. Did you mean '{incomplete[1]}'?"
+    if joined := re.fullmatch(r"([a-z]+)[ _-]?([0-9]{1,4})s?", item):
+        name, number = joined.groups()
+        if _is_accelerator(name):
             return f": did you mean '{number}'?"
-        if word in ("cpu", "idle"):
-            return f": did you mean '{word}:{number}'?"
-    close = difflib.get_close_matches(item, _WORDS, n=1)
-    return f": did you mean '{close[0]}'?" if close else "."
+        if name in ("cpu", "idle"):
+            return f": did you mean '{name}:{number}'?"
+    suggestion = did_you_mean(item, _NAMES)
+    return f": {suggestion}" if suggestion else "."
