@@ -160,17 +160,6 @@ class StepComparison(NamedTuple):
     all_devices_s: float
 
 
-class _Counters(NamedTuple):
-    """Running totals at an optimizer step."""
-
-    seconds: float
-    transfer_s: float
-    wait_s: float
-    loading_s: float
-    whole: int
-    split: int
-
-
 class RunStats:
     """Statistics of one run."""
 
@@ -189,7 +178,8 @@ class RunStats:
         self._refusal = ""
         self._by_module: weakref.WeakKeyDictionary[nn.Module, ModelStats] = weakref.WeakKeyDictionary()
         self._optimizer: weakref.ref[Any] | None = None
-        self._last: _Counters | None = None
+        self._last: tuple[float, float, float, float, int, int] | None = None
+        """Time and counters at the last step of that optimizer."""
 
     def model(self, module: nn.Module) -> ModelStats:
         """Return the statistics of a model; create them if there are none."""
@@ -217,7 +207,7 @@ class RunStats:
         if self._optimizer() is not optimizer:
             return
         self.calls.steps += 1
-        now = _Counters(
+        now = (
             time.perf_counter(),
             self.timers.moving,
             self.timers.waiting,
@@ -226,9 +216,11 @@ class RunStats:
             self.calls.split,
         )
         if self._last is not None:
-            step = _Counters._make(new - old for new, old in zip(now, self._last, strict=True))
-            if bool(step.whole) != bool(step.split):
-                self.steps.append(StepTiming(*step[:4], is_split=bool(step.split)))
+            seconds, transfer_s, wait_s, loading_s, whole, split = (
+                new - old for new, old in zip(now, self._last, strict=True)
+            )
+            if bool(whole) != bool(split):
+                self.steps.append(StepTiming(seconds, transfer_s, wait_s, loading_s, bool(split)))
                 del self.steps[:-_MAX_KEPT]
         self._last = now
 
