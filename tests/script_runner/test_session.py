@@ -1,0 +1,33 @@
+"""A run's session starts only where torch calls what replaces a model's call, and restores everything at its end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from duoka.errors import UnsupportedError
+from duoka.script_runner import RunSession
+from duoka.utils import torch_private
+
+CPUS = [torch.device("cpu")] * 2
+
+
+def test_a_torch_that_ignores_replaced_calls_is_refused_at_the_start(monkeypatch) -> None:
+    monkeypatch.setattr(torch_private, "replace_call", lambda module, call: None)
+    with pytest.raises(UnsupportedError, match=torch.__version__.partition("+")[0]), RunSession(CPUS):
+        pytest.fail("the session has started")
+    with RunSession(CPUS[:1]):
+        assert nn.Linear(2, 2)(torch.ones(3, 2)).shape == (3, 2)
+
+
+def test_a_session_restores_torch_and_the_models_it_found() -> None:
+    before = nn.DataParallel, nn.Module.to, torch.optim.Optimizer.__init__, torch.cuda.device_count
+    with RunSession(CPUS):
+        model = nn.Linear(2, 2)
+        torch.optim.SGD(model.parameters(), 0.1)
+        assert torch_private.replaced_call(model) is not None
+        assert nn.DataParallel.__module__ == before[0].__module__
+        assert isinstance(nn.DataParallel(nn.Linear(2, 2)), nn.DataParallel)
+    assert torch_private.replaced_call(model) is None
+    assert before == (nn.DataParallel, nn.Module.to, torch.optim.Optimizer.__init__, torch.cuda.device_count)
