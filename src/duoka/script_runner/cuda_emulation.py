@@ -49,7 +49,7 @@ def emulate_cuda(num_devices: int) -> Iterator[None]:
 
 
 def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
-    """Return all names of torch that the emulation replaces: the way to do it, the owner, and a value for each name."""
+    """Return the names of torch to replace: how to patch, the owner, and a value for each name."""
     data_parallel = [
         importlib.import_module(f"torch.nn.parallel{name}") for name in ("", ".parallel_apply", ".data_parallel")
     ]
@@ -71,7 +71,7 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
         (Patches.wrap, nn.Module, {"cuda": _move_module}),
         (Patches.wrap, torch.amp.autocast_mode.autocast, {"__init__": _init_autocast}),
         (Patches.wrap, torch.amp.grad_scaler.GradScaler, {"__init__": _init_grad_scaler}),
-        # The steps of nn.DataParallel, for scripts that call them: torch's need CUDA; these compute one after another.
+        # The steps of nn.DataParallel for scripts that call them: torch's need CUDA.
         (Patches.set, scatter_gather, {"Scatter": _function(_scatter), "Gather": _function(_gather)}),
         (Patches.set, functions, {"Broadcast": _function(_broadcast)}),
         (Patches.set, comm, {"broadcast_coalesced": _copy_buffers}),
@@ -255,7 +255,7 @@ def _set_default_device(original: Callable[..., Any], device: Any) -> None:
 
 
 def _fork_rng(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call ``torch.random.fork_rng`` without ``devices``: it preserves the CPU's generator, which all devices share."""
+    """Call ``torch.random.fork_rng`` without ``devices``: all of them share the CPU's generator."""
     return original([], *args[1:], **{name: value for name, value in kwargs.items() if name != "devices"})
 
 
@@ -297,7 +297,7 @@ def _broadcast(devices: Sequence[Any], *tensors: torch.Tensor) -> tuple[torch.Te
 
 
 def _copy_buffers(tensors: Sequence[torch.Tensor], devices: Sequence[Any], *_: Any) -> list[list[torch.Tensor]]:
-    """Return the model's own buffers for the first replica, so that its updates persist, and copies for the others."""
+    """Return the model's own buffers for the first replica, so that updates persist, else copies."""
     return [list(tensors), *([tensor.detach().clone() for tensor in tensors] for _ in devices[1:])]
 
 

@@ -1,4 +1,4 @@
-"""Hooks on the script's DataLoaders: they measure the time that it waits, and can multiply the training batch size."""
+"""Hooks on the script's DataLoaders, which time them and can multiply the training batch size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["install_loader_hooks"]
 
 
 def install_loader_hooks(patches: Patches, stats: RunStats, batch_factor: int) -> None:
-    """Time every loader, and multiply the batch size of shuffling loaders by ``batch_factor``, until the patches end."""
+    """Time every loader, and multiply the batch size of shuffling loaders, until the patches end."""
 
     def init(
         original: Callable[..., Any], loader: Any, dataset: Any, batch_size: Any = 1, *args: Any, **kwargs: Any
@@ -45,7 +45,7 @@ def install_loader_hooks(patches: Patches, stats: RunStats, batch_factor: int) -
 
 
 def _is_for_training(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether the loader shuffles, or samples in another order than the data set's, as training loaders do."""
+    """Return whether the loader shuffles or samples out of order, as training loaders do."""
     shuffle = args[0] if args else kwargs.get("shuffle")
     sampler = args[1] if len(args) > 1 else kwargs.get("sampler")
     return bool(shuffle) or isinstance(sampler, RandomSampler) or not isinstance(sampler, SequentialSampler | None)

@@ -1,4 +1,4 @@
-"""Function mode that makes a model's forward deterministic, so that a batch and its parts can be compared."""
+"""Function mode that makes a forward deterministic, to compare a batch with its parts."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _meaning(node: ast.Call, devices: int, *, scale_batch: bool) -> str:
 
 
 def _looks_like_model(owner: ast.expr) -> bool:
-    """Return whether an object may be a model: a call of a capitalized name, or a name such as ``model``."""
+    """Return whether an expression may be a model: a capitalized call, or a name such as ``model``."""
     if isinstance(owner, ast.Call):
         return ast.unparse(owner.func).rpartition(".")[2][:1].isupper()
     name = ast.unparse(owner).rpartition(".")[2].lower()

@@ -1,4 +1,7 @@
-"""Discovery of the models that a script trains: where it moves them to a device, or passes their parameters to an optimizer."""
+"""Discovery of the models that a script trains.
+
+A script moves a model to a device, or passes its parameters to an optimizer; there duoka finds it.
+"""
 
 from __future__ import annotations
 

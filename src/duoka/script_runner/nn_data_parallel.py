@@ -1,4 +1,4 @@
-"""Replacement of ``torch.nn.DataParallel`` while a script runs, and the record of every wrapper that the script makes."""
+"""Replacement of ``torch.nn.DataParallel`` while a script runs, and statistics of its wrappers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class DataParallelHooks:
         return devices or self._devices[:1]
 
     def default_devices(self, wrapper_class: type) -> Sequence[torch.device]:
-        """Return the devices of a wrapper without ``device_ids``: one for a class with its own scatter or gather."""
+        """Return the devices of a wrapper without ``device_ids``; one if the class overrides a step."""
         return self._devices[:1] if own_steps(wrapper_class) else self._devices
 
     def register(self, wrapper: DataParallel, how: str) -> None:
@@ -143,7 +143,7 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
         hooks.register(self, f"wrapped by the script at {caller_location()}")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state with ``module.`` in its names, as torch does: scripts remove that prefix themselves."""
+        """Return the state with ``module.`` in its names, as torch does: scripts remove that prefix."""
         return nn.Module.state_dict(self, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -164,13 +164,13 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
 
 
 def is_parallel_wrapper(module: nn.Module) -> bool:
-    """Return whether a wrapper decides where its model is computed; a ``duoka.DataParallel`` for one device does not."""
+    """Return whether the module is a wrapper that chooses devices; with one device of its own it is not."""
     return isinstance(module, ScriptDataParallel) or (
         isinstance(module, DataParallel) and len(module._duoka_devices) > 1
     )
 
 
 def _data_parallel(module: nn.Module, inputs: Any, *_: Any, module_kwargs: Any = None, **__: Any) -> Any:
-    """Replace ``torch.nn.parallel.data_parallel``: call the model, which splits the batch where duoka found it."""
+    """Replace ``torch.nn.parallel.data_parallel`` by a call of the model, which splits the batch."""
     args = inputs if isinstance(inputs, tuple) else () if inputs is None else (inputs,)
     return module(*args, **(module_kwargs or {}))

@@ -1,4 +1,4 @@
-"""Notebook runner: executes a notebook from its first cell to its last in a new kernel, and saves the outputs beside it."""
+"""Notebook runner, which executes all cells in a new kernel and saves the outputs in a second file."""
 
 from __future__ import annotations
 

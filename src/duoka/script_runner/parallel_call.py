@@ -1,7 +1,8 @@
-"""Replacement of a model's call: the first call runs the whole batch on one device, later calls split it over all devices.
+"""Replacement of a model's call, which splits the batch over all devices.
 
-The first call of each kind checks whether the model may be split at all. A few later training steps also run on one
-device, which gives the same result, to compare the speed.
+The first call runs the whole batch on one device, later calls split it over all devices. The first call of each
+kind checks whether the model may be split at all. A few later training steps also run on one device, which gives
+the same result, to compare the speed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from duoka.utils.torch_private import call_module, is_in_functorch, replace_call
 __all__ = ["ParallelizedCall"]
 
 _COMPARISON_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
-"""Numbers of optimizer steps after which a step runs on one device, to compare; so does each model's first call."""
+"""Counts of optimizer steps at which a step runs on one device, to compare the speed."""
 
 
 class ParallelizedCall:
@@ -78,7 +79,7 @@ class ParallelizedCall:
     @classmethod
     @contextlib.contextmanager
     def local_only(cls) -> Iterator[None]:
-        """Compute models called inside the ``with`` block on one device: their inputs are a chunk already."""
+        """Compute models called inside the ``with`` block on one device; their inputs are split already."""
         before, cls._thread.is_local = cls.is_local(), True
         try:
             yield
@@ -120,7 +121,7 @@ class ParallelizedCall:
         return self._split(module, args, kwargs, batch, check)
 
     def _has_moved(self, module: nn.Module) -> bool:
-        """Return whether the script has moved a parallelized model to another device, to evaluate or save it there."""
+        """Return whether the script has moved the model elsewhere since it ran on all devices."""
         if self._controller is None:
             return False
         first = next(module.parameters(), None)
@@ -129,7 +130,7 @@ class ParallelizedCall:
     def _check(
         self, module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any, batch: int
     ) -> SplitCheckResult | None:
-        """Return the check's result for this kind of call; the check runs at its calls 1, 2, 4, 8, ..."""
+        """Return the check's result for this kind of call; the check runs at calls 1, 2, 4, 8, ..."""
         kind = call_signature(module, tensors, skeleton)
         self._calls_of_kind[kind] += 1
         count = self._calls_of_kind[kind]
@@ -189,7 +190,7 @@ def _none() -> None:
 
 
 def is_traced(module: nn.Module) -> bool:
-    """Return whether the call is traced or compiled, or runs with other tensors in place of the parameters."""
+    """Return whether the call is traced or compiled, or uses other tensors as parameters."""
     return (
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch.compiler.is_compiling()
@@ -203,7 +204,7 @@ def is_traced(module: nn.Module) -> bool:
 
 
 def _weighted_mean(value: Any, scalar_outputs: Sequence[int], sizes: Sequence[int]) -> Any:
-    """Replace scalar outputs, which were gathered as one number per device, by their mean over the batch."""
+    """Replace scalar outputs, gathered as one number per device, by their mean over the batch."""
     if not scalar_outputs or len(sizes) == 1:
         return value
     tensors, skeleton = scatter_gather.take_out(value)
@@ -214,7 +215,7 @@ def _weighted_mean(value: Any, scalar_outputs: Sequence[int], sizes: Sequence[in
 
 
 def _reason_for_inputs(module: nn.Module, tensors: Sequence[torch.Tensor], check: SplitCheckResult) -> str:
-    """Return why this call needs the whole batch although other calls of its kind do not; empty if it does not."""
+    """Return why this call, unlike others of its kind, needs the whole batch; empty if it does not."""
     for name, part in module.named_modules():
         registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         if any(is_script_hook(hook) for registry in registries for hook in registry.values()):

@@ -1,4 +1,4 @@
-"""Statistics of a run: which models ran in parallel, how long a training step took, and where its time went."""
+"""Statistics of a run: models that ran in parallel, the time of a training step, and its parts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ModelStats:
         self.name, self.how, self.devices, self.refusal = name, how, devices, ""
 
     def refuse(self, reason: str) -> None:
-        """Keep the model on one device from now on; the first reason stays. A wrapper for several devices is exempt."""
+        """Keep the model on one device from now on, unless the script wraps it; the first reason stays."""
         if self.devices < 2:
             self.refusal = self.refusal or reason
 
@@ -244,7 +244,7 @@ class RunStats:
         return StepComparison(one_device_s, statistics.median(beside))
 
     def seconds_per_step(self) -> float | None:
-        """Return the median time of a split step, or of any step if none was split; ``None`` without steps."""
+        """Return the median time of a split step, or of any step if none was split."""
         times = [step.seconds for step in self.steps if step.is_split][1:] or [step.seconds for step in self.steps]
         return statistics.median(times) if times else None
 

@@ -1,4 +1,4 @@
-"""Script or module that ``duoka run`` executes once, as ``__main__``, with the surroundings that Python gives it."""
+"""Script or module that ``duoka run`` executes once, as ``__main__``."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Script:
 
 @contextlib.contextmanager
 def _installed_as_main(main: ModuleType, argv: list[str], import_dir: str) -> Iterator[None]:
-    """Set ``__main__``, ``sys.argv`` and ``sys.path`` for the script, and wait for its threads at the end."""
+    """Set ``__main__``, ``sys.argv`` and ``sys.path``, and wait for the script's threads at the end."""
     before = sys.modules["__main__"], sys.argv, sys.path[:]
     sys.modules["__main__"], sys.argv = main, list(argv)
     # The first entry is the folder of the `duoka` command; Python puts the script's folder there.
@@ -86,7 +86,7 @@ def _installed_as_main(main: ModuleType, argv: list[str], import_dir: str) -> It
 
 
 def _find_module(name: str) -> ModuleSpec:
-    """Find a module as ``python -m`` does: from the working directory; for a package, its ``__main__``."""
+    """Find a module, or a package's ``__main__``, from the working directory as ``python -m`` does."""
     sys.path.insert(0, os.getcwd())
     try:
         spec = importlib.util.find_spec(name)
@@ -133,7 +133,7 @@ def _exit_status(stop: SystemExit) -> int:
 
 
 def _print_exception(error: BaseException) -> int:
-    """Print an exception as Python does, without the frames between the script and torch, and return the exit status."""
+    """Print an exception as Python does, but without duoka's frames, and return the exit status."""
     # Frames inside duoka do not help with an interrupt, or with an error whose message names the remedy.
     cut = isinstance(error, KeyboardInterrupt | DuokaError)
     trace = _script_frames(error.__traceback__, cut_at_duoka=cut)
@@ -155,7 +155,7 @@ def _clean_context(error: BaseException) -> None:
 
 
 def _script_frames(trace: TracebackType | None, *, cut_at_duoka: bool) -> TracebackType | None:
-    """Return a traceback without frames of duoka and of torch's function modes, but with the frame that raised.
+    """Return a traceback without frames of duoka and of function modes, but with the frame that raised.
 
     With ``cut_at_duoka`` the traceback ends before the first frame of duoka. Modules that set ``__tracebackhide__``
     call torch's C++ code, so their frame is left out even if it is the last.

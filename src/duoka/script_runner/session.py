@@ -1,4 +1,4 @@
-"""Session of one run: installs and removes what parallelizes the models of the code inside its ``with`` block."""
+"""Session of one run, which installs all patches of a script's process and removes them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class RunSession:
 
 @contextlib.contextmanager
 def _interrupts_delayed() -> Iterator[None]:
-    """Raise ``KeyboardInterrupt`` for Ctrl-C after the ``with`` block, which releases the workers in a moment."""
+    """Delay ``KeyboardInterrupt`` until the ``with`` block, which is short, has released the workers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -20,7 +20,7 @@ class CallArguments:
     """Copies of a call's arguments, which notice when the call changes them."""
 
     def __init__(self, skeleton: Any, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy the tensors and the other values, with a placeholder for each tensor, of one call's arguments."""
+        """Copy a call's tensors, and its other values with a placeholder for each tensor."""
         own = [tensor.detach().clone() for tensor in tensors]
         self._args, self._kwargs = scatter_gather.fill(copy.deepcopy(skeleton), own)
         self._tensors, skeleton = scatter_gather.take_out((self._args, self._kwargs))
@@ -64,7 +64,7 @@ class AttributeState(NamedTuple):
         return cls(tensors, values, {name: parameter._version for name, parameter in model.named_parameters()})
 
     def side_effect(self, model: nn.Module) -> str:
-        """Return what has changed in ``model`` since the capture; empty if nothing, or a call counter only."""
+        """Return what has changed in ``model`` since the capture; empty if only a call counter has."""
         now = AttributeState.capture(model)
         for name, tensors in now.tensors.items():
             if not set(tensors) <= set(self.tensors.get(name, ())):

@@ -15,7 +15,7 @@ _LIBRARIES = ("torch", "duoka", "contextlib", "functools", "importlib")
 
 
 class ScriptSources:
-    """Source of the modules that the script imports, without Python's, installed libraries' and duoka's own."""
+    """Source of the modules that belong to the script, not to Python, a library or duoka."""
 
     def __init__(self) -> None:
         kinds = ("stdlib", "platstdlib", "purelib", "platlib")
@@ -46,7 +46,7 @@ def differentiates_gradients(source: bytes) -> bool:
 
 
 def is_called_by_script() -> bool:
-    """Return whether the script, not a library, called the patched function whose wrapper calls this."""
+    """Return whether the script, not a library, called the function whose patch calls this."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") == "duoka.script_runner.patching":
         frame = frame.f_back

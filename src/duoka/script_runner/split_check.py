@@ -1,7 +1,7 @@
-"""Check that a model may be split over devices: the outputs of a batch's parts, gathered, must equal the whole batch's.
+"""Check that a model may be split over devices.
 
-A script does not tell which dimension is the batch, or whether the model mixes samples. So a copy of the model computes
-a real batch whole and in parts, in this process and without randomness.
+A script does not tell which dimension is the batch, or whether the model mixes samples. So a copy of the model
+computes a real batch whole and in parts, in this process and without randomness. The outputs must be equal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
-"""Largest difference of two outputs, relative to the largest value, by dtype; ``_DEFAULT_TOLERANCE`` for others."""
+"""Largest difference of two outputs relative to the largest value; see ``_DEFAULT_TOLERANCE``."""
 _DEFAULT_TOLERANCE = 2e-4
 _COMPARABLE = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -63,7 +63,7 @@ class _NotSplittable(Exception):  # noqa: N818 - a result, not an error
 
 
 def call_signature(module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any) -> Any:
-    """Return the kind of call that a result is valid for: mode, types of arguments, and which of them have batch size."""
+    """Return the kind of call that a check covers: mode, argument types, which ones have batch size."""
     batch = scatter_gather.batch_size(tensors, 0)
     shapes = tuple((t.dim(), t.dtype, t.dim() > 0 and t.size(0) == batch) for t in tensors)
     return module.training, torch.is_grad_enabled(), shapes, repr(_structure(skeleton))
@@ -168,7 +168,7 @@ def _copy_without_hooks(module: nn.Module) -> nn.Module:
 
 
 def _compute_part(model: nn.Module, module: nn.Module, call: CallArguments) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return the output of a part, and the buffers after it, starting from the buffers of ``module``."""
+    """Return a part's output and the buffers after it; the buffers of ``module`` are the start."""
     for buffer, original in zip(model.buffers(), module.buffers(), strict=True):
         buffer.copy_(original)
     return call.apply(model), _clone_buffers(model)
@@ -195,7 +195,7 @@ def _compare_with_workers(parts: Sequence[Any], from_workers: WorkerOutputs) -> 
 
 
 def _compare_outputs(whole: Any, parts: list[Any], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the indices of scalar outputs; raise ``_NotSplittable`` unless the gathered parts equal the whole."""
+    """Return the indices of scalar outputs; raise unless the gathered parts equal the whole."""
     expected, skeleton = scatter_gather.take_out(whole)
     if not expected:
         raise _NotSplittable("it returns no tensors")
@@ -214,7 +214,7 @@ def _compare_outputs(whole: Any, parts: list[Any], sizes: Sequence[int]) -> tupl
 
 
 def _compare_other_values(whole: Any, parts: Sequence[Any]) -> None:
-    """Raise ``_NotSplittable`` unless values besides tensors can be compared and are the same for all parts."""
+    """Raise unless values besides tensors can be compared and are the same for all parts."""
     values = _values_besides_tensors(whole)
     if unknown := [value for value in values if not isinstance(value, _COMPARABLE)]:
         kind = type(unknown[0]).__name__
