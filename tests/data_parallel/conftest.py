@@ -11,23 +11,23 @@ from torch import nn
 
 import duoka
 
-BOTH_EVERY_TIME = ("test_equality", "test_failures", "test_sending")
+BOTH_EVERY_TIME = ("test_equality", "test_failures", "test_collective_transport")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What only says once more, over the other transport, what the files above say: `make test-all` runs it."""
     for item in items:
-        sends = getattr(item, "callspec", None) and item.callspec.params.get("transport") == "sending"
+        sends = getattr(item, "callspec", None) and item.callspec.params.get("transport") == "collective"
         seldom = item.path.stem not in BOTH_EVERY_TIME or item.get_closest_marker("slow")
         if sends and seldom and item.path.parent.name == "data_parallel":
             item.add_marker(pytest.mark.extended)
 
 
-@pytest.fixture(params=["sharing", "sending"])
+@pytest.fixture(params=["shared", "collective"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test twice: with CPU workers' shared memory, and with the collectives of accelerators, over gloo."""
-    monkeypatch.setenv("DUOKA_MIRROR_SENDS", "1" if request.param == "sending" else "")
+    monkeypatch.setenv("DUOKA_COLLECTIVE_TRANSPORT", "1" if request.param == "collective" else "")
     return request.param
 
 

@@ -136,7 +136,7 @@ def test_a_model_that_returns_nothing_may_be_trained_beside_others(wrap) -> None
 
 def shared_bytes(model) -> int:
     """What the owner ever asked for of shared memory; where tensors are sent, nothing."""
-    traffic = getattr(model._duoka_engine.crew.transport, "traffic", None)
+    traffic = getattr(model._duoka_controller.group.transport, "traffic", None)
     return sum(len(s.mapping) - traffic._unused for s in traffic.segments) if traffic else 0
 
 

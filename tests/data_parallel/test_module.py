@@ -86,7 +86,7 @@ def test_one_device_is_the_bare_model(wrap) -> None:
     x = torch.randn(6, 4)
     assert torch.equal(model(x), model.module(x))
     assert wrap(nn.Identity(), "cpu")(torch.tensor(3.0)).shape == ()
-    assert model._duoka_engine is None
+    assert model._duoka_controller is None
 
 
 def test_devices_may_be_given_in_one_way_only() -> None:
@@ -109,7 +109,7 @@ def test_a_subclass_with_steps_of_its_own_is_refused_on_several_devices_and_othe
             return 2 * super().forward(x)
 
     net, x = Net(), torch.randn(6, 4)
-    with pytest.raises(errors.UnsupportedError, match="Balanced has a scatter and a gather of its own"):
+    with pytest.raises(errors.UnsupportedError, match="Balanced overrides scatter and gather"):
         Balanced(net, devices="cpu:2")
     assert torch.equal(Balanced(net, devices="cpu")(x), net(x))
     doubling = Doubling(net, devices="cpu:2")
@@ -191,13 +191,13 @@ def test_closing_gives_the_helpers_back_and_leaves_the_parameters(wrap) -> None:
 def test_a_collected_wrapper_gives_the_helpers_back(transport: str) -> None:
     model = duoka.DataParallel(Net(), devices="cpu:2")
     model(torch.randn(6, 4)).sum().backward()
-    crew = model._duoka_engine.crew
+    group = model._duoka_controller.group
     del model
     gc.collect()
     deadline = time.monotonic() + 5
-    while crew._conversation is not None and time.monotonic() < deadline:
+    while group._session is not None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert crew._conversation is None
+    assert group._session is None
 
 
 def test_the_users_thread_count_is_given_back(wrap) -> None:

@@ -172,8 +172,8 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return call
 
-    monkeypatch.setattr(process_group.PrivateProcessGroup, "_begin", counted(process_group.PrivateProcessGroup._begin))
-    monkeypatch.setattr(process_group.PendingCollectives, "wait", counted(process_group.PendingCollectives.wait))
+    monkeypatch.setattr(process_group.PrivateProcessGroup, "_start", counted(process_group.PrivateProcessGroup._start))
+    monkeypatch.setattr(process_group.PendingCollective, "wait", counted(process_group.PendingCollective.wait))
     before = waits()
     yield
     assert waits() - before == sum(sent)
@@ -194,8 +194,8 @@ def test_a_step_waits_for_no_device(devices: str, wrap, monkeypatch: pytest.Monk
         optimizer.step()
 
     def step_without_checksum() -> None:  # which is asked for where a device has nothing else to do
-        if model._duoka_engine is not None:
-            model._duoka_engine._weights._pause = 10
+        if model._duoka_controller is not None:
+            model._duoka_controller._weights._pause = 10
         step()
 
     step()
@@ -299,4 +299,4 @@ def test_one_device_is_the_bare_model(wrap) -> None:
     model = wrap(nn.Linear(4, 3), "0")
     x = torch.randn(6, 4, device=DEVICE)
     assert torch.equal(model(x), model.module(x))
-    assert model._duoka_engine is None
+    assert model._duoka_controller is None

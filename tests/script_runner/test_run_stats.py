@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from duoka.data_parallel.timers import Clock
+from duoka.data_parallel.timers import Timers
 from duoka.script_runner.report import report_lines, suggestion
 from duoka.script_runner.run_stats import RunStats, StepTiming
 
@@ -17,7 +17,7 @@ SLOWED = [(0.1, True)] * 10 + [(0.05, False)] * 3 + [(0.1, True)] * 10
 
 def stats_of(seconds: list[tuple[float, bool]], batch: int = 32) -> RunStats:
     """Statistics of a run with steps of these times, split or whole."""
-    stats = RunStats(CPUS, Clock())
+    stats = RunStats(CPUS, Timers())
     model = stats.model(nn.Linear(2, 2))
     model.found("Linear", "trained by SGD at line 1")
     for one, is_split in seconds:
@@ -79,7 +79,7 @@ def test_scale_batch_is_suggested_only_if_it_has_an_effect() -> None:
 
 
 def test_models_that_one_line_creates_are_reported_once() -> None:
-    stats = RunStats(CPUS, Clock())
+    stats = RunStats(CPUS, Timers())
     for _ in range(3):
         model = stats.model(nn.Linear(2, 2))
         model.found("Linear", "trained by SGD at line 7")

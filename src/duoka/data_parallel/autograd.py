@@ -1,8 +1,9 @@
-"""One call of a wrapped model: its questions to the helpers, and its place in the user's autograd graph.
+"""One parallel call in the user's autograd graph: scatter inputs, gather outputs, and reduce gradients.
 
-Two nodes stand around the part that the user's process computes itself. ``Finish`` is made before that part, so autograd
-comes to it last; ``Gather`` is made after it, so autograd comes to it first: that sends each helper its slice of the
-gradient at once, and ``Finish`` fetches what has become of it when this process is through with its own part.
+Two autograd nodes surround the part that rank 0 computes itself. ``ReduceGradients`` is created
+before that part, so its backward runs last; ``GatherOutputs`` is created after it, so its backward
+runs first. The first sends each worker its slice of the gradient at once; the last collects the
+workers' gradients when rank 0 has finished its own backward.
 """
 
 from __future__ import annotations
@@ -10,29 +11,28 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import Function, Variable
+from torch.autograd import Function
 
-from duoka.data_parallel import call_context
-from duoka.data_parallel.membership import WorkerGroupRef
-from duoka.data_parallel.messages import ForwardRequest, ForwardResult, Pickled
-from duoka.data_parallel.replica import unpack
-from duoka.data_parallel.scatter_gather import OutputSpec
-from duoka.data_parallel.timers import CLOCK
+from duoka.data_parallel.call_context import capture_modes, draw_seed
+from duoka.data_parallel.messages import ContextFactory, ForwardRequest, ForwardResult
+from duoka.data_parallel.pickling import Pickled, unpickle
+from duoka.data_parallel.scatter_gather import OutputSpec, gather_tensors
+from duoka.data_parallel.tensor_layout import Allocation, TensorSpec, copy_to_layout, pack_layout
+from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import BackwardContext, GradientExchange, WeightSync
-from duoka.data_parallel.transport.shared_memory import Allocation, TensorSpec, lay_out, tensor_at
-from duoka.data_parallel.worker_group import WorkerGroup
+from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef
 from duoka.errors import UnsupportedError
+from duoka.utils.torch_private import backward_keeps_graph, run_after_backward
 from duoka.workers.serialization import dumps
 
-__all__ = ["ParallelCall", "ReduceGradients", "GatherOutputs", "Within", "join_tensors"]
+__all__ = ["GatherOutputs", "ParallelCall", "ReduceGradients"]
 
-Within = Callable[[], contextlib.AbstractContextManager[Any]]
-
-_SEEDS_APART = 0x9E3779B97F4A7C15
+_SEED_STEP = 0x9E3779B97F4A7C15
+"""Distance of two ranks' seeds."""
 
 
 class ParallelCall:
@@ -40,237 +40,235 @@ class ParallelCall:
 
     def __init__(
         self,
-        crew: WorkerGroup,
+        group: WorkerGroup,
         model: int,
         weights: WeightSync,
         sizes: Sequence[int],
         dim: int,
-        membership: WorkerGroupRef | None,
+        group_ref: WorkerGroupRef | None,
     ) -> None:
-        self._membership = membership  # the helpers are needed as long as this graph is
+        self._group_ref = group_ref  # keeps the workers as long as this graph
         self.sizes, self.dim = sizes, dim
         self.has_graph: list[list[bool]] = []
-        self.writes = False
-        self._crew, self._model = crew, model
-        self._generation = crew.generation
-        self._ticket = crew.new_ticket()
+        self.writes_parameters = False
+        self._group, self._model = group, model
+        self._generation = group.generation
+        self._call_id = group.new_call_id()
         self._weights = weights
-        self._seats, self._plan = weights.seats, weights.plan
-        self.parameter_numbers = [n for n, parameter in enumerate(weights.parameters) if parameter.requires_grad]
+        self._placements, self._gradient_layout = weights.placements, weights.gradient_layout
+        self.parameter_indices = [n for n, parameter in enumerate(weights.parameters) if parameter.requires_grad]
         self._inputs: list[list[tuple[TensorSpec, bool]]] = []
-        self._leases: list[Allocation] = []
-        self._is_fetched = self._is_spent = False
-        self._exchange: list[GradientExchange] = []
-        """The one under way; a list, which outlives this call, so that it is given up if a backward fails half-way."""
+        self._allocations: list[Allocation] = []
+        self._is_gathered = self._is_graph_freed = False
+        self._exchanges: list[GradientExchange] = []
+        """The backward under way; a list, which outlives this call, so that a failed one can be discarded."""
 
-    def ask(
-        self, parts: Sequence[Sequence[torch.Tensor]], arguments: Any, within: Within | None = None
+    def scatter_inputs(
+        self, chunks: Sequence[Sequence[torch.Tensor]], arguments: Any, context: ContextFactory | None = None
     ) -> torch.Tensor | None:
-        """Send each helper its part; returns what ties the helpers' graphs to the user's, if there is to be one.
+        """Send each worker its chunk.
 
-        Helpers compute inside ``within()``, where that is given.
+        Workers compute inside ``context()`` if given. Returns a token that connects the workers'
+        graphs to the user's, ``None`` without a graph.
         """
-        parameters = [self._weights.parameters[number] for number in self.parameter_numbers]
-        inputs = [tensor for part in parts for tensor in part if tensor.requires_grad]
-        keeps_graph = torch.is_grad_enabled() and bool(parameters or inputs)
-        modes = call_context.capture(self._crew.devices[0])._replace(within=within)
-        payload, seed = dumps(arguments), call_context.draw_seed(self._crew.devices[0])
-        end = weakref.finalize(self, _drop, self._crew, self._generation, self._ticket, len(parts), self._exchange)
-        end.atexit = False
+        parameters = [self._weights.parameters[index] for index in self.parameter_indices]
+        inputs = [tensor for chunk in chunks for tensor in chunk if tensor.requires_grad]
+        keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
+        device = self._group.devices[0]
+        modes = capture_modes(device, context)
+        payload, seed = dumps(arguments), draw_seed(device)
+        finalizer = weakref.finalize(
+            self, _release_graph, self._group, self._generation, self._call_id, len(chunks), self._exchanges
+        )
+        finalizer.atexit = False
         with contextlib.closing(payload):
-            for index, part in enumerate(parts):
-                lease, forms = self._put(part, keeps_graph)
-                question = ForwardRequest(
-                    self._ticket,
+            for index, chunk in enumerate(chunks):
+                rank = index + 1
+                allocation, specs = self._write_inputs(chunk, keep_graph)
+                request = ForwardRequest(
+                    self._call_id,
                     self._model,
-                    index + 1,
-                    lease.place,
-                    len(lease.base),
-                    tuple(forms),
-                    Pickled(payload.data, payload.sizes),
+                    rank,
+                    allocation.location,
+                    len(allocation.base),
+                    tuple(specs),
+                    Pickled.of(payload),
                     modes,
-                    (seed + (index + 1) * _SEEDS_APART) % 2**63,
-                    keeps_graph,
+                    (seed + rank * _SEED_STEP) % 2**63,
+                    keep_graph,
                     (),
                 )
-                self._crew.ask(index, question, lease, payload.fd)
-                self._inputs.append(forms)
-                self._leases.append(lease)
-        return ReduceGradients.apply(self, *parameters, *inputs) if keeps_graph else None
+                self._group.request(index, request, allocation, payload.fd)
+                self._inputs.append(specs)
+                self._allocations.append(allocation)
+        return ReduceGradients.apply(self, *parameters, *inputs) if keep_graph else None
 
-    def _put(self, part: Sequence[torch.Tensor], keeps_graph: bool) -> tuple[Allocation, list[tuple[TensorSpec, bool]]]:
-        pieces, size = lay_out(part)
-        lease = self._crew.transport.lend(size)
-        with torch.no_grad():
-            for tensor, piece in zip(part, pieces, strict=True):
-                tensor_at(lease.base, piece).copy_(tensor, non_blocking=True)
-        return lease, [
-            (piece, keeps_graph and tensor.requires_grad) for piece, tensor in zip(pieces, part, strict=True)
-        ]
+    def _write_inputs(
+        self, chunk: Sequence[torch.Tensor], keep_graph: bool
+    ) -> tuple[Allocation, list[tuple[TensorSpec, bool]]]:
+        specs, size = pack_layout(chunk)
+        allocation = self._group.transport.allocate(size)
+        copy_to_layout(allocation.base, specs, chunk, non_blocking=True)
+        needs_gradient = [keep_graph and tensor.requires_grad for tensor in chunk]
+        return allocation, list(zip(specs, needs_gradient, strict=True))
 
-    def outputs(self) -> list[tuple[list[torch.Tensor], Any]]:
-        """Return each helper's tensors, in its own memory or sent here, and its value with holes for them."""
-        self._is_fetched = True
+    def gather_outputs(self) -> list[tuple[list[torch.Tensor], Any]]:
+        """Return each worker's output tensors, and its value with placeholders for them."""
+        self._is_gathered = True
         values: list[tuple[list[torch.Tensor], Pickled, int | None]] = []
-        answers, failed = self._crew.await_all([(index, self._ticket) for index in range(len(self._leases))])
-        for index, (answer, fd) in answers.items():
-            assert isinstance(answer, ForwardResult)
-            with self._crew.all_or_none():
-                tensors = self._crew.transport.outputs(index, answer)
-            self.writes = self.writes or answer.writes
-            self.has_graph.append([has_graph for _, has_graph in answer.tensors])
-            values.append((tensors, answer.value, fd))
-        if failed is not None:
+        results, error = self._group.wait_results([(index, self._call_id) for index in range(len(self._allocations))])
+        for index, (result, fd) in results.items():
+            assert isinstance(result, ForwardResult)
+            with self._group.stop_on_error():
+                tensors = self._group.transport.receive_outputs(index, result)
+            self.writes_parameters = self.writes_parameters or result.writes_parameters
+            self.has_graph.append([has_graph for _, has_graph in result.outputs])
+            values.append((tensors, result.structure, fd))
+        if error is not None:
             for _, _, fd in values:
                 if fd is not None:
                     os.close(fd)
-            raise failed
-        return [(tensors, unpack(value, fd, self._crew.devices[0])) for tensors, value, fd in values]
+            raise error
+        return [(tensors, unpickle(structure, fd, self._group.devices[0])) for tensors, structure, fd in values]
 
-    def abandon(self) -> None:
-        """The user's own part has failed: fetch what others bring, where it would be in the way of what comes next."""
-        if not self._is_fetched and self._crew.transport.sends and self._generation == self._crew.generation:
+    def cancel(self) -> None:
+        """Receive outputs that would block the next transfer, because rank 0's own part has failed."""
+        if not self._is_gathered and self._group.transport.is_collective and self._generation == self._group.generation:
             with contextlib.suppress(Exception):
-                self.outputs()
+                self.gather_outputs()
 
-    def send_gradients(self, gradients: Sequence[Sequence[torch.Tensor | None]]) -> None:
-        """Let the helpers go backward."""
-        if self._generation != self._crew.generation:
+    def start_backward(self, gradients: Sequence[Sequence[torch.Tensor | None]]) -> None:
+        """Run the backward on the workers, from the gradients of each worker's outputs."""
+        if self._generation != self._group.generation:
             raise RuntimeError(
-                "the helpers that computed parts of this graph were ended after a failure or by close(); run the forward "
-                "again"
+                "this graph's worker processes were stopped after a failure or by close(); run the forward again"
             )
-        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        _give_up(self._exchange)  # one that failed half-way
-        self._crew.threads.share()
-        Variable._execution_engine.queue_callback(self._crew.threads.give_back)
-        self._is_spent = not keeps_graph and all(
+        keep_graph = backward_keeps_graph()
+        _discard(self._exchanges)  # of a backward that failed half-way
+        self._group.thread_limit.acquire()
+        run_after_backward(self._group.thread_limit.release)
+        self._is_graph_freed = not keep_graph and all(
             gradient is not None or not has_graph
             for given, graphs in zip(gradients, self.has_graph, strict=True)
             for gradient, has_graph in zip(given, graphs, strict=True)
         )
-        passage = BackwardContext(self._ticket, self._inputs, self._plan)
-        with self._crew.lock:
-            self._exchange.append(
-                self._crew.transport.backward(self._crew, passage, gradients, keeps_graph=keeps_graph)
+        context = BackwardContext(self._call_id, self._inputs, self._gradient_layout)
+        with self._group.lock:
+            self._exchanges.append(
+                self._group.transport.start_backward(self._group, context, gradients, keep_graph=keep_graph)
             )
 
-    def fetch_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
-        """Return the sums of the helpers' gradients: of parameters by number, and of inputs in the order of ``Finish``."""
+    def wait_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
+        """Return the workers' gradients: sums by parameter index, and of inputs in order."""
         sums: dict[int, torch.Tensor] = {}
         inputs: dict[int, dict[int, torch.Tensor]] = {}
-        for exchange in self._exchange:
-            sums, inputs = exchange.fetch()
-        self._exchange.clear()
-        if self._is_spent:
-            self._leases.clear()  # a loss that is kept until the next step keeps no inputs
-        self._crew.threads.give_back()
-        wanted = [(i, n) for i, forms in enumerate(self._inputs) for n, (_, wants) in enumerate(forms) if wants]
-        return sums, [inputs.get(index, {}).get(number) for index, number in wanted]
+        for exchange in self._exchanges:
+            sums, inputs = exchange.wait()
+        self._exchanges.clear()
+        if self._is_graph_freed:
+            self._allocations.clear()  # a loss kept until the next step keeps no inputs
+        self._group.thread_limit.release()
+        wanted = [(index, n) for index, specs in enumerate(self._inputs) for n, (_, needs) in enumerate(specs) if needs]
+        return sums, [inputs.get(index, {}).get(n) for index, n in wanted]
 
 
 class ReduceGradients(Function):
-    """The parameters' place in the graph before the user's part: its backward returns the helpers' gradients for them."""
+    """Node of the parameters, before rank 0's part; its backward returns the workers' gradients."""
 
     @staticmethod
     def forward(ctx: Any, call: ParallelCall, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return a token that only ``Gather`` uses."""
+        """Return a token for ``GatherOutputs``."""
         ctx.call = call
-        ctx.hooked = [weakref.ref(tensor) for tensor in tensors]
+        ctx.tensors = [weakref.ref(tensor) for tensor in tensors]
         ctx.devices = [tensor.device for tensor in tensors]
         return torch.zeros((), device=tensors[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the helpers' gradients."""
-        with CLOCK.moves():
-            parameters, inputs = ctx.call.fetch_gradients()
-        gradients = [parameters.get(number) for number in ctx.call.parameter_numbers] + inputs
-        for index, tensor in enumerate(ctx.hooked):
+        """Return the workers' gradients."""
+        with TIMERS.transfer():
+            parameters, inputs = ctx.call.wait_gradients()
+        gradients = [parameters.get(index) for index in ctx.call.parameter_indices] + inputs
+        for index, reference in enumerate(ctx.tensors):
             if gradients[index] is not None and gradients[index].device != ctx.devices[index]:
                 gradients[index] = gradients[index].to(ctx.devices[index])
-            if gradients[index] is not None and (held := tensor()) is not None and held._backward_hooks:
-                gradients[index] = gradients[index].clone()  # a hook may keep what it is shown
-        # Held until the backward is over, so that autograd copies them rather than making shared memory someone's `grad`.
-        Variable._execution_engine.queue_callback(list(gradients).clear)
+            if gradients[index] is not None and (tensor := reference()) is not None and tensor._backward_hooks:
+                gradients[index] = gradients[index].clone()  # a hook may keep it
+        # Held until the backward ends, so that autograd copies them: shared memory must not become a `grad`.
+        run_after_backward(list(gradients).clear)
         return None, *gradients
 
 
 class GatherOutputs(Function):
-    """The parts' outputs joined: its backward sends each helper its slice of the gradient, first of all nodes."""
+    """Node of the gathered outputs; its backward runs first, and sends each worker its slice of the gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
         call: ParallelCall,
-        joints: Sequence[OutputSpec],
-        others: list[list[torch.Tensor]],
+        specs: Sequence[OutputSpec],
+        worker_outputs: list[list[torch.Tensor]],
         token: torch.Tensor,
-        *own: torch.Tensor,
+        *own_outputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Return one tensor for each joint."""
-        tensors = [list(own), *others]
+        """Return one tensor for each spec."""
+        tensors = [list(own_outputs), *worker_outputs]
         graphs = [list(ctx.needs_input_grad[4:]), *call.has_graph]
-        ctx.call, ctx.joints, ctx.graphs = call, joints, graphs
-        ctx.shapes = [[tensor.shape for tensor in part] for part in tensors]
+        ctx.call, ctx.specs, ctx.graphs = call, specs, graphs
+        ctx.shapes = [[tensor.shape for tensor in chunk] for chunk in tensors]
         ctx.like_token = token.detach()
         ctx.set_materialize_grads(False)
-        results = tuple(join_tensors(joint, tensors, call.dim) for joint in joints)
-        without = [
-            r
-            for r, joint in zip(results, joints, strict=True)
-            if not any(graphs[h.part][h.number] for h in joint.holes)
+        results = tuple(gather_tensors(spec, tensors, call.dim) for spec in specs)
+        without_graph = [
+            result
+            for result, spec in zip(results, specs, strict=True)
+            if not any(graphs[p.chunk][p.position] for p in spec.placeholders)
         ]
-        ctx.mark_non_differentiable(*without)
+        ctx.mark_non_differentiable(*without_graph)
         return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Share out the gradients."""
+        """Scatter the gradients."""
         if torch.is_grad_enabled():
             raise UnsupportedError(
-                "a backward with create_graph=True (double backward) cannot go through duoka.DataParallel: helpers return "
+                "create_graph=True (double backward) does not work through duoka.DataParallel: workers return "
                 "gradients, not graphs. Compute this part of the loss on the wrapped model itself: model.module(x)"
             )
-        with CLOCK.moves():
-            parts: list[list[torch.Tensor | None]] = [[None] * len(shapes) for shapes in ctx.shapes]
-            for joint, gradient in zip(ctx.joints, gradients, strict=True):
+        with TIMERS.transfer():
+            chunks: list[list[torch.Tensor | None]] = [[None] * len(shapes) for shapes in ctx.shapes]
+            for spec, gradient in zip(ctx.specs, gradients, strict=True):
                 if gradient is not None:
-                    for hole, piece in zip(joint.holes, _cut(gradient, joint, ctx.shapes, ctx.call.dim), strict=True):
-                        parts[hole.part][hole.number] = piece if ctx.graphs[hole.part][hole.number] else None
-            ctx.call.send_gradients(parts[1:])
-        return None, None, None, torch.zeros_like(ctx.like_token), *parts[0]
+                    slices = _scatter_gradient(gradient, spec, ctx.shapes, ctx.call.dim)
+                    for p, piece in zip(spec.placeholders, slices, strict=True):
+                        chunks[p.chunk][p.position] = piece if ctx.graphs[p.chunk][p.position] else None
+            ctx.call.start_backward(chunks[1:])
+        return None, None, None, torch.zeros_like(ctx.like_token), *chunks[0]
 
 
-def join_tensors(joint: OutputSpec, tensors: Sequence[Sequence[torch.Tensor]], dim: int) -> torch.Tensor:
-    """Return the parts' tensors one after the other along ``dim``; of numbers, a vector with one from each part."""
-    given = [tensors[hole.part][hole.number] for hole in joint.holes]
-    if not joint.is_joined:
-        return given[0].clone()
-    return torch.stack(given) if given[0].dim() == 0 else torch.cat(given, dim)
-
-
-def _cut(
-    gradient: torch.Tensor, joint: OutputSpec, shapes: Sequence[Sequence[torch.Size]], dim: int
+def _scatter_gradient(
+    gradient: torch.Tensor, spec: OutputSpec, shapes: Sequence[Sequence[torch.Size]], dim: int
 ) -> Sequence[torch.Tensor]:
-    of = [shapes[hole.part][hole.number] for hole in joint.holes]
-    if not joint.is_joined:
+    if not spec.is_concatenated:
         return [gradient]
-    if not of[0]:
+    chunk_shapes = [shapes[p.chunk][p.position] for p in spec.placeholders]
+    if not chunk_shapes[0]:
         return gradient.unbind()
-    return torch.split(gradient, [shape[dim] for shape in of], dim)
+    return torch.split(gradient, [shape[dim] for shape in chunk_shapes], dim)
 
 
-def _drop(crew: WorkerGroup, generation: int, ticket: int, helpers: int, exchange: list[GradientExchange]) -> None:
-    if not crew.is_ours:
+def _release_graph(
+    group: WorkerGroup, generation: int, call_id: int, num_workers: int, exchanges: list[GradientExchange]
+) -> None:
+    if not group.is_owned:
         return
-    if generation == crew.generation:
-        _give_up(exchange)
-    for index in range(helpers):
-        crew.give_up(index, ticket)
-    crew.drop(ticket)
+    if generation == group.generation:
+        _discard(exchanges)
+    for index in range(num_workers):
+        group.discard_result(index, call_id)
+    group.release_graph(call_id)
 
 
-def _give_up(exchange: list[GradientExchange]) -> None:
-    while exchange:
-        exchange.pop().give_up()
+def _discard(exchanges: list[GradientExchange]) -> None:
+    while exchanges:
+        exchanges.pop().discard()

@@ -1,79 +1,70 @@
-"""The modes around a call: captured in the user's process, entered by a helper; and the threads of the one and the other."""
+"""Context of a call: torch modes and a seed captured in rank 0 and applied in workers; and rank 0's thread limit."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import random
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
-from duoka.data_parallel.device_remap import RemapCuda, is_renaming
-from duoka.data_parallel.messages import TorchModes
+from duoka.data_parallel.device_remap import RemapCuda, is_remapping
+from duoka.data_parallel.messages import ContextFactory, TorchModes
+from duoka.utils.torch_settings import apply_torch_settings, capture_torch_settings
 
-__all__ = ["ThreadLimit", "capture", "draw_seed", "entered", "kept", "seed_all"]
+__all__ = ["ThreadLimit", "apply_modes", "capture_modes", "draw_seed", "preserve_modes"]
+
+_SETTINGS = ("default_dtype", "deterministic", "float32_matmul_precision")
 
 
-def capture(device: torch.device) -> TorchModes:
-    """Return the modes that hold here and now."""
-    kinds = {"cpu", device.type}
+def capture_modes(device: torch.device, context: ContextFactory | None = None) -> TorchModes:
+    """Return the current modes; workers also enter ``context()``."""
     return TorchModes(
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)),
+        tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in sorted({"cpu", device.type})
+        ),
         torch.is_autocast_cache_enabled(),
-        torch.get_default_dtype(),
-        (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        torch.get_float32_matmul_precision(),
-        is_renaming(),
+        capture_torch_settings(_SETTINGS),
+        is_remapping(),
+        context,
     )
 
 
 @contextlib.contextmanager
-def entered(ambient: TorchModes, device: torch.device) -> Iterator[None]:
-    """Let the modes hold inside the ``with`` block, on a helper's device."""
-    _set_lasting(ambient)
+def apply_modes(modes: TorchModes, device: torch.device) -> Iterator[None]:
+    """Apply the modes inside the ``with`` block, in a worker; process-wide settings last longer."""
+    apply_torch_settings(modes.settings)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(ambient.inference))
-        stack.enter_context(torch.set_grad_enabled(ambient.grad))
-        for kind, is_enabled, dtype in ambient.autocast:
+        stack.enter_context(torch.inference_mode(modes.inference))
+        stack.enter_context(torch.set_grad_enabled(modes.grad))
+        for kind, is_enabled, dtype in modes.autocast:
             if is_enabled:
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=ambient.autocast_cache))
-        if ambient.own_device:
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=modes.autocast_cache))
+        if modes.remap_cuda:
             stack.enter_context(RemapCuda(device))
-        if ambient.within is not None:
-            stack.enter_context(ambient.within())
+        if modes.context is not None:
+            stack.enter_context(modes.context())
         yield
 
 
 @contextlib.contextmanager
-def kept(device: torch.device) -> Iterator[None]:
-    """Give the process its own modes back after the ``with`` block."""
-    before = capture(device)
+def preserve_modes() -> Iterator[None]:
+    """Restore the process-wide settings after the ``with`` block."""
+    settings = capture_torch_settings(_SETTINGS)
     try:
         yield
     finally:
-        _set_lasting(before)
-
-
-def _set_lasting(ambient: TorchModes) -> None:
-    """Set the modes that hold for a whole process."""
-    if torch.get_default_dtype() != ambient.default_dtype:
-        torch.set_default_dtype(ambient.default_dtype)
-    if torch.get_float32_matmul_precision() != ambient.precision:
-        torch.set_float32_matmul_precision(ambient.precision)
-    now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if now != ambient.deterministic:
-        torch.use_deterministic_algorithms(ambient.deterministic[0], warn_only=ambient.deterministic[1])
+        apply_torch_settings(settings)
 
 
 def draw_seed(device: torch.device) -> int:
-    """Return a seed that follows from the user's generators, the host's and the device's, and leave them as they are.
+    """Return a seed that depends on the user's CPU and device generators, without advancing them.
 
-    A model that draws random numbers moves one of them on in the user's process too, so the next call has another seed. Both
-    states are in the host's memory; nobody waits for the device.
+    A model that draws random numbers advances one of them in rank 0, so the next call has another
+    seed. Both states are in host memory; the host does not wait for the device.
     """
     generator = torch.Generator()
     generator.set_state(torch.get_rng_state())
@@ -84,29 +75,22 @@ def draw_seed(device: torch.device) -> int:
     return (seed + int.from_bytes(hashlib.blake2b(state.numpy(), digest_size=8).digest())) % 2**62
 
 
-def seed_all(seed: int) -> None:
-    """Seed every generator that a model may draw from."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - user code may draw from the global generator
-
-
 class ThreadLimit:
-    """Compute threads of the user's process: fewer while helpers compute beside it, the user's own number otherwise."""
+    """Limit of rank 0's compute threads while workers compute beside it."""
 
-    def __init__(self, while_shared: int) -> None:
-        self.while_shared = while_shared
-        self._own: int | None = None
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._user_threads: int | None = None
 
-    def share(self) -> None:
-        """Helpers begin to compute."""
-        if self._own is None and torch.get_num_threads() > self.while_shared:
-            self._own = torch.get_num_threads()
-            torch.set_num_threads(self.while_shared)
+    def acquire(self) -> None:
+        """Lower the number of threads, because workers start to compute."""
+        if self._user_threads is None and torch.get_num_threads() > self.num_threads:
+            self._user_threads = torch.get_num_threads()
+            torch.set_num_threads(self.num_threads)
 
-    def give_back(self) -> None:
-        """Helpers are done."""
-        if self._own is not None:
-            if torch.get_num_threads() == self.while_shared:  # else the user has set another number meanwhile
-                torch.set_num_threads(self._own)
-            self._own = None
+    def release(self) -> None:
+        """Restore the user's number of threads, unless the user has set another one meanwhile."""
+        if self._user_threads is not None:
+            if torch.get_num_threads() == self.num_threads:
+                torch.set_num_threads(self._user_threads)
+            self._user_threads = None

@@ -1,4 +1,4 @@
-"""One wrapped model on its crew: what has changed is told to the helpers, then each call is split, computed and joined."""
+"""Controller of one wrapped model: syncs it to the workers, scatters each call, computes, and gathers."""
 
 from __future__ import annotations
 
@@ -11,265 +11,276 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoka.data_parallel import scatter_gather
-from duoka.data_parallel.autograd import GatherOutputs, ParallelCall, Within, join_tensors
-from duoka.data_parallel.membership import WorkerGroupRef
-from duoka.data_parallel.messages import CreateReplica, Pickled, RebindParameters, UpdateAttributes
-from duoka.data_parallel.model_diff import ModelSnapshot
-from duoka.data_parallel.part import MaybeCompiled
-from duoka.data_parallel.replica import pack_values
-from duoka.data_parallel.timers import CLOCK
+from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
+from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
+from duoka.data_parallel.model_diff import REGISTRIES, ModelSnapshot
+from duoka.data_parallel.pickling import Pickled, pickle_without_tensors
+from duoka.data_parallel.registry import get_worker_group
+from duoka.data_parallel.replica import MaybeCompiled
+from duoka.data_parallel.scatter_gather import (
+    batch_size,
+    extract_tensors,
+    gather_structures,
+    gather_tensors,
+    insert_tensors,
+    scatter,
+    scatter_sizes,
+)
+from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import WeightSync
 from duoka.data_parallel.transport.optimizer_hook import OptimizerStepHook
-from duoka.data_parallel.worker_group import WorkerGroup, crew_of
+from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef
 from duoka.errors import LaunchError
 from duoka.workers.serialization import Payload
 
 __all__ = ["Controller"]
 
-_numbers = itertools.count(1)
+_model_ids = itertools.count(1)
 
 
 class Controller:
-    """Computes a model's calls on all devices of a crew."""
+    """Runs one model's calls on all devices; one controller a model."""
 
-    def __init__(self, devices: Sequence[torch.device], dim: int, part: MaybeCompiled | None = None) -> None:
-        self.number = next(_numbers)
-        self.crew: WorkerGroup = crew_of(devices)
-        self._membership: WorkerGroupRef | None = WorkerGroupRef(self.crew, self.number)
+    def __init__(self, devices: Sequence[torch.device], dim: int, compiler: MaybeCompiled | None = None) -> None:
+        self.model_id = next(_model_ids)
+        self.group: WorkerGroup = get_worker_group(devices)
+        self._group_ref: WorkerGroupRef | None = WorkerGroupRef(self.group, self.model_id)
         self._dim = dim
-        self._part = part or MaybeCompiled(None)
+        self._compiler = compiler or MaybeCompiled(None)
         self._generation = 0
         self._copies_all = False
-        self._structure: ModelSnapshot | None = None
+        self._snapshot: ModelSnapshot | None = None
         self._weights: WeightSync | None = None
-        self._steps: OptimizerStepHook | None = (
-            OptimizerStepHook(self._begin_early) if self.crew.transport.sends else None
+        self._step_hook: OptimizerStepHook | None = (
+            OptimizerStepHook(self._push_async) if self.group.transport.is_collective else None
         )
-        self._failed: Exception | None = None
+        self._async_error: Exception | None = None
+
+    def start(self) -> None:
+        """Start the workers if they are not running."""
+        self.group.start()
 
     def close(self) -> None:
-        """Give the helpers back, if no other model uses them."""
-        membership, self._membership = self._membership, None
-        if self._steps is not None:
-            self._steps.remove()
-        if membership is not None:
-            membership.end()
+        """Release the workers if no other model uses them."""
+        reference, self._group_ref = self._group_ref, None
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        if reference is not None:
+            reference.end()
 
-    def close_later(self) -> None:
-        """Give the helpers back when no graph needs them any more: for the garbage collector."""
-        self._membership = None
+    def close_after_graphs(self) -> None:
+        """Release the workers when no graph needs them; safe during garbage collection."""
+        self._group_ref = None
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute ``module(*args, **kwargs)``, each device its part of the batch."""
-        if not self.crew.is_ours or (self._structure is None and _is_lazy(module)):
+        """Compute ``module(*args, **kwargs)``, each device its chunk of the batch."""
+        if not self.group.is_owned or (self._snapshot is None and _is_lazy(module)):
             return module(*args, **kwargs)
-        with self.crew.lock:
-            if self.crew.in_forward:  # called inside another wrapped model's part, which has this device only
+        with self.group.lock:
+            if self.group.in_forward:  # inside another wrapped model's chunk, which has this device only
                 return module(*args, **kwargs)
             with self._in_forward():
                 return self._run(module, args, kwargs)
 
-    def others(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within
+    def run_on_workers_only(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ContextFactory
     ) -> list[tuple[list[torch.Tensor], Any]]:
-        """Return what each helper makes of its part, as tensors and a value with holes for them; nothing is computed here.
+        """Return each worker's output tensors and structure for its chunk; rank 0 computes nothing.
 
-        Helpers compute inside ``within()``, which they find by its name, and without a graph. The list is empty where
-        this call has no helpers.
+        Workers compute inside ``context()``, which they import by name, and without a graph. The
+        list is empty if this call uses no workers.
         """
-        with self.crew.lock:
-            tensors, arguments = scatter_gather.take_out((args, kwargs))
-            sizes = scatter_gather.part_sizes(scatter_gather.batch_size(tensors, self._dim), len(self.crew.devices))
-            if len(sizes) == 1 or not self.crew.is_ours or self.crew.in_forward:
+        with self.group.lock:
+            tensors, arguments, sizes = self._extract(args, kwargs)
+            if len(sizes) == 1 or not self.group.is_owned or self.group.in_forward:
                 return []
             with self._in_forward(), torch.inference_mode(False), torch.no_grad():
-                weights = self._tell_changes(module)
-                weights.bring(self._buffers(), trains=False)
-                call = ParallelCall(self.crew, self.number, weights, sizes, self._dim, self._membership)
-                parts = list(zip(*(scatter_gather.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
-                try:
-                    call.ask(parts[1:], arguments, within)
-                    return self._outputs(call, weights)
-                except Exception:
-                    call.abandon()
-                    weights.distrust()
-                    raise
+                weights = self._sync_model(module, training=False)
+                call, chunks = self._new_call(weights, tensors, sizes)
+                with _cancel_on_error(call, weights):
+                    call.scatter_inputs(chunks[1:], arguments, context)
+                    return self._gather_outputs(call, weights)
 
     @contextlib.contextmanager
     def _in_forward(self) -> Iterator[None]:
-        """While the crew computes: what a forward calls is not shared again, and Ctrl-C leaves nobody computing."""
-        self.crew.in_forward = True
+        """Mark a forward, inside which calls are not split again; Ctrl-C stops the workers."""
+        self.group.in_forward = True
         try:
             yield
         except BaseException as error:
             if not isinstance(error, Exception):
-                self.crew.stop()
+                self.group.stop()
             raise
         finally:
-            self.crew.threads.give_back()
-            self.crew.in_forward = False
+            self.group.thread_limit.release()
+            self.group.in_forward = False
 
-    def _begin_early(self) -> None:
-        """An optimiser of the model's parameters has stepped: send them while the user's program does other things."""
-        if self._weights is None or not self.crew.is_ours or not self.crew.lock.acquire(blocking=False):
+    def _push_async(self) -> None:
+        """Start pushing parameters after an optimizer step, while the user's program does other things."""
+        if self._weights is None or not self.group.is_owned or not self.group.lock.acquire(blocking=False):
             return
         try:
-            if not self.crew.in_forward and self._generation == self.crew.generation:
+            if not self.group.in_forward and self._generation == self.group.generation:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._weights.begin_early()
+                    self._weights.push_async()
         except Exception as error:
-            self._failed = error  # the step itself was taken: the next forward says so
+            self._async_error = error  # the step itself succeeded: the next forward raises this
         finally:
-            self.crew.lock.release()
+            self.group.lock.release()
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (failed := self._failed) is not None:
-            self._failed = None
-            raise failed
-        tensors, arguments = scatter_gather.take_out((args, kwargs))
-        sizes = scatter_gather.part_sizes(scatter_gather.batch_size(tensors, self._dim), len(self.crew.devices))
+        if (error := self._async_error) is not None:
+            self._async_error = None
+            raise error
+        tensors, arguments, sizes = self._extract(args, kwargs)
         if len(sizes) == 1:
-            if self.crew.devices[0].type != "cpu":
-                args, kwargs = scatter_gather.fill(arguments, self._here(tensors))
-            return _joined(
-                [scatter_gather.take_out(self._part.of(module)(*args, **kwargs))], sizes, self._dim, None, None
-            )
-        with CLOCK.moves():
-            trains = torch.is_grad_enabled()
+            if self.group.devices[0].type != "cpu":
+                args, kwargs = insert_tensors(arguments, self._to_first_device(tensors))
+            own = extract_tensors(self._compiler.function(module)(*args, **kwargs))
+            return _merge_outputs([own], sizes, self._dim, None, None)
+        with TIMERS.transfer():
+            training = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.no_grad():
-                weights = self._tell_changes(module)
-                weights.bring(self._buffers(), trains=trains)
-            call = ParallelCall(self.crew, self.number, weights, sizes, self._dim, self._membership)
-            parts = list(zip(*(scatter_gather.split(tensor, sizes, self._dim) for tensor in tensors), strict=True))
-            self.crew.threads.share()
-        try:
-            with CLOCK.moves():
-                token = call.ask(parts[1:], arguments)
-                args, kwargs = scatter_gather.fill(arguments, self._here(parts[0]))
-            own = scatter_gather.take_out(self._part.of(module)(*args, **kwargs))
-            with CLOCK.moves():
-                others = self._outputs(call, weights)
-        except Exception:
-            call.abandon()
-            weights.distrust()
-            raise
-        with CLOCK.moves():
-            self._copies_all = self._copies_all or call.writes
-            return _joined([own, *others], sizes, self._dim, call, token)
+                weights = self._sync_model(module, training=training)
+            call, chunks = self._new_call(weights, tensors, sizes)
+            self.group.thread_limit.acquire()
+        with _cancel_on_error(call, weights):
+            with TIMERS.transfer():
+                token = call.scatter_inputs(chunks[1:], arguments)
+                args, kwargs = insert_tensors(arguments, self._to_first_device(chunks[0]))
+            own = extract_tensors(self._compiler.function(module)(*args, **kwargs))
+            with TIMERS.transfer():
+                others = self._gather_outputs(call, weights)
+        with TIMERS.transfer():
+            self._copies_all = self._copies_all or call.writes_parameters
+            return _merge_outputs([own, *others], sizes, self._dim, call, token)
 
-    def _outputs(self, call: ParallelCall, weights: WeightSync) -> list[tuple[list[torch.Tensor], Any]]:
-        values = call.outputs()
-        if len(call.sizes) == len(self.crew.devices):  # a helper without a part has said nothing
-            weights.arrived()
+    def _extract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Any, list[int]]:
+        """Return the tensors among the arguments, the arguments without them, and each device's batch size."""
+        tensors, arguments = extract_tensors((args, kwargs))
+        return tensors, arguments, scatter_sizes(batch_size(tensors, self._dim), len(self.group.devices))
+
+    def _new_call(
+        self, weights: WeightSync, tensors: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> tuple[ParallelCall, list[tuple[torch.Tensor, ...]]]:
+        call = ParallelCall(self.group, self.model_id, weights, sizes, self._dim, self._group_ref)
+        return call, list(zip(*(scatter(tensor, sizes, self._dim) for tensor in tensors), strict=True))
+
+    def _gather_outputs(self, call: ParallelCall, weights: WeightSync) -> list[tuple[list[torch.Tensor], Any]]:
+        values = call.gather_outputs()
+        if len(call.sizes) == len(self.group.devices):  # a worker without a chunk has not replied
+            weights.acknowledge()
         return values
 
-    def _here(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the tensors on the first device, to which ``torch.nn.DataParallel`` brings them too."""
-        return [tensor.to(self.crew.devices[0], non_blocking=True) for tensor in tensors]
+    def _to_first_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors on the first device, as ``torch.nn.DataParallel`` does."""
+        return [tensor.to(self.group.devices[0], non_blocking=True) for tensor in tensors]
 
-    def _tell_changes(self, module: nn.Module) -> WeightSync:
-        self.crew.start()
-        structure, weights = self._structure, self._weights
-        is_known = structure is not None and self._generation == self.crew.generation
-        if structure is None or weights is None or not is_known or weights.copies_all != self._copies_all:
-            return self._tell_all(module)
-        changes = structure.take_changes() if structure.is_current() else None
-        if changes is None or (changes and not self._tell_values(changes, structure)):
-            return self._tell_all(module)
-        if moved := weights.follow():
-            if not weights.fit(moved):
-                return self._tell_all(module)
-            places = weights.parameter_places
-            self.crew.tell(RebindParameters(self.number, {index: places[index] for index in moved}))
+    def _sync_model(self, module: nn.Module, *, training: bool) -> WeightSync:
+        """Bring the workers' replicas to the model's current state."""
+        self.group.start()
+        weights = self._send_changes() or self._send_model(module)
+        assert self._snapshot is not None
+        weights.push(self._snapshot.buffers(), training=training)
         return weights
 
-    def _buffers(self) -> list[torch.Tensor | None]:
-        assert self._structure is not None
-        return self._structure.buffers()
+    def _send_changes(self) -> WeightSync | None:
+        """Send what has changed in the model; ``None`` if the workers need the whole model."""
+        snapshot, weights = self._snapshot, self._weights
+        if snapshot is None or weights is None or self._generation != self.group.generation:
+            return None
+        if weights.copies_all != self._copies_all or not snapshot.structure_unchanged():
+            return None
+        changes = snapshot.diff()
+        if changes is None or (changes and not self._send_attributes(changes, snapshot)):
+            return None
+        if changed := weights.detect_changes():
+            if not weights.shapes_unchanged(changed):
+                return None
+            placements = weights.parameter_placements
+            self.group.post(RebindParameters(self.model_id, {index: placements[index] for index in changed}))
+        return weights
 
-    def _tell_all(self, module: nn.Module) -> WeightSync:
-        structure = ModelSnapshot(module)
-        buffers = structure.buffers()
-        weights = self.crew.transport.weights(
-            self.crew, self.number, structure.parameters, buffers, copies_all=self._copies_all
+    def _send_model(self, module: nn.Module) -> WeightSync:
+        snapshot = ModelSnapshot(module)
+        weights = self.group.transport.create_weight_sync(
+            self.group, self.model_id, snapshot.parameters, snapshot.buffers(), copies_all=self._copies_all
         )
-        payload = _packed(module, self._part.options, _tensors(structure))
-        try:
-            self.crew.tell(
-                CreateReplica(
-                    self.number,
-                    Pickled(payload.data, payload.sizes),
-                    weights.parameter_places,
-                    weights.buffer_places,
-                    weights.bucket_sizes,
-                    list(sys.path),
-                ),
-                payload.fd,
+        with contextlib.closing(_pickle_model(module, self._compiler.options, snapshot.tensors())) as payload:
+            message = CreateReplica(
+                self.model_id,
+                Pickled.of(payload),
+                weights.parameter_placements,
+                weights.buffer_placements,
+                weights.bucket_nbytes,
+                list(sys.path),
             )
-        finally:
-            payload.close()
-        self._structure, self._weights, self._generation = structure, weights, self.crew.generation
-        if self._steps is not None:
-            self._steps.watch(structure.parameters)
+            self.group.post(message, payload.fd)
+        self._snapshot, self._weights, self._generation = snapshot, weights, self.group.generation
+        if self._step_hook is not None:
+            self._step_hook.watch(snapshot.parameters)
         return weights
 
-    def _tell_values(self, changes: dict[int, dict[str, Any]], structure: ModelSnapshot) -> bool:
-        """Send new values of attributes; returns whether that could be done so."""
+    def _send_attributes(self, changes: dict[int, dict[str, Any]], snapshot: ModelSnapshot) -> bool:
+        """Send new attribute values; return whether pickle accepts them."""
         try:
-            payload = pack_values(changes, _tensors(structure))
+            payload = pickle_without_tensors(changes, snapshot.tensors())
         except Exception:
-            return False  # packing the whole model tells what it is
-        try:
-            self.crew.tell(UpdateAttributes(self.number, Pickled(payload.data, payload.sizes)), payload.fd)
-        finally:
-            payload.close()
+            return False  # pickling the whole model names the attribute
+        with contextlib.closing(payload):
+            self.group.post(UpdateAttributes(self.model_id, Pickled.of(payload)), payload.fd)
         return True
 
 
-def _tensors(structure: ModelSnapshot) -> list[torch.Tensor]:
-    return [*structure.parameters, *(buffer for buffer in structure.buffers() if buffer is not None)]
-
-
-def _packed(module: nn.Module, options: dict[str, Any] | None, tensors: Sequence[torch.Tensor]) -> Payload:
+@contextlib.contextmanager
+def _cancel_on_error(call: ParallelCall, weights: WeightSync) -> Iterator[None]:
     try:
-        return pack_values((module, options), tensors)
+        yield
+    except Exception:
+        call.cancel()
+        weights.invalidate()
+        raise
+
+
+def _pickle_model(module: nn.Module, options: dict[str, Any] | None, tensors: Sequence[torch.Tensor]) -> Payload:
+    try:
+        return pickle_without_tensors((module, options), tensors)
     except Exception as error:
         raise LaunchError(
-            f"the model cannot be sent to the helper processes: {error}. Something in it ({_culprit(module)}) cannot leave "
-            "this process: an open file, a lock, a generator, a logger's handler. Keep it outside the model, or make it "
+            f"the model cannot be sent to the worker processes: {error}. {_first_unpicklable(module)} cannot leave this "
+            "process: an open file, a lock, a generator, a logger's handler. Keep it outside the model, or create it "
             "where it is used."
         ) from error
 
 
-def _culprit(module: nn.Module) -> str:
+def _first_unpicklable(module: nn.Module) -> str:
     """Name the first attribute that cannot be pickled."""
     for name, part in module.named_modules():
         for attribute, value in part.__dict__.items():
-            if attribute in ("_parameters", "_buffers", "_modules"):
+            if attribute in REGISTRIES:
                 continue
             try:
-                pack_values(value, ()).close()
+                pickle_without_tensors(value, ()).close()
             except Exception:
-                return f"attribute {attribute!r} of {name or 'the model itself'}"
-    return "its class"
+                return f"The attribute {attribute!r} of {name or 'the model itself'}"
+    return "Its class"
 
 
 def _is_lazy(module: nn.Module) -> bool:
-    """Whether a parameter has no shape yet: the first call gives it one, on this device alone."""
+    """Return whether a parameter has no shape yet: the first call, on one device, sets it."""
     return any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters())
 
 
-def _joined(
-    parts: Sequence[tuple[Sequence[torch.Tensor], Any]],
+def _merge_outputs(
+    outputs: Sequence[tuple[Sequence[torch.Tensor], Any]],
     sizes: Sequence[int],
     dim: int,
     call: ParallelCall | None,
     token: torch.Tensor | None,
 ) -> Any:
-    """Return one value from the parts' tensors and values, with a graph if the call has one."""
-    value, joints = scatter_gather.join([skeleton for _, skeleton in parts], sizes)
-    tensors = [list(part) for part, _ in parts]
-    if token is None or call is None or not joints:
-        return scatter_gather.fill(value, [join_tensors(joint, tensors, dim) for joint in joints])
-    return scatter_gather.fill(value, GatherOutputs.apply(call, joints, tensors[1:], token, *tensors[0]))
+    """Return one value from the devices' output tensors and structures, with a graph if the call has one."""
+    structure, specs = gather_structures([structure for _, structure in outputs], sizes)
+    tensors = [list(chunk) for chunk, _ in outputs]
+    if token is None or call is None or not specs:
+        return insert_tensors(structure, [gather_tensors(spec, tensors, dim) for spec in specs])
+    return insert_tensors(structure, GatherOutputs.apply(call, specs, tensors[1:], token, *tensors[0]))

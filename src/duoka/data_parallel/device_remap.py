@@ -1,4 +1,4 @@
-"""A device that a program names means the device of whoever computes: ``cuda:0`` in a model's code, on the second GPU too."""
+"""Remapping of CUDA devices in user code: ``cuda:0`` in a model's code means the device of the process that runs it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["RemapCuda", "is_cuda", "is_renaming", "renaming"]
+__all__ = ["RemapCuda", "is_cuda", "is_remapping", "remap_cuda"]
 
 __tracebackhide__ = True
-"""Leaves this module's frames out of the traceback of a script under ``duoka run``."""
+"""Hides this module's frames from the traceback of a script under ``duoka run``."""
 
-_renamings = 0
+_active = 0
 
 
 class RemapCuda(TorchFunctionMode):
-    """Every ``cuda`` device that is named to a function of torch means one device; so does a number in its place."""
+    """Replaces every ``cuda`` device or device number in calls of torch functions by one device."""
 
     def __init__(self, device: torch.device, count: int | None = None) -> None:
-        """Let CUDA devices mean ``device``; where ``count`` is given there are only so many of them."""
+        """Let CUDA devices mean ``device``; an index of ``count`` or more is an error."""
         super().__init__()
         self._device, self._count = device, count
-        self._own_ways: dict[Any, Callable[..., Any]] = {
-            torch.Tensor.cuda: lambda tensor, device=None, *_, **__: tensor.to(self._own(device)),
+        self._replacements: dict[Any, Callable[..., Any]] = {
+            torch.Tensor.cuda: lambda tensor, device=None, *_, **__: tensor.to(self._remap(device)),
             torch.Tensor.to: self._to,
             torch.Tensor.type: self._type,
         }
-        if device.type == "cpu":  # which has nothing to gain from pinned memory
-            self._own_ways[torch.Tensor.pin_memory] = lambda tensor, *_, **__: tensor
+        if device.type == "cpu":  # pinned memory would gain nothing
+            self._replacements[torch.Tensor.pin_memory] = lambda tensor, *_, **__: tensor
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the function with its devices translated."""
+        """Call the function with remapped devices."""
         if kwargs:
             if (device := kwargs.get("device")) is not None and _names_cuda(device):
-                kwargs = {**kwargs, "device": self._own(device)}
+                kwargs = {**kwargs, "device": self._remap(device)}
             if kwargs.get("pin_memory") and self._device.type == "cpu":
                 kwargs = {**kwargs, "pin_memory": False}
-        return self._own_ways.get(function, function)(*args, **(kwargs or {}))
+        return self._replacements.get(function, function)(*args, **(kwargs or {}))
 
-    def _own(self, device: Any) -> torch.device:
+    def _remap(self, device: Any) -> torch.device:
         index = (device if isinstance(device, int) else torch.device(device or "cuda").index) or 0
         if self._count is not None and index >= self._count:
             raise RuntimeError(f"CUDA error: invalid device ordinal {index}: this run has {self._count} devices")
@@ -51,11 +51,11 @@ class RemapCuda(TorchFunctionMode):
 
     def _to(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _names_cuda(args[0]):
-            args = (self._own(args[0]), *args[1:])
+            args = (self._remap(args[0]), *args[1:])
         return tensor.to(*args, **kwargs)
 
     def _type(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call ``tensor.type("torch.cuda.FloatTensor")``, which changes the device, too."""
+        """Call ``tensor.type("torch.cuda.FloatTensor")``, which also moves the tensor."""
         if args and isinstance(args[0], str) and args[0].startswith("torch.cuda."):
             return tensor.type(args[0].replace("torch.cuda.", "torch."), *args[1:], **kwargs).to(self._device)
         return tensor.type(*args, **kwargs)
@@ -66,23 +66,23 @@ def _names_cuda(device: object) -> bool:
 
 
 def is_cuda(device: object) -> bool:
-    """Whether this names a CUDA device: ``"cuda"``, ``"cuda:1"`` or ``torch.device("cuda")``."""
+    """Return whether this names a CUDA device: ``"cuda"``, ``"cuda:1"`` or ``torch.device("cuda")``."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.partition(":")[0] == "cuda"
 
 
 @contextlib.contextmanager
-def renaming() -> Iterator[None]:
-    """Let helpers take every CUDA device that a model's code names for their own, inside the ``with`` block."""
-    global _renamings
-    _renamings += 1
+def remap_cuda() -> Iterator[None]:
+    """Let workers of calls inside the ``with`` block take CUDA devices in a model's code for their own."""
+    global _active
+    _active += 1
     try:
         yield
     finally:
-        _renamings -= 1
+        _active -= 1
 
 
-def is_renaming() -> bool:
-    """Whether helpers shall do so."""
-    return _renamings > 0
+def is_remapping() -> bool:
+    """Return whether a ``remap_cuda`` block is active."""
+    return _active > 0

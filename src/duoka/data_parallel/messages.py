@@ -1,151 +1,152 @@
-"""What the user's process and its helpers say to each other; tensors travel beside it, these say where they are.
+"""Messages between rank 0 and its workers. Tensors travel separately; messages say where they are.
 
-A ``Place`` is one in shared memory, or, of parameters and buffers that are sent, the number of a bucket.
+A ``Location`` is a place in shared memory, or a bucket where parameters and buffers are broadcast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from duoka.data_parallel.transport.shared_memory import Location, TensorSpec
+from duoka.data_parallel.pickling import Pickled
+from duoka.data_parallel.tensor_layout import Location, TensorSpec
 
 __all__ = [
-    "TorchModes",
-    "BackwardResult",
     "BackwardRequest",
+    "BackwardResult",
+    "BufferPlacement",
+    "ContextFactory",
     "CreateReplica",
     "DeleteReplica",
     "ForwardRequest",
     "ForwardResult",
-    "Pickled",
-    "UpdateAttributes",
-    "ReceiveWeights",
+    "ParameterPlacement",
     "RebindParameters",
+    "ReceiveWeights",
+    "TorchModes",
+    "UpdateAttributes",
 ]
 
-
-class Pickled(NamedTuple):
-    """A pickled object; large buffers lie in the file that travels beside the message."""
-
-    data: bytes
-    sizes: tuple[int, ...] = ()
+BufferPlacement: TypeAlias = tuple[Location, TensorSpec]
+ParameterPlacement: TypeAlias = tuple[Location, TensorSpec, bool]
+"""Location, spec, and ``requires_grad``."""
+ContextFactory: TypeAlias = Callable[[], AbstractContextManager[Any]]
+"""Returns a context manager; workers find the function by name in its module."""
 
 
 class TorchModes(NamedTuple):
-    """The modes of torch around a call that decide what it computes."""
+    """Modes of torch around a call that decide its result."""
 
     grad: bool
     inference: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     autocast_cache: bool
-    default_dtype: torch.dtype
-    deterministic: tuple[bool, bool]
-    precision: str
-    own_device: bool
-    """Whether a CUDA device that the model's code names means the device of whoever computes."""
-    within: Callable[[], AbstractContextManager[Any]] | None = None
-    """What else to enter around the call, by its name in an importable module."""
+    settings: dict[str, Any]
+    """Process-wide settings, see ``utils.torch_settings``."""
+    remap_cuda: bool
+    """Whether a CUDA device named in the model's code means the worker's own device."""
+    context: ContextFactory | None = None
+    """A further context to enter around the call."""
 
 
 class CreateReplica(NamedTuple):
-    """A model, without its tensors: what to build a replica from."""
+    """Create a replica of a model: its structure without tensors, and where the tensors are."""
 
     model: int
     structure: Pickled
-    """The model and the options to compile it with."""
-    parameters: tuple[tuple[Location, TensorSpec, bool], ...]
-    """Place, form, and whether it requires a gradient."""
-    buffers: tuple[tuple[Location, TensorSpec] | None, ...]
-    buckets: tuple[int, ...]
-    """The bytes of each bucket that they are sent in, where they are sent."""
-    path: list[str]
+    """The model, and the options of ``torch.compile``."""
+    parameters: tuple[ParameterPlacement, ...]
+    buffers: tuple[BufferPlacement | None, ...]
+    bucket_nbytes: tuple[int, ...]
+    """Size of each bucket, where parameters and buffers are broadcast."""
+    sys_path: list[str]
 
 
 class UpdateAttributes(NamedTuple):
-    """New values of attributes: for each module by its number, names and values."""
+    """Set attributes; ``values`` maps a module's index to names and values."""
 
     model: int
     values: Pickled
 
 
 class RebindParameters(NamedTuple):
-    """Parameters that lie elsewhere now or do not require a gradient any more, by number; see ``Configure``."""
+    """Use other memory or another ``requires_grad`` for some parameters, by index."""
 
     model: int
-    parameters: dict[int, tuple[Location, TensorSpec, bool]]
+    parameters: dict[int, ParameterPlacement]
 
 
 class ReceiveWeights(NamedTuple):
-    """Buckets of parameters and buffers that are sent now, by number, in this order."""
+    """Receive these buckets of parameters and buffers, in this order."""
 
     model: int
     buckets: tuple[int, ...]
 
 
 class DeleteReplica(NamedTuple):
-    """A model that is gone."""
+    """Delete the replica of a model."""
 
     model: int
 
 
 class ForwardRequest(NamedTuple):
-    """One part of a batch to compute."""
+    """Run the forward on one chunk of a batch."""
 
-    ticket: int
+    call_id: int
     model: int
-    part: int
-    place: Location
+    rank: int
+    location: Location
     nbytes: int
     inputs: tuple[tuple[TensorSpec, bool], ...]
-    """Form, and whether its gradient is wanted."""
+    """Spec of each input, and whether it needs a gradient."""
     arguments: Pickled
-    ambient: TorchModes
+    modes: TorchModes
     seed: int
-    keeps_graph: bool
-    done_with: tuple[int, ...]
-    """Tickets of earlier forwards whose graphs nobody needs any more."""
+    keep_graph: bool
+    released_calls: tuple[int, ...]
+    """Earlier forward calls whose graphs rank 0 has released."""
 
 
 class ForwardResult(NamedTuple):
-    """The answer to ``Forward``."""
+    """Result of a ``ForwardRequest``."""
 
-    place: Location
+    location: Location
     nbytes: int
-    tensors: tuple[tuple[TensorSpec, bool], ...]
-    """Form, and whether it has a graph."""
-    value: Pickled
-    writes: bool
-    """Whether the model writes to its parameters when it is called."""
+    outputs: tuple[tuple[TensorSpec, bool], ...]
+    """Spec of each output, and whether it has a graph."""
+    structure: Pickled
+    """The output value, with placeholders for its tensors."""
+    writes_parameters: bool
+    """Whether the model's forward writes to its parameters."""
 
 
 class BackwardRequest(NamedTuple):
-    """Gradients of a part's outputs, and where to put those of inputs.
+    """Run the backward of one chunk from the gradients of its outputs.
 
-    In shared memory, all are in one region, which those of parameters begin. Where they are sent, ``nbytes`` come with those
-    of outputs, those of parameters go into ``buckets``, each so many bytes of one type, and ``returned`` bytes bring back those
-    of inputs.
+    In shared memory one block holds everything: gradients of parameters, outputs, then inputs. With
+    collectives, ``nbytes`` of output gradients are sent, gradients of parameters are reduced in
+    ``buckets`` (size, dtype), and ``input_nbytes`` of input gradients are sent back.
     """
 
-    ticket: int
-    forward: int
-    place: Location
+    call_id: int
+    forward_call_id: int
+    location: Location
     nbytes: int
     outputs: tuple[TensorSpec | None, ...]
     inputs: tuple[TensorSpec | None, ...]
     buckets: tuple[tuple[int, torch.dtype], ...]
-    returned: int
-    keeps_graph: bool
-    done_with: tuple[int, ...]
+    input_nbytes: int
+    keep_graph: bool
+    released_calls: tuple[int, ...]
 
 
 class BackwardResult(NamedTuple):
-    """The answer to ``Backward``: the numbers of the parameters and inputs that have a gradient."""
+    """Result of a ``BackwardRequest``: indices of the parameters and inputs that have a gradient."""
 
     parameters: tuple[int, ...]
     inputs: tuple[int, ...]
-    apart: Pickled
-    """Gradients of parameters that travel with the message, by number: sparse ones, and any that came too late."""
+    inlined: Pickled
+    """Gradients of parameters inside the message, by index: sparse ones, and late ones."""

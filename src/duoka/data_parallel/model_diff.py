@@ -1,32 +1,33 @@
-"""What a model is made of, besides the values of its tensors, and what of it has changed since it was last looked at.
+"""Snapshot of a model's structure and attributes, and the changes since.
 
-Looking costs some microseconds a module: attributes are compared by identity, and only what can change without becoming
-another object (lists, dictionaries, plain objects, tensors that are no buffers) is compared by what it holds.
+A comparison costs some microseconds a module. Attributes are compared by identity; only values that
+can change in place (lists, dictionaries, plain objects, tensors that are not buffers) are compared
+by content.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from duoka.data_parallel.definitions import globals_of
+__all__ = ["REGISTRIES", "ModelSnapshot", "unwrapped_modules"]
 
-__all__ = ["ModelSnapshot", "modules_of"]
-
-_ATOMS = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type)
-_LOOKED_INTO = 64
-"""Containers with more items than this are compared by length and identity only."""
-_DEPTH = 3
-_OWN = ("_parameters", "_buffers", "_modules")
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+_IMMUTABLE = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type)
+_MAX_ITEMS = 64
+"""Containers with more items are compared by length and identity only."""
+_MAX_DEPTH = 3
 
 
-def modules_of(module: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model, each once, in order; wrappers for data parallelism inside it do not count."""
+def unwrapped_modules(module: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model, each once, in order; wrappers for data parallelism are left out."""
     found: dict[int, nn.Module] = {}
 
     def walk(one: nn.Module | None) -> None:
@@ -42,129 +43,136 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
 
 
 class ModelSnapshot:
-    """A model's modules, parameters, buffers and attributes as they were when it was looked at."""
+    """A model's modules, parameters, buffers and attributes at one time."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.modules = modules_of(module)
+        self.modules = unwrapped_modules(module)
         self.parameters = list(
             {id(p): p for m in self.modules for p in m._parameters.values() if p is not None}.values()
         )
         self._registries = [registry for m in self.modules for registry in (m._parameters, m._modules)]
         self._registered = [tuple(registry.values()) for registry in self._registries]
         self._buffers = [m._buffers for m in self.modules]
-        self._buffer_forms = [_form(buffer) for buffer in self.buffers()]
-        self._kinds = [_kind(m) for m in self.modules]
-        self._globals = [(*where, _freeze(where[0][where[1]], 1)) for where in globals_of(map(type, self.modules))]
+        self._buffer_specs = [_buffer_spec(buffer) for buffer in self.buffers()]
+        self._code = [_code(m) for m in self.modules]
+        self._globals = [
+            (space, name, _fingerprint(space[name], 1)) for space, name in _globals_used_by(map(type, self.modules))
+        ]
         self._attributes = [dict(m.__dict__) for m in self.modules]
-        self._watched = [list(_watched(m)) for m in self.modules]
-        self._empty = [list(_empty(m)) for m in self.modules]
+        self._mutable = [list(_mutable_attributes(m)) for m in self.modules]
+        self._empty = [list(_empty_containers(m)) for m in self.modules]
         self._all_empty = list(chain.from_iterable(self._empty))
 
     def buffers(self) -> list[torch.Tensor | None]:
-        """Return the buffers as they are now, in order, those that are ``None`` too."""
+        """Return the current buffers in order, ``None`` included."""
         return list(chain.from_iterable(buffers.values() for buffers in self._buffers))
 
-    def is_current(self) -> bool:
-        """Whether modules, parameters, and the forms of buffers are still the same."""
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the parameters, and the current buffers that are not ``None``."""
+        return [*self.parameters, *(buffer for buffer in self.buffers() if buffer is not None)]
+
+    def structure_unchanged(self) -> bool:
+        """Return whether modules, parameters, code, and the shapes of buffers are the same."""
         for registry, known in zip(self._registries, self._registered, strict=True):
             if len(registry) != len(known) or not all(map(is_, registry.values(), known)):
                 return False
-        if [_kind(m) for m in self.modules] != self._kinds:
+        if [_code(m) for m in self.modules] != self._code:
             return False
-        if any(name not in space or _freeze(space[name], 1) != held for space, name, held in self._globals):
+        if any(name not in space or _fingerprint(space[name], 1) != known for space, name, known in self._globals):
             return False
-        return list(map(_form, self.buffers())) == self._buffer_forms
+        return list(map(_buffer_spec, self.buffers())) == self._buffer_specs
 
-    def take_changes(self) -> dict[int, dict[str, Any]] | None:
-        """Return the attributes that have changed, by module; ``None`` when it takes more than new values to follow them."""
+    def diff(self) -> dict[int, dict[str, Any]] | None:
+        """Return changed attributes by module index, and update the snapshot.
+
+        ``None`` means that new attribute values are not enough to describe the change.
+        """
         changes: dict[int, dict[str, Any]] = {}
         for index, module in enumerate(self.modules):
-            now, known = module.__dict__, self._attributes[index]
-            if len(now) != len(known) or not all(map(is_, now.values(), known.values())):
-                if now.keys() != known.keys() and not known.keys() <= now.keys():
+            current, known = module.__dict__, self._attributes[index]
+            if len(current) != len(known) or not all(map(is_, current.values(), known.values())):
+                if current.keys() != known.keys() and not known.keys() <= current.keys():
                     return None
-                changes[index] = {k: v for k, v in now.items() if k not in known or v is not known[k]}
-                self._attributes[index] = dict(now)
-            for name, held in self._watched[index]:
-                if name in now and _freeze(now[name], _DEPTH) != held:
-                    changes.setdefault(index, {})[name] = now[name]
+                changes[index] = {k: v for k, v in current.items() if k not in known or v is not known[k]}
+                self._attributes[index] = dict(current)
+            for name, fingerprint in self._mutable[index]:
+                if name in current and _fingerprint(current[name], _MAX_DEPTH) != fingerprint:
+                    changes.setdefault(index, {})[name] = current[name]
         if any(self._all_empty):
-            self._take_filled(changes)
+            self._add_filled(changes)
         if changes:
-            self._look_again(changes)
-        if any(name in _OWN or isinstance(value, nn.Module) for new in changes.values() for name, value in new.items()):
+            self._update(changes)
+        if any(n in REGISTRIES or isinstance(v, nn.Module) for new in changes.values() for n, v in new.items()):
             return None
-        return {index: new for index, values in changes.items() if (new := _sendable(values))}
+        return {index: new for index, values in changes.items() if (new := _without_results(values))}
 
-    def _take_filled(self, changes: dict[int, dict[str, Any]]) -> None:
+    def _add_filled(self, changes: dict[int, dict[str, Any]]) -> None:
+        """Add the containers that were empty and no longer are."""
         for index, module in enumerate(self.modules):
             filled = [container for container in self._empty[index] if container]
             for name, value in module.__dict__.items():
                 if any(value is container for container in filled):
                     changes.setdefault(index, {})[name] = value
 
-    def _look_again(self, changes: dict[int, dict[str, Any]]) -> None:
+    def _update(self, changes: dict[int, dict[str, Any]]) -> None:
         for index in changes:
-            self._watched[index] = list(_watched(self.modules[index]))
-            self._empty[index] = list(_empty(self.modules[index]))
+            self._mutable[index] = list(_mutable_attributes(self.modules[index]))
+            self._empty[index] = list(_empty_containers(self.modules[index]))
         self._all_empty = list(chain.from_iterable(self._empty))
 
 
-def _sendable(values: dict[str, Any]) -> dict[str, Any]:
-    """Without tensors that have a graph: those are results of the last call, not state."""
+def _without_results(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop tensors with a graph: they are results of the last call, not state."""
     return {k: v for k, v in values.items() if not (isinstance(v, torch.Tensor) and v.grad_fn is not None)}
 
 
-def _form(buffer: torch.Tensor | None) -> Any:
+def _buffer_spec(buffer: torch.Tensor | None) -> Any:
     return None if buffer is None else (buffer.shape, buffer.dtype, buffer.device)
 
 
-def _kind(module: nn.Module) -> tuple[type, Any]:
-    """Its class, and the class's forward: in a notebook either may be defined anew."""
+def _code(module: nn.Module) -> tuple[type, Any]:
+    """Return the class and its forward; a notebook cell may redefine either."""
     return type(module), type(module).forward
 
 
-def _watched(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes that can change without becoming another object, and what they hold."""
+def _mutable_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes that can change in place, and their fingerprints."""
     for name, value in module.__dict__.items():
-        if name not in _OWN and not isinstance(value, _ATOMS) and not _is_empty(value):
-            yield name, _freeze(value, _DEPTH)
+        if name not in REGISTRIES and not isinstance(value, _IMMUTABLE) and not _is_empty(value):
+            yield name, _fingerprint(value, _MAX_DEPTH)
 
 
-def _empty(module: nn.Module) -> Iterator[Any]:
-    """The empty containers, most of them registries of hooks: one glance at all of them tells that nothing was put in."""
-    return (value for name, value in module.__dict__.items() if name not in _OWN and _is_empty(value))
+def _empty_containers(module: nn.Module) -> Iterator[Any]:
+    """Yield the empty containers, mostly registries of hooks; one ``any`` over all of them finds a change."""
+    return (value for name, value in module.__dict__.items() if name not in REGISTRIES and _is_empty(value))
 
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, dict | list | set) and not value
 
 
-def _freeze(value: Any, depth: int) -> Any:
-    """What to compare a value by; it keeps the objects that it names alive, so that identities stay true."""
-    if isinstance(value, _ATOMS):
+def _fingerprint(value: Any, depth: int) -> Any:
+    """Return a key for comparing a value; it keeps objects alive, so that their identities stay unique."""
+    if isinstance(value, _IMMUTABLE):
         return type(value), value
     if isinstance(value, torch.Tensor):
         return _Identity(value), value._version, value.data_ptr() if value.layout is torch.strided else 0
-    if isinstance(value, nn.Module) or callable(value):
-        return _Identity(value)
-    if depth == 0:
+    if isinstance(value, nn.Module) or callable(value) or depth == 0:
         return _Identity(value)
     if isinstance(value, dict):
-        items = value.items() if len(value) <= _LOOKED_INTO else ()
-        return _Identity(value), len(value), [(k, _freeze(v, depth - 1)) for k, v in items]
+        pairs = value.items() if len(value) <= _MAX_ITEMS else ()
+        return _Identity(value), len(value), [(k, _fingerprint(v, depth - 1)) for k, v in pairs]
     if isinstance(value, list | tuple | set | frozenset):
-        return (
-            _Identity(value),
-            len(value),
-            [_freeze(v, depth - 1) for v in (value if len(value) <= _LOOKED_INTO else ())],
-        )
-    inside = getattr(value, "__dict__", None)
-    return (_Identity(value), _freeze(inside, depth - 1)) if isinstance(inside, dict) else _Identity(value)
+        items = value if len(value) <= _MAX_ITEMS else ()
+        return _Identity(value), len(value), [_fingerprint(v, depth - 1) for v in items]
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict):
+        return _Identity(value), _fingerprint(attributes, depth - 1)
+    return _Identity(value)
 
 
 class _Identity:
-    """Equal to another only if both name the very same object."""
+    """Equal to another only if both hold the same object."""
 
     __slots__ = ("value",)
 
@@ -176,3 +184,51 @@ class _Identity:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+def _globals_used_by(classes: Iterable[type]) -> list[tuple[dict[str, Any], str]]:
+    """Return the globals that methods of user-defined classes read, directly or not: (namespace, name).
+
+    Workers receive code of the user's main module by value, with the values of its globals at that
+    time. In a notebook these may change at any time, so the snapshot watches them.
+    """
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    seen: set[int] = set()
+
+    def visit(function: FunctionType) -> None:
+        if id(function) in seen or not _is_pickled_by_value(function):
+            return
+        seen.add(id(function))
+        space = function.__globals__
+        for name in _names_in(function.__code__):
+            if name in space and not isinstance(space[name], ModuleType):
+                found[id(space), name] = space, name
+                for inner in _functions_of(space[name]):
+                    visit(inner)
+
+    for cls in {base for one in classes for base in one.__mro__}:
+        for function in _functions_of(cls):
+            visit(function)
+    return list(found.values())
+
+
+def _functions_of(value: Any) -> Iterator[FunctionType]:
+    if isinstance(value, FunctionType):
+        yield value
+    elif isinstance(value, type) and _is_pickled_by_value(value):
+        for item in vars(value).values():
+            inner = getattr(item, "__func__", getattr(item, "fget", item))
+            if isinstance(inner, FunctionType):
+                yield inner
+
+
+def _is_pickled_by_value(value: Any) -> bool:
+    """Return whether workers cannot import the class or function."""
+    return value.__module__ == "__main__" or value.__module__ not in sys.modules
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)

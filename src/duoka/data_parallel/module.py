@@ -1,57 +1,67 @@
-"""``DataParallel``, the drop-in class: a wrapped model that computes each batch on several devices at once."""
+"""``DataParallel``, the ``nn.Module`` that users see: it runs a wrapped model on several devices at once."""
 
 from __future__ import annotations
 
 import copy
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from duoka.data_parallel import scatter_gather
 from duoka.data_parallel.controller import Controller
-from duoka.data_parallel.part import MaybeCompiled
+from duoka.data_parallel.replica import MaybeCompiled
+from duoka.data_parallel.scatter_gather import extract_tensors, insert_tensors
 from duoka.devices import resolve
+from duoka.devices.spec import DeviceSpec, reconcile
 from duoka.errors import ConfigError, UnsupportedError
+from duoka.utils.text import did_you_mean, join_names
 
-__all__ = ["DataParallel", "own_steps", "rebuilt"]
+__all__ = ["DataParallel", "devices_of", "overridden_steps", "restore_from_state", "state_of"]
 
-_one_at_a_time = threading.Lock()
+_OPTIONS = ("module", "device_ids", "output_device", "dim", "devices", "device", "compile")
 _PRIVATE = "_duoka_"
-
-DeviceSpec = str | int | torch.device | Sequence[str | int | torch.device] | None
+_start_lock = threading.Lock()
 
 
 class DataParallel(nn.DataParallel[nn.Module]):
-    """Computes each batch on several devices, from this process, and leaves everything else as it is with one.
+    """Runs a model on several devices, from this process; everything else stays as with one device.
 
-    ``forward`` splits the batch, every device computes its part on a replica of the model, and the outputs are joined;
-    ``backward`` brings the gradients of all parts to the parameters of the wrapped model. Optimiser, clipping, accumulation,
-    hooks, ``state_dict`` and the attributes of the wrapped model work as without the wrapper. The first device is this
-    process; each further one has a helper process, started by the first call and shared by all wrapped models.
+    ``forward`` splits the batch. Each device computes its chunk on a replica of the model, and the
+    outputs are concatenated; ``backward`` sums the gradients of all chunks in the wrapped model's
+    parameters. Optimizers, clipping, accumulation, hooks, ``state_dict`` and the wrapped model's
+    attributes work as without the wrapper. This process drives the first device; each further
+    device has a worker process, which the first call starts and all wrapped models share.
 
-    Inputs of the batch's size along ``dim`` are split, all others go to every device whole; so with a batch smaller than the
-    number of devices, fewer are used. Outputs are concatenated along ``dim``; numbers become a vector with one from
-    each device, as with ``torch.nn.DataParallel``. Buffers are those of the first device's part.
+    Inputs whose size along ``dim`` is the batch size are split; every device gets all others whole.
+    A batch smaller than the number of devices uses fewer devices. Outputs are concatenated along
+    ``dim``; scalars become a vector with one item per device, as with ``torch.nn.DataParallel``.
+    Buffers are those of the first device's chunk.
 
     Args:
-        module: the model; its parameters stay the same objects. Where devices are CPU workers their values move into memory
-            that the processes share.
-        device_ids: the devices, as in ``torch.nn.DataParallel``, or in the device grammar; or use ``devices``.
-        output_device: kept for scripts that give it; outputs are on the first device.
-        dim: the dimension of the batch.
-        devices: the device grammar: ``"auto"``, ``"all"``, ``"0,1"``, ``"cpu:2"``, ``torch.device`` or a list of these.
-        compile: whether every device compiles its part with ``torch.compile``: ``True``, or that function's keyword arguments,
-            such as ``{"mode": "max-autotune"}``. The wrapped model itself and its ``state_dict`` stay as they are.
+        module: the model. Its parameters stay the same objects; for CPU workers their values move
+            into memory that the processes share.
+        device_ids: devices as for ``torch.nn.DataParallel``, or in duoka's device grammar.
+        output_device: accepted for existing scripts; outputs are on the first device.
+        dim: the batch dimension.
+        devices: devices in the device grammar: ``"auto"`` (the default), ``"all"``, ``"0,1"``,
+            ``"cpu:2"``, ``torch.device`` or a list of these.
+        device: another name of ``devices``.
+        compile: whether every device compiles the model with ``torch.compile``: ``True``, or that
+            function's keyword arguments, such as ``{"mode": "max-autotune"}``. The wrapped model
+            and its ``state_dict`` stay as they are.
 
     Raises:
-        what the model raises on any device, as its own type, the remote traceback being its cause; WorkerDied when a helper
-        process ends; UnsupportedError for a backward with ``create_graph=True``, and for a subclass with a ``scatter``,
-            ``replicate``, ``parallel_apply`` or ``gather`` of its own; DeviceError for devices that are not there.
+        WorkerDied: a worker process has died.
+        UnsupportedError: a backward with ``create_graph=True``, or a subclass that overrides
+            ``scatter``, ``replicate``, ``parallel_apply`` or ``gather``.
+        DeviceError: a device does not exist.
+
+    What the model raises on any device is raised here as its own type; a remote traceback is its
+    cause.
 
     Example:
         >>> import torch, duoka
@@ -72,60 +82,63 @@ class DataParallel(nn.DataParallel[nn.Module]):
         output_device: int | torch.device | None = None,
         dim: int = 0,
         *,
-        devices: DeviceSpec = "auto",
-        compile: bool | Mapping[str, Any] = False,  # noqa: A002 - torch's own word
+        devices: DeviceSpec = None,
+        device: DeviceSpec = None,
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 - torch's own name
         **others: Any,
     ) -> None:
         nn.Module.__init__(self)
-        _check_given(module, others)
-        chosen = _chosen(device_ids, devices)
-        if len(chosen) > 1:
-            _refuse_own_steps(type(self))
+        _check_options(others)
+        _check_module(module)
+        resolved = _resolve_devices(device_ids, reconcile(device, devices, None))
+        if len(resolved) > 1:
+            _check_overridden_steps(type(self))
         self.module = module
         self.dim = dim
-        self.device_ids = [index if one.type == "cpu" else one.index for index, one in enumerate(chosen)]
+        self.device_ids = [index if one.type == "cpu" else one.index for index, one in enumerate(resolved)]
         self.output_device = self.device_ids[0] if output_device is None else output_device  # type: ignore[assignment]
-        self.src_device_obj = chosen[0]
-        self._duoka_devices = chosen
-        self._duoka_part = MaybeCompiled(compile)
-        self._duoka_engine: Controller | None = None
-        self._duoka_end: Any = None
+        self.src_device_obj = resolved[0]
+        self._duoka_devices = resolved
+        self._duoka_compiler = MaybeCompiled(compile)
+        self._duoka_controller: Controller | None = None
+        self._duoka_finalizer: Any = None
         self.training = module.training
-        if chosen[0].type != "cpu":
-            module.to(chosen[0])
+        if resolved[0].type != "cpu":
+            module.to(resolved[0])
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Compute the wrapped model's forward, each device its part."""
+        """Run the wrapped model's forward, each device on its chunk of the batch."""
         if len(self._duoka_devices) == 1:
             if self._duoka_devices[0].type != "cpu":
-                inputs, kwargs = _on(self._duoka_devices[0], inputs, kwargs)
-            return self._duoka_part.of(self.module)(*inputs, **kwargs)
-        with _one_at_a_time:  # two threads that come first at once are not to have an engine each
-            engine = self._duoka_engine
-            if engine is None:
-                engine = self._duoka_engine = Controller(self._duoka_devices, self.dim, self._duoka_part)
-                self._duoka_end = weakref.finalize(self, engine.close_later)
-                self._duoka_end.atexit = False
-        return engine.run(self.module, inputs, kwargs)
+                inputs, kwargs = _to_device(self._duoka_devices[0], inputs, kwargs)
+            return self._duoka_compiler.function(self.module)(*inputs, **kwargs)
+        with _start_lock:  # two threads may make the first call at once
+            controller = self._duoka_controller
+            if controller is None:
+                controller = Controller(self._duoka_devices, self.dim, self._duoka_compiler)
+                self._duoka_controller = controller
+                self._duoka_finalizer = weakref.finalize(self, controller.close_after_graphs)
+                self._duoka_finalizer.atexit = False
+        return controller.run(self.module, inputs, kwargs)
 
     def close(self) -> None:
-        """Give the helper processes back; the wrapped model stays as it is. A later call starts them again."""
-        if self._duoka_engine is not None:
-            self._duoka_end.detach()
-            self._duoka_engine.close()
-            self._duoka_engine = None
+        """Release the worker processes; the wrapped model stays as it is. A later call starts them again."""
+        if self._duoka_controller is not None:
+            self._duoka_finalizer.detach()
+            self._duoka_controller.close()
+            self._duoka_controller = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the wrapped model's own state, without ``module.`` in its names."""
+        """Return the wrapped model's own state, without the prefix ``module.``."""
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state with or without ``module.`` in its names."""
-        return self.module.load_state_dict(_own_names(state_dict, self.module), strict=strict, assign=assign)
+        """Load a state with or without the prefix ``module.``."""
+        return self.module.load_state_dict(_strip_module_prefix(state_dict, self.module), strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Let a model with a wrapped part load what its own prefix-free ``state_dict`` says."""
-        _add_own_name(state_dict, prefix)
+        """Load a state without ``module.`` into a wrapped part of a model."""
+        _add_module_prefix(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getattr__(self, name: str) -> Any:
@@ -137,7 +150,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
         return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set it where it is: what the wrapped model has and the wrapper has not belongs to the wrapped model."""
+        """Set an attribute that only the wrapped model has on the wrapped model."""
         module = self.__dict__.get("_modules", {}).get("module")
         if module is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(module, name):
             super().__setattr__(name, value)
@@ -148,116 +161,122 @@ class DataParallel(nn.DataParallel[nn.Module]):
         double = type(self).__new__(type(self))
         memo[id(self)] = double
         double.__dict__.update({name: value for name, value in vars(self).items() if name.startswith(_PRIVATE)})
-        return rebuilt(double, self._duoka_devices, self._duoka_part.options, copy.deepcopy(self._duoka_state(), memo))
+        state = copy.deepcopy(state_of(self), memo)
+        return restore_from_state(double, self._duoka_devices, self._duoka_compiler.options, state)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self._duoka_devices, self._duoka_part.options, self._duoka_state())
-
-    def _duoka_state(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith(_PRIVATE)}
+        return _rebuild, (type(self), self._duoka_devices, self._duoka_compiler.options, state_of(self))
 
 
-def _chosen(device_ids: DeviceSpec, devices: DeviceSpec) -> tuple[torch.device, ...]:
-    """Return the devices that either names; the second argument may be of the device grammar, too."""
+def devices_of(wrapper: DataParallel) -> tuple[torch.device, ...]:
+    """Return the devices of a wrapper."""
+    return wrapper._duoka_devices
+
+
+def state_of(wrapper: DataParallel) -> dict[str, Any]:
+    """Return a wrapper's attributes, without devices and workers."""
+    return {name: value for name, value in vars(wrapper).items() if not name.startswith(_PRIVATE)}
+
+
+def restore_from_state(
+    wrapper: DataParallel,
+    devices: tuple[torch.device, ...],
+    compile_options: Mapping[str, Any] | None,
+    state: dict[str, Any],
+) -> DataParallel:
+    """Fill an empty wrapper from what ``state_of`` returned."""
+    wrapper.__dict__.update(state)
+    wrapper.__dict__.update(
+        _duoka_devices=devices,
+        _duoka_compiler=MaybeCompiled(compile_options),
+        _duoka_controller=None,
+        _duoka_finalizer=None,
+    )
+    return wrapper
+
+
+def overridden_steps(cls: type) -> list[str]:
+    """Return the steps of ``nn.DataParallel.forward`` that a subclass overrides; duoka does not call them."""
+    names = ("scatter", "replicate", "parallel_apply", "gather")
+    return [name for name in names if getattr(cls, name) is not getattr(nn.DataParallel, name)]
+
+
+def _rebuild(
+    cls: type[DataParallel],
+    devices: tuple[torch.device, ...],
+    compile_options: Mapping[str, Any] | None,
+    state: dict[str, Any],
+) -> DataParallel:
+    """Return an unpickled wrapper; its devices must exist here."""
+    wrapper = restore_from_state(cls.__new__(cls), resolve(list(devices)).devices, compile_options, state)
+    if devices[0].type != "cpu":
+        wrapper.module.to(devices[0])
+    return wrapper
+
+
+def _resolve_devices(device_ids: DeviceSpec, devices: DeviceSpec) -> tuple[torch.device, ...]:
+    """Return the devices that either argument names; ``device_ids`` may use the device grammar too."""
     if device_ids is None:
-        return resolve(devices).devices
-    if devices != "auto":
+        return resolve("auto" if devices is None else devices).devices
+    if devices is not None:
         raise ConfigError(f"device_ids={device_ids!r} and devices={devices!r} both name devices. Give one of them.")
     if isinstance(device_ids, int):
         raise ConfigError(
-            f"device_ids={device_ids!r} is one number; for device {device_ids} alone write devices='{device_ids}', for two "
-            "devices devices='0,1'"
+            f"device_ids={device_ids!r} is ambiguous: write devices='{device_ids}' for device {device_ids} alone, or "
+            "devices='0,1' for two devices"
         )
     return resolve(device_ids if isinstance(device_ids, str | torch.device) else list(device_ids)).devices
 
 
-def _on(
-    device: torch.device, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a model is given with all tensors on its device, where ``torch.nn.DataParallel`` brings them too."""
-    if not kwargs and all(type(value) is torch.Tensor and value.device == device for value in inputs):
-        return inputs, kwargs
-    tensors, arguments = scatter_gather.take_out((inputs, kwargs))
-    moved: tuple[tuple[Any, ...], dict[str, Any]] = scatter_gather.fill(
-        arguments, [tensor.to(device, non_blocking=True) for tensor in tensors]
-    )
-    return moved
-
-
-def _check_given(module: Any, others: Mapping[str, Any]) -> None:
-    """Say what is wrong with the arguments, which nothing else would say before the first call."""
+def _check_options(others: Mapping[str, Any]) -> None:
     for name, value in others.items():
-        meant = (
-            f"; did you mean devices={value!r}?"
-            if name == "device"
-            else ": module, devices, dim and compile are its own"
-        )
-        raise ConfigError(f"DataParallel has no option {name!r}{meant}")
+        hint = did_you_mean(name, _OPTIONS) or f"it takes {join_names(_OPTIONS)}"
+        raise ConfigError(f"{name}={value!r} is not an option of DataParallel; {hint}")
+
+
+def _check_module(module: Any) -> None:
     if isinstance(module, type):
         name = module.__name__
         raise ConfigError(
-            f"DataParallel wraps a model, and {name} is its class: make one first, DataParallel({name}(...))"
+            f"module={name} is a class, and DataParallel wraps a model: create one first, DataParallel({name}(...))"
         )
     if isinstance(module, nn.DataParallel | DistributedDataParallel) and not isinstance(module, DataParallel):
         raise ConfigError(
-            f"the model is wrapped in torch's {type(module).__name__} already; give the model itself, model.module"
+            f"the model is already wrapped in torch's {type(module).__name__}; give the model itself, model.module"
         )
     if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"DataParallel wraps a torch.nn.Module, and was given a {type(module).__name__}: {module!r:.80}"
-        )
+        raise ConfigError(f"module={module!r:.80} is a {type(module).__name__}; it must be a torch.nn.Module")
 
 
-def own_steps(kind: type) -> list[str]:
-    """Return which steps of ``nn.DataParallel``'s forward the subclass ``kind`` has of its own; they would not be called."""
-    names = ("scatter", "replicate", "parallel_apply", "gather")
-    return [name for name in names if getattr(kind, name) is not getattr(nn.DataParallel, name)]
-
-
-def _refuse_own_steps(kind: type) -> None:
-    if names := own_steps(kind):
+def _check_overridden_steps(cls: type) -> None:
+    if names := overridden_steps(cls):
         raise UnsupportedError(
-            f"{kind.__name__} has a {' and a '.join(names)} of its own, which nn.DataParallel's forward calls and this one "
-            "does not: parts are nearly equal, and outputs are joined. Leave that out (to change what goes in or comes out, "
-            "override forward and call super().forward), or keep torch.nn.DataParallel"
+            f"{cls.__name__} overrides {join_names(names)}, which nn.DataParallel's forward calls and duoka's does not: "
+            "it splits the batch nearly equally, and concatenates outputs. Remove the override (to change inputs or "
+            "outputs, override forward and call super().forward), or keep torch.nn.DataParallel"
         )
 
 
-def _rebuild(
-    kind: type[DataParallel],
-    devices: tuple[torch.device, ...],
-    options: Mapping[str, Any] | None,
-    state: dict[str, Any],
-) -> DataParallel:
-    """Return what was pickled, of its own class, on devices that must be there."""
-    double = rebuilt(kind.__new__(kind), resolve(list(devices)).devices, options, state)
-    if devices[0].type != "cpu":
-        double.module.to(devices[0])
-    return double
+def _to_device(
+    device: torch.device, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with all tensors on ``device``, as ``torch.nn.DataParallel`` does."""
+    if not kwargs and all(type(value) is torch.Tensor and value.device == device for value in inputs):
+        return inputs, kwargs
+    tensors, arguments = extract_tensors((inputs, kwargs))
+    moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    args, kwargs = insert_tensors(arguments, moved)
+    return args, kwargs
 
 
-def rebuilt(
-    double: DataParallel,
-    devices: tuple[torch.device, ...],
-    options: Mapping[str, Any] | None,
-    state: dict[str, Any],
-) -> DataParallel:
-    """Fill an empty wrapper; what a subclass has beside is among the state."""
-    double.__dict__.update(state)
-    double.__dict__.update(
-        _duoka_devices=devices, _duoka_part=MaybeCompiled(options), _duoka_engine=None, _duoka_end=None
-    )
-    return double
-
-
-def _own_names(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
-    """Take ``module.`` off the names if the wrapped model knows them only without it."""
+def _strip_module_prefix(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    """Remove ``module.`` from the names if the wrapped model has only the names without it."""
     names = module.state_dict().keys()
     if not state or any(name in names for name in state) or not all(name.startswith("module.") for name in state):
         return state
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _add_own_name(state: dict[str, Any], prefix: str) -> None:
+def _add_module_prefix(state: dict[str, Any], prefix: str) -> None:
     for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}module.")]:
         state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -1,4 +1,4 @@
-"""Where the time of the user's process goes while models are computed in parts."""
+"""Timers of rank 0's overhead while models run in parallel: transfers, and waits for workers."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-__all__ = ["CLOCK", "Clock"]
+__all__ = ["TIMERS", "Timers"]
 
 
-class Clock:
-    """Seconds that the user's process has spent on moving tensors and messages, and on waiting for helpers."""
+class Timers:
+    """Seconds that rank 0 has spent on moving tensors and messages, and on waiting for workers."""
 
     def __init__(self) -> None:
-        self.moving = 0.0
-        self.waiting = 0.0
+        self.transfer_s = 0.0
+        self.wait_s = 0.0
 
     @contextlib.contextmanager
-    def moves(self) -> Iterator[None]:
-        """The ``with`` block moves something; what of it is spent on waiting counts as waiting."""
-        begun, waited = time.perf_counter(), self.waiting
+    def transfer(self) -> Iterator[None]:
+        """Count the ``with`` block as transfer; waits inside it count as waits."""
+        begun, waited = time.perf_counter(), self.wait_s
         try:
             yield
         finally:
-            self.moving += time.perf_counter() - begun - (self.waiting - waited)
+            self.transfer_s += time.perf_counter() - begun - (self.wait_s - waited)
 
     @contextlib.contextmanager
-    def waits(self) -> Iterator[None]:
-        """The ``with`` block waits for a helper."""
+    def wait(self) -> Iterator[None]:
+        """Count the ``with`` block as a wait for workers."""
         begun = time.perf_counter()
         try:
             yield
         finally:
-            self.waiting += time.perf_counter() - begun
+            self.wait_s += time.perf_counter() - begun
 
 
-CLOCK = Clock()
+TIMERS = Timers()

@@ -1,4 +1,4 @@
-"""What a helper of the mirror engine does: keeps replicas, computes parts forward and backward, and answers."""
+"""Worker loop of ``DataParallel``: keeps replicas, runs forward and backward on chunks, and sends results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from duoka.data_parallel import call_context, scatter_gather
+from duoka.data_parallel.call_context import apply_modes, preserve_modes
 from duoka.data_parallel.messages import (
     BackwardRequest,
     BackwardResult,
@@ -18,186 +18,192 @@ from duoka.data_parallel.messages import (
     DeleteReplica,
     ForwardRequest,
     ForwardResult,
-    Pickled,
     RebindParameters,
     ReceiveWeights,
     UpdateAttributes,
 )
-from duoka.data_parallel.replica import Replica, unpack
+from duoka.data_parallel.pickling import Pickled, unpickle
+from duoka.data_parallel.replica import Replica
+from duoka.data_parallel.scatter_gather import extract_tensors, insert_tensors
 from duoka.data_parallel.transport.base import BackwardTask, WorkerConfig, WorkerTransport
 from duoka.data_parallel.transport.collective import CollectiveWorkerTransport
 from duoka.data_parallel.transport.shared import SharedWorkerTransport
+from duoka.utils.rng_state import seed_all
 from duoka.workers import WorkerChannel, exceptions
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload, dumps
 
-__all__ = ["serve"]
+__all__ = ["worker_loop"]
 
 
 @contextlib.contextmanager
-def serve(post: WorkerConfig, line: WorkerChannel) -> Iterator[None]:
-    """Answer until the owner ends the conversation."""
-    torch.set_num_threads(post.threads)
-    if post.device.type != "cpu":
-        torch.accelerator.set_device_index(post.device)
-    with call_context.kept(post.device):
-        server = _RequestHandler(line, _side(post, line))
-        while (message := line.receive()).kind != "finish":
-            server.take(message)
-    server.close()
-    del server
+def worker_loop(config: WorkerConfig, channel: WorkerChannel) -> Iterator[None]:
+    """Handle messages until rank 0 ends the session."""
+    torch.set_num_threads(config.num_threads)
+    if config.device.type != "cpu":
+        torch.accelerator.set_device_index(config.device)
+    with preserve_modes():
+        handler = _RequestHandler(channel, _new_transport(config, channel))
+        while (message := channel.receive()).kind != "finish":
+            handler.handle(message)
+    handler.close()
+    del handler
     yield
 
 
-def _side(post: WorkerConfig, line: WorkerChannel) -> WorkerTransport:
-    if post.meeting is None:
-        return SharedWorkerTransport(post.device, line)
-    return CollectiveWorkerTransport(post.device, line, post.meeting)
+def _new_transport(config: WorkerConfig, channel: WorkerChannel) -> WorkerTransport:
+    if config.rendezvous is None:
+        return SharedWorkerTransport(config.device, channel)
+    return CollectiveWorkerTransport(config.device, channel, config.rendezvous)
 
 
 class _SavedGraph(NamedTuple):
-    """What a forward leaves for its backward."""
+    """The part of a forward that its backward needs."""
 
     replica: Replica
-    plan: Any
+    gradient_layout: Any
     inputs: list[torch.Tensor]
     outputs: dict[int, torch.Tensor]
 
 
 class _RequestHandler:
-    def __init__(self, line: WorkerChannel, side: WorkerTransport) -> None:
-        self._line, self._side = line, side
+    def __init__(self, channel: WorkerChannel, transport: WorkerTransport) -> None:
+        self._channel, self._transport = channel, transport
         self._replicas: dict[int, Replica] = {}
-        self._kept: dict[int, _SavedGraph] = {}
-        self._failed: dict[int, BaseException] = {}
+        self._graphs: dict[int, _SavedGraph] = {}
+        self._errors: dict[int, BaseException] = {}
+        """Failures to create or update a replica, by model; its next forward raises them."""
 
-    def take(self, message: Message) -> None:
-        if self._side.takes(message):
+    def handle(self, message: Message) -> None:
+        if self._transport.try_handle(message):
             return
         request = pickle.loads(message.payload.data)
         if isinstance(request, CreateReplica):
-            self._configure(request, message.payload.fd)
+            self._create_replica(request, message.payload.fd)
         elif isinstance(request, DeleteReplica):
             self._replicas.pop(request.model, None)
-            self._side.forget(request.model)
+            self._transport.delete_model(request.model)
         elif isinstance(request, ReceiveWeights):
-            self._side.refresh(request)
+            self._transport.receive_weights(request)
         elif isinstance(request, UpdateAttributes | RebindParameters):
-            self._change(request, message.payload.fd)
+            self._update_replica(request, message.payload.fd)
         else:
-            self._answer(request, message.payload.fd)
+            self._compute(request, message.payload.fd)
 
     def close(self) -> None:
         self._replicas.clear()
-        self._kept.clear()
-        self._side.close()
+        self._graphs.clear()
+        self._transport.close()
 
-    def _configure(self, request: CreateReplica, fd: int | None) -> None:
-        self._failed.pop(request.model, None)
-        sys.path[:] = request.path
+    def _create_replica(self, request: CreateReplica, fd: int | None) -> None:
+        self._errors.pop(request.model, None)
+        sys.path[:] = request.sys_path
         try:
-            self._replicas[request.model] = Replica(request, fd, self._side)
-        except Exception as error:  # said when it is asked to compute
-            self._failed[request.model] = error
+            self._replicas[request.model] = Replica(request, fd, self._transport)
+        except Exception as error:
+            self._errors[request.model] = error
 
-    def _change(self, request: UpdateAttributes | RebindParameters, fd: int | None) -> None:
+    def _update_replica(self, request: UpdateAttributes | RebindParameters, fd: int | None) -> None:
         try:
             replica = self._replicas[request.model]
             if isinstance(request, UpdateAttributes):
-                replica.patch(request.values, fd)
+                replica.update_attributes(request.values, fd)
             else:
-                replica.reseat(request)
+                replica.rebind_parameters(request)
         except Exception as error:
-            self._failed.setdefault(request.model, error)
+            self._errors.setdefault(request.model, error)
 
-    def _answer(self, request: ForwardRequest | BackwardRequest, fd: int | None) -> None:
-        """Compute, and say what came of it. Only what the user's code may fail in is forgiven; the transport's failures end."""
-        for ticket in request.done_with:
-            self._kept.pop(ticket, None)
+    def _compute(self, request: ForwardRequest | BackwardRequest, fd: int | None) -> None:
+        """Run a request and send the result.
+
+        An exception of user code is sent to rank 0; one of the transport ends the worker.
+        """
+        for call_id in request.released_calls:
+            self._graphs.pop(call_id, None)
         try:
-            answer, payload = (
+            result, payload = (
                 self._forward(request, fd) if isinstance(request, ForwardRequest) else self._backward(request)
             )
-        except _Failed as failed:
-            self._line.send(f"raised:{request.ticket}", exceptions.serialize_exception(failed.error))
-            self._side.settle(is_answered=False)
+        except _UserError as failed:
+            self._channel.send(f"error:{request.call_id}", exceptions.serialize_exception(failed.error))
+            self._transport.flush(succeeded=False)
             return
-        self._line.send(f"answer:{request.ticket}", Payload(pickle.dumps(answer), fd=payload.fd))
+        self._channel.send(f"result:{request.call_id}", Payload(pickle.dumps(result), fd=payload.fd))
         payload.close()
-        self._side.settle(is_answered=True)
+        self._transport.flush(succeeded=True)
 
     def _forward(self, request: ForwardRequest, fd: int | None) -> tuple[ForwardResult, Payload]:
-        inputs = self._side.inputs(request)
-        with _forgiving():
-            return self._compute(request, inputs, fd)
+        inputs = self._transport.receive_inputs(request)
+        with _capture_user_errors():
+            return self._run_forward(request, inputs, fd)
 
-    def _compute(
+    def _run_forward(
         self, request: ForwardRequest, inputs: list[torch.Tensor], fd: int | None
     ) -> tuple[ForwardResult, Payload]:
-        if request.model in self._failed:
-            raise self._failed[request.model]
+        if request.model in self._errors:
+            raise self._errors[request.model]
         replica = self._replicas[request.model]
-        replica.restore()
-        for tensor, (_, wants) in zip(inputs, request.inputs, strict=True):
-            tensor.requires_grad_(wants)
-        args, kwargs = scatter_gather.fill(unpack(request.arguments, fd, self._side.device), inputs)
-        call_context.seed_all(request.seed)
-        with call_context.entered(request.ambient, self._side.device):
-            value = exceptions.call_user_code(replica.compute, *args, **kwargs)
-        outputs, skeleton = scatter_gather.take_out(value, request.part)
-        with_graph = {i: t for i, t in enumerate(outputs) if t.requires_grad} if request.keeps_graph else {}
-        packed = dumps(skeleton)
+        replica.reset_to_owner_state()
+        for tensor, (_, needs_gradient) in zip(inputs, request.inputs, strict=True):
+            tensor.requires_grad_(needs_gradient)
+        args, kwargs = insert_tensors(unpickle(request.arguments, fd, self._transport.device), inputs)
+        seed_all(request.seed)
+        with apply_modes(request.modes, self._transport.device):
+            value = exceptions.call_user_code(replica.forward, *args, **kwargs)
+        outputs, structure = extract_tensors(value, request.rank)
+        with_graph = {i: t for i, t in enumerate(outputs) if t.requires_grad} if request.keep_graph else {}
+        payload = dumps(structure)
         if with_graph:
-            self._kept[request.ticket] = _SavedGraph(replica, replica.plan, inputs, with_graph)
-        place, nbytes, pieces = self._side.put(outputs)
-        forms = tuple((piece, index in with_graph) for index, piece in enumerate(pieces))
-        return ForwardResult(
-            place, nbytes, forms, Pickled(packed.data, packed.sizes), replica.look_for_writes()
-        ), packed
+            self._graphs[request.call_id] = _SavedGraph(replica, replica.gradient_layout, inputs, with_graph)
+        location, nbytes, specs = self._transport.stage_outputs(outputs)
+        output_specs = tuple((spec, index in with_graph) for index, spec in enumerate(specs))
+        writes = replica.detect_parameter_writes()
+        return ForwardResult(location, nbytes, output_specs, Pickled.of(payload), writes), payload
 
     def _backward(self, request: BackwardRequest) -> tuple[BackwardResult, Payload]:
-        task = self._side.task(request)
+        task = self._transport.start_backward(request)
         try:
-            with _forgiving():
-                return self._compute_backward(request, task)
+            with _capture_user_errors():
+                return self._run_backward(request, task)
         finally:
             task.finish()
 
-    def _compute_backward(self, request: BackwardRequest, task: BackwardTask) -> tuple[BackwardResult, Payload]:
-        wanted = [index for index, piece in enumerate(request.outputs) if piece is not None]
-        if not wanted:  # this device had no part, or nothing of it is used
+    def _run_backward(self, request: BackwardRequest, task: BackwardTask) -> tuple[BackwardResult, Payload]:
+        wanted = [index for index, spec in enumerate(request.outputs) if spec is not None]
+        if not wanted:  # this worker had no chunk, or the loss does not use its outputs
             return BackwardResult((), (), Pickled(b"")), Payload(b"")
-        kept = self._kept.get(request.forward)
-        if kept is None or not kept.outputs.keys() >= set(wanted):
+        graph = self._graphs.get(request.forward_call_id)
+        if graph is None or not graph.outputs.keys() >= set(wanted):
             raise RuntimeError(
-                "Trying to backward through the graph a second time: what it needs has been freed by the first. "
+                "Trying to backward through the graph a second time: the first backward has freed its tensors. "
                 "Specify retain_graph=True if you need to backward through the graph again."
             )
-        with kept.replica.gradients_to(task, kept.plan):
+        with graph.replica.gradients_to(task, graph.gradient_layout):
+            outputs = [graph.outputs[index] for index in wanted]
             exceptions.call_user_code(
-                torch.autograd.backward, [kept.outputs[i] for i in wanted], task.given, retain_graph=request.keeps_graph
+                torch.autograd.backward, outputs, task.output_gradients, retain_graph=request.keep_graph
             )
-        inputs = task.put_inputs([tensor.grad for tensor in kept.inputs])
-        for tensor in kept.inputs:
+        inputs = task.return_input_gradients([tensor.grad for tensor in graph.inputs])
+        for tensor in graph.inputs:
             tensor.grad = None
-        if not request.keeps_graph:
+        if not request.keep_graph:
             for index in wanted:
-                del kept.outputs[index]
-            if not kept.outputs:
-                del self._kept[request.forward]
-        payload = dumps(task.apart) if task.apart else Payload(b"")
-        return BackwardResult(tuple(task.taken), inputs, Pickled(payload.data, payload.sizes)), payload
+                del graph.outputs[index]
+            if not graph.outputs:
+                del self._graphs[request.forward_call_id]
+        payload = dumps(task.inlined) if task.inlined else Payload(b"")
+        return BackwardResult(tuple(task.accepted), inputs, Pickled.of(payload)), payload
 
 
-class _Failed(Exception):  # noqa: N818 - carries the one that the owner is told
+class _UserError(Exception):
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 @contextlib.contextmanager
-def _forgiving() -> Iterator[None]:
-    """Let what the user's code raises be an answer."""
+def _capture_user_errors() -> Iterator[None]:
+    """Raise ``_UserError`` with what the ``with`` block raises."""
     try:
         yield
     except BaseException as error:
-        raise _Failed(error) from None
+        raise _UserError(error) from None

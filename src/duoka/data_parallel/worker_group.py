@@ -1,4 +1,4 @@
-"""The helpers of one list of devices, shared by all wrapped models of this process: asked, answered, ended, started anew."""
+"""Worker group: the workers of one device list, which all wrapped models of this process share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,280 +26,289 @@ from duoka.data_parallel.messages import (
     ReceiveWeights,
     UpdateAttributes,
 )
-from duoka.data_parallel.timers import CLOCK
+from duoka.data_parallel.tensor_layout import Allocation
+from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import OwnerTransport, PendingWork
-from duoka.data_parallel.transport.collective import CollectiveOwnerTransport
-from duoka.data_parallel.transport.shared import SharedOwnerTransport
-from duoka.data_parallel.transport.shared_memory import Allocation, SharedArena
-from duoka.data_parallel.worker import serve
 from duoka.devices.cpu import threads_per_rank
 from duoka.workers import WorkerSession, exceptions
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload
 
-__all__ = ["WorkerGroup", "crew_of"]
-
-_SENDS_ON_CPU = "DUOKA_MIRROR_SENDS"
-"""For tests: where this environment variable is set, CPU workers are sent their tensors as accelerators are, over gloo."""
+__all__ = ["WorkerGroup", "WorkerGroupRef"]
 
 
 class WorkerGroup:
-    """Helpers for all devices but the first; they are started by the first question, and by the first after a failure."""
+    """Workers for all devices but the first. The first request starts them, also after a failure."""
 
-    def __init__(self, devices: Sequence[torch.device], transport: OwnerTransport) -> None:
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        transport: OwnerTransport,
+        entry_point: Callable[..., AbstractContextManager[Any]],
+    ) -> None:
         self.devices = tuple(devices)
         self.transport = transport
-        share = min(torch.get_num_threads(), threads_per_rank(len(devices)))
-        self.threads = ThreadLimit(share if devices[0].type == "cpu" else torch.get_num_threads())
-        self._helpers_threads = share
+        self._entry_point = entry_point
+        self._worker_threads = min(torch.get_num_threads(), threads_per_rank(len(devices)))
+        self.thread_limit = ThreadLimit(self._worker_threads if devices[0].type == "cpu" else torch.get_num_threads())
         self.lock = threading.RLock()
         self.in_forward = False
         self.generation = 0
-        """Another number whenever helpers start or end: what earlier ones were sent must be sent again."""
+        """Changes whenever workers start or stop: new workers lack all that earlier ones received."""
         self._pid = os.getpid()
-        self._tickets = itertools.count(1)
-        self._conversation: WorkerSession | None = None
-        self._members = 0
-        self._answers: dict[tuple[int, int], Message] = {}
-        self._asked: dict[tuple[int, int], tuple[Any, Sequence[PendingWork]]] = {}
+        self._call_ids = itertools.count(1)
+        self._session: WorkerSession | None = None
+        self._num_models = 0
+        self._arrived: dict[tuple[int, int], Message] = {}
+        """Results that nobody has fetched, by worker index and call ID."""
+        self._requested: dict[tuple[int, int], tuple[Any, Sequence[PendingWork]]] = {}
+        """The memory of requests without a result, and the transfers to wait for when the result arrives."""
         self._unwanted: set[tuple[int, int]] = set()
-        self._dropped: deque[int] = deque()
-        self._given_up: deque[tuple[int, int, PendingWork | None]] = deque()
-        self._forgotten: deque[int] = deque()
-        self._finished: list[list[int]] = []
+        self._to_discard: deque[tuple[int, int, PendingWork | None]] = deque()
+        self._to_release: deque[int] = deque()
+        self._to_delete: deque[int] = deque()
+        self._released_calls: list[list[int]] = []
 
     @property
-    def is_ours(self) -> bool:
-        """Whether this process started the helpers: a forked child did not."""
+    def is_owned(self) -> bool:
+        """Whether this process started the workers; a forked child did not."""
         return os.getpid() == self._pid
 
-    def join(self) -> None:
-        """One more model uses the helpers."""
-        self._members += 1
+    def add_model(self) -> None:
+        """Count one more model that uses the workers."""
+        self._num_models += 1
 
-    def leave(self, model: int) -> None:
-        """A model is gone; with the last one the helpers are given back. Not by a forked child, which does not own them."""
-        if not self.is_ours:
+    def remove_model(self, model: int) -> None:
+        """Delete a model's replicas; release the workers with the last model."""
+        if not self.is_owned:
             return
         with self.lock:
-            self._forgotten.append(model)
-            self._members -= 1
-            if self._members == 0:
+            self._to_delete.append(model)
+            self._num_models -= 1
+            if self._num_models == 0:
                 self._end()
 
-    def drop(self, ticket: int) -> None:
-        """Note that nobody will ask for the backward of a forward any more; called when it is collected, so do nothing."""
-        self._dropped.append(ticket)
-
-    def new_ticket(self) -> int:
-        """Return a number that no other question has."""
-        return next(self._tickets)
+    def new_call_id(self) -> int:
+        """Return a number that no other request has."""
+        return next(self._call_ids)
 
     def start(self) -> None:
-        """Make sure that the helpers are there."""
-        if self._conversation is not None:
+        """Start the workers if they are not running."""
+        if self._session is not None:
             return
         self.generation += 1
-        count = len(self.devices) - 1
-        self._finished = [[] for _ in range(count)]
-        posts = self.transport.posts(self._helpers_threads)
+        self._released_calls = [[] for _ in self.devices[1:]]
+        configs = self.transport.worker_configs(self._worker_threads)
         try:
-            self._conversation = WorkerSession(serve, posts, (), self.devices[1:], temp_dir=self.transport.folder)
-            self.transport.connect(self._conversation)
+            self._session = WorkerSession(
+                self._entry_point, configs, (), self.devices[1:], temp_dir=self.transport.temp_dir
+            )
+            self.transport.connect(self._session)
         except BaseException:
             self.stop()
             raise
 
-    def tell(
+    def post(
         self, message: CreateReplica | UpdateAttributes | ReceiveWeights | RebindParameters, fd: int | None = None
     ) -> None:
-        """Tell every helper something that has no answer."""
+        """Send a message without a result to every worker."""
         for index in range(len(self.devices) - 1):
-            self._send(index, "tell", Payload(pickle.dumps(message), fd=fd))
+            self._send(index, "post", Payload(pickle.dumps(message), fd=fd))
 
-    def ask(
-        self, index: int, question: ForwardRequest | BackwardRequest, lease: Allocation, fd: int | None = None
+    def request(
+        self, index: int, request: ForwardRequest | BackwardRequest, allocation: Allocation, fd: int | None = None
     ) -> None:
-        """Send a question to helper ``index``; its answer is fetched with ``answers``, and ``lease`` kept as long."""
+        """Send a request to worker ``index``; ``allocation`` stays allocated until the result arrives."""
         with self.lock:
-            self._forget_given_up()
-            finished, self._finished[index] = self._finished[index], []
-            self._asked[index, question.ticket] = lease, ()
-            body = pickle.dumps(question._replace(done_with=tuple(finished)))
-            self._send(index, "ask", Payload(body, fd=fd))
-            with self.all_or_none():
-                if (pending := self.transport.deliver(index, lease)) is not None:
-                    self._asked[index, question.ticket] = lease, [pending]
+            self._process_discards()
+            released, self._released_calls[index] = self._released_calls[index], []
+            self._requested[index, request.call_id] = allocation, ()
+            body = pickle.dumps(request._replace(released_calls=tuple(released)))
+            self._send(index, "request", Payload(body, fd=fd))
+            with self.stop_on_error():
+                if (pending := self.transport.send_inputs(index, allocation)) is not None:
+                    self._requested[index, request.call_id] = allocation, [pending]
 
-    def answers(self, asked: Sequence[tuple[int, int]]) -> list[tuple[Any, int | None]]:
-        """Wait for all answers and return each and the file that came with it; raises what a helper raised, or WorkerDied."""
-        answers, failed = self.await_all(asked)
-        if failed is not None:
-            for _, fd in answers.values():
+    def results(self, requests: Sequence[tuple[int, int]]) -> list[tuple[Any, int | None]]:
+        """Wait for all results, and return each with its memory file.
+
+        Raises:
+            WorkerDied: a worker has died. What a worker raised is raised as its own type.
+
+        """
+        results, error = self.wait_results(requests)
+        if error is not None:
+            for _, fd in results.values():
                 if fd is not None:
                     os.close(fd)
-            raise failed
-        return list(answers.values())
+            raise error
+        return list(results.values())
 
-    def await_all(
-        self, asked: Sequence[tuple[int, int]]
+    def wait_results(
+        self, requests: Sequence[tuple[int, int]]
     ) -> tuple[dict[int, tuple[Any, int | None]], BaseException | None]:
-        """Wait for all answers; return them by helper, and the first failure; raises WorkerDied."""
-        with self.lock, CLOCK.waits():
-            self._forget_given_up()
-            messages = [(index, self._await((index, ticket))) for index, ticket in asked]
-        answers: dict[int, tuple[Any, int | None]] = {}
-        failed: BaseException | None = None
+        """Wait for all results; return them by worker, and the first worker's exception.
+
+        Raises:
+            WorkerDied: a worker has died.
+
+        """
+        with self.lock, TIMERS.wait():
+            self._process_discards()
+            messages = [(index, self._receive((index, call_id))) for index, call_id in requests]
+        results: dict[int, tuple[Any, int | None]] = {}
+        error: BaseException | None = None
         for index, message in messages:
-            if not message.kind.startswith("raised"):
-                answers[index] = pickle.loads(message.payload.data), message.payload.fd
-            elif failed is None:
-                helper = self._talk().workers[index]
-                failed = exceptions.deserialize_exception(message.payload, helper.rank, helper.label, self.devices[0])
+            if not message.kind.startswith("error"):
+                results[index] = pickle.loads(message.payload.data), message.payload.fd
+            elif error is None:
+                worker = self._running_session().workers[index]
+                error = exceptions.deserialize_exception(message.payload, worker.rank, worker.label, self.devices[0])
             else:
                 message.payload.close()
-        return answers, failed
+        return results, error
 
-    def give_up(self, index: int, ticket: int, rest: PendingWork | None = None) -> None:
-        """Note that nobody waits for an answer any more; ``rest`` is waited for when it has come.
+    def release_graph(self, call_id: int) -> None:
+        """Note that a forward's graph is no longer needed. Safe during garbage collection: only appends."""
+        self._to_release.append(call_id)
 
-        Called when something is collected, so do nothing else.
+    def discard_result(self, index: int, call_id: int, pending: PendingWork | None = None) -> None:
+        """Note that a result is not needed; ``pending`` is waited for when it arrives.
+
+        Safe during garbage collection: only appends.
         """
-        self._given_up.append((index, ticket, rest))
-
-    def _forget_given_up(self) -> None:
-        """Until the answer comes the helper may still use the memory that it was given."""
-        while self._given_up:
-            index, ticket, rest = self._given_up.popleft()
-            key = index, ticket
-            if key in self._asked:
-                self._unwanted.add(key)
-                lease, pending = self._asked[key]
-                self._asked[key] = lease, [*pending, *([rest] if rest is not None else [])]
-                continue
-            if (message := self._answers.pop(key, None)) is not None:
-                message.payload.close()
-            if rest is not None:
-                with self.all_or_none():
-                    rest.wait()
+        self._to_discard.append((index, call_id, pending))
 
     @contextlib.contextmanager
-    def all_or_none(self) -> Iterator[None]:
-        """End the helpers if the ``with`` block, in which tensors are sent or received, is left half-way."""
+    def stop_on_error(self) -> Iterator[None]:
+        """Stop the workers if the ``with`` block, which transfers tensors, fails half-way."""
         try:
             yield
         except BaseException as error:
-            death = self._death() if exceptions.is_secondary_failure(error) else None
+            death = self._find_death() if exceptions.is_secondary_failure(error) else None
             self.stop()
             if death is not None:
                 raise death from None
             raise
 
-    def _death(self) -> BaseException | None:
-        """Return the death of a helper, if there is or is about to be one."""
-        deadline = time.monotonic() + exceptions.SECONDARY_FAILURE_WAIT_S
-        while self._conversation is not None and time.monotonic() < deadline:
-            for helper in self._conversation.workers:
-                if not helper.is_alive():
-                    return helper.death()
-            time.sleep(0.01)
-        return None
-
     def stop(self) -> None:
-        """End the helpers now: their state is not known any more, or the user has pressed Ctrl-C."""
-        conversation, self._conversation = self._conversation, None
-        self._answers.clear()
-        self._asked.clear()
-        self._unwanted.clear()
-        self._given_up.clear()
-        self.generation += 1
-        self.threads.give_back()
-        if self.is_ours:
-            if conversation is not None:
-                conversation.kill()
+        """Kill the workers: their state is unknown, or the user has pressed Ctrl-C."""
+        session = self._reset()
+        if self.is_owned:
+            if session is not None:
+                session.kill()
             self.transport.close()
 
     def _end(self) -> None:
-        conversation, self._conversation = self._conversation, None
-        self.generation += 1
-        self.threads.give_back()
-        if conversation is not None:
-            self.transport.finish()
-            conversation.close()
-        self._answers.clear()
-        self._asked.clear()
-        self._unwanted.clear()
-        self._given_up.clear()
+        """Release the workers in good order, for later use."""
+        session = self._reset()
+        if session is not None:
+            self.transport.synchronize()
+            session.close()
         self.transport.close()
 
-    def _talk(self) -> WorkerSession:
-        assert self._conversation is not None, "start() comes first"
-        return self._conversation
+    def _reset(self) -> WorkerSession | None:
+        session, self._session = self._session, None
+        self.generation += 1
+        self.thread_limit.release()
+        for collection in (self._arrived, self._requested, self._unwanted, self._to_discard):
+            collection.clear()
+        return session
+
+    def _process_discards(self) -> None:
+        """Drop discarded results. Until one arrives, the worker may still use the memory of its request."""
+        while self._to_discard:
+            index, call_id, transfer = self._to_discard.popleft()
+            key = index, call_id
+            if key in self._requested:
+                self._unwanted.add(key)
+                allocation, pending = self._requested[key]
+                self._requested[key] = allocation, [*pending, *([transfer] if transfer is not None else [])]
+                continue
+            if (message := self._arrived.pop(key, None)) is not None:
+                message.payload.close()
+            if transfer is not None:
+                with self.stop_on_error():
+                    transfer.wait()
+
+    def _find_death(self) -> BaseException | None:
+        """Return the death of a worker that is dead or about to die."""
+        deadline = time.monotonic() + exceptions.SECONDARY_FAILURE_WAIT_S
+        while self._session is not None and time.monotonic() < deadline:
+            for worker in self._session.workers:
+                if not worker.is_alive():
+                    return worker.death()
+            time.sleep(0.01)
+        return None
+
+    def _running_session(self) -> WorkerSession:
+        assert self._session is not None, "start() comes first"
+        return self._session
 
     def _send(self, index: int, kind: str, payload: Payload) -> None:
         try:
-            self._tell_news(index)
-            self._talk().send(index, kind, payload)
+            self._send_pending(index)
+            self._running_session().send(index, kind, payload)
         except BaseException:
             self.stop()
             raise
 
-    def _tell_news(self, index: int) -> None:
-        """Before anything refers to them: new memory, models that are gone; and with the next question, dropped graphs."""
-        for kind, payload in self.transport.news(index):
-            self._talk().send(index, kind, payload)
-        while self._dropped:
-            ticket = self._dropped.popleft()
-            for finished in self._finished:
-                finished.append(ticket)
-        while self._forgotten:
-            message = Payload(pickle.dumps(DeleteReplica(self._forgotten.popleft())))
+    def _send_pending(self, index: int) -> None:
+        """Send what must precede the next message: new memory, and deleted models. Collect released graphs."""
+        session = self._running_session()
+        for kind, payload in self.transport.pending_messages(index):
+            session.send(index, kind, payload)
+        while self._to_release:
+            call_id = self._to_release.popleft()
+            for released in self._released_calls:
+                released.append(call_id)
+        while self._to_delete:
+            message = Payload(pickle.dumps(DeleteReplica(self._to_delete.popleft())))
             for other in range(len(self.devices) - 1):
-                self._talk().send(other, "forget", message)
+                session.send(other, "post", message)
 
-    def _await(self, key: tuple[int, int]) -> Message:
-        while key not in self._answers:
-            with self.all_or_none():
-                index, message = self._talk().receive()
-                self._sort_in(index, message)
-        return self._answers.pop(key)
+    def _receive(self, key: tuple[int, int]) -> Message:
+        while key not in self._arrived:
+            with self.stop_on_error():
+                index, message = self._running_session().receive()
+                self._dispatch(index, message)
+        return self._arrived.pop(key)
 
-    def _sort_in(self, index: int, message: Message) -> None:
-        if self.transport.takes(index, message):
+    def _dispatch(self, index: int, message: Message) -> None:
+        if self.transport.try_handle(index, message):
             return
         key = index, int(message.kind.partition(":")[2])
-        _, pending = self._asked.pop(key, (None, ()))
+        _, transfers = self._requested.pop(key, (None, ()))
         if key in self._unwanted:
             self._unwanted.discard(key)
             message.payload.close()
         else:
-            self._answers[key] = message
-        for one in pending:  # it has come, for the helper has answered
-            one.wait()
+            self._arrived[key] = message
+        for transfer in transfers:  # complete, because the worker has replied
+            transfer.wait()
 
 
-class WorkerGroupRegistry:
-    """The crews of this process, each as long as a model uses it, and the memory that all parameters lie in."""
+class WorkerGroupRef:
+    """A model's claim on a worker group, held by its controller and each of its calls."""
 
-    def __init__(self) -> None:
-        self._crews: weakref.WeakValueDictionary[tuple[str, ...], WorkerGroup] = weakref.WeakValueDictionary()
-        self._weights: SharedArena | None = None
-        self._pid = os.getpid()
+    def __init__(self, group: WorkerGroup, model: int) -> None:
+        group.add_model()
+        self._finalizer = weakref.finalize(self, _remove_model_later, group, model)
+        self._finalizer.atexit = False
+        self._group, self._model = group, model
 
-    def crew_of(self, devices: Sequence[torch.device]) -> WorkerGroup:
-        """Return the crew of these devices."""
-        if self._weights is None or self._pid != os.getpid():
-            self._weights, self._pid = SharedArena("weights"), os.getpid()
-            self._weights.keep_from_children()
-            self._crews = weakref.WeakValueDictionary()
-        sends = devices[0].type != "cpu" or bool(os.environ.get(_SENDS_ON_CPU))
-        key = (str(sends), *map(str, devices))
-        crew = self._crews.get(key)
-        if crew is None:
-            transport = CollectiveOwnerTransport(devices) if sends else SharedOwnerTransport(devices, self._weights)
-            crew = self._crews[key] = WorkerGroup(devices, transport)
-        return crew
+    def end(self) -> None:
+        """End the claim now, although others may hold it."""
+        if self._finalizer.detach():
+            self._group.remove_model(self._model)
 
 
-_crews = WorkerGroupRegistry()
-crew_of = _crews.crew_of
+def _remove_model_later(group: WorkerGroup, model: int) -> None:
+    """Remove the model in a thread: the garbage collector may run in the middle of anything.
+
+    The interpreter waits for the thread at exit, as it must not stop a thread inside torch. During
+    exit no thread starts; the workers end with the process.
+    """
+    if group.is_owned and threading.main_thread().is_alive():
+        with contextlib.suppress(RuntimeError):  # the interpreter is exiting
+            threading.Thread(target=group.remove_model, args=(model,), name="duoka-close", daemon=False).start()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from duoka.data_parallel import DataParallel, scatter_gather
-from duoka.data_parallel.module import own_steps, rebuilt
+from duoka.data_parallel.module import devices_of, overridden_steps, restore_from_state, state_of
 from duoka.script_runner.parallel_call import ParallelizedCall
 from duoka.script_runner.patching import Patches
 from duoka.script_runner.run_stats import ModelStats, RunStats
@@ -70,16 +70,16 @@ class DataParallelHooks:
 
     def default_devices(self, wrapper_class: type) -> Sequence[torch.device]:
         """Return the devices of a wrapper without ``device_ids``; one if the class overrides a step."""
-        return self._devices[:1] if own_steps(wrapper_class) else self._devices
+        return self._devices[:1] if overridden_steps(wrapper_class) else self._devices
 
     def register(self, wrapper: DataParallel, how: str) -> None:
         """Record a wrapper of the replaced class, and why it uses one device if it does."""
         stats = self._record(wrapper, how)
-        if own := own_steps(type(wrapper)):
+        if own := overridden_steps(type(wrapper)):
             stats.refuse(
                 f"its wrapper {type(wrapper).__name__} overrides {' and '.join(own)}, which duoka does not call"
             )
-        elif len(wrapper._duoka_devices) == 1:
+        elif len(devices_of(wrapper)) == 1:
             stats.refuse("the script wraps it for one device")
         self.close_at_end(wrapper)
 
@@ -100,13 +100,13 @@ class DataParallelHooks:
             self._record(wrapper, "wrapped by the script")
         with ParallelizedCall.local_only():
             value = original(wrapper, *inputs, **kwargs)
-        batch = scatter_gather.batch_size(scatter_gather.take_out((inputs, kwargs))[0], wrapper.dim)
-        stats.count(batch, split=len(wrapper._duoka_devices) > 1)
+        batch = scatter_gather.batch_size(scatter_gather.extract_tensors((inputs, kwargs))[0], wrapper.dim)
+        stats.count(batch, split=len(devices_of(wrapper)) > 1)
         return value
 
     def _record(self, wrapper: DataParallel, how: str) -> ModelStats:
         stats = self._stats.model(wrapper.module)
-        stats.wrapped(type(wrapper.module).__name__, how, len(wrapper._duoka_devices))
+        stats.wrapped(type(wrapper.module).__name__, how, len(devices_of(wrapper)))
         return stats
 
     def _close_wrappers(self) -> None:
@@ -137,7 +137,7 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
     ) -> None:
         hooks = self._duoka_hooks
         devices = hooks.map_device_ids(device_ids)
-        super().__init__(module, devices=list(devices[:1] if own_steps(type(self)) else devices), dim=dim)
+        super().__init__(module, devices=list(devices[:1] if overridden_steps(type(self)) else devices), dim=dim)
         if output_device is not None:
             self.output_device = output_device  # type: ignore[assignment]
         hooks.register(self, f"wrapped by the script at {caller_location()}")
@@ -154,20 +154,18 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
     def __reduce__(self) -> tuple[Any, ...]:
         if "_duoka_hooks" in vars(type(self)):  # pickled by torch's name, so that torch alone can load it
             return type(self), (self.module,)
-        return copyreg.__newobj__, (type(self),), self._duoka_state() | {"device_ids": []}  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self),), state_of(self) | {"device_ids": []}  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         devices = self._duoka_hooks.default_devices(type(self))
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
-        rebuilt(self, tuple(devices), None, {"device_ids": list(range(len(devices)))})
+        restore_from_state(self, tuple(devices), None, {"device_ids": list(range(len(devices)))})
         self._duoka_hooks.register(self, f"loaded by the script at {caller_location()}")
 
 
 def is_parallel_wrapper(module: nn.Module) -> bool:
     """Return whether the module is a wrapper that chooses devices; with one device of its own it is not."""
-    return isinstance(module, ScriptDataParallel) or (
-        isinstance(module, DataParallel) and len(module._duoka_devices) > 1
-    )
+    return isinstance(module, ScriptDataParallel) or (isinstance(module, DataParallel) and len(devices_of(module)) > 1)
 
 
 def _data_parallel(module: nn.Module, inputs: Any, *_: Any, module_kwargs: Any = None, **__: Any) -> Any:

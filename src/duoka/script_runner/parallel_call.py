@@ -107,7 +107,7 @@ class ParallelizedCall:
             restore_call(module)
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors, skeleton = scatter_gather.take_out((args, kwargs))
+        tensors, skeleton = scatter_gather.extract_tensors((args, kwargs))
         batch = scatter_gather.batch_size(tensors, 0)
         check = None
         if batch is not None and batch >= 2 and not self._stats.refusal and not self._has_moved(module):
@@ -139,12 +139,12 @@ class ParallelizedCall:
         with self._stats.calls.startup():
             num_devices = len(self._devices)
             if not self._fits_one_device and batch >= 2 * num_devices:  # check one device's chunk of the batch
-                sizes = scatter_gather.part_sizes(batch, num_devices)
-                tensors = [scatter_gather.split(tensor, sizes, 0)[0] for tensor in tensors]
-            args, kwargs = scatter_gather.fill(skeleton, tensors)
+                sizes = scatter_gather.scatter_sizes(batch, num_devices)
+                tensors = [scatter_gather.scatter(tensor, sizes, 0)[0] for tensor in tensors]
+            args, kwargs = scatter_gather.insert_tensors(skeleton, tensors)
             run_on_workers = None
             if self._controller is not None:
-                run_on_workers = functools.partial(self._controller.others, module, args, kwargs)
+                run_on_workers = functools.partial(self._controller.run_on_workers_only, module, args, kwargs)
             result = check_splittable(module, args, kwargs, num_devices, run_on_workers)
         if result is not None:
             self._checks[kind] = result
@@ -163,7 +163,7 @@ class ParallelizedCall:
             if self._controller is None:
                 with self._stats.calls.startup():
                     self._controller = Controller(self._devices, 0)
-                    self._controller.crew.start()
+                    self._controller.start()
             return self._controller
 
     def _split(
@@ -182,7 +182,7 @@ class ParallelizedCall:
             self._stats.count(batch, split=False)
             return value
         self._stats.count(batch, split=True)
-        return _weighted_mean(value, check.scalar_outputs, scatter_gather.part_sizes(batch, len(self._devices)))
+        return _weighted_mean(value, check.scalar_outputs, scatter_gather.scatter_sizes(batch, len(self._devices)))
 
 
 def _none() -> None:
@@ -207,11 +207,11 @@ def _weighted_mean(value: Any, scalar_outputs: Sequence[int], sizes: Sequence[in
     """Replace scalar outputs, gathered as one number per device, by their mean over the batch."""
     if not scalar_outputs or len(sizes) == 1:
         return value
-    tensors, skeleton = scatter_gather.take_out(value)
+    tensors, skeleton = scatter_gather.extract_tensors(value)
     weights = torch.tensor(sizes) / sum(sizes)
     for index in scalar_outputs:
         tensors[index] = (tensors[index] * weights.to(tensors[index])).sum()
-    return scatter_gather.fill(skeleton, tensors)
+    return scatter_gather.insert_tensors(skeleton, tensors)
 
 
 def _reason_for_inputs(module: nn.Module, tensors: Sequence[torch.Tensor], check: SplitCheckResult) -> str:

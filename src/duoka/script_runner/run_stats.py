@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from duoka.data_parallel.timers import Clock
+from duoka.data_parallel.timers import Timers
 
 __all__ = ["CallStats", "LoaderStats", "ModelStats", "RunStats", "StepComparison", "StepTiming", "TimeShares"]
 
@@ -163,7 +163,7 @@ class StepComparison(NamedTuple):
 class RunStats:
     """Statistics of one run."""
 
-    def __init__(self, devices: Sequence[torch.device], timers: Clock) -> None:
+    def __init__(self, devices: Sequence[torch.device], timers: Timers) -> None:
         self.devices = tuple(devices)
         self.timers = timers
         self.calls = CallStats()
@@ -209,8 +209,8 @@ class RunStats:
         self.calls.steps += 1
         now = (
             time.perf_counter(),
-            self.timers.moving,
-            self.timers.waiting,
+            self.timers.transfer_s,
+            self.timers.wait_s,
             self.loading_s,
             self.calls.whole,
             self.calls.split,

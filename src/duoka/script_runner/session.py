@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from duoka.data_parallel.device_remap import renaming
-from duoka.data_parallel.timers import CLOCK
+from duoka.data_parallel.device_remap import remap_cuda
+from duoka.data_parallel.timers import TIMERS
 from duoka.script_runner.cuda_emulation import emulate_cuda
 from duoka.script_runner.dataloader_hooks import install_loader_hooks
 from duoka.script_runner.model_discovery import DOUBLE_BACKWARD, ModelFinder
@@ -37,7 +37,7 @@ class RunSession:
 
         """
         self.devices = tuple(devices)
-        self.stats = RunStats(devices, CLOCK)
+        self.stats = RunStats(devices, TIMERS)
         if differentiates_gradients(source):
             self.stats.refuse_all(DOUBLE_BACKWARD)
         self.stats.scale_batch = scale_batch
@@ -54,7 +54,7 @@ class RunSession:
         wrappers = DataParallelHooks(self.devices, self.stats)
         wrappers.record_wrappers(patches)
         if is_parallel:
-            patches.enter_context(renaming())
+            patches.enter_context(remap_cuda())
             wrappers.replace_torch(patches)
             fits_one_device = is_cpu or self._batch_factor == 1  # a multiplied batch may exceed one GPU's memory
             ModelFinder(self.devices, self.stats, fits_one_device=fits_one_device).install(patches)

@@ -22,8 +22,8 @@ class CallArguments:
     def __init__(self, skeleton: Any, tensors: Sequence[torch.Tensor]) -> None:
         """Copy a call's tensors, and its other values with a placeholder for each tensor."""
         own = [tensor.detach().clone() for tensor in tensors]
-        self._args, self._kwargs = scatter_gather.fill(copy.deepcopy(skeleton), own)
-        self._tensors, skeleton = scatter_gather.take_out((self._args, self._kwargs))
+        self._args, self._kwargs = scatter_gather.insert_tensors(copy.deepcopy(skeleton), own)
+        self._tensors, skeleton = scatter_gather.extract_tensors((self._args, self._kwargs))
         self._versions = [tensor._version for tensor in self._tensors]
         self._pickled = pickle.dumps(skeleton)
 
@@ -35,7 +35,7 @@ class CallArguments:
         """Return what the call changed about its arguments; empty if nothing."""
         if [tensor._version for tensor in self._tensors] != self._versions:
             return "its forward changes its inputs in place"
-        if pickle.dumps(scatter_gather.take_out((self._args, self._kwargs))[1]) != self._pickled:
+        if pickle.dumps(scatter_gather.extract_tensors((self._args, self._kwargs))[1]) != self._pickled:
             return "its forward changes an object that it receives"
         return ""
 
@@ -57,10 +57,10 @@ class AttributeState(NamedTuple):
                     continue
                 name = f"{prefix}.{attribute}".lstrip(".")
                 if isinstance(value, torch.Tensor | list | tuple | dict):
-                    tensors[name] = [id(tensor) for tensor in scatter_gather.take_out(value)[0]]
+                    tensors[name] = [id(tensor) for tensor in scatter_gather.extract_tensors(value)[0]]
                 if isinstance(value, int | float | str | list | tuple | dict | set):
                     with contextlib.suppress(Exception):
-                        values[name] = pickle.dumps(scatter_gather.take_out(value)[1])
+                        values[name] = pickle.dumps(scatter_gather.extract_tensors(value)[1])
         return cls(tensors, values, {name: parameter._version for name, parameter in model.named_parameters()})
 
     def side_effect(self, model: nn.Module) -> str:

@@ -121,9 +121,9 @@ def _check(
     """Return the scalar outputs of a model that may be split; raise ``_NotSplittable`` for another."""
     if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
         raise _NotSplittable("its parameters are in memory that the script shares with other processes")
-    tensors, skeleton = scatter_gather.take_out((args, kwargs))
-    sizes = scatter_gather.part_sizes(scatter_gather.batch_size(tensors, 0), num_devices)
-    chunks = zip(*(scatter_gather.split(tensor, sizes, 0) for tensor in tensors), strict=True)
+    tensors, skeleton = scatter_gather.extract_tensors((args, kwargs))
+    sizes = scatter_gather.scatter_sizes(scatter_gather.batch_size(tensors, 0), num_devices)
+    chunks = zip(*(scatter_gather.scatter(tensor, sizes, 0) for tensor in tensors), strict=True)
     with _refuse_on_error("it or its inputs cannot be copied for the check"):
         model = _copy_without_hooks(module)
         whole_call, *calls = [CallArguments(skeleton, own) for own in (tensors, *chunks)]
@@ -186,7 +186,7 @@ def _compare_buffers(after_part: dict[str, torch.Tensor], after_whole: dict[str,
 
 def _compare_with_workers(parts: Sequence[Any], from_workers: WorkerOutputs) -> None:
     for value, (theirs, _) in zip(parts, from_workers, strict=False):
-        ours = scatter_gather.take_out(value)[0]
+        ours = scatter_gather.extract_tensors(value)[0]
         if len(ours) != len(theirs) or not all(
             one.shape == other.shape and _is_close(one, other.to(one.device))
             for one, other in zip(ours, theirs, strict=True)
@@ -196,13 +196,13 @@ def _compare_with_workers(parts: Sequence[Any], from_workers: WorkerOutputs) -> 
 
 def _compare_outputs(whole: Any, parts: list[Any], sizes: Sequence[int]) -> tuple[int, ...]:
     """Return the indices of scalar outputs; raise unless the gathered parts equal the whole."""
-    expected, skeleton = scatter_gather.take_out(whole)
+    expected, skeleton = scatter_gather.extract_tensors(whole)
     if not expected:
         raise _NotSplittable("it returns no tensors")
-    taken = [scatter_gather.take_out(part, index) for index, part in enumerate(parts)]
+    taken = [scatter_gather.extract_tensors(part, index) for index, part in enumerate(parts)]
     _compare_other_values(skeleton, [own for _, own in taken])
     try:
-        value, specs = scatter_gather.join([own for _, own in taken], sizes)
+        value, specs = scatter_gather.gather_structures([own for _, own in taken], sizes)
         gathered = [_gather(spec, [tensors for tensors, _ in taken], sizes) for spec in specs]
     except (ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         raise _NotSplittable(f"its outputs for parts cannot be gathered: {describe_error(error)}") from error
@@ -250,10 +250,10 @@ def _gather(
     spec: scatter_gather.OutputSpec, tensors: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int]
 ) -> torch.Tensor:
     """Return one output of the parts' outputs: concatenated, or the weighted mean of numbers."""
-    parts = [tensors[hole.part][hole.number] for hole in spec.holes]
-    if parts[0].dim() == 0 and spec.is_joined and parts[0].is_floating_point():
+    parts = [tensors[placeholder.chunk][placeholder.position] for placeholder in spec.placeholders]
+    if parts[0].dim() == 0 and spec.is_concatenated and parts[0].is_floating_point():
         return sum((part * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)), torch.zeros(()))
-    return parts[0] if not spec.is_joined or parts[0].dim() == 0 else torch.cat(parts)
+    return parts[0] if not spec.is_concatenated or parts[0].dim() == 0 else torch.cat(parts)
 
 
 def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:

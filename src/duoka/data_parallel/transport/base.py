@@ -1,238 +1,339 @@
-"""How tensors travel between the user's process and its helpers: what the engine asks of a transport, on either side.
+"""Interfaces of a transport: how tensors move between rank 0 and its workers.
 
-There are two. ``sharing`` is for CPU workers: tensors lie in memory that all processes see, and nothing is sent. ``sending`` is
-for accelerators: tensors are sent from device to device, in the order of the messages that announce them.
+``shared`` serves CPU workers: tensors lie in memory that all processes map. ``collective`` serves
+accelerators: devices exchange tensors in the order of the messages that announce them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
-from duoka.data_parallel.messages import BackwardRequest, CreateReplica, ForwardRequest, ForwardResult, ReceiveWeights
-from duoka.data_parallel.transport.shared_memory import Allocation, Location, SharedView, TensorSpec
+from duoka.data_parallel.messages import (
+    BackwardRequest,
+    BufferPlacement,
+    CreateReplica,
+    ForwardRequest,
+    ForwardResult,
+    ParameterPlacement,
+    RebindParameters,
+    ReceiveWeights,
+    UpdateAttributes,
+)
+from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec
+from duoka.utils.torch_private import add_in_place
 from duoka.workers import WorkerSession
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload
 
-if TYPE_CHECKING:
-    from duoka.data_parallel.transport.buckets import BucketLayout
-    from duoka.data_parallel.worker_group import WorkerGroup
-
 __all__ = [
-    "GradientExchange",
-    "WorkerTransport",
-    "OwnerTransport",
     "BackwardContext",
-    "PendingWork",
-    "WorkerConfig",
     "BackwardTask",
+    "GradientExchange",
+    "Gradients",
+    "GroupChannel",
+    "ModelMemory",
+    "OwnerTransport",
+    "PendingWork",
     "WeightSync",
+    "WorkerConfig",
+    "WorkerTransport",
     "add_gradients",
 ]
 
-
-class WorkerConfig(NamedTuple):
-    """What a helper is given to begin with."""
-
-    threads: int
-    device: torch.device
-    meeting: tuple[Any, ...] | None
-    """Where tensors are sent, the arguments of its ``Group``."""
+Gradients: TypeAlias = tuple[dict[int, torch.Tensor], dict[int, dict[int, torch.Tensor]]]
+"""Sums of parameter gradients by parameter, and input gradients by worker and input."""
 
 
 class PendingWork(Protocol):
-    """Something that is on its way."""
+    """A transfer that has begun."""
 
     def wait(self) -> None:
-        """Let what comes after see it."""
+        """Make later work see its result."""
+
+
+class WorkerConfig(NamedTuple):
+    """Start-up configuration of one worker."""
+
+    num_threads: int
+    device: torch.device
+    rendezvous: tuple[Any, ...] | None
+    """Arguments of its ``PrivateProcessGroup``, where the transport is collective."""
+
+
+class GroupChannel(Protocol):
+    """The methods of a ``WorkerGroup`` that transports use."""
+
+    devices: tuple[torch.device, ...]
+
+    def new_call_id(self) -> int:
+        """Return a number that no other request has."""
+
+    def post(
+        self, message: CreateReplica | UpdateAttributes | ReceiveWeights | RebindParameters, fd: int | None = None
+    ) -> None:
+        """Send a message without a result to every worker."""
+
+    def request(
+        self, index: int, request: ForwardRequest | BackwardRequest, allocation: Allocation, fd: int | None = None
+    ) -> None:
+        """Send a request and its tensors to worker ``index``."""
+
+    def results(self, requests: Sequence[tuple[int, int]]) -> list[tuple[Any, int | None]]:
+        """Wait for the results of requests, given as (worker index, call ID)."""
+
+    def discard_result(self, index: int, call_id: int, pending: PendingWork | None = None) -> None:
+        """Drop a result when it arrives, then wait for ``pending``."""
+
+    def stop_on_error(self) -> AbstractContextManager[None]:
+        """Stop the workers if the ``with`` block fails."""
 
 
 class BackwardContext(NamedTuple):
-    """What a call knows of its forward when it goes backward."""
+    """What a backward knows of its forward."""
 
-    ticket: int
+    call_id: int
     inputs: Sequence[Sequence[tuple[TensorSpec, bool]]]
-    """For each helper with a part, the form of each tensor and whether its gradient is wanted."""
-    plan: Any
-    """The gradient plan of the weights at that time."""
+    """For each worker with a chunk: spec of each input, and whether it needs a gradient."""
+    gradient_layout: Any
+    """``WeightSync.gradient_layout`` at the time of the forward."""
+
+    def wanted_inputs(self, index: int) -> list[TensorSpec]:
+        """Return the specs of the inputs of worker ``index`` that need a gradient."""
+        return [spec for spec, needs_gradient in self.inputs[index] if needs_gradient]
+
+    def input_slots(self, index: int, specs: Sequence[TensorSpec]) -> list[TensorSpec | None]:
+        """Return the given specs at the inputs that need a gradient, ``None`` at the others."""
+        rest = iter(specs)
+        return [next(rest) if needs_gradient else None for _, needs_gradient in self.inputs[index]]
 
 
-class WeightSync(Protocol):
-    """A model's parameters and buffers, as helpers get to see them."""
+class WeightSync:
+    """Keeps the workers' view of one model's parameters and buffers up to date."""
 
-    parameters: Sequence[nn.Parameter]
-    copies_all: bool
-    seats: Any
-    """Whoever keeps it keeps the memory that helpers read now."""
-    plan: Any
-    """Where gradients go."""
+    copies_all = False
+    placements: Any = ()
+    """Holds the memory that workers read; keep it as long as they may."""
+    bucket_nbytes: tuple[int, ...] = ()
+    gradient_layout: Any
+    buffer_placements: tuple[BufferPlacement | None, ...]
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._shapes = [(parameter.shape, parameter.dtype) for parameter in parameters]
 
     @property
-    def parameter_places(self) -> tuple[tuple[Location, TensorSpec, bool], ...]:
-        """Place, form, and ``requires_grad`` of each parameter."""
+    def parameter_placements(self) -> tuple[ParameterPlacement, ...]:
+        """Location, spec and ``requires_grad`` of each parameter."""
+        raise NotImplementedError
 
-    @property
-    def buffer_places(self) -> tuple[tuple[Location, TensorSpec] | None, ...]:
-        """Place and form of each buffer."""
+    def detect_changes(self) -> list[int]:
+        """Return the indices of parameters that workers must rebind before the next call."""
+        raise NotImplementedError
 
-    @property
-    def bucket_sizes(self) -> tuple[int, ...]:
-        """The bytes of the buckets that both travel in, if they do."""
+    def shapes_unchanged(self, indices: Sequence[int]) -> bool:
+        """Return whether these parameters keep their first shape and dtype, as replicas need."""
+        parameters = self.parameters
+        return all(self._shapes[index] == (parameters[index].shape, parameters[index].dtype) for index in indices)
 
-    def follow(self) -> list[int]:
-        """Return the numbers of the parameters of which helpers must be told something before the next call."""
+    def push(self, buffers: Sequence[torch.Tensor | None], *, training: bool) -> None:
+        """Push current parameter and buffer values to the workers."""
+        raise NotImplementedError
 
-    def fit(self, numbers: Sequence[int]) -> bool:
-        """Whether these have the shape and type that they had at first."""
+    def acknowledge(self) -> None:
+        """Free the memory of pushed values: all workers have replied, so the values have arrived."""
 
-    def bring(self, buffers: Sequence[torch.Tensor | None], *, trains: bool) -> None:
-        """Let helpers have the values as they are now."""
+    def push_async(self) -> None:
+        """Start pushing updated parameters right after an optimizer step."""
 
-    def arrived(self) -> None:
-        """All helpers have answered, so they have what was brought."""
-
-    def begin_early(self) -> None:
-        """Begin with that, because an optimiser has stepped."""
-
-    def distrust(self) -> None:
-        """A call has failed half-way: helpers' copies may be anything."""
+    def invalidate(self) -> None:
+        """Assume that workers' copies are wrong, because a call has failed."""
 
 
 class GradientExchange(Protocol):
-    """One backward under way on the helpers."""
+    """One backward that runs on the workers."""
 
-    def fetch(self) -> tuple[dict[int, torch.Tensor], dict[int, dict[int, torch.Tensor]]]:
-        """Wait, and return the sums of gradients by parameter, and those of inputs by helper and number."""
+    def wait(self) -> Gradients:
+        """Wait for the gradients."""
 
-    def give_up(self) -> None:
-        """Nobody will fetch it."""
+    def discard(self) -> None:
+        """Drop the gradients when they arrive."""
 
 
-class OwnerTransport(Protocol):
-    """A transport in the user's process, for one crew."""
+class OwnerTransport:
+    """Rank 0's side of a transport, for one worker group."""
 
-    sends: bool
-    """Whether tensors are sent: then what was asked must be fetched before anything else is asked."""
+    is_collective = False
+    """Whether transfers are ordered: rank 0 must fetch each result before its next request."""
+    temp_dir: str | None = None
+    """Private directory; workers remove it if rank 0 is killed."""
 
-    @property
-    def folder(self) -> str | None:
-        """A private folder of this crew's, to be removed by helpers should the owner be killed."""
+    def worker_configs(self, num_threads: int) -> list[WorkerConfig]:
+        """Prepare a connection, and return each worker's configuration."""
+        raise NotImplementedError
 
-    def posts(self, threads: int) -> list[WorkerConfig]:
-        """Prepare to meet the helpers, and return what each is given."""
+    def connect(self, session: WorkerSession) -> None:
+        """Connect to the workers of a new session."""
 
-    def connect(self, conversation: WorkerSession) -> None:
-        """Meet them."""
-
-    def finish(self) -> None:
-        """Let what is under way arrive, before parting from them in good order."""
+    def synchronize(self) -> None:
+        """Wait for transfers under way, before workers are released."""
 
     def close(self) -> None:
-        """Part from them; they may have been killed."""
+        """Disconnect; the workers may be dead."""
+        raise NotImplementedError
 
-    def news(self, index: int) -> Iterator[tuple[str, Payload]]:
-        """What helper ``index`` must know before the next message."""
+    def pending_messages(self, index: int) -> Iterator[tuple[str, Payload]]:  # noqa: ARG002
+        """Yield what worker ``index`` must receive before the next message."""
+        return iter(())
 
-    def takes(self, index: int, message: Message) -> bool:
-        """Whether a message of helper ``index`` was for the transport alone."""
+    def try_handle(self, index: int, message: Message) -> bool:  # noqa: ARG002
+        """Handle a message that is for the transport; return whether it was."""
+        return False
 
-    def weights(
+    def create_weight_sync(
         self,
-        crew: WorkerGroup,
+        group: GroupChannel,
         model: int,
         parameters: Sequence[nn.Parameter],
         buffers: Sequence[torch.Tensor | None],
         *,
         copies_all: bool,
     ) -> WeightSync:
-        """Return the weights of one model."""
+        """Return the ``WeightSync`` of one model."""
+        raise NotImplementedError
 
-    def lend(self, nbytes: int) -> Allocation:
-        """Return memory to write in what a message speaks of."""
+    def allocate(self, nbytes: int) -> Allocation:
+        """Return memory for the tensors of a request."""
+        raise NotImplementedError
 
-    def deliver(self, index: int, lease: Allocation) -> PendingWork | None:
-        """Begin to bring it to the helper that was just sent the message."""
+    def send_inputs(self, index: int, allocation: Allocation) -> PendingWork | None:
+        """Send a request's tensors to worker ``index``, right after the request."""
 
-    def outputs(self, index: int, answer: ForwardResult) -> list[torch.Tensor]:
-        """Return the tensors of an answer; valid at once, in memory that is the caller's to read."""
+    def receive_outputs(self, index: int, result: ForwardResult) -> list[torch.Tensor]:
+        """Return the output tensors of worker ``index``."""
+        raise NotImplementedError
 
-    def backward(
+    def start_backward(
         self,
-        crew: WorkerGroup,
-        passage: BackwardContext,
+        group: GroupChannel,
+        context: BackwardContext,
         gradients: Sequence[Sequence[torch.Tensor | None]],
         *,
-        keeps_graph: bool,
+        keep_graph: bool,
     ) -> GradientExchange:
-        """Let helpers go backward, each from the gradients of its outputs."""
+        """Run the backward on the workers, from the gradients of each worker's outputs."""
+        raise NotImplementedError
 
 
-class BackwardTask(Protocol):
-    """One backward in a helper: what it begins with, and where its gradients go."""
+class BackwardTask:
+    """One backward in a worker: its output gradients, and where its results go."""
 
-    given: list[torch.Tensor]
-    taken: set[int]
-    """Parameters whose gradient was taken."""
-    apart: dict[int, torch.Tensor]
-    """Gradients that must travel with the answer."""
+    def __init__(self, request: BackwardRequest, output_gradients: list[torch.Tensor]) -> None:
+        self.request = request
+        self.output_gradients = output_gradients
+        self.accepted: set[int] = set()
+        self.inlined: dict[int, torch.Tensor] = {}
+        """Gradients that travel inside the result message."""
 
-    def follow(self, plan: Any) -> None:
-        """Take gradients to the places that the forward's plan names."""
+    def use_layout(self, gradient_layout: Any) -> None:
+        """Use the gradient layout of the forward."""
+        raise NotImplementedError
 
-    def take(self, index: int, gradient: torch.Tensor) -> None:
-        """Take the gradient of one parameter, as soon as it is there."""
+    def accept_gradient(self, index: int, gradient: torch.Tensor) -> None:
+        """Take one parameter's gradient; activation checkpointing may produce several for one parameter."""
+        slot = self._parameter_slot(index)
+        if slot is None or gradient.layout is not torch.strided:
+            self.inlined[index] = self.inlined[index] + gradient if index in self.inlined else gradient
+        elif index in self.accepted:
+            slot.add_(gradient)
+        else:
+            slot.copy_(gradient)
+            self.accepted.add(index)
 
-    def put_inputs(self, gradients: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
-        """Bring those of inputs back, and return the numbers of those that there are."""
+    def return_input_gradients(self, gradients: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
+        """Return the indices of inputs that have a gradient, and write these gradients for rank 0."""
+        written = []
+        for index, (gradient, spec) in enumerate(zip(gradients, self.request.inputs, strict=True)):
+            if gradient is not None and spec is not None:
+                self._input_slot(spec).copy_(gradient)
+                written.append(index)
+        return tuple(written)
 
     def finish(self) -> None:
-        """Complete what others wait for, also after a failure."""
+        """Complete the transfers that others wait for, also after a failure."""
+
+    def _parameter_slot(self, index: int) -> torch.Tensor | None:
+        """Return where a gradient belongs; ``None`` if that memory has been sent."""
+        raise NotImplementedError
+
+    def _input_slot(self, spec: TensorSpec) -> torch.Tensor:
+        raise NotImplementedError
 
 
-class WorkerTransport(Protocol):
-    """A transport in a helper."""
+class ModelMemory(Protocol):
+    """Memory of a model's parameters or buffers in a worker."""
 
-    device: torch.device
+    def tensor(self, location: Location, spec: TensorSpec) -> torch.Tensor:
+        """Return one tensor of a block, with its own version counter."""
 
-    def takes(self, message: Message) -> bool:
-        """Whether a message was for the transport alone."""
+    def discard_writes(self) -> None:
+        """Undo this worker's writes."""
 
-    def memory(self, request: CreateReplica) -> tuple[SharedView | BucketLayout, SharedView | BucketLayout]:
-        """Return where the parameters and the buffers of a new model lie."""
+    def is_written_to(self) -> bool:
+        """Return whether this worker has written to memory that hides rank 0's values."""
 
-    def refresh(self, request: ReceiveWeights) -> None:
-        """Take new values of parameters and buffers."""
 
-    def forget(self, model: int) -> None:
-        """A model is gone."""
+class WorkerTransport:
+    """A worker's side of a transport."""
 
-    def plan(self, parameters: Sequence[nn.Parameter]) -> Any:
-        """Return where gradients go, as the owner's weights say it too."""
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
-    def inputs(self, request: ForwardRequest) -> list[torch.Tensor]:
-        """Return the tensors of a question."""
+    def try_handle(self, message: Message) -> bool:  # noqa: ARG002
+        """Handle a message that is for the transport; return whether it was."""
+        return False
 
-    def put(self, outputs: Sequence[torch.Tensor]) -> tuple[Location, int, list[TensorSpec]]:
-        """Prepare to bring back tensors, and return where they are."""
+    def model_memory(self, request: CreateReplica) -> tuple[ModelMemory, ModelMemory]:
+        """Return the memory of a new model's parameters, and of its buffers."""
+        raise NotImplementedError
 
-    def settle(self, *, is_answered: bool) -> None:
-        """Complete it, when the answer has been sent; or forget it, because there was a failure."""
+    def receive_weights(self, request: ReceiveWeights) -> None:
+        """Receive new values of parameters and buffers."""
 
-    def task(self, request: BackwardRequest) -> BackwardTask:
+    def delete_model(self, model: int) -> None:
+        """Free the memory of a model."""
+
+    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> Any:
+        """Return the layout that ``WeightSync.gradient_layout`` has in rank 0."""
+        raise NotImplementedError
+
+    def receive_inputs(self, request: ForwardRequest) -> list[torch.Tensor]:
+        """Return the input tensors of a request."""
+        raise NotImplementedError
+
+    def stage_outputs(self, outputs: Sequence[torch.Tensor]) -> tuple[Location, int, list[TensorSpec]]:
+        """Copy outputs to memory for rank 0; return its location, size, and the specs."""
+        raise NotImplementedError
+
+    def flush(self, *, succeeded: bool) -> None:
+        """Send staged outputs after a result message; drop them after a failure."""
+
+    def start_backward(self, request: BackwardRequest) -> BackwardTask:
         """Begin a backward."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Leave."""
+        """Disconnect."""
 
 
 def add_gradients(sums: dict[int, torch.Tensor], new: dict[int, torch.Tensor]) -> None:
-    """Add what is new to the sums, in place where a sum is the first helper's own memory."""
+    """Add gradients to the sums; a sum may be the first worker's memory, changed in place."""
     both = [n for n in new if n in sums and sums[n].layout is torch.strided and new[n].layout is torch.strided]
     if both:
-        torch._foreach_add_([sums[n] for n in both], [new[n] for n in both])
+        add_in_place([sums[n] for n in both], [new[n] for n in both])
     for n in new.keys() - set(both):
         sums[n] = sums[n] + new[n] if n in sums else new[n]

@@ -1,8 +1,9 @@
-"""The transport between accelerators: tensors are sent from device to device, announced by messages.
+"""Collective transport for accelerators: messages announce tensors, then devices exchange them.
 
-Every member of the group does the same things in the same order, which is that of the messages. Code of the user's stands
-nowhere between an announcement and what it announces: inputs are sent with their question, outputs after their answer,
-and what a backward has announced is completed even when it fails, with zeros. So nobody waits for what never comes.
+Every member performs the same transfers in the order of the messages. No user code runs between an
+announcement and its transfer: inputs follow their request, outputs follow their result, and a
+backward completes its announced transfers after a failure too, with zeros. So no member waits for a
+transfer that never comes.
 """
 
 from __future__ import annotations
@@ -11,221 +12,234 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from duoka.data_parallel.messages import BackwardRequest, CreateReplica, ForwardRequest, ForwardResult, ReceiveWeights
-from duoka.data_parallel.transport.base import BackwardContext, WorkerConfig
-from duoka.data_parallel.transport.buckets import Bucket, BucketLayout, allocate, gradient_buckets
+from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, copy_to_layout, pack_layout, tensor_at
+from duoka.data_parallel.transport.base import (
+    BackwardContext,
+    GroupChannel,
+    OwnerTransport,
+    WorkerConfig,
+    WorkerTransport,
+)
+from duoka.data_parallel.transport.buckets import Bucket, BucketMemory, allocate_bytes, gradient_buckets
 from duoka.data_parallel.transport.collective_weights import CollectiveWeightSync
 from duoka.data_parallel.transport.gradient_reduction import NOWHERE, CollectiveBackwardTask, CollectiveGradientExchange
-from duoka.data_parallel.transport.process_group import PendingCollectives, PrivateProcessGroup, backend_of
-from duoka.data_parallel.transport.shared_memory import Allocation, Location, TensorSpec, lay_out, tensor_at
-from duoka.data_parallel.transport.watch import DeathMonitor
+from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup, select_backend
 from duoka.errors import LaunchError
 from duoka.workers import WorkerChannel, WorkerSession
-from duoka.workers.channel import Message
+from duoka.workers.handle import WorkerHandle
 from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload
 
-if TYPE_CHECKING:
-    from duoka.data_parallel.worker_group import WorkerGroup
+__all__ = ["CollectiveOwnerTransport", "CollectiveWorkerTransport"]
 
-__all__ = ["CollectiveWorkerTransport", "CollectiveOwnerTransport"]
+_DEATH_POLL_S = 0.5
 
 
-class CollectiveOwnerTransport:
-    """The user's process as member 0 of a group, the helpers being the others."""
+class CollectiveOwnerTransport(OwnerTransport):
+    """Rank 0 of a private process group; the workers are the other ranks."""
 
-    sends = True
+    is_collective = True
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
-        self._backend = backend_of(devices)
-        self._end: weakref.finalize[..., Any] | None = None
-        self.folder: str | None = None
-        """Where the members find each other."""
+        self._backend = select_backend(devices)
+        self._remove_temp_dir: weakref.finalize[..., Any] | None = None
         self._group: PrivateProcessGroup | None = None
-        self._watch: DeathMonitor | None = None
+        self._monitor: DeathMonitor | None = None
 
-    def posts(self, threads: int) -> list[WorkerConfig]:
-        """Make a private folder to meet in, and return what each helper is given."""
-        folder = self.folder = tempfile.mkdtemp(prefix="duoka-")
-        self._end = weakref.finalize(self, _remove, folder, os.getpid())
+    def worker_configs(self, num_threads: int) -> list[WorkerConfig]:
+        """Create a private directory for the rendezvous, and return each worker's configuration."""
+        directory = self.temp_dir = tempfile.mkdtemp(prefix="duoka-")
+        self._remove_temp_dir = weakref.finalize(self, _remove, directory, os.getpid())
         size = len(self._devices)
         return [
-            WorkerConfig(threads, device, (folder, rank, size, device, self._backend))
+            WorkerConfig(num_threads, device, (directory, rank, size, device, self._backend))
             for rank, device in enumerate(self._devices)
         ][1:]
 
-    def connect(self, conversation: WorkerSession) -> None:
-        """Wait until all have come, in Python; only then enter torch's rendezvous, which cannot be interrupted."""
+    def connect(self, session: WorkerSession) -> None:
+        """Wait in Python until all workers are ready; only then enter torch's rendezvous, which blocks Ctrl-C."""
         count = len(self._devices) - 1
         for _ in range(count):
-            index, message = conversation.receive()
+            index, message = session.receive()
             if message.kind != READY_FOR_RENDEZVOUS:
-                raise LaunchError(f"helper {index} answered {message.kind!r} out of turn; this is a bug in duoka")
+                raise LaunchError(
+                    f"worker {index} sent {message.kind!r}, not {READY_FOR_RENDEZVOUS!r}; this is a bug in duoka"
+                )
         for index in range(count):
-            conversation.send(index, ENTER_RENDEZVOUS, Payload(b""))
-        assert self.folder is not None
-        self._group = PrivateProcessGroup(self.folder, 0, count + 1, self._devices[0], self._backend)
-        self._watch = DeathMonitor(conversation.workers, self._group.abort)
+            session.send(index, ENTER_RENDEZVOUS, Payload(b""))
+        assert self.temp_dir is not None
+        self._group = PrivateProcessGroup(self.temp_dir, 0, count + 1, self._devices[0], self._backend)
+        self._monitor = DeathMonitor(session.workers, self._group.abort)
 
-    def finish(self) -> None:
-        """Wait until the device has done what it was asked: leaving the group ends what is under way."""
-        _await_device(self._devices[0])
+    def synchronize(self) -> None:
+        """Wait for the device: leaving the group would abort transfers under way."""
+        _synchronize(self._devices[0])
 
     def close(self) -> None:
-        """Leave the group, and remove the folder."""
-        if self._watch is not None:
-            self._watch.end()
-            self._watch = None
+        """Leave the group, and remove the directory."""
+        if self._monitor is not None:
+            self._monitor.stop()
+            self._monitor = None
         if self._group is not None:
             self._group.close()
             self._group = None
-        if self._end is not None:
-            self._end()
-            self._end = self.folder = None
+        if self._remove_temp_dir is not None:
+            self._remove_temp_dir()
+            self._remove_temp_dir = self.temp_dir = None
 
-    def news(self, _: int) -> Iterator[tuple[str, Payload]]:
-        """Tell nothing."""
-        return iter(())
-
-    def takes(self, _: int, __: Message) -> bool:
-        """Take nothing."""
-        return False
-
-    def weights(
+    def create_weight_sync(
         self,
-        crew: WorkerGroup,
+        group: GroupChannel,
         model: int,
         parameters: Sequence[nn.Parameter],
         buffers: Sequence[torch.Tensor | None],
         *,
-        copies_all: bool,  # noqa: ARG002 - nothing is shared, so everything is copied
+        copies_all: bool,  # noqa: ARG002 - workers always have copies
     ) -> CollectiveWeightSync:
-        """Return the weights of one model."""
-        return CollectiveWeightSync(crew, self._members(), model, parameters, buffers)
+        """Return the ``WeightSync`` of one model."""
+        return CollectiveWeightSync(group, self._connected(), model, parameters, buffers)
 
-    def lend(self, nbytes: int) -> Allocation:
+    def allocate(self, nbytes: int) -> Allocation:
         """Return memory on the first device."""
-        return Allocation(NOWHERE, allocate(nbytes, self._devices[0]))
+        return Allocation(NOWHERE, allocate_bytes(nbytes, self._devices[0]))
 
-    def deliver(self, index: int, lease: Allocation) -> PendingCollectives | None:
-        """Send it to the helper that was just sent the message."""
-        return self._members().send(lease.base, index + 1) if len(lease.base) else None
+    def send_inputs(self, index: int, allocation: Allocation) -> PendingCollective | None:
+        """Send a request's tensors to worker ``index``, right after the request."""
+        return self._connected().send(allocation.base, index + 1) if len(allocation.base) else None
 
-    def outputs(self, index: int, answer: ForwardResult) -> list[torch.Tensor]:
-        """Receive the tensors of an answer."""
-        base = allocate(answer.nbytes, self._devices[0])
-        if answer.nbytes:
-            self._members().receive(base, index + 1).wait()
-        return [tensor_at(base, piece) for piece, _ in answer.tensors]
+    def receive_outputs(self, index: int, result: ForwardResult) -> list[torch.Tensor]:
+        """Receive the output tensors of worker ``index``."""
+        base = allocate_bytes(result.nbytes, self._devices[0])
+        if result.nbytes:
+            self._connected().receive(base, index + 1).wait()
+        return [tensor_at(base, spec) for spec, _ in result.outputs]
 
-    def backward(
+    def start_backward(
         self,
-        crew: WorkerGroup,
-        passage: BackwardContext,
+        group: GroupChannel,
+        context: BackwardContext,
         gradients: Sequence[Sequence[torch.Tensor | None]],
         *,
-        keeps_graph: bool,
+        keep_graph: bool,
     ) -> CollectiveGradientExchange:
-        """Let all helpers go backward, those without a part as well: a sum takes everybody."""
-        with crew.all_or_none():
-            return CollectiveGradientExchange(crew, self._members(), passage, gradients, keeps_graph=keeps_graph)
+        """Run the backward on all workers; those without a chunk join the reduction."""
+        with group.stop_on_error():
+            return CollectiveGradientExchange(group, self._connected(), context, gradients, keep_graph=keep_graph)
 
-    def _members(self) -> PrivateProcessGroup:
+    def _connected(self) -> PrivateProcessGroup:
         assert self._group is not None, "connect() comes first"
         return self._group
 
 
-class CollectiveWorkerTransport:
-    """A helper as a member of the group."""
+class DeathMonitor:
+    """A thread that calls ``on_death`` when a worker dies; rank 0 may be blocked in torch, waiting for its device."""
 
-    def __init__(self, device: torch.device, line: WorkerChannel, meeting: tuple[Any, ...]) -> None:
-        self.device = device
-        line.send(READY_FOR_RENDEZVOUS, Payload(b""))
-        line.receive()  # nobody enters the rendezvous before all are there
-        self._group = PrivateProcessGroup(*meeting)
-        self._models: dict[int, BucketLayout] = {}
-        self._base: torch.Tensor | None = None
+    def __init__(self, workers: Sequence[WorkerHandle], on_death: Callable[[], None]) -> None:
+        self._workers, self._on_death = workers, on_death
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="duoka-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread."""
+        self._stopped.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._stopped.wait(_DEATH_POLL_S):
+            if not all(worker.is_alive() for worker in self._workers):
+                self._on_death()
+                return
+
+
+class CollectiveWorkerTransport(WorkerTransport):
+    """A worker as a member of the private process group."""
+
+    def __init__(self, device: torch.device, channel: WorkerChannel, rendezvous: tuple[Any, ...]) -> None:
+        super().__init__(device)
+        channel.send(READY_FOR_RENDEZVOUS, Payload(b""))
+        channel.receive()  # ENTER_RENDEZVOUS, when all workers are ready
+        self._group = PrivateProcessGroup(*rendezvous)
+        self._models: dict[int, BucketMemory] = {}
+        self._staged: torch.Tensor | None = None
         self._task: CollectiveBackwardTask | None = None
 
-    def takes(self, _: Message) -> bool:
-        """Take nothing."""
-        return False
+    def model_memory(self, request: CreateReplica) -> tuple[BucketMemory, BucketMemory]:
+        """Return new memory for copies of a model's parameters and buffers."""
+        memory = self._models[request.model] = BucketMemory(request.bucket_nbytes, self.device)
+        return memory, memory
 
-    def memory(self, request: CreateReplica) -> tuple[BucketLayout, BucketLayout]:
-        """Return new memory for the copies of a model's parameters and buffers."""
-        buckets = self._models[request.model] = BucketLayout(request.buckets, self.device)
-        return buckets, buckets
-
-    def refresh(self, request: ReceiveWeights) -> None:
+    def receive_weights(self, request: ReceiveWeights) -> None:
         """Receive new values of parameters and buffers."""
         bases = self._models[request.model].bases
-        for pending in [self._group.broadcast(bases[n]) for n in request.buckets]:
+        for pending in [self._group.broadcast(bases[bucket]) for bucket in request.buckets]:
             pending.wait()
 
-    def forget(self, model: int) -> None:
-        """Give the model's memory back."""
+    def delete_model(self, model: int) -> None:
+        """Free the memory of a model."""
         self._models.pop(model, None)
 
-    def plan(self, parameters: Sequence[nn.Parameter]) -> list[Bucket]:
-        """Return the buckets that gradients are sent in."""
+    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> list[Bucket]:
+        """Return the buckets in which gradients are reduced."""
         return gradient_buckets(parameters)
 
-    def inputs(self, request: ForwardRequest) -> list[torch.Tensor]:
-        """Receive the tensors of a question."""
+    def receive_inputs(self, request: ForwardRequest) -> list[torch.Tensor]:
+        """Receive the input tensors of a request."""
         base = self._receive(request.nbytes)
-        return [tensor_at(base, piece).data for piece, _ in request.inputs]
+        return [tensor_at(base, spec).data for spec, _ in request.inputs]
 
-    def put(self, outputs: Sequence[torch.Tensor]) -> tuple[Location, int, list[TensorSpec]]:
-        """Lay outputs out to be sent when they have been announced."""
-        pieces, size = lay_out(outputs)
-        self._base = allocate(size, self.device)
-        with torch.no_grad():
-            for output, piece in zip(outputs, pieces, strict=True):
-                tensor_at(self._base, piece).copy_(output)
-        return NOWHERE, size, pieces
+    def stage_outputs(self, outputs: Sequence[torch.Tensor]) -> tuple[Location, int, list[TensorSpec]]:
+        """Pack outputs into a block, which ``flush`` sends."""
+        specs, size = pack_layout(outputs)
+        self._staged = allocate_bytes(size, self.device)
+        copy_to_layout(self._staged, specs, outputs)
+        return NOWHERE, size, specs
 
-    def settle(self, *, is_answered: bool) -> None:
-        """Send outputs that have been announced; wait for what was begun."""
-        base, self._base = self._base, None
-        if is_answered and base is not None and len(base):
-            self._group.send(base, 0).wait()
+    def flush(self, *, succeeded: bool) -> None:
+        """Send staged outputs after a result message; wait for a backward's transfers."""
+        staged, self._staged = self._staged, None
+        if succeeded and staged is not None and len(staged):
+            self._group.send(staged, 0).wait()
         task, self._task = self._task, None
         if task is not None:
             task.wait()
 
-    def task(self, request: BackwardRequest) -> CollectiveBackwardTask:
-        """Receive what a backward begins with."""
+    def start_backward(self, request: BackwardRequest) -> CollectiveBackwardTask:
+        """Receive the output gradients of a backward."""
         base = self._receive(request.nbytes)
-        given = [tensor_at(base, piece).data for piece in request.outputs if piece is not None]
+        given = [tensor_at(base, spec).data for spec in request.outputs if spec is not None]
         self._task = CollectiveBackwardTask(request, given, self._group, self.device)
         return self._task
 
     def close(self) -> None:
-        """Leave the group when all has gone."""
-        _await_device(self.device)
+        """Leave the group, after all transfers."""
+        _synchronize(self.device)
         self._group.close()
 
     def _receive(self, nbytes: int) -> torch.Tensor:
-        base = allocate(nbytes, self.device)
+        base = allocate_bytes(nbytes, self.device)
         if nbytes:
             self._group.receive(base, 0).wait()
         return base
 
 
-def _await_device(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
-        with contextlib.suppress(Exception):  # it has failed, and says so to whoever asks it for something
+        with contextlib.suppress(Exception):  # a failed device raises in the next operation of its user
             torch.accelerator.synchronize(device)
 
 
-def _remove(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child that ends is not the one that met the helpers there
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,204 +1,202 @@
-"""Parameters and buffers of the user's model where helpers have copies of them, which are sent what may have changed.
+"""Parameters and buffers of which accelerator workers hold copies; rank 0 broadcasts what may have changed.
 
-A bucket with a parameter that is being trained, or with buffers, is sent before each forward that keeps a graph: it has nearly
-always changed, and to find out would make this process wait for the device. Any other bucket, and all of them in a forward
-without a graph, are sent if a version counter or an address has moved; if none has, the content's checksum on the device
-decides, because edits through ``.data`` move neither.
+Before each forward that keeps a graph, rank 0 broadcasts every bucket with a trained parameter or a
+buffer: such a bucket has nearly always changed, and a check would block the host on its device. Any
+other bucket, and every bucket before a forward without a graph, is broadcast if a version counter or
+an address has changed. If neither has, rank 0 compares a checksum computed on the device, because
+edits through ``.data`` change neither.
 
-What is trained is sent early too, when an optimiser has stepped, while the user's program does other things. If all of it
-has gone when the next forward begins, the device has nothing else to do, so the checksum is asked for then as well, and only
-what was edited meanwhile is sent again. If not, it was of no use, and is tried less and less often.
+After an optimizer step, rank 0 also starts to broadcast trained parameters early, while the user's
+program does other things. If these broadcasts are complete when the next forward begins, the device
+is idle, so rank 0 can afford the checksum and sends again only what was edited meanwhile. If they
+are not, the early broadcast gained nothing, and rank 0 tries it at ever longer intervals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from duoka.data_parallel.messages import ReceiveWeights
-from duoka.data_parallel.transport.buckets import Bucket, BucketChecksum, gradient_buckets, pack, value_buckets
-from duoka.data_parallel.transport.process_group import PendingCollectives, PrivateProcessGroup
-from duoka.data_parallel.transport.shared_memory import Location, TensorSpec
+from duoka.data_parallel.messages import ParameterPlacement, ReceiveWeights
+from duoka.data_parallel.tensor_layout import Location
+from duoka.data_parallel.transport.base import GroupChannel, WeightSync
+from duoka.data_parallel.transport.buckets import Bucket, BucketChecksum, gradient_buckets, pack_bucket, value_buckets
+from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
 from duoka.errors import DeviceError
-
-if TYPE_CHECKING:
-    from duoka.data_parallel.worker_group import WorkerGroup
 
 __all__ = ["CollectiveWeightSync"]
 
-_LONGEST_PAUSE = 1023
-"""Steps after which sending early is tried again at the latest, where it has not been of use."""
+_MAX_PAUSE = 1023
+"""Optimizer steps after which rank 0 tries an early broadcast again, at the latest."""
 
 
-class CollectiveWeightSync:
-    """What of one model has been sent, and what is to be sent."""
-
-    copies_all = False
-    seats = ()
+class CollectiveWeightSync(WeightSync):
+    """Tracks which buckets of one model workers have, and broadcasts the others."""
 
     def __init__(
         self,
-        crew: WorkerGroup,
-        group: PrivateProcessGroup,
+        group: GroupChannel,
+        process_group: PrivateProcessGroup,
         model: int,
         parameters: Sequence[nn.Parameter],
         buffers: Sequence[torch.Tensor | None],
     ) -> None:
-        self._crew, self._group, self._model = crew, group, model
-        self._device = crew.devices[0]
-        self.parameters = parameters
-        self._forms = [_form(parameter) for parameter in parameters]
+        super().__init__(parameters)
+        self._group, self._process_group, self._model = group, process_group, model
+        self._device = group.devices[0]
         self._check_devices()
-        count = len(parameters)
-        tensors = [*parameters, *_filled(buffers)]
-        kinds = [parameter.requires_grad for parameter in parameters]
-        groups = [[n for n in range(count) if kinds[n]], [n for n in range(count) if not kinds[n]]]
-        self._buckets: list[Bucket] = value_buckets(tensors, [*groups, range(count, len(tensors))])
-        where = {
-            n: (Location(b, 0), piece) for b, bucket in enumerate(self._buckets) for n, piece in bucket.pieces.items()
-        }
-        self._places = [where[n] for n in range(count)]
-        rest = iter(range(count, len(tensors)))
-        self.buffer_places = tuple(None if buffer is None else where[next(rest)] for buffer in buffers)
-        self._marks: list[list[Any]] = [[] for _ in self._buckets]
-        self._known: list[torch.Tensor | None] = [None] * len(self._buckets)
+        self._lay_out(buffers)
+        self._versions: list[list[Any]] = [[] for _ in self._buckets]
+        self._checksums: list[torch.Tensor | None] = [None] * len(self._buckets)
+        """Checksum of the values that workers have; ``None`` where unknown."""
         self._checksum: BucketChecksum | None = None
-        self._under_way: list[PendingCollectives] = []
+        self._pending: list[PendingCollective] = []
         self._early: dict[int, Callable[[], bool]] = {}
-        self._pause, self._waits = 0, 0
-        self._measure()
+        """Completion tests of early broadcasts, by bucket."""
+        self._pause, self._next_pause = 0, 0
+        self._classify_buckets()
+
+    def _lay_out(self, buffers: Sequence[torch.Tensor | None]) -> None:
+        """Assign trained parameters, frozen parameters and buffers to buckets of their own."""
+        tensors = self._tensors(buffers)
+        count = len(self.parameters)
+        trained = [n for n, parameter in enumerate(self.parameters) if parameter.requires_grad]
+        frozen = [n for n, parameter in enumerate(self.parameters) if not parameter.requires_grad]
+        self._buckets: list[Bucket] = value_buckets(tensors, [trained, frozen, range(count, len(tensors))])
+        placements = {
+            n: (Location(b, 0), spec) for b, bucket in enumerate(self._buckets) for n, spec in bucket.specs.items()
+        }
+        self._placements = [placements[n] for n in range(count)]
+        rest = iter(range(count, len(tensors)))
+        self.buffer_placements = tuple(None if buffer is None else placements[next(rest)] for buffer in buffers)
+        self.bucket_nbytes = tuple(bucket.nbytes for bucket in self._buckets)
 
     @property
-    def parameter_places(self) -> tuple[tuple[Location, TensorSpec, bool], ...]:
-        """Bucket, form, and ``requires_grad`` of each parameter."""
-        return tuple((*place, wants) for place, wants in zip(self._places, self._wants, strict=True))
+    def parameter_placements(self) -> tuple[ParameterPlacement, ...]:
+        """Bucket, spec and ``requires_grad`` of each parameter."""
+        pairs = zip(self._placements, self._requires_grad, strict=True)
+        return tuple((*placement, requires_grad) for placement, requires_grad in pairs)
 
-    @property
-    def bucket_sizes(self) -> tuple[int, ...]:
-        """The bytes of each bucket."""
-        return tuple(bucket.nbytes for bucket in self._buckets)
-
-    def follow(self) -> list[int]:
-        """Return the numbers of parameters that begin or cease to require a gradient, or have another form."""
+    def detect_changes(self) -> list[int]:
+        """Return the indices of parameters with another ``requires_grad``, shape or dtype."""
         self._check_devices()
-        moved = [
+        changed = [
             index
             for index, parameter in enumerate(self.parameters)
-            if parameter.requires_grad != self._wants[index] or _form(parameter) != self._forms[index]
+            if parameter.requires_grad != self._requires_grad[index] or not self.shapes_unchanged([index])
         ]
-        if moved:
-            self._measure()
-        return moved
+        if changed:
+            self._classify_buckets()
+        return changed
 
-    def fit(self, numbers: Sequence[int]) -> bool:
-        """Whether these have the shape and type that they had at first, so that a replica can go on with them."""
-        return all(self._forms[number] == _form(self.parameters[number]) for number in numbers)
+    def push(self, buffers: Sequence[torch.Tensor | None], *, training: bool) -> None:
+        """Broadcast what may have changed."""
+        tensors = self._tensors(buffers)
+        versions = self._current_versions(tensors)
+        early = self._completed_early()
+        unchecked = self._volatile - early if training else set()
+        stale = {
+            n
+            for n, checksum in enumerate(self._checksums)
+            if n in unchecked or checksum is None or versions[n] != self._versions[n]
+        }
+        stale |= self._find_edited([n for n in range(len(versions)) if n not in stale], tensors)
+        self._pending = list(self._broadcast(sorted(stale), tensors, unchecked).values())
 
-    def bring(self, buffers: Sequence[torch.Tensor | None], *, trains: bool) -> None:
-        """Send what may have changed."""
-        tensors = [*self.parameters, *_filled(buffers)]
-        marks = self._look(tensors)
-        early = self._take_early()
-        live = self._live - early if trains else set()
-        moved = {n for n, known in enumerate(self._known) if n in live or known is None or marks[n] != self._marks[n]}
-        moved |= self._edited([n for n in range(len(marks)) if n not in moved], tensors)
-        self._under_way = list(self._send(sorted(moved), tensors, live).values())
+    def acknowledge(self) -> None:
+        """Free the memory of broadcasts: between steps, only the model itself uses memory."""
+        pending, self._pending = self._pending, []
+        with self._group.stop_on_error():
+            for broadcast in pending:
+                broadcast.wait()
 
-    def arrived(self) -> None:
-        """Give back the memory of what was sent: between steps nothing is held but the model's own."""
-        under_way, self._under_way = self._under_way, []
-        with self._crew.all_or_none():
-            for pending in under_way:
-                pending.wait()
+    def invalidate(self) -> None:
+        """Broadcast every bucket again: a failed call may have written to the workers' copies."""
+        self._checksums = [None] * len(self._buckets)
 
-    def distrust(self) -> None:
-        """A call has failed: nobody knows what the model has written to its copies by then."""
-        self._known = [None] * len(self._buckets)
-
-    def begin_early(self) -> None:
-        """An optimiser has stepped: send what it has changed, if that was of use the last time."""
-        if self._pause > 0 or not self.fit(range(len(self.parameters))):
+    def push_async(self) -> None:
+        """Broadcast what an optimizer step has changed, unless early broadcasts pause."""
+        if self._pause > 0 or not self.shapes_unchanged(range(len(self.parameters))):
             self._pause -= 1
             return
-        marks = self._look(self.parameters)
-        stepped = [n for n in self._trained if marks[n] != self._marks[n]]
-        self._early.update({n: sent.let_go() for n, sent in self._send(stepped, self.parameters, ()).items()})
+        versions = self._current_versions(self.parameters)
+        stepped = [n for n in self._trained if versions[n] != self._versions[n]]
+        broadcasts = self._broadcast(stepped, self.parameters, ())
+        self._early.update({n: broadcast.completion_test() for n, broadcast in broadcasts.items()})
 
-    def _take_early(self) -> set[int]:
-        """Return the buckets of which all that was sent early has gone."""
+    def _completed_early(self) -> set[int]:
+        """Return the early broadcast buckets if all are complete; if not, return none and pause for longer."""
         early, self._early = self._early, {}
         if not early:
             return set()
-        if all(has_gone() for has_gone in early.values()):
-            self._waits = 0
+        if all(is_complete() for is_complete in early.values()):
+            self._next_pause = 0
             return set(early)
-        self._waits = min(2 * self._waits + 1, _LONGEST_PAUSE)
-        self._pause = self._waits
+        self._next_pause = min(2 * self._next_pause + 1, _MAX_PAUSE)
+        self._pause = self._next_pause
         return set()
 
-    def _look(self, tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
-        """Return what moves with most changes, of the given tensors in each bucket."""
-        return [[_mark(tensors[n]) for n in bucket.pieces if n < len(tensors)] for bucket in self._buckets]
+    def _current_versions(self, tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
+        """Return address and version counter of each given tensor, by bucket."""
+        return [[_version(tensors[n]) for n in bucket.specs if n < len(tensors)] for bucket in self._buckets]
 
-    def _send(
-        self, numbers: Sequence[int], tensors: Sequence[torch.Tensor], unwatched: Collection[int]
-    ) -> dict[int, PendingCollectives]:
-        """Send these buckets, and remember what they hold, unless that will not be asked."""
-        stale = [n for n in numbers if self._buckets[n].nbytes]
+    def _broadcast(
+        self, buckets: Sequence[int], tensors: Sequence[torch.Tensor], unchecked: Collection[int]
+    ) -> dict[int, PendingCollective]:
+        """Broadcast these buckets; compute checksums of all that are not ``unchecked``."""
+        stale = [n for n in buckets if self._buckets[n].nbytes]
         if not stale:
             return {}
-        under_way = {}
-        self._crew.tell(ReceiveWeights(self._model, tuple(stale)))
-        with self._crew.all_or_none():
+        pending = {}
+        self._group.post(ReceiveWeights(self._model, tuple(stale)))
+        with self._group.stop_on_error():
             for n in stale:
-                base = pack(self._buckets[n], tensors, self._device)
-                under_way[n] = self._group.broadcast(base)
-                self._marks[n] = [_mark(tensors[index]) for index in self._buckets[n].pieces]
-                self._known[n] = None if n in unwatched else self._sum(base)
-        return under_way
+                base = pack_bucket(self._buckets[n], tensors, self._device)
+                pending[n] = self._process_group.broadcast(base)
+                self._versions[n] = [_version(tensors[index]) for index in self._buckets[n].specs]
+                self._checksums[n] = None if n in unchecked else self._compute_checksum(base)
+        return pending
 
-    def _edited(self, numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> set[int]:
-        """Return those whose content is another than what was sent."""
-        known = [sent for n in numbers if (sent := self._known[n]) is not None]
+    def _find_edited(self, buckets: Sequence[int], tensors: Sequence[torch.Tensor]) -> set[int]:
+        """Return the buckets whose checksum differs; the host waits for its device here."""
+        known = [checksum for n in buckets if (checksum := self._checksums[n]) is not None]
         if not known:
             return set()
-        now = [self._sum(pack(self._buckets[n], tensors, self._device)) for n in numbers]
-        differs = (torch.stack(now) != torch.stack(known)).tolist()
-        return {n for n, is_other in zip(numbers, differs, strict=True) if is_other}
+        current = [self._compute_checksum(pack_bucket(self._buckets[n], tensors, self._device)) for n in buckets]
+        differs = (torch.stack(current) != torch.stack(known)).tolist()
+        return {n for n, is_edited in zip(buckets, differs, strict=True) if is_edited}
 
-    def _sum(self, base: torch.Tensor) -> torch.Tensor:
+    def _compute_checksum(self, base: torch.Tensor) -> torch.Tensor:
         if self._checksum is None:
             self._checksum = BucketChecksum(self._device)
         return self._checksum(base)
 
-    def _measure(self) -> None:
-        self._wants = [parameter.requires_grad for parameter in self.parameters]
+    def _classify_buckets(self) -> None:
+        """Find the buckets of trained parameters, and the volatile ones: these, and those of buffers."""
+        self._requires_grad = [parameter.requires_grad for parameter in self.parameters]
         count = len(self.parameters)
-        wanted = {n for n in range(count) if self._wants[n]}
-        self._trained = [b for b, bucket in enumerate(self._buckets) if wanted & bucket.pieces.keys()]
-        self._live = {b for b, bucket in enumerate(self._buckets) if b in self._trained or max(bucket.pieces) >= count}
-        self.plan = gradient_buckets(self.parameters)
+        trained = {n for n in range(count) if self._requires_grad[n]}
+        self._trained = [b for b, bucket in enumerate(self._buckets) if trained & bucket.specs.keys()]
+        self._volatile = {
+            b for b, bucket in enumerate(self._buckets) if b in self._trained or max(bucket.specs) >= count
+        }
+        self.gradient_layout = gradient_buckets(self.parameters)
+
+    def _tensors(self, buffers: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        return [*self.parameters, *(buffer for buffer in buffers if buffer is not None)]
 
     def _check_devices(self) -> None:
         for parameter in self.parameters:
             if parameter.device != self._device:
                 raise DeviceError(
-                    f"a parameter of shape {tuple(parameter.shape)} is on {parameter.device}, and the first device of "
+                    f"a parameter of shape {tuple(parameter.shape)} is on {parameter.device}, but the first device of "
                     f"duoka.DataParallel is {self._device}. Move the model there: model.to({str(self._device)!r})"
                 )
 
 
-def _filled(buffers: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    return [buffer for buffer in buffers if buffer is not None]
-
-
-def _form(parameter: nn.Parameter) -> tuple[torch.Size, torch.dtype]:
-    return parameter.shape, parameter.dtype
-
-
-def _mark(tensor: torch.Tensor) -> tuple[int, int]:
-    """What moves with most changes; a tensor of inference mode has no version counter."""
+def _version(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes with most edits; a tensor of inference mode has no version counter."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -1,225 +1,210 @@
-"""A backward where tensors are sent: the helpers' gradients are added up on their way, bucket by bucket, during the backward.
+"""Gradient reduction of the collective transport: workers' gradients are summed bucket by bucket during the backward.
 
-Both sides know the buckets and their order: those of the parameters that required a gradient when the forward was called. The
-answers say which parameters got one.
+Rank 0 and workers know the buckets and their order: those of the parameters that required a
+gradient at the forward. Results name the parameters that received one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from duoka.data_parallel.messages import BackwardRequest, BackwardResult
-from duoka.data_parallel.replica import unpack
-from duoka.data_parallel.transport.base import BackwardContext, add_gradients
-from duoka.data_parallel.transport.buckets import Bucket, allocate
-from duoka.data_parallel.transport.process_group import PendingCollectives, PrivateProcessGroup
-from duoka.data_parallel.transport.shared_memory import Location, TensorSpec, lay_out, tensor_at
+from duoka.data_parallel.pickling import unpickle
+from duoka.data_parallel.tensor_layout import (
+    Allocation,
+    Location,
+    TensorSpec,
+    copy_to_layout,
+    pack_layout,
+    repack_layout,
+    tensor_at,
+)
+from duoka.data_parallel.transport.base import BackwardContext, BackwardTask, Gradients, GroupChannel, add_gradients
+from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes
+from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
 
-if TYPE_CHECKING:
-    from duoka.data_parallel.worker_group import WorkerGroup
-
-__all__ = ["NOWHERE", "CollectiveGradientExchange", "CollectiveBackwardTask"]
+__all__ = ["NOWHERE", "CollectiveBackwardTask", "CollectiveGradientExchange"]
 
 NOWHERE = Location(0, 0)
-"""The place of what is sent."""
+"""Location in messages whose tensors are sent."""
 
 
 class CollectiveGradientExchange:
-    """The sums of the helpers' gradients, on their way to the first device while it computes its own."""
+    """A backward on workers, whose gradients are reduced while rank 0 computes its own."""
 
     def __init__(
         self,
-        crew: WorkerGroup,
-        group: PrivateProcessGroup,
-        passage: BackwardContext,
+        group: GroupChannel,
+        process_group: PrivateProcessGroup,
+        context: BackwardContext,
         gradients: Sequence[Sequence[torch.Tensor | None]],
         *,
-        keeps_graph: bool,
+        keep_graph: bool,
     ) -> None:
-        self._crew, self._passage = crew, passage
-        self._buckets: list[Bucket] = passage.plan
-        self._asked: list[tuple[int, int]] = []
-        device = crew.devices[0]
-        forms: list[list[TensorSpec | None]] = []
-        for index in range(group.size - 1):
+        self._group, self._context = group, context
+        self._buckets: list[Bucket] = context.gradient_layout
+        self._requests: list[tuple[int, int]] = []
+        device = group.devices[0]
+        returned: list[tuple[list[TensorSpec | None], int]] = []
+        for index in range(process_group.size - 1):
             given = gradients[index] if index < len(gradients) else ()
-            slots = self._slots(index) if any(gradient is not None for gradient in given) else []
-            forms.append(slots)
+            slots, size = self._input_layout(index, given)
+            returned.append((slots, size))
             if slots or self._buckets:
-                self._ask(index, given, slots, keeps_graph=keeps_graph)
-        self._sums = [allocate(bucket.nbytes, device) for bucket in self._buckets]
+                self._request(index, given, slots, size, keep_graph=keep_graph)
+        self._sums = [allocate_bytes(bucket.nbytes, device) for bucket in self._buckets]
         self._pending = [
-            group.add(base.view(bucket.dtype))
+            process_group.reduce_sum(base.view(bucket.dtype))
             for base, bucket in zip(self._sums, self._buckets, strict=True)
             if len(base)
         ]
-        self._returned: list[tuple[torch.Tensor, list[TensorSpec | None]]] = []
-        for index, slots in enumerate(forms):
-            base = allocate(_size(slots), device)
-            self._returned.append((base, slots))
-            if len(base):
-                self._pending.append(group.receive(base, index + 1))
+        self._inputs: list[tuple[torch.Tensor, list[TensorSpec | None]]] = []
+        for index, (slots, size) in enumerate(returned):
+            base = allocate_bytes(size, device)
+            self._inputs.append((base, slots))
+            if size:
+                self._pending.append(process_group.receive(base, index + 1))
 
-    def _slots(self, index: int) -> list[TensorSpec | None]:
-        """Where the gradients of a helper's inputs come, in the region that they come in."""
-        forms = self._passage.inputs[index]
-        rest = iter(_packed([piece for piece, wants in forms if wants]))
-        return [next(rest) if wants else None for _, wants in forms]
+    def _input_layout(self, index: int, given: Sequence[torch.Tensor | None]) -> tuple[list[TensorSpec | None], int]:
+        """Return where the gradients of a worker's inputs lie in the block that it returns, and its size."""
+        if all(gradient is None for gradient in given):
+            return [], 0
+        specs, size = repack_layout(self._context.wanted_inputs(index))
+        return self._context.input_slots(index, specs), size
 
-    def _ask(
-        self, index: int, given: Sequence[torch.Tensor | None], slots: list[TensorSpec | None], *, keeps_graph: bool
+    def _request(
+        self,
+        index: int,
+        given: Sequence[torch.Tensor | None],
+        slots: list[TensorSpec | None],
+        input_nbytes: int,
+        *,
+        keep_graph: bool,
     ) -> None:
-        there = [gradient for gradient in given if gradient is not None]
-        pieces, size = lay_out(there)
-        lease = self._crew.transport.lend(size)
-        with torch.no_grad():
-            for gradient, piece in zip(there, pieces, strict=True):
-                tensor_at(lease.base, piece).copy_(gradient)
-        rest = iter(pieces)
-        question = BackwardRequest(
-            self._crew.new_ticket(),
-            self._passage.ticket,
+        present = [gradient for gradient in given if gradient is not None]
+        specs, size = pack_layout(present)
+        allocation = Allocation(NOWHERE, allocate_bytes(size, self._group.devices[0]))
+        copy_to_layout(allocation.base, specs, present)
+        rest = iter(specs)
+        request = BackwardRequest(
+            self._group.new_call_id(),
+            self._context.call_id,
             NOWHERE,
             size,
             tuple(None if gradient is None else next(rest) for gradient in given),
             tuple(slots),
             tuple((bucket.nbytes, bucket.dtype) for bucket in self._buckets),
-            _size(slots),
-            keeps_graph,
+            input_nbytes,
+            keep_graph,
             (),
         )
-        self._crew.ask(index, question, lease)
-        self._asked.append((index, question.ticket))
+        self._group.request(index, request, allocation)
+        self._requests.append((index, request.call_id))
 
-    def fetch(self) -> tuple[dict[int, torch.Tensor], dict[int, dict[int, torch.Tensor]]]:
-        """Wait for the answers, in Python; when all are there the sums are there or about to be."""
-        answers = self._crew.answers(self._asked)
-        with self._crew.all_or_none():
+    def wait(self) -> Gradients:
+        """Wait for the results in Python; the sums have then arrived, or soon will."""
+        results = self._group.results(self._requests)
+        with self._group.stop_on_error():
             for pending in self._pending:
                 pending.wait()
-        taken = {n for answer, _ in answers for n in answer.parameters}
-        places = {
-            n: (base, piece) for base, b in zip(self._sums, self._buckets, strict=True) for n, piece in b.pieces.items()
+        received = {n for result, _ in results for n in result.parameters}
+        slots = {
+            n: (base, spec)
+            for base, bucket in zip(self._sums, self._buckets, strict=True)
+            for n, spec in bucket.specs.items()
         }
-        sums = {n: tensor_at(*places[n]) for n in sorted(taken)}
+        sums = {n: tensor_at(*slots[n]) for n in sorted(received)}
         inputs: dict[int, dict[int, torch.Tensor]] = {}
-        for (index, _), (answer, fd) in zip(self._asked, answers, strict=True):
-            assert isinstance(answer, BackwardResult)
-            if answer.apart.data:
-                add_gradients(sums, unpack(answer.apart, fd, self._crew.devices[0]))
-            base, slots = self._returned[index]
-            inputs[index] = {n: tensor_at(base, piece) for n in answer.inputs if (piece := slots[n]) is not None}
+        for (index, _), (result, fd) in zip(self._requests, results, strict=True):
+            assert isinstance(result, BackwardResult)
+            if result.inlined.data:
+                add_gradients(sums, unpickle(result.inlined, fd, self._group.devices[0]))
+            base, specs = self._inputs[index]
+            inputs[index] = {n: tensor_at(base, spec) for n in result.inputs if (spec := specs[n]) is not None}
         return sums, inputs
 
-    def give_up(self) -> None:
-        """Let it come all the same: what is under way is kept until it is there."""
-        rest = _Rest(len(self._asked), self._pending)
-        for index, ticket in self._asked:
-            self._crew.give_up(index, ticket, rest)
+    def discard(self) -> None:
+        """Keep the memory of transfers under way until they are complete."""
+        transfers = _AbandonedTransfers(len(self._requests), self._pending)
+        for index, call_id in self._requests:
+            self._group.discard_result(index, call_id, transfers)
 
 
-class _Rest:
-    """What is under way to nobody: it must be received all the same, and has been sent when all helpers have answered."""
+class _AbandonedTransfers:
+    """Transfers of a discarded backward, which rank 0 must still complete when all workers have replied."""
 
-    def __init__(self, answers: int, pending: Sequence[PendingCollectives]) -> None:
-        self._answers, self._pending = answers, pending
+    def __init__(self, num_results: int, pending: Sequence[PendingCollective]) -> None:
+        self._num_results, self._pending = num_results, pending
 
     def wait(self) -> None:
-        """One helper more has answered."""
-        self._answers -= 1
-        if self._answers == 0:
+        """Count one more result; wait for the transfers after the last."""
+        self._num_results -= 1
+        if self._num_results == 0:
             for pending in self._pending:
                 pending.wait()
 
 
-class CollectiveBackwardTask:
-    """Sends each bucket of gradients as soon as it is full and all before it have gone."""
+class CollectiveBackwardTask(BackwardTask):
+    """A backward that reduces each bucket as soon as it and all buckets before it are full."""
 
     def __init__(
-        self, request: BackwardRequest, given: list[torch.Tensor], group: PrivateProcessGroup, device: torch.device
+        self,
+        request: BackwardRequest,
+        output_gradients: list[torch.Tensor],
+        group: PrivateProcessGroup,
+        device: torch.device,
     ) -> None:
-        self.given = given
-        self.taken: set[int] = set()
-        self.apart: dict[int, torch.Tensor] = {}
-        self._request, self._group, self._device = request, group, device
+        super().__init__(request, output_gradients)
+        self._group, self._device = group, device
         self._bases: list[torch.Tensor | None] = [None] * len(request.buckets)
         self._missing: list[set[int]] = []
-        self._where: dict[int, tuple[int, TensorSpec]] = {}
-        self._gone = 0
-        self._pending: list[PendingCollectives] = []
-        self._returned = allocate(request.returned, device)
+        self._slots: dict[int, tuple[int, TensorSpec]] = {}
+        self._num_sent = 0
+        self._pending: list[PendingCollective] = []
+        self._inputs = allocate_bytes(request.input_nbytes, device)
 
-    def follow(self, plan: Any) -> None:
-        """Take gradients to the buckets that the forward's plan names."""
-        self._missing = [set(bucket.pieces) for bucket in plan]
-        self._where = {n: (b, piece) for b, bucket in enumerate(plan) for n, piece in bucket.pieces.items()}
+    def use_layout(self, gradient_layout: Any) -> None:
+        """Use the buckets of the forward."""
+        self._missing = [set(bucket.specs) for bucket in gradient_layout]
+        self._slots = {n: (b, spec) for b, bucket in enumerate(gradient_layout) for n, spec in bucket.specs.items()}
 
-    def take(self, index: int, gradient: torch.Tensor) -> None:
-        """Copy the gradient; what checkpointing adds to one that has gone travels with the answer."""
-        bucket, piece = self._where[index]
-        if gradient.layout is not torch.strided or bucket < self._gone:
-            self.apart[index] = self.apart[index] + gradient if index in self.apart else gradient
-        elif index in self.taken:
-            tensor_at(self._base(bucket), piece).add_(gradient)
-        else:
-            tensor_at(self._base(bucket), piece).copy_(gradient)
-            self.taken.add(index)
-        self._missing[bucket].discard(index)
-        while self._gone < len(self._missing) and not self._missing[self._gone]:
+    def accept_gradient(self, index: int, gradient: torch.Tensor) -> None:
+        """Take one parameter's gradient, and reduce the buckets that are full."""
+        super().accept_gradient(index, gradient)
+        self._missing[self._slots[index][0]].discard(index)
+        while self._num_sent < len(self._missing) and not self._missing[self._num_sent]:
             self._send_next()
-
-    def put_inputs(self, gradients: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
-        """Lay those of inputs out to be sent, and return the numbers of those that there are."""
-        done = []
-        for index, (gradient, piece) in enumerate(zip(gradients, self._request.inputs, strict=True)):
-            if gradient is not None and piece is not None:
-                tensor_at(self._returned, piece).copy_(gradient)
-                done.append(index)
-        return tuple(done)
 
     def finish(self) -> None:
-        """Send the rest, zeros where there is nothing: others wait for it."""
-        while self._gone < len(self._bases):
+        """Send what remains, zeros where no gradient came: the other ranks wait for it."""
+        while self._num_sent < len(self._bases):
             self._send_next()
-        if len(self._returned):
-            self._pending.append(self._group.send(self._returned, 0))
+        if len(self._inputs):
+            self._pending.append(self._group.send(self._inputs, 0))
 
     def wait(self) -> None:
-        """Wait until all has gone."""
+        """Wait for all transfers."""
         for pending in self._pending:
             pending.wait()
+
+    def _parameter_slot(self, index: int) -> torch.Tensor | None:
+        bucket, spec = self._slots[index]
+        return None if bucket < self._num_sent else tensor_at(self._base(bucket), spec)
+
+    def _input_slot(self, spec: TensorSpec) -> torch.Tensor:
+        return tensor_at(self._inputs, spec)
 
     def _base(self, bucket: int) -> torch.Tensor:
         base = self._bases[bucket]
         if base is None:
-            base = self._bases[bucket] = allocate(self._request.buckets[bucket][0], self._device)
+            base = self._bases[bucket] = allocate_bytes(self.request.buckets[bucket][0], self._device)
         return base
 
     def _send_next(self) -> None:
-        base = self._base(self._gone)
+        base = self._base(self._num_sent)
         if len(base):
-            self._pending.append(self._group.add(base.view(self._request.buckets[self._gone][1])))
-        self._gone += 1
-
-
-def _packed(pieces: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """The same forms, one after the other from 0 on."""
-    packed, end = [], 0
-    for piece in pieces:
-        packed.append(piece._replace(offset=end))
-        end += _nbytes(piece)
-    return packed
-
-
-def _size(pieces: Sequence[TensorSpec | None]) -> int:
-    return max((piece.offset + _nbytes(piece) for piece in pieces if piece is not None), default=0)
-
-
-def _nbytes(piece: TensorSpec) -> int:
-    count = 1
-    for size in piece.shape:
-        count *= size
-    return -(-count * piece.dtype.itemsize // 64) * 64
+            self._pending.append(self._group.reduce_sum(base.view(self.request.buckets[self._num_sent][1])))
+        self._num_sent += 1

@@ -1,4 +1,4 @@
-"""Notices when an optimiser of some parameters has stepped, until it is told to stop; nothing of it stays then."""
+"""Hook that runs after each step of an optimizer that owns given parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["OptimizerStepHook"]
 
 
 class OptimizerStepHook:
-    """Calls a method after each step of an optimiser that owns one of the parameters, for as long as its object exists.
+    """Calls a method after each step of an optimizer of the watched parameters, while the method's object lives.
 
-    Which optimisers there will be nobody knows beforehand, so torch's hook for all of them is used. Any other optimiser costs a
-    look at its list of parameters.
+    Optimizers may be created later, so the hook uses torch's global one. Any other optimizer costs
+    a look at its list of parameters.
     """
 
     def __init__(self, method: Callable[[], None]) -> None:
@@ -25,16 +25,16 @@ class OptimizerStepHook:
         self._parameters: frozenset[int] = frozenset()
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Look out for these from now on; whoever calls keeps them."""
+        """Watch these parameters from now on; the caller keeps them alive."""
         self._parameters = frozenset(map(id, parameters))
         _hooks.add(self)
 
     def remove(self) -> None:
-        """Look no longer."""
+        """Stop watching."""
         _hooks.discard(self)
 
-    def after(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimiser has stepped."""
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call the method if the optimizer owns a watched parameter."""
         if any(id(parameter) in self._parameters for group in optimizer.param_groups for parameter in group["params"]):
             method = self._method()
             if method is not None:
@@ -42,10 +42,10 @@ class OptimizerStepHook:
 
 
 class _Hooks:
-    """All that are there, behind one hook of torch's.
+    """All hooks, behind one global hook of torch.
 
-    Torch iterates over its hooks while it calls them, and an object may be collected at any time, then too: so hooks that
-    are only forgotten leave torch's list alone, and the one is taken from it when the last is removed.
+    torch iterates over its hooks while it calls them, and garbage collection may run then. So a
+    collected hook leaves torch's list alone; ``discard`` removes the global hook with the last one.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class _Hooks:
     def add(self, hook: OptimizerStepHook) -> None:
         self._all.add(hook)
         if self._handle is None:
-            self._handle = register_optimizer_step_post_hook(self._after)
+            self._handle = register_optimizer_step_post_hook(self._after_step)
 
     def discard(self, hook: OptimizerStepHook) -> None:
         self._all.discard(hook)
@@ -63,10 +63,10 @@ class _Hooks:
             self._handle.remove()
             self._handle = None
 
-    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             for hook in list(self._all):
-                hook.after(optimizer)
+                hook.after_step(optimizer)
 
 
 _hooks = _Hooks()

@@ -28,8 +28,8 @@ from duoka.data_parallel.transport.process_group import PrivateProcessGroup
 
 @pytest.fixture
 def transport(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DUOKA_MIRROR_SENDS", "1")
-    return "sending"
+    monkeypatch.setenv("DUOKA_COLLECTIVE_TRANSPORT", "1")
+    return "collective"
 
 
 @pytest.fixture
@@ -37,17 +37,17 @@ def sent(monkeypatch: pytest.MonkeyPatch):
     """Return how many buckets were sent since it was last asked, by wrapped model."""
 
     def look(model) -> list[tuple[int, ...]]:
-        crew = model._duoka_engine.crew
-        if not hasattr(crew, "seen"):
-            crew.seen, tell = [], crew.tell
+        group = model._duoka_controller.group
+        if not hasattr(group, "seen"):
+            group.seen, post = [], group.post
 
             def telling(message, fd=None):
                 if isinstance(message, ReceiveWeights):
-                    crew.seen.append(message.buckets)
-                tell(message, fd)
+                    group.seen.append(message.buckets)
+                post(message, fd)
 
-            crew.tell = telling
-        seen, crew.seen = crew.seen, []
+            group.post = telling
+        seen, group.seen = group.seen, []
         return seen
 
     return look
@@ -162,7 +162,9 @@ def test_a_step_sends_at_once_and_the_forward_does_not_send_again(sent, wrap) ->
 def test_sending_early_pauses_where_it_was_of_no_use(sent, wrap, monkeypatch) -> None:
     model = wrap(nn.Linear(4, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monkeypatch.setattr("duoka.data_parallel.transport.process_group.Pending.let_go", lambda _: lambda: False)
+    monkeypatch.setattr(
+        "duoka.data_parallel.transport.process_group.PendingCollective.completion_test", lambda _: lambda: False
+    )
     early = []
     model(X).sum().backward()
     for _ in range(12):
@@ -347,7 +349,7 @@ def test_a_backward_of_the_users_that_fails_leaves_the_order_whole(devices: str,
 
 
 def helper_pid(model) -> int:
-    return model._duoka_engine.crew._conversation.workers[0].pid
+    return model._duoka_controller.group._session.workers[0].pid
 
 
 def test_a_death_that_a_step_meets_is_told_by_the_next_forward(wrap) -> None:
@@ -407,8 +409,8 @@ def test_buckets_are_cut_and_complex_and_half_gradients_are_added(pair, compare)
 def test_buckets_hold_each_tensor_once_and_stay_small() -> None:
     tensors = [torch.empty(size) for size in (10, 8_000_000, 3, 0, 5_000_000, 4_000_000, 7)]
     buckets = value_buckets(tensors, [range(4), range(4, 7)])
-    assert sorted(n for bucket in buckets for n in bucket.pieces) == list(range(7))
-    assert all(bucket.nbytes <= 25 << 20 or len(bucket.pieces) == 1 for bucket in buckets)
+    assert sorted(n for bucket in buckets for n in bucket.specs) == list(range(7))
+    assert all(bucket.nbytes <= 25 << 20 or len(bucket.specs) == 1 for bucket in buckets)
 
 
 def test_a_checksum_tells_contents_apart() -> None:

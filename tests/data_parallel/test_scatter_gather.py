@@ -142,7 +142,7 @@ def test_calls_without_a_tensor_are_computed_here(wrap) -> None:
 @pytest.mark.parametrize(("batch", "devices"), [(7, 3), (32, 3), (1, 4), (4, 4), (5, 2)])
 def test_parts_are_those_of_tensor_split(batch: int, devices: int) -> None:
     expected = [len(part) for part in torch.empty(batch).tensor_split(devices) if len(part)]
-    assert scatter_gather.part_sizes(batch, devices) == expected
+    assert scatter_gather.scatter_sizes(batch, devices) == expected
 
 
 def test_lists_of_different_lengths_are_refused(wrap) -> None:

@@ -1,0 +1,87 @@
+"""Pickling of models and arguments between rank 0 and its workers, with tensors left out where they travel otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from duoka.utils.torch_private import inject_parametrized_class
+from duoka.workers.serialization import Payload, dumps, loads
+
+__all__ = ["Pickled", "pickle_without_tensors", "placeholder_tensors", "unpickle"]
+
+_CPU = torch.device("cpu")
+_tensors: ContextVar[Sequence[torch.Tensor]] = ContextVar("duoka_placeholder_tensors")
+
+
+class Pickled(NamedTuple):
+    """A pickled object; its large buffers lie in the memory file that accompanies the message."""
+
+    data: bytes
+    sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, payload: Payload) -> Pickled:
+        """Return the part of ``payload`` that a message holds, without its file."""
+        return cls(payload.data, payload.sizes)
+
+
+def pickle_without_tensors(value: Any, tensors: Sequence[torch.Tensor]) -> Payload:
+    """Pickle a model or attribute values; each of ``tensors`` is replaced by its index."""
+    indices = {id(tensor): index for index, tensor in enumerate(tensors)}
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, nn.DataParallel):
+            return _identity, (value.module,)
+        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):
+            names: Any = value.parametrizations
+            return _new_parametrized, (type(value).__bases__[0], list(names)), dict(value.__dict__)
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        if id(value) in indices:
+            return _placeholder_tensor, (indices[id(value)],)
+        if value.grad_fn is not None:  # a result of an earlier call, stored in the model
+            return _identity, (value.detach(),)
+        return NotImplemented
+
+    return dumps(value, replace)
+
+
+def unpickle(pickled: Pickled, fd: int | None, device: torch.device = _CPU) -> Any:
+    """Rebuild a pickled object on ``device``, and close its memory file."""
+    payload = Payload(pickled.data, pickled.sizes, fd)
+    try:
+        return loads(payload, device)
+    finally:
+        payload.close()
+
+
+@contextmanager
+def placeholder_tensors(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let indices in pickles mean these tensors inside the ``with`` block."""
+    token = _tensors.set(tensors)
+    try:
+        yield
+    finally:
+        _tensors.reset(token)
+
+
+def _placeholder_tensor(index: int) -> torch.Tensor:
+    return _tensors.get()[index]
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _new_parametrized(cls: type[nn.Module], names: list[str]) -> nn.Module:
+    """Return an empty parametrized module; ``torch.nn.utils.parametrize`` makes its class, which pickle refuses."""
+    module = cls.__new__(cls)
+    inject_parametrized_class(module, names)
+    return module
