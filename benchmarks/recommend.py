@@ -1,9 +1,9 @@
-"""The recipe `movielens` at MovieLens-1M's size: reading, sampling, training, full ranking; the plain way beside them.
+"""The recipe `movielens` at MovieLens-1M's size: reading, sampling, training and ranking, next to plain Python.
 
     python benchmarks/recommend.py [--users 6040 --films 3883 --ratings 1000000] [--threads 2] [--dynamic 60]
 
 The data are those of `duoka data make movielens`, written to a temporary folder. Each time is the best of three.
-`recommend_dynamic.py` compares the ways of training GPT-2 in the loop; it runs at the end.
+`recommend_dynamic.py`, which compares ways to train GPT-2 in the loop, runs at the end.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from duoka.recipes.datasets.negative_sampling import TripletDataset, loader
 from duoka.recipes.models.recommender import Recommender
 from duoka.recipes.recommendation import Config
 from duoka.recipes.recommendation.baselines import Popularity
-from duoka.recipes.recommendation.ranking_metrics import NAMES, RankedItems, RankingEvaluator, evaluate, means, measures
-from duoka.recipes.recommendation.training import StageTraining, build, prepared
+from duoka.recipes.recommendation.ranking_metrics import METRICS, RankingEvaluator, RankingModel, mean_metrics
+from duoka.recipes.recommendation.training import RankingModelWithLoss, build_model, load_texts
 
 
 def best_of(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of the fastest of some calls, and what the last returned."""
+    """Return the seconds of the fastest call, and the result of the last."""
     times, result = [], None
     for _ in range(repeats):
         start = time.perf_counter()
@@ -44,7 +44,7 @@ def best_of(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def plain_negatives(users: Any, positives: dict[int, set[int]], n_items: int) -> list[int]:
-    """One draw after another until the film is unknown: the straightforward way."""
+    """Draw until the film is unknown, one sample after the other."""
     random = np.random.default_rng(0)
     drawn = []
     for user in users:
@@ -56,7 +56,7 @@ def plain_negatives(users: Any, positives: dict[int, set[int]], n_items: int) ->
 
 
 def plain_reading(path: Path) -> list[list[int]]:
-    """Line by line: the straightforward way."""
+    """Read line by line."""
     with path.open(encoding="latin-1") as file:
         return [[int(field) for field in line.rstrip("\n").split("::")] for line in file]
 
@@ -80,52 +80,55 @@ def report_data(folder: Path) -> ML1MDataset:
     for user, film in data.train.pairs.tolist():
         positives.setdefault(user, set()).add(film)
     drawing, _ = best_of(1, lambda: plain_negatives(data.train.users.tolist(), positives, data.n_items))
-    print(f"the straightforward way: reading {reading:.2f} s, negatives of an epoch {drawing:.2f} s")
+    print(f"plain Python: reading {reading:.2f} s, negatives of an epoch {drawing:.2f} s")
     return data
 
 
 def report_ranking(data: ML1MDataset, model: Recommender, plain_users: int) -> None:
-    task = RankingEvaluator.of(data, "test")
-    scores = Popularity(task.seen, data.n_items)
-    seconds, _ = best_of(3, lambda: evaluate(scores.all, task))
-    print(f"full ranking of {len(task.users):,} users without a model's scoring: {seconds:.2f} s")
-    trainer = Trainer(RankedItems(model, task), metrics=means(), device="cpu", verbose=False)
+    evaluator = RankingEvaluator.of(data, "test")
+    scores = Popularity(evaluator.seen, data.n_items)
+    seconds, _ = best_of(3, lambda: evaluator.evaluate(scores.score_all))
+    print(f"full ranking of {len(evaluator.users):,} users without a model's scoring: {seconds:.2f} s")
+    trainer = Trainer(RankingModel(model, evaluator), metrics=mean_metrics(), device="cpu", verbose=False)
     began = time.process_time()
-    seconds, _ = best_of(3, lambda: trainer.evaluate(task.loader()))
+    seconds, _ = best_of(3, lambda: trainer.evaluate(evaluator.loader()))
     busy = (time.process_time() - began) / 3
     print(
         f"full ranking with a model's scoring, through Trainer.evaluate: {seconds:.2f} s; {busy:.2f} s of processor time"
     )
-    some = task.users[:plain_users]
-    seconds, expected = best_of(1, lambda: plain_ranking(model, task, some, data.n_items))
-    found = float(measures(model.scorer().all(some), task, some)[:, NAMES.index("ndcg@10")].mean())
+    some = evaluator.users[:plain_users]
+    seconds, expected = best_of(1, lambda: plain_ranking(model, evaluator, some, data.n_items))
+    metrics = evaluator.ranking_metrics(model.scorer().score_all(some), some)
+    found = float(metrics[:, METRICS.index("ndcg@10")].mean())
     print(
-        f"the straightforward way, one user after another: {seconds * len(task.users) / len(some):.0f} s (from {len(some)} "
+        f"plain Python, one user after another: {seconds * len(evaluator.users) / len(some):.0f} s (from {len(some)} "
         f"users); NDCG@10 of both {found:.6f} and {expected:.6f}"
     )
 
 
 @torch.no_grad()
-def plain_ranking(model: Recommender, task: RankingEvaluator, users: Tensor, n_items: int) -> float:
-    """NDCG@10 by scoring a user's pairs with all films, sorting them, and looking for what is wanted."""
+def plain_ranking(model: Recommender, evaluator: RankingEvaluator, users: Tensor, n_items: int) -> float:
+    """Return NDCG@10 by scoring all pairs of one user after the other, and sorting them."""
     model.eval()
     score, total = model.score, 0.0
     user_vectors, films = model.vectors(torch.arange(model.n_users), torch.arange(n_items))
     for user in users.tolist():
-        pairs = score.user_half(user_vectors[user].expand(n_items, -1)), score.item_half(films)
-        scores = (score.products(*pairs) + score.network(*pairs)).tolist()
-        known = set(task.seen.indices[task.seen.indptr[user] : task.seen.indptr[user + 1]].tolist())
-        wanted = set(task.targets.indices[task.targets.indptr[user] : task.targets.indptr[user + 1]].tolist())
-        order = sorted((film for film in range(n_items) if film not in known), key=lambda film: -scores[film])[:10]
-        gain = sum(1 / math.log2(place + 1) for place, film in enumerate(order, 1) if film in wanted)
-        total += gain / sum(1 / math.log2(place + 1) for place in range(1, min(10, len(wanted)) + 1))
+        pairs = score.user_tower(user_vectors[user].expand(n_items, -1)), score.item_tower(films)
+        scores = (score.dot(*pairs) + score.mlp(*pairs)).tolist()
+        seen = set(evaluator.seen.indices[evaluator.seen.indptr[user] : evaluator.seen.indptr[user + 1]].tolist())
+        targets = set(
+            evaluator.targets.indices[evaluator.targets.indptr[user] : evaluator.targets.indptr[user + 1]].tolist()
+        )
+        order = sorted((film for film in range(n_items) if film not in seen), key=lambda film: -scores[film])[:10]
+        gain = sum(1 / math.log2(rank + 1) for rank, film in enumerate(order, 1) if film in targets)
+        total += gain / sum(1 / math.log2(rank + 1) for rank in range(1, min(10, len(targets)) + 1))
     return total / len(users)
 
 
 def report_training(data: ML1MDataset, model: Recommender, epochs: int, threads: int) -> None:
-    """Train on one process with all threads, and on as many CPU workers with one thread each; the best epoch counts."""
+    """Train in one process with all threads, and on as many CPU workers with one thread each; print the best epoch."""
     samples = TripletDataset(data.train.pairs, data.seen(), data.n_items)
-    task = RankingEvaluator.of(data, "validation")
+    evaluator = RankingEvaluator.of(data, "validation")
     for batch in (2048, 8192):
         for device in dict.fromkeys(("cpu", f"cpu:{threads}")):
             options: dict[str, Any] = {
@@ -135,7 +138,7 @@ def report_training(data: ML1MDataset, model: Recommender, epochs: int, threads:
                 "batch_size_means": "global",
                 "verbose": False,
             }
-            net = StageTraining(copy.deepcopy(model), task)
+            net = RankingModelWithLoss(copy.deepcopy(model), evaluator)
             trainer = Trainer(net, loader(samples, batch), epochs=epochs, device=device, **options)
             trainer.fit(save_model=False)
             rate = max(record["samples_per_s"] for record in trainer.history)
@@ -150,7 +153,7 @@ def main() -> None:
     parser.add_argument("--ratings", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3, help="of training in cached mode")
-    parser.add_argument("--plain-users", type=int, default=100, help="how many are ranked the straightforward way")
+    parser.add_argument("--plain-users", type=int, default=100, help="how many are ranked plain Python")
     parser.add_argument(
         "--dynamic", type=float, default=60, metavar="S", help="seconds for dynamic mode; 0 leaves it out"
     )
@@ -161,11 +164,11 @@ def main() -> None:
         synthetic_movielens.write(Path(folder), example)
         data = report_data(Path(folder))
         config = Config(pretrained="none", device="cpu")
-        model = build(config, data, prepared(config, data), 1)
+        model = build_model(config, data, load_texts(config, data), 1)
         report_training(data, model, options.epochs, options.threads)
         report_ranking(data, model, options.plain_users)
     if options.dynamic:
-        print("\n".join(recommend_dynamic.measured(options.dynamic)))
+        print("\n".join(recommend_dynamic.compare(options.dynamic)))
 
 
 if __name__ == "__main__":

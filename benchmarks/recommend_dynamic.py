@@ -1,10 +1,10 @@
-"""Training steps with texts encoded in every step: each distinct beginning once, next to all three columns as they come.
+"""Training steps with GPT-2 in the loop: packed prefixes next to three padded columns of texts.
 
-Both train one model (LoRA on a GPT-2, cross-attention, BPR and InfoNCE) on the same batches of 256 users, films seen and films
-not seen; texts as many and as often the same as MovieLens-1M's, with titles of one to twelve words. The straightforward way
-tokenises the batch's users, positive films and negative films, pads each column to its longest text, and gives GPT-2 the three
-one after the other, as `transformers` documents it. The gradients of the two are compared first. Then they take turns, step by
-step.
+Both ways train one model (LoRA on a GPT-2, cross-attention, BPR and InfoNCE) on the same batches of
+256 users with a seen and an unseen film each. Texts repeat as often as MovieLens-1M's; titles have one
+to twelve words. The reference tokenizes the batch's users, positive and negative films, pads each
+column to its longest text, and calls GPT-2 once per column, as `transformers` documents. The
+benchmark first compares both ways' gradients, then times their steps in turn.
 
     python benchmarks/recommend_dynamic.py [--seconds 60] [--threads 2] [--pretrained none]
 """
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from duoka.recipes.models.gpt2_recommender import GPT2RecommenderEnhanced, TwoRates
-from duoka.recipes.models.gpt2_text_encoder import TokenizedTexts, prepare
+from duoka.recipes.models.gpt2_recommender import GPT2RecommenderEnhanced, two_lr_groups
+from duoka.recipes.models.gpt2_text_encoder import TokenizedTexts, tokenize_texts
 
 USERS, FILMS, BATCH = 6040, 3883, 256
 GENDERS = {"female": 1709, "male": 4331}
@@ -51,7 +51,7 @@ GENRES = {
     "Animation": 105, "Fantasy": 68, "Western": 68, "Film-Noir": 44,
 }  # fmt: skip
 GENRES_OF_A_FILM = {1: 2025, 2: 1322, 3: 421, 4: 100, 5: 14, 6: 1}
-"""How often each occurs in MovieLens-1M; here they are drawn independently of each other."""
+"""Counts in MovieLens-1M; here all attributes are independent."""
 SYLLABLES = "ba|ka|ri|to|men|sol|ver|da|lin|go|ter|mar|pe|shu|ron|ce|fa|il|mo|ny|qua|re|sta|tri|u|vi|wen|xo|zar|lo"
 Step = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -63,20 +63,20 @@ def main() -> None:
     parser.add_argument("--pretrained", default="none")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    for line in measured(given.seconds, given.pretrained):
+    for line in compare(given.seconds, given.pretrained):
         print(line)
 
 
-def measured(seconds: float, pretrained: str = "none") -> list[str]:
-    """Compare the two ways' gradients, time their steps in turn, and say both in words."""
+def compare(seconds: float, pretrained: str = "none") -> list[str]:
+    """Compare both ways' gradients and step times; return lines of text."""
     users, films = descriptions()
-    texts = prepare(users, films, pretrained=pretrained)
+    texts = tokenize_texts(users, films, pretrained=pretrained)
     model = GPT2RecommenderEnhanced(texts, use_cache=False)
     draw = batches(seed=0)
     warm = trained(model, model.loss)  # LoRA's first gradients are zero for half of its weights
     for _ in range(5):
         warm(next(draw))
-    ours, theirs = model, AsTheyCome(copy.deepcopy(model), texts, users, films)
+    ours, theirs = model, PaddedColumns(copy.deepcopy(model), texts, users, films)
     apart, relative = difference(ours, theirs, next(draw))
     steps = [trained(ours, ours.loss), trained(theirs.model, theirs.loss)]
     times: list[list[float]] = [[], []]
@@ -91,14 +91,14 @@ def measured(seconds: float, pretrained: str = "none") -> list[str]:
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
     return [
         f"largest difference of a gradient: {apart:.1e}; of the largest one of its parameter, {relative:.1e}",
-        f"three columns as they come     {rates[1]:8,.0f} samples/s",
-        f"each distinct beginning once   {rates[0]:8,.0f} samples/s",
+        f"three padded columns           {rates[1]:8,.0f} samples/s",
+        f"each distinct prefix once      {rates[0]:8,.0f} samples/s",
         f"ratio {ratio:.2f}, median of {len(times[0])} steps of {BATCH} samples each, {torch.get_num_threads()} threads",
     ]
 
 
-class AsTheyCome:
-    """The same model, its three columns of texts tokenised, padded and encoded one after the other in every step."""
+class PaddedColumns:
+    """The same model, which tokenizes, pads and encodes three columns of texts in every step."""
 
     def __init__(
         self, model: GPT2RecommenderEnhanced, texts: TokenizedTexts, users: list[str], films: list[str]
@@ -108,16 +108,16 @@ class AsTheyCome:
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         model = self.model
-        model.draws += 1
+        model.step += 1
         users = self._column(model.user, self.users, batch["users"])
         films = torch.cat([self._column(model.item, self.films, batch[name]) for name in ("positives", "negatives")])
-        at = torch.arange(2 * len(batch["users"])).view(2, -1)
-        return model.loss_of(users, films, at[0], at, batch["positives"])
+        rows = torch.arange(2 * len(batch["users"])).view(2, -1)
+        return model.loss_from_vectors(users, films, rows[0], rows, batch["positives"])
 
     def _column(self, side: Any, texts: list[str], wanted: Tensor) -> Tensor:
         fields = self._encoded([texts[number] for number in wanted.tolist()])
-        places = torch.arange(fields.shape[0] * fields.shape[1]).view(fields.shape[:2])
-        return side(wanted, fields.flatten(0, 1), places, self.model.draws, self.model.id_dropout)[0]
+        rows = torch.arange(fields.shape[0] * fields.shape[1]).view(fields.shape[:2])
+        return side(wanted, fields.flatten(0, 1), rows, self.model.step, self.model.id_dropout)[0]
 
     def _encoded(self, texts: list[str]) -> Tensor:
         """Return the masked mean of each field's states, ``(texts, fields, width)``."""
@@ -138,7 +138,7 @@ class AsTheyCome:
 
 
 def descriptions(seed: int = 0) -> tuple[list[str], list[str]]:
-    """Draw texts of users and films, a field a line."""
+    """Return random texts of users and films, one field per line."""
     draw, syllables = random.Random(seed), SYLLABLES.split("|")
     words = ["".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3)))).title() for _ in range(2500)]
     weights = [1 / (rank + 3) for rank in range(len(words))]
@@ -158,13 +158,13 @@ def descriptions(seed: int = 0) -> tuple[list[str], list[str]]:
 
 
 def batches(seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches without end: positive films by fame, the rest evenly."""
+    """Yield batches: positive films by popularity, users and negative films uniformly."""
     random = np.random.default_rng(seed)
-    fame = 1 / (np.arange(FILMS) + 100.0)
+    popularity = 1 / (np.arange(FILMS) + 100.0)
     while True:
         columns = {
             "users": random.integers(0, USERS, BATCH),
-            "positives": random.choice(FILMS, BATCH, p=fame / fame.sum()),
+            "positives": random.choice(FILMS, BATCH, p=popularity / popularity.sum()),
             "negatives": random.integers(0, FILMS, BATCH),
         }
         yield {name: torch.from_numpy(column) for name, column in columns.items()}
@@ -172,8 +172,8 @@ def batches(seed: int) -> Iterator[dict[str, Tensor]]:
 
 def trained(model: nn.Module, loss: Step) -> Step:
     """Return a training step of ``model``."""
-    rates = TwoRates.of(model, lr=5e-4, text_lr=5e-5)
-    optimizer = rates([parameter for parameter in model.parameters() if parameter.requires_grad])
+    build_optimizer = two_lr_groups(model, lr=5e-4, text_lr=5e-5)
+    optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     def step(batch: Mapping[str, Tensor]) -> Tensor:
         value = loss(batch)
@@ -185,8 +185,10 @@ def trained(model: nn.Module, loss: Step) -> Step:
     return step
 
 
-def difference(ours: GPT2RecommenderEnhanced, theirs: AsTheyCome, batch: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Return how far the two ways' gradients are apart at most: as they are, and relative to the parameter's largest one."""
+def difference(
+    ours: GPT2RecommenderEnhanced, theirs: PaddedColumns, batch: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """Return the largest difference of both ways' gradients: absolute, and relative to the parameter's largest gradient."""
     found = []
     for model, loss in ((ours, ours.loss), (theirs.model, theirs.loss)):
         loss(batch).backward()

@@ -59,7 +59,7 @@ def _movielens(options: argparse.Namespace) -> int:
     from duoka.recipes.datasets.movielens import ML1MDataset
     from duoka.recipes.datasets.movielens_format import NAMES
     from duoka.recipes.recommendation.baselines import Popularity
-    from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator, evaluate
+    from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator
 
     sizes = {key: value for key in OWN["movielens"] if (value := getattr(options, key)) is not None}
     folder = Path(options.to or "movielens")
@@ -74,10 +74,10 @@ def _movielens(options: argparse.Namespace) -> int:
     task, law = RankingEvaluator.of(data, "test"), torch.from_numpy(example.utility).float()
     found = {
         "the law itself, the best reachable": law.__getitem__,
-        "popularity": Popularity(task.seen, data.n_items).all,
+        "popularity": Popularity(task.seen, data.n_items).score_all,
     }
     for name, score in found.items():
-        out.print(f"test ndcg@10 of {name}: {evaluate(score, task)['ndcg@10']:.4f}")
+        out.print(f"test ndcg@10 of {name}: {task.evaluate(score)['ndcg@10']:.4f}")
     out.print(f"next: duoka train movielens --root {folder} --pretrained none", soft_wrap=True)
     return 0
 

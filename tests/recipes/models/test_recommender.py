@@ -1,8 +1,7 @@
-"""The recommenders: what their loss is, that devices agree on it, what they recommend, and what they refuse."""
+"""The recommenders: loss, equal steps on any number of devices, recommendations, and rejected options."""
 
 import copy
 import pickle
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -12,34 +11,31 @@ from torch.utils.data import DataLoader, Dataset
 
 import duoka
 from duoka.errors import ConfigError
-from duoka.recipes.models.gpt2_recommender import GPT2Recommender, GPT2RecommenderEnhanced, TwoRates, carry_over
-from duoka.recipes.models.gpt2_text_encoder import TokenizedTexts, prepare
+from duoka.recipes.models.gpt2_recommender import (
+    GPT2Recommender,
+    GPT2RecommenderEnhanced,
+    copy_stage1_weights,
+    two_lr_groups,
+)
+from duoka.recipes.models.gpt2_text_encoder import TokenizedTexts, tokenize_texts
 from duoka.recipes.models.recommender import NCF
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 USERS, ITEMS = 40, 60
 GENRES = ("Comedy", "Drama", "Comedy, Drama", "Horror", "War")
 JOBS = ("writer", "farmer", "artist")
 BOTH = pytest.mark.parametrize("kind", [GPT2Recommender, GPT2RecommenderEnhanced])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model is fastest on one thread, and much slower on two that other processes want as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def texts() -> TokenizedTexts:
     users = [f"{('female', 'male')[n % 2]}\n{18 + n // 8}\n{JOBS[n % 3]}" for n in range(USERS)]
     items = [f"{GENRES[n % 5]}\n{'The ' * (n % 4)}Film of {n} ({1940 + n})" for n in range(ITEMS)]
-    return prepare(users, items)
+    return tokenize_texts(users, items)
 
 
 class Triples(Dataset):
-    """Users, films that they have seen, and films that they have not."""
+    """Users, items that they have seen, and items that they have not."""
 
     def __init__(self, count: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -50,8 +46,8 @@ class Triples(Dataset):
     def __len__(self) -> int:
         return len(self.users)
 
-    def __getitem__(self, place) -> dict[str, torch.Tensor]:
-        return {name: values[place] for name, values in vars(self).items()}
+    def __getitem__(self, index) -> dict[str, torch.Tensor]:
+        return {name: values[index] for name, values in vars(self).items()}
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
@@ -73,18 +69,18 @@ def test_the_loss_is_bpr_and_a_tenth_of_infonce(kind, texts):
     users, positives, negatives = batch.values()
     better, worse = model.predict(users, positives), model.predict(users, negatives)
     bpr = -logsigmoid(better - worse).mean()
-    names = positives[:16].unique()
-    vectors, films = model.user_vectors()[users], model.item_vectors()
+    ids = positives[:16].unique()
+    vectors, item_vectors = model.user_vectors()[users], model.item_vectors()
     contrast = 0.0
     for user, positive in zip(vectors, positives, strict=True):
-        offered = films[torch.cat([positive.unsqueeze(0), names[names != positive]])]
-        contrast -= (cosine_similarity(user.unsqueeze(0), offered) / 0.2).log_softmax(0)[0]
+        candidates = item_vectors[torch.cat([positive.unsqueeze(0), ids[ids != positive]])]
+        contrast -= (cosine_similarity(user.unsqueeze(0), candidates) / 0.2).log_softmax(0)[0]
     assert torch.allclose(model.loss(batch), bpr + 0.1 * contrast / 50, atol=1e-5)
 
 
 @BOTH
 @pytest.mark.parametrize("cached", [True, False])
-def test_any_number_of_devices_takes_the_same_steps(kind, cached, texts):
+def test_one_and_two_devices_take_the_same_steps(kind, cached, texts):
     def trained(device: str) -> dict[str, torch.Tensor]:
         model = kind(texts, use_cache=cached, candidates=20)
         data = DataLoader(Triples(65), batch_size=32, shuffle=True)  # 32, 32, and one sample for two devices
@@ -102,7 +98,7 @@ def test_any_number_of_devices_takes_the_same_steps(kind, cached, texts):
     close(trained("cpu"), trained("cpu:2"))
 
 
-def test_three_devices_agree_where_the_candidates_lie_on_several_of_them(texts):
+def test_three_devices_share_the_candidates_of_the_contrastive_loss(texts):
     def trained(device: str) -> dict[str, torch.Tensor]:
         model = GPT2RecommenderEnhanced(texts, candidates=30, contrast=1.0)
         data = DataLoader(Triples(70), batch_size=70)
@@ -123,7 +119,7 @@ def test_three_devices_agree_where_the_candidates_lie_on_several_of_them(texts):
 
 
 @pytest.mark.parametrize("build", [GPT2Recommender, GPT2RecommenderEnhanced, lambda texts: NCF(USERS, ITEMS)])
-def test_scores_of_all_pairs_are_those_of_each_pair_by_itself(build, texts):
+def test_scores_of_all_pairs_equal_those_of_single_pairs(build, texts):
     model = build(texts).eval()
     users, items = torch.arange(USERS), torch.arange(ITEMS)
     whole = model.score_all(users)
@@ -134,7 +130,7 @@ def test_scores_of_all_pairs_are_those_of_each_pair_by_itself(build, texts):
     assert torch.allclose(whole, plain_scores(model), atol=1e-5)
 
 
-def test_half_precision_reads_texts_and_scores_in_full(texts):
+def test_autocast_leaves_scores_and_loss_in_float32(texts):
     model = GPT2RecommenderEnhanced(texts, use_cache=False)
     users = torch.arange(USERS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -146,53 +142,57 @@ def test_half_precision_reads_texts_and_scores_in_full(texts):
 
 @torch.no_grad()
 def plain_scores(model) -> torch.Tensor:
-    """Scores by putting the two vectors of each pair side by side, as one would without a thought for speed."""
+    """Scores by concatenating the two vectors of each pair."""
     user, item = model.vectors(torch.arange(USERS), torch.arange(ITEMS))
     user, item = user.repeat_interleave(ITEMS, 0), item.repeat(USERS, 1)
-    score, dot = model.score, model.score.dot
-    joined = torch.cat([user[:, dot:], item[:, dot:]] if score.apart else [user, item], 1)
-    first = torch.nn.functional.linear(joined, torch.cat([score.user.weight, score.item.weight], 1), score.item.bias)
-    said = score.last(score.second(first.relu()).relu()).squeeze(1)
-    return ((user[:, :dot] * item[:, :dot]).sum(1) + said).view(USERS, ITEMS)
+    score, dot = model.score, model.score.dot_width
+    joined = torch.cat([user[:, dot:], item[:, dot:]] if score.is_split else [user, item], 1)
+    first = torch.nn.functional.linear(
+        joined, torch.cat([score.user_layer.weight, score.item_layer.weight], 1), score.item_layer.bias
+    )
+    mlp = score.out_layer(score.hidden_layer(first.relu()).relu()).squeeze(1)
+    return ((user[:, :dot] * item[:, :dot]).sum(1) + mlp).view(USERS, ITEMS)
 
 
-def test_recommendations_are_the_best_films_that_were_not_seen(texts):
+def test_recommendations_are_the_best_unseen_items(texts):
     model = GPT2RecommenderEnhanced(texts)
     seen = range(0, ITEMS, 2)
-    films, scores = model.recommend(4, 7, seen)
-    assert len(films) == 7
-    assert not set(films.tolist()) & set(seen)
+    items, scores = model.recommend(4, 7, seen)
+    assert len(items) == 7
+    assert not set(items.tolist()) & set(seen)
     assert all(one >= other for one, other in pairwise(scores.tolist()))
-    everything = model.score_all(torch.tensor([4]))[0]
-    assert scores[0] == everything[1::2].max()
+    scores_of_user = model.score_all(torch.tensor([4]))[0]
+    assert scores[0] == scores_of_user[1::2].max()
     assert len(model.recommend(4, 50, seen)[0]) == ITEMS // 2
     assert len(model.recommend(4, 3, range(ITEMS))[0]) == 0
     with pytest.raises(ConfigError, match="user=40"):
         model.recommend(40)
-    with pytest.raises(ConfigError, match="there are 0 to 59"):
+    with pytest.raises(ConfigError, match="item=60"):
         model.recommend(4, 3, [2, 60])
 
 
-def test_attention_says_how_much_id_and_fields_weigh(texts):
+def test_attention_weights_of_id_and_fields_sum_to_one(texts):
     model = GPT2RecommenderEnhanced(texts)
-    weights = model.attention(users=torch.tensor([5, 3, 5]))
+    weights = model.attention_weights(users=torch.tensor([5, 3, 5]))
     assert weights.shape == (3, 4)
     assert torch.allclose(weights.sum(1), torch.ones(3))
     assert torch.equal(weights[0], weights[2])
-    assert model.attention(items=torch.arange(2)).shape == (2, 3)
+    assert model.attention_weights(items=torch.arange(2)).shape == (2, 3)
     dynamic = GPT2RecommenderEnhanced(texts, use_cache=False)
-    assert torch.allclose(dynamic.attention(items=torch.arange(9)), model.attention(items=torch.arange(9)), atol=1e-5)
+    assert torch.allclose(
+        dynamic.attention_weights(items=torch.arange(9)), model.attention_weights(items=torch.arange(9)), atol=1e-5
+    )
     with pytest.raises(ConfigError, match="GPT2RecommenderEnhanced"):
-        GPT2Recommender(texts).attention(users=torch.arange(2))
-    with pytest.raises(ConfigError, match="one of them"):
-        model.attention()
+        GPT2Recommender(texts).attention_weights(users=torch.arange(2))
+    with pytest.raises(ConfigError, match="users= or items="):
+        model.attention_weights()
 
 
 @BOTH
-def test_a_hidden_film_is_known_by_its_text_alone(kind, texts):
+def test_a_hidden_item_depends_on_its_text_alone(kind, texts):
     model = kind(texts).eval()
     before = model.item_vectors()
-    model.hide(items=torch.tensor([3, 8]))
+    model.hide_ids(items=torch.tensor([3, 8]))
     with torch.no_grad():
         model.item.ids.weight[[3, 8]] += 1.0
     after = model.item_vectors()
@@ -210,41 +210,41 @@ def test_a_hidden_film_is_known_by_its_text_alone(kind, texts):
     assert torch.equal(again.item_vectors(), after)
 
 
-def test_ids_are_hidden_at_random_in_training_only_and_others_in_each_step(texts):
+def test_id_dropout_hides_new_ids_each_training_step_and_none_in_eval(texts):
     model = GPT2RecommenderEnhanced(texts, id_dropout=0.5)
-    everyone = torch.arange(USERS), torch.arange(ITEMS)
-    one, other = model.vectors(*everyone)[0], model.vectors(*everyone)[0]
+    ids = torch.arange(USERS), torch.arange(ITEMS)
+    one, other = model.vectors(*ids)[0], model.vectors(*ids)[0]
     assert 0.1 < (one != other).any(1).float().mean() < 0.9
     model.eval()
-    assert torch.equal(model.vectors(*everyone)[0], model.vectors(*everyone)[0])
-    assert model.draws == 2
+    assert torch.equal(model.vectors(*ids)[0], model.vectors(*ids)[0])
+    assert model.step == 2
 
 
 @BOTH
-def test_the_dynamic_stage_goes_on_where_the_cached_one_stopped(kind, texts):
+def test_the_dynamic_stage_starts_from_the_cached_stages_weights(kind, texts):
     cached = kind(texts)
     duoka.Trainer(
         cached, DataLoader(Triples(64), batch_size=32), loss="loss", epochs=1, device="cpu", verbose=False
     ).fit()
     dynamic = kind(texts, use_cache=False)
-    carry_over(cached, dynamic)
+    copy_stage1_weights(cached, dynamic)
     users = torch.arange(USERS)
     assert torch.allclose(dynamic.score_all(users), cached.score_all(users), atol=1e-5)
     close(*(without_text(gradients(model, Triples(64)[:])) for model in (cached, dynamic)), tolerance=1e-5)
     with pytest.raises(ConfigError, match="differ in"):
-        carry_over(kind(texts, embedding_size=32), dynamic)
+        copy_stage1_weights(kind(texts, embedding_size=32), dynamic)
 
 
 def without_text(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if not name.startswith("encoder.")}
 
 
-def test_gpt2_gets_a_rate_of_its_own(texts):
+def test_gpt2_gets_its_own_learning_rate(texts):
     model = GPT2Recommender(texts, use_cache=False)
     before = copy.deepcopy(model.state_dict())
     trainer = duoka.Trainer(
         model, DataLoader(Triples(64), batch_size=32), loss="loss", epochs=1, device="cpu:2", batch_size_means="global",
-        optimizer=TwoRates.of(model, lr=1e-2, text_lr=1e-5), verbose=False,
+        optimizer=two_lr_groups(model, lr=1e-2, text_lr=1e-5), verbose=False,
     )  # fmt: skip
     trainer.fit()
     moved = {
@@ -252,13 +252,13 @@ def test_gpt2_gets_a_rate_of_its_own(texts):
     }
     text = [move for name, move in moved.items() if "lora_B" in name]
     assert all(0 < move < 1e-4 for move in text)
-    assert moved["score.second.weight"] > 5e-3
+    assert moved["score.hidden_layer.weight"] > 5e-3
     assert all(move == 0 for name, move in moved.items() if name.startswith("encoder.") and "lora" not in name)
 
 
 @BOTH
 @pytest.mark.parametrize("cached", [True, False])
-def test_weights_are_complete_and_safe_to_load(kind, cached, texts, tmp_path):
+def test_saved_weights_are_complete_and_load_without_code(kind, cached, texts, tmp_path):
     model = kind(texts, use_cache=cached, seed=3)
     duoka.save(model, tmp_path / "model.safetensors")
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -275,18 +275,18 @@ def test_weights_are_complete_and_safe_to_load(kind, cached, texts, tmp_path):
     assert torch.equal(clone.score_all(users), model.score_all(users))
 
 
-def prepared_on_each_rank() -> list[tuple[list[float], int]]:
-    texts = prepare(["a man\nof 25", "a woman\nof 25"], ["Comedy\nThe Night", "War\nThe Long Night (1995)"])
+def tokenize_on_each_rank() -> list[tuple[list[float], int]]:
+    texts = tokenize_texts(["a man\nof 25", "a woman\nof 25"], ["Comedy\nThe Night", "War\nThe Long Night (1995)"])
     sums = [parameter.double().abs().sum().item() for parameter in texts.network.parameters()]
-    return duoka.current_world().all_gather_object((sums, texts.pieces.tokens.tolist()))
+    return duoka.current_world().all_gather_object((sums, texts.spans.tokens.tolist()))
 
 
-def test_another_process_makes_the_same_tokens_and_weights():
-    one, other = duoka.launch(prepared_on_each_rank, devices="cpu:2")
+def test_all_ranks_make_the_same_tokens_and_weights():
+    one, other = duoka.launch(tokenize_on_each_rank, devices="cpu:2")
     assert one == other
 
 
-def test_a_seed_decides_the_first_weights_and_leaves_the_generator_alone(texts):
+def test_the_seed_sets_the_weights_but_not_the_global_generator(texts):
     torch.manual_seed(9)
     expected = torch.rand(1)
     torch.manual_seed(9)
@@ -296,7 +296,7 @@ def test_a_seed_decides_the_first_weights_and_leaves_the_generator_alone(texts):
     assert not torch.equal(one.user.ids.weight, other.user.ids.weight)
 
 
-def test_ncf_learns_who_likes_what():
+def test_ncf_learns_preferences():
     users = torch.arange(USERS).repeat_interleave(ITEMS // 2)
     liked = torch.arange(ITEMS).view(-1, 2)[:, 0].repeat(USERS) + users % 2
     data = [{"users": users, "positives": liked, "negatives": liked + 1 - 2 * (users % 2)}] * 30
@@ -305,7 +305,7 @@ def test_ncf_learns_who_likes_what():
     assert (model.predict(users, liked) > model.predict(users, data[0]["negatives"])).float().mean() > 0.95
 
 
-def test_cached_and_trained_is_refused_with_the_reason(texts):
+def test_training_a_cached_text_encoder_is_rejected(texts):
     with pytest.raises(ConfigError, match="no gradient reaches"):
         GPT2Recommender(texts, use_cache=True, train_text="lora")
     frozen = GPT2Recommender(texts, use_cache=False, train_text="frozen")
@@ -313,15 +313,15 @@ def test_cached_and_trained_is_refused_with_the_reason(texts):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
-        ({"embedding_size": 30}, "heads"),
+        ({"embedding_size": 30}, "heads=4"),
         ({"contrast": -1.0}, "contrast=-1.0"),
-        ({"temperature": 0.01}, "0.05 or more"),
-        ({"id_dropout": 1.0}, "below 1"),
-        ({"use_cache": False, "train_text": "half"}, "frozen, lora, full"),
+        ({"temperature": 0.01}, "temperature=0.01"),
+        ({"id_dropout": 1.0}, "id_dropout=1.0"),
+        ({"use_cache": False, "train_text": "half"}, "train_text='half'"),
     ],
 )
-def test_values_that_cannot_be_are_refused(options, words, texts):
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_values_are_rejected(options, message, texts):
+    with pytest.raises(ConfigError, match=message):
         GPT2RecommenderEnhanced(texts, **options)

@@ -1,31 +1,34 @@
-"""Recommenders that join embeddings of ids with what a GPT-2 reads of descriptions, and how they are trained in two stages.
+"""Recommenders that join id embeddings with a GPT-2's vectors of texts, and their training in two stages.
 
-``GPT2Recommender`` concatenates the two, ``GPT2RecommenderEnhanced`` lets the id ask the fields of the text (cross-attention).
-`gpt2_text` has the text side, `recommender` the loss and the recommendations.
+``GPT2Recommender`` concatenates both; in ``GPT2RecommenderEnhanced`` the id attends to the fields of
+the text. `gpt2_text_encoder` encodes the texts, `recommender` has the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from duoka.data.counter_rng import splitmix64
 from duoka.errors import ConfigError
 from duoka.recipes.models.attention import check_heads
-from duoka.recipes.models.gpt2_text_encoder import EntityTexts, Lora, TokenizedTexts, width_of
-from duoka.recipes.models.pair_scoring import PairScore, rows_of
-from duoka.recipes.models.recommender import Recommender, distinct, id_embedding, seeded
+from duoka.recipes.models.gpt2_text_encoder import EntityTexts, Lora, TokenizedTexts
+from duoka.recipes.models.pair_scoring import PairScore, gather_rows
+from duoka.recipes.models.recommender import Recommender, compact_ids, id_embedding
+from duoka.utils.rng_state import preserve_rng_state
+from duoka.utils.validation import check_number
 
-__all__ = ["GPT2Recommender", "GPT2RecommenderEnhanced", "TwoRates", "carry_over"]
+__all__ = ["GPT2Recommender", "GPT2RecommenderEnhanced", "copy_stage1_weights", "two_lr_groups"]
 
 
 class _TextRecommender(Recommender):
-    """What the two with texts share: the text side, and ids that are sometimes hidden so that texts must speak for them."""
+    """Base of both recommenders with texts; subclasses choose the fusion of id and text."""
 
-    joining: type[nn.Module]
+    fusion: type[nn.Module]
 
     def __init__(
         self,
@@ -44,160 +47,174 @@ class _TextRecommender(Recommender):
         device: torch.device | str = "cpu",
     ) -> None:
         train_text = train_text or ("frozen" if use_cache else "lora")
-        _check(use_cache, train_text, id_dropout)
+        if use_cache and train_text != "frozen":
+            raise ConfigError(
+                f"train_text={train_text!r} has no effect with use_cache=True: no gradient reaches the text encoder through "
+                "cached vectors; give use_cache=False, or train_text='frozen'"
+            )
+        check_number("id_dropout", id_dropout, 0, below=1)
         check_heads(embedding_size, heads)
-        counts = len(texts.users.pieces), len(texts.items.pieces)
-        with seeded(seed):
-            score = PairScore(embedding_size)
-            options = {"contrast": contrast, "candidates": candidates, "temperature": temperature}
-            super().__init__(*counts, score, **options)  # type: ignore[arg-type]
+        users, items, size = texts.users, texts.items, embedding_size
+        with preserve_rng_state():
+            torch.default_generator.manual_seed(seed)
+            super().__init__(
+                len(users.span_ids),
+                len(items.span_ids),
+                PairScore(size),
+                contrast=contrast,
+                candidates=candidates,
+                temperature=temperature,
+            )
             self.id_dropout = id_dropout
-            width = width_of(texts.network)
-            self.user = _Joined(counts[0], texts.users, width, embedding_size, self.joining, heads, salt=1)
-            self.item = _Joined(counts[1], texts.items, width, embedding_size, self.joining, heads, salt=2)
-            self.draws: Tensor
-            self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
-            self.encoder = None if use_cache else texts.encoder(train_text, lora)  # the last part: see ``TwoRates``
+            self.user = _EntityEncoder(users, texts.width, size, self.fusion, heads, salt=1)
+            self.item = _EntityEncoder(items, texts.width, size, self.fusion, heads, salt=2)
+            self.step: Tensor
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+            # The last submodule: ``two_lr_groups`` takes the last parameters for its own.
+            self.encoder = None if use_cache else texts.build_encoder(train_text, lora)
         if use_cache:
-            self.user.keep(texts.vectors(device))
-            self.item.keep(texts.vectors(device))
+            self.user.cache_texts(texts.span_vectors(device))
+            self.item.cache_texts(texts.span_vectors(device))
 
-    def hide(self, *, users: Tensor | None = None, items: Tensor | None = None) -> None:
-        """Let texts alone speak for these from now on: films that nobody has rated yet have no id worth knowing."""
-        for side, hidden in ((self.user, users), (self.item, items)):
-            if hidden is not None:
-                side.hidden[hidden.to(side.hidden.device)] = True
+    def hide_ids(self, *, users: Tensor | None = None, items: Tensor | None = None) -> None:
+        """Ignore the id embeddings of these users and items from now on, such as those without ratings."""
+        for side, ids in ((self.user, users), (self.item, items)):
+            if ids is not None:
+                side.hidden[ids.to(side.hidden.device)] = True
 
     def vectors(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(users, embedding_size)`` and ``(items, embedding_size)``."""
         if self.training:
-            self.draws += 1
-        (user_texts, user_places), (item_texts, item_places) = self._texts(users, items)
+            self.step += 1
+        user_texts, item_texts = self._encode_texts(users, items)
         dropout = self.id_dropout if self.training else 0.0
-        joined_users, _ = self.user(users, user_texts, user_places, self.draws, dropout)
-        joined_items, _ = self.item(items, item_texts, item_places, self.draws, dropout)
-        return joined_users, joined_items
+        user_vectors, _ = self.user(users, *user_texts, self.step, dropout)
+        item_vectors, _ = self.item(items, *item_texts, self.step, dropout)
+        return user_vectors, item_vectors
 
     @torch.no_grad()
-    def attention(self, *, users: Tensor | None = None, items: Tensor | None = None) -> Tensor:
-        """Return how much the id and each field of the text weigh, ``(count, 1 + fields)``, of ``users`` or of ``items``.
+    def attention_weights(self, *, users: Tensor | None = None, items: Tensor | None = None) -> Tensor:
+        """Return the weights of the id and of each text field, ``(count, 1 + fields)``, of ``users`` or of ``items``.
 
         Raises:
-            ConfigError: not one of the two was given, or this model does not weigh.
+            ConfigError: not exactly one of the two is given, or this model has no attention.
 
         """
         if (users is None) == (items is None):
-            raise ConfigError("attention() is asked for users= or for items=, one of them")
+            raise ConfigError("attention_weights() takes either users= or items=; give one of them")
         wanted = users if users is not None else items
-        assert wanted is not None  # one of them was given
+        assert wanted is not None  # one of them is given
         wanted, none = wanted.to(self._device), torch.zeros(0, dtype=torch.int64, device=self._device)
-        some, at = torch.unique(wanted, return_inverse=True)
-        user_side, item_side = self._texts(*((some, none) if users is not None else (none, some)))
-        side, found = (self.user, user_side) if users is not None else (self.item, item_side)
-        _, weights = side(some, *found, self.draws, 0.0)
+        ids, inverse = torch.unique(wanted, return_inverse=True)
+        user_texts, item_texts = self._encode_texts(*((ids, none) if users is not None else (none, ids)))
+        side, texts = (self.user, user_texts) if users is not None else (self.item, item_texts)
+        _, weights = side(ids, *texts, self.step, 0.0)
         if weights is None:
-            raise ConfigError(f"{type(self).__name__} does not weigh id and text; GPT2RecommenderEnhanced does")
-        return weights.float().mean(2)[at]  # type: ignore[no-any-return]
+            raise ConfigError(f"{type(self).__name__} has no attention weights; GPT2RecommenderEnhanced has")
+        return weights.float().mean(2)[inverse]  # type: ignore[no-any-return]
 
-    def _texts(self, users: Tensor, items: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return, a side, the vectors of distinct pieces and where in them each one's fields are, ``(count, fields)``."""
+    def _encode_texts(self, users: Tensor, items: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return, for each side, vectors of distinct spans and the row of each text's fields in them, ``(count, fields)``."""
         if self.encoder is None:
-            return self.user.kept_of(users), self.item.kept_of(items)
-        sides = [torch.unique(s.pieces[w], return_inverse=True) for s, w in ((self.user, users), (self.item, items))]
-        (user_some, user_at), (item_some, item_at) = sides
-        found = self.encoder(torch.cat([user_some + self.user.first, item_some + self.item.first]))
-        return (found[: len(user_some)], user_at), (found[len(user_some) :], item_at)
+            return self.user.cached_texts(users), self.item.cached_texts(items)
+        user_spans, user_rows = torch.unique(self.user.span_ids[users], return_inverse=True)
+        item_spans, item_rows = torch.unique(self.item.span_ids[items], return_inverse=True)
+        vectors = self.encoder(torch.cat([user_spans + self.user.first_span, item_spans + self.item.first_span]))
+        return (vectors[: len(user_spans)], user_rows), (vectors[len(user_spans) :], item_rows)
 
 
-class _Joined(nn.Module):
-    """One side, users or films: embeddings of ids, the projection of their texts, and what joins them."""
+class _EntityEncoder(nn.Module):
+    """Vectors of one side, users or items: id embeddings, the projection of their texts, and the fusion of both."""
 
     def __init__(
-        self, count: int, side: EntityTexts, width: int, size: int, joining: type[nn.Module], heads: int, *, salt: int
+        self, texts: EntityTexts, text_width: int, size: int, fusion: type[nn.Module], heads: int, *, salt: int
     ) -> None:
         super().__init__()
+        count = len(texts.span_ids)
         self.ids = id_embedding(count + 1, size)
-        """The last one stands for an id that is hidden."""
-        self.project = nn.Linear(width, size)
-        self.join = joining(size, side.fields, heads)
-        self.first, self.count, self.salt = side.first, side.count, salt
-        self.pieces = side.pieces
-        """No buffer, since DDP sends buffers at every step."""
+        """The last row stands for a hidden id."""
+        self.project = nn.Linear(text_width, size)
+        self.fusion = fusion(size, texts.num_fields, heads)
+        self.first_span, self.num_spans, self.salt = texts.first_span, texts.num_spans, salt
+        self.span_ids = texts.span_ids
+        """Not a buffer, since DDP broadcasts buffers at every step."""
         self.hidden: Tensor
         self.register_buffer("hidden", torch.zeros(count, dtype=torch.bool))
-        self.kept: Any = None
-        """The texts' vectors in cached mode: a parameter that is not trained, since buffers are sent at every step."""
+        self.cache: Any = None
+        """Vectors of this side's spans with ``use_cache``: a frozen parameter, for the same reason."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.pieces = fn(self.pieces)
+        self.span_ids = fn(self.span_ids)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
-    def keep(self, vectors: Tensor) -> None:
-        """Use these vectors, of all pieces of both sides, for ever."""
-        own = vectors[self.first : self.first + self.count].clone()
-        self.kept = nn.Parameter(own, requires_grad=False)
+    def cache_texts(self, vectors: Tensor) -> None:
+        """Keep this side's part of the vectors of all spans, instead of encoding them in each step."""
+        own = vectors[self.first_span : self.first_span + self.num_spans].clone()
+        self.cache = nn.Parameter(own, requires_grad=False)
 
-    def kept_of(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Return kept vectors that include those of ``wanted``'s pieces, and where in them each one's fields are."""
-        some, places = distinct(self.pieces[wanted], self.count)
-        return (self.kept if len(some) == self.count else rows_of(self.kept, some)), places
+    def cached_texts(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cached vectors that include the spans of ``ids``, and the row of each field in them."""
+        spans, rows = compact_ids(self.span_ids[ids], self.num_spans)
+        return (self.cache if len(spans) == self.num_spans else gather_rows(self.cache, spans)), rows
 
     def forward(
-        self, wanted: Tensor, texts: Tensor, places: Tensor, draw: Tensor, dropout: float
+        self, ids: Tensor, texts: Tensor, text_rows: Tensor, step: Tensor, dropout: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the vectors of ``wanted``, ``(count, size)``, and how much id and fields weighed in them, if anything did."""
-        hidden = self.hidden[wanted]
+        """Return the vectors of ``ids``, ``(count, size)``, and the attention weights of id and fields, if any."""
+        hidden = self.hidden[ids]
         if dropout:
-            hidden = hidden | (_chance(wanted, draw, self.salt) < dropout)
-        ids = rows_of(self.ids.weight, torch.where(hidden, len(self.hidden), wanted))
-        return self.join(ids, self.project(texts), places)  # type: ignore[no-any-return]
+            hidden = hidden | (_hash_uniform(ids, step, self.salt) < dropout)
+        embedded = gather_rows(self.ids.weight, torch.where(hidden, len(self.hidden), ids))
+        return self.fusion(embedded, self.project(texts), text_rows)  # type: ignore[no-any-return]
 
 
-class _Concatenation(nn.Module):
-    """Id and the mean of the text's fields, side by side, through one layer."""
+class _ConcatFusion(nn.Module):
+    """One linear layer on the concatenated id and text fields."""
 
-    def __init__(self, size: int, fields: int, heads: int) -> None:  # noqa: ARG002 - as ``_CrossAttention``
+    def __init__(self, size: int, num_fields: int, heads: int) -> None:  # noqa: ARG002 - as ``_AttentionFusion``
         super().__init__()
-        self.layer = nn.Linear((1 + fields) * size, size)
+        self.layer = nn.Linear((1 + num_fields) * size, size)
 
-    def forward(self, ids: Tensor, texts: Tensor, places: Tensor) -> tuple[Tensor, None]:
-        """Return ``(count, size)`` of ids of that shape, ``texts (pieces, size)`` and ``places (count, fields)`` in them."""
-        return self.layer(torch.cat([ids, rows_of(texts, places).flatten(1)], 1)), None
+    def forward(self, ids: Tensor, texts: Tensor, rows: Tensor) -> tuple[Tensor, None]:
+        """Return ``(count, size)`` for ``ids`` of that shape, ``texts (spans, size)`` and ``rows (count, fields)`` of them."""
+        return self.layer(torch.cat([ids, gather_rows(texts, rows).flatten(1)], 1)), None
 
 
-class _CrossAttention(nn.Module):
-    """The id asks itself and the fields of the text, and adds what it gets to what it is."""
+class _AttentionFusion(nn.Module):
+    """The id, plus its attention to itself and the text's fields."""
 
-    def __init__(self, size: int, fields: int, heads: int) -> None:
+    def __init__(self, size: int, num_fields: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.asking = nn.Linear(size, size)
-        self.key = nn.Linear(size, size, bias=False)  # softmax would take no notice of a bias, and AdamW would move it
+        self.query = nn.Linear(size, size)
+        self.key = nn.Linear(size, size, bias=False)  # softmax cancels a bias, but AdamW would move it
         self.value = nn.Linear(size, size)
-        self.field = nn.Parameter(torch.randn(1 + fields, size) * size**-0.5)
-        """What tells the id and each field apart when they are asked."""
-        self.outward = nn.Linear(size, size)
+        self.field_keys = nn.Parameter(torch.randn(1 + num_fields, size) * size**-0.5)
+        """Added to the keys of the id and of each field, to distinguish them."""
+        self.out_proj = nn.Linear(size, size)
 
-    def forward(self, ids: Tensor, texts: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(count, size)`` and the weights ``(count, 1 + fields, heads)``; arguments as above."""
-        question = self.asking(ids) * (ids.shape[1] // self.heads) ** -0.5
-        keys, values = rows_of(self.key(texts), places), rows_of(self.value(texts), places)
-        asked = [
-            self._by_head(question * self.key(ids)).sum(2),
-            self._by_head(question.unsqueeze(1) * keys).sum(3).flatten(1),
+    def forward(self, ids: Tensor, texts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(count, size)`` and the weights ``(count, 1 + fields, heads)``; arguments as in ``_ConcatFusion``."""
+        query = self.query(ids) * (ids.shape[1] // self.heads) ** -0.5
+        keys, values = gather_rows(self.key(texts), rows), gather_rows(self.value(texts), rows)
+        scores = [
+            self._split_heads(query * self.key(ids)).sum(2),
+            self._split_heads(query.unsqueeze(1) * keys).sum(3).flatten(1),
         ]
-        asked_fields = torch.unflatten(torch.cat(asked, 1) + question @ self._fields(), 1, (-1, self.heads))
-        weights = asked_fields.softmax(1)
-        own, others = weights.unsqueeze(3).tensor_split((1,), 1)
-        got = own.squeeze(1) * self._by_head(self.value(ids)) + (others * self._by_head(values)).sum(1)
-        return ids + self.outward(got.flatten(1)), weights
+        logits = torch.unflatten(torch.cat(scores, 1) + query @ self._field_key_matrix(), 1, (-1, self.heads))
+        weights = logits.softmax(1)
+        id_weights, text_weights = weights.unsqueeze(3).tensor_split((1,), 1)
+        attended = id_weights.squeeze(1) * self._split_heads(self.value(ids))
+        attended = attended + (text_weights * self._split_heads(values)).sum(1)
+        return ids + self.out_proj(attended.flatten(1)), weights
 
-    def _fields(self) -> Tensor:
-        """Return what turns a question into its products with the fields' vectors, ``(size, (1 + fields) * heads)``."""
-        apart = self._by_head(self.field).unsqueeze(3) * torch.eye(self.heads, device=self.field.device).unsqueeze(1)
-        return apart.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    def _field_key_matrix(self) -> Tensor:
+        """Return the matrix whose product with a query is its score with each field key, ``(size, (1 + fields) * heads)``."""
+        identity = torch.eye(self.heads, device=self.field_keys.device).unsqueeze(1)
+        by_head = self._split_heads(self.field_keys).unsqueeze(3) * identity
+        return by_head.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
-    def _by_head(self, vectors: Tensor) -> Tensor:
+    def _split_heads(self, vectors: Tensor) -> Tensor:
         return torch.unflatten(vectors, -1, (self.heads, -1))
 
 
@@ -205,96 +222,76 @@ class GPT2Recommender(_TextRecommender):
     """Joins ids and texts by concatenation.
 
     Args:
-        texts: what ``gpt2_text.prepare`` returned.
+        texts: the result of ``tokenize_texts``.
         embedding_size: width of the vectors.
-        use_cache: whether texts are encoded once, here, and stay as they are; else in every step, with gradients.
-        train_text: ``"frozen"``, ``"lora"`` or ``"full"``; ``None`` is frozen where ``use_cache``, else LoRA.
-        lora: its sizes.
-        heads: of the attention, where there is one.
-        contrast: weight of the contrastive term.
-        candidates: see ``loss``.
-        temperature: of the contrastive term.
-        id_dropout: share of the ids that are hidden in each step of training, so that texts learn to stand alone. Which
-            ones is a function of the step and the id, so that it is the same on any number of devices.
-        seed: decides the first weights.
-        device: where texts are encoded for the cache.
+        use_cache: encode all texts once, here; otherwise in every step, with gradients.
+        train_text: ``"frozen"``, ``"lora"`` or ``"full"``; ``None`` is frozen with ``use_cache``, else LoRA.
+        lora: sizes of LoRA.
+        heads: heads of the attention, where there is one.
+        contrast: see ``Recommender``.
+        candidates: see ``Recommender``.
+        temperature: see ``Recommender``.
+        id_dropout: share of ids hidden in each training step, so that texts learn to stand alone. The
+            hidden ids are a function of step and id, so they are the same on any number of devices.
+        seed: seed of the initial weights.
+        device: device that encodes texts for the cache.
 
     Raises:
-        ConfigError: texts are to be cached and trained; or a value that cannot be.
+        ConfigError: texts are both cached and trained, or a value is not valid.
 
     """
 
-    joining = _Concatenation
+    fusion = _ConcatFusion
 
 
 class GPT2RecommenderEnhanced(_TextRecommender):
-    """Joins ids and texts by attention: the id asks which fields of the text matter. Arguments are ``GPT2Recommender``'s."""
+    """Joins ids and texts by attention: the id attends to the fields. Arguments are ``GPT2Recommender``'s."""
 
-    joining = _CrossAttention
-
-
-@dataclass(frozen=True)
-class TwoRates:
-    """An optimiser with a rate of its own for GPT-2: ``Trainer(..., optimizer=TwoRates.of(model, lr=5e-4, text_lr=5e-5))``."""
-
-    lr: float
-    text_lr: float
-    text_parameters: int
-    """How many of the model's trained parameters, the last ones, are GPT-2's."""
-    weight_decay: float = 0.01
-
-    @classmethod
-    def of(cls, model: nn.Module, *, lr: float, text_lr: float, weight_decay: float = 0.01) -> TwoRates:
-        """Return the one for ``model``."""
-        encoder = getattr(model, "encoder", None)
-        count = 0 if encoder is None else sum(parameter.requires_grad for parameter in encoder.parameters())
-        return cls(lr, text_lr, count, weight_decay)
-
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return AdamW over ``parameters``, the trained ones in the model's order."""
-        own = len(parameters) - self.text_parameters
-        groups = [{"params": parameters[:own], "lr": self.lr}, {"params": parameters[own:], "lr": self.text_lr}]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=True)
+    fusion = _AttentionFusion
 
 
-def carry_over(source: _TextRecommender, target: _TextRecommender) -> None:
-    """Give ``target`` the weights of ``source`` but for the text encoder's: from the cached stage to the dynamic one.
+def two_lr_groups(
+    model: nn.Module, *, lr: float, text_lr: float, weight_decay: float = 0.01
+) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
+    """Return a Trainer's ``optimizer=`` for ``model``: AdamW with the learning rate ``text_lr`` for GPT-2."""
+    encoder = getattr(model, "encoder", None)
+    num_text = 0 if encoder is None else sum(parameter.requires_grad for parameter in encoder.parameters())
+    return partial(_build_adamw, num_text=num_text, lr=lr, text_lr=text_lr, weight_decay=weight_decay)
+
+
+def _build_adamw(
+    parameters: Sequence[nn.Parameter], *, num_text: int, lr: float, text_lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Return AdamW over the trained parameters in the model's order; the last ``num_text`` are GPT-2's."""
+    own = len(parameters) - num_text
+    groups = [{"params": parameters[:own], "lr": lr}, {"params": parameters[own:], "lr": text_lr}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=weight_decay, fused=True)
+
+
+def copy_stage1_weights(source: _TextRecommender, target: _TextRecommender) -> None:
+    """Copy all weights but the text encoder's from ``source``, of the cached stage, to ``target``, of the dynamic one.
 
     Raises:
-        ConfigError: they are not of one kind and size.
+        ConfigError: the models differ in kind or size.
 
     """
-    own = {name: value for name, value in target.state_dict().items() if not name.startswith("encoder.")}
-    theirs = {name: value for name, value in source.state_dict().items() if not name.endswith(".kept")}
-    theirs = {name: value for name, value in theirs.items() if not name.startswith("encoder.")}
-    own = {name: value for name, value in own.items() if not name.endswith(".kept")}
-    odd = {name for name in own.keys() | theirs.keys() if name not in own or name not in theirs}
-    odd |= {name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape}
-    if odd:
+    weights, expected = (
+        {name: value for name, value in model.state_dict().items() if not _is_text_state(name)}
+        for model in (source, target)
+    )
+    shapes, expected_shapes = ({name: value.shape for name, value in state.items()} for state in (weights, expected))
+    if differing := sorted(name for name, _ in shapes.items() ^ expected_shapes.items()):
         raise ConfigError(
-            f"the two models differ in {', '.join(sorted(odd)[:3])}; build both with the same options and texts"
+            f"the models differ in {', '.join(differing[:3])}; build both with the same options and texts"
         )
-    target.load_state_dict(theirs, strict=False)
+    target.load_state_dict(weights, strict=False)
 
 
-def _check(use_cache: bool, train_text: str, id_dropout: float) -> None:
-    if use_cache and train_text != "frozen":
-        raise ConfigError(
-            f"use_cache=True with train_text={train_text!r} would train nothing of the text encoder: cached vectors were "
-            "computed before, and no gradient reaches what computed them; give use_cache=False, or train_text='frozen'"
-        )
-    if not 0 <= id_dropout < 1:
-        raise ConfigError(f"id_dropout={id_dropout} has to be a share, from 0 to below 1")
+def _is_text_state(name: str) -> bool:
+    return name.startswith("encoder.") or name.endswith(".cache")
 
 
-def _chance(numbers: Tensor, draw: Tensor, salt: int) -> Tensor:
-    """Return a number from 0 to below 1 for each of ``numbers``: a function of it, the draw and the salt alone.
-
-    The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-    """
-    mixed = (numbers + 1) * -7046029254386353131 + (draw + 1) * 2862933555777941757 + salt * 3935559000370003845
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    mixed = mixed ^ ((mixed >> 31) & ((1 << 33) - 1))
-    return (mixed & (2**24 - 1)).float() / 2**24
+def _hash_uniform(ids: Tensor, step: Tensor, salt: int) -> Tensor:
+    """Return a number from 0 to below 1 for each of ``ids``, a function of it, ``step`` and ``salt`` alone."""
+    bits = (ids + 1) * -7046029254386353131 + (step + 1) * 2862933555777941757 + salt * 3935559000370003845
+    return (splitmix64(bits) & (2**24 - 1)).float() / 2**24

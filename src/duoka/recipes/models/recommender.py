@@ -1,11 +1,11 @@
-"""What all recommenders of films share, and ``NCF``, which knows ids only: trained by ``loss(batch)``, asked by ``score_all``,
-``predict`` and ``recommend``. `scoring` has the score of a pair, `gpt2_recommender` the models that read.
+"""``Recommender``, the base of the recommendation models with their loss and scores; and ``NCF``, by ids alone.
+
+`pair_scoring` has the score of a pair, `gpt2_recommender` the models that read texts.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 import duoka
-from duoka.errors import ConfigError
 from duoka.recipes.models.pair_scoring import PairScore, PairScorer, TowerOutput
+from duoka.utils.rng_state import preserve_rng_state
+from duoka.utils.validation import check_integer, check_number, invalid_option
 
-__all__ = ["NCF", "Recommender", "distinct", "id_embedding", "seeded"]
+__all__ = ["NCF", "Recommender", "compact_ids", "id_embedding"]
 
-
-LOWEST_TEMPERATURE = 0.05
-"""Exponentials of cosines over this, a thousand of them, are far from the largest float32."""
+MIN_TEMPERATURE = 0.05
+"""Sums of a thousand exponentials of cosines divided by this stay far below the largest float32."""
 
 
 class Recommender(nn.Module):
-    """What all recommenders share: the loss, the scores, the recommendations. ``vectors`` is the model's own.
+    """Base of the recommendation models: loss, scores and recommendations. Subclasses define ``vectors``.
 
     Args:
-        users: how many there are.
-        items: how many films.
-        score: of a pair.
-        contrast: weight of the contrastive term beside BPR's.
-        candidates: of how many samples' films the contrastive term tells a user's own apart, at most.
+        users: number of users.
+        items: number of items.
+        score: the score of a pair.
+        contrast: weight of the contrastive term in the loss.
+        candidates: number of samples whose items are the contrastive term's candidates.
         temperature: of the contrastive term.
 
     """
@@ -47,150 +47,153 @@ class Recommender(nn.Module):
         temperature: float = 0.2,
     ) -> None:
         super().__init__()
-        if contrast < 0 or candidates < 1 or temperature < LOWEST_TEMPERATURE:
-            raise ConfigError(
-                f"contrast={contrast}, candidates={candidates}, temperature={temperature}: the weight is 0 or more, the "
-                f"candidates 1 or more, the temperature {LOWEST_TEMPERATURE} or more"
-            )
+        check_number("contrast", contrast)
+        check_integer("candidates", candidates, 1)
+        check_number("temperature", temperature, MIN_TEMPERATURE)
         self.n_users, self.n_items = users, items
         self.contrast, self.candidates, self.temperature = contrast, candidates, temperature
         self.score = score
 
     def vectors(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the vectors of ``users`` and ``items``, which are distinct, ascending and int64: ``(count, width)`` each."""
+        """Return the vectors ``(count, width)`` of ``users`` and ``items``, distinct and ascending int64 ids each."""
         raise NotImplementedError
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean over the batch of BPR's loss plus ``contrast`` times InfoNCE.
+        """Return the batch mean of the BPR loss plus ``contrast`` times InfoNCE.
 
-        BPR (Rendle et al., UAI 2009, https://arxiv.org/abs/1205.2618): the film that the user has seen is to score higher than
-        one that he has not. InfoNCE (van den Oord et al., 2018, https://arxiv.org/abs/1807.03748): by the cosine of
-        their vectors, over ``temperature``, the user's film is to be told apart from the candidates, which are the
-        distinct positive films of the first ``candidates`` samples of the global batch: the same on any number of devices.
+        BPR (Rendle et al., UAI 2009, https://arxiv.org/abs/1205.2618) compares the scores of the
+        positive and the negative item. InfoNCE (van den Oord et al., 2018,
+        https://arxiv.org/abs/1807.03748) compares the cosine of user and positive item with those of
+        the candidates: the distinct positive items of the first ``candidates`` samples of the global
+        batch, the same on any number of devices.
 
         Args:
             batch: ``users``, ``positives`` and ``negatives``, int64 ``(batch,)`` each.
 
         """
-        users, films = batch["users"], torch.stack([batch["positives"], batch["negatives"]])
-        (some_users, user_at), (some_items, item_at) = distinct(users, self.n_users), distinct(films, self.n_items)
-        vectors = self.vectors(some_users, some_items)
-        return self.loss_of(*vectors, user_at, item_at, films[0])
+        items = torch.stack([batch["positives"], batch["negatives"]])
+        user_ids, user_rows = compact_ids(batch["users"], self.n_users)
+        item_ids, item_rows = compact_ids(items, self.n_items)
+        return self.loss_from_vectors(*self.vectors(user_ids, item_ids), user_rows, item_rows, items[0])
 
-    def loss_of(self, users: Tensor, items: Tensor, user_at: Tensor, item_at: Tensor, films: Tensor) -> Tensor:
-        """Return what ``loss`` does, of vectors that are there already.
+    def loss_from_vectors(
+        self, users: Tensor, items: Tensor, user_rows: Tensor, item_rows: Tensor, positives: Tensor
+    ) -> Tensor:
+        """Return the loss for vectors that are computed already.
 
         Args:
             users: vectors ``(any, width)``.
-            items: the same of films.
-            user_at: where in ``users`` each sample's is, ``(batch,)``.
-            item_at: where in ``items`` each sample's positive and negative film are, ``(2, batch)``.
-            films: the numbers of the positive films, ``(batch,)``.
+            items: vectors ``(any, width)``.
+            user_rows: row of each sample's user in ``users``, ``(batch,)``.
+            item_rows: rows of each sample's positive and negative item in ``items``, ``(2, batch)``.
+            positives: ids of the positive items, ``(batch,)``.
 
         """
-        user, item_half = self.score.user_half(users).of(user_at), self.score.item_half(items)
-        better, worse = item_half.of(item_at[0]), item_half.of(item_at[1])
-        products = self.score.products(user, better)
-        # One call a film: the gradient of what moves both scores alike is then exactly 0, of which AdamW makes no step.
-        difference = self.score.products(user, worse) + self.score.network(user, worse)
-        difference = difference - products - self.score.network(user, better)
+        user, tower = self.score.user_tower(users).select(user_rows), self.score.item_tower(items)
+        positive, negative = tower.select(item_rows[0]), tower.select(item_rows[1])
+        products = self.score.dot(user, positive)
+        # With one MLP call per item, the gradient of what moves both scores alike is exactly 0, so AdamW makes no step.
+        difference = self.score.dot(user, negative) + self.score.mlp(user, negative)
+        difference = difference - products - self.score.mlp(user, positive)
         loss = softplus(difference).mean()
         if self.contrast:
-            loss = loss + self.contrast * self._contrast(users, items, user_at, item_at[0], films, products).mean()
+            contrast = self._contrastive_loss(users, items, user_rows, item_rows[0], positives, products)
+            loss = loss + self.contrast * contrast.mean()
         return loss
 
-    def _contrast(
-        self, users: Tensor, items: Tensor, user_at: Tensor, item_at: Tensor, films: Tensor, products: Tensor
+    def _contrastive_loss(
+        self, users: Tensor, items: Tensor, user_rows: Tensor, item_rows: Tensor, positives: Tensor, products: Tensor
     ) -> Tensor:
-        """Return InfoNCE of each sample, ``(batch,)``, whose product of user and film is known already.
+        """Return InfoNCE of each sample, ``(batch,)``; ``products`` are those of user and positive item.
 
-        The sum over the candidates is computed once a user, not once a sample; the user's own film is added to it where it is
-        not among them. Cosines are at most 1, so the sum needs no maximum taken out first.
+        The sum over the candidates is computed once per user, and the positive item is added where it
+        is no candidate. Cosines are at most 1, so no maximum is subtracted before the exponential.
         """
         users, items = users.float(), items.float()
-        user_lengths, item_lengths = _lengths(users), _lengths(items)
-        candidates, names = _candidates(items, item_at, films, self.candidates, self.training)
-        scaled = candidates / (_lengths(candidates) * self.temperature).unsqueeze(1)
-        among = ((users / user_lengths.unsqueeze(1)) @ scaled.T).float().exp().sum(1).log()[user_at]
-        own = products.float() / (user_lengths[user_at] * item_lengths[item_at] * self.temperature)
-        return torch.where(_is_in(films, names, self.n_items), among - own, softplus(among - own))
+        user_norms, item_norms = _norms(users), _norms(items)
+        candidates, ids = _global_candidates(items, item_rows, positives, self.candidates, self.training)
+        scaled = candidates / (_norms(candidates) * self.temperature).unsqueeze(1)
+        log_sums = ((users / user_norms.unsqueeze(1)) @ scaled.T).float().exp().sum(1).log()[user_rows]
+        own = products.float() / (user_norms[user_rows] * item_norms[item_rows] * self.temperature)
+        is_candidate = _mark(ids, self.n_items, torch.bool)[positives]
+        return torch.where(is_candidate, log_sums - own, softplus(log_sums - own))
 
-    # -- asking --------------------------------------------------------------------------------------------------------
+    # -- recommending --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def scorer(self) -> PairScorer:
-        """Return the model at rest: every user's and film's half of the score's first layer, each computed once."""
+        """Return the scorer of the present weights, with the towers of all users and items."""
         was_training = self.training
         self.eval()
-        users, items = self.vectors(
-            *(torch.arange(count, device=self._device) for count in (self.n_users, self.n_items))
-        )
-        halves = self.score.user_half(users), self.score.item_half(items)
+        ids = (torch.arange(count, device=self._device) for count in (self.n_users, self.n_items))
+        users, items = self.vectors(*ids)
+        towers = self.score.user_tower(users), self.score.item_tower(items)
         self.train(was_training)
-        return PairScorer(self.score, *(TowerOutput(half.product.float(), half.first.float()) for half in halves))
+        return PairScorer(self.score, *(TowerOutput(tower.dot.float(), tower.hidden.float()) for tower in towers))
 
     def score_all(self, users: Tensor) -> Tensor:
-        """Return the scores of ``users``, int64 ``(count,)``, with every film: ``(count, films)``.
+        """Return the scores of ``users``, int64 ``(count,)``, with every item, ``(count, items)``.
 
-        For several calls keep ``model.scorer()`` and ask it.
+        For several calls keep ``model.scorer()`` and call its ``score_all``.
         """
-        return self.scorer().all(users)
+        return self.scorer().score_all(users)
 
     def predict(self, users: Tensor, items: Tensor) -> Tensor:
-        """Return the scores of pairs of users and films, int64 ``(count,)`` each: ``(count,)``."""
-        return self.scorer().pairs(users, items)
+        """Return the scores of pairs, int64 ``(count,)`` each: ``(count,)``."""
+        return self.scorer().score_pairs(users, items)
 
     def recommend(
         self, user: int, k: int = 10, seen: Iterable[int] = (), scorer: PairScorer | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the best films for ``user`` and their scores, best first; fewer than ``k`` where there are no more.
+        """Return the ids and scores of the best ``k`` items for ``user``, best first; fewer if fewer are left.
 
         Args:
-            user: the user's number.
-            k: how many films.
-            seen: films to leave out.
-            scorer: what ``scorer()`` returned, for several calls; without it everything is encoded in each.
+            user: the user's id.
+            k: number of items.
+            seen: items to leave out.
+            scorer: a ``scorer()`` to use again; by default each call makes one.
 
         Raises:
-            ConfigError: there is no such user or film, or ``k`` is not a positive number.
+            ConfigError: an id is out of range, or ``k`` is below 1.
 
         """
-        if not 0 <= user < self.n_users or k < 1:
-            raise ConfigError(f"user={user}, k={k}: users are 0 to {self.n_users - 1}, and k is 1 or more")
-        scores = (scorer or self.scorer()).all(torch.tensor([user]))[0]
-        without = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=scores.device)
-        if len(without) and not 0 <= without[0] <= without[-1] < self.n_items:
-            raise ConfigError(f"seen names films from {without[0]} to {without[-1]}: there are 0 to {self.n_items - 1}")
-        scores[without] = -torch.inf
-        best = scores.topk(min(k, self.n_items - len(without)))
+        if not 0 <= user < self.n_users:
+            raise invalid_option("user", user, f"from 0 to {self.n_users - 1}")
+        check_integer("k", k, 1)
+        scores = (scorer or self.scorer()).score_all(torch.tensor([user]))[0]
+        excluded = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=scores.device)
+        if len(excluded) and not 0 <= excluded[0] <= excluded[-1] < self.n_items:
+            wrong = int(excluded[0] if excluded[0] < 0 else excluded[-1])
+            raise invalid_option("seen item", wrong, f"from 0 to {self.n_items - 1}")
+        scores[excluded] = -torch.inf
+        best = scores.topk(min(k, self.n_items - len(excluded)))
         return best.indices.cpu(), best.values.cpu()
 
-    @torch.no_grad()
     def user_vectors(self) -> Tensor:
         """Return the vectors of all users, ``(users, width)``."""
-        return self.scorer().users.product
+        return self.scorer().users.dot
 
-    @torch.no_grad()
     def item_vectors(self) -> Tensor:
-        """Return the vectors of all films, ``(films, width)``; their cosine says how alike films are."""
-        return self.scorer().items.product
+        """Return the vectors of all items, ``(items, width)``; their cosine measures how similar items are."""
+        return self.scorer().items.dot
 
     @property
     def _device(self) -> torch.device:
-        return self.score.last.weight.device
+        return self.score.out_layer.weight.device
 
 
 class NCF(Recommender):
-    """Neural collaborative filtering (He et al., WWW 2017, https://arxiv.org/abs/1708.05031): ids only.
+    """Neural collaborative filtering (He et al., WWW 2017, https://arxiv.org/abs/1708.05031), by ids alone.
 
-    A generalised product and a network with embeddings of their own, as in NeuMF; the score's product weighs all places
-    alike, which loses nothing, as the embeddings' own lengths can say it.
+    As in NeuMF, the product and the MLP have separate embeddings. The product has no weights of its
+    own, since the lengths of the embeddings can express them.
     """
 
     def __init__(self, users: int, items: int, *, embedding_size: int = 64, seed: int = 0) -> None:
-        with seeded(seed):
+        with preserve_rng_state():
+            torch.default_generator.manual_seed(seed)
             super().__init__(users, items, PairScore(embedding_size, embedding_size), contrast=0.0)
             self.user_ids = id_embedding(users, 2 * embedding_size)
             self.item_ids = id_embedding(items, 2 * embedding_size)
@@ -200,75 +203,67 @@ class NCF(Recommender):
         return self.user_ids(users), self.item_ids(items)
 
 
-def distinct(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return numbers that include ``wanted``, ascending, and where in them each is; all where most are wanted anyway."""
-    if wanted.numel() > 2 * count:
-        return torch.arange(count, device=wanted.device), wanted
-    named = torch.zeros(count, dtype=torch.int64, device=wanted.device)
-    named[wanted] = 1
-    return named.nonzero().squeeze(1), (named.cumsum(0) - 1)[wanted]
-
-
-def _is_in(numbers: Tensor, names: Tensor, count: int) -> Tensor:
-    """Whether each of ``numbers``, below ``count``, is one of ``names``."""
-    named = torch.zeros(count, dtype=torch.bool, device=numbers.device)
-    named[names] = True
-    return named[numbers]
-
-
-def _lengths(vectors: Tensor) -> Tensor:
-    """Return the length of each of ``vectors``, ``(count,)``; never 0."""
-    lengths: Tensor = vectors.norm(dim=1)
-    return lengths.clamp_min(1e-6)
-
-
-def _candidates(items: Tensor, item_at: Tensor, films: Tensor, count: int, training: bool) -> tuple[Tensor, Tensor]:
-    """Return the vectors of the distinct films of the global batch's first ``count`` samples, and the films.
-
-    Each device has made the vectors of its own part; the others' come with their gradients, by sums over the devices.
-    """
-    world = duoka.current_world()
-    if world.size == 1 or not training:
-        names, at = torch.unique(films[:count], return_inverse=True)
-        where = torch.empty_like(names).scatter_(0, at, item_at[:count])
-        return items[where], names
-    sent = torch.zeros(world.size, count, dtype=torch.int64, device=films.device)
-    sent[world.rank, : len(films)] = films[:count] + 1
-    received = world.all_reduce(sent).flatten()
-    places = received.nonzero().squeeze(1)[:count]  # of the first samples, in the order of the devices
-    names, at = torch.unique(received[places] - 1, return_inverse=True)
-    owner = torch.full_like(names, world.size * count).scatter_reduce(0, at, places, "amin")
-    mine = (owner // count == world.rank).nonzero().squeeze(1)
-    own = items[item_at[owner[mine] % count]]
-    vectors = torch.zeros(len(names), items.shape[1], device=items.device, dtype=items.dtype).index_copy(0, mine, own)
-    return _Summed.apply(vectors), names
-
-
-class _Summed(torch.autograd.Function):
-    """A sum over the devices whose gradient is the sum of the devices' gradients: what each did with it counts."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004 - nothing to remember
-        return duoka.current_world().all_reduce(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return duoka.current_world().all_reduce(gradient.contiguous())
-
-
 def id_embedding(count: int, size: int) -> nn.Embedding:
-    """Return one vector of ``size`` for each of ``count`` ids."""
+    """Return an embedding of ``count`` ids, with small random weights."""
     embedding = nn.Embedding(count, size)
     nn.init.normal_(embedding.weight, std=0.1)
     return embedding
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw first weights from ``seed`` inside the block, and leave the user's generator as it was."""
-    before = torch.random.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(before)
+def compact_ids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return ascending ids that include ``ids``, and the row of each of ``ids`` in them.
+
+    These are the distinct ids, or all ``count`` where most occur anyway.
+    """
+    if ids.numel() > 2 * count:
+        return torch.arange(count, device=ids.device), ids
+    marked = _mark(ids, count, torch.int64)
+    return marked.nonzero().squeeze(1), (marked.cumsum(0) - 1)[ids]
+
+
+def _mark(ids: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor ``(count,)`` that is 1 at each of ``ids`` and 0 elsewhere."""
+    marked = torch.zeros(count, dtype=dtype, device=ids.device)
+    marked[ids] = 1
+    return marked
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """Return the length of each vector, ``(count,)``, at least 1e-6."""
+    norms: Tensor = vectors.norm(dim=1)
+    return norms.clamp_min(1e-6)
+
+
+def _global_candidates(
+    items: Tensor, item_rows: Tensor, positives: Tensor, count: int, training: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the vectors and ids of the distinct positive items of the global batch's first ``count`` samples.
+
+    Each rank has the vectors of its own shard; all-reduces bring the others' and their gradients.
+    """
+    world = duoka.current_world()
+    if world.size == 1 or not training:
+        ids, inverse = torch.unique(positives[:count], return_inverse=True)
+        rows = torch.empty_like(ids).scatter_(0, inverse, item_rows[:count])
+        return items[rows], ids
+    sent = torch.zeros(world.size, count, dtype=torch.int64, device=positives.device)
+    sent[world.rank, : len(positives)] = positives[:count] + 1
+    received = world.all_reduce(sent).flatten()
+    samples = received.nonzero().squeeze(1)[:count]  # the first ones, in the order of ranks
+    ids, inverse = torch.unique(received[samples] - 1, return_inverse=True)
+    first = torch.full_like(ids, world.size * count).scatter_reduce(0, inverse, samples, "amin")
+    own = (first // count == world.rank).nonzero().squeeze(1)
+    vectors = torch.zeros(len(ids), items.shape[1], device=items.device, dtype=items.dtype)
+    return _AllReduceSum.apply(vectors.index_copy(0, own, items[item_rows[first[own] % count]])), ids
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """A sum over ranks whose gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004
+        return duoka.current_world().all_reduce(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        return duoka.current_world().all_reduce(grad.contiguous())

@@ -1,6 +1,8 @@
-"""What a recommender has to beat: the films that most people know, and those that go with what the user knows."""
+"""Recommenders without training, as baselines: the most popular items, and items similar to the user's."""
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +11,12 @@ from duoka.recipes.recommendation.ranking_metrics import UserItemIndex
 
 __all__ = ["ItemKNN", "Popularity"]
 
-NEIGHBOURS, SHRINK = 100, 10.0
-"""ItemKNN: similar films that count for each film, and how many imagined users without a common film damp small numbers."""
+NEIGHBORS, SHRINK = 100, 10.0
+"""ItemKNN's similar items per item, and the term that damps similarities from few users."""
 
 
 class Popularity(nn.Module):
-    """The same list for everybody: films by how many users know them.
-
-    Args:
-        seen: what each user knows.
-        n_items: how many films there are.
-
-    """
+    """The same list for all users: items by their number of users in ``seen``."""
 
     counts: Tensor
 
@@ -28,64 +24,57 @@ class Popularity(nn.Module):
         super().__init__()
         self.register_buffer("counts", torch.bincount(seen.indices, minlength=n_items).float())
 
-    def scorer(self) -> Popularity:
-        """Return what scores: itself."""
+    def scorer(self) -> Self:
+        """Return the object that has ``score_all``."""
         return self
 
-    def all(self, users: Tensor) -> Tensor:
-        """Return the scores of all films for ``users``, ``(users, films)``."""
+    def score_all(self, users: Tensor) -> Tensor:
+        """Return the scores of all items for ``users``, ``(users, items)``."""
         return self.counts.expand(len(users), -1)
 
 
 class ItemKNN(nn.Module):
-    """Films that are known by the same people as the films that the user knows.
+    """Items whose users are those of the items that the user has seen.
 
-    Two films' similarity is the cosine of their columns of users, shrunk: ``common / (sqrt(a b) + shrink)``, with ``a`` and
-    ``b`` users of the one and the other; each film keeps its ``neighbours`` most similar ones. A film's score is the sum of
-    its similarities to what the user knows. Source: M. Deshpande and G. Karypis, Item-based Top-N Recommendation Algorithms,
-    ACM TOIS 22(1), 2004.
+    The similarity of two items is the shrunk cosine of their columns of users,
+    ``common / (sqrt(a b) + shrink)`` with their numbers of users ``a`` and ``b``. Each item keeps its
+    ``neighbors`` most similar ones. A score is the sum of an item's similarities to the user's items.
+    Source: M. Deshpande and G. Karypis, Item-based Top-N Recommendation Algorithms, ACM TOIS 22(1), 2004.
 
     Args:
-        seen: what each user knows.
-        n_items: how many films there are.
-        neighbours: how many similar films count for each.
+        seen: the items of each user.
+        n_items: number of items.
+        neighbors: similar items that are kept per item.
         shrink: 0 or more.
 
     """
 
     similarity: Tensor
 
-    def __init__(self, seen: UserItemIndex, n_items: int, neighbours: int = NEIGHBOURS, shrink: float = SHRINK) -> None:
+    def __init__(self, seen: UserItemIndex, n_items: int, neighbors: int = NEIGHBORS, shrink: float = SHRINK) -> None:
         super().__init__()
         self.seen, self.n_items = seen, n_items
         similarity = _cosines(seen, n_items, shrink)
-        if neighbours < n_items:
-            least = similarity.topk(neighbours, dim=1).values[:, -1:]
+        if neighbors < n_items:
+            least = similarity.topk(neighbors, dim=1).values[:, -1:]
             similarity = similarity * (similarity >= least)
-        self.register_buffer("similarity", similarity.T.contiguous())  # from what is known to what is scored
+        self.register_buffer("similarity", similarity.T.contiguous())  # (seen item, scored item)
 
-    def scorer(self) -> ItemKNN:
-        """Return what scores: itself."""
+    def scorer(self) -> Self:
+        """Return the object that has ``score_all``."""
         return self
 
-    def all(self, users: Tensor) -> Tensor:
-        """Return the scores of all films for ``users``, ``(users, films)``."""
-        rows, items = self.seen.to(users.device).pairs(users)
-        known = torch.zeros(len(users), self.n_items, device=users.device)
-        known[rows, items] = 1
-        return known @ self.similarity
+    def score_all(self, users: Tensor) -> Tensor:
+        """Return the scores of all items for ``users``, ``(users, items)``."""
+        return self.seen.to(users.device).matrix(users, self.n_items, torch.float32) @ self.similarity
 
 
-def _cosines(seen: UserItemIndex, n_items: int, shrink: float, block: int = 1024) -> Tensor:
-    """Return the shrunk cosines of all pairs of films, float32 ``(films, films)``, 0 between a film and itself."""
+def _cosines(seen: UserItemIndex, n_items: int, shrink: float, batch_size: int = 1024) -> Tensor:
+    """Return the shrunk cosines of all pairs of items, float32 ``(items, items)``, 0 on the diagonal."""
     common = torch.zeros(n_items, n_items)
-    n_users = len(seen.indptr) - 1
-    for first in range(0, n_users, block):
-        some = torch.arange(first, min(first + block, n_users))
-        rows, items = seen.pairs(some)
-        known = torch.zeros(len(some), n_items)
-        known[rows, items] = 1
-        common.addmm_(known.T, known)
+    for users in torch.split(torch.arange(len(seen.indptr) - 1), batch_size):
+        matrix = seen.matrix(users, n_items, torch.float32)
+        common.addmm_(matrix.T, matrix)
     size = common.diagonal().sqrt()
     similarity = common / (size[:, None] * size + shrink).clamp(min=1e-12)
     return similarity.fill_diagonal_(0)

@@ -1,4 +1,4 @@
-"""What a finished run recommends to a user, and why."""
+"""Recommendations of a finished run for one user, with reasons."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch.nn.functional import normalize
 
 from duoka import devices, load
 from duoka.errors import ConfigError, DataError
-from duoka.recipes.common.recipe_run import RecipeRun
+from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data
 from duoka.recipes.datasets.movielens import ML1MDataset
 from duoka.recipes.datasets.movielens_split import PARTS
 from duoka.recipes.models.recommender import Recommender
 from duoka.recipes.recommendation.config import RecommendationConfig
-from duoka.recipes.recommendation.training import build, prepared
+from duoka.recipes.recommendation.training import build_model, load_texts
+from duoka.utils.validation import check_integer
 
-__all__ = ["RecommendationList", "Recommendation", "data_of", "model_of", "recommend", "refuse_other_data"]
+__all__ = ["Recommendation", "RecommendationList", "load_data", "load_model", "recommend"]
 
 USER_FIELDS, FILM_FIELDS = ("id", "gender", "age", "occupation"), ("id", "genres", "title")
-SIMILAR = 3
-"""How many films that the user knows are named beside a recommendation."""
+NUM_SIMILAR = 3
+"""Number of the user's films that a recommendation names as similar."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ class Recommendation:
     genres: tuple[str, ...]
     score: float
     weights: dict[str, float]
-    """How much the id and each part of the description weigh in what the model knows of the film, in all 1; empty where
-    the model does not weigh them."""
+    """Attention weights of the film's id and text fields; they sum to 1. Empty for a model without attention."""
     similar: tuple[tuple[str, float], ...]
-    """Films that the user has rated and that the model holds for the most alike, and the cosine of both."""
+    """The most similar films that the user has rated, and the cosine of both vectors."""
 
 
 @dataclass(frozen=True)
@@ -49,112 +49,77 @@ class RecommendationList:
     """The number in ``users.dat``."""
     description: str
     known: int
-    """How many films the user has rated; none of them is recommended."""
+    """Number of films that the user has rated; none of them is recommended."""
     weights: dict[str, float]
-    """As a film's, of the user."""
+    """Attention weights of the user's id and text fields."""
     films: tuple[Recommendation, ...]
 
 
-def data_of(config: RecommendationConfig, run: RecipeRun | None = None) -> ML1MDataset:
-    """Return the set that ``config`` names; where it is for a ``run`` that has begun, its folder must be there.
+def load_data(config: RecommendationConfig, run: RecipeRun | None = None) -> ML1MDataset:
+    """Return the data set of ``config``; for an existing ``run`` its folder must exist.
 
     Raises:
-        DataError: there is none; of a run's, which may have been any set, MovieLens-1M is not made in its place.
+        DataError: the folder does not exist. A run's data may be any set, so MovieLens-1M is not downloaded instead.
 
     """
     if run is not None and not Path(config.root).exists():
         raise DataError(
-            f"{config.root} is not there, where the run {run.folder} had its data: give their folder with --root"
+            f"root={config.root}, the data folder of the run {run.folder}, does not exist: pass it as --root"
         )
     return ML1MDataset(config.root, config.ratio, config.split, config.split_seed, download=config.download)
 
 
-def refuse_other_data(run: RecipeRun, data: ML1MDataset, before: dict[str, Any], *, ratings: bool) -> None:
-    """Refuse a set that is not that of ``run``: other users or films, or, where ``ratings`` matter, others in its parts.
-
-    Args:
-        run: a run that has begun.
-        data: the set as it is.
-        before: the ``facts`` of the set of then.
-        ratings: whether they have to be the same: a rating more, and others would be for training and for the test.
-
-    Raises:
-        DataError: it is another one.
-
-    """
-    now, counted, remedy = data.metadata(), ("users", "films"), "give the set of then with --root"
-    for key in (*counted, *PARTS) if ratings else counted:
-        if before[key] != now[key]:
-            what = key if key in counted else f"ratings in its {key} part"
-            then = f"the run {run.folder} was trained on {before[key]:,}"
-            raise DataError(f"{data.folder} has {now[key]:,} {what}, and {then}: {remedy}")
-    for key, what in (("entities", "users or films"), ("parts", "ratings"))[: 1 + ratings]:
-        if before.get(key, now[key]) != now[key]:
-            raise DataError(
-                f"{data.folder} has other {what} than those that the run {run.folder} was trained on: {remedy}"
-            )
-
-
-def model_of(run: RecipeRun, config: RecommendationConfig, data: ML1MDataset) -> Recommender:
+def load_model(run: RecipeRun, config: RecommendationConfig, data: ML1MDataset) -> Recommender:
     """Return the model of a finished run, on the first device.
 
     Raises:
-        DataError: the run is not finished, or was trained on another set.
+        DataError: the run is not finished, or was trained on other users or films.
 
     """
-    path, remembered = run.finished_model(), run.read_results("stage", "data")
-    refuse_other_data(run, data, remembered["data"], ratings=False)
+    path, metadata = run.finished_model(), data.metadata()
+    refuse_other_data(run, {key: metadata[key] for key in ("users", "films", "entities")}, str(data.folder))
     try:
-        texts = prepared(config, data)
+        texts = load_texts(config, data)
     except ConfigError as error:
-        raise ConfigError(f"{error} (the run's GPT-2 is named by `pretrained` in {run.config})") from error
-    model = build(config, data, texts, remembered["stage"])
+        raise ConfigError(f"{error} (option `pretrained` in {run.config})") from error
+    model = build_model(config, data, texts, run.read_results("stage")["stage"])
     load(path, into=model)
     return model.to(devices.resolve(config.device).devices[0]).eval()
 
 
 def recommend(run: RecipeRun, config: RecommendationConfig, user: int, k: int) -> RecommendationList:
-    """Return the ``k`` best films for the user with the number ``user`` in ``users.dat``; fewer where there are no more.
+    """Return the best ``k`` films for the user with the number ``user`` in ``users.dat``; fewer if fewer are left.
 
     Raises:
-        ConfigError: ``k`` is less than 1.
+        ConfigError: ``k`` is below 1.
         DataError: there is no such user, or no such run.
 
     """
-    if k < 1:
-        raise ConfigError(f"k is {k}: ask for 1 film or more")
-    data = data_of(config, run)
-    place = data.user_index(user)
-    model = model_of(run, config, data)
-    known = data.seen(*PARTS).items_of(place)
+    check_integer("k", k, 1)
+    data = load_data(config, run)
+    index = data.user_index(user)
+    model = load_model(run, config, data)
+    seen = data.seen(*PARTS).items_of(index)
     scorer = model.scorer()
-    films, scores = model.recommend(place, k, known.tolist(), scorer)
-    likeness = _likeness(scorer.items.product.cpu(), films, torch.from_numpy(known))
-    weights = _weights(model, FILM_FIELDS, items=films)
-    found = []
-    for row, (film, score) in enumerate(zip(films.tolist(), scores.tolist(), strict=True)):
-        best = likeness[row].topk(min(SIMILAR, len(known)))
-        similar = tuple(
-            (data.titles[known[at]], value)
-            for at, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )
-        line = data.films[film]
-        found.append(Recommendation(line.id, line.title, line.genres, score, weights[row], similar))
-    about = data.user_texts[place].replace("\n", ", ")
-    own = _weights(model, USER_FIELDS, users=torch.tensor([place]))[0]
-    return RecommendationList(user, about, len(known), own, tuple(found))
+    items, scores = model.recommend(index, k, seen.tolist(), scorer)
+    vectors = normalize(scorer.items.dot.cpu())
+    best = (vectors[items] @ vectors[torch.from_numpy(seen)].T).topk(min(NUM_SIMILAR, len(seen)))
+    weights = _attention_weights(model, FILM_FIELDS, items=items)
+    films = []
+    for row, (item, score) in enumerate(zip(items.tolist(), scores.tolist(), strict=True)):
+        titles = [data.titles[at] for at in seen[best.indices[row].numpy()]]
+        similar = tuple(zip(titles, best.values[row].tolist(), strict=True))
+        film = data.films[item]
+        films.append(Recommendation(film.id, film.title, film.genres, score, weights[row], similar))
+    description = data.user_texts[index].replace("\n", ", ")
+    user_weights = _attention_weights(model, USER_FIELDS, users=torch.tensor([index]))[0]
+    return RecommendationList(user, description, len(seen), user_weights, tuple(films))
 
 
-def _likeness(vectors: torch.Tensor, films: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Return the cosines of ``films`` with ``known`` ones, ``(films, known)``, of the vectors of all."""
-    vectors = normalize(vectors)
-    return vectors[films] @ vectors[known].T
-
-
-def _weights(model: Any, names: tuple[str, ...], **wanted: torch.Tensor) -> list[dict[str, float]]:
-    """Return how much the id and each field weigh in each of ``wanted``."""
+def _attention_weights(model: Any, names: tuple[str, ...], **ids: torch.Tensor) -> list[dict[str, float]]:
+    """Return the attention weights of the id and each field, for each of ``ids``."""
     try:
-        weights = model.attention(**wanted).tolist()
+        weights = model.attention_weights(**ids).tolist()
     except (AttributeError, ConfigError):  # a model without attention
-        return [{} for some in wanted.values() for _ in some]
+        return [{} for some in ids.values() for _ in some]
     return [dict(zip(names, row, strict=True)) for row in weights]

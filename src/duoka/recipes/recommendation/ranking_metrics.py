@@ -1,20 +1,21 @@
-"""Full ranking: every film that a user does not know yet is ranked, and the films of the test are looked for at the top.
+"""Full ranking: all items that a user has not seen are ranked, and the metrics of each list against its targets.
 
-**Order.** Films come by score, highest first; films of equal score (as float32) in the order of their places. That list is
-what Recall, Precision, HR and MRR look at, and what a user is shown.
+**Order.** Items are sorted by score (as float32), highest first, then by index. Recall, precision,
+HR and MRR look at this list, which is also what a user gets.
 
-**Ties in NDCG.** A list among equals is an accident, so NDCG is the mean over all orders of films of equal score, as
-scikit-learn's and torchmetrics' are. (torchmetrics' other measures take ties in the order of a sort that promises none.)
+**Ties in NDCG.** NDCG is the mean over all orders of items with equal scores, as in scikit-learn and
+torchmetrics. (torchmetrics' other metrics take ties in the order of an unstable sort, and it has no
+full ranking on the device; tests compare all metrics with torchmetrics'.)
 
-Per user ``u`` with test films ``T``, and ``top`` the first ``k`` of the list:
+For a user with target items ``T``, and ``top`` the first ``k`` of the list:
 
-- Recall: ``|top & T| / |T|``; Precision: ``|top & T| / k``; HR (hit rate): whether ``top & T`` is not empty;
-- MRR: one over the place (from 1) of the first film of ``T``, 0 where it is not among ``top``;
-- NDCG: the sum of ``1 / log2(1 + place)`` over ``top & T``, divided by the same for a list that begins with ``T``.
+- Recall: ``|top & T| / |T|``; Precision: ``|top & T| / k``; HR (hit rate): 1 if ``top & T`` is not empty;
+- MRR: one over the rank (from 1) of the first item of ``T``, 0 if none is in ``top``;
+- NDCG: the sum of ``1 / log2(1 + rank)`` over ``top & T``, over the same sum for a list that starts with ``T``.
 
-Each is averaged over the users that have a test film. Source: K. Järvelin and J. Kekäläinen, ACM TOIS 20(4), 2002; F.
-McSherry and M. Najork, Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores, ECIR
-2008.
+Each is averaged over the users with targets. Source: K. Järvelin and J. Kekäläinen, ACM TOIS 20(4),
+2002; F. McSherry and M. Najork, Computing Information Retrieval Performance Measures Efficiently in
+the Presence of Tied Scores, ECIR 2008.
 """
 
 from __future__ import annotations
@@ -28,80 +29,74 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric, MetricCollection
 
-from duoka.errors import ConfigError, DataError
+from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import ML1MDataset, SeenItems
+from duoka.utils.validation import check_choice
 
-__all__ = [
-    "CUTOFFS",
-    "NAMES",
-    "UserItemIndex",
-    "RankedItems",
-    "RankingEvaluator",
-    "UserMean",
-    "evaluate",
-    "means",
-    "measures",
-    "top",
-]
+__all__ = ["CUTOFFS", "METRICS", "RankingEvaluator", "RankingModel", "UserItemIndex", "UserMean", "mean_metrics"]
 
 CUTOFFS = (10, 20, 50)
-MEASURES = ("recall", "precision", "ndcg", "hr", "mrr")
-NAMES = tuple(f"{name}@{cutoff}" for name in MEASURES for cutoff in CUTOFFS)
-"""The measures of one user, in the order of ``measures``' columns."""
-BLOCK = 256
-"""Users that are scored at once."""
-Score = Callable[[Tensor], Tensor]
-"""From places of users, int64 ``(batch,)``, to scores of all films ``(batch, films)``."""
+METRICS = tuple(f"{name}@{cutoff}" for name in ("recall", "precision", "ndcg", "hr", "mrr") for cutoff in CUTOFFS)
+"""The metrics of one user, in the order of the columns of ``RankingEvaluator.ranking_metrics``."""
+USERS_PER_BATCH = 256
+EXCLUDED = torch.iinfo(torch.int64).min
+"""Sort key of an item that is not ranked."""
+ScoreFunction = Callable[[Tensor], Tensor]
+"""Indices of users, int64 ``(batch,)``, to their scores of all items ``(batch, items)``."""
 
 
 @dataclass(frozen=True)
 class UserItemIndex:
-    """Films by user, as tensors on any device; see ``Seen``."""
+    """The items of each user, as ``SeenItems``, in tensors on any device."""
 
     indptr: Tensor
     indices: Tensor
 
     @classmethod
     def of(cls, seen: SeenItems) -> UserItemIndex:
-        """Return the same as tensors on the host."""
+        """Return ``seen`` as tensors on the CPU."""
         return cls(torch.from_numpy(seen.indptr), torch.from_numpy(seen.indices))
 
     def to(self, device: torch.device) -> UserItemIndex:
-        """Return the same on ``device``."""
+        """Return the same index on ``device``."""
         return UserItemIndex(self.indptr.to(device), self.indices.to(device))
 
     def pairs(self, users: Tensor) -> tuple[Tensor, Tensor]:
-        """Return row in ``users`` and film, both ``(pairs,)``, of all films of these users."""
-        begins = self.indptr[users]
-        counts = self.indptr[users + 1] - begins
+        """Return all items of ``users``, ``(pairs,)``, after the row in ``users`` of each."""
+        starts, counts = self.indptr[users], self.counts(users)
         rows = torch.arange(len(users), device=users.device).repeat_interleave(counts)
-        steps = torch.arange(len(rows), device=users.device) - (counts.cumsum(0) - counts)[rows]
-        return rows, self.indices[begins[rows] + steps]
+        offsets = torch.arange(len(rows), device=users.device) - (counts.cumsum(0) - counts)[rows]
+        return rows, self.indices[starts[rows] + offsets]
 
     def counts(self, users: Tensor) -> Tensor:
-        """Return how many films each of ``users`` has, ``(users,)``."""
+        """Return the number of items of each of ``users``, ``(users,)``."""
         return self.indptr[users + 1] - self.indptr[users]
+
+    def matrix(self, users: Tensor, n_items: int, dtype: torch.dtype = torch.bool) -> Tensor:
+        """Return ``(users, n_items)``, 1 at each user's items and 0 elsewhere."""
+        marked = torch.zeros(len(users), n_items, dtype=dtype, device=users.device)
+        marked[self.pairs(users)] = 1
+        return marked
 
 
 @dataclass(frozen=True)
 class RankingEvaluator:
-    """What is ranked for whom, and what should come first."""
+    """The metrics of score functions on one part of a data set."""
 
     seen: UserItemIndex
-    """Films that are not ranked, as the user knows them."""
+    """Items that are not ranked for a user."""
     targets: UserItemIndex
-    """Films that should come first."""
+    """Items that should be ranked first."""
     excluded: Tensor | None = None
-    """Films that are ranked for nobody, bool ``(films,)``."""
+    """Items that are not ranked for any user, bool ``(items,)``."""
 
     @classmethod
     def of(cls, data: ML1MDataset, part: str, *, only_its_films: bool = False) -> RankingEvaluator:
-        """Return the ranking of ``part``: what came before it (training; for the test, validation too) is known.
+        """Return the evaluator of ``part``, for which the earlier parts are seen.
 
-        ``only_its_films`` ranks no film but those that the part has ratings of: for films that training has never seen.
+        ``only_its_films`` ranks only items with ratings in the part, for items without training ratings.
         """
-        if part not in ("validation", "test"):
-            raise ConfigError(f"the part {part!r} cannot be ranked: there is validation, test")
+        check_choice("part", part, ("validation", "test"))
         earlier = ("train",) if part == "validation" else ("train", "validation")
         targets = UserItemIndex.of(data.seen(part))
         excluded = None
@@ -111,119 +106,113 @@ class RankingEvaluator:
         return cls(UserItemIndex.of(data.seen(*earlier)), targets, excluded)
 
     def to(self, device: torch.device) -> RankingEvaluator:
-        """Return the same on ``device``."""
+        """Return the same evaluator on ``device``."""
         excluded = None if self.excluded is None else self.excluded.to(device)
         return RankingEvaluator(self.seen.to(device), self.targets.to(device), excluded)
 
     @property
     def users(self) -> Tensor:
-        """Places of the users that have something to be found, ascending."""
+        """Indices of the users with targets, ascending."""
         return self.targets.indptr.diff().nonzero().flatten()
 
-    def loader(self, block: int = BLOCK) -> DataLoader[Any]:
-        """Return these users in blocks, as evaluation data of a Trainer."""
-        return DataLoader(TensorDataset(self.users), batch_size=block)
+    def loader(self, batch_size: int = USERS_PER_BATCH) -> DataLoader[Any]:
+        """Return batches of these users, as evaluation data of a Trainer."""
+        return DataLoader(TensorDataset(self.users), batch_size=batch_size)
 
-    def hide(self, keys: Tensor, users: Tensor) -> None:
-        """Put films that are not ranked for ``users`` behind all others in ``keys`` ``(users, films)``, in place."""
-        rows, items = self.seen.pairs(users)
-        keys[rows, items] = HIDDEN
+    def evaluate(
+        self, score: ScoreFunction, *, device: torch.device | str = "cpu", batch_size: int = USERS_PER_BATCH
+    ) -> dict[str, float]:
+        """Return the metrics of ``score``, averaged over the users, on one device; a Trainer uses several."""
+        evaluator = self.to(torch.device(device))
+        users = evaluator.users
+        total = torch.zeros(len(METRICS), dtype=torch.float64, device=users.device)
+        with torch.inference_mode():
+            for some in torch.split(users, batch_size):
+                total += evaluator.ranking_metrics(score(some), some).sum(0)
+        return dict(zip(METRICS, (total / len(users)).tolist(), strict=True))
+
+    def top_k(self, scores: Tensor, users: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the first ``k`` items of each user's list, and their sort keys.
+
+        Args:
+            scores: of all items ``(users, items)``; used as float32 and not modified.
+            users: indices ``(users,)``.
+            k: number of items; fewer columns are returned if there are fewer items.
+
+        Returns:
+            keys: int64 ``(users, k)``, descending. The upper half is the score; ``EXCLUDED`` is no item.
+            items: int64 ``(users, k)``.
+
+        Raises:
+            DataError: a score is NaN.
+
+        """
+        return _top(self._sort_keys(scores, users), k)
+
+    def ranking_metrics(self, scores: Tensor, users: Tensor) -> Tensor:
+        """Return the metrics of each user's list, float64 ``(users, len(METRICS))``.
+
+        Args:
+            scores: of all items ``(users, items)``, on the evaluator's device.
+            users: indices ``(users,)``; each has a target.
+
+        """
+        keys = self._sort_keys(scores, users)
+        best, items = _top(keys, max(CUTOFFS))
+        rows, targets = self.targets.pairs(users)
+        is_target = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
+        is_target[rows, targets] = True
+        hits = is_target.gather(1, items.clamp_(0, keys.shape[1] - 1)) & (best != EXCLUDED)
+        gains = _tied_gains(best >> 32, hits, keys, keys[rows, targets], rows)
+        padding = (0, max(CUTOFFS) - best.shape[1])
+        hits, gains = (nn.functional.pad(part.double(), padding) for part in (hits, gains))
+        return _metrics(hits, gains, self.targets.counts(users).double())
+
+    def _sort_keys(self, scores: Tensor, users: Tensor) -> Tensor:
+        """Return int64 keys in the order of the list: the score's bits above, the index below, counted from the end."""
+        bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 turns minus zero into zero
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # now integers in the order of the floats
+        if bool(torch.isnan(scores).any()):
+            raise DataError("the model's scores have NaN: training has diverged; lower the learning rate")
+        keys = (bits.long() << 32) + torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+        keys[self.seen.pairs(users)] = EXCLUDED
         if self.excluded is not None:
-            keys[:, self.excluded] = HIDDEN
+            keys[:, self.excluded] = EXCLUDED
+        return keys
 
 
-HIDDEN = torch.iinfo(torch.int64).min
+def _top(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the largest ``k`` keys of each row, descending, and their items; keys differ, so the order is unique."""
+    best = keys.topk(min(k, keys.shape[1]), dim=1).values
+    return best, keys.shape[1] - 1 - (best & 0xFFFFFFFF)
 
 
-def top(scores: Tensor, task: RankingEvaluator, users: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the first ``k`` films of each user's list, and how each place is tied.
+def _tied_gains(levels: Tensor, hits: Tensor, keys: Tensor, target_keys: Tensor, rows: Tensor) -> Tensor:
+    """Return for each rank the share of targets among all items of its score, float64 ``(users, k)``.
 
-    Args:
-        scores: of all films ``(users, films)``; taken as float32 and left as they are.
-        task: what is not ranked.
-        users: places ``(users,)``.
-        k: how many; fewer columns come back where there are fewer films.
-
-    Returns:
-        keys: int64 ``(users, k)``, descending. Films of equal score have equal upper halves; ``HIDDEN`` is no film.
-        films: int64 ``(users, k)``.
-
-    Raises:
-        DataError: a score is no number.
-
+    Items after the last rank may have its score, too: these are counted in the whole row.
     """
-    keys = _keys(scores)
-    task.hide(keys, users)
-    best = keys.topk(min(k, keys.shape[1]), dim=1).values  # keys differ, so the order is one
-    return best, _film(best, keys.shape[1])
-
-
-def _keys(scores: Tensor) -> Tensor:
-    """Return int64 keys in the order of the list: the score's bits above, the place below, counted from the end."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # now they are ordered as the numbers are
-    if bool(torch.isnan(scores).any()):
-        raise DataError(
-            "the model's scores are not all numbers (NaN): the training has diverged; lower the learning rate"
-        )
-    return (bits.long() << 32) + torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
-
-
-def _film(keys: Tensor, n_items: int) -> Tensor:
-    return n_items - 1 - (keys & 0xFFFFFFFF)
-
-
-def measures(scores: Tensor, task: RankingEvaluator, users: Tensor) -> Tensor:
-    """Return the measures of each user's list, float64 ``(users, len(NAMES))``.
-
-    Args:
-        scores: of all films ``(users, films)``.
-        task: what is known and what should come first, on the scores' device.
-        users: places ``(users,)``; each has a film to be found.
-
-    """
-    deepest = max(CUTOFFS)
-    keys = _keys(scores)
-    task.hide(keys, users)
-    best = keys.topk(min(deepest, keys.shape[1]), dim=1).values
-    rows, items = task.targets.pairs(users)
-    wanted = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
-    wanted[rows, items] = True
-    hits = wanted.gather(1, _film(best, keys.shape[1]).clamp_(0, keys.shape[1] - 1)) & (best != HIDDEN)
-    gains = _shared_gains(best >> 32, hits, keys, keys[rows, items], rows)
-    missing = deepest - best.shape[1]
-    hits, gains = (nn.functional.pad(part.double(), (0, missing)) for part in (hits, gains))
-    return _measures(hits, gains, task.targets.counts(users).double())
-
-
-def _shared_gains(levels: Tensor, hits: Tensor, keys: Tensor, target_keys: Tensor, rows: Tensor) -> Tensor:
-    """Return for each place the share of films to be found among all films of the score there, float64 ``(users, k)``.
-
-    The score of the last place may also be that of films that come later: these are counted in the whole row.
-    """
-    steps = nn.functional.pad((levels.diff(dim=1) != 0).long(), (1, 0))
-    group = steps.cumsum(1)
+    group = nn.functional.pad((levels.diff(dim=1) != 0).long(), (1, 0)).cumsum(1)
     sizes = torch.zeros(levels.shape, dtype=torch.float64, device=levels.device)
     found = torch.zeros_like(sizes)
     sizes.scatter_add_(1, group, torch.ones_like(sizes))
     found.scatter_add_(1, group, hits.double())
     last = levels[:, -1:]
-    floor = last << 32  # the smallest key of that score
-    later = (keys >= floor).sum(1, keepdim=True) - levels.shape[1]
-    target_levels = target_keys >> 32
-    wanted = torch.zeros(len(levels), dtype=torch.float64, device=levels.device)
-    wanted.scatter_add_(0, rows, (target_levels == last[rows, 0]).double())
+    smallest_key = last << 32
+    later = (keys >= smallest_key).sum(1, keepdim=True) - levels.shape[1]
+    tied_targets = torch.zeros(len(levels), dtype=torch.float64, device=levels.device)
+    tied_targets.scatter_add_(0, rows, (target_keys >> 32 == last[rows, 0]).double())
     sizes.scatter_add_(1, group[:, -1:], later.double())
-    found.scatter_(1, group[:, -1:], wanted[:, None])
+    found.scatter_(1, group[:, -1:], tied_targets[:, None])
     return (found / sizes.clamp(min=1)).gather(1, group)
 
 
-def _measures(hits: Tensor, gains: Tensor, counts: Tensor) -> Tensor:
-    """Return the measures from what is at each place, float64 ``(users, places)``, and how many are to be found."""
-    places = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device)
-    discounts = 1 / torch.log2(places + 1)
+def _metrics(hits: Tensor, gains: Tensor, counts: Tensor) -> Tensor:
+    """Return the metrics from hits and gains by rank, float64 ``(users, ranks)``, and the numbers of targets."""
+    ranks = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device)
+    discounts = 1 / torch.log2(ranks + 1)
     ideals = nn.functional.pad(discounts.cumsum(0), (1, 0))
-    first = torch.where(hits > 0, 1 / places, 0).amax(1)
+    first = torch.where(hits > 0, 1 / ranks, 0).amax(1)
     columns: dict[str, Tensor] = {}
     for k in CUTOFFS:
         found = hits[:, :k].sum(1)
@@ -232,11 +221,11 @@ def _measures(hits: Tensor, gains: Tensor, counts: Tensor) -> Tensor:
         columns[f"ndcg@{k}"] = (gains[:, :k] * discounts[:k]).sum(1) / ideals[counts.clamp(max=k).long()]
         columns[f"hr@{k}"] = (found > 0).double()
         columns[f"mrr@{k}"] = torch.where(first >= 1 / k - 1e-12, first, 0)
-    return torch.stack([columns[name] for name in NAMES], dim=1)
+    return torch.stack([columns[name] for name in METRICS], dim=1)
 
 
 class UserMean(Metric):
-    """The mean over users of one column of what ``Ranked`` returns."""
+    """The mean over users of one column of a ``RankingModel``'s metrics."""
 
     higher_is_better = True
     full_state_update = False
@@ -249,75 +238,61 @@ class UserMean(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("users", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, found: Tensor, target: object = None) -> None:  # noqa: ARG002
-        """Take in the measures of some users, ``(users, len(NAMES))``."""
-        self.total = self.total + found[:, self.column].sum()
-        self.users = self.users + len(found)
+    def update(self, metrics: Tensor, target: object = None) -> None:  # noqa: ARG002
+        """Add the metrics of some users, ``(users, len(METRICS))``."""
+        self.total = self.total + metrics[:, self.column].sum()
+        self.users = self.users + len(metrics)
 
     def compute(self) -> Tensor:
         """Return the mean."""
         return self.total / self.users
 
 
-def means(names: Sequence[str] = NAMES) -> MetricCollection:
-    """Return the metrics of a Trainer that evaluates a ``Ranked`` model; ``names`` are some of ``NAMES``.
+def mean_metrics(names: Sequence[str] = METRICS) -> MetricCollection:
+    """Return a Trainer's metrics for a ``RankingModel``; ``names`` are some of ``METRICS``.
 
-    Without groups: a collection would take columns that are equal in the first block for one and the same.
+    Without compute groups, which would merge columns that are equal in the first batch.
     """
-    each: dict[str, Any] = {name: UserMean(NAMES.index(name)) for name in names}
+    each: dict[str, Any] = {name: UserMean(METRICS.index(name)) for name in names}
     return MetricCollection(each, compute_groups=False)
 
 
-class RankedItems(nn.Module):
-    """A model as a Trainer evaluates it: given a block of users, it returns the measures of their lists.
+class RankingModel(nn.Module):
+    """A recommender as a Trainer evaluates it: a batch of users in, the metrics of their lists out.
 
     Args:
-        model: what is measured; its ``scorer()`` returns an object whose ``all(users)`` is a ``Score``.
-        task: what is ranked, and what should come first.
+        model: its ``scorer()`` returns an object whose ``score_all(users)`` is a ``ScoreFunction``.
+        evaluator: what is ranked, and what should come first.
 
     """
 
-    def __init__(self, model: nn.Module, task: RankingEvaluator) -> None:
+    def __init__(self, model: nn.Module, evaluator: RankingEvaluator) -> None:
         super().__init__()
-        self.model, self.task = model, task
-        self._placed: dict[torch.device, RankingEvaluator] = {}
-        self._score: Score | None = None
-        """Made once for all blocks of an evaluation, which begins with ``eval()``."""
+        self.model, self.evaluator = model, evaluator
+        self._on_device: dict[torch.device, RankingEvaluator] = {}
+        self._score: ScoreFunction | None = None
+        """Made once for all batches of an evaluation, which starts with ``eval()``."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_placed": {}, "_score": None}
+        return {**self.__dict__, "_on_device": {}, "_score": None}
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, and forget the scores of the weights of before (``eval()`` comes here, too)."""
+        """Set the mode and drop the scorer, whose weights may change; ``eval()`` calls this, too."""
         self._score = None
         return super().train(mode)
 
     def forward(self, users: Tensor) -> dict[str, Tensor]:
-        """Return the measures of ``users`` ``(users, len(NAMES))``; scores are float32 whatever the training's precision."""
-        task = self._placed.get(users.device)
-        if task is None:
-            task = self._placed[users.device] = self.task.to(users.device)
+        """Return ``{"prediction": metrics of users}``; scores are float32 whatever the training's precision."""
+        evaluator = self._on_device.get(users.device)
+        if evaluator is None:
+            evaluator = self._on_device[users.device] = self.evaluator.to(users.device)
         with torch.autocast(users.device.type, enabled=False):
-            score = self._score or self._scorer()
-            if not self.training:  # nobody changes the weights meanwhile
+            score = self._score or self._make_scorer()
+            if not self.training:  # the weights stay the same
                 self._score = score
-            return {"prediction": measures(score(users), task, users)}
+            return {"prediction": evaluator.ranking_metrics(score(users), users)}
 
-    def _scorer(self) -> Score:
+    def _make_scorer(self) -> ScoreFunction:
         scorer: Any = self.model.scorer()  # type: ignore[operator]
-        score: Score = scorer.all
+        score: ScoreFunction = scorer.score_all
         return score
-
-
-def evaluate(
-    score: Score, task: RankingEvaluator, *, device: torch.device | str = "cpu", block: int = BLOCK
-) -> dict[str, float]:
-    """Return the measures of ``score``, averaged over the users, on one device; a Trainer does it on several."""
-    place = torch.device(device)
-    task, users = task.to(place), task.users.to(place)
-    total = torch.zeros(len(NAMES), dtype=torch.float64, device=place)
-    with torch.inference_mode():
-        for first in range(0, len(users), block):
-            some = users[first : first + block]
-            total += measures(score(some), task, some).sum(0)
-    return dict(zip(NAMES, (total / len(users)).tolist(), strict=True))

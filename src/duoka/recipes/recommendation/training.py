@@ -1,4 +1,4 @@
-"""Training in two stages: on texts that were encoded once, then with GPT-2 in the loop; each through a Trainer."""
+"""Training in two stages, each by a Trainer: on texts that are encoded once, then with GPT-2 in every step."""
 
 from __future__ import annotations
 
@@ -12,41 +12,45 @@ from torch import Tensor
 
 from duoka import Trainer, devices
 from duoka.recipes.common.recipe_run import ConfigWriter, RecipeRun
-from duoka.recipes.datasets import negative_sampling as negatives
+from duoka.recipes.datasets import negative_sampling
 from duoka.recipes.datasets.movielens import ML1MDataset
-from duoka.recipes.models.gpt2_recommender import GPT2Recommender, GPT2RecommenderEnhanced, TwoRates, carry_over
-from duoka.recipes.models.gpt2_text_encoder import Lora, TokenizedTexts, prepare
+from duoka.recipes.models.gpt2_recommender import (
+    GPT2Recommender,
+    GPT2RecommenderEnhanced,
+    copy_stage1_weights,
+    two_lr_groups,
+)
+from duoka.recipes.models.gpt2_text_encoder import Lora, TokenizedTexts, tokenize_texts
 from duoka.recipes.models.recommender import NCF, Recommender
 from duoka.recipes.recommendation.config import NAME, RecommendationConfig
-from duoka.recipes.recommendation.ranking_metrics import RankedItems, RankingEvaluator, means
+from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator, RankingModel, mean_metrics
 
 __all__ = [
-    "BEST",
-    "Stage",
-    "StageTraining",
-    "build",
-    "measured",
-    "prepared",
-    "samples_of",
+    "BEST_METRIC",
+    "RankingModelWithLoss",
+    "StageResult",
+    "build_model",
+    "evaluate_model",
+    "load_texts",
     "train_ncf",
     "train_stages",
+    "training_samples",
 ]
 
-BEST = "ndcg@10"
-"""What says which weights are the best."""
-NCF_RATE = 3e-3
-"""The baseline's learning rate: ids alone learn more slowly, and stop too early at the rate of stage 1."""
-WATCHED = ("ndcg@10", "recall@10", "hr@10", "mrr@10", "recall@50")
-"""What is measured on the validation part after each epoch."""
+BEST_METRIC = "ndcg@10"
+"""The validation metric that selects the best weights."""
+NCF_LR = 3e-3
+"""The NCF baseline's learning rate: ids alone learn more slowly, and stop too early at stage 1's rate."""
+VALIDATION_METRICS = ("ndcg@10", "recall@10", "hr@10", "mrr@10", "recall@50")
 
 
-class StageTraining(RankedItems):
-    """A model with its loss: a batch with films returns the loss, a block of users the measures of their lists."""
+class RankingModelWithLoss(RankingModel):
+    """A recommender in training: a batch of samples in, its loss out; or a batch of users, as ``RankingModel``."""
 
     def forward(
         self, users: Tensor, positives: Tensor | None = None, negatives: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return ``{"loss": ...}``, or what ``Ranked`` returns; all arguments int64 ``(batch,)``."""
+        """Return ``{"loss": ...}``, or ``{"prediction": ...}`` without items; arguments are int64 ``(batch,)``."""
         if positives is None or negatives is None:
             return super().forward(users)
         model: Any = self.model
@@ -54,32 +58,33 @@ class StageTraining(RankedItems):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a stage came to."""
+class StageResult:
+    """The result of one stage."""
 
     number: int
     model: Recommender
     """With its best weights."""
     validation: dict[str, float]
-    """Its measures there."""
+    """Metrics of these weights."""
     epochs: int
-    """How many it has gone through."""
+    """Number of epochs that were trained."""
 
 
-def prepared(config: RecommendationConfig, data: ML1MDataset) -> TokenizedTexts | None:
-    """Return the tokenised texts and the GPT-2 that reads them; ``None`` where the model has ids alone."""
+def load_texts(config: RecommendationConfig, data: ML1MDataset) -> TokenizedTexts | None:
+    """Return the tokenized texts with their GPT-2; ``None`` for a model of ids alone."""
     if config.model == "ncf":
         return None
-    return prepare(data.user_texts, data.item_texts, pretrained=config.pretrained, seed=config.seed)
+    return tokenize_texts(data.user_texts, data.item_texts, pretrained=config.pretrained, seed=config.seed)
 
 
-def build(config: RecommendationConfig, data: ML1MDataset, texts: TokenizedTexts | None, stage: int) -> Recommender:
-    """Return the model of a stage with its first weights."""
+def build_model(
+    config: RecommendationConfig, data: ML1MDataset, texts: TokenizedTexts | None, stage: int
+) -> Recommender:
+    """Return the model of a stage with its initial weights."""
     if texts is None:
         return NCF(data.n_users, data.n_items, embedding_size=config.embedding_size, seed=config.seed)
-    device = devices.resolve(config.device).devices[0]
-    kind = GPT2RecommenderEnhanced if config.model == "enhanced" else GPT2Recommender
-    model = kind(
+    model_class = GPT2RecommenderEnhanced if config.model == "enhanced" else GPT2Recommender
+    model = model_class(
         texts,
         embedding_size=config.embedding_size,
         use_cache=stage == 1,
@@ -89,94 +94,93 @@ def build(config: RecommendationConfig, data: ML1MDataset, texts: TokenizedTexts
         contrast=config.contrast,
         id_dropout=config.id_dropout,
         seed=config.seed,
-        device=device,
+        device=devices.resolve(config.device).devices[0],
     )
-    model.hide(
-        users=_without_ratings(data.train.users, data.n_users), items=_without_ratings(data.train.items, data.n_items)
-    )
+    users, items = _ids_without(data.train.users, data.n_users), _ids_without(data.train.items, data.n_items)
+    model.hide_ids(users=users, items=items)
     return model
 
 
-def _without_ratings(places: Any, count: int) -> Tensor:
-    """Return who, or which films, training knows nothing of, so that an id would say nothing."""
-    return (torch.bincount(torch.from_numpy(places), minlength=count) == 0).nonzero().flatten()
+def _ids_without(rated: Any, count: int) -> Tensor:
+    """Return the ids without training ratings, whose embeddings stay untrained."""
+    return (torch.bincount(torch.from_numpy(rated), minlength=count) == 0).nonzero().flatten()
 
 
-def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun) -> list[Stage]:
-    """Train both stages, or the second only where the first is done; a stage that has begun goes on from its checkpoint."""
-    texts = prepared(config, data)
-    first = build(config, data, texts, 1)
-    done = [_train(first, config, data, run, 1, config.lr)]
+def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun) -> list[StageResult]:
+    """Train both stages; with ``config.resume`` each continues from its checkpoint, if it has one."""
+    texts = load_texts(config, data)
+    first = build_model(config, data, texts, 1)
+    results = [_train_stage(first, config, data, run, 1)]
     if config.dynamic_epochs and texts is not None:
-        second = build(config, data, texts, 2)
-        carry_over(first, second)  # type: ignore[arg-type]
-        done.append(_train(second, config, data, run, 2, config.dynamic_lr))
-    return done
+        second = build_model(config, data, texts, 2)
+        copy_stage1_weights(first, second)  # type: ignore[arg-type]
+        results.append(_train_stage(second, config, data, run, 2))
+    return results
 
 
-def _train(
-    model: Recommender, config: RecommendationConfig, data: ML1MDataset, run: RecipeRun, number: int, lr: float
-) -> Stage:
-    """Train one stage in a folder of its own within the run's."""
-    folder = run.folder / f"stage-{number}"
-    epochs = config.epochs if number == 1 else config.dynamic_epochs
+def _train_stage(
+    model: Recommender, config: RecommendationConfig, data: ML1MDataset, run: RecipeRun, number: int
+) -> StageResult:
+    """Train one stage in its own folder within the run's."""
+    lr, epochs = (config.lr, config.epochs) if number == 1 else (config.dynamic_lr, config.dynamic_epochs)
     trainer = _trainer(
         model,
         config,
         data,
         lr,
         epochs=epochs,
-        out_dir=folder,
+        out_dir=run.folder / f"stage-{number}",
         resume="auto" if config.resume else False,
         callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None), data.metadata())],
     )
     validation, _ = trainer.fit(save_model=True)
-    return Stage(number, model, validation, len(trainer.history))
+    return StageResult(number, model, validation, len(trainer.history))
 
 
 def train_ncf(config: RecommendationConfig, data: ML1MDataset) -> Recommender:
-    """Return the baseline that knows ids alone, trained as long as stage 1."""
-    model = build(config, data, None, 1)
-    _trainer(model, config, data, NCF_RATE, epochs=config.epochs, verbose=False).fit(save_model=False)
+    """Return the NCF baseline, trained as long as stage 1."""
+    model = build_model(config, data, None, 1)
+    _trainer(model, config, data, NCF_LR, epochs=config.epochs, verbose=False).fit(save_model=False)
     return model
 
 
-def samples_of(config: RecommendationConfig, data: ML1MDataset) -> negatives.TripletDataset:
-    """Return what is trained on: known pairs, each with an unknown film.
+def training_samples(config: RecommendationConfig, data: ML1MDataset) -> negative_sampling.TripletDataset:
+    """Return the training samples: rated pairs, each with an item that the user has not rated.
 
-    In the split of films that are yet to come those are never the unknown ones: nobody has turned them down.
+    With cold films the negatives are items with training ratings only: no user has rejected the others.
     """
-    films = np.unique(data.train.items) if config.split == "cold-films" else None
-    return negatives.TripletDataset(
-        data.train.pairs, data.seen("train"), data.n_items, config.seed, data.user_ids, films
-    )
+    items = np.unique(data.train.items) if config.split == "cold-films" else None
+    seen = data.seen("train")
+    return negative_sampling.TripletDataset(data.train.pairs, seen, data.n_items, config.seed, data.user_ids, items)
 
 
 def _trainer(model: Recommender, config: RecommendationConfig, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
-    task = RankingEvaluator.of(data, "validation", only_its_films=config.split == "cold-films")
+    evaluator = RankingEvaluator.of(data, "validation", only_its_films=config.split == "cold-films")
     return Trainer(
-        StageTraining(model, task),
-        negatives.loader(samples_of(config, data), config.batch_size),
-        task.loader(),
-        metrics=means(WATCHED),
+        RankingModelWithLoss(model, evaluator),
+        negative_sampling.loader(training_samples(config, data), config.batch_size),
+        evaluator.loader(),
+        metrics=mean_metrics(VALIDATION_METRICS),
         device=config.device,
         batch_size_means=config.batch_size_means,
         precision=_precision(config),
-        optimizer=TwoRates.of(model, lr=lr, text_lr=config.text_lr, weight_decay=config.weight_decay),
+        optimizer=two_lr_groups(model, lr=lr, text_lr=config.text_lr, weight_decay=config.weight_decay),
         max_grad_norm=config.clip,
         eval_every_epochs=config.eval_every_epochs,
-        monitor=BEST,
+        monitor=BEST_METRIC,
         early_stop_patience=config.patience or None,
         seed=config.seed,
         **options,
     )
 
 
-def measured(model: torch.nn.Module, task: RankingEvaluator, config: RecommendationConfig) -> dict[str, float]:
-    """Return the measures of ``model``, averaged over the users, on all devices."""
-    trainer = Trainer(RankedItems(model, task), metrics=means(), device=config.device, verbose=False)
-    results: dict[str, float] = trainer.evaluate(task.loader())
-    return results
+def evaluate_model(
+    model: torch.nn.Module, evaluator: RankingEvaluator, config: RecommendationConfig
+) -> dict[str, float]:
+    """Return the metrics of ``model``, averaged over the users, on all devices."""
+    trainer = Trainer(RankingModel(model, evaluator), metrics=mean_metrics(), device=config.device, verbose=False)
+    metrics: dict[str, float] = trainer.evaluate(evaluator.loader())
+    return metrics
 
 
 def _precision(config: RecommendationConfig) -> str:
