@@ -52,14 +52,7 @@ def sample_positions(length: int, count: int, step: Tensor, salt: int) -> Tensor
     """Return ``count`` distinct positions below ``length``, a function of ``step`` and ``salt`` alone.
 
     A hash draws them and not a random generator, so every rank draws the same ones at the same
-    step, and so does a resumed run.
-
-    Args:
-        length: number of positions to draw from.
-        count: number of positions to draw.
-        step: number of the draw, an int64 scalar on the device of the result.
-        salt: tells this layer from others.
-
+    step, and so does a resumed run. ``step`` is an int64 scalar on the device of the result.
     """
     numbers = torch.arange(1, length + 1, device=step.device)
     return splitmix64(numbers * -7046029254386353131 + (step + 1) * 2862933555777941757 + salt).topk(count).indices
@@ -84,9 +77,6 @@ class SelfAttention(nn.Module):
         causal: each position attends to itself and earlier ones only.
         dropout: dropout of the attention weights, used where ``factor`` is ``None`` only.
         salt: tells this layer's draws from another's.
-
-    Raises:
-        ConfigError: ``heads`` does not divide ``width``.
 
     """
 
@@ -123,7 +113,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Full attention from one sequence to another; arguments and errors as for ``SelfAttention``."""
+    """Full attention from one sequence to another; arguments as for ``SelfAttention``."""
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()

@@ -25,15 +25,11 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 def load_gpt2(pretrained: str, texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
     """Return a tokenizer and a ``transformers.GPT2Model`` without dropout.
 
-    Args:
-        pretrained: name on the hub, or a folder; ``"none"`` for a small random one with a byte-level
-            vocabulary, both a function of ``texts`` and ``seed`` alone.
-        texts: the texts that the small one's vocabulary is made from.
-        seed: seed of the small one's weights.
+    ``pretrained`` is a name on the hub, a folder, or ``"none"`` for a small random GPT-2 with a
+    byte-level vocabulary, both a function of ``texts`` and ``seed`` alone.
 
     Raises:
         ConfigError: there is no such GPT-2, or parts of it are missing.
-        MissingDependencyError: transformers is not installed.
 
     """
     import_optional("transformers", "recommend")

@@ -94,12 +94,7 @@ class _TextRecommender(Recommender):
 
     @torch.no_grad()
     def attention_weights(self, *, users: Tensor | None = None, items: Tensor | None = None) -> Tensor:
-        """Return the weights of the id and of each text field, ``(count, 1 + fields)``, of ``users`` or of ``items``.
-
-        Raises:
-            ConfigError: not exactly one of the two is given, or this model has no attention.
-
-        """
+        """Return the weights of the id and of each text field, ``(count, 1 + fields)``, of ``users`` or of ``items``."""
         if (users is None) == (items is None):
             raise ConfigError("attention_weights() takes either users= or items=; give one of them")
         wanted = users if users is not None else items
@@ -228,16 +223,11 @@ class GPT2Recommender(_TextRecommender):
         train_text: ``"frozen"``, ``"lora"`` or ``"full"``; ``None`` is frozen with ``use_cache``, else LoRA.
         lora: sizes of LoRA.
         heads: heads of the attention, where there is one.
-        contrast: see ``Recommender``.
-        candidates: see ``Recommender``.
-        temperature: see ``Recommender``.
+        contrast, candidates, temperature: see ``Recommender``.
         id_dropout: share of ids hidden in each training step, so that texts learn to stand alone. The
             hidden ids are a function of step and id, so they are the same on any number of devices.
         seed: seed of the initial weights.
         device: device that encodes texts for the cache.
-
-    Raises:
-        ConfigError: texts are both cached and trained, or a value is not valid.
 
     """
 
@@ -269,12 +259,7 @@ def _build_adamw(
 
 
 def copy_stage1_weights(source: _TextRecommender, target: _TextRecommender) -> None:
-    """Copy all weights but the text encoder's from ``source``, of the cached stage, to ``target``, of the dynamic one.
-
-    Raises:
-        ConfigError: the models differ in kind or size.
-
-    """
+    """Copy all weights but the text encoder's from ``source``, of the cached stage, to ``target``, of the dynamic one."""
     weights, expected = (
         {name: value for name, value in model.state_dict().items() if not _is_text_state(name)}
         for model in (source, target)

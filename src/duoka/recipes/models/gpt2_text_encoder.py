@@ -48,7 +48,6 @@ class Lora:
     alpha: float = 32.0
     """Scale of the update, times the rank."""
     layers: tuple[str, ...] = ("c_attn", "c_proj")
-    """The projections of GPT-2 that are adapted."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0 or not self.layers:
@@ -119,16 +118,7 @@ class TokenizedTexts:
 class TextEncoder(nn.Module):
     """Encodes spans with a GPT-2; a span's vector does not depend on the others that are encoded with it.
 
-    Args:
-        spans: all spans.
-        network: the GPT-2, changed in place.
-        train_text: one of ``TRAIN_TEXT``.
-        lora: used where ``train_text`` is ``"lora"``.
-
-    Raises:
-        ConfigError: ``train_text`` is unknown.
-        MissingDependencyError: peft is needed and not installed.
-
+    The GPT-2 ``network`` is changed in place; ``train_text`` is one of ``TRAIN_TEXT``.
     """
 
     def __init__(self, spans: TextSpans, network: nn.Module, train_text: str, lora: Lora) -> None:
@@ -200,7 +190,6 @@ def tokenize_texts(
     Raises:
         DataError: a text or field is empty or too long, or texts differ in their number of fields.
         ConfigError: there is no such GPT-2.
-        MissingDependencyError: transformers is not installed.
 
     """
     tokenize, network = load_gpt2(str(pretrained), [*user_texts, *item_texts], seed)

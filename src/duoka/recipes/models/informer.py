@@ -73,8 +73,7 @@ class Informer(nn.Module):
         self.label_length, self.horizon = label_length, horizon
         self.encoder_embedding = InformerEmbedding(inputs, marks, size)
         self.decoder_embedding = InformerEmbedding(inputs, marks, size)
-        layers = encoder_layers(size, DistillingLayer)
-        self.encoder = nn.Sequential(*layers, nn.LayerNorm(size.width))
+        self.encoder = nn.Sequential(*encoder_layers(size, DistillingLayer), nn.LayerNorm(size.width))
         self.decoder = nn.ModuleList(DecoderLayer(size, salt=100 + number) for number in range(size.decoder_layers))
         self.head = nn.Sequential(nn.LayerNorm(size.width), nn.Linear(size.width, outputs))
 
@@ -84,9 +83,6 @@ class Informer(nn.Module):
         Args:
             history: the known past, ``(batch, length, inputs)``.
             marks: calendar features of past and future, ``(batch, length + horizon, marks)``.
-
-        Raises:
-            ConfigError: the past is shorter than ``label_length``, or ``marks`` has another length.
 
         """
         length = history.shape[1]
@@ -142,12 +138,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, size: InformerSize, salt: int = 0) -> None:
         super().__init__()
-        options = {"dropout": size.dropout}
-        self.attention = SelfAttention(size.width, size.heads, factor=size.factor, causal=True, salt=salt, **options)
-        self.cross_attention = CrossAttention(size.width, size.heads, **options)
+        width, heads, dropout = size.width, size.heads, size.dropout
+        self.attention = SelfAttention(width, heads, factor=size.factor, causal=True, dropout=dropout, salt=salt)
+        self.cross_attention = CrossAttention(width, heads, dropout=dropout)
         self.feed_forward = _feed_forward(size)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(size.width) for _ in range(3))
-        self.dropout = nn.Dropout(size.dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, inputs: Tensor, memory: Tensor, count: int) -> Tensor:
         """Return the last ``count`` positions, ``(batch, count, width)``, for ``inputs (batch, length, width)``."""

@@ -113,10 +113,8 @@ def _number_tokens(shared: Integers, longest: int, offsets: Integers) -> Integer
 def _assign_rows(shared: Integers, ends: Integers, row_length: int) -> tuple[Integers, Integers, int]:
     """Fill rows with texts, one after the other.
 
-    Returns:
-        The slot of each text's position 0, the tokens of each text that its row already has (none for
-        a row's first text), and the number of rows.
-
+    Return the slot of each text's position 0, the number of its tokens that its row already has
+    (none for a row's first text), and the number of rows.
     """
     offsets, shared_in_row, row, used = [], [], 0, 0
     for common, end in zip(shared.tolist(), ends.tolist(), strict=True):

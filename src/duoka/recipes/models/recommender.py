@@ -81,15 +81,10 @@ class Recommender(nn.Module):
     def loss_from_vectors(
         self, users: Tensor, items: Tensor, user_rows: Tensor, item_rows: Tensor, positives: Tensor
     ) -> Tensor:
-        """Return the loss for vectors that are computed already.
+        """Return the loss for the vectors ``users`` and ``items``, ``(any, width)`` each.
 
-        Args:
-            users: vectors ``(any, width)``.
-            items: vectors ``(any, width)``.
-            user_rows: row of each sample's user in ``users``, ``(batch,)``.
-            item_rows: rows of each sample's positive and negative item in ``items``, ``(2, batch)``.
-            positives: ids of the positive items, ``(batch,)``.
-
+        Each sample has a row in ``users``, ``user_rows (batch,)``, two in ``items`` for its positive and
+        negative item, ``item_rows (2, batch)``, and the id of its positive item, ``positives (batch,)``.
         """
         user, tower = self.score.user_tower(users).select(user_rows), self.score.item_tower(items)
         positive, negative = tower.select(item_rows[0]), tower.select(item_rows[1])
@@ -134,10 +129,7 @@ class Recommender(nn.Module):
         return PairScorer(self.score, *(TowerOutput(tower.dot.float(), tower.hidden.float()) for tower in towers))
 
     def score_all(self, users: Tensor) -> Tensor:
-        """Return the scores of ``users``, int64 ``(count,)``, with every item, ``(count, items)``.
-
-        For several calls keep ``model.scorer()`` and call its ``score_all``.
-        """
+        """Return the scores of ``users``, int64 ``(count,)``, with every item; for several calls keep a ``scorer()``."""
         return self.scorer().score_all(users)
 
     def predict(self, users: Tensor, items: Tensor) -> Tensor:
@@ -147,17 +139,9 @@ class Recommender(nn.Module):
     def recommend(
         self, user: int, k: int = 10, seen: Iterable[int] = (), scorer: PairScorer | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the ids and scores of the best ``k`` items for ``user``, best first; fewer if fewer are left.
+        """Return the ids and scores of the best ``k`` items for ``user`` that are not in ``seen``, best first.
 
-        Args:
-            user: the user's id.
-            k: number of items.
-            seen: items to leave out.
-            scorer: a ``scorer()`` to use again; by default each call makes one.
-
-        Raises:
-            ConfigError: an id is out of range, or ``k`` is below 1.
-
+        There are fewer if fewer are left. ``scorer`` is a ``scorer()`` to use again.
         """
         if not 0 <= user < self.n_users:
             raise invalid_option("user", user, f"from 0 to {self.n_users - 1}")

@@ -58,9 +58,7 @@ class RecommendationList:
 def load_data(config: RecommendationConfig, run: RecipeRun | None = None) -> ML1MDataset:
     """Return the data set of ``config``; for an existing ``run`` its folder must exist.
 
-    Raises:
-        DataError: the folder does not exist. A run's data may be any set, so MovieLens-1M is not downloaded instead.
-
+    A run's data may be any set, so MovieLens-1M is not downloaded in its place.
     """
     if run is not None and not Path(config.root).exists():
         raise DataError(
@@ -88,13 +86,7 @@ def load_model(run: RecipeRun, config: RecommendationConfig, data: ML1MDataset) 
 
 
 def recommend(run: RecipeRun, config: RecommendationConfig, user: int, k: int) -> RecommendationList:
-    """Return the best ``k`` films for the user with the number ``user`` in ``users.dat``; fewer if fewer are left.
-
-    Raises:
-        ConfigError: ``k`` is below 1.
-        DataError: there is no such user, or no such run.
-
-    """
+    """Return the best ``k`` films for the user with the number ``user`` in ``users.dat``; fewer if fewer are left."""
     check_integer("k", k, 1)
     data = load_data(config, run)
     index = data.user_index(user)

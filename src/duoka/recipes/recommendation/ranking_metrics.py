@@ -132,7 +132,7 @@ class RankingEvaluator:
         return dict(zip(METRICS, (total / len(users)).tolist(), strict=True))
 
     def top_k(self, scores: Tensor, users: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the first ``k`` items of each user's list, and their sort keys.
+        """Return sort keys and indices of the first ``k`` items of each user's list, int64 ``(users, k)`` each.
 
         Args:
             scores: of all items ``(users, items)``; used as float32 and not modified.
@@ -140,11 +140,7 @@ class RankingEvaluator:
             k: number of items; fewer columns are returned if there are fewer items.
 
         Returns:
-            keys: int64 ``(users, k)``, descending. The upper half is the score; ``EXCLUDED`` is no item.
-            items: int64 ``(users, k)``.
-
-        Raises:
-            DataError: a score is NaN.
+            Keys, descending, whose upper half is the score (``EXCLUDED`` is no item); and items.
 
         """
         return _top(self._sort_keys(scores, users), k)
@@ -152,10 +148,7 @@ class RankingEvaluator:
     def ranking_metrics(self, scores: Tensor, users: Tensor) -> Tensor:
         """Return the metrics of each user's list, float64 ``(users, len(METRICS))``.
 
-        Args:
-            scores: of all items ``(users, items)``, on the evaluator's device.
-            users: indices ``(users,)``; each has a target.
-
+        ``scores`` of all items ``(users, items)`` are on the evaluator's device; all ``users`` have a target.
         """
         keys = self._sort_keys(scores, users)
         best, items = _top(keys, max(CUTOFFS))
