@@ -1,12 +1,11 @@
-"""Time it takes to have a function running on two CPU processes: duoka cold and warm, torchrun, torchrunx, accelerate.
+"""Start-up time of a function on two CPU processes: duoka cold and warm, torchrun, torchrunx, accelerate.
 
-Two questions, measured in turn, round after round, so that whatever else the machine does meets all of them:
+Two measurements, interleaved over several rounds, so that other load on the machine affects all of them:
 
-- from the shell: the whole life of a command that starts two ranks, lets them meet in one all-reduce, and ends;
-- from a running process that has torch imported (a notebook): the call that does the same. ``duoka, warm`` is every call
-  after the first. Accelerate's ``notebook_launcher`` starts one process only where there is no GPU, so on a CPU it is
-  its ``debug_launcher`` that is measured. Both of accelerate's fork, so they start fast, and refuse to start once CUDA is
-  initialised.
+- from the shell: a command that starts two ranks, runs one all-reduce, and ends;
+- from a running process that has imported torch (a notebook): a call that does the same. ``duoka, warm`` is every call
+  after the first. Accelerate's ``notebook_launcher`` starts a single process on a machine without a GPU, so the
+  benchmark measures its ``debug_launcher``. Both fork, so they start fast, and fail once CUDA is initialized.
 
     python benchmarks/launch.py [--rounds 5]
 """
@@ -30,8 +29,8 @@ RANKS = 2
 WARM_CALLS = 20
 
 
-def meet() -> float:
-    """What every rank runs: one all-reduce with the others."""
+def all_reduce() -> float:
+    """The function that every rank runs."""
     import torch
     import torch.distributed as dist
 
@@ -40,41 +39,41 @@ def meet() -> float:
     return total.item()
 
 
-def meet_in_a_group_of_its_own() -> None:
-    """The same as a script for torchrun has it."""
+def all_reduce_in_new_group() -> None:
+    """The same, as a script for torchrun."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    meet()
+    all_reduce()
     dist.destroy_process_group()
 
 
-def meet_by_accelerate() -> None:
-    """The same as a function for accelerate's launchers has it."""
+def all_reduce_with_accelerate() -> None:
+    """The same, as a function for accelerate's launchers."""
     import accelerate
 
     accelerate.PartialState(cpu=True)
-    meet()
+    all_reduce()
 
 
 def call_duoka() -> None:
     import duoka
 
-    assert duoka.launch(meet, devices=f"cpu:{RANKS}") == RANKS
+    assert duoka.launch(all_reduce, devices=f"cpu:{RANKS}") == RANKS
 
 
 def call_torchrunx() -> None:
     import torchrunx
 
     launcher = torchrunx.Launcher(hostnames=["localhost"], workers_per_host=RANKS, backend="gloo")
-    assert launcher.run(meet).rank(0) == RANKS
+    assert launcher.run(all_reduce).rank(0) == RANKS
 
 
 def call_accelerate() -> None:
     import accelerate
 
     with contextlib.redirect_stdout(io.StringIO()):
-        accelerate.debug_launcher(meet_by_accelerate, num_processes=RANKS)
+        accelerate.debug_launcher(all_reduce_with_accelerate, num_processes=RANKS)
 
 
 CALLS: dict[str, Callable[[], None]] = {
@@ -85,8 +84,8 @@ CALLS: dict[str, Callable[[], None]] = {
 
 
 def seconds_of_call(name: str) -> dict[str, float]:
-    """In this process, torch being imported: the first call, and the median of later ones where they differ."""
-    import torch  # noqa: F401 - what a notebook has done long before
+    """Measure in this process, after torch's import: the first call, and the median of later ones for duoka."""
+    import torch  # noqa: F401 - a notebook has imported it before
 
     importlib.import_module(name)
     times = []
@@ -105,22 +104,22 @@ def seconds_of_command(command: list[str]) -> float:
 
 
 def measure_once(installed: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """One round of both questions, each thing in a fresh process."""
-    here = [sys.executable, __file__]
+    """Run one round of both measurements, each in a fresh process."""
+    this_file = [sys.executable, __file__]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     shell = {
-        "python, duoka.launch inside": seconds_of_command([*here, "--only", "duoka-once"]),
+        "python, duoka.launch inside": seconds_of_command([*this_file, "--only", "duoka-once"]),
         "torchrun": seconds_of_command([*torchrun, __file__, "--only", "torchrun"]),
     }
     inside: dict[str, float] = {}
     for name in installed:
-        done = subprocess.run([*here, "--only", name], check=True, capture_output=True, text=True)
+        done = subprocess.run([*this_file, "--only", name], check=True, capture_output=True, text=True)
         inside |= json.loads(done.stdout.splitlines()[-1])
     return shell, inside
 
 
 def table(title: str, rounds: list[dict[str, float]], reference: str) -> None:
-    """Print the median of each, and the median over rounds of its ratio to ``reference`` in the same round."""
+    """Print each median, and the median ratio to ``reference`` within a round."""
     print(f"\n{title}\n{'':30}{'median s':>10}{'least s':>10}{f'/ {reference}':>16}")
     for name in rounds[0]:
         times = [one[name] for one in rounds]
@@ -134,7 +133,7 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only == "torchrun":
-        meet_in_a_group_of_its_own()
+        all_reduce_in_new_group()
     elif options.only == "duoka-once":
         call_duoka()
     elif options.only:

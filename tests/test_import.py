@@ -1,4 +1,4 @@
-"""``import duoka`` costs next to nothing and does nothing, measured in real processes."""
+"""``import duoka`` is fast and has no side effects, measured in real processes."""
 
 from __future__ import annotations
 
@@ -60,26 +60,26 @@ def test_importing_starts_nothing_and_changes_nothing(observed):
     assert observed["before"]["cuda"] is False
 
 
-def test_importing_loads_no_dependency_that_is_not_used_yet(observed):
+def test_importing_loads_no_optional_dependency(observed):
     assert [name for name in observed["new"] if name.split(".")[0] in LATER] == []
 
 
-def test_importing_loads_nothing_but_duoka_after_torch(observed):
-    assert len(observed["new"]) < 10, observed["new"]
+def test_importing_after_torch_loads_the_package_alone(observed):
+    assert observed["new"] == ["duoka"]
 
 
 def test_importing_before_torch_works_too():
     subprocess.run([sys.executable, "-W", "error", "-c", "import duoka, torch"], check=True)
 
 
-def test_every_public_name_is_there_and_is_listed():
+def test_every_public_name_exists_and_is_listed():
     assert sorted(duoka.__all__) == list(dict.fromkeys(sorted(duoka.__all__)))
     for name in duoka.__all__:
         assert getattr(duoka, name) is not None
         assert name in dir(duoka)
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="lanch"):
         duoka.lanch  # noqa: B018
 
@@ -87,17 +87,16 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 ALONE = """
 import importlib, pkgutil, sys
 import duoka
-parts = [part.name for part in pkgutil.iter_modules(duoka.__path__) if part.name != "__main__"]
-for part in parts:
+names = [part.name for part in pkgutil.iter_modules(duoka.__path__) if part.name != "__main__"]
+for part in names:
     for name in [name for name in sys.modules if name.split(".")[0] == "duoka"]:
         del sys.modules[name]
     importlib.import_module(f"duoka.{part}")
-print(*parts)
+print(*names)
 """
 
 
-def test_every_part_can_be_imported_first():
-    """None depends on another having been imported before it."""
+def test_every_package_can_be_imported_first():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {"checkpoint", "trainer", "cli"} <= set(done.stdout.split())

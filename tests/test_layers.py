@@ -1,4 +1,4 @@
-"""Each part imports only from the rows above its own: import-linter's contracts in ``pyproject.toml``."""
+"""Import layers: import-linter's contracts in ``pyproject.toml`` hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def test_no_part_imports_from_a_row_below_its_own():
+def test_no_package_imports_from_a_higher_layer():
     program = (
         "import sys; from importlinter.cli import lint_imports_command as lint; sys.argv = ['lint-imports']; lint()"
     )

@@ -1,4 +1,4 @@
-"""What is easily mistaken in a call of duoka's own functions is said with what was meant."""
+"""Common mistakes in calls of duoka's functions are errors with a suggestion."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import duoka
 from duoka.errors import ConfigError
 
 
-def test_data_parallel_says_what_was_meant():
+def test_data_parallel_names_mistaken_arguments():
     with pytest.raises(ConfigError, match="no option 'device'; did you mean devices='cpu:2'"):
         duoka.DataParallel(nn.Linear(1, 1), device="cpu:2")
     with pytest.raises(ConfigError, match="no option 'axis': module, devices, dim and compile are its own"):
@@ -27,7 +27,7 @@ def test_data_parallel_says_what_was_meant():
         duoka.DataParallel(nn.Linear(1, 1), 2)
 
 
-def test_devices_may_stand_where_torch_has_numbers():
+def test_data_parallel_takes_devices_as_second_argument():
     for spec in ("cpu:2", [torch.device("cpu")] * 2):
         assert duoka.DataParallel(nn.Linear(1, 1), spec).device_ids == [0, 1]
     assert duoka.DataParallel(nn.Linear(1, 1), torch.device("cpu")).device_ids == [0]
@@ -35,7 +35,7 @@ def test_devices_may_stand_where_torch_has_numbers():
         duoka.DataParallel(nn.Linear(1, 1), "cpu:2", devices="cpu:3")
 
 
-def test_launch_says_what_was_meant():
+def test_launch_names_mistaken_arguments():
     with pytest.raises(ConfigError, match="device='cpu:2' and devices='cpu:3'"):
         duoka.launch(print, device="cpu:2", devices="cpu:3")
     with pytest.raises(ConfigError, match="no option 'epochs'"):
@@ -49,7 +49,7 @@ def test_launch_takes_device_and_devices():
     assert duoka.launch(size, device="cpu:2") == duoka.launch(size, device="cpu:2", devices=["cpu", "cpu"]) == 2
 
 
-def test_swapped_arguments_of_save_and_load_are_said():
+def test_swapped_arguments_of_save_and_load_are_errors():
     model = nn.Linear(1, 1)
     for swapped in (model, model.state_dict()):
         with pytest.raises(ConfigError, match=r"the model first, then the path: duoka.save\(model, 'm.pt'\)"):

@@ -1,4 +1,4 @@
-"""``duoka compare``: finished work is skipped, stopped work goes on, failures stay alone, and the summary is right."""
+"""``duoka compare``: skip of finished trials, resume of interrupted ones, isolated failures, and the summary."""
 
 import json
 import os
@@ -16,9 +16,11 @@ import yaml
 from PIL import Image
 
 from duoka.cli.main import main
-from duoka.recipes.experiments import read_plan
+from duoka.recipes.experiments import read_experiment
+from support.paths import ROOT
+from support.processes import descendants, wait_until_gone, worker_pids
+from support.waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "examples" / "tiny_imagenet_suite.yml"
 BASE = {
     "dataset": "folder", "root": "pictures", "image_size": 16, "device": "cpu", "epochs": 1, "batch_size": 8,
@@ -50,7 +52,7 @@ def write(folder: Path, **changes) -> str:
     return "few.yml"
 
 
-def test_variants_are_trained_compared_and_not_trained_again(here, capsys):
+def test_variants_are_trained_compared_and_then_skipped(here, capsys):
     file = write(here, seeds=[0, 1])
     assert main(["compare", file]) == 0
     folder = here / "runs" / "compare" / "few"
@@ -74,15 +76,15 @@ def test_variants_are_trained_compared_and_not_trained_again(here, capsys):
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
     assert main(["compare", file, "--device", "cpu"]) == 0
     assert capsys.readouterr().out.count("finished, skipped") == 4
-    for note in folder.glob("*/options.yml"):  # as written before there was such an option
+    for note in folder.glob("*/options.yml"):  # as an earlier version without this option wrote it
         note.write_text("".join(line for line in note.read_text().splitlines(True) if "momentum" not in line))
-    (here / "pictures").rename(here / "elsewhere")  # what is finished needs no data
+    (here / "pictures").rename(here / "elsewhere")  # finished trials need no data
     assert main(["compare", file]) == 0
     assert capsys.readouterr().out.count("finished, skipped") == 4
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == times
 
 
-def test_a_variant_that_changed_is_trained_anew_and_the_old_one_kept(here):
+def test_a_changed_variant_is_trained_again_and_the_old_run_kept(here):
     assert main(["compare", write(here, variants={"a": {"lr": 0.001}})]) == 0
     assert main(["compare", write(here, variants={"a": {"lr": 0.01}})]) == 0
     folders = sorted(path.name for path in (here / "runs" / "compare" / "few").glob("a-*"))
@@ -90,7 +92,7 @@ def test_a_variant_that_changed_is_trained_anew_and_the_old_one_kept(here):
     assert folders[1].startswith("a-seed0-before-")
 
 
-def test_a_variant_that_fails_leaves_the_others_alone_and_is_tried_again(here, capfd, monkeypatch):
+def test_a_failed_variant_does_not_stop_the_others_and_is_retried(here, capfd, monkeypatch):
     from duoka.recipes.image_classification import cifar100
 
     real = cifar100.train
@@ -103,8 +105,7 @@ def test_a_variant_that_fails_leaves_the_others_alone_and_is_tried_again(here, c
     monkeypatch.setattr(cifar100, "train", fails)
     file = write(here)
     assert main(["compare", file]) == 1
-    told = capfd.readouterr()
-    assert "slow, seed 0 failed: RuntimeError: out of luck" in told.err
+    assert "slow, seed 0 failed: RuntimeError: out of luck" in capfd.readouterr().err
     folder = here / "runs" / "compare" / "few"
     assert "out of luck" in (folder / "slow-seed0" / "error.txt").read_text()
     assert [row["variant"] for row in json.loads((folder / "results.json").read_text())] == ["fast"]
@@ -121,14 +122,14 @@ def test_a_sweep_of_a_recipe_needs_no_file(here, capsys):
     assert (here / "runs" / "compare" / "cifar100-sweep" / "table.md").read_text().count("| lr=") == 2
 
 
-def test_variants_side_by_side_have_a_device_each_and_the_results_of_one_after_another(here, capsys):
-    file = write(here, base={**BASE, "device": "cpu:2"}, name="side")
+def test_parallel_variants_have_the_results_of_sequential_ones(here, capsys):
+    file = write(here, base={**BASE, "device": "cpu:2"}, name="parallel")
     assert main(["compare", file, "--parallel"]) == 0
-    side = json.loads((here / "runs" / "compare" / "side" / "results.json").read_text())
-    assert main(["compare", write(here, name="one")]) == 0
-    one = json.loads((here / "runs" / "compare" / "one" / "results.json").read_text())
-    assert [row["best"] for row in side] == [pytest.approx(row["best"], abs=0.02) for row in one]
-    assert (here / "runs" / "compare" / "side" / "fast-seed0" / "output.txt").is_file()
+    parallel = json.loads((here / "runs" / "compare" / "parallel" / "results.json").read_text())
+    assert main(["compare", write(here, name="sequential")]) == 0
+    sequential = json.loads((here / "runs" / "compare" / "sequential" / "results.json").read_text())
+    assert [row["best"] for row in parallel] == [pytest.approx(row["best"], abs=0.02) for row in sequential]
+    assert (here / "runs" / "compare" / "parallel" / "fast-seed0" / "output.txt").is_file()
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -149,9 +150,9 @@ def test_variants_side_by_side_have_a_device_each_and_the_results_of_one_after_a
     ({"variants": {"a": {"model": "resnet19"}}}, "it must be one of resnet10"),
     ({"variants": ["a", "b"]}, "`variants` in few.yml holds a list"),
 ])  # fmt: skip
-def test_a_mistake_is_said_before_anything_is_trained(here, capfd, changes, message):
+def test_a_mistake_in_the_file_is_an_error_before_any_training(here, capfd, changes, message):
     assert main(["compare", write(here, **changes)]) == 2
-    refused(here, capfd, message)
+    check_refused(here, capfd, message)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -166,58 +167,74 @@ def test_a_mistake_is_said_before_anything_is_trained(here, capfd, changes, mess
     (["few.yml", "--root", "few.yml", "--dataset", "cifar10"], "few.yml is a file, not a folder"),
     (["fwe.yml"], "cannot read the configuration file fwe.yml"),
 ])  # fmt: skip
-def test_a_mistake_on_the_command_line_is_said_before_anything_is_trained(here, capfd, words, message):
+def test_a_mistake_on_the_command_line_is_an_error_before_any_training(here, capfd, words, message):
     write(here)
     assert main(["compare", *words]) == 2
-    refused(here, capfd, message)
+    check_refused(here, capfd, message)
 
 
-def test_a_name_that_stands_twice_is_refused(here, capfd):
+def test_a_repeated_variant_name_is_an_error(here, capfd):
     (here / "few.yml").write_text("recipe: cifar100\nvariants:\n  a: {lr: 0.1}\n  b: {lr: 0.2}\n  a: {lr: 0.3}\n")
     assert main(["compare", "few.yml"]) == 2
-    refused(here, capfd, "`a` stands in line 3 and in line 5; remove one of them")
+    check_refused(here, capfd, "`a` stands in line 3 and in line 5; remove one of them")
 
 
-def refused(here: Path, capfd, message: str) -> None:
-    """One line says why, and nothing was written."""
+def check_refused(here: Path, capfd, message: str) -> None:
+    """Check that the output is one line with ``message``, and that nothing was written."""
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
     assert not (here / "runs").exists()
 
 
-def test_a_metric_that_there_is_not_is_said_after_the_first_variant_and_what_is_finished_stays(here, capfd):
+def test_an_unknown_metric_is_an_error_after_the_first_variant(here, capfd):
     assert main(["compare", write(here, metric="acuracy")]) == 2
-    told = capfd.readouterr()
-    assert "there is accuracy, loss" in told.err
-    assert "fast" not in told.out
+    shown = capfd.readouterr()
+    assert "metric='acuracy'" in shown.err
+    assert "accuracy, loss" in shown.err
+    assert "fast" not in shown.out
     assert main(["compare", write(here, metric="loss")]) == 0
     assert capfd.readouterr().out.count("finished, skipped") == 1
 
 
-def test_ctrl_c_ends_variants_that_are_trained_side_by_side_and_begins_no_other(here):
+def test_ctrl_c_ends_parallel_variants_and_starts_no_other(here):
     file = write(here, base={**BASE, "epochs": 100_000})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "duoka", "compare", file, "--parallel"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    folder, until = here / "runs" / "compare" / "few", time.monotonic() + 60
-    while not list(folder.glob("slow-seed0/*/*/metrics.jsonl")) and time.monotonic() < until:
-        time.sleep(0.05)
+    folder = here / "runs" / "compare" / "few"
+    wait_until(lambda: list(folder.glob("slow-seed0/*/*/metrics.jsonl")), timeout_s=100)
+    pids = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert not (folder / "fast-seed0").exists()
-    (metrics,) = folder.glob("slow-seed0/*/*/metrics.jsonl")
-    size = metrics.stat().st_size
-    time.sleep(0.3)
-    assert metrics.stat().st_size == size
+    assert pids
+    wait_until_gone(pids)
 
 
-def test_the_suite_is_the_guides_nine_experiments():
-    plan = read_plan(str(SUITE))
-    assert len(plan.trials) == 9
-    configs = {trial.variant: trial.config().resolved() for trial in plan.trials}
+def test_a_killed_trial_is_reported_and_the_others_continue(here):
+    """One device, two trials: the test kills the first one's process."""
+    file = write(here, base={**BASE, "epochs": 100_000}, variants={"slow": {}, "fast": {"epochs": 1}})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "duoka", "compare", file, "--parallel"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    folder = here / "runs" / "compare" / "few"
+    wait_until(lambda: list(folder.glob("slow-seed0/*/*/metrics.jsonl")), timeout_s=100)
+    os.kill(worker_pids(process.pid)[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, output
+    assert "slow, seed 0 failed: its process was killed by SIGKILL" in output
+    assert [row["variant"] for row in json.loads((folder / "results.json").read_text())] == ["fast"]
+    assert (folder / "slow-seed0" / "output.txt").is_file()
+
+
+def test_the_example_suite_has_the_guides_nine_experiments():
+    spec = read_experiment(str(SUITE))
+    assert len(spec.trials) == 9
+    configs = {trial.variant: trial.config().resolved() for trial in spec.trials}
     assert {config.model for config in configs.values()} == {
         "baseline",
         "residual",
@@ -228,8 +245,8 @@ def test_the_suite_is_the_guides_nine_experiments():
     assert all((config.batch_size, config.lr, config.epochs) == (64, 3e-4, 50) for config in configs.values())
     assert configs["rmsprop + cosine"].scheduler == "cosine"
     assert configs["best"].weight_decay == 1e-6
-    assert plan.baseline == "baseline"
-    small = read_plan(str(SUITE), changes={"dataset": "cifar100", "workers": "8"}).trials
+    assert spec.baseline == "baseline"
+    small = read_experiment(str(SUITE), changes={"dataset": "cifar100", "workers": "8"}).trials
     assert {(trial.config().resolved().image_size, trial.config().workers) for trial in small} == {(32, 8)}
 
 
@@ -240,15 +257,14 @@ def losses(line: str) -> tuple[int, float]:
 
 @pytest.mark.slow
 @pytest.mark.extended
-def test_a_comparison_killed_at_a_random_moment_goes_on_without_repeating_what_is_finished(here):
+def test_a_killed_comparison_resumes_without_repeating_finished_work(here):
     changes = {"a": {}, "b": {"optimizer": "sgd"}, "c": {"optimizer": "rmsprop"}}
     write(here, base={**BASE, "device": "cpu:2", "epochs": 3}, variants=changes)
     command = [sys.executable, "-m", "duoka", "compare", "few.yml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    folder, until = here / "runs" / "compare" / "few", time.monotonic() + 60
-    while not list(folder.glob("a-seed0/*/*/metrics.jsonl")) and time.monotonic() < until:
-        time.sleep(0.02)
+    folder = here / "runs" / "compare" / "few"
+    wait_until(lambda: list(folder.glob("a-seed0/*/*/metrics.jsonl")), timeout_s=100)
     time.sleep(random.uniform(0, 4))
     victim.send_signal(signal.SIGKILL)
     victim.wait()
@@ -257,12 +273,9 @@ def test_a_comparison_killed_at_a_random_moment_goes_on_without_repeating_what_i
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.count("finished, skipped") == len([path for path in finished if path.parent != folder])
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items() if path.parent != folder)
-    for (
-        path,
-        text,
-    ) in before.items():  # the last epoch may have ended just before its checkpoint: it is taken again then
+    for path, text in before.items():  # a kill between an epoch's end and its checkpoint repeats that epoch
         lines, now = text.splitlines(), path.read_text().splitlines()
-        assert now[: len(lines) - 1] == lines[:-1], "no epoch is repeated"
+        assert now[: len(lines) - 1] == lines[:-1], "an epoch is repeated"
         assert losses(now[len(lines) - 1]) == losses(lines[-1])
     assert (folder / "table.md").read_text().count("\n| ") == 5
     for variant in "abc":

@@ -17,22 +17,22 @@ SUMMARY = "train variants of a recipe and compare them"
 def run(argv: Sequence[str]) -> int:
     """Train what ``argv`` names and is not finished, print the table, and return the exit status: 1 if a variant failed."""
     options, rest = _parser().parse_known_args(argv)
-    from duoka.recipes.experiments import read_plan, rows_of, run_all, write_summary
-    from duoka.recipes.experiments.results import HEADINGS, cells
+    from duoka.recipes.experiments import read_experiment, result_rows, run_all, write_summary
+    from duoka.recipes.experiments.results import HEADINGS, format_rows
 
     if options.source is None:
         raise ConfigError(
             "nothing is named to compare: `duoka compare FILE.yml`, or `duoka compare cifar100 --sweep lr=0.001,0.01`"
         )
-    plan = read_plan(options.source, out=options.out, sweep=options.sweep, changes=_changes(rest))
+    plan = read_experiment(options.source, out=options.out, sweep=options.sweep, changes=_changes(rest))
     out = console()
-    failed = run_all(plan, parallel=options.parallel, say=lambda text: out.print(f"== {text}", soft_wrap=True))
-    rows = rows_of(plan)
+    failed = run_all(plan, parallel=options.parallel, report=lambda text: out.print(f"== {text}", soft_wrap=True))
+    rows = result_rows(plan)
     if rows:
         from rich.table import Table
 
         table = Table(*HEADINGS, title=f"{plan.name}: {plan.metric}")
-        for line in cells(plan, rows):
+        for line in format_rows(plan, rows):
             table.add_row(*line)
         out.print(table)
         out.print(f"pictures: {write_summary(plan, rows)}", soft_wrap=True)

@@ -1,9 +1,9 @@
-"""Experiments: named variants of a recipe, trained one after another or side by side, and compared in a table and pictures."""
+"""Experiments: variants of a recipe, trained in turn or in parallel, and compared in a table and plots."""
 
 from __future__ import annotations
 
-from duoka.recipes.experiments.experiment_spec import ExperimentSpec, Variant, read_plan
-from duoka.recipes.experiments.results import ResultRow, rows_of, write_summary
+from duoka.recipes.experiments.experiment_spec import ExperimentSpec, Trial, read_experiment
+from duoka.recipes.experiments.results import ResultRow, result_rows, write_summary
 from duoka.recipes.experiments.runner import run_all
 
-__all__ = ["ExperimentSpec", "ResultRow", "Variant", "read_plan", "rows_of", "run_all", "write_summary"]
+__all__ = ["ExperimentSpec", "ResultRow", "Trial", "read_experiment", "result_rows", "run_all", "write_summary"]

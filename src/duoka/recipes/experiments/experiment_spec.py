@@ -1,4 +1,4 @@
-"""What is compared: a file of variants, or a sweep, read and checked whole before anything is trained."""
+"""Specification of an experiment: a file of variants, or a sweep, read and checked before any training."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from duoka.errors import ConfigError
 from duoka.recipes.common import registry
 from duoka.recipes.common.config import COMMAND_LINE, canonical, read_yaml, typed, typed_options
 
-__all__ = ["OURS", "ExperimentSpec", "Variant", "read_plan"]
+__all__ = ["RESERVED_KEYS", "ExperimentSpec", "Trial", "read_experiment"]
 
 KEYS = ("recipe", "name", "base", "variants", "baseline", "seeds", "metric", "better")
-OURS = ("out", "name", "resume", "seed")
-"""Options of recipes that the comparison itself gives."""
+RESERVED_KEYS = ("out", "name", "resume", "seed")
+"""Options of recipes that the experiment sets."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One training run of the comparison: a variant with a seed."""
+class Trial:
+    """One training run: a variant with a seed."""
 
     recipe: str
     variant: str
     seed: int
     options: dict[str, Any]
-    """All that differs from the recipe's defaults, ``out``, ``name`` and ``resume`` left out."""
+    """Options that differ from the recipe's defaults, without the reserved keys."""
     folder: Path
-    """Where its run lies."""
+    """Folder of its run."""
 
     @property
     def title(self) -> str:
-        """What it is called where there are several seeds."""
+        """The name of the variant with the seed."""
         return f"{self.variant}, seed {self.seed}"
 
     def config(self, **changes: Any) -> Any:
@@ -46,15 +46,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class ExperimentSpec:
-    """A whole comparison."""
+    """All trials of an experiment, and how to compare them."""
 
     name: str
     folder: Path
-    trials: tuple[Variant, ...]
+    trials: tuple[Trial, ...]
     baseline: str
-    """The variant that the others are compared with."""
+    """The variant with which the others are compared."""
     metric: str
-    """A result of the evaluation, such as ``accuracy``."""
+    """A metric of the evaluation, such as ``accuracy``."""
     higher: bool
     """Whether a higher value is better."""
 
@@ -64,20 +64,20 @@ class ExperimentSpec:
         return list(dict.fromkeys(trial.variant for trial in self.trials))
 
 
-def read_plan(
+def read_experiment(
     source: str, *, out: str = "runs", sweep: Sequence[str] = (), changes: Mapping[str, Any] | None = None
 ) -> ExperimentSpec:
-    """Read the comparison ``source``: a YAML file, or the name of a recipe where ``sweep`` says what varies.
+    """Read the experiment ``source``: a YAML file, or the name of a recipe whose options ``sweep`` varies.
 
     Args:
-        source: the file has ``recipe``, ``variants`` (a name and the keys it changes each), and may have ``base`` (keys of
-            all), ``baseline`` (a variant; else the first), ``seeds``, ``name``, ``metric`` and ``better``.
-        out: the folder of all runs; this comparison becomes OUT/compare/NAME.
-        sweep: ``key=value,value``; every variant is multiplied by every value.
-        changes: keys that win over those of ``base``.
+        source: the file has ``recipe`` and ``variants`` (for each name the keys it changes), and may have ``base`` (keys of
+            all variants), ``baseline`` (default: the first variant), ``seeds``, ``name``, ``metric`` and ``better``.
+        out: the folder of all runs; this experiment gets OUT/compare/NAME.
+        sweep: ``key=value,value``; every variant is combined with every value.
+        changes: keys that override those of ``base``.
 
     Raises:
-        ConfigError: anything in it that no recipe could be trained with, with the variant it stands in.
+        ConfigError: an option that is not valid, with the variant that has it.
 
     """
     is_file = source.endswith((".yml", ".yaml"))
@@ -94,21 +94,21 @@ def read_plan(
         raise ConfigError(f"{where} does not say which recipe it compares: add the line `recipe: tiny-imagenet`")
     registry.find(document["recipe"])
     base = _base(document, where, changes or {})
-    variants = _swept(_variants(document, where, bool(sweep)), sweep)
+    variants = _apply_sweeps(_variants(document, where, bool(sweep)), sweep)
     baseline = str(document.get("baseline", next(iter(variants))))
     if baseline not in variants:
         raise ConfigError(f"`baseline` is {baseline!r} in {where}: it must be a variant: {', '.join(variants)}")
     name = str(document.get("name", Path(source).stem))
     folder = Path(out) / "compare" / _safe(name)
     trials = tuple(
-        Variant(document["recipe"], variant, seed, {**base, **options}, folder / f"{_safe(variant)}-seed{seed}")
+        Trial(document["recipe"], variant, seed, {**base, **options}, folder / f"{_safe(variant)}-seed{seed}")
         for variant, options in variants.items()
         for seed in _seeds(document, where)
     )
     if len({trial.folder for trial in trials}) < len(trials):
         raise ConfigError(f"two variants in {where} have names that differ by punctuation only: rename one")
     for trial in trials:
-        _check(trial)
+        _check_trial(trial)
     metric, better = document.get("metric", "accuracy"), document.get("better")
     if better not in (None, "higher", "lower"):
         raise ConfigError(f"`better` is {better!r} in {where}: it must be higher or lower")
@@ -118,24 +118,24 @@ def read_plan(
 
 
 def _base(document: Mapping[str, Any], where: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of all variants; those of the command line win."""
+    """Return the keys of all variants; those of the command line override the file's."""
     kind, base = registry.find(document["recipe"]).Config, _mapping(document, "base", where)
     for options, place in ((base, f"`base` of {where}"), (changes, COMMAND_LINE)):
-        _refuse_ours(options, place)
+        _reject_reserved(options, place)
         typed_options(kind, options, place, recipe=document["recipe"])
     return {**canonical(base, where), **canonical(changes, COMMAND_LINE)}
 
 
-def _refuse_ours(options: Mapping[str, Any], where: str) -> None:
-    """Refuse what the comparison gives itself."""
-    if taken := [key for key in options if key in OURS]:
+def _reject_reserved(options: Mapping[str, Any], where: str) -> None:
+    """Raise for a key that the experiment sets."""
+    if taken := [key for key in options if key in RESERVED_KEYS]:
         hint = "write `seeds: [0, 1]` beside `variants`" if taken[0] == "seed" else "leave it out"
-        raise ConfigError(f"{where} has the key `{taken[0]}`, which the comparison gives itself: {hint}")
+        raise ConfigError(f"{where} has the key `{taken[0]}`, which `duoka compare` sets: {hint}")
 
 
-def _check(trial: Variant) -> None:
-    """Refuse what the recipe cannot be trained with, with the variant it stands in."""
-    _refuse_ours(trial.options, f"the variant {trial.variant!r}")
+def _check_trial(trial: Trial) -> None:
+    """Raise for options that the recipe cannot use, with the variant's name."""
+    _reject_reserved(trial.options, f"the variant {trial.variant!r}")
     try:
         trial.config().resolved()
     except ConfigError as error:
@@ -160,8 +160,8 @@ def _variants(document: Mapping[str, Any], where: str, swept: bool) -> dict[str,
     return {str(name): canonical(_mapping(variants, name, place), place) for name in variants}
 
 
-def _swept(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Multiply ``variants`` by the values of each sweep."""
+def _apply_sweeps(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Combine ``variants`` with the values of each sweep."""
     columns = []
     for text in sweep:
         key, _, values = text.partition("=")

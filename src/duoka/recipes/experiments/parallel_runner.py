@@ -1,28 +1,33 @@
-"""Trials side by side: each in a process of its own on a device of its own, as many at once as there are devices."""
+"""Trials trained in parallel: one worker process on each device, each with a trial of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
-from duoka import devices
-from duoka.devices.cpu import available_cores
-from duoka.errors import ConfigError
-from duoka.recipes.experiments.experiment_spec import Variant
+from duoka.devices.cpu import threads_per_rank
+from duoka.devices.selection import resolve
+from duoka.errors import ConfigError, WorkerDied
+from duoka.malloc import keep_freed_memory
+from duoka.recipes.experiments.experiment_spec import Trial
+from duoka.recipes.experiments.trial_run import run_trial
+from duoka.utils.text import first_line
+from duoka.workers import WorkerChannel, WorkerSession
+from duoka.workers.serialization import dumps, loads
 
-__all__ = ["side_by_side"]
+__all__ = ["run_parallel"]
 
 
-def side_by_side(trials: Sequence[Variant], say: Callable[[str], None]) -> dict[str, str]:
-    """Train as many trials at once as there are devices; return what failed, by title, with the reason.
+def run_parallel(trials: Sequence[Trial], report: Callable[[str], None]) -> dict[str, str]:
+    """Train as many trials at once as there are devices; return the failed ones by title, with the reason.
 
     Raises:
         ConfigError: the trials name different devices.
@@ -31,75 +36,94 @@ def side_by_side(trials: Sequence[Variant], say: Callable[[str], None]) -> dict[
     specs = {str(trial.options.get("device", "auto")) for trial in trials}
     if len(specs) > 1:
         raise ConfigError(
-            f"--parallel gives each variant a device of its own, and they name {', '.join(sorted(specs))}: name one list"
+            f"--parallel gives each variant a device of its own, but variants name {', '.join(sorted(specs))}. "
+            "Name one list of devices for all"
         )
-    chosen = devices.resolve(specs.pop()).devices if specs else ()
-    free: SimpleQueue[str] = SimpleQueue()
-    for device in chosen:
-        free.put(str(device))
-    threads = max(1, available_cores() // max(1, len(chosen)))
-    processes = Processes()
+    devices = resolve(specs.pop()).devices if specs else ()
+    return _TrialWorkers(devices, report).run(trials) if devices else {}
 
-    def train(trial: Variant) -> tuple[str, str]:
-        device = free.get()
+
+class _TrialWorkers:
+    """A worker process for each trial, at most one a device at a time."""
+
+    def __init__(self, devices: Sequence[torch.device], report: Callable[[str], None]) -> None:
+        self._report = report
+        self._num_devices = len(devices)
+        self._free: SimpleQueue[torch.device] = SimpleQueue()
+        for device in devices:
+            self._free.put(device)
+        self._lock = threading.Lock()
+        self._sessions: list[WorkerSession] = []
+        self._stopped = False
+
+    def run(self, trials: Sequence[Trial]) -> dict[str, str]:
+        """Train all trials; on Ctrl-C end those that run, and start no other."""
+        with ThreadPoolExecutor(self._num_devices) as executor:
+            try:
+                errors = list(executor.map(self._run_on_free_device, trials))
+            except BaseException:
+                self._stop()
+                raise
+        return {trial.title: error for trial, error in zip(trials, errors, strict=True) if error}
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for session in self._sessions:
+                for worker in session.workers:
+                    worker.kill()  # its thread then sees the death and closes the session
+
+    def _run_on_free_device(self, trial: Trial) -> str:
+        device = self._free.get()
         try:
-            say(f"{trial.title}: on {device}, output in {trial.folder / 'output.txt'}")
-            error = processes.train(trial, device, threads)
+            error = "" if self._stopped else self._run_in_worker(trial, device)
         finally:
-            free.put(device)
-        if error:
-            say(f"{trial.title}: failed: {error}")
-        return trial.title, error
+            self._free.put(device)
+        if error and not self._stopped:
+            self._report(f"{trial.title}: failed: {error}")
+        return error
 
-    with ThreadPoolExecutor(max(1, len(chosen))) as pool:
+    def _run_in_worker(self, trial: Trial, device: torch.device) -> str:
+        output = trial.folder / "output.txt"
+        self._report(f"{trial.title}: on {device}, output in {output}")
+        threads = threads_per_rank(self._num_devices)
+        session = WorkerSession(_train_trial, [device], (trial, threads), [device])
+        with self._lock:
+            self._sessions.append(session)
+            if self._stopped:
+                session.kill()
+                return "interrupted"
         try:
-            failed = dict(pool.map(train, trials))
-        except BaseException:  # Ctrl-C: none goes on alone, and none begins
-            processes.end()
-            raise
-    return {title: error for title, error in failed.items() if error}
+            _, message = session.receive()
+            error: str = loads(message.payload, torch.device("cpu"))
+        except WorkerDied as death:
+            cause = f"was killed by {death.signal}" if death.signal else f"exited with status {death.exit_code}"
+            error = f"its process {cause}: see {output}"
+        except BaseException as failure:  # SystemExit in the worker, for example
+            error = f"{type(failure).__name__}: {first_line(failure)}"
+        finally:
+            with self._lock:
+                self._sessions.remove(session)
+                session.kill()  # each trial has a process of its own, which starts with free memory
+            if (written := _output_file(trial)).is_file():
+                output.parent.mkdir(parents=True, exist_ok=True)
+                written.replace(output)
+        return error
 
 
-class Processes:
-    """The processes that train, each of which ends when this one does, however it does."""
+@contextlib.contextmanager
+def _train_trial(device: torch.device, channel: WorkerChannel, trial: Trial, threads: int) -> Iterator[None]:
+    """Train a trial in a worker process and send the reason of a failure; the output goes to ``output.txt``."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    _output_file(trial).parent.mkdir(parents=True, exist_ok=True)
+    with _output_file(trial).open("wb") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    channel.send("result", dumps(run_trial(trial, device=str(device))))
+    yield
 
-    def __init__(self) -> None:
-        self._running: list[subprocess.Popen[bytes]] = []
-        self._ended = False
 
-    def train(self, trial: Variant, device: str, threads: int) -> str:
-        """Train ``trial`` on ``device``; return why it failed, or nothing."""
-        trial.folder.parent.mkdir(parents=True, exist_ok=True)
-        error, output = trial.folder / "error.txt", trial.folder.with_name(f".{trial.folder.name}.output")
-        error.unlink(missing_ok=True)
-        with output.open("wb") as file:
-            status = self._status(trial, device, threads, file.fileno())
-        trial.folder.mkdir(parents=True, exist_ok=True)
-        output.replace(trial.folder / "output.txt")
-        if error.is_file():
-            return error.read_text(encoding="utf-8").splitlines()[0]
-        return "" if status == 0 else f"its process ended with status {status}: see {trial.folder / 'output.txt'}"
-
-    def end(self) -> None:
-        """Kill those that run, and start no other."""
-        self._ended = True
-        for process in self._running:
-            process.kill()
-
-    def _status(self, trial: Variant, device: str, threads: int, output: int) -> int:
-        own = {"OMP_NUM_THREADS": str(threads)} if torch.device(device).type == "cpu" else {}
-        command = [sys.executable, "-m", "duoka.recipes.experiments.process"]
-        process = subprocess.Popen(
-            command, bufsize=0, stdin=subprocess.PIPE, stdout=output, stderr=output, env={**os.environ, **own}
-        )
-        self._running.append(process)
-        assert process.stdin is not None
-        with process, process.stdin:
-            if self._ended:
-                process.kill()
-            else:
-                with contextlib.suppress(BrokenPipeError):  # it has ended already, which its status says
-                    process.stdin.write(pickle.dumps((trial, device)))
-            status = process.wait()
-        self._running.remove(process)
-        return status
+def _output_file(trial: Trial) -> Path:
+    """Return the file for output during training, outside the trial's folder, which ``run_trial`` may rename."""
+    return trial.folder.with_name(f".{trial.folder.name}.output")

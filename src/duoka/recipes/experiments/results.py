@@ -1,4 +1,4 @@
-"""What finished trials came to: a row a variant, a table in Markdown, and pictures."""
+"""Results of finished trials: one row a variant, a Markdown table, JSON, and plots."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from duoka.recipes.experiments import plots as charts
-from duoka.recipes.experiments.experiment_spec import ExperimentSpec, Variant
-from duoka.recipes.experiments.runner import finished, history
+from duoka.recipes.experiments import plots
+from duoka.recipes.experiments.experiment_spec import ExperimentSpec, Trial
+from duoka.recipes.experiments.trial_run import finished_run, read_history
+from duoka.utils.files import atomic_write
+from duoka.utils.text import format_duration
 
-__all__ = ["HEADINGS", "ResultRow", "cells", "rows_of", "write_summary"]
+__all__ = ["HEADINGS", "ResultRow", "format_rows", "result_rows", "write_summary"]
 
 HEADINGS = ("variant", "best", "last", "against baseline", "time", "parameters", "images/s", "seeds")
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A variant's results; lists have a value a seed."""
+    """A variant's results; each list has one value per seed."""
 
     variant: str
     best: list[float]
@@ -34,49 +36,47 @@ class ResultRow:
     """Median over epochs."""
 
 
-def rows_of(plan: ExperimentSpec) -> list[ResultRow]:
+def result_rows(spec: ExperimentSpec) -> list[ResultRow]:
     """Return a row for each variant that has a finished run."""
     rows = []
-    for variant in plan.variants:
-        histories = [
-            (trial, records) for trial in plan.trials if trial.variant == variant and (records := history(trial))
-        ]
-        curves = [
-            [(r["epoch"], float(r[f"val_{plan.metric}"])) for r in h if f"val_{plan.metric}" in r] for _, h in histories
-        ]
-        if not any(curves):
-            continue
-        curves = [curve for curve in curves if curve]
-        best = [(max if plan.higher else min)(value for _, value in curve) for curve in curves]
-        rows.append(
-            ResultRow(
-                variant,
-                best,
-                [curve[-1][1] for curve in curves],
-                curves,
-                [sum(record["seconds"] for record in records) for _, records in histories],
-                _parameters(histories[0][0]),
-                [statistics.median(record["samples_per_s"] for record in records) for _, records in histories],
-            )
-        )
+    for variant in spec.variants:
+        trials = [trial for trial in spec.trials if trial.variant == variant]
+        if row := _result_row(spec, variant, trials):
+            rows.append(row)
     return rows
 
 
-def _parameters(trial: Variant) -> int | None:
-    run = finished(trial)
-    return None if run is None else run.read_results().get("parameters")
+def _result_row(spec: ExperimentSpec, variant: str, trials: Sequence[Trial]) -> ResultRow | None:
+    key = f"val_{spec.metric}"
+    histories = [history for trial in trials if (history := read_history(trial))]
+    curves = [[(r["epoch"], float(r[key])) for r in history if key in r] for history in histories]
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return None
+    runs = (finished_run(trial) for trial in trials)
+    run = next(run for run in runs if run is not None)
+    return ResultRow(
+        variant,
+        [(max if spec.higher else min)(value for _, value in curve) for curve in curves],
+        [curve[-1][1] for curve in curves],
+        curves,
+        [sum(record["seconds"] for record in history) for history in histories],
+        run.read_results().get("parameters"),
+        [statistics.median(record["samples_per_s"] for record in history) for history in histories],
+    )
 
 
-def cells(plan: ExperimentSpec, rows: Sequence[ResultRow]) -> list[tuple[str, ...]]:
+def format_rows(spec: ExperimentSpec, rows: Sequence[ResultRow]) -> list[tuple[str, ...]]:
     """Return the table's rows as text."""
-    base = next((row for row in rows if row.variant == plan.baseline), None)
+    mean = statistics.fmean
+    base = next((row for row in rows if row.variant == spec.baseline), None)
     return [
         (
             row.variant,
-            mean_in_words(row.best),
-            mean_in_words(row.last),
+            _mean_and_deviation(row.best),
+            _mean_and_deviation(row.last),
             "" if base is None else "baseline" if row is base else f"{mean(row.best) - mean(base.best):+.4f}",
-            _time(mean(row.seconds)),
+            format_duration(mean(row.seconds)),
             "-" if row.parameters is None else f"{row.parameters:,}",
             f"{mean(row.samples_per_s):,.0f}",
             str(len(row.best)),
@@ -85,37 +85,23 @@ def cells(plan: ExperimentSpec, rows: Sequence[ResultRow]) -> list[tuple[str, ..
     ]
 
 
-def write_summary(plan: ExperimentSpec, rows: Sequence[ResultRow]) -> Path:
-    """Write ``table.md``, ``results.json`` and the pictures into the comparison's folder; return the folder of pictures."""
-    lines = [HEADINGS, tuple("---" for _ in HEADINGS), *cells(plan, rows)]
-    plan.folder.mkdir(parents=True, exist_ok=True)
+def write_summary(spec: ExperimentSpec, rows: Sequence[ResultRow]) -> Path:
+    """Write ``table.md``, ``results.json`` and the plots into the experiment's folder; return the folder of plots."""
+    lines = [HEADINGS, tuple("---" for _ in HEADINGS), *format_rows(spec, rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (plan.folder / "table.md").write_text(f"{plan.name}: {plan.metric}\n\n{table}\n", encoding="utf-8")
-    (plan.folder / "results.json").write_text(
-        json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8"
-    )
-    plots = plan.folder / "plots"
-    named = [(row.variant, row.best) for row in rows]
-    charts.bars(plots / "best.png", plan.metric, named)
-    charts.curves(plots / "curves.png", plan.metric, [(row.variant, row.curves) for row in rows])
-    charts.contributions(plots / "contribution.png", plan.metric, plan.baseline, named, higher=plan.higher)
-    return plots
+    with atomic_write(spec.folder / "table.md") as file:
+        file.write(f"{spec.name}: {spec.metric}\n\n{table}\n".encode())
+    with atomic_write(spec.folder / "results.json") as file:
+        file.write(f"{json.dumps([asdict(row) for row in rows], indent=2)}\n".encode())
+    folder = spec.folder / "plots"
+    best = [(row.variant, row.best) for row in rows]
+    plots.plot_bars(folder / "best.png", spec.metric, best)
+    plots.plot_curves(folder / "curves.png", spec.metric, [(row.variant, row.curves) for row in rows])
+    plots.plot_differences(folder / "contribution.png", spec.metric, spec.baseline, best, higher=spec.higher)
+    return folder
 
 
-def mean(values: Sequence[float]) -> float:
-    """Return the mean."""
-    return statistics.fmean(values)
-
-
-def mean_in_words(values: Sequence[float]) -> str:
-    """Return the mean, and of several seeds the deviation."""
+def _mean_and_deviation(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.4f}"
-    return f"{mean(values):.4f} ± {statistics.stdev(values):.4f}"
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min {rest} s" if minutes < 60 else f"{minutes / 60:.1f} h"
-    )
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
