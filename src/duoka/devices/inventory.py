@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from duoka.devices import nvml
+from duoka.devices import cuda_uuids, nvml
 from duoka.devices.info import DeviceInfo
 
 __all__ = ["Inventory", "describe", "detect", "device_usage"]
@@ -77,7 +77,7 @@ def _uuids() -> list[str] | None:
     """Return the UUID of each CUDA device in CUDA's order, without starting CUDA in this process."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("cuda_uuids.py"))]
+    command = [sys.executable, "-I", "-S", cuda_uuids.__file__]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
