@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
-import struct
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 from duoka.workers.serialization import Payload
 
 __all__ = ["Channel", "Message"]
-
-_HEADER = struct.Struct("!Q")
-_ONE_SEND_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._connection = Connection(os.dup(sock.fileno()))
+        self._open_ends: list[Connection | socket.socket] = [self._connection, self._socket]
 
     def fileno(self) -> int:
         """Return the descriptor, for selectors."""
@@ -36,49 +36,29 @@ class Channel:
 
     def send(self, kind: str, payload: Payload) -> None:
         """Send one message; raises OSError when the other end is closed."""
-        body = pickle.dumps((kind, payload.data, payload.sizes), protocol=5)
-        header = _HEADER.pack(len(body))
+        has_fd = payload.fd is not None
+        self._connection.send_bytes(pickle.dumps((kind, payload.data, payload.sizes, has_fd), protocol=5))
         if payload.fd is not None:
-            socket.send_fds(self._socket, [header], [payload.fd])
-            self._socket.sendall(body)
-        elif len(body) < _ONE_SEND_BYTES:
-            self._socket.sendall(header + body)  # wakes the receiver once
-        else:
-            self._socket.sendall(header)
-            self._socket.sendall(body)
+            socket.send_fds(self._socket, [b"\0"], [payload.fd])
 
     def receive(self) -> Message:
         """Wait for one message; raises EOFError when the other end is closed."""
         try:
-            header, fds = self._receive_header()
-            kind, data, sizes = pickle.loads(self._receive_exactly(_HEADER.unpack(header)[0]))
+            kind, data, sizes, has_fd = pickle.loads(self._connection.recv_bytes())
+            fd = self._receive_fd() if has_fd else None
         except ConnectionError as error:
             raise EOFError from error
-        return Message(kind, Payload(data, sizes, fds[0] if fds else None))
+        return Message(kind, Payload(data, sizes, fd))
 
     def close(self) -> None:
-        """Close this end."""
-        self._socket.close()
+        """Close this end; pop() lets one thread close each descriptor, should several call this at once."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._open_ends.pop().close()
 
-    def _receive_header(self) -> tuple[bytes, list[int]]:
-        header, fds = b"", []
-        while len(header) < _HEADER.size:
-            part, new_fds, _, _ = socket.recv_fds(self._socket, _HEADER.size - len(header), 1)
-            if not part:
-                raise EOFError
-            header += part
-            fds += new_fds
-        for fd in fds:
-            os.set_inheritable(fd, False)
-        return header, fds
-
-    def _receive_exactly(self, size: int) -> bytearray:
-        data = bytearray(size)
-        view = memoryview(data)
-        done = 0
-        while done < size:
-            count = self._socket.recv_into(view[done:])
-            if count == 0:
-                raise EOFError
-            done += count
-        return data
+    def _receive_fd(self) -> int:
+        _, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
+        if not fds:
+            raise EOFError
+        os.set_inheritable(fds[0], False)
+        return fds[0]
