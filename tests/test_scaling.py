@@ -7,27 +7,17 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from duoka.errors import ConfigError
 from duoka.scaling import Batch, LearningRate
 
 
-def test_device_parts_are_those_of_tensor_split() -> None:
-    for size in range(1, 40):
-        for devices in range(1, min(size, 8) + 1):
-            expected = [len(part) for part in torch.arange(size).tensor_split(devices)]
-            assert Batch(size, devices, "global").device_parts == expected
-
-
 @pytest.mark.parametrize("mode", ["per_device", "global"])
-def test_the_parts_of_all_devices_are_the_global_batch(mode: str) -> None:
+def test_the_global_batch_grows_with_devices_and_accumulation(mode: str) -> None:
     for devices in range(1, 6):
         for accumulate in range(1, 4):
             batch = Batch(31, devices, mode, accumulate)
-            assert sum(batch.device_parts) == batch.global_batch
             assert batch.global_batch == (31 if mode == "global" else 31 * devices * accumulate)
-            assert batch.micro_batch == math.ceil(batch.global_batch / (devices * accumulate))
             assert batch.global_batch == Batch(31, 1, mode, accumulate).global_batch * batch.growth
 
 
@@ -62,21 +52,6 @@ def test_the_batch_arithmetic_has_a_summary(batch: Batch, summary: str) -> None:
 def test_the_learning_rate_follows_the_rule_and_has_a_summary(lr: LearningRate, scaled: float, summary: str) -> None:
     assert lr.scaled == pytest.approx(scaled, rel=1e-12)
     assert lr.summary == summary
-
-
-@pytest.mark.parametrize(
-    ("lr", "start"), [(LearningRate(0.1, 4, "linear", 0.5), 0.1), (LearningRate(0.1, warmup_steps=10), 0.0)]
-)
-def test_warm_up_is_a_straight_line_that_ends_at_the_scaled_rate(lr: LearningRate, start: float) -> None:
-    steps = lr.steps(20)
-    assert steps == 10
-    rates = [lr.at(step, 20) for step in range(steps)]
-    assert rates == pytest.approx([start + (lr.scaled - start) * (step + 1) / 10 for step in range(10)], rel=1e-12)
-    assert {lr.at(step, 20) for step in (9, 10, 1000)} == {lr.scaled}
-
-
-def test_without_warm_up_the_first_step_has_the_scaled_rate() -> None:
-    assert LearningRate(0.1, 2, "linear").at(0, 20) == 0.2
 
 
 def test_scaling_imports_neither_torch_nor_numpy() -> None:

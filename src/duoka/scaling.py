@@ -56,16 +56,6 @@ class Batch:
         return self.size if self.mode == "global" else self.size * self.devices * self.accumulation_steps
 
     @property
-    def device_parts(self) -> list[int]:
-        """Samples of one optimizer step on each device, by rank."""
-        return chunk_sizes(self.global_batch, self.devices)
-
-    @property
-    def micro_batch(self) -> int:
-        """The most samples that a device holds at once, for which its memory must suffice."""
-        return self._micro_batches()[0]
-
-    @property
     def growth(self) -> float:
         """The global batch relative to that of one device with the same settings."""
         return float(self.devices) if self.mode == "per_device" else 1.0
@@ -75,7 +65,7 @@ class Batch:
         """The arithmetic as text."""
         if self.mode == "per_device":
             return f"{self.size} per device x {self._factors()} = {self.global_batch} global"
-        parts = self._micro_batches()
+        parts = chunk_sizes(self.global_batch, self.devices * self.accumulation_steps)
         if len(parts) == 1:
             return f"{self.size} global on 1 device"
         if parts[0] == parts[-1]:
@@ -85,9 +75,6 @@ class Batch:
         else:
             split = f"{' + '.join(map(str, parts))} on {self._factors()}"
         return f"{self.size} global = {split}"
-
-    def _micro_batches(self) -> list[int]:
-        return chunk_sizes(self.global_batch, self.devices * self.accumulation_steps)
 
     def _factors(self) -> str:
         accumulated = f" x {self.accumulation_steps} accumulated" if self.accumulation_steps > 1 else ""
@@ -136,22 +123,6 @@ class LearningRate:
     def scaled(self) -> float:
         """The learning rate after the warm-up."""
         return self.base * self.factor
-
-    def steps(self, steps_per_epoch: int) -> int:
-        """Return the length of the warm-up in optimizer steps, rounded up."""
-        return self.warmup_steps or math.ceil(self.warmup_epochs * steps_per_epoch)
-
-    def at(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of optimizer step ``step``, from 0: a linear warm-up, then ``scaled``.
-
-        The warm-up starts from ``base`` if ``scaled`` is larger, as in Goyal et al., else from 0. Its last step has
-        ``scaled``.
-        """
-        length = self.steps(steps_per_epoch)
-        if step + 1 >= length:
-            return self.scaled
-        start = self.base if self.scaled > self.base else 0.0
-        return start + (self.scaled - start) * (step + 1) / length
 
     @property
     def summary(self) -> str:

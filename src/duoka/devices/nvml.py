@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from duoka.devices.info import DeviceInfo, DeviceProcess, Link
+from duoka.utils.text import plural
 
 __all__ = ["library", "read"]
 
@@ -105,33 +106,18 @@ def _process(entry: Any, own: frozenset[int], graphics: bool) -> DeviceProcess:
     import psutil
 
     try:
-        process = psutil.Process(entry.pid)
+        known = psutil.Process(entry.pid).as_dict(["username", "cmdline", "name"])
     except psutil.Error:  # ended meanwhile, or its number belongs to another container
         return DeviceProcess(entry.pid, None, None, entry.usedGpuMemory, graphics, own=False)
-    user = _or_none(process.username)
-    command = " ".join(_or_none(process.cmdline) or [_or_none(process.name) or ""])[:_COMMAND_LENGTH]
-    return DeviceProcess(entry.pid, user, command or None, entry.usedGpuMemory, graphics, entry.pid in own)
-
-
-def _or_none(get: Callable[[], Any]) -> Any:
-    """Return a property of a process, or ``None`` if the system hides it."""
-    import psutil
-
-    try:
-        return get()
-    except (psutil.Error, KeyError):  # KeyError: a user without a name
-        return None
+    command = " ".join(known["cmdline"] or [known["name"] or ""])[:_COMMAND_LENGTH] or None
+    return DeviceProcess(entry.pid, known["username"], command, entry.usedGpuMemory, graphics, entry.pid in own)
 
 
 def _link(nvml: Any, handle: Any, other: Any, to: int) -> Link | None:
     """Return the connection of two GPUs: NVLink if there is one, else the path through PCIe."""
-    if (
-        _query(nvml, "nvmlDeviceGetP2PStatus", handle, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
-        == nvml.NVML_P2P_STATUS_OK
-    ):
-        lanes = _nvlinks(nvml, handle, other)
-        if lanes:
-            return Link(to, f"NV{lanes}", f"{lanes} NVLink{'s' if lanes > 1 else ''}")
+    status = _query(nvml, "nvmlDeviceGetP2PStatus", handle, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    if status == nvml.NVML_P2P_STATUS_OK and (lanes := _nvlinks(nvml, handle, other)):
+        return Link(to, f"NV{lanes}", plural(lanes, "NVLink"))
     level = _query(nvml, "nvmlDeviceGetTopologyCommonAncestor", handle, other)
     if level is None:
         return None
@@ -158,10 +144,8 @@ def _leads_to(nvml: Any, handle: Any, number: int, address: tuple[int, int, int]
         return False
     if _query(nvml, "nvmlDeviceGetNvLinkRemoteDeviceType", handle, number) == nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH:
         return True
-    return (
-        address is not None
-        and _pci_address(_query(nvml, "nvmlDeviceGetNvLinkRemotePciInfo", handle, number)) == address
-    )
+    remote = _pci_address(_query(nvml, "nvmlDeviceGetNvLinkRemotePciInfo", handle, number))
+    return address is not None and remote == address
 
 
 def _pci_address(pci: Any) -> tuple[int, int, int] | None:

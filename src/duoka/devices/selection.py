@@ -72,9 +72,8 @@ def select(request: DeviceRequest, inventory: Inventory, get_usage: GetUsage) ->
     if request.kind == "idle" and (inventory.count or request.count):
         return _idle(request, inventory, get_usage)
     if inventory.count and request.type in (None, inventory.type):
-        return DeviceSelection(
-            _devices(inventory, range(inventory.count)), f"{request.text} selects {_every(inventory)}."
-        )
+        reason = f"{request.text} selects {_every(inventory)}."
+        return DeviceSelection(_devices(inventory, range(inventory.count)), reason)
     if inventory.count:
         raise DeviceError(_not_there(request, inventory, str(request.type)))
     if request.type or request.text.lower() == "gpu":  # not the CPU because of a broken driver
@@ -87,10 +86,8 @@ def _devices(inventory: Inventory, indices: Sequence[int]) -> tuple[torch.device
 
 
 def _every(inventory: Inventory) -> str:
-    names = inventory.names()
-    return (
-        f"the one accelerator, {names[0]}" if len(names) == 1 else f"all {len(names)} accelerators: {join_names(names)}"
-    )
+    names = join_names(inventory.names())
+    return f"the one accelerator, {names}" if inventory.count == 1 else f"all {inventory.count} accelerators: {names}"
 
 
 def _cpu(count: int) -> DeviceSelection:

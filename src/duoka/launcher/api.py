@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, overload
 
 import torch.distributed as dist
@@ -86,12 +86,7 @@ def launch(
         [0, 1]
 
     """
-    for name in unknown:
-        raise ConfigError(f"launch has no option {name!r}; pass arguments of the function by position: launch(fn, 3)")
-    check_choice("returns", returns, ("first", "all"))
-    check_choice("output", output, ("quiet", "all"))
-    if not callable(fn):
-        raise invalid_option("fn", fn, "a function", "pass the function itself: launch(train, ...)")
+    _check_arguments(fn, returns, output, unknown)
     spec = reconcile(device, devices, default="all")
     if has_current_world() or not _launch_lock.acquire(blocking=False):
         raise LaunchError(
@@ -106,6 +101,15 @@ def launch(
         raise error.with_traceback(strip_internal_frames(error.__traceback__))  # noqa: B904 - it is the same error
     finally:
         _launch_lock.release()
+
+
+def _check_arguments(fn: object, returns: str, output: str, unknown: Mapping[str, Any]) -> None:
+    for name in unknown:
+        raise ConfigError(f"launch has no option {name!r}; pass arguments of the function by position: launch(fn, 3)")
+    check_choice("returns", returns, ("first", "all"))
+    check_choice("output", output, ("quiet", "all"))
+    if not callable(fn):
+        raise invalid_option("fn", fn, "a function", "pass the function itself: launch(train, ...)")
 
 
 def _run_on_this_machine(
