@@ -1,8 +1,8 @@
-"""How devices are kept together: one device, DDP, or torch's own DataParallel, behind one small interface."""
+"""Strategies that keep the devices of a training run in step: one device, DDP, or torch's DataParallel."""
 
 from __future__ import annotations
 
 from duoka.strategy.base import Strategy
-from duoka.strategy.select import NAMES, choose
+from duoka.strategy.select import STRATEGIES, select_strategy
 
-__all__ = ["NAMES", "Strategy", "choose"]
+__all__ = ["STRATEGIES", "Strategy", "select_strategy"]

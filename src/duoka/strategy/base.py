@@ -1,4 +1,4 @@
-"""The interface that the trainer knows of a strategy; nothing here knows how devices talk to each other."""
+"""Interface between the trainer and a strategy, with the behavior of a single process as its default."""
 
 from __future__ import annotations
 
@@ -10,72 +10,76 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from duoka.utils.torch_private import multiply_in_place
 from duoka.world import World
 
 __all__ = ["Strategy"]
 
 
 class Strategy(ABC):
-    """Keeps the replicas of one module in step while it is trained.
+    """Keeps the replicas of one module in step during training.
 
-    The gradient it stands for is that of the mean over the global batch, whatever the sizes of the parts: the loss of a
-    part (itself a mean) is multiplied by ``loss_scale(count, global_count)`` before ``backward``.
+    The gradient of a step is that of the mean over the global batch. Each rank multiplies its local
+    mean loss by ``loss_scale(count, global_count)`` before ``backward``, so ranks may differ in size.
     """
 
     name: ClassVar[str]
-    """What users call it."""
+    """Name in the option ``strategy``."""
 
     def __init__(self, world: World) -> None:
         self.world = world
 
     @property
     def replicas(self) -> int:
-        """How many devices compute at the same time."""
+        """Number of devices that compute at the same time."""
         return self.world.size
 
     @abstractmethod
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Return what is called instead of ``module`` in training; ``module`` itself stays the user's, on its device."""
+    def wrap(self, module: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
+        """Return the module that training steps call; ``module`` itself stays unwrapped."""
 
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
-        """Leave gradients on their device inside this block: forward and backward of all micro-batches but the last."""
+        """Keep gradients local inside the block: for all micro-batches of a step but the last."""
         return contextlib.nullcontext()
 
     def loss_scale(self, count: int, global_count: int) -> float:
-        """Return the factor for the loss of a part: ``count`` samples here, ``global_count`` in the whole step."""
+        """Return the factor for a mean loss over ``count`` of the step's ``global_count`` samples."""
         return count / global_count
 
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:  # noqa: B027 - nothing to do in one process
+        """Synchronize the gradients of a step whose module was not wrapped yet."""
+
     def average_gradients(self, parameters: Iterable[nn.Parameter], weight: torch.Tensor) -> None:
-        """Turn gradients of a sum into those of a mean: ``weight`` is this rank's share of the sum's weight."""
+        """Divide gradients of a summed loss by the total weight; ``weight`` is this rank's part of it."""
         factor = self.inverse_total_weight(weight)
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
                 by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for dtype, gradients in by_dtype.items():
-            torch._foreach_mul_(gradients, factor.to(dtype))
+            multiply_in_place(gradients, factor.to(dtype))
 
     def inverse_total_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the factor that makes sums means, 0 where all weigh nothing: ``weight`` is this rank's share of theirs."""
+        """Return the factor from summed to mean loss, 0 if the total weight is 0; ``weight`` is this rank's part."""
         weight = weight.detach()
         total = self.world.all_reduce(weight.double() if weight.device.type != "mps" else weight)
         return torch.where(total > 0, self.gradient_divisor / total, 0.0)
 
     @property
     def gradient_divisor(self) -> int:
-        """By how many ranks the synchronisation divides the summed gradient."""
+        """Number by which the gradient synchronization divides the sum over ranks."""
         return 1
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-        """Scale gradients so that their norm over all ranks is at most ``max_norm``; return the norm from before."""
+        """Scale gradients down to a total norm of ``max_norm``; return the norm before."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def synchronize_buffers(self, module: nn.Module) -> None:  # noqa: B027 - one process has nothing to do
-        """Give every rank rank 0's buffers: the running statistics of batch norm, which each rank has seen its own of."""
+    def synchronize_buffers(self, module: nn.Module) -> None:  # noqa: B027 - nothing to do in one process
+        """Broadcast rank 0's buffers, such as the running statistics of batch norm."""
 
-    def broadcast_parameters(self, module: nn.Module) -> None:  # noqa: B027
-        """Give every rank rank 0's parameters and buffers."""
+    def broadcast_parameters(self, module: nn.Module) -> None:  # noqa: B027 - nothing to do in one process
+        """Broadcast rank 0's parameters and buffers."""
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """Return the whole state of the unwrapped ``module``, with its own names, on every rank."""
+        """Return the state of the unwrapped ``module``, with its own key names, on every rank."""
         return module.state_dict()

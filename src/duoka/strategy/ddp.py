@@ -1,9 +1,9 @@
-"""A process for each device: torch's DistributedDataParallel."""
+"""Strategy of one process per device, with torch's DistributedDataParallel."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,17 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from duoka.errors import ConfigError
 from duoka.strategy.base import Strategy
+from duoka.utils.torch_private import broadcast_coalesced
 from duoka.world import World
 
 __all__ = ["DDP"]
 
-_BROADCAST_BYTES = 250 * 1024 * 1024
+_MESSAGE_BYTES = 250 * 1024 * 1024
 
 
 class DDP(Strategy):
-    """Averages gradients over the ranks while backward is still running.
+    """Averages gradients over the ranks while backward still runs.
 
-    ``options`` go to ``DistributedDataParallel`` as they are: ``static_graph``, ``bucket_cap_mb``,
+    ``options`` are arguments of ``DistributedDataParallel``: ``static_graph``, ``bucket_cap_mb``,
     ``gradient_as_bucket_view``, ``find_unused_parameters``, ``broadcast_buffers``, ...
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
     """
@@ -38,19 +39,20 @@ class DDP(Strategy):
 
     @property
     def gradient_divisor(self) -> int:
-        """DDP divides by the number of ranks."""
+        """The world size, as in DDP."""
         return self.world.size
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Broadcast rank 0's weights and hook the gradients of ``module``."""
+    def wrap(self, module: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
+        """Broadcast rank 0's weights, and register gradient hooks on ``module``."""
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ConfigError(
-                "the model has no parameter that requires a gradient, so there is nothing to train; "
-                "set requires_grad=True on what shall be trained"
+                "the model has no parameter with requires_grad=True, so there is nothing to train; "
+                "set requires_grad=True on the parameters to be trained"
             )
         device = self.world.device
         device_ids = None if device.type == "cpu" else [device]
-        self._wrapped = DistributedDataParallel(module, device_ids=device_ids, **self.options)
+        options = {"find_unused_parameters": find_unused_parameters, **self.options}
+        self._wrapped = DistributedDataParallel(module, device_ids=device_ids, **options)
         return self._wrapped
 
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
@@ -58,18 +60,25 @@ class DDP(Strategy):
         return contextlib.nullcontext() if self._wrapped is None else self._wrapped.no_sync()
 
     def loss_scale(self, count: int, global_count: int) -> float:
-        """Weigh a part by its share, times the number of ranks that DDP will divide by."""
+        """Return the local share of the global batch, times the world size by which DDP divides."""
         return count * self.world.size / global_count
 
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average gradients as DDP does: divide, then sum; a gradient that this rank lacks counts as 0."""
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = gradient.contiguous() if gradient.layout == torch.strided else gradient
+            dist.all_reduce(gradient.mul_(1 / self.world.size))
+            parameter.grad = gradient
+
     def synchronize_buffers(self, module: nn.Module) -> None:
-        """Broadcast rank 0's buffers, in few messages."""
+        """Broadcast rank 0's buffers, coalesced."""
         self._broadcast(list(module.buffers()))
 
     def broadcast_parameters(self, module: nn.Module) -> None:
-        """Broadcast rank 0's parameters and buffers, in few messages."""
+        """Broadcast rank 0's parameters and buffers, coalesced."""
         self._broadcast([*module.parameters(), *module.buffers()])
 
     def _broadcast(self, tensors: list[torch.Tensor]) -> None:
-        group = dist.group.WORLD
-        if tensors and group is not None:
-            dist._broadcast_coalesced(group, [each.detach() for each in tensors], _BROADCAST_BYTES, 0)  # type: ignore[attr-defined]
+        if tensors and dist.group.WORLD is not None:
+            broadcast_coalesced([each.detach() for each in tensors], _MESSAGE_BYTES)

@@ -1,10 +1,9 @@
-"""Which strategy a training run uses, and why."""
+"""Choice of the strategy for a training run, with the reason."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -13,48 +12,47 @@ from duoka.strategy.base import Strategy
 from duoka.strategy.ddp import DDP
 from duoka.strategy.single_device import SingleDevice
 from duoka.strategy.torch_data_parallel import DP
+from duoka.utils.validation import check_choice
 from duoka.world import World
 
-__all__ = ["NAMES", "choose"]
+__all__ = ["STRATEGIES", "StrategyName", "select_strategy"]
 
-NAMES = ("auto", "single", "ddp", "dp")
-"""What ``strategy`` may be called."""
+StrategyName: TypeAlias = Literal["auto", "single", "ddp", "dp"]
+STRATEGIES = get_args(StrategyName)
+"""Values of the option ``strategy``."""
 
 
-def choose(
+def select_strategy(
     name: str,
     world: World,
     *,
     devices: Sequence[torch.device] = (),
     ddp_options: Mapping[str, Any] | None = None,
 ) -> tuple[Strategy, str]:
-    """Return the strategy called ``name`` for this rank, and the reason in words.
+    """Return the strategy called ``name`` for this rank, and the reason.
 
     Args:
-        name: one of ``NAMES``; ``"auto"`` is DDP where there is more than one rank.
-        world: this rank's place.
-        devices: what ``"dp"`` spreads over, all in this process.
-        ddp_options: passed to ``DistributedDataParallel`` as they are.
+        name: one of ``STRATEGIES``; ``"auto"`` is DDP for more than one rank, else a single device.
+        world: this rank's world.
+        devices: the devices of strategy ``"dp"``, all used by this process.
+        ddp_options: arguments of ``DistributedDataParallel``.
 
     Raises:
-        ConfigError: there is no strategy of that name, or it cannot serve this number of ranks.
+        ConfigError: no strategy has that name, or it does not support this number of ranks.
 
     >>> from duoka.world import World
-    >>> strategy, reason = choose("auto", World(0, 1, torch.device("cpu")))
+    >>> strategy, reason = select_strategy("auto", World(0, 1, torch.device("cpu")))
     >>> strategy.name, reason
-    ('single', 'one device, nothing to keep together')
+    ('single', 'one device')
 
     """
-    if name not in NAMES:
-        close = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"strategy={name!r} is not one of {', '.join(NAMES)}{hint}")
+    check_choice("strategy", name, STRATEGIES)
     if world.size > 1:
         if name in ("single", "dp"):
             raise ConfigError(
-                f"strategy={name!r} works in one process, and this job has {world.size}; use 'ddp', or start one process"
+                f"strategy={name!r} works in one process, but this job has {world.size}; use strategy='ddp', or start one process"
             )
-        return DDP(world, ddp_options), f"{world.size} ranks, one process a device; gradients averaged during backward"
+        return DDP(world, ddp_options), f"{world.size} ranks, one process per device; gradients averaged during backward"
     if name == "dp":
-        return DP(world, devices), f"as asked: one process, {max(1, len(devices))} devices, torch's own nn.DataParallel"
-    return SingleDevice(world), "one device, nothing to keep together"
+        return DP(world, devices), f"as requested: one process, {max(1, len(devices))} devices, torch's nn.DataParallel"
+    return SingleDevice(world), "one device"

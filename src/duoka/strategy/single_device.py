@@ -1,4 +1,4 @@
-"""One device: nothing to keep together."""
+"""Strategy of a single device, whose collectives are the identity."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["SingleDevice"]
 
 
 class SingleDevice(Strategy):
-    """Trains on one device; every method is the identity."""
+    """Trains on one device without a wrapper."""
 
     name: ClassVar[str] = "single"
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:  # noqa: ARG002
         """Return ``module``."""
         return module

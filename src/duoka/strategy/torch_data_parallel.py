@@ -1,4 +1,4 @@
-"""One process, several devices: torch's own DataParallel, kept for comparison. DDP and duoka.DataParallel are faster."""
+"""Strategy of one process with several devices: torch's ``nn.DataParallel``, for comparison with the faster ones."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from duoka.strategy.base import Strategy
+from duoka.utils.pytree import iter_tensors
 from duoka.world import World
 
 __all__ = ["DP"]
 
 
 class DP(Strategy):
-    """Replicates the module at every step, scatters the batch, gathers the losses (``nn.DataParallel``)."""
+    """Replicates the module at every step, scatters the batch and gathers the losses."""
 
     name: ClassVar[str] = "dp"
 
@@ -26,18 +26,18 @@ class DP(Strategy):
 
     @property
     def replicas(self) -> int:
-        """The devices that this one process uses."""
+        """Number of devices of this process."""
         return len(self.devices)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Return ``module`` behind ``nn.DataParallel``; its forward takes a batch and returns the batch's loss."""
+    def wrap(self, module: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:  # noqa: ARG002
+        """Return ``module`` in ``nn.DataParallel``; its forward takes a batch and returns the loss."""
         ids = [device.index or 0 for device in self.devices if device.type != "cpu"]
-        parts = _PartSum(module)
-        return _Gathered(nn.DataParallel(parts, device_ids=ids) if ids else parts)  # no ids would mean every GPU
+        rows = _LossRow(module)
+        return _GatheredLoss(nn.DataParallel(rows, device_ids=ids) if ids else rows)  # no ids would mean every GPU
 
 
-class _PartSum(nn.Module):
-    """Return a part's loss as a row ``(sum, weight, whether the loss itself said its weight)``, which gathers exactly."""
+class _LossRow(nn.Module):
+    """Returns a replica's loss as a row ``(sum, weight, loss has its own weight)``, which gathers exactly."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -48,26 +48,22 @@ class _PartSum(nn.Module):
         if isinstance(loss, tuple):
             total, weight = loss
             return torch.stack([total, torch.as_tensor(weight).to(total), torch.ones_like(total)]).unsqueeze(0)
-        count = torch.full_like(loss, float(_length(batch)))
+        samples = next(len(tensor) for tensor in iter_tensors(batch) if tensor.ndim)
+        count = torch.full_like(loss, float(samples))
         return torch.stack([loss * count, count, torch.zeros_like(loss)]).unsqueeze(0)
 
 
-def _length(batch: Any) -> int:
-    """Return how many samples a part holds, of the containers that ``nn.DataParallel`` scatters."""
-    return next(len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf) and leaf.ndim)
-
-
-class _Gathered(nn.Module):
-    """Turn the gathered rows ``(devices, 3)`` back into a loss of the form that the module returned."""
+class _GatheredLoss(nn.Module):
+    """Turns the gathered rows ``(devices, 3)`` into a loss of the module's own form."""
 
     def __init__(self, parallel: nn.Module) -> None:
         super().__init__()
         self.parallel = parallel
-        self.weighted: bool | None = None
+        self.is_weighted: bool | None = None
 
     def forward(self, batch: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         rows = self.parallel(batch)
         total, weight, weighted = rows.sum(0).unbind()
-        if self.weighted is None:  # read from the device once, not at every step
-            self.weighted = bool(weighted.item())
-        return (total, weight.detach()) if self.weighted else total / weight
+        if self.is_weighted is None:  # read from the device once, not at every step
+            self.is_weighted = bool(weighted.item())
+        return (total, weight.detach()) if self.is_weighted else total / weight

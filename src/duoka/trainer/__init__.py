@@ -1,4 +1,4 @@
-"""The trainer: a loop that takes the same steps on any number of devices, its options, state and callbacks."""
+"""Trainer: one training loop for any number of devices, with options, state and callbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user's own code sees of a running fit, and where it is called. Callbacks run on rank 0 only."""
+"""Callbacks of a fit, which run on rank 0 only, and the state that they see."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.metrics import Results
 
-__all__ = ["Best", "Callback", "Callbacks", "State"]
+__all__ = ["Best", "Callback", "CallbackList", "State"]
 
 
 @dataclass(frozen=True)
@@ -21,57 +21,69 @@ class Best:
     """The best evaluation so far."""
 
     value: float
-    """Of the monitored result."""
+    """Value of the monitored result."""
     epoch: int
-    """In which it was reached, counted from 1."""
+    """Epoch of this evaluation, from 1."""
     results: Results
-    """All results of that evaluation."""
+    """All results of this evaluation."""
 
 
 @dataclass
 class State:
-    """Where a fit is. The same object is handed to every callback."""
+    """Progress of a fit; every callback gets the same object."""
 
     model: nn.Module
-    """The user's own model, without wrappers."""
+    """The user's model, without wrappers."""
     optimizer: Optimizer
     epochs: int
-    """How many epochs were asked for."""
-    tally: LossMeter = field(repr=False)
+    """Number of epochs requested."""
+    loss_meter: LossMeter = field(repr=False)
     epoch: int = 0
-    """The current epoch, counted from 1; 0 before the first."""
+    """Current epoch, from 1; 0 before the first."""
     step: int = 0
-    """Optimiser steps taken since training began, over all devices together."""
+    """Optimizer steps since training began."""
     samples: int = 0
-    """Training samples taken since training began, over all devices together."""
+    """Training samples since training began, over all devices."""
     samples_in_epoch: int = 0
-    """Those of them that belong to the current epoch."""
+    """Training samples of the current epoch, over all devices."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One record an epoch, as in ``metrics.jsonl``."""
+    """One record per epoch, as in ``metrics.jsonl``."""
     validation: Results = field(default_factory=dict)
-    """The latest evaluation."""
+    """Results of the latest evaluation."""
     best: Best | None = None
-    """The best evaluation, where something is monitored."""
-    bad_evaluations: int = 0
-    """How many evaluations in a row were no better."""
-    stopping: str = ""
-    """Why training stops early; empty while it goes on."""
+    """The best evaluation; ``None`` without ``monitor``."""
+    evaluations_without_improvement: int = 0
+    """Number of consecutive evaluations, up to the latest, that were not better."""
+    stop_reason: str = ""
+    """Reason to stop early; empty while training continues."""
 
     @property
     def loss(self) -> float:
         """Mean training loss of the current epoch on rank 0's device; reading it waits for the device."""
-        return self.tally.mean()
+        return self.loss_meter.mean()
 
-    def stop(self, reason: str = "a callback asked for it") -> None:
-        """End training: after this step where a callback has ``on_step_end``, else after this epoch."""
-        self.stopping = self.stopping or reason
+    def stop(self, reason: str = "a callback requested it") -> None:
+        """End training: after this step if a callback overrides ``on_step_end``, else after this epoch."""
+        self.stop_reason = self.stop_reason or reason
+
+    def checkpoint_fields(self) -> dict[str, Any]:
+        """Return the fields that a checkpoint holds."""
+        names = ("epoch", "step", "samples", "samples_in_epoch", "history", "validation", "evaluations_without_improvement")
+        saved = {name: getattr(self, name) for name in names}
+        return {**saved, "best": None if self.best is None else dataclasses.asdict(self.best)}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from what ``checkpoint_fields`` returned."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+        self.best = None if saved["best"] is None else Best(**saved["best"])
 
 
 class Callback:
-    """Base class of callbacks: override what you need.
+    """Base class of callbacks: override the methods that you need.
 
     Example:
-        >>> class Patient(Callback):
+        >>> class StopAtSmallLoss(Callback):
         ...     def on_epoch_end(self, state):
         ...         if state.history[-1]["train_loss"] < 0.01:
         ...             state.stop("the loss is small enough")
@@ -82,49 +94,35 @@ class Callback:
         """Called once, before the first step."""
 
     def on_step_end(self, state: State) -> None:
-        """Called after every optimiser step; only where it is overridden does a step cost anything."""
+        """Called after every optimizer step; has no cost unless overridden."""
 
     def on_evaluate(self, state: State) -> None:
-        """Called after every evaluation; ``state.validation`` holds it."""
+        """Called after every evaluation; ``state.validation`` has its results."""
 
     def on_epoch_end(self, state: State) -> None:
         """Called after every epoch; ``state.history[-1]`` is its record."""
 
     def on_fit_end(self, state: State) -> None:
-        """Called once, after the last epoch, when the best weights are in the model."""
+        """Called once, after the last epoch, when the model has the best weights."""
 
 
 @dataclass(frozen=True)
-class Callbacks:
-    """All callbacks of a fit; empty on the ranks that are not rank 0."""
+class CallbackList:
+    """The callbacks of a fit; empty on ranks other than 0."""
 
-    each: tuple[Callback, ...] = ()
+    callbacks: tuple[Callback, ...] = ()
 
     @classmethod
-    def of(cls, callbacks: Iterable[Callback]) -> Callbacks:
-        """Return these callbacks as one."""
+    def of(cls, callbacks: Iterable[Callback]) -> CallbackList:
+        """Return a list of these callbacks."""
         return cls(tuple(callbacks))
 
     @property
-    def watch_steps(self) -> bool:
-        """Whether any wants to be called after every step."""
-        return any(type(one).on_step_end is not Callback.on_step_end for one in self.each)
+    def has_step_callback(self) -> bool:
+        """Whether a callback overrides ``on_step_end``."""
+        return any(type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks)
 
     def call(self, event: str, state: State) -> None:
-        """Call ``event`` of each, in their order."""
-        for one in self.each:
-            getattr(one, event)(state)
-
-
-def fields_to_keep(state: State) -> dict[str, Any]:
-    """Return what a checkpoint keeps of ``state``."""
-    names = ("epoch", "step", "samples", "samples_in_epoch", "history", "validation", "bad_evaluations")
-    kept = {name: getattr(state, name) for name in names}
-    return {**kept, "best": None if state.best is None else dataclasses.asdict(state.best)}
-
-
-def set_fields(state: State, kept: dict[str, Any]) -> None:
-    """Continue from what ``fields_to_keep`` returned."""
-    for name, value in kept.items():
-        setattr(state, name, value)
-    state.best = None if kept["best"] is None else Best(**kept["best"])
+        """Call the method ``event`` of each callback, in order."""
+        for callback in self.callbacks:
+            getattr(callback, event)(state)

@@ -1,4 +1,4 @@
-"""What a fit keeps on disk to go on from: one training checkpoint, the best weights in it."""
+"""Training checkpoint of a fit: one file, with the best weights in it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from duoka.checkpoint import (
     load_training,
     model_state,
     optimizer_state,
-    rng_state,
     save_training,
 )
 from duoka.errors import CheckpointError
 from duoka.log import logger
-from duoka.trainer.callbacks import State, fields_to_keep, set_fields
+from duoka.trainer.callbacks import State
 from duoka.trainer.config import TrainerConfig
 from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.trainer.train_step import TrainStep
+from duoka.utils.rng_state import rng_state
 from duoka.world import World
 
 __all__ = [
@@ -31,8 +31,8 @@ __all__ = [
     "TrainCheckpoint",
     "checkpoint_path",
     "find_checkpoint",
-    "is_own",
-    "on_main",
+    "is_same_run",
+    "run_on_rank_zero",
     "weights_path",
 ]
 
@@ -40,21 +40,21 @@ T = TypeVar("T")
 
 
 def checkpoint_path(out_dir: str | Path) -> Path:
-    """Return where a run's training checkpoint lies."""
+    """Return the path of a run's training checkpoint."""
     return Path(out_dir) / "checkpoint" / "last.pt"
 
 
 def find_checkpoint(config: TrainerConfig) -> Path | None:
-    """Return the checkpoint that ``config.resume`` asks for, ``None`` to begin anew.
+    """Return the checkpoint that ``config.resume`` names, ``None`` to begin a new run.
 
     Raises:
-        CheckpointError: it has to be there and is not.
+        CheckpointError: it does not exist, and ``resume`` is not ``"auto"``.
 
     """
     if config.resume is False:
         return None
     if config.resume is True or config.resume == "auto":
-        assert config.out_dir is not None  # TrainerConfig has checked
+        assert config.out_dir is not None  # TrainerConfig has checked it
         path = checkpoint_path(config.out_dir)
     else:
         path = Path(config.resume)
@@ -64,17 +64,17 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
     if config.resume == "auto":
         return None
     raise CheckpointError(
-        f"there is no checkpoint {path} to resume from; resume='auto' begins anew where there is none"
+        f"resume={config.resume!r}: there is no checkpoint {path}; resume='auto' begins a new run if there is none"
     )
 
 
-def is_own(path: Path | None, out_dir: str | Path | None) -> bool:
-    """Whether ``path`` is the checkpoint of the run in ``out_dir`` itself, which so goes on; else one begins there."""
+def is_same_run(path: Path | None, out_dir: str | Path | None) -> bool:
+    """Return whether ``path`` is the checkpoint in ``out_dir``, so that the run there continues."""
     return path is not None and out_dir is not None and path.resolve() == checkpoint_path(out_dir).resolve()
 
 
 def weights_path(config: TrainerConfig, save_model: bool, model_path: str | Path | None) -> Path | None:
-    """Return where the weights that ``fit`` ends with are written, ``None`` for nowhere."""
+    """Return the file for the final weights, ``None`` to write none."""
     if not save_model:
         return None
     if model_path is not None:
@@ -82,11 +82,11 @@ def weights_path(config: TrainerConfig, save_model: bool, model_path: str | Path
     return None if config.out_dir is None else Path(config.out_dir) / "model.safetensors"
 
 
-def on_main(world: World, work: Callable[[], T]) -> T:
-    """Return on every rank what ``work`` returns on rank 0; where it fails there, no rank is left waiting.
+def run_on_rank_zero(world: World, function: Callable[[], T]) -> T:
+    """Run ``function`` on rank 0 and return its result on every rank; an error there ends the wait of all ranks.
 
     Raises:
-        CheckpointError: on the other ranks, with rank 0's words; rank 0 raises what ``work`` did.
+        CheckpointError: on the other ranks, with rank 0's message; rank 0 raises the original error.
 
     """
     if not world.is_main:
@@ -95,7 +95,7 @@ def on_main(world: World, work: Callable[[], T]) -> T:
             raise CheckpointError(f"rank 0: {failure}")
         return result  # type: ignore[return-value]
     try:
-        result = work()
+        result = function()
     except Exception as error:
         world.broadcast_object((None, f"{type(error).__name__}: {error}"))
         raise
@@ -107,118 +107,121 @@ def on_main(world: World, work: Callable[[], T]) -> T:
 class TrainCheckpoint:
     """The parts of a fit that a training checkpoint holds."""
 
-    objective: ModelWithLoss
-    stepper: TrainStep
+    module: ModelWithLoss
+    train_step: TrainStep
     state: State
     best_weights: BestWeights
     monitor: str | None
-    """What says which evaluation is the best."""
+    """Name of the result that selects the best weights."""
     world: World
+    has_unused_parameters: bool | None = None
+    """What the first step has found; ``None`` before it, and on one rank."""
 
     def write(self, path: Path, position: Mapping[str, int]) -> None:
-        """Write the training checkpoint; every rank has to call it, rank 0 writes."""
-        objective, stepper = self.objective, self.stepper
-        ranks = self.world.all_gather_object({"rng": rng_state(), "tally": stepper.tally.read()})
+        """Write the checkpoint from rank 0; every rank must call this."""
+        module, step = self.module, self.train_step
+        ranks = self.world.all_gather_object({"rng": rng_state(), "loss_meter": step.loss_meter.read()})
         if not self.world.is_main:
             return
-        loss = objective.loss
+        loss = module.loss
         save_training(
             path,
             {
-                "model": model_state(objective.model),
+                "model": model_state(module.model),
                 "loss": model_state(loss) if isinstance(loss, torch.nn.Module) else {},
-                "optimizer": optimizer_state(stepper.optimizer, objective),
-                "optimizer_name": type(stepper.optimizer).__name__,
-                "schedule": stepper.schedule.state_dict(),
-                "scaler": {} if stepper.scaler is None else stepper.scaler.state_dict(),
+                "optimizer": optimizer_state(step.optimizer, module),
+                "optimizer_name": type(step.optimizer).__name__,
+                "schedule": step.schedule.state_dict(),
+                "scaler": {} if step.scaler is None else step.scaler.state_dict(),
                 "position": dict(position),
-                "state": fields_to_keep(self.state),
-                "best_weights": self.best_weights.kept,
+                "state": self.state.checkpoint_fields(),
+                "best_weights": self.best_weights.state,
                 "monitor": self.monitor,
+                "has_unused_parameters": self.has_unused_parameters,
                 "ranks": ranks,
             },
         )
 
     def restore(self, path: Path) -> tuple[dict[str, int], Any]:
-        """Continue from a training checkpoint; return the data position, and this rank's random state or ``None``.
+        """Continue from a checkpoint; return the data position, and this rank's random state or ``None``.
 
-        Rank 0 reads the file, so that it need not be on every machine. Where another number of ranks wrote it there is no
-        random state for each, and the training loss of the running epoch is carried on by rank 0.
+        Rank 0 reads the file, so other machines do not need it. If the number of ranks has changed, there is no random
+        state, and rank 0 continues the training loss of the current epoch.
 
         Raises:
-            CheckpointError: the file is no checkpoint of a Trainer, or one of another model, optimiser or schedule.
+            CheckpointError: the file is not a Trainer's checkpoint, or its model, optimizer or schedule differs.
 
         """
-        objective, stepper = self.objective, self.stepper
-        kept = on_main(self.world, lambda: self._read(path))
-        self._check_optimizer(path, kept)
-        stepper.schedule.load_state_dict(kept["schedule"])
-        load_state(objective.model, kept["model"], source=str(path))
-        if isinstance(objective.loss, torch.nn.Module):
-            load_state(objective.loss, kept["loss"], source=str(path))
-        load_optimizer_state(stepper.optimizer, objective, kept["optimizer"])
-        if stepper.scaler is not None and kept["scaler"]:
-            stepper.scaler.load_state_dict(kept["scaler"])
-        set_fields(self.state, kept["state"])
-        self._restore_best(path, kept.get("monitor"), has_weights=kept["has_best"])
-        return kept["position"], self._restore_rank(kept["ranks"])
+        module, step = self.module, self.train_step
+        saved = run_on_rank_zero(self.world, lambda: self._read(path))
+        self._check_optimizer(path, saved)
+        step.schedule.load_state_dict(saved["schedule"])
+        load_state(module.model, saved["model"], source=str(path))
+        if isinstance(module.loss, torch.nn.Module):
+            load_state(module.loss, saved["loss"], source=str(path))
+        load_optimizer_state(step.optimizer, module, saved["optimizer"])
+        if step.scaler is not None and saved["scaler"]:
+            step.scaler.load_state_dict(saved["scaler"])
+        self.state.restore(saved["state"])
+        self.has_unused_parameters = saved["has_unused_parameters"]
+        self._check_best(path, saved["monitor"], has_weights=saved["has_best"])
+        return saved["position"], self._restore_rank(saved["ranks"])
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Read the file on rank 0, where the best weights stay."""
-        kept = load_training(path)
-        if missing := {"model", "optimizer", "schedule", "position", "state", "ranks"} - kept.keys():
+        """Read the file on rank 0, which keeps the best weights."""
+        saved = load_training(path)
+        if missing := {"model", "optimizer", "schedule", "position", "state", "ranks"} - saved.keys():
             raise CheckpointError(
-                f"{path} is no checkpoint of a Trainer: it has {', '.join(map(str, kept)) or 'nothing'} and not "
+                f"{path} is not a Trainer's checkpoint: it has {', '.join(map(str, saved)) or 'nothing'} and lacks "
                 f"{', '.join(sorted(missing))}; resume from the checkpoint/last.pt of a Trainer's out_dir, or begin a new run "
                 f"with its weights: duoka.load({str(path)!r}, into=model)"
             )
-        self.best_weights.kept = kept.pop("best_weights", {})
-        return {**kept, "has_best": bool(self.best_weights.kept)}
+        self.best_weights.state = saved.pop("best_weights", {})
+        return {**saved, "has_best": bool(self.best_weights.state)}
 
-    def _check_optimizer(self, path: Path, kept: Mapping[str, Any]) -> None:
-        mine = type(self.stepper.optimizer).__name__
-        theirs = kept.get("optimizer_name", mine)  # files of before do not say
+    def _check_optimizer(self, path: Path, saved: Mapping[str, Any]) -> None:
+        mine, theirs = type(self.train_step.optimizer).__name__, saved["optimizer_name"]
         if theirs != mine:
             raise CheckpointError(
-                f"{path}: the checkpoint is of {theirs}, this Trainer has {mine}; resume with optimizer={theirs.lower()!r}, "
-                "or begin a new run with its weights: duoka.load('model.safetensors', into=model)"
+                f"{path}: the checkpoint has the optimizer {theirs}, this Trainer has {mine}; resume with "
+                f"optimizer={theirs.lower()!r}, or begin a new run with its weights: "
+                "duoka.load('model.safetensors', into=model)"
             )
 
-    def _restore_best(self, path: Path, monitor: str | None, *, has_weights: bool) -> None:
-        """Forget the best evaluation where its weights are not there, or where something else says now what is best."""
+    def _check_best(self, path: Path, monitor: str | None, *, has_weights: bool) -> None:
+        """Drop the best evaluation if its weights are missing, or if another result is monitored now."""
         state = self.state
         if state.best is not None and (not has_weights or monitor != self.monitor):
-            why = f"its best is by {monitor!r}" if has_weights else "it does not hold the best weights"
+            why = f"its best evaluation is by monitor={monitor!r}" if has_weights else "it lacks the best weights"
             if self.world.is_main:
-                logger.warning("%s: %s, and monitor=%r now; the best is looked for anew", path, why, self.monitor)
-            state.best, state.bad_evaluations = None, 0
-            self.best_weights.kept = {}
+                logger.warning("%s: %s; the search for the best starts again with monitor=%r", path, why, self.monitor)
+            state.best, state.evaluations_without_improvement = None, 0
+            self.best_weights.state = {}
 
     def _restore_rank(self, ranks: list[dict[str, Any]]) -> Any:
-        tally, world = self.stepper.tally, self.world
-        same = len(ranks) == world.size
-        if same:
-            tally.restore(ranks[world.rank]["tally"])
+        meter, world = self.train_step.loss_meter, self.world
+        same_size = len(ranks) == world.size
+        if same_size:
+            meter.restore(ranks[world.rank]["loss_meter"])
         elif world.is_main:
-            tally.restore((sum(rank["tally"][0] for rank in ranks), sum(rank["tally"][1] for rank in ranks)))
-        return ranks[world.rank]["rng"] if same else None
+            meter.restore((sum(rank["loss_meter"][0] for rank in ranks), sum(rank["loss_meter"][1] for rank in ranks)))
+        return ranks[world.rank]["rng"] if same_size else None
 
 
 class BestWeights:
-    """The weights of the best evaluation, on rank 0: in memory, and in every checkpoint, so that they cannot part from it."""
+    """Weights of the best evaluation, in rank 0's memory and in every checkpoint."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Any] = {}
-        """Values by name, on the CPU; empty where there was no evaluation yet."""
+        self.state: dict[str, Any] = {}
+        """State dict on the CPU; empty before the first evaluation."""
 
     def keep(self, model: torch.nn.Module) -> None:
-        """Keep the weights that ``model`` has now."""
-        self.kept = {name: _copy(value) for name, value in model_state(model).items()}
+        """Copy the current weights of ``model``."""
+        self.state = {
+            name: value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+            for name, value in model_state(model).items()
+        }
 
     def load(self, model: torch.nn.Module) -> None:
-        """Put the kept weights back into ``model``."""
-        load_state(model, self.kept)
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+        """Load the kept weights into ``model``."""
+        load_state(model, self.state)

@@ -1,151 +1,144 @@
-"""The options of a training run, each with its meaning and unit, checked when they are put together."""
+"""Options of a training run, checked when ``TrainerConfig`` is built."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from duoka.devices.spec import reconcile
 from duoka.errors import ConfigError
-from duoka.strategy import NAMES as STRATEGIES
-from duoka.trainer.optimizers import OPTIMIZERS, SCHEDULERS
+from duoka.strategy.select import StrategyName
+from duoka.utils.text import did_you_mean
+from duoka.utils.validation import check_choice, check_field_types, check_integer, check_number, invalid_option
 
-__all__ = ["TrainerConfig"]
+__all__ = ["OPTIMIZERS", "SCHEDULERS", "TrainerConfig"]
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-BATCHES = ("per_device", "global")
-LR_SCALINGS = ("none", "linear", "sqrt")
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+}
+"""Optimizers by name."""
 
-KINDS: tuple[tuple[str, tuple[type, ...], tuple[str, ...]], ...] = (
-    ("True or False", (bool,), ("use_multi_gpu", "sync_batchnorm", "compile", "verbose")),
-    ("True, False or None", (bool, NoneType), ("find_unused_parameters", "tensorboard")),
-    ("a name or None", (str, NoneType), ("monitor", "target_key")),
-    ("the path of a folder or None", (str, Path, NoneType), ("out_dir",)),
-    ("True, False, 'auto' or a path", (bool, str, Path), ("resume",)),
-    ("a dict of names and values", (Mapping,), ("ddp_options", "optimizer_options", "scheduler_options")),
-)
-"""What an option has to be, the types, and the options."""
+SCHEDULERS = {"cosine": "T_max", "multistep": "milestones", "onecycle": "total_steps"}
+"""Learning-rate schedules by name, each with its option that replaces the length of the run."""
 
 RENAMED = {
     "batch": "batch_size_means",
     "accumulate": "gradient_accumulation_steps",
-    "accumulation_steps": "gradient_accumulation_steps",
     "accumulate_grad_batches": "gradient_accumulation_steps",
     "eval_step": "eval_every_epochs",
     "target": "target_key",
     "predict": "predict_fn",
 }
-"""Names that other programs, or earlier versions, give an option, and the name that it has here."""
+"""Names that other programs or earlier versions give an option, and its name here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How a model is trained. Every field is a keyword argument of ``Trainer``.
+    """Options of ``Trainer``, which takes every field as a keyword argument.
 
     Options:
-        device: What to compute on, in the device grammar: ``"auto"``, ``"cuda"`` (all GPUs), ``"0,1"``, ``"cpu"``,
-            ``"cpu:2"``.
-        devices: Another name of ``device``; give one of the two.
-        use_multi_gpu: Whether to use every device that ``device`` names; ``False`` takes the first one only. In a job
-            of several processes that torchrun or Slurm started, ``False`` is refused.
-        strategy: How devices are kept together: ``"auto"`` (DDP where there are several), ``"ddp"``, ``"single"``,
-            ``"dp"``.
-        sync_batchnorm: Whether batch norm takes its statistics over all devices (accelerators only) instead of its
-            own part. Where a global batch has fewer samples than there are devices, those without one take part with
-            a copy of a sample, which enters these statistics though not the loss: every device has to answer.
-        find_unused_parameters: Whether some parameters take no part in a step's loss; ``None`` finds out with one
-            forward and backward of a copy of the model and loss before the first step, where there are several ranks.
-            Give ``True`` where the unused parameters differ from step to step, ``False`` to leave the trial out.
-        ddp_options: Passed to ``DistributedDataParallel`` as they are: ``static_graph``, ``bucket_cap_mb``, ...
+        device: Devices to compute on: ``"auto"``, ``"cuda"`` (all GPUs), ``"0,1"``, ``"cpu"``, ``"cpu:2"``, ...
+        devices: Alias of ``device``.
+        use_multi_gpu: ``False`` uses only the first device that ``device`` names. A job of several processes, started
+            by torchrun or Slurm, refuses ``False``.
+        strategy: How devices stay in step: ``"auto"`` (DDP for several devices), ``"ddp"``, ``"single"``, ``"dp"``.
+        sync_batchnorm: Whether batch norm computes its statistics over all devices (accelerators only) instead of
+            over the local batch. A rank without samples joins with a copy of one sample, which enters the statistics
+            but not the loss.
+        find_unused_parameters: Whether a step may leave parameters without gradient. ``None``: the first step finds
+            out. Give ``True`` if the unused parameters differ from step to step.
+        ddp_options: Arguments of ``DistributedDataParallel``: ``static_graph``, ``bucket_cap_mb``, ...
         compile: Whether ``torch.compile`` compiles the model together with its loss.
         precision: Number format of forward and backward: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast, with loss
             scaling).
-        epochs: How many times the training data are gone through.
-        max_steps: Stop after this many optimiser steps, if that is earlier.
-        batch_size_means: What the loader's batch size means: ``"per_device"`` (N devices take N batches a step) or ``"global"``
-            (one, split).
-        gradient_accumulation_steps: How many global batches make one optimiser step.
-        optimizer: A name, a class, a function from parameters to an optimiser, or an optimiser of the model's own
+        epochs: Number of passes over the training data.
+        max_steps: Largest number of optimizer steps; training ends at this or after ``epochs``, whichever comes first.
+        batch_size_means: Meaning of the loader's batch size: ``"per_device"`` (a step on N devices takes N batches) or
+            ``"global"`` (each batch is split over the devices).
+        gradient_accumulation_steps: Number of global batches per optimizer step.
+        optimizer: A name, a class, a function from parameters to an optimizer, or an optimizer of the model's
             parameters.
-        lr: Learning rate for one device's batch; ``None`` leaves the optimiser's own default.
-        weight_decay: Weight decay; ``None`` leaves the optimiser's own default.
-        optimizer_options: Further arguments of a named optimiser or optimiser class, such as ``{"momentum": 0.9}``.
-        lr_scaling: How ``lr`` grows with the number of devices: ``"none"``, ``"linear"`` or ``"sqrt"``.
-        scheduler: ``"cosine"``, ``"multistep"``, ``"onecycle"``, ``None``, a class, or a function from an optimiser
-            to a schedule. ``ReduceLROnPlateau`` watches what is monitored, else the evaluation's loss, without
+        lr: Learning rate for the batch of one device; ``None`` is the optimizer's default.
+        weight_decay: Weight decay; ``None`` is the optimizer's default.
+        optimizer_options: Other arguments of an optimizer given by name or class, such as ``{"momentum": 0.9}``.
+        lr_scaling: Growth of ``lr`` with the number of devices: ``"none"``, ``"linear"`` or ``"sqrt"``.
+        scheduler: ``"cosine"``, ``"multistep"``, ``"onecycle"``, ``None``, a class, or a function from an optimizer to
+            a schedule. ``ReduceLROnPlateau`` gets the monitored result, else the evaluation loss, without
             ``eval_data`` the training loss.
-        scheduler_options: Further arguments of a named schedule or schedule class, such as ``{"milestones": [30, 40],
-            "gamma": 0.1}``.
-        scheduler_interval: When the schedule advances: every ``"step"`` or ``"epoch"``; ``None`` is a step for
-            onecycle, else an epoch.
-        warmup_epochs: Epochs, or a fraction of one, in which the learning rate rises linearly from 0 before the
-            schedule begins.
-        warmup_steps: The same in optimiser steps, for data of unknown length; give one of the two.
-        max_grad_norm: Largest norm of the gradient over all parameters and ranks; a longer one is shortened to it.
-        eval_every_epochs: Epochs from one evaluation to the next; the last epoch is always evaluated.
-        monitor: Name of the evaluation result that decides which weights are best; ``None`` keeps the last weights.
+        scheduler_options: Arguments of a schedule given by name or class, such as ``{"milestones": [30, 40]}``.
+        scheduler_interval: When the schedule advances: every ``"step"`` or ``"epoch"``; ``None`` is the step for
+            onecycle, else the epoch.
+        warmup_epochs: Length, in epochs or fractions, of a linear warm-up of the learning rate before the schedule.
+        warmup_steps: The same in optimizer steps, for data of unknown length; give one of the two.
+        max_grad_norm: Limit of the gradient's total norm over all parameters and ranks; a larger gradient is scaled.
+        eval_every_epochs: Number of epochs between evaluations; the last epoch always has one.
+        monitor: Name of the evaluation result that selects the best weights; ``None`` keeps the last weights.
         monitor_mode: Whether a lower (``"min"``) or higher (``"max"``) value is better; ``"auto"`` asks the metric,
-            then the words of its name, and refuses to guess where neither says it.
-        early_stop_patience: Stop after this many evaluations in a row without a better one; monitors ``"loss"`` if
-            nothing else is named.
-        target_key: Key of the target where batches are dicts; ``None`` looks for labels, label, targets, target, y.
-        predict_fn: What predicts: the name of a method of the model that takes a batch, or a function ``(model,
-            batch)``.
-        seed: Decides the order of samples, random augmentation and, with the rank, the random masks.
-        out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing. A run that begins
-            anew in the folder of another removes the other's checkpoint and weights.
-        resume: ``True`` continues from ``out_dir``'s checkpoint, ``"auto"`` does so if there is one; or the path of
-            a checkpoint, or of the folder of a run that has one. Model, optimiser and schedule have to be those of
-            then; a checkpoint that is refused leaves ``out_dir`` as it was.
-        checkpoint_every_steps: Also write a checkpoint after every so many optimiser steps, not only after each
-            epoch.
-        tensorboard: Whether ``out_dir`` gets TensorBoard events; ``None`` writes them where TensorBoard is installed.
-        verbose: Whether to print what is found and done.
+            then the words of its name, and raises an error if neither decides.
+        early_stop_patience: Stop after this number of consecutive evaluations without improvement; implies
+            ``monitor="loss"`` if ``monitor`` is not given.
+        target_key: Key of the target in dict batches; ``None`` tries labels, label, targets, target, y.
+        predict_fn: Source of predictions: a method of the model that takes a batch, by name, or a function
+            ``(model, batch)``.
+        seed: Seed of the sample order and random augmentation, and, together with the rank, of dropout masks.
+        out_dir: Folder for metrics, curves, log, weights and checkpoint; ``None`` writes nothing. A new run in the
+            folder of another run deletes that run's checkpoint and weights.
+        resume: ``True`` continues from the checkpoint in ``out_dir``; ``"auto"`` does so if there is one; or the path
+            of a checkpoint or of a run's folder. Model, optimizer and schedule must be the same. If the checkpoint
+            does not match, ``out_dir`` stays unchanged.
+        checkpoint_every_steps: Also write a checkpoint every so many optimizer steps, not only after each epoch.
+        tensorboard: Whether to write TensorBoard events into ``out_dir``; ``None`` does if TensorBoard is installed.
+        verbose: Whether to print progress.
 
     Raises:
-        ConfigError: a value that an option cannot have.
+        ConfigError: an option has a value that is not valid.
 
     """
 
     device: Any = "auto"
     devices: InitVar[Any] = None
     use_multi_gpu: bool = True
-    strategy: str = "auto"
+    strategy: StrategyName = "auto"
     sync_batchnorm: bool = False
     find_unused_parameters: bool | None = None
     ddp_options: Mapping[str, Any] = field(default_factory=dict)
     compile: bool = False
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     epochs: int = 10
     max_steps: int | None = None
-    batch_size_means: str = "per_device"
+    batch_size_means: Literal["per_device", "global"] = "per_device"
     gradient_accumulation_steps: int = 1
 
     optimizer: Any = "adamw"
     lr: float | None = None
     weight_decay: float | None = None
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
-    lr_scaling: str = "none"
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     scheduler: Any = None
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
-    scheduler_interval: str | None = None
+    scheduler_interval: Literal["step", "epoch"] | None = None
     warmup_epochs: float = 0.0
     warmup_steps: int = 0
     max_grad_norm: float | None = None
 
     eval_every_epochs: int = 1
     monitor: str | None = None
-    monitor_mode: str = "auto"
+    monitor_mode: Literal["auto", "min", "max"] = "auto"
     early_stop_patience: int | None = None
 
     target_key: str | None = None
@@ -159,147 +152,107 @@ class TrainerConfig:
     verbose: bool = True
 
     def __post_init__(self, devices: Any) -> None:
-        if devices is not None:
-            if self.device != "auto":
-                raise ConfigError(f"device={self.device!r} and devices={devices!r} are one option; give one of them")
-            object.__setattr__(self, "device", devices)
+        device = reconcile(None if isinstance(self.device, str) and self.device == "auto" else self.device, devices)
+        object.__setattr__(self, "device", device)
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, item.name, value.item())
-        self._check_kinds()
-        self._check_choices()
+        check_field_types(self)
+        self._check_optimizer_and_scheduler()
         self._check_numbers()
         self._check_combinations()
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> TrainerConfig:
-        """Return the configuration of these ``options``, and say which name was meant where one does not exist."""
+        """Return the configuration of ``options``; an unknown name raises an error that suggests the right one."""
         names = [*(item.name for item in dataclasses.fields(cls)), "devices"]
         for option in options:
             if option not in names:
-                close = [RENAMED[option]] if option in RENAMED else difflib.get_close_matches(option, names, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(names)}"
-                raise ConfigError(f"Trainer has no option {option!r}; {hint}")
+                meant = f"did you mean {RENAMED[option]!r}?" if option in RENAMED else did_you_mean(option, names)
+                raise ConfigError(f"Trainer has no option {option!r}; {meant or 'it has ' + ', '.join(names)}")
         return cls(**options)
 
-    def _check_kinds(self) -> None:
-        for words, kinds, names in KINDS:
-            for name in names:
-                if not isinstance(value := getattr(self, name), kinds):
-                    raise ConfigError(f"{name}={value!r} has to be {words}")
-
-    def _check_choices(self) -> None:
-        _one_of("strategy", self.strategy, STRATEGIES)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("batch_size_means", self.batch_size_means, BATCHES)
-        _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
-        _one_of("monitor_mode", self.monitor_mode, ("auto", "min", "max"))
-        if self.scheduler_interval is not None:
-            _one_of("scheduler_interval", self.scheduler_interval, ("step", "epoch"))
+    def _check_optimizer_and_scheduler(self) -> None:
         if isinstance(self.optimizer, str):
-            _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+            check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
         elif not callable(self.optimizer) and not isinstance(self.optimizer, Optimizer):
-            raise ConfigError(
-                f"optimizer={self.optimizer!r} is neither a name ({', '.join(OPTIMIZERS)}), a class, "
-                "a function from parameters to an optimiser, nor an optimiser"
-            )
+            expected = f"a name ({', '.join(OPTIMIZERS)}), a class, a function from parameters to an optimizer, or an optimizer"
+            raise invalid_option("optimizer", self.optimizer, expected)
         if isinstance(self.scheduler, LRScheduler):
             raise ConfigError(
-                "scheduler is a schedule that was already built, which cannot follow the optimiser of each device; give "
-                f"what builds it: scheduler=lambda optimizer: {type(self.scheduler).__name__}(optimizer, ...)"
+                "scheduler is a schedule object, bound to the optimizer of one device; give a function that builds it: "
+                f"scheduler=lambda optimizer: {type(self.scheduler).__name__}(optimizer, ...)"
             )
         if isinstance(self.scheduler, str):
-            _one_of("scheduler", self.scheduler, SCHEDULERS)
+            check_choice("scheduler", self.scheduler, tuple(SCHEDULERS))
         elif self.scheduler is not None and not callable(self.scheduler):
-            raise ConfigError(
-                f"scheduler={self.scheduler!r} is neither a name ({', '.join(SCHEDULERS)}), a class nor a function"
-            )
+            raise invalid_option("scheduler", self.scheduler, f"a name ({', '.join(SCHEDULERS)}), a class or a function")
 
     def _check_numbers(self) -> None:
-        for name in ("epochs", "gradient_accumulation_steps", "eval_every_epochs"):
-            _whole(name, getattr(self, name), 1)
-        for name in ("max_steps", "early_stop_patience", "checkpoint_every_steps"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
-        _whole("warmup_steps", self.warmup_steps, 0)
-        _whole("seed", self.seed, 0)
-        for name, positive in (
-            ("lr", True),
-            ("weight_decay", False),
-            ("max_grad_norm", True),
-            ("warmup_epochs", False),
-        ):
+        at_least_1 = ("epochs", "gradient_accumulation_steps", "eval_every_epochs")
+        if_given = ("max_steps", "early_stop_patience", "checkpoint_every_steps")
+        for name in (*at_least_1, *(name for name in if_given if getattr(self, name) is not None)):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "seed"):
+            check_integer(name, getattr(self, name), 0)
+        for name in ("lr", "max_grad_norm", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0 or (positive and value == 0):
-                least = "above 0" if positive else "0 or more"
-                raise ConfigError(f"{name}={value!r} has to be a number {least}")
+            if value is not None:
+                check_number(name, value, 0, exclusive=name in ("lr", "max_grad_norm"))
 
     def _check_combinations(self) -> None:
         if self.tensorboard and self.out_dir is None:
-            raise ConfigError("tensorboard=True needs out_dir, the folder that gets the events")
+            raise ConfigError("tensorboard=True needs out_dir, the folder for the events")
         if self.compile and self.strategy == "dp":
             raise ConfigError(
-                "compile=True with strategy='dp': nn.DataParallel's replicas cannot be compiled; use strategy='ddp'"
+                "compile=True is not possible with strategy='dp', as nn.DataParallel's replicas cannot be compiled; "
+                "use strategy='ddp'"
             )
-        built = isinstance(self.optimizer, Optimizer) or (
-            callable(self.optimizer) and not isinstance(self.optimizer, (str, type))
-        )
-        if built:
-            for name in ("lr", "weight_decay", "optimizer_options"):
-                if getattr(self, name):
-                    raise ConfigError(
-                        f"{name}={getattr(self, name)!r} has no effect on an optimiser of your own; set it there"
-                    )
-            if self.lr_scaling != "none":
-                raise ConfigError(
-                    f"lr_scaling={self.lr_scaling!r} scales the lr that Trainer is given; your optimiser brings its own: "
-                    "give optimizer a name or a class, or scale its lr yourself"
-                )
+        if not isinstance(self.optimizer, (str, type)):
+            self._check_no_optimizer_options()
         if self.lr_scaling != "none" and self.lr is None:
-            raise ConfigError(f"lr_scaling={self.lr_scaling!r} needs lr, the rate for one device's batch")
+            raise ConfigError(f"lr_scaling={self.lr_scaling!r} needs lr, the learning rate for one device's batch")
         if self.warmup_steps and self.warmup_epochs:
             raise ConfigError(
-                f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs} say the same thing; give one"
+                f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs} exclude each other; give one"
             )
         if self.scheduler_options and not isinstance(self.scheduler, (str, type)):
             raise ConfigError(
-                f"scheduler_options={dict(self.scheduler_options)!r} belong to a named schedule or a class; "
-                f"scheduler={self.scheduler!r}"
+                f"scheduler_options={dict(self.scheduler_options)!r} has no effect with scheduler={self.scheduler!r}; "
+                "give scheduler a name or a class"
             )
         if self.out_dir is None and (self.checkpoint_every_steps or self.resume is True or self.resume == "auto"):
             option = "checkpoint_every_steps" if self.checkpoint_every_steps else "resume"
-            raise ConfigError(f"{option}={getattr(self, option)!r} needs out_dir, where checkpoints lie")
+            raise ConfigError(f"{option}={getattr(self, option)!r} needs out_dir, the folder of the checkpoint")
 
-    def plain(self) -> dict[str, Any]:
-        """Return the options as text and numbers, for a file that people read."""
-        return {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+    def _check_no_optimizer_options(self) -> None:
+        """Raise ``ConfigError`` for an option that has no effect on the user's own optimizer."""
+        for name in ("lr", "weight_decay", "optimizer_options"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} has no effect on your own optimizer; set it in the optimizer"
+                )
+        if self.lr_scaling != "none":
+            raise ConfigError(
+                f"lr_scaling={self.lr_scaling!r} has no effect on your own optimizer, which has its own lr; give "
+                "optimizer a name or a class, or scale its lr"
+            )
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the options as text and numbers, for ``trainer.yml``."""
+        return {item.name: _to_plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value in choices:
-        return
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r} has to be a whole number, {least} or more")
-
-
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
         return value.tolist()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return getattr(value, "__qualname__", None) or type(value).__qualname__

@@ -1,4 +1,4 @@
-"""The mean of a loss over samples, kept on the device and read only when somebody asks."""
+"""Running mean of a loss, kept on the device and read only on request."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FOLD_EVERY = 64
 
 
 class LossMeter:
-    """A weighted mean. Nothing is read from the device while it grows, and adding to it computes nothing.
+    """Weighted mean. Adding a value computes nothing and does not wait for the device.
 
-    The losses of some steps wait in a list and are summed up together, in double precision, which for numbers of single
-    precision is exact in practice: the order of adding, and so an interruption, leaves no trace.
+    Values wait in a list and are summed together in float64. For float32 values such sums are exact in practice,
+    so the order of summation, and with it an interruption, has no effect on the result.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class LossMeter:
         self._weights: list[torch.Tensor] = []
 
     def reset(self) -> None:
-        """Begin again at nothing."""
+        """Drop all values."""
         self.total.zero_()
         self.weight = 0
         for waiting in (self._means, self._counts, self._sums, self._weights):
@@ -44,7 +44,7 @@ class LossMeter:
             self._fold()
 
     def add_sum(self, total: torch.Tensor, weight: Any) -> None:
-        """Add a sum and its weight, a number or a tensor on the device."""
+        """Add a sum and its weight, which is a number or a tensor on the device."""
         self._sums.append(total.detach())
         self._weights.append(torch.as_tensor(weight, dtype=self.total.dtype, device=self.total.device).detach())
         if len(self._sums) == FOLD_EVERY:
@@ -62,27 +62,26 @@ class LossMeter:
         self.weight = state[1]
 
     def mean(self) -> float:
-        """Return this rank's mean so far, ``nan`` of nothing; waits for the device."""
+        """Return this rank's mean, ``nan`` if nothing was added; waits for the device."""
         total, weight = self.read()
         return total / weight if weight else float("nan")
 
     def global_mean(self, world: World) -> float | None:
-        """Return the mean over all ranks, ``None`` of nothing; waits for the device and the ranks."""
+        """Return the mean over all ranks, ``None`` if nothing was added; waits for the device and the ranks."""
         both = torch.tensor(self.read(), dtype=torch.float64, device="cpu")
         total, weight = world.all_reduce(both).tolist()
         return total / weight if weight else None
 
     def _fold(self) -> None:
+        dtype, device = self.total.dtype, self.total.device
         if self._counts:
-            counts = torch.tensor(self._counts, dtype=self.total.dtype, device="cpu").to(
-                self.total.device, non_blocking=True
-            )
-            self.total.add_((torch.stack(self._means).to(self.total.dtype) * counts).sum())
+            counts = torch.tensor(self._counts, dtype=dtype, device="cpu").to(device, non_blocking=True)
+            self.total.add_((torch.stack(self._means).to(dtype) * counts).sum())
             self.weight = self.weight + sum(self._counts)
             self._means.clear()
             self._counts.clear()
         if self._sums:
-            self.total.add_(torch.stack(self._sums).to(self.total.dtype).sum())
+            self.total.add_(torch.stack(self._sums).to(dtype).sum())
             self.weight = self.weight + torch.stack(self._weights).sum()
             self._sums.clear()
             self._weights.clear()

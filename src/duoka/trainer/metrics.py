@@ -1,4 +1,4 @@
-"""torchmetrics over several ranks: every sample once, and the same number as on one device."""
+"""torchmetrics over several ranks: each sample once, and the same value as on one device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from duoka.errors import ConfigError
+from duoka.utils.torch_private import merge_metric_states, metric_states
 from duoka.world import World
 
 if TYPE_CHECKING:
@@ -16,44 +17,40 @@ if TYPE_CHECKING:
 __all__ = ["Metrics", "Results"]
 
 Results = dict[str, Any]
-"""Names and values: numbers, or tensors on the CPU where a metric has more than one value."""
+"""Values by name: numbers, or CPU tensors for metrics with more than one value."""
 
 
 class Metrics:
     """A private copy of the user's metrics on one rank.
 
-    Every rank updates with its own samples; ``compute`` brings the states together on rank 0. Ranks that had no sample are
-    left out, as their empty states are not neutral to every reduction.
+    Every rank updates with its own samples; ``compute`` merges the states on rank 0. It leaves out ranks without
+    samples, because an empty state is not neutral to every reduction.
     """
 
     def __init__(self, metrics: Any, device: torch.device) -> None:
-        self.collection = collection_of(metrics)
+        self.collection = _to_collection(metrics)
         if self.collection is None:
             return
         self.collection.to(device)
         for metric in self._each():
-            metric.sync_on_compute = False  # torchmetrics would synchronise by itself inside a process group
-            metric._to_sync = False
+            metric.distributed_available_fn = _never  # torchmetrics would otherwise synchronize in the process group
 
     def _each(self) -> list[Metric]:
-        """Return every metric, those inside wrappers and compositions included."""
-        from torchmetrics import Metric
-
-        modules = () if self.collection is None else self.collection.modules()
-        return [module for module in modules if isinstance(module, Metric)]
+        """Return every metric, including those inside wrappers and compositions."""
+        return [] if self.collection is None else _metrics_in(self.collection)
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to measure."""
+        """Whether there are no metrics."""
         return self.collection is None
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Reset all states."""
         if self.collection is not None:
             self.collection.reset()
 
     def update(self, output: Any, target: Any) -> None:
-        """Take in one batch's predictions and targets."""
+        """Add one batch's predictions and targets."""
         if self.collection is not None:
             self.collection.update(output, target)
 
@@ -62,41 +59,41 @@ class Metrics:
         if self.collection is None:
             return {}
         if world.size > 1:
-            list(self.collection.values(copy_state=True))  # metrics that share states get their own before they are set
-            self._merge(world)
+            list(self.collection.values(copy_state=True))  # separates metrics that share states
+            by_rank = world.all_gather_object([metric_states(metric) for metric in self._each()])
+            if world.is_main:
+                for metric, *states in zip(self._each(), *by_rank, strict=True):
+                    merge_metric_states(metric, states)
         values = {name: _plain(value) for name, value in self.collection.compute().items()} if world.is_main else {}
         return world.broadcast_object(values)
 
-    def _merge(self, world: World) -> None:
-        mine = [(metric._update_count, _states(metric)) for metric in self._each()]
-        everyone = world.all_gather_object(mine)
-        if world.is_main:
-            for index, metric in enumerate(self._each()):
-                _set_states(metric, [rank[index] for rank in everyone])
-
     def higher_is_better(self, name: str) -> bool | None:
-        """Return what the metric called ``name`` says about itself, ``None`` if it does not say.
+        """Return ``higher_is_better`` of the metric called ``name``, ``None`` if it is unknown.
 
-        A name that no metric has is a value of a wrapper's (of one class, say); then those that hold others are asked.
+        A name without a metric is one value of a wrapper (of one class, say); then all wrappers are asked.
         """
         if self.collection is None:
             return None
         metrics = dict(self.collection.items())
-        asked = [metrics[name]] if name in metrics else [each for each in metrics.values() if _inner(each)]
-        said = {_direction(metric) for metric in asked}
-        return said.pop() if len(said) == 1 else None
+        asked = [metrics[name]] if name in metrics else [each for each in metrics.values() if len(_metrics_in(each)) > 1]
+        answers = {_direction(metric) for metric in asked}
+        return answers.pop() if len(answers) == 1 else None
 
     @property
     def names(self) -> list[str] | None:
-        """The names of the values to come; ``None`` where only computing them tells, as with wrappers."""
+        """Names of the values; ``None`` if only ``compute`` shows them, as with wrappers."""
         if self.collection is None:
             return []
-        wrapped = len(self._each()) > len(self.collection)
-        return None if wrapped else [str(name) for name in self.collection]
+        has_wrappers = len(self._each()) > len(self.collection)
+        return None if has_wrappers else [str(name) for name in self.collection]
 
 
-def collection_of(metrics: Any) -> MetricCollection | None:
-    """Return a copy of ``metrics`` (one, a list, a dict, a collection) as a collection, ``None`` for none."""
+def _never() -> bool:
+    return False
+
+
+def _to_collection(metrics: Any) -> MetricCollection | None:
+    """Return a copy of ``metrics`` (one, a list, a dict, a collection) as a collection, ``None`` if there are none."""
     if metrics is None or (isinstance(metrics, (list, tuple, dict)) and not metrics):
         return None
     from torchmetrics import Metric, MetricCollection
@@ -109,50 +106,25 @@ def collection_of(metrics: Any) -> MetricCollection | None:
         return MetricCollection(copy.deepcopy(metrics))
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"metrics={metrics!r}: {error}. Give torchmetrics: one, a list, or a dict of names and metrics"
+            f"metrics={metrics!r} is not valid: {error}; give torchmetrics: one, a list, or a dict of names and metrics"
         ) from error
 
 
-def _inner(metric: Metric) -> list[Metric]:
-    """Return the metrics that ``metric`` wraps."""
+def _metrics_in(module: torch.nn.Module) -> list[Metric]:
+    """Return ``module`` and all modules in it that are metrics."""
     from torchmetrics import Metric
 
-    return [module for module in metric.modules() if isinstance(module, Metric) and module is not metric]
+    return [each for each in module.modules() if isinstance(each, Metric)]
 
 
 def _direction(metric: Metric) -> bool | None:
-    """Whether higher is better, by ``metric`` or all that it wraps; of a formula (1 - accuracy) they do not tell."""
+    """Return ``higher_is_better`` of ``metric``, else of all metrics that it wraps; unknown for formulas (1 - accuracy)."""
     from torchmetrics.metric import CompositionalMetric
 
     if metric.higher_is_better is not None or isinstance(metric, CompositionalMetric):
         return metric.higher_is_better
-    said = {inner.higher_is_better for inner in _inner(metric)}
-    return said.pop() if len(said) == 1 else None
-
-
-def _states(metric: Metric) -> dict[str, Any]:
-    return {name: _to_cpu(getattr(metric, name)) for name in metric._defaults}
-
-
-def _to_cpu(state: Any) -> Any:
-    return [item.detach().cpu() for item in state] if isinstance(state, list) else state.detach().cpu()
-
-
-def _set_states(metric: Metric, ranks: list[tuple[int, dict[str, Any]]]) -> None:
-    """Set ``metric``'s states to those of all ranks together, by the rules that torchmetrics itself reduces with."""
-    seen = [states for count, states in ranks if count > 0]
-    metric._update_count = sum(count for count, _ in ranks)
-    metric._computed = None
-    for name, reduction in metric._reductions.items():
-        states = [rank[name] for rank in seen]
-        if not states:
-            continue
-        if isinstance(states[0], list):
-            joined: Any = [item.to(metric.device) for state in states for item in state]
-        else:
-            joined = torch.stack([state.to(metric.device) for state in states])
-            joined = reduction(joined) if callable(reduction) else joined
-        setattr(metric, name, joined)
+    answers = {inner.higher_is_better for inner in _metrics_in(metric) if inner is not metric}
+    return answers.pop() if len(answers) == 1 else None
 
 
 def _plain(value: Any) -> Any:

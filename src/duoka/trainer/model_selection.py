@@ -1,8 +1,7 @@
-"""Which evaluation is the best so far, and when to stop waiting for a better one."""
+"""Selection of the best evaluation, and early stopping."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 
@@ -10,113 +9,109 @@ from duoka.errors import ConfigError
 from duoka.trainer.callbacks import Best, State
 from duoka.trainer.config import TrainerConfig
 from duoka.trainer.metrics import Metrics, Results
+from duoka.utils.text import did_you_mean
 
-__all__ = ["BestTracker"]
+__all__ = ["PREFIX", "BestTracker"]
 
 PREFIX = "val_"
-SMALLER_IS_BETTER = frozenset({
+"""Prefix of evaluation results in the records of epochs."""
+LOWER_IS_BETTER = frozenset({
     "loss", "error", "err", "mse", "mae", "rmse", "mape", "smape", "nll", "bce", "perplexity", "ppl", "wer", "cer",
     "divergence", "distance",
 })  # fmt: skip
-LARGER_IS_BETTER = frozenset({
+HIGHER_IS_BETTER = frozenset({
     "accuracy", "acc", "f1", "auc", "auroc", "ap", "map", "precision", "recall", "iou", "dice", "bleu", "rouge", "r2",
     "correlation", "similarity", "psnr", "ssim",
 })  # fmt: skip
-"""Words that say it in a name, where they stand alone."""
+"""Words in the name of a result that decide the direction."""
 
 
 class BestTracker:
-    """Watches one evaluation result. Every rank judges the same values, so all come to the same end."""
+    """Tracks one evaluation result. Every rank sees the same values, so all ranks decide the same."""
 
     def __init__(self, config: TrainerConfig, metrics: Metrics, has_evaluation: bool) -> None:
         name = config.monitor or ("loss" if config.early_stop_patience is not None else None)
         self.name = name.removeprefix(PREFIX) if name else None
         self.patience = config.early_stop_patience
-        self.smaller = True
+        self.lower_is_better = True
         if self.name is None:
             return
         if not has_evaluation:
             raise ConfigError(
-                f"monitor={self.name!r} watches evaluations, and there is no eval_data; give it, or leave monitor out"
+                f"monitor={self.name!r} needs evaluations, and there is no eval_data; give eval_data, or leave monitor out"
             )
         known = metrics.names
         if known is not None:
             self._check_name(["loss", *known])
-        self.smaller = self._smaller_is_better(config, metrics)
+        self.lower_is_better = self._is_lower_better(self.name, config, metrics)
 
     def value(self, results: Results) -> float | None:
-        """Return the monitored value, ``None`` where nothing is monitored."""
+        """Return the monitored value, ``None`` without ``monitor``."""
         if self.name is None:
             return None
         self._check_name(list(results))
         value = results[self.name]
         if not isinstance(value, (int, float)):
-            raise ConfigError(
-                f"monitor={self.name!r} has more than one value, so none is the best; monitor a single number"
-            )
+            raise ConfigError(f"monitor={self.name!r} has more than one value; monitor a single number")
         return float(value)
 
-    def take(self, state: State, *, whole: bool = True) -> bool:
-        """Take in ``state.validation``; return whether it is the best so far, and say in ``state`` when to stop.
+    def update(self, state: State, *, end_of_epoch: bool = True) -> bool:
+        """Compare ``state.validation`` with the best so far; return whether it is better.
 
-        An evaluation in an epoch that was left early may be the best, but tries no patience: where training goes on from
-        there, the end of the epoch is evaluated.
+        An evaluation within an epoch may be the best, but does not count for early stopping: a resumed run evaluates
+        again at the end of that epoch.
         """
         value = self.value(state.validation)
         if value is None:
             return False
         if self._is_better(value, state.best):
-            state.best, state.bad_evaluations = Best(value, state.epoch, dict(state.validation)), 0
+            state.best = Best(value, state.epoch, dict(state.validation))
+            state.evaluations_without_improvement = 0
             return True
-        state.bad_evaluations += whole
-        self.lose_patience(state)
+        state.evaluations_without_improvement += end_of_epoch
+        self.check_patience(state)
         return False
 
-    def lose_patience(self, state: State) -> None:
-        """Say in ``state`` that training stops if there were too many evaluations in a row that were no better."""
-        if self.patience is not None and state.bad_evaluations >= self.patience:
-            state.stop(f"{self.name} has not become better in {state.bad_evaluations} evaluations")
+    def check_patience(self, state: State) -> None:
+        """Stop training if too many consecutive evaluations were not better."""
+        if self.patience is not None and state.evaluations_without_improvement >= self.patience:
+            state.stop(f"{self.name} has not improved in {state.evaluations_without_improvement} evaluations")
 
     def _is_better(self, value: float, best: Best | None) -> bool:
         if math.isnan(value):
             return False
         if best is None:
             return True
-        return value < best.value if self.smaller else value > best.value
+        return value < best.value if self.lower_is_better else value > best.value
 
     def _check_name(self, names: list[str]) -> None:
         if self.name is None or self.name in names:
             return
-        close = difflib.get_close_matches(self.name, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(self.name, names)
         raise ConfigError(
-            f"monitor={self.name!r} is no result of the evaluation, which has {', '.join(names) or 'none'}{hint}"
+            f"monitor={self.name!r} is not a result of the evaluation, which has {', '.join(names) or 'none'}{hint and '; '}{hint}"
         )
 
     @property
-    def words(self) -> str:
-        """What is monitored, in words; empty where nothing is."""
-        return "" if self.name is None else f"monitors {self.name} ({'lower' if self.smaller else 'higher'} is better)"
+    def summary(self) -> str:
+        """The monitored result and its direction; empty without ``monitor``."""
+        direction = "lower" if self.lower_is_better else "higher"
+        return "" if self.name is None else f"monitors {self.name} ({direction} is better)"
 
-    def _smaller_is_better(self, config: TrainerConfig, metrics: Metrics) -> bool:
-        """Return what was said, else what the metric says, else what its name says.
-
-        Raises:
-            ConfigError: nothing says it.
-
-        """
+    @staticmethod
+    def _is_lower_better(name: str, config: TrainerConfig, metrics: Metrics) -> bool:
+        """Return the direction by the option ``monitor_mode``, else by the metric, else by the words of its name."""
         if config.monitor_mode != "auto":
             return config.monitor_mode == "min"
-        assert self.name is not None
-        higher = metrics.higher_is_better(self.name)
+        higher = metrics.higher_is_better(name)
         if higher is not None:
             return not higher
-        words = set(re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*", self.name))
-        words = {word.lower() for word in words} | set(re.split(r"[^a-z0-9]+", self.name.lower()))
-        smaller, larger = words & SMALLER_IS_BETTER, words & LARGER_IS_BETTER
-        if bool(smaller) == bool(larger):
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*", name)}
+        words |= set(re.split(r"[^a-z0-9]+", name.lower()))
+        is_lower, is_higher = bool(words & LOWER_IS_BETTER), bool(words & HIGHER_IS_BETTER)
+        if is_lower == is_higher:
             raise ConfigError(
-                f"monitor={self.name!r}: neither the metric nor its name says whether a lower or a higher value is better; say "
-                'it: monitor_mode="min" or monitor_mode="max"'
+                f"monitor={name!r}: neither the metric nor its name shows whether lower or higher is better; give "
+                'monitor_mode="min" or monitor_mode="max"'
             )
-        return bool(smaller)
+        return is_lower

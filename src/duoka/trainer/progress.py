@@ -1,4 +1,4 @@
-"""What a person sees while training runs: a live line in a terminal or notebook, plain lines elsewhere, or nothing."""
+"""Progress display of a fit: a live line in a terminal or notebook, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["LineReporter", "LiveReporter", "Reporter", "Snapshot", "device_memory_bytes", "reporter_for"]
+from duoka.utils.text import format_duration
+
+__all__ = ["LineReporter", "LiveReporter", "Reporter", "Snapshot", "device_memory_bytes", "format_number", "reporter_for"]
 
 LIVE_INTERVAL_S = 0.5
 LINE_INTERVAL_S = 30.0
@@ -18,50 +20,47 @@ LINE_INTERVAL_S = 30.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How far an epoch is, read at most twice a second."""
+    """Progress of an epoch, read at most twice a second."""
 
     epoch: int
     epochs: int
     step: int
     steps: int | None
-    """Optimiser steps of the epoch, done and all of them."""
+    """Optimizer steps of the epoch: done, and in total."""
     loss: float
     samples_per_s: float
     eta_s: float | None
-    """Seconds until the end of the whole fit."""
+    """Seconds until the end of the fit."""
     memory_bytes: int | None
-    """Largest memory that tensors took on this device so far; ``None`` on the CPU."""
+    """Peak memory of tensors on this device; ``None`` on the CPU."""
 
-    def words(self) -> str:
-        """Return it as one line."""
-        parts = [f"loss {number(self.loss)}", f"{self.samples_per_s:,.0f} samples/s"]
+    def line(self) -> str:
+        """Return the snapshot as one line."""
+        parts = [f"loss {format_number(self.loss)}", f"{self.samples_per_s:,.0f} samples/s"]
         if self.memory_bytes is not None:
             parts.append(f"{self.memory_bytes / 2**30:.1f} GiB")
         if self.eta_s is not None:
-            parts.append(f"{duration(self.eta_s)} left")
+            parts.append(f"{format_duration(self.eta_s)} left")
         return " · ".join(parts)
 
 
 class Reporter:
-    """Says nothing. The others show what they are told; ``due`` is when the next snapshot is wanted."""
+    """Shows nothing; base class of the reporters that do."""
 
     due: float = math.inf
-    """``time.perf_counter()`` at which a snapshot is wanted: until then a step costs one comparison."""
+    """Value of ``time.perf_counter()`` from which on a snapshot is shown; before, a step costs one comparison."""
 
     def say(self, text: str) -> None:
-        """Show ``text`` on lines of its own."""
+        """Show lines of text."""
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int | None) -> None:
-        """An epoch begins."""
+        """Begin an epoch."""
 
     def show(self, snapshot: Snapshot) -> None:
-        """Show how far it is, and set ``due``."""
-
-    def end_epoch(self) -> None:
-        """The epoch has ended."""
+        """Show the progress, and set ``due``."""
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Release the terminal."""
 
 
 class LineReporter(Reporter):
@@ -72,19 +71,18 @@ class LineReporter(Reporter):
         print(text, flush=True)
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int | None) -> None:  # noqa: ARG002
-        """Wait before the first line about this epoch, so that short epochs have none."""
+        """Delay the first progress line, so that a short epoch has none."""
         self.due = time.perf_counter() + LINE_INTERVAL_S
 
     def show(self, snapshot: Snapshot) -> None:
         """Print one line."""
-        self.say(
-            f"epoch {snapshot.epoch}/{snapshot.epochs} · step {snapshot.step}{_of(snapshot.steps)} · {snapshot.words()}"
-        )
+        total = "" if snapshot.steps is None else f"/{snapshot.steps}"
+        self.say(f"epoch {snapshot.epoch}/{snapshot.epochs} · step {snapshot.step}{total} · {snapshot.line()}")
         self.due = time.perf_counter() + LINE_INTERVAL_S
 
 
 class LiveReporter(Reporter):
-    """Keeps one line up to date with rich. It has no thread: it is drawn when a snapshot comes."""
+    """Updates one line with rich, without a thread: each snapshot redraws it."""
 
     def __init__(self, console: Any) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
@@ -95,7 +93,7 @@ class LiveReporter(Reporter):
             TextColumn("epoch {task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[line]}"),
             console=console,
             auto_refresh=False,
             transient=True,
@@ -111,21 +109,21 @@ class LiveReporter(Reporter):
         self.progress.start()
         if self.task is not None:
             self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(f"{epoch}/{epochs}", total=steps, words="")
+        self.task = self.progress.add_task(f"{epoch}/{epochs}", total=steps, line="")
         self.due = time.perf_counter() + LIVE_INTERVAL_S / 2
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw the bar anew."""
-        self.progress.update(self.task, completed=snapshot.step, words=snapshot.words(), refresh=True)
+        """Redraw the bar."""
+        self.progress.update(self.task, completed=snapshot.step, line=snapshot.line(), refresh=True)
         self.due = time.perf_counter() + LIVE_INTERVAL_S
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         self.progress.stop()
 
 
 def reporter_for(verbose: bool) -> Reporter:
-    """Return what fits where the output goes."""
+    """Return the reporter that suits the output: terminal, notebook, or file."""
     if not verbose:
         return Reporter()
     from rich.console import Console
@@ -143,7 +141,7 @@ def _has_widgets() -> bool:
 
 
 def device_memory_bytes(device: torch.device) -> int | None:
-    """Return the most that tensors have taken on ``device`` so far."""
+    """Return the peak memory of tensors on ``device``, ``None`` on the CPU."""
     if device.type == "cpu":
         return None
     try:
@@ -152,26 +150,10 @@ def device_memory_bytes(device: torch.device) -> int | None:
         return None
 
 
-def number(value: Any) -> str:
-    """Return ``value`` with four digits.
+def format_number(value: Any) -> str:
+    """Return ``value`` with four significant digits.
 
-    >>> number(0.123456), number(1234567.0), number(float("nan"))
+    >>> format_number(0.123456), format_number(1234567.0), format_number(float("nan"))
     ('0.1235', '1.235e+06', 'nan')
     """
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time in words.
-
-    >>> duration(3.2), duration(75), duration(7384)
-    ('3.2 s', '1 min 15 s', '2 h 03 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _of(total: int | None) -> str:
-    return "" if total is None else f"/{total}"

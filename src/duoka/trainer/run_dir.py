@@ -1,4 +1,4 @@
-"""The run folder: what a fit leaves on disk. Nothing is kept open between two writes but TensorBoard's events."""
+"""Files that a fit writes into ``out_dir``; only TensorBoard's event file stays open between two writes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from duoka.checkpoint import atomic_write
-from duoka.errors import MissingDependencyError, StorageError
-from duoka.trainer.plots import curves_png
+from duoka.errors import StorageError
+from duoka.trainer.plots import draw_curves
+from duoka.utils.files import atomic_write
+from duoka.utils.imports import import_optional
 
 __all__ = ["NullRunDir", "RunDir"]
 
 CURVES_INTERVAL_S = 30.0
 STALE = ("checkpoint/last.pt", "model.safetensors", "plots/curves.png", "events.out.tfevents.*")
-"""What a run writes that another one, which begins in the same folder, must not be taken for."""
+"""Files of an earlier run in the same folder that a new run deletes, so that they are not taken for its own."""
 
 
 class NullRunDir:
@@ -26,24 +28,24 @@ class NullRunDir:
 
     path: Path | None = None
 
-    def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, anew: bool) -> None:
+    def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, is_new: bool) -> None:
         """Prepare the folder."""
 
     def log(self, text: str) -> None:
-        """Add lines to ``log.txt``."""
+        """Append lines to ``log.txt``."""
 
     def record(self, history: list[dict[str, Any]]) -> None:
-        """Write the records of all epochs so far."""
+        """Write the records of all epochs."""
 
     def finish(self, history: list[dict[str, Any]]) -> None:
-        """Draw the last curves."""
+        """Draw the final curves."""
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close open files."""
 
 
 class RunDir(NullRunDir):
-    """``trainer.yml``, ``metrics.jsonl``, ``log.txt``, ``plots/curves.png`` and TensorBoard's ``events.*`` in one folder."""
+    """Folder with ``trainer.yml``, ``metrics.jsonl``, ``log.txt``, ``plots/curves.png`` and TensorBoard's ``events.*``."""
 
     def __init__(self, path: str | Path, tensorboard: bool | None) -> None:
         self.path: Path = Path(path)
@@ -51,40 +53,35 @@ class RunDir(NullRunDir):
         self.events: Any = None
         self.drawn_at = 0.0
 
-    def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, anew: bool) -> None:
-        """Write the trainer's options, and the records that a resumed run begins with.
-
-        Where a run begins ``anew``, what another left behind goes first, so that nobody goes on from it.
-        """
-        import yaml
-
+    def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, is_new: bool) -> None:
+        """Write the trainer's options, and the records of a resumed run; a new run deletes an earlier run's files."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in STALE if anew else ():
-                for left in self.path.glob(name):
-                    left.unlink()
+            for pattern in STALE if is_new else ():
+                for file in self.path.glob(pattern):
+                    file.unlink()
         except OSError as error:
             raise StorageError(
-                f"out_dir={str(self.path)!r} cannot be made ready: {error}; name a folder that is writable"
+                f"out_dir={str(self.path)!r} cannot be prepared: {error}; give a folder that is writable"
             ) from error
-        self._write("trainer.yml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
-        self._write("metrics.jsonl", _lines(history))
-        if anew:
-            self._write("log.txt", b"")
+        self._write("trainer.yml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        self._write("metrics.jsonl", _json_lines(history))
+        if is_new:
+            self._write("log.txt", "")
         self.events = _event_writer(self.path, self.tensorboard)
 
     def log(self, text: str) -> None:
-        """Add lines to ``log.txt``."""
+        """Append lines to ``log.txt``."""
         path = self.path / "log.txt"
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error}; free some space, or name another out_dir") from error
+            raise StorageError(f"cannot write {path}: {error}; free some space, or give another out_dir") from error
 
     def record(self, history: list[dict[str, Any]]) -> None:
-        """Write the records of all epochs so far, and now and then the curves."""
-        self._write("metrics.jsonl", _lines(history))
+        """Write the records of all epochs, and redraw the curves from time to time."""
+        self._write("metrics.jsonl", _json_lines(history))
         if self.events is not None:
             latest = history[-1]
             for name, value in latest.items():
@@ -95,7 +92,7 @@ class RunDir(NullRunDir):
         self.drawn_at = self.drawn_at or time.perf_counter()
 
     def finish(self, history: list[dict[str, Any]]) -> None:
-        """Draw the curves of the whole run."""
+        """Draw the final curves."""
         if history:
             self._draw(history)
 
@@ -106,26 +103,26 @@ class RunDir(NullRunDir):
             self.events = None
 
     def _draw(self, history: list[dict[str, Any]]) -> None:
-        self._write("plots/curves.png", curves_png(history))
+        draw_curves(self.path / "plots" / "curves.png", history)
         self.drawn_at = time.perf_counter()
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: str) -> None:
         with atomic_write(self.path / name) as file:
-            file.write(content)
+            file.write(content.encode())
 
 
-def _lines(history: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(_json(record), ensure_ascii=False) + "\n" for record in history).encode()
+def _json_lines(history: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(_to_json(record), ensure_ascii=False) + "\n" for record in history)
 
 
-def _json(value: Any) -> Any:
-    """Return ``value`` in what JSON has: tensors as lists, and ``null`` for numbers that are none."""
+def _to_json(value: Any) -> Any:
+    """Return ``value`` in JSON's types: tensors become lists, and nan and infinity become ``null``."""
     if isinstance(value, torch.Tensor):
-        return _json(value.tolist())
+        return _to_json(value.tolist())
     if isinstance(value, dict):
-        return {str(name): _json(item) for name, item in value.items()}
+        return {str(name): _to_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json(item) for item in value]
+        return [_to_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -133,11 +130,10 @@ def _event_writer(path: Path, wanted: bool | None) -> Any:
     if wanted is False:
         return None
     try:
+        import_optional("tensorboard", "track")
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+    except ImportError:
         if wanted:
-            raise MissingDependencyError(
-                "tensorboard=True needs TensorBoard, which is not installed: pip install 'duoka[track]'"
-            ) from error
+            raise
         return None
     return SummaryWriter(str(path))

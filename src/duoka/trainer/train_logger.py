@@ -1,66 +1,71 @@
-"""What a fit tells people while it works: the same lines on the screen and in ``log.txt``, from rank 0 alone."""
+"""Messages of a fit, the same on the screen and in ``log.txt``, from rank 0 only."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from duoka.log import logger
+from duoka.scaling import Batch
+from duoka.strategy import Strategy
 from duoka.trainer.callbacks import Best, State
 from duoka.trainer.config import TrainerConfig
+from duoka.trainer.lr_schedule import scaled_learning_rate
 from duoka.trainer.metrics import Results
 from duoka.trainer.model_selection import PREFIX
-from duoka.trainer.progress import Reporter, Snapshot, device_memory_bytes, duration, number
+from duoka.trainer.progress import Reporter, Snapshot, device_memory_bytes, format_number
 from duoka.trainer.run_dir import NullRunDir
+from duoka.utils.text import format_duration
 
-__all__ = ["TrainLogger"]
+__all__ = ["TrainLogger", "startup_summary"]
 
 
 class TrainLogger:
-    """Puts a fit into words."""
+    """Writes the messages of a fit, and measures its epochs."""
 
     def __init__(
-        self, config: TrainerConfig, state: State, reporter: Reporter, folder: NullRunDir, *, is_main: bool
+        self, config: TrainerConfig, state: State, reporter: Reporter, run_dir: NullRunDir, *, is_main: bool
     ) -> None:
         self.config, self.state = config, state
-        self.reporter, self.folder = reporter, folder
-        self.warned_of_loss = not is_main
+        self.reporter, self.run_dir = reporter, run_dir
+        self.has_warned_of_loss = not is_main
         self.steps_per_epoch: int | None = None
 
     def say(self, *lines: str) -> None:
         """Show and log ``lines``."""
         for line in lines:
             self.reporter.say(line)
-            self.folder.log(line)
+            self.run_dir.log(line)
 
-    def place(self, epoch: int) -> str:
-        """Return where a resumed run goes on, in words."""
+    def resumed(self, path: object, epoch: int) -> None:
+        """Log the checkpoint and the position from which the run continues; ``epoch`` counts from 0."""
         limit = self.config.max_steps
         if epoch >= self.config.epochs:
-            return f"and nothing is left to train: all {self.config.epochs} epochs are done"
-        if limit is not None and self.state.step >= limit:
-            return f"and nothing is left to train: all {limit} steps of max_steps are done"
-        return f"in epoch {epoch + 1}"
+            position = f"and nothing is left to train: all {self.config.epochs} epochs are done"
+        elif limit is not None and self.state.step >= limit:
+            position = f"and nothing is left to train: all {limit} steps of max_steps are done"
+        else:
+            position = f"in epoch {epoch + 1}"
+        self.say(f"resumed: {path}, after {self.state.step:,} steps, {position}")
 
     def unused(self, names: list[str]) -> None:
-        """Say which parameters take no part."""
+        """Log the parameters without gradient."""
         if names:
             self.say(f"unused in the first step: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
 
-    # -- one epoch -----------------------------------------------------------------------------------------------------
-
     def begin_epoch(self, steps_per_epoch: int | None) -> None:
-        """Begin to measure an epoch; ``steps_per_epoch`` is ``None`` where the data do not tell."""
+        """Begin to measure an epoch; ``steps_per_epoch`` is ``None`` for data without length."""
         self.steps_per_epoch = steps_per_epoch
         self.samples_before, self.steps_before, self.began = self.state.samples, self.state.step, time.perf_counter()
         self.reporter.begin_epoch(self.state.epoch, self.config.epochs, steps_per_epoch)
 
-    def show(self, device: torch.device) -> None:
-        """Show how far the epoch is."""
+    def show_progress(self, device: torch.device) -> None:
+        """Show the progress of the epoch."""
         state, elapsed = self.state, time.perf_counter() - self.began
         done = state.step - self.steps_before
         self.reporter.show(
@@ -82,7 +87,7 @@ class TrainLogger:
         return max(0.0, (min(ends) - self.state.step) * elapsed / done) if ends and done else None
 
     def record(self, train_loss: float) -> dict[str, Any]:
-        """Return the record of the epoch so far."""
+        """Return the record of the current epoch."""
         state = self.state
         seconds = time.perf_counter() - self.began
         return {
@@ -96,9 +101,9 @@ class TrainLogger:
         }
 
     def checked_loss(self, loss: float, name: str = "loss") -> float:
-        """Say once when the loss is no number any more: nothing can be learnt from then on."""
-        if not math.isfinite(loss) and not self.warned_of_loss:
-            self.warned_of_loss = True
+        """Return ``loss``; warn once if it is not finite, as training cannot recover from that."""
+        if not math.isfinite(loss) and not self.has_warned_of_loss:
+            self.has_warned_of_loss = True
             logger.warning(
                 "the %s became %s in epoch %d, after %d steps; a lower lr, max_grad_norm=1.0, or precision='fp32' may help",
                 name,
@@ -109,24 +114,103 @@ class TrainLogger:
         return loss
 
     def end_epoch(self, record: dict[str, Any], *, is_best: bool) -> None:
-        """Say and write the ``record`` of an epoch, which is the history's last."""
-        parts = [f"epoch {record['epoch']}/{self.config.epochs}", f"loss {number(record['train_loss'])}"]
+        """Log an epoch's ``record``, and write all records."""
+        parts = [f"epoch {record['epoch']}/{self.config.epochs}", f"loss {format_number(record['train_loss'])}"]
         evaluated = ((name, value) for name, value in self.state.validation.items() if f"{PREFIX}{name}" in record)
-        parts += _in_words(("val loss" if name == "loss" else name, value) for name, value in evaluated)
-        parts += [f"lr {record['lr']:.3g}", f"{record['samples_per_s']:,.0f} samples/s", duration(record["seconds"])]
-        self.say(" · ".join(parts) + (" · best" if is_best else ""))
-        self.folder.record(self.state.history)
-
-    # -- the end -------------------------------------------------------------------------------------------------------
+        parts += _format_results(("val loss" if name == "loss" else name, value) for name, value in evaluated)
+        parts += [f"lr {record['lr']:.3g}", f"{record['samples_per_s']:,.0f} samples/s"]
+        parts += [format_duration(record["seconds"]), *(["best"] if is_best else [])]
+        self.say(" · ".join(parts))
+        self.run_dir.record(self.state.history)
 
     def results(self, label: str, results: Results) -> None:
-        """Say ``results``."""
-        self.say(f"{label}: {' · '.join(_in_words(results.items()))}")
+        """Log ``results``."""
+        self.say(f"{label}: {' · '.join(_format_results(results.items()))}")
 
     def best(self, best: Best, name: str | None) -> None:
-        """Say which weights the model ends with."""
-        self.say(f"the model has the weights of epoch {best.epoch}, {name} {number(best.value)}")
+        """Log the epoch of the final weights."""
+        self.say(f"the model has the weights of epoch {best.epoch}, {name} {format_number(best.value)}")
 
 
-def _in_words(results: Iterable[tuple[str, Any]]) -> list[str]:
-    return [f"{name} {number(value)}" for name, value in results if isinstance(value, (int, float))]
+def _format_results(results: Iterable[tuple[str, Any]]) -> list[str]:
+    return [f"{name} {format_number(value)}" for name, value in results if isinstance(value, (int, float))]
+
+
+def startup_summary(
+    config: TrainerConfig,
+    *,
+    model: nn.Module,
+    train_data: Any,
+    optimizer: torch.optim.Optimizer,
+    strategy: Strategy,
+    devices: tuple[torch.device, ...],
+    reasons: tuple[str, str],
+) -> Iterator[str]:
+    """Yield the first lines of a fit. ``reasons`` are those for the devices and for the strategy."""
+    yield f"devices: {_device_names(devices)} ({reasons[0].rstrip('.')})"
+    yield f"strategy: {strategy.name} ({reasons[1]})"
+    yield f"parameters: {_parameter_counts(model)}"
+    size = _batch_size(train_data)
+    if size is not None:
+        yield f"batch: {_batch_sizes(config, size, strategy.replicas)}"
+    yield f"optimizer: {type(optimizer).__name__}, {_learning_rates(config, optimizer, strategy.replicas)}"
+    if config.precision != "fp32":
+        yield f"precision: {config.precision}"
+
+
+def _batch_sizes(config: TrainerConfig, size: int, replicas: int) -> str:
+    """Return the batch arithmetic; ``size`` is the loader's batch size."""
+    accumulate = config.gradient_accumulation_steps
+    factor = accumulate if config.batch_size_means == "global" else 1
+    if size * factor < replicas * accumulate:
+        return f"{size * accumulate} global, fewer than devices x accumulated: some devices have no sample"
+    return Batch(size * factor, replicas, config.batch_size_means, accumulate).summary
+
+
+def _learning_rates(config: TrainerConfig, optimizer: torch.optim.Optimizer, replicas: int) -> str:
+    if config.lr is not None:
+        return scaled_learning_rate(config, replicas).summary
+    rates = sorted({float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups})
+    return f"lr {', '.join(f'{rate:g}' for rate in rates)} (the optimizer's own)"
+
+
+def _device_names(devices: tuple[torch.device, ...]) -> str:
+    if not devices:
+        return "this process's rank in a larger job"
+    if devices[0].type == "cpu":
+        return "the CPU" if len(devices) == 1 else f"{len(devices)} CPU workers"
+    return ", ".join(f"{device} {_accelerator_name(device)}" for device in devices)
+
+
+def _accelerator_name(device: torch.device) -> str:
+    try:
+        properties = torch.get_device_module(device).get_device_properties(device)
+        return f"{properties.name} ({properties.total_memory / 2**30:.1f} GiB)"
+    except (AttributeError, RuntimeError):
+        return ""
+
+
+def _parameter_counts(model: nn.Module) -> str:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return _format_count(total) if trained == total else f"{_format_count(total)}, {_format_count(trained)} trained"
+
+
+def _format_count(count: int) -> str:
+    """Return a rounded count.
+
+    >>> _format_count(13_590_000), _format_count(2_410), _format_count(650)
+    ('13.59M', '2.41K', '650')
+    """
+    for factor, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= factor:
+            return f"{count / factor:.2f}{letter}"
+    return str(count)
+
+
+def _batch_size(data: Any) -> int | None:
+    """Return the batch size of ``data``, ``None`` if it is unknown before loading."""
+    size = getattr(data, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(data, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) and size > 0 else None

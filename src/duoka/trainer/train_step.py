@@ -1,4 +1,4 @@
-"""One optimiser step on one rank. This is the path that every batch takes, so it does nothing that can be done elsewhere."""
+"""One optimizer step on one rank. Every batch takes this path, so it holds only what must happen at each step."""
 
 from __future__ import annotations
 
@@ -8,33 +8,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from duoka.data import to_device
+from duoka.data import LocalBatch, to_device
 from duoka.errors import DataError
 from duoka.strategy import Strategy
 from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.loss_reduction import MeanLoss
-from duoka.trainer.optimizers import LRSchedule
+from duoka.trainer.lr_schedule import LRSchedule
+from duoka.utils.torch_private import BatchNorm
 
-__all__ = ["TrainStep", "batch_norm_at_rest", "windows"]
-
-ONE_SAMPLE = (
-    "batch norm cannot be trained on one sample, and a part of a global batch has just one; let no part be so small: "
-    "drop_last=True in the DataLoader, or a batch size that leaves at least two samples a device at the end"
-)
+__all__ = ["TrainStep", "accumulation_windows"]
 
 
-def windows(parts: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield ``size`` parts at a time: those of one optimiser step. The last window may be shorter."""
+def accumulation_windows(batches: Iterable[LocalBatch], size: int) -> Iterator[list[LocalBatch]]:
+    """Yield the batches of each optimizer step: ``size`` of them, fewer in the last window."""
     if size == 1:
-        for part in parts:
-            yield [part]
+        for batch in batches:
+            yield [batch]
         return
     window = []
-    for part in parts:
-        window.append(part)
+    for batch in batches:
+        window.append(batch)
         if len(window) == size:
             yield window
             window = []
@@ -43,11 +38,11 @@ def windows(parts: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 class TrainStep:
-    """Takes windows of parts and makes optimiser steps of them.
+    """Takes windows of local batches and makes optimizer steps.
 
-    The gradient of a step is that of the mean loss over all samples of its window on all ranks. A part's loss is a mean and
-    is weighted by the part's share before backward; or it is ``(sum, weight)``, then sums are what is added up and the
-    gradients are divided by the weight of the whole window, once, afterwards; a window of one part divides its sum.
+    A step's gradient is that of the mean loss over all samples of its window on all ranks. A mean loss is multiplied by
+    the local batch's share before backward. With a loss ``(sum, weight)``, sums are accumulated, and the gradients are
+    divided once by the weight of the whole window; in a window of one batch, the sum is divided before backward.
     """
 
     def __init__(
@@ -56,91 +51,112 @@ class TrainStep:
         strategy: Strategy,
         optimizer: Optimizer,
         schedule: LRSchedule,
-        tally: LossMeter,
+        loss_meter: LossMeter,
         *,
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.call: Callable[[Any], Any] = module
-        self._scale = strategy.loss_scale
+        self.call: Callable[[Any], Any] = module.forward
+        self._loss_share = strategy.loss_scale
         self.strategy = strategy
         self.optimizer = optimizer
         self.schedule = schedule
-        self.tally = tally
+        self.loss_meter = loss_meter
         self.max_grad_norm = max_grad_norm
         self.scaler = scaler
         self.device = strategy.world.device
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.modules = list(module.modules())
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         held = {id(parameter) for parameter in self.parameters}
-        self._others = [parameter for parameter in self.trained if id(parameter) not in held]
-        self._only_forgets = _only_forgets(optimizer)
-        self._on_cpu = self.device.type == "cpu"  # where loaders put their batches anyway
+        self._not_in_optimizer = [parameter for parameter in self.trained.values() if id(parameter) not in held]
+        self._can_drop_grads = _can_drop_grads(optimizer)
+        self._on_cpu = self.device.type == "cpu"  # loaders yield CPU tensors
         self._weight: torch.Tensor | None = None
-        self._alone = True
-        self._scheduled = not schedule.idle
-        self._loss_scale: float | None = None
-        self.observe: Callable[[], None] | None = None
-        """Called after the backward of every part that counts; metrics of training."""
+        self._is_single_batch = True
+        self._has_step_schedule = not schedule.is_constant_within_epoch
+        self._last_grad_scale: float | None = None
+        self.after_backward: Callable[[], None] | None = None
+        """Called after the backward of each batch with samples; updates training metrics."""
 
-    def step(self, window: list[Any]) -> int:
-        """Take one optimiser step and return how many samples it took over all ranks."""
-        self._alone = len(window) == 1
-        if self._alone:
-            total: int = window[0].global_count
-        else:
-            total = sum(part.global_count for part in window)
-            with self.strategy.no_sync():
-                for part in window[:-1]:
-                    self._add_gradient(part, total)
-        self._add_gradient(window[-1], total)
+    def step(self, window: list[LocalBatch]) -> int:
+        """Take one optimizer step and return its number of samples over all ranks."""
+        total = self._accumulate(window)
         self._update()
         return total
 
-    def use(self, wrapped: nn.Module, module: nn.Module, *, compiled: bool) -> None:
-        """Call ``wrapped``, the strategy's wrapper around ``module``, in every step to come.
+    def step_before_wrapping(self, window: list[LocalBatch]) -> tuple[int, list[str]]:
+        """Take one step without the strategy's wrapper.
 
-        Without a wrapper the forward is called directly: the objective is duoka's own and has no hooks.
+        Return the number of samples, and the names of the parameters that have no gradient on some rank.
+        """
+        total = self._accumulate(window)
+        missing = {name for name, parameter in self.trained.items() if parameter.grad is None}
+        by_rank = self.strategy.world.all_gather_object(missing)
+        missing_everywhere = set.intersection(*by_rank)
+        used = (parameter for name, parameter in self.trained.items() if name not in missing_everywhere)
+        self.strategy.all_reduce_gradients(used)
+        self._update()
+        return total, sorted(set.union(*by_rank))
+
+    def use(self, wrapped: nn.Module, module: nn.Module, *, compiled: bool) -> None:
+        """Call ``wrapped``, the strategy's wrapper around ``module``, in all further steps.
+
+        Without a wrapper, ``forward`` is called directly: ``ModelWithLoss`` has no hooks.
         """
         self.call = module.forward if wrapped is module and not compiled else wrapped
 
-    def _add_gradient(self, part: Any, total: int) -> None:
-        count = part.count
-        batch = part.batch if self._on_cpu else to_device(part.batch, self.device, True)
+    def _accumulate(self, window: list[LocalBatch]) -> int:
+        self._is_single_batch = len(window) == 1
+        if self._is_single_batch:
+            total: int = window[0].global_count
+        else:
+            total = sum(local.global_count for local in window)
+            with self.strategy.no_sync():
+                for local in window[:-1]:
+                    self._add_gradient(local, total)
+        self._add_gradient(window[-1], total)
+        return total
+
+    def _add_gradient(self, local: LocalBatch, total: int) -> None:
+        count = local.count
+        batch = local.batch if self._on_cpu else to_device(local.batch, self.device, True)
         if count:
             try:
                 loss = self.call(batch)
             except ValueError as error:
                 if count > 1 or not str(error).startswith("Expected more than 1 value per channel"):
                     raise
-                raise DataError(ONE_SAMPLE) from error
+                raise DataError(
+                    "batch norm cannot be trained on one sample, and a device got a single sample of a global batch; give "
+                    "drop_last=True to the DataLoader, or a batch size that leaves at least two samples per device at the end"
+                ) from error
         else:
-            with batch_norm_at_rest(self.modules):
+            with _frozen_batch_norm(self.modules):
                 loss = self.call(batch)
         if type(loss) is tuple:
-            loss = self._weighted(loss, count)
+            loss = self._reduce_sum(loss, count)
         elif type(loss) is MeanLoss:
             loss, weight = loss
-            self.tally.add(loss, weight)
+            self.loss_meter.add(loss, weight)
         else:
-            self.tally.add(loss, count)
-            scale = self._scale(count, total)
-            if scale != 1.0:
-                loss = loss * scale
+            self.loss_meter.add(loss, count)
+            share = self._loss_share(count, total)
+            if share != 1.0:
+                loss = loss * share
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         loss.backward()
-        if self.observe is not None and count:
-            self.observe()
+        if self.after_backward is not None and count:
+            self.after_backward()
 
-    def _weighted(self, loss: tuple[torch.Tensor, Any], count: int) -> torch.Tensor:
+    def _reduce_sum(self, loss: tuple[torch.Tensor, Any], count: int) -> torch.Tensor:
         total, weight = loss
-        weight = torch.as_tensor(weight, dtype=self.tally.total.dtype, device=self.device).detach()
+        weight = torch.as_tensor(weight, dtype=self.loss_meter.total.dtype, device=self.device).detach()
         if not count:
             total, weight = total * 0, weight * 0
-        self.tally.add_sum(total, weight)
-        if self._alone:  # the weight of the whole step is known before backward
+        self.loss_meter.add_sum(total, weight)
+        if self._is_single_batch:  # so the weight of the whole step is known before backward
             return total * self.strategy.inverse_total_weight(weight).to(total.dtype)
         self._weight = weight if self._weight is None else self._weight + weight
         return total
@@ -148,7 +164,7 @@ class TrainStep:
     def _update(self) -> None:
         optimizer, scaler = self.optimizer, self.scaler
         if self._weight is not None:
-            self.strategy.average_gradients(self.trained, self._weight)
+            self.strategy.average_gradients(self.trained.values(), self._weight)
             self._weight = None
         if scaler is not None and self.max_grad_norm is not None:
             scaler.unscale_(optimizer)
@@ -160,53 +176,53 @@ class TrainStep:
         else:
             stepped = self._scaled_step(scaler)
         self.zero_grad()
-        if self._scheduled and stepped:
+        if self._has_step_schedule and stepped:
             self.schedule.after_step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients of everything that is trained, of what the optimiser does not hold, too."""
-        if self._only_forgets:
+        """Drop all gradients, including those of parameters that the optimizer does not hold."""
+        if self._can_drop_grads:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
         else:
             self.optimizer.zero_grad()
-        for parameter in self._others:
+        for parameter in self._not_in_optimizer:
             parameter.grad = None
 
     def _scaled_step(self, scaler: torch.amp.GradScaler) -> bool:
-        """Step unless a gradient overflowed; return whether it stepped. Only a schedule needs to know: it costs a wait."""
-        before = self._loss_scale
-        if before is None and self._scheduled:
+        """Step unless a gradient overflowed; return whether it stepped. Only a schedule needs the answer: it is a wait."""
+        before = self._last_grad_scale
+        if before is None and self._has_step_schedule:
             before = scaler.get_scale()
         scaler.step(self.optimizer)
         scaler.update()
         if before is None:
             return True
-        self._loss_scale = scaler.get_scale()
-        return self._loss_scale >= before
+        self._last_grad_scale = scaler.get_scale()
+        return self._last_grad_scale >= before
 
 
-def _only_forgets(optimizer: Optimizer) -> bool:
-    """Whether ``zero_grad`` is torch's own, which does nothing but forget gradients, in twenty times the time."""
+def _can_drop_grads(optimizer: Optimizer) -> bool:
+    """Return whether ``zero_grad`` is torch's own, which only sets gradients to ``None``, in twenty times the time."""
     return type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
 
 
 @contextlib.contextmanager
-def batch_norm_at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let a filler, which counts for nothing, leave no trace in running statistics; one sample has no variance either.
+def _frozen_batch_norm(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put batch norm into evaluation mode, so that a rank's filler batch leaves no trace in running statistics.
 
-    SyncBatchNorm talks to the other ranks in training, so it goes on.
+    SyncBatchNorm communicates with the other ranks in training, so it keeps its mode.
     """
-    resting = [
-        part
-        for part in modules
-        if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm) and part.training
+    frozen = [
+        layer
+        for layer in modules
+        if isinstance(layer, BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) and layer.training
     ]
-    for part in resting:
-        part.training = False
+    for layer in frozen:
+        layer.training = False
     try:
         yield
     finally:
-        for part in resting:
-            part.training = True
+        for layer in frozen:
+            layer.training = True

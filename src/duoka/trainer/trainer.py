@@ -1,4 +1,4 @@
-"""``Trainer``: a model, data and a loss, trained on every device from the script or notebook that the user already has."""
+"""Public class ``Trainer``: trains a model on all devices from the user's script or notebook."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from torch.nn.parameter import is_lazy
 
 from duoka import checkpoint, devices
 from duoka.errors import ConfigError
+from duoka.launcher import launch
+from duoka.launcher.cluster_environment import is_in_cluster_job
 from duoka.trainer.callbacks import Best, Callback
+from duoka.trainer.checked_loader import build_loader, in_dataset_order
 from duoka.trainer.config import TrainerConfig
 from duoka.trainer.evaluation import evaluate, predict
 from duoka.trainer.fit_loop import FitOutcome, fit_on_rank
+from duoka.trainer.fit_spec import FitSpec, RankZeroOnly, build_model_with_loss
 from duoka.trainer.metrics import Metrics, Results
-from duoka.trainer.model_with_loss import check_calls
-from duoka.trainer.setup import FitSpec, RankZeroOnly, prepared_objective, sharded, unshuffled
-from duoka.world import current_world
+from duoka.trainer.model_with_loss import check_callables
+from duoka.world import current_world, has_current_world
 
 __all__ = ["FitResult", "Trainer"]
 
 
 class FitResult(NamedTuple):
-    """What ``fit`` returns: ``validation, test = trainer.fit()``."""
+    """Result of ``fit``: ``validation, test = trainer.fit()``."""
 
     validation: Results
-    """Loss and metrics on ``eval_data`` of the weights that the model has now; empty without ``eval_data``."""
+    """Loss and metrics of the final weights on ``eval_data``; empty without ``eval_data``."""
     test: Results
     """The same on ``test_data``."""
 
@@ -42,22 +45,22 @@ class Trainer:
     """Trains a model on one device or many, with the same result for a given global batch.
 
     Args:
-        model: any module. It is trained in place: after ``fit`` this very object has the trained weights.
-        train_data: a ``DataLoader``, or anything that yields batches: tuples ``(input, ..., target)``, dicts, nested.
+        model: any module. ``fit`` trains this object in place.
+        train_data: a ``DataLoader``, or any iterable of batches: tuples ``(input, ..., target)``, dicts, nested.
         eval_data, test_data: the same, for evaluation after epochs and after training; each sample counts once.
-        loss: ``loss(output, target)``, a function or a module; or the name of a method of the model that takes a batch;
-            or ``None`` for a model that returns its own loss. It returns the mean over the batch, or ``(sum, weight)``.
+        loss: ``loss(output, target)``, a function or a module; or the name of a model method that takes a batch; or
+            ``None`` for a model that returns its own loss. It returns the mean over the batch, or ``(sum, weight)``.
         metrics: torchmetrics: one, a list, a dict of names and metrics, or a ``MetricCollection``.
-        train_metrics: the same, of each epoch's training batches as they are trained on: ``train_NAME`` in the history. It
-            needs a ``loss(output, target)``. Of an epoch that was resumed in its middle they tell what came after.
+        train_metrics: the same for the training batches of each epoch: ``train_NAME`` in the history. They need a
+            ``loss(output, target)``. In an epoch that was resumed midway, they cover the rest of the epoch.
         callbacks: called on rank 0.
-        config: options put together before; options given by name take precedence.
+        config: a ``TrainerConfig``; options given by name override it.
         options: the fields of ``TrainerConfig``: ``device``, ``epochs``, ``lr``, ``optimizer``, ``precision``, ...;
             ``help(duoka.TrainerConfig)`` explains each.
 
     Raises:
-        ConfigError: an option that does not exist (naming the one that was meant) or cannot have its value.
-        DeviceError: a device that is not there.
+        ConfigError: an option is unknown (the message suggests the right one) or has a value that is not valid.
+        DeviceError: a device does not exist.
 
     Example:
         >>> import torch
@@ -92,53 +95,52 @@ class Trainer:
         if isinstance(model, type):
             raise ConfigError(f"model is the class {model.__name__} itself; call it: {model.__name__}(...)")
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model is a {type(model).__name__}; it has to be a torch.nn.Module")
+            raise ConfigError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
         self.model: nn.Module = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
         before = {} if config is None else _fields(config)
         if "devices" in options:
             before.pop("device", None)
         self.config = TrainerConfig.of({**before, **options})
-        check_calls(self.model, loss, self.config.predict_fn)
-        self.callbacks = _checked(callbacks)
+        check_callables(self.model, loss, self.config.predict_fn)
+        self.callbacks = _checked_callbacks(callbacks)
         self.train_data, self.eval_data, self.test_data = train_data, eval_data, test_data
         self.loss, self.metrics, self.train_metrics = loss, metrics, train_metrics
         if train_metrics is not None and (loss is None or isinstance(loss, str) or self.config.strategy == "dp"):
             raise ConfigError(
-                f"train_metrics need loss(output, target) and a process a device, and loss is {loss!r}, strategy "
-                f"{self.config.strategy!r}; give a loss function, or measure with metrics on eval_data"
+                f"train_metrics need loss(output, target) and one process per device, but loss={loss!r} and strategy="
+                f"{self.config.strategy!r}; give a loss function, or use metrics with eval_data"
             )
         self.history: list[dict[str, Any]] = []
-        """One record an epoch of the last ``fit``, as in ``metrics.jsonl``."""
+        """One record per epoch of the last ``fit``, as in ``metrics.jsonl``."""
         self.best: Best | None = None
-        """The best evaluation of the last ``fit``, where something was monitored."""
+        """The best evaluation of the last ``fit``; ``None`` without ``monitor``."""
         self.stopped: str = ""
-        """Why the last ``fit`` ended early; empty where it did not."""
+        """Reason why the last ``fit`` ended early; empty if it did not."""
         self.devices, self.reason = self._choose_devices()
 
     def _choose_devices(self) -> tuple[tuple[torch.device, ...], str]:
         choice = devices.resolve(self.config.device)
         if len(choice.devices) > 1 and not self.config.use_multi_gpu:
-            return choice.devices[:1], f"{choice.reason.rstrip('.')}; use_multi_gpu=False takes the first"
+            return choice.devices[:1], f"{choice.reason.rstrip('.')}; use_multi_gpu=False uses the first"
         if len(choice.devices) > 1 and self.config.strategy == "single":
-            return choice.devices[:1], f"{choice.reason.rstrip('.')}; strategy='single' takes the first"
+            return choice.devices[:1], f"{choice.reason.rstrip('.')}; strategy='single' uses the first"
         return choice.devices, choice.reason
 
     def fit(self, save_model: bool = True, model_path: str | Path | None = None) -> FitResult:
         """Train, and return the results on ``eval_data`` and ``test_data``.
 
-        The model object given to ``Trainer`` has the trained weights afterwards: the best ones where ``monitor`` or
-        ``early_stop_patience`` says what is best, else the last.
+        Afterwards the model has the best weights with ``monitor`` or ``early_stop_patience``, else the last weights.
 
         Args:
-            save_model: whether the weights are also written to disk.
-            model_path: where to (``.safetensors``, ``.pt`` or ``.pth``); ``None`` is ``model.safetensors`` in ``out_dir``,
-                and where there is no ``out_dir`` either, nothing is written.
+            save_model: whether to write the weights to disk.
+            model_path: the file (``.safetensors``, ``.pt`` or ``.pth``); ``None`` is ``model.safetensors`` in
+                ``out_dir``, or no file if there is no ``out_dir``.
 
         Raises:
             ConfigError: the options do not fit the data or each other.
-            CheckpointError: there is no checkpoint to resume from, or it belongs to another model.
+            CheckpointError: there is no checkpoint to resume from, or it is of another model.
             StorageError: the disk is full or a folder is not writable.
-            Whatever the model, the loss or the data raise, as its own type.
+            Exceptions of the model, the loss and the data keep their type.
 
         """
         if self.train_data is None:
@@ -147,36 +149,36 @@ class Trainer:
         path = None if model_path is None else str(model_path)
         if save_model and path is not None:
             checkpoint.check_suffix(Path(path))
-        outcome: FitOutcome = self._launch(fit_on_rank, self._job(save_model=save_model, model_path=path))
-        self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stopping
+        outcome: FitOutcome = self._launch(fit_on_rank, self._spec(save_model=save_model, model_path=path))
+        self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stop_reason
         return FitResult(outcome.validation, outcome.test)
 
     def evaluate(self, data: Any = None) -> Results:
-        """Return loss and metrics on ``data`` (``None``: ``eval_data``), each sample counted once."""
+        """Return loss and metrics on ``data`` (``None``: ``eval_data``); each sample counts once."""
         data = self.eval_data if data is None else data
         if data is None:
             raise ConfigError("evaluate needs data: evaluate(data), or Trainer(..., eval_data=...)")
-        return self._launch(_evaluate_on_rank, self._job(eval_data=data))  # type: ignore[no-any-return]
+        return self._launch(_evaluate_on_rank, self._spec(eval_data=data))  # type: ignore[no-any-return]
 
     def predict(self, data: Any) -> Any:
         """Return the model's predictions for ``data`` on the CPU: in the order of the data set, each sample once.
 
-        A ``DataLoader`` with ``shuffle=True`` is read in the order of its data set, too; one with a sampler of your own in
-        the sampler's order. What its ``drop_last`` leaves out is left out.
+        A ``DataLoader`` with ``shuffle=True`` is also read in the order of its data set; one with your own sampler in
+        the sampler's order. Samples that ``drop_last`` drops have no prediction.
 
-        Batches may hold a target, which is left out: a tuple that is longer than what the model's ``forward`` requires
-        ends with one. ``Trainer(..., predict_fn=...)`` says otherwise.
+        A batch may hold a target, which the model does not get: a tuple longer than the required arguments of
+        ``forward`` ends with one. ``Trainer(..., predict_fn=...)`` replaces this rule.
         """
-        return self._launch(_predict_on_rank, self._job(eval_data=unshuffled(data)))
+        return self._launch(_predict_on_rank, self._spec(eval_data=in_dataset_order(data)))
 
-    def _job(self, **changes: Any) -> FitSpec:
+    def _spec(self, **changes: Any) -> FitSpec:
         lazy = [name for name, parameter in self.model.named_parameters() if is_lazy(parameter)]
         if lazy:
             raise ConfigError(
-                f"the model has parameters without a shape yet ({', '.join(lazy[:5])}); call it once with a batch before, as "
-                "lazy modules want: model(inputs)"
+                f"the model has lazy parameters without a shape ({', '.join(lazy[:5])}); call it once with a batch first: "
+                "model(inputs)"
             )
-        job = FitSpec(
+        spec = FitSpec(
             self.model,
             self.config,
             loss=self.loss,
@@ -184,42 +186,38 @@ class Trainer:
             train_metrics=self.train_metrics,
             devices=self.devices,
             reason=self.reason,
-            main=RankZeroOnly(self.callbacks),
+            rank_zero=RankZeroOnly(self.callbacks),
         )
         if "eval_data" not in changes:
             changes.update(train_data=self.train_data, eval_data=self.eval_data, test_data=self.test_data)
-        return dataclasses.replace(job, **changes)
+        return dataclasses.replace(spec, **changes)
 
-    def _launch(self, function: Callable[[FitSpec], Any], job: FitSpec) -> Any:
-        """Run ``function`` once a device; inside ``duoka.launch``, or in a job of torchrun's, on this process's own."""
-        from duoka.launcher import launch
-        from duoka.launcher.cluster_environment import is_in_cluster_job
-        from duoka.world import has_current_world
-
+    def _launch(self, function: Callable[[FitSpec], Any], spec: FitSpec) -> Any:
+        """Run ``function`` on every device: on this process's own inside ``duoka.launch`` or a cluster job."""
         if has_current_world():
-            return function(dataclasses.replace(job, devices=(current_world().device,)))
+            return function(dataclasses.replace(spec, devices=(current_world().device,)))
         if is_in_cluster_job(self.config.device):
-            return launch(function, dataclasses.replace(job, devices=()), devices=self.config.device)
+            return launch(function, dataclasses.replace(spec, devices=()), devices=self.config.device)
         used = self.devices[:1] if self.config.strategy == "dp" else self.devices
-        return launch(function, job, devices=list(used))
+        return launch(function, spec, devices=list(used))
 
 
-def _evaluate_on_rank(job: FitSpec) -> Results:
+def _evaluate_on_rank(spec: FitSpec) -> Results:
     world = current_world()
-    strategy, _ = job.strategy(world)
-    with contextlib.closing(sharded(job, "eval_data", strategy)) as data, prepared_objective(job, world) as objective:
-        return evaluate(objective, data, Metrics(job.metrics, world.device), world)
+    strategy, _ = spec.strategy(world)
+    with contextlib.closing(build_loader(spec, "eval_data", strategy)) as data, build_model_with_loss(spec, world) as module:
+        return evaluate(module, data, Metrics(spec.metrics, world.device), world)
 
 
-def _predict_on_rank(job: FitSpec) -> Any:
+def _predict_on_rank(spec: FitSpec) -> Any:
     world = current_world()
-    strategy, _ = job.strategy(world)
-    with contextlib.closing(sharded(job, "eval_data", strategy)) as data, prepared_objective(job, world) as objective:
-        return predict(objective, data, world)
+    strategy, _ = spec.strategy(world)
+    with contextlib.closing(build_loader(spec, "eval_data", strategy)) as data, build_model_with_loss(spec, world) as module:
+        return predict(module, data, world)
 
 
-def _checked(callbacks: Any) -> tuple[Callback, ...]:
-    """Return ``callbacks`` as a tuple, and say what is none."""
+def _checked_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """Return ``callbacks`` as a tuple, if all are callbacks."""
     given = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
     wrong = [one for one in given if not isinstance(one, Callback)]
     if wrong or not isinstance(callbacks, Iterable):
@@ -233,8 +231,8 @@ def _check_fit(save_model: Any, model_path: Any) -> None:
     for given, types in ((save_model, bool | int | np.bool_), (model_path, str | Path | None)):
         if not isinstance(given, types):
             raise ConfigError(
-                f"fit was given a {type(given).__name__}; it takes save_model (True or False) and model_path. Data are "
-                "given to Trainer: Trainer(model, train_data, eval_data, ...)"
+                f"fit got a {type(given).__name__}; it takes save_model (True or False) and model_path. Give data to "
+                "Trainer: Trainer(model, train_data, eval_data, ...)"
             )
 
 
@@ -243,7 +241,7 @@ def _fields(config: TrainerConfig) -> dict[str, Any]:
 
 
 def _show_options() -> None:
-    """Let ``help(Trainer)`` and editors show every option, which is declared once, in ``TrainerConfig``."""
+    """Show every field of ``TrainerConfig`` in the signature of ``Trainer``, for ``help`` and editors."""
     shown = [
         item for item in inspect.signature(Trainer.__init__).parameters.values() if item.name not in ("self", "options")
     ]

@@ -37,6 +37,8 @@ __all__ = [
     "gloo_process_group",
     "inject_parametrized_class",
     "is_in_functorch",
+    "merge_metric_states",
+    "metric_states",
     "multiply_in_place",
     "nccl_process_group",
     "replace_call",
@@ -243,3 +245,35 @@ def set_worker_dataset(dataset: Any) -> None:
 def dataloader_iterator_class() -> type[Any]:
     """Return the base class of all iterators of a DataLoader, whose ``__next__`` loads a batch."""
     return _BaseDataLoaderIter
+
+
+# torchmetrics, seen in 1.6 to 1.9
+
+
+def metric_states(metric: Any) -> tuple[int, dict[str, Any]]:
+    """Return a metric's number of updates, and its states on the CPU."""
+    states = metric.metric_state
+    on_cpu = {
+        name: [item.detach().cpu() for item in state] if isinstance(state, list) else state.detach().cpu()
+        for name, state in states.items()
+    }
+    return metric.update_count, on_cpu
+
+
+def merge_metric_states(metric: Any, ranks: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    """Set a metric's states to those of all ranks, with the metric's own reductions; ranks without updates are left out.
+
+    ``Metric.merge_state`` refuses metrics with ``full_state_update``, such as ``PearsonCorrCoef`` and most custom ones.
+    """
+    metric._update_count = sum(count for count, _ in ranks)
+    metric._computed = None
+    for name, reduction in metric._reductions.items():
+        states = [rank[name] for count, rank in ranks if count]
+        if not states:
+            continue
+        if isinstance(states[0], list):
+            merged: Any = [item.to(metric.device) for state in states for item in state]
+        else:
+            merged = torch.stack([state.to(metric.device) for state in states])
+            merged = reduction(merged) if callable(reduction) else merged
+        setattr(metric, name, merged)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from duoka.errors import ConfigError
@@ -56,8 +59,9 @@ def check_number(
 
 def check_field_types(config: Any) -> None:
     """Raise ``ConfigError`` unless every field of a dataclass has a value of its annotated type."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, hint, value = field.name, hints[field.name], getattr(config, field.name)
         if not _fits(value, hint):
             raise invalid_option(name, value, describe_type(hint), did_you_mean(value, typing.get_args(hint)))
 
@@ -68,11 +72,13 @@ def describe_type(hint: Any) -> str:
     >>> describe_type(int | None), describe_type(typing.Literal["a", "b"])
     ('an integer or none', 'one of a, b')
     """
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none", Path: "a path"}
     if hint in words:
         return words[hint]
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if typing.get_origin(hint) is Mapping:
+        return "a dict"
     return " or ".join(describe_type(part) for part in typing.get_args(hint)) or str(hint)
 
 
@@ -82,8 +88,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
-    if parts := typing.get_args(hint):
-        return any(_fits(value, part) for part in parts)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if hint is Path or typing.get_origin(hint) is Mapping:
+        return isinstance(value, hint if hint is Path else Mapping)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is hint
