@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from duoka.errors import ConfigError
 from duoka.launcher import launch
-from duoka.strategy import choose
+from duoka.strategy import select_strategy
 from duoka.world import World, current_world
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
@@ -47,7 +47,7 @@ def reference(samples: int) -> torch.Tensor:
     [("auto", 1, "single", "one device"), ("auto", 2, "ddp", "2 ranks"), ("ddp", 2, "ddp", "during backward")],
 )
 def test_the_choice_comes_with_its_reason(name, size, chosen, words):
-    strategy, reason = choose(name, World(0, size, CPU))
+    strategy, reason = select_strategy(name, World(0, size, CPU))
     assert strategy.name == chosen
     assert words in reason
 
@@ -58,12 +58,12 @@ def test_the_choice_comes_with_its_reason(name, size, chosen, words):
 )
 def test_a_strategy_that_cannot_be_is_refused_in_words(name, size, message):
     with pytest.raises(ConfigError, match=message):
-        choose(name, World(0, size, CPU))
+        select_strategy(name, World(0, size, CPU))
 
 
 def gradient_of_unequal_parts(samples: int) -> torch.Tensor:
     world = current_world()
-    strategy, _ = choose("auto", world)
+    strategy, _ = select_strategy("auto", world)
     module = MeanLoss()
     if world.rank:
         nn.init.zeros_(module.layer.weight)  # wrapping brings rank 0's weights
@@ -83,7 +83,7 @@ def test_unequal_parts_give_the_gradient_of_the_global_mean_on_every_rank(size, 
 
 def gradient_of_sums(samples: int) -> torch.Tensor:
     world = current_world()
-    strategy, _ = choose("auto", world)
+    strategy, _ = select_strategy("auto", world)
     module = MeanLoss()
     wrapped = strategy.wrap(module)
     part = torch.tensor_split(batch(samples), world.size)[world.rank]
@@ -99,7 +99,7 @@ def test_sums_are_divided_by_the_weight_of_all_ranks(size):
 
 
 def test_a_step_without_any_weight_moves_nothing():
-    strategy, _ = choose("auto", ALONE)
+    strategy, _ = select_strategy("auto", ALONE)
     module = MeanLoss()
     module(batch(3)).backward()
     strategy.average_gradients(module.parameters(), torch.tensor(0.0))
@@ -108,7 +108,7 @@ def test_a_step_without_any_weight_moves_nothing():
 
 def local_then_global() -> tuple[bool, bool]:
     world = current_world()
-    strategy, _ = choose("auto", world)
+    strategy, _ = select_strategy("auto", world)
     module = MeanLoss()
     wrapped = strategy.wrap(module)
     with strategy.no_sync():
@@ -124,7 +124,7 @@ def test_gradients_stay_local_until_the_last_micro_batch():
 
 
 def clipped_norm() -> tuple[float, float]:
-    strategy, _ = choose("auto", current_world())
+    strategy, _ = select_strategy("auto", current_world())
     module = MeanLoss()
     wrapped = strategy.wrap(module)
     wrapped(batch(4)).backward()
@@ -142,7 +142,7 @@ def test_the_norm_of_the_whole_gradient_is_clipped(size):
 
 def synchronised() -> tuple[float, float]:
     world = current_world()
-    strategy, _ = choose("auto", world)
+    strategy, _ = select_strategy("auto", world)
     module = MeanLoss()
     with torch.no_grad():
         module.layer.bias.fill_(world.rank)
@@ -158,7 +158,7 @@ def test_rank_0s_buffers_and_weights_are_kept():
 
 
 def names() -> list[str]:
-    strategy, _ = choose("auto", current_world())
+    strategy, _ = select_strategy("auto", current_world())
     module = MeanLoss()
     strategy.wrap(module)
     return list(strategy.state_dict(module))
@@ -170,7 +170,7 @@ def test_the_state_carries_no_wrappers_names():
 
 def test_ddp_passes_its_options_to_torch():
     def option() -> bool:
-        strategy, _ = choose("ddp", current_world(), ddp_options={"static_graph": True, "bucket_cap_mb": 3})
+        strategy, _ = select_strategy("ddp", current_world(), ddp_options={"static_graph": True, "bucket_cap_mb": 3})
         wrapped = strategy.wrap(MeanLoss())
         return wrapped.static_graph and wrapped.bucket_bytes_cap == 3 * 2**20
 
@@ -179,7 +179,7 @@ def test_ddp_passes_its_options_to_torch():
 
 def test_a_model_with_nothing_to_train_is_refused_by_ddp():
     def wrap() -> None:
-        choose("auto", current_world())[0].wrap(MeanLoss().requires_grad_(requires_grad=False))
+        select_strategy("auto", current_world())[0].wrap(MeanLoss().requires_grad_(requires_grad=False))
 
     with pytest.raises(ConfigError, match="nothing to train"):
         launch(wrap, devices="cpu:2")
@@ -191,7 +191,7 @@ def test_torchs_dataparallel_gives_the_same_loss_and_gradient(weighted):
         def forward(self, batch):
             return super().forward(batch) * len(batch), torch.tensor(len(batch))
 
-    strategy, reason = choose("dp", ALONE, devices=[CPU])
+    strategy, reason = select_strategy("dp", ALONE, devices=[CPU])
     assert "nn.DataParallel" in reason
     module = Weighted() if weighted else MeanLoss()
     loss = strategy.wrap(module)(batch(5))
@@ -205,14 +205,14 @@ def test_torchs_dataparallel_gives_the_same_loss_and_gradient(weighted):
 def test_torchs_dataparallel_trains_on_accelerators():
     device = torch.device("cuda:0")
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    strategy, _ = choose("dp", World(0, 1, device), devices=devices)
+    strategy, _ = select_strategy("dp", World(0, 1, device), devices=devices)
     module = MeanLoss().to(device)
     strategy.wrap(module)(batch(5).to(device)).backward()
     assert torch.allclose(module.layer.weight.grad.cpu(), reference(5), rtol=1e-4)
 
 
 def test_gradients_of_several_dtypes_are_each_divided_in_their_own():
-    strategy, _ = choose("auto", ALONE)
+    strategy, _ = select_strategy("auto", ALONE)
     parameters = [nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -227,5 +227,5 @@ def test_torchs_dataparallel_on_the_cpu_keeps_away_from_the_accelerators(monkeyp
 
     monkeypatch.setattr(nn, "DataParallel", refuse)
     module = MeanLoss()
-    choose("dp", ALONE, devices=[CPU, CPU])[0].wrap(module)(batch(5)).backward()
+    select_strategy("dp", ALONE, devices=[CPU, CPU])[0].wrap(module)(batch(5)).backward()
     assert torch.allclose(module.layer.weight.grad, reference(5), rtol=1e-5)

@@ -176,7 +176,7 @@ def test_a_loss_with_parameters_trains_them_on_any_number_of_devices():
 
 def test_what_is_no_loss_is_refused_with_a_remedy():
     loader = DataLoader(TensorDataset(*tensors()), batch_size=4)
-    with pytest.raises(ConfigError, match="where a loss is one number"):
+    with pytest.raises(ConfigError, match="must be one number"):
         fitted(TwoReturns(), DataLoader(TensorDataset(tensors()[0]), batch_size=4), "cpu")
     with pytest.raises(ConfigError, match="no_such_method"):
         fitted(nn.Linear(6, 3), loader, "cpu", loss="no_such_method")

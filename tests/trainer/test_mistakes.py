@@ -44,14 +44,14 @@ def test_where_the_weights_go_is_checked_before_the_first_step(tmp_path):
 @pytest.mark.parametrize("as_what", ["save_model", "model_path"])
 def test_data_given_to_fit_are_told_where_they_belong(as_what: str) -> None:
     loader = DataLoader(TensorDataset(torch.ones(4, 1)))
-    with pytest.raises(ConfigError, match=r"given a DataLoader; .*Trainer\(model, train_data, eval_data"):
+    with pytest.raises(ConfigError, match=r"got a DataLoader; .*Trainer\(model, train_data, eval_data"):
         trainer_of().fit(**{as_what: loader})
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
 def test_another_optimiser_cannot_go_on_with_a_checkpoint(tmp_path, device):
     trainer_of(out_dir=tmp_path, device=device).fit()
-    with pytest.raises(CheckpointError, match=r"is of AdamW, this Trainer has SGD; resume with optimizer='adamw'"):
+    with pytest.raises(CheckpointError, match=r"AdamW, this Trainer has SGD.*optimizer='adamw'"):
         trainer_of(out_dir=tmp_path, device=device, resume=True, epochs=2, optimizer="sgd").fit()
 
 
@@ -65,7 +65,7 @@ def test_a_finished_run_says_that_nothing_is_left(tmp_path, capsys, limit):
 
 
 def test_a_frozen_model_is_called_so():
-    with pytest.raises(ConfigError, match=r"no parameter of the model has requires_grad.*model\.requires_grad_"):
+    with pytest.raises(ConfigError, match=r"requires_grad.*model\.requires_grad_"):
         trainer_of(model=nn.Linear(5, 2).requires_grad_(False)).fit()
 
 
@@ -98,8 +98,8 @@ class Named(nn.Linear):
             r"loss is the class CrossEntropyLoss itself; call it: loss=CrossEntropyLoss\(\)",
         ),
         ({"loss": 3}, "loss=3 cannot be called"),
-        ({"loss": "trainin_loss", "model": Named(5, 2)}, r"Named has none; did you mean training_loss\?"),
-        ({"predict_fn": "forwrd"}, r"predict_fn='forwrd'.*did you mean forward\?"),
+        ({"loss": "trainin_loss", "model": Named(5, 2)}, r"trainin_loss.*did you mean 'training_loss'\?"),
+        ({"predict_fn": "forwrd"}, r"predict_fn='forwrd'.*did you mean 'forward'\?"),
         ({"callbacks": print}, r"callbacks has <built-in function print>; give a list"),
         ({"callbacks": [Callback]}, r"callbacks has the class Callback itself; call it"),
         ({"model": nn.Linear}, r"model is the class Linear itself; call it: Linear\(\.\.\.\)"),
@@ -121,10 +121,10 @@ class Conditional(nn.Linear):
     ("options", "message"),
     [
         ({"loss": lambda output, target: nn.functional.cross_entropy(output, target).item()}, r"without \.item\(\)"),
-        ({"loss": None}, r"no loss was given, and the model does not return its own: its forward takes \(input\)"),
+        ({"loss": None}, r"no loss, .*its forward takes \(input\)"),
         (
             {"loss": None, "model": Conditional(5, 2)},
-            r"does not return its own: it returned a tensor of shape \(4, 2\)",
+            r"returned a tensor of shape \(4, 2\)",
         ),
     ],
 )
@@ -184,12 +184,12 @@ def test_a_cycle_that_ends_before_the_data_do_stays_at_its_end():
 
 
 def test_what_the_trainer_cannot_train_is_refused_with_a_remedy():
-    with pytest.raises(ConfigError, match=r"LBFGS evaluates the loss several times.*duoka\.launch"):
+    with pytest.raises(ConfigError, match=r"LBFGS .*duoka\.launch"):
         trainer_of(optimizer=torch.optim.LBFGS).fit()
     with warnings.catch_warnings():  # torch says once in a process that these are new
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.LazyLinear(2))
-    with pytest.raises(ConfigError, match=r"without a shape yet \(0\.weight, 0\.bias\); call it once"):
+    with pytest.raises(ConfigError, match=r"without a shape \(0\.weight, 0\.bias\); call it once"):
         trainer_of(model=model).fit()
 
 
@@ -206,7 +206,7 @@ class Odd(nn.Linear):
 
 
 def test_predictions_that_fit_no_single_tensor_are_the_models_and_not_the_loaders_fault():
-    with pytest.raises(DataError, match=r"^predictions for different batches do not fit.*predict_fn="):
+    with pytest.raises(DataError, match=r"^predictions of different batches.*predict_fn="):
         Trainer(Odd(False), device="cpu").predict([torch.zeros(4, 5), torch.zeros(4, 7)])
     with pytest.raises(DataError, match=r"single number without a batch dimension.*squeeze\(-1\)"):
         Trainer(Odd(True), device="cpu").predict([torch.zeros(4, 1), torch.zeros(1, 1)])

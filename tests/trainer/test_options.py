@@ -68,31 +68,31 @@ def rates(**options) -> list[float]:
         ({"optimizer": "adamm"}, "did you mean 'adam'"),
         ({"scheduler": "cosin"}, "did you mean 'cosine'"),
         ({"strategy": "dpp"}, "did you mean 'd"),
-        ({"epochs": 0}, "epochs=0 has to be a whole number, 1 or more"),
+        ({"epochs": 0}, "epochs=0 .* 1 or more"),
         ({"epochs": 2.5}, "epochs=2.5"),
         ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps=True"),
-        ({"lr": -1}, "lr=-1 has to be a number above 0"),
+        ({"lr": -1}, "lr=-1 .* above 0"),
         ({"max_grad_norm": 0}, "max_grad_norm=0"),
         ({"lr_scaling": "linear"}, "needs lr"),
-        ({"warmup_steps": 3, "warmup_epochs": 1}, "give one"),
-        ({"scheduler_options": {"gamma": 0.1}}, "named schedule"),
+        ({"warmup_steps": 3, "warmup_epochs": 1}, "warmup_steps=3 and warmup_epochs=1"),
+        ({"scheduler_options": {"gamma": 0.1}}, "scheduler_options=.*scheduler=None"),
         ({"optimizer": torch.optim.Adam, "optimizer_options": {"momentun": 1}, "fit": True}, "momentun"),
-        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1), "lr": 0.1}, "optimiser of your own"),
-        ({"optimizer": lambda _: None, "fit": True}, "no torch.optim.Optimizer"),
+        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1), "lr": 0.1}, "lr=0.1 .*your own optimizer"),
+        ({"optimizer": lambda _: None, "fit": True}, "returned None"),
         (
             {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))]), "fit": True},
-            "1 of the optimiser's 1 parameters",
+            "1 of the optimizer's 1 parameters",
         ),
-        ({"optimizer": 3}, "optimizer=3 is neither"),
-        ({"out_dir": 3}, "out_dir=3 has to be the path of a folder or None"),
-        ({"verbose": "yes"}, "verbose='yes' has to be True or False"),
-        ({"monitor": 3}, "monitor=3 has to be a name or None"),
-        ({"optimizer_options": 3}, "optimizer_options=3 has to be a dict"),
-        ({"scheduler": lambda _: 3, "fit": True}, "no torch LRScheduler"),
+        ({"optimizer": 3}, "optimizer=3"),
+        ({"out_dir": 3}, "out_dir=3 .*path"),
+        ({"verbose": "yes"}, "verbose='yes' .*true or false"),
+        ({"monitor": 3}, "monitor=3 .*text or none"),
+        ({"optimizer_options": 3}, "optimizer_options=3 .*dict"),
+        ({"scheduler": lambda _: 3, "fit": True}, "returned 3"),
         ({"monitor": "loss", "fit": True}, "no eval_data"),
-        ({"monitor": "accurcy", "eval_data": loader(), "fit": True}, "no result of the evaluation, which has loss"),
+        ({"monitor": "accurcy", "eval_data": loader(), "fit": True}, "monitor='accurcy'.*which has loss"),
         ({"sync_batchnorm": True, "fit": True}, "needs accelerators"),
-        ({"train_data": None, "fit": True}, "needs training data"),
+        ({"train_data": None, "fit": True}, "train_data"),
         ({"tensorboard": True}, "needs out_dir"),
         ({"compile": True, "strategy": "dp"}, "use strategy='ddp'"),
     ],
@@ -230,7 +230,7 @@ def test_training_stops_when_nothing_gets_better_and_the_best_weights_are_kept(d
     validation, test = trainer.fit()
     assert len(trainer.history) == 4
     assert trainer.best.epoch == 2
-    assert "not become better in 2 evaluations" in trainer.stopped
+    assert "2 evaluations" in trainer.stopped
     assert test == {}
     assert validation["loss"] == trainer.best.value == trainer.history[1]["val_loss"]
     assert trainer.evaluate()["loss"] == pytest.approx(validation["loss"], rel=1e-6)
@@ -312,7 +312,7 @@ def test_a_plateau_is_looked_for_in_the_training_loss_where_there_is_no_evaluati
     trainer = trainer_of(optimizer="sgd", lr=0.1, scheduler=plateau, epochs=4, device=device)
     trainer.fit()
     assert trainer.history[-1]["lr"] < 0.1
-    with pytest.raises(ConfigError, match="losses of epochs"):
+    with pytest.raises(ConfigError, match=r"scheduler_interval='step'.*ReduceLROnPlateau"):
         trainer_of(scheduler=plateau, scheduler_interval="step").fit()
 
 
@@ -325,7 +325,7 @@ def test_numpys_numbers_are_numbers():
         scheduler="multistep",
         scheduler_options={"milestones": np.array([1, 2]), "gamma": torch.tensor(0.5)},
     )
-    written = yaml.safe_load(yaml.safe_dump(config.plain()))
+    written = yaml.safe_load(yaml.safe_dump(config.to_plain()))
     assert (written["epochs"], written["lr"], written["compile"]) == (3, 0.5, False)
     assert written["optimizer_options"] == {"betas": [0.5, 0.25], "eps": 1.0}
     assert written["scheduler_options"] == {"milestones": [1, 2], "gamma": 0.5}
@@ -394,7 +394,9 @@ def direction_of(name: str, metrics: dict | None = None) -> bool:
     from duoka.trainer.model_selection import BestTracker
 
     pytest.importorskip("torchmetrics")
-    return BestTracker(TrainerConfig(monitor=name), Metrics(metrics, torch.device("cpu")), has_evaluation=True).smaller
+    return BestTracker(
+        TrainerConfig(monitor=name), Metrics(metrics, torch.device("cpu")), has_evaluation=True
+    ).lower_is_better
 
 
 def test_a_monitored_result_goes_the_way_that_its_metric_or_a_word_of_its_name_says():

@@ -50,9 +50,12 @@ def select_strategy(
     if world.size > 1:
         if name in ("single", "dp"):
             raise ConfigError(
-                f"strategy={name!r} works in one process, but this job has {world.size}; use strategy='ddp', or start one process"
+                f"strategy={name!r} works in one process, but this job has {world.size}; "
+                "use strategy='ddp', or start one process"
             )
-        return DDP(world, ddp_options), f"{world.size} ranks, one process per device; gradients averaged during backward"
+        return DDP(
+            world, ddp_options
+        ), f"{world.size} ranks, one process per device; gradients averaged during backward"
     if name == "dp":
         return DP(world, devices), f"as requested: one process, {max(1, len(devices))} devices, torch's nn.DataParallel"
     return SingleDevice(world), "one device"

@@ -68,7 +68,15 @@ class State:
 
     def checkpoint_fields(self) -> dict[str, Any]:
         """Return the fields that a checkpoint holds."""
-        names = ("epoch", "step", "samples", "samples_in_epoch", "history", "validation", "evaluations_without_improvement")
+        names = (
+            "epoch",
+            "step",
+            "samples",
+            "samples_in_epoch",
+            "history",
+            "validation",
+            "evaluations_without_improvement",
+        )
         saved = {name: getattr(self, name) for name in names}
         return {**saved, "best": None if self.best is None else dataclasses.asdict(self.best)}
 

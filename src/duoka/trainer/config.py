@@ -187,7 +187,9 @@ class TrainerConfig:
         if isinstance(self.scheduler, str):
             check_choice("scheduler", self.scheduler, tuple(SCHEDULERS))
         elif self.scheduler is not None and not callable(self.scheduler):
-            raise invalid_option("scheduler", self.scheduler, f"a name ({', '.join(SCHEDULERS)}), a class or a function")
+            raise invalid_option(
+                "scheduler", self.scheduler, f"a name ({', '.join(SCHEDULERS)}), a class or a function"
+            )
 
     def _check_numbers(self) -> None:
         at_least_1 = ("epochs", "gradient_accumulation_steps", "eval_every_epochs")

@@ -32,9 +32,7 @@ class MeanLoss(NamedTuple):
     weight: int
 
 
-def reduce_loss(
-    loss: Callable[..., Any], output: Any, target: Any, *, is_whole_step: bool = False
-) -> Any:
+def reduce_loss(loss: Callable[..., Any], output: Any, target: Any, *, is_whole_step: bool = False) -> Any:
     """Return ``loss(output, target)`` as a mean over samples, or as ``(sum, weight)`` if its mean is over something else.
 
     If the batch is the whole step and all its targets count, torch's own mean is the fastest.

@@ -16,7 +16,8 @@ __all__ = ["GIVE_A_LOSS", "Loss", "own_loss", "to_scalar_loss"]
 Loss = torch.Tensor | tuple[torch.Tensor, Any] | MeanLoss
 
 GIVE_A_LOSS = (
-    "give a loss: Trainer(..., loss=torch.nn.functional.cross_entropy), or loss='name of a model method that takes a batch'"
+    "give a loss: Trainer(..., loss=torch.nn.functional.cross_entropy), or the name of a model method that takes a "
+    "batch: loss='NAME'"
 )
 
 

@@ -75,7 +75,9 @@ class Metrics:
         if self.collection is None:
             return None
         metrics = dict(self.collection.items())
-        asked = [metrics[name]] if name in metrics else [each for each in metrics.values() if len(_metrics_in(each)) > 1]
+        asked = (
+            [metrics[name]] if name in metrics else [each for each in metrics.values() if len(_metrics_in(each)) > 1]
+        )
         answers = {_direction(metric) for metric in asked}
         return answers.pop() if len(answers) == 1 else None
 

@@ -87,9 +87,9 @@ class BestTracker:
     def _check_name(self, names: list[str]) -> None:
         if self.name is None or self.name in names:
             return
-        hint = did_you_mean(self.name, names)
+        hint = did_you_mean(self.name, names) or "give one of them"
         raise ConfigError(
-            f"monitor={self.name!r} is not a result of the evaluation, which has {', '.join(names) or 'none'}{hint and '; '}{hint}"
+            f"monitor={self.name!r} is not a result of the evaluation, which has {', '.join(names) or 'none'}; {hint}"
         )
 
     @property

@@ -131,9 +131,9 @@ def check_callables(model: nn.Module, loss: Any, predict_fn: Any) -> None:
     for option, value in (("loss", loss), ("predict_fn", predict_fn)):
         if isinstance(value, str) and not callable(getattr(model, value, None)):
             methods = [name for name in dir(type(model)) if callable(getattr(type(model), name))]
-            hint = did_you_mean(value, methods)
+            hint = did_you_mean(value, methods) or "give the name of a method, or a function"
             raise ConfigError(
-                f"{option}={value!r} must be a model method, and {type(model).__name__} has no such method{hint and '; '}{hint}"
+                f"{option}={value!r} must be a model method, and {type(model).__name__} has no such method; {hint}"
             )
         if isinstance(value, type):
             raise ConfigError(f"{option} is the class {value.__name__} itself; call it: {option}={value.__name__}()")

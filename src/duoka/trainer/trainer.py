@@ -205,14 +205,20 @@ class Trainer:
 def _evaluate_on_rank(spec: FitSpec) -> Results:
     world = current_world()
     strategy, _ = spec.strategy(world)
-    with contextlib.closing(build_loader(spec, "eval_data", strategy)) as data, build_model_with_loss(spec, world) as module:
+    with (
+        contextlib.closing(build_loader(spec, "eval_data", strategy)) as data,
+        build_model_with_loss(spec, world) as module,
+    ):
         return evaluate(module, data, Metrics(spec.metrics, world.device), world)
 
 
 def _predict_on_rank(spec: FitSpec) -> Any:
     world = current_world()
     strategy, _ = spec.strategy(world)
-    with contextlib.closing(build_loader(spec, "eval_data", strategy)) as data, build_model_with_loss(spec, world) as module:
+    with (
+        contextlib.closing(build_loader(spec, "eval_data", strategy)) as data,
+        build_model_with_loss(spec, world) as module,
+    ):
         return predict(module, data, world)
 
 

@@ -72,7 +72,14 @@ def describe_type(hint: Any) -> str:
     >>> describe_type(int | None), describe_type(typing.Literal["a", "b"])
     ('an integer or none', 'one of a, b')
     """
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none", Path: "a path"}
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "none",
+        Path: "a path",
+    }
     if hint in words:
         return words[hint]
     if typing.get_origin(hint) is typing.Literal:
