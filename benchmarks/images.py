@@ -27,7 +27,7 @@ import duoka
 from duoka.data import transforms
 from duoka.recipes.datasets import tiny_imagenet
 from duoka.recipes.datasets.images import ImageSet, read_image
-from duoka.recipes.image_classification.tiny_imagenet import JITTER, SCALE
+from duoka.recipes.image_classification.presets import JITTER, SCALE
 
 BATCH, CORES = 64, 2
 

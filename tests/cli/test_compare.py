@@ -93,23 +93,23 @@ def test_a_changed_variant_is_trained_again_and_the_old_run_kept(here):
 
 
 def test_a_failed_variant_does_not_stop_the_others_and_is_retried(here, capfd, monkeypatch):
-    from duoka.recipes.image_classification import cifar100
+    from duoka.recipes.image_classification.presets import CIFAR100
 
-    real = cifar100.train
+    real = CIFAR100.train
 
     def fails(config):
         if config.lr == 0.001:
             raise RuntimeError("out of luck")
         return real(config)
 
-    monkeypatch.setattr(cifar100, "train", fails)
+    monkeypatch.setattr(CIFAR100, "train", fails)
     file = write(here)
     assert main(["compare", file]) == 1
     assert "slow, seed 0 failed: RuntimeError: out of luck" in capfd.readouterr().err
     folder = here / "runs" / "compare" / "few"
     assert "out of luck" in (folder / "slow-seed0" / "error.txt").read_text()
     assert [row["variant"] for row in json.loads((folder / "results.json").read_text())] == ["fast"]
-    monkeypatch.setattr(cifar100, "train", real)
+    monkeypatch.setattr(CIFAR100, "train", real)
     assert main(["compare", file]) == 0
     assert not (folder / "slow-seed0" / "error.txt").exists()
     assert "fast, seed 0: finished, skipped" in capfd.readouterr().out

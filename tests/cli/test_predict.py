@@ -14,8 +14,8 @@ from duoka.recipes.common.config import of_run
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.datasets import digits
 from duoka.recipes.datasets.images import write_image
-from duoka.recipes.image_classification.cifar100 import predict
 from duoka.recipes.image_classification.config import Cifar100Config
+from duoka.recipes.image_classification.presets import CIFAR100
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +53,7 @@ def test_files_of_the_test_images_are_answered_as_in_training(run, tmp_path):
     for number in range(len(test)):
         write_image(tmp_path / f"{number}.png", test.pixels[number])
         sources.append(str(tmp_path / f"{number}.png"))
-    found = predict(RecipeRun.at(run), of_run(Cifar100Config, RecipeRun.at(run)), sources)
+    found = CIFAR100.predict(RecipeRun.at(run), of_run(Cifar100Config, RecipeRun.at(run)), sources)
     right = sum(answer.ranked[0][0] == str(int(label)) for answer, label in zip(found, test.labels, strict=True))
     results = json.loads((run / "results.json").read_text())
     assert right / len(test) == pytest.approx(results["test_accuracy"])

@@ -228,7 +228,7 @@ def test_an_interruption_before_the_first_epoch_leaves_no_folder(here, monkeypat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("duoka.recipes.image_classification.cifar100.Trainer.fit", interrupted)
+    monkeypatch.setattr("duoka.recipes.image_classification.train.Trainer.fit", interrupted)
     assert main(["train", "cifar100", *SHORT]) == 130
     assert not list(here.rglob("*digits*"))
 

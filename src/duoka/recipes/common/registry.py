@@ -72,16 +72,17 @@ class Entry:
     """A row of the table."""
 
     module: str
+    """The recipe: a module, or ``module:object``."""
     summary: str
 
 
 RECIPES = {
     "cifar100": Entry(
-        "duoka.recipes.image_classification.cifar100",
+        "duoka.recipes.image_classification.presets:CIFAR100",
         "ResNets on CIFAR-100, CIFAR-10, a folder of images, or handwritten digits",
     ),
     "tiny-imagenet": Entry(
-        "duoka.recipes.image_classification.tiny_imagenet",
+        "duoka.recipes.image_classification.presets:TINY_IMAGENET",
         "five networks on Tiny-ImageNet, CIFAR-10 or CIFAR-100: experiments for `duoka compare`",
     ),
     "informer": Entry("duoka.recipes.time_series", "forecasts of series, and numbers from a table's other columns"),
@@ -102,4 +103,6 @@ def find(name: str) -> Recipe:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"there is {', '.join(RECIPES)}"
         raise ConfigError(f"there is no recipe `{name}`: {hint}")
-    return cast("Recipe", importlib.import_module(RECIPES[name].module))
+    module, _, attribute = RECIPES[name].module.partition(":")
+    recipe: Any = importlib.import_module(module)
+    return cast("Recipe", getattr(recipe, attribute) if attribute else recipe)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from duoka.recipes.image_classification.plots import GREY, RIGHT, WRONG, canvas
+from duoka.utils.figures import BLUE, GREY, ORANGE, figure_file
 
 __all__ = ["plot_bars", "plot_curves", "plot_differences"]
 
@@ -25,12 +25,12 @@ MARKERS_PER_CURVE = 12
 def plot_bars(path: Path, metric: str, named: Named) -> None:
     """Plot each variant's mean as a bar, its standard deviation as a line, and each seed as a dot."""
     means = [statistics.fmean(values) for _, values in named]
-    with canvas(path, 7.5, 1.3 + 0.42 * len(named)) as figure:
+    with figure_file(path, 7.5, 1.3 + 0.42 * len(named)) as figure:
         axes = figure.add_subplot()
-        axes.barh(range(len(named)), means, color="#9CC9E5", height=0.65, xerr=_deviations(named), ecolor=RIGHT)
+        axes.barh(range(len(named)), means, color="#9CC9E5", height=0.65, xerr=_deviations(named), ecolor=BLUE)
         for y, (_, values) in enumerate(named):
             if len(values) > 1:
-                axes.plot(values, [y] * len(values), "o", color=RIGHT, markersize=3.5)
+                axes.plot(values, [y] * len(values), "o", color=BLUE, markersize=3.5)
             axes.annotate(
                 f"{means[y]:.4f}", (max(0.0, *values), y), (8, 0), textcoords="offset points", va="center", fontsize=9
             )
@@ -40,7 +40,7 @@ def plot_bars(path: Path, metric: str, named: Named) -> None:
 
 def plot_curves(path: Path, metric: str, named: Sequence[tuple[str, Sequence[Sequence[tuple[int, float]]]]]) -> None:
     """Plot the mean over the seeds of every evaluation, with a band from the lowest to the highest seed."""
-    with canvas(path, 9.0, max(4.2, 1.2 + 0.25 * len(named))) as figure:
+    with figure_file(path, 9.0, max(4.2, 1.2 + 0.25 * len(named))) as figure:
         axes = figure.add_subplot()
         for number, (name, runs) in enumerate(named):
             by_epoch: dict[int, list[float]] = {}
@@ -74,9 +74,9 @@ def plot_differences(path: Path, metric: str, baseline: str, named: Named, *, hi
     others = [(name, [round(value - base, 9) for value in values]) for name, values in values_of.items()]
     others.sort(key=lambda item: statistics.fmean(item[1]), reverse=higher)
     means = [statistics.fmean(values) for _, values in others]
-    with canvas(path, 7.5, 1.3 + 0.42 * len(others)) as figure:
+    with figure_file(path, 7.5, 1.3 + 0.42 * len(others)) as figure:
         axes = figure.add_subplot()
-        colors = [RIGHT if (value >= 0) == higher else WRONG for value in means]
+        colors = [BLUE if (value >= 0) == higher else ORANGE for value in means]
         axes.barh(
             range(len(others)), means, color=colors, height=0.65, xerr=_deviations(others), ecolor="black", alpha=0.75
         )

@@ -1,1 +1,1 @@
-"""recipes.image_classification"""
+"""Recipes ``cifar100`` and ``tiny-imagenet``: image classification with ResNets and small CNNs."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from duoka.recipes.image_classification.plots import canvas
 from duoka.recipes.recommendation.ranking_metrics import CUTOFFS, METRICS
+from duoka.utils.figures import figure_file
 
 __all__ = ["MetricTable", "draw_comparison", "format_table", "headline"]
 
@@ -38,7 +38,7 @@ def format_table(title: str, table: MetricTable) -> str:
 
 def draw_comparison(path: Path, table: MetricTable) -> None:
     """Draw NDCG@10 and Recall@10 of all recommenders as bars."""
-    with canvas(path, 9.0, 1.4 + 0.45 * len(table)) as figure:
+    with figure_file(path, 9.0, 1.4 + 0.45 * len(table)) as figure:
         for axes, title in zip(figure.subplots(1, 2, sharey=True), ("NDCG@10", "Recall@10"), strict=True):
             values = [row[title.lower()] for row in table.values()]
             bars = axes.barh(range(len(table)), values, color=[BLUE, *[GRAY] * (len(table) - 1)])

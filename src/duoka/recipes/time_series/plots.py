@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries
-from duoka.recipes.image_classification.plots import canvas
 from duoka.recipes.time_series.results import Forecasts
+from duoka.utils.figures import figure_file
 
 __all__ = ["beyond", "by_column", "by_step", "examples", "lines", "residuals", "scatter"]
 
@@ -37,7 +37,7 @@ def examples(path: Path, results: Forecasts, dates: Any, parts: SeriesSplit) -> 
     windows = torch.linspace(0, len(test) - 1, SHOWN_WINDOWS + 2).long()[1:-1].tolist()
     past = min(test.past, 4 * test.horizon)
     others = sorted(list(results.forecasts)[1:], key=lambda name: float(results.errors(name)["mse"]))[:1]
-    with canvas(path, 4.6 * SHOWN_WINDOWS, 0.8 + 2.3 * len(names)) as figure:
+    with figure_file(path, 4.6 * SHOWN_WINDOWS, 0.8 + 2.3 * len(names)) as figure:
         grid = figure.subplots(len(names), SHOWN_WINDOWS, squeeze=False)
         for column, window in enumerate(windows):
             ends = window + test.past
@@ -80,7 +80,7 @@ def beyond(
 
     """
     shown = targets[:MOST_COLUMNS]
-    with canvas(path, 9.0, 0.8 + 2.0 * len(shown)) as figure:
+    with figure_file(path, 9.0, 0.8 + 2.0 * len(shown)) as figure:
         grid = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
         for number, (axes, place) in enumerate(zip(grid, shown, strict=True)):
             known = series.values[-history:, place]
@@ -96,7 +96,7 @@ def beyond(
 
 def by_step(path: Path, results: Forecasts) -> None:
     """Draw the mean squared error of each step of the horizon, of every forecast."""
-    with canvas(path, 7.5, 4.2) as figure:
+    with figure_file(path, 7.5, 4.2) as figure:
         axes = figure.add_subplot()
         for name, colour, marker in zip(results.forecasts, COLOURS, MARKERS, strict=False):
             errors = results.errors(name)["mse_by_step"]
@@ -125,7 +125,7 @@ def by_column(path: Path, results: Forecasts) -> None:
     """Draw the mean squared error of each column, of every forecast, as bars."""
     names, makers = results.names, list(results.forecasts)
     shown = names[:MOST_COLUMNS]
-    with canvas(path, max(6.0, 1.8 + 0.35 * len(makers) * len(shown)), 4.2) as figure:
+    with figure_file(path, max(6.0, 1.8 + 0.35 * len(makers) * len(shown)), 4.2) as figure:
         axes = figure.add_subplot()
         for number, (maker, colour) in enumerate(zip(makers, COLOURS, strict=False)):
             errors = results.errors(maker)["by_column"]
@@ -144,7 +144,7 @@ def by_column(path: Path, results: Forecasts) -> None:
 
 def lines(path: Path, truth: Tensor, predicted: Tensor, name: str, *, rows: str = "test row") -> None:
     """Draw true and predicted values ``(rows,)`` of one column, of the first rows, which ``rows`` is the word for."""
-    with canvas(path, 11.0, 3.6) as figure:
+    with figure_file(path, 11.0, 3.6) as figure:
         axes = figure.add_subplot()
         places = range(1, min(len(truth), SHOWN_ROWS) + 1)
         dot = "o" if len(places) == 1 else None
@@ -167,7 +167,7 @@ def lines(path: Path, truth: Tensor, predicted: Tensor, name: str, *, rows: str 
 
 def scatter(path: Path, truth: Tensor, predicted: Tensor, name: str, r2: float) -> None:
     """Draw predicted against true values ``(rows,)`` of one column; a perfect prediction lies on the line."""
-    with canvas(path, 5.2, 5.0) as figure:
+    with figure_file(path, 5.2, 5.0) as figure:
         axes = figure.add_subplot()
         ends = [float(torch.minimum(truth, predicted).min()), float(torch.maximum(truth, predicted).max())]
         axes.plot(ends, ends, color=GREY, linewidth=1)
@@ -182,7 +182,7 @@ def residuals(path: Path, errors: Tensor, names: Sequence[str]) -> None:
     shown = names[:MOST_COLUMNS]
     across = min(4, len(shown))
     down = math.ceil(len(shown) / across)
-    with canvas(path, 4.8 * across, 3.8 * down) as figure:
+    with figure_file(path, 4.8 * across, 3.8 * down) as figure:
         grid = list(figure.subplots(down, across, squeeze=False).flat)
         for axes in grid[len(shown) :]:
             axes.set_axis_off()

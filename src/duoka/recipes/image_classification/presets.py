@@ -1,0 +1,183 @@
+"""Presets of the image-classification recipe: ``cifar100`` with ResNets, ``tiny-imagenet`` with five small networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from duoka import checkpoint
+from duoka.data import transforms
+from duoka.errors import ConfigError
+from duoka.log import logger
+from duoka.recipes.common.recipe_run import RecipeRun
+from duoka.recipes.datasets import cifar, digits, image_folder, tiny_imagenet
+from duoka.recipes.datasets.image_loader import augmentation
+from duoka.recipes.datasets.images import ImageSet
+from duoka.recipes.image_classification.config import Cifar100Config, TinyImageNetConfig
+from duoka.recipes.image_classification.predict import DatasetMetadata
+from duoka.recipes.image_classification.train import ImageRecipe
+from duoka.recipes.models import small_cnns
+from duoka.recipes.models.resnet import resnet
+from duoka.utils.imports import import_optional
+
+__all__ = ["CIFAR100", "TINY_IMAGENET"]
+
+T = TypeVar("T")
+SCALE = (0.8, 1.0)
+"""Range of the share of an image's area that a random crop keeps."""
+JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
+"""Strength of random color changes."""
+LOAD_WITHOUT_DUOKA = """\
+from model import build  # this folder's model.py, which needs torch and nothing else
+model = build({model!r}, {classes}, {size})
+model.load_state_dict(torch.load("model.pth"))
+"""
+"""Content of ``load.txt`` in every run's folder."""
+
+
+class Cifar100Preset(ImageRecipe):
+    """ResNets on CIFAR-100, CIFAR-10, a folder of images, or handwritten digits."""
+
+    name = "cifar100"
+    Config = Cifar100Config
+
+    def load(self, config: Cifar100Config) -> ImageSet:
+        """Return the images that ``config`` names."""
+        if config.dataset == "digits":
+            return digits.load(test_share=config.test_share, split_seed=config.split_seed)
+        if config.dataset == "folder":
+            share, seed = config.test_share, config.split_seed
+            return image_folder.load(config.root, size=config.image_size, test_share=share, split_seed=seed)
+        source = cifar.official(config.dataset)
+        return cifar.load(source, config.root, download=config.download, verify=config.verify)
+
+    def build_model(self, config: Cifar100Config, metadata: DatasetMetadata) -> nn.Module:
+        """Return a ResNet."""
+        return resnet(_given(config.model), len(metadata.classes), metadata.shape[0], _given(config.width))
+
+    def batch_transforms(self, config: Cifar100Config, images: ImageSet) -> list[Any]:  # noqa: ARG002
+        """Return a crop with padding, and a flip if that keeps the label.
+
+        The padding is 4 of 32 pixels (He et al., 2015), and in proportion for other sizes.
+        """
+        side = min(images.shape[1:])
+        flip = [transforms.RandomHorizontalFlip()] if images.flip_keeps_label else []
+        return [transforms.RandomCrop(side, padding=max(1, side // 8)), *flip]
+
+    def sample_transform(self, config: Cifar100Config, images: ImageSet) -> Any:  # noqa: ARG002
+        """Return the same transforms for one image."""
+        return augmentation(images)
+
+    def trainer_options(self, config: Cifar100Config) -> dict[str, Any]:
+        """Return loss, momentum, warm-up and schedule options."""
+        cycles_momentum = config.optimizer in ("sgd", "adam", "adamw")
+        is_fixed = config.scheduler == "onecycle" and not cycles_momentum
+        return {
+            "loss": nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+            "optimizer_options": {"momentum": config.momentum} if config.optimizer == "sgd" else {},
+            "warmup_epochs": config.warmup_epochs,
+            "scheduler_options": {"cycle_momentum": False} if is_fixed else {},
+        }
+
+    def check_images(self, config: Cifar100Config, images: ImageSet, replicas: int) -> None:
+        """Refuse a batch that leaves a device one image where batch norm needs two; warn of a batch of all images.
+
+        The network halves the side three times, so images of up to 8 pixels end as one value per channel.
+        """
+        size, count = _given(config.batch_size), len(images.train)
+        batches = replicas if config.batch_size_means == "per_device" else 1
+        if size * batches > count:
+            logger.warning("batch_size=%s is more than the %s images: one step per epoch", f"{size:,}", f"{count:,}")
+
+        def smallest_batch(size: int) -> int:
+            return count % (size * batches) or min(size * batches, count)
+
+        smallest = smallest_batch(size)
+        if max(images.shape[1:]) > 8 or smallest >= 2 * replicas:
+            return
+        enough = next((n for n in range(size + 1, count + 1) if smallest_batch(n) >= 2 * replicas), count)
+        last = "" if smallest == size * batches else f" leaves {smallest} of {count:,} images for the last batch and"
+        raise ConfigError(
+            f"batch_size={size} ({config.batch_size_means}, {replicas} device(s)){last} gives a device only one image, and "
+            f"batch norm needs two; write --batch_size {enough}"
+        )
+
+
+class TinyImageNetPreset(ImageRecipe):
+    """Five networks, three optimizers and three augmentations on Tiny-ImageNet, CIFAR-10 or CIFAR-100."""
+
+    name = "tiny-imagenet"
+    Config = TinyImageNetConfig
+
+    def load(self, config: TinyImageNetConfig) -> ImageSet:
+        """Return the images that ``config`` names, at most ``limit`` of each class."""
+        if config.dataset == "tiny-imagenet":
+            size = config.image_size or tiny_imagenet.SIZE
+            images = tiny_imagenet.load(config.root, download=config.download, size=size)
+        else:
+            images = cifar.load(cifar.official(config.dataset), config.root, download=config.download)
+        if config.limit is None:
+            return images
+        train, test = (part.select(_first_per_class(part.labels, config.limit)) for part in (images.train, images.test))
+        return dataclasses.replace(images, train=train, test=test)
+
+    def build_model(self, config: TinyImageNetConfig, metadata: DatasetMetadata) -> nn.Module:
+        """Return one of the five networks."""
+        return small_cnns.build(config.model, len(metadata.classes), metadata.shape[1])
+
+    def batch_transforms(self, config: TinyImageNetConfig, images: ImageSet) -> list[Any]:
+        """Return resized crop, flip and color jitter, unless the augmentation is none."""
+        if config.augmentation == "none":
+            return []
+        crop = transforms.RandomResizedCrop(images.shape[1], scale=SCALE)
+        return [crop, transforms.RandomHorizontalFlip(), transforms.ColorJitter(**JITTER)]
+
+    def sample_transform(self, config: TinyImageNetConfig, images: ImageSet) -> Any:
+        """Return the same transforms for one image."""
+        v2 = import_optional("torchvision.transforms.v2", extra="vision")
+        if config.augmentation == "none":
+            return v2.Identity()
+        crop = v2.RandomResizedCrop(images.shape[1], scale=SCALE)
+        return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(**JITTER)])
+
+    def batch_mix(self, config: TinyImageNetConfig, num_classes: int) -> Any:
+        """Return torchvision's MixUp or CutMix, or ``None``."""
+        if config.augmentation not in ("mixup", "cutmix"):
+            return None
+        v2 = import_optional("torchvision.transforms.v2", extra="vision")
+        return (v2.MixUp if config.augmentation == "mixup" else v2.CutMix)(num_classes=num_classes)
+
+    def trainer_options(self, config: TinyImageNetConfig) -> dict[str, Any]:  # noqa: ARG002
+        """Return the loss, and the accuracy on mixed labels."""
+        from duoka.recipes.common.label_metrics import LabelWeightedAccuracy  # imports torchmetrics
+
+        return {"loss": nn.functional.cross_entropy, "train_metrics": {"accuracy": LabelWeightedAccuracy()}}
+
+    def write_extras(
+        self, run: RecipeRun, config: TinyImageNetConfig, model: nn.Module, metadata: DatasetMetadata
+    ) -> None:
+        """Write the network's source, its weights, and three lines that load them without duoka."""
+        shutil.copyfile(small_cnns.__file__, run.folder / "model.py")
+        checkpoint.save(model, run.folder / "model.pth")
+        size = metadata.shape[1]
+        text = LOAD_WITHOUT_DUOKA.format(model=config.model, classes=len(metadata.classes), size=size)
+        (run.folder / "load.txt").write_text(text, encoding="utf-8")
+
+
+CIFAR100 = Cifar100Preset()
+TINY_IMAGENET = TinyImageNetPreset()
+
+
+def _first_per_class(labels: torch.Tensor, limit: int) -> torch.Tensor:
+    """Return the indices of the first ``limit`` images of each class, in order."""
+    return torch.cat([(labels == label).nonzero().flatten()[:limit] for label in torch.unique(labels)]).sort().values
+
+
+def _given(value: T | None) -> T:
+    """Return an option that ``config.resolved()`` has set."""
+    assert value is not None
+    return value
