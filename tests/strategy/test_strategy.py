@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-import cloudpickle
 import pytest
 import torch
 from torch import nn
@@ -15,7 +12,7 @@ from duoka.launcher import launch
 from duoka.strategy import select_strategy
 from duoka.world import World, current_world
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
+pytestmark = pytest.mark.usefixtures("pickle_by_value")
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -46,7 +43,7 @@ def reference(samples: int) -> torch.Tensor:
     ("name", "size", "chosen", "words"),
     [("auto", 1, "single", "one device"), ("auto", 2, "ddp", "2 ranks"), ("ddp", 2, "ddp", "during backward")],
 )
-def test_the_choice_comes_with_its_reason(name, size, chosen, words):
+def test_the_strategy_comes_with_a_reason(name, size, chosen, words):
     strategy, reason = select_strategy(name, World(0, size, CPU))
     assert strategy.name == chosen
     assert words in reason
@@ -56,7 +53,7 @@ def test_the_choice_comes_with_its_reason(name, size, chosen, words):
     ("name", "size", "message"),
     [("dpd", 1, "did you mean 'd"), ("dp", 2, "one process"), ("single", 2, "this job has 2")],
 )
-def test_a_strategy_that_cannot_be_is_refused_in_words(name, size, message):
+def test_an_unknown_or_impossible_strategy_is_an_error(name, size, message):
     with pytest.raises(ConfigError, match=message):
         select_strategy(name, World(0, size, CPU))
 
@@ -75,7 +72,7 @@ def gradient_of_unequal_parts(samples: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("size", "samples"), [(2, 5), (3, 7), (3, 2)])
-def test_unequal_parts_give_the_gradient_of_the_global_mean_on_every_rank(size, samples):
+def test_unequal_parts_have_the_gradient_of_the_global_mean(size, samples):
     gradients = launch(gradient_of_unequal_parts, samples, devices=f"cpu:{size}", returns="all")
     for gradient in gradients:
         assert torch.allclose(gradient, reference(samples), rtol=1e-5)
@@ -98,7 +95,7 @@ def test_sums_are_divided_by_the_weight_of_all_ranks(size):
         assert torch.allclose(gradient, reference(7), rtol=1e-5)
 
 
-def test_a_step_without_any_weight_moves_nothing():
+def test_a_step_of_weight_0_has_gradient_0():
     strategy, _ = select_strategy("auto", ALONE)
     module = MeanLoss()
     module(batch(3)).backward()
@@ -134,7 +131,7 @@ def clipped_norm() -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_norm_of_the_whole_gradient_is_clipped(size):
+def test_the_total_norm_of_the_gradient_is_clipped(size):
     for before, after in launch(clipped_norm, devices=f"cpu:{size}", returns="all"):
         assert before > 0.25
         assert after == pytest.approx(0.25, rel=1e-4)
@@ -153,19 +150,8 @@ def synchronised() -> tuple[float, float]:
     return seen, module.layer.bias.item()
 
 
-def test_rank_0s_buffers_and_weights_are_kept():
+def test_all_ranks_get_rank_0s_buffers_and_weights():
     assert launch(synchronised, devices="cpu:2", returns="all") == [(0.0, 0.0), (0.0, 0.0)]
-
-
-def names() -> list[str]:
-    strategy, _ = select_strategy("auto", current_world())
-    module = MeanLoss()
-    strategy.wrap(module)
-    return list(strategy.state_dict(module))
-
-
-def test_the_state_carries_no_wrappers_names():
-    assert launch(names, devices="cpu:2", returns="all") == [["seen", "layer.weight", "layer.bias"]] * 2
 
 
 def test_ddp_passes_its_options_to_torch():
@@ -186,7 +172,7 @@ def test_a_model_with_nothing_to_train_is_refused_by_ddp():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_torchs_dataparallel_gives_the_same_loss_and_gradient(weighted):
+def test_torchs_dataparallel_has_the_same_loss_and_gradient(weighted):
     class Weighted(MeanLoss):
         def forward(self, batch):
             return super().forward(batch) * len(batch), torch.tensor(len(batch))
@@ -221,7 +207,7 @@ def test_gradients_of_several_dtypes_are_each_divided_in_their_own():
     assert torch.equal(parameters[1].grad, torch.full((2,), 1 / 3))
 
 
-def test_torchs_dataparallel_on_the_cpu_keeps_away_from_the_accelerators(monkeypatch):
+def test_torchs_dataparallel_on_the_cpu_uses_no_accelerator(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("nn.DataParallel without device_ids takes every accelerator")
 

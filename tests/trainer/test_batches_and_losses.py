@@ -1,12 +1,10 @@
-"""What batches, losses, metrics and predictions may look like."""
+"""Forms of batches, losses, metrics and predictions."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from types import SimpleNamespace
 
-import cloudpickle
 import pytest
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from duoka.errors import ConfigError, DataError
 from duoka.trainer import Trainer
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
+pytestmark = pytest.mark.usefixtures("pickle_by_value")
 
 DEVICES = ("cpu", "cpu:2", "cpu:3")
 
@@ -88,12 +86,12 @@ def reference() -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("loss", [None, "calculate_loss"])
-def test_a_models_own_loss_on_dicts_is_trained_on_any_number_of_devices(device, loss):
+def test_a_models_own_loss_on_dicts_trains_on_any_number_of_devices(device, loss):
     model = fitted(OwnLoss(), DataLoader(Dicts("labels"), batch_size=4), device, loss=loss)
     assert torch.allclose(model.layer.weight, reference(), atol=1e-6)
 
 
-def test_the_target_of_a_dict_is_found_by_its_usual_names_or_by_the_one_given():
+def test_the_target_of_a_dict_has_a_usual_key_or_target_key():
     class Plain(OwnLoss):
         def forward(self, features):
             return self.layer(features)
@@ -117,7 +115,7 @@ def test_nested_batches_reach_the_model_in_their_structure(device):
     assert torch.allclose(model.layer.weight, reference(), atol=1e-6)
 
 
-def test_predictions_are_in_the_order_of_the_samples_each_once_on_any_number_of_devices():
+def test_predictions_are_in_sample_order_on_any_number_of_devices():
     features, target = tensors()
     torch.manual_seed(1)
     model = nn.Linear(6, 3)
@@ -148,7 +146,7 @@ def test_a_method_of_the_model_predicts_and_metrics_see_its_predictions():
     assert results["MulticlassAccuracy"] == pytest.approx(float((classes == target).float().mean()))
 
 
-def test_own_loss_models_are_judged_by_their_logits():
+def test_metrics_of_a_model_with_its_own_loss_get_its_logits():
     torchmetrics = pytest.importorskip("torchmetrics")
     loader = DataLoader(Dicts("labels"), batch_size=4)
     trainer = Trainer(OwnLoss(), metrics={"accuracy": torchmetrics.classification.MulticlassAccuracy(3)}, device="cpu")
@@ -174,7 +172,7 @@ def test_a_loss_with_parameters_trains_them_on_any_number_of_devices():
     assert torch.allclose(losses[0].scale, losses[1].scale, atol=1e-6)
 
 
-def test_what_is_no_loss_is_refused_with_a_remedy():
+def test_an_output_that_is_not_a_loss_raises_an_error_with_a_remedy():
     loader = DataLoader(TensorDataset(*tensors()), batch_size=4)
     with pytest.raises(ConfigError, match="must be one number"):
         fitted(TwoReturns(), DataLoader(TensorDataset(tensors()[0]), batch_size=4), "cpu")
@@ -225,7 +223,7 @@ def weighted_column_loss(output: torch.Tensor, target: torch.Tensor) -> tuple[to
 
 
 @pytest.mark.parametrize("loss", [column_loss, weighted_column_loss])
-def test_a_loss_of_one_element_is_reported_as_the_scalar_that_it_is(loss):
+def test_a_loss_of_one_element_is_reported_as_a_scalar(loss):
     histories = []
     for function in (functional.cross_entropy, loss):
         torch.manual_seed(1)
@@ -238,7 +236,7 @@ def test_a_loss_of_one_element_is_reported_as_the_scalar_that_it_is(loss):
         assert one == pytest.approx(other, rel=1e-6)
 
 
-def test_a_loss_of_more_than_one_number_is_refused_in_training_and_in_evaluation():
+def test_a_loss_of_many_numbers_is_refused_in_training_and_evaluation():
     features, _ = tensors()
     loader = DataLoader(TensorDataset(features, features[:, :3]), batch_size=4)
     trainer = Trainer(nn.Linear(6, 3), loader, loss=nn.MSELoss(reduction="none"), device="cpu", verbose=False)
@@ -251,7 +249,7 @@ def test_a_loss_of_more_than_one_number_is_refused_in_training_and_in_evaluation
     "loss",
     [nn.MSELoss(reduction="sum"), functools.partial(functional.cross_entropy, reduction="sum")],
 )
-def test_a_loss_of_torch_that_is_a_sum_is_refused_before_training(loss):
+def test_a_torch_loss_with_reduction_sum_is_refused_before_training(loss):
     with pytest.raises(ConfigError, match=r'with reduction=.sum..*reduction="mean".*\(sum, weight\)'):
         Trainer(nn.Linear(6, 3), loss=loss, device="cpu")
 
@@ -272,7 +270,7 @@ def test_a_models_own_sum_and_weight_are_its_loss_in_evaluation_too(device):
     assert torch.allclose(model.layer.weight, reference(), atol=1e-6)
 
 
-def test_a_tuple_of_loss_and_logits_is_not_taken_for_a_sum_and_its_weight():
+def test_a_tuple_of_loss_and_logits_is_not_a_sum_and_its_weight():
     class Pair(OwnLoss):
         def forward(self, features, labels):
             output = super().forward(features, labels)

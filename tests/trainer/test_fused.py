@@ -1,4 +1,4 @@
-"""Named optimisers run in one kernel where torch has one; what the user chooses stays chosen."""
+"""Fused implementations of optimizers given by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trained(model: nn.Module, **options) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_a_fused_optimiser_takes_the_steps_of_the_plain_one(name: str) -> None:
+def test_a_fused_optimizer_takes_the_steps_of_the_plain_one(name: str) -> None:
     torch.manual_seed(0)
     one, other = nn.Linear(2, 1), nn.Linear(2, 1)
     other.load_state_dict(one.state_dict())
@@ -33,7 +33,7 @@ def test_a_fused_optimiser_takes_the_steps_of_the_plain_one(name: str) -> None:
     torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-7)
 
 
-def test_complex_weights_are_trained_as_before() -> None:
+def test_complex_weights_train_with_the_plain_optimizer() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""A trainer in a job that something else started: torchrun's processes, or inside a launched function."""
+"""Trainer in processes of torchrun, and inside ``duoka.launch``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def fitted() -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_under_torchrun_each_process_is_a_rank_and_all_end_with_the_same_weights(tmp_path):
+def test_under_torchrun_all_processes_end_with_the_same_weights(tmp_path):
     (tmp_path / "train.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

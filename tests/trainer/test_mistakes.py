@@ -1,4 +1,4 @@
-"""Mistakes that are easily made: each is said before the first step, in words that name the remedy."""
+"""Common mistakes, each with an error that names the remedy."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from duoka.errors import CheckpointError, ConfigError, DataError, StorageError
 from duoka.trainer import Callback, Trainer
-
-
-def loader(**options) -> DataLoader:
-    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    return DataLoader(TensorDataset(features, (features.sum(1) > 0).long()), batch_size=4, **options)
-
-
-def trainer_of(**options) -> Trainer:
-    settings = {"loss": nn.CrossEntropyLoss(), "device": "cpu", "epochs": 1, "verbose": False}
-    model, data = options.pop("model", None), options.pop("train_data", None)
-    return Trainer(model or nn.Linear(5, 2), loader() if data is None else data, **(settings | options))
+from support.tiny_training import loader, trainer_of
 
 
 class Untouched(nn.Linear):
@@ -31,7 +21,7 @@ class Untouched(nn.Linear):
         raise AssertionError("training began")
 
 
-def test_where_the_weights_go_is_checked_before_the_first_step(tmp_path):
+def test_model_path_is_checked_before_the_first_step(tmp_path):
     trainer = trainer_of(model=Untouched(5, 2))
     with pytest.raises(ConfigError, match=r"suffix '\.bin'"):
         trainer.fit(model_path=tmp_path / "m.bin")
@@ -42,21 +32,21 @@ def test_where_the_weights_go_is_checked_before_the_first_step(tmp_path):
 
 
 @pytest.mark.parametrize("as_what", ["save_model", "model_path"])
-def test_data_given_to_fit_are_told_where_they_belong(as_what: str) -> None:
+def test_data_given_to_fit_are_an_error_that_names_their_place(as_what: str) -> None:
     loader = DataLoader(TensorDataset(torch.ones(4, 1)))
     with pytest.raises(ConfigError, match=r"got a DataLoader; .*Trainer\(model, train_data, eval_data"):
         trainer_of().fit(**{as_what: loader})
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_another_optimiser_cannot_go_on_with_a_checkpoint(tmp_path, device):
-    trainer_of(out_dir=tmp_path, device=device).fit()
+def test_another_optimizer_cannot_resume_a_checkpoint(tmp_path, device):
+    trainer_of(out_dir=tmp_path, device=device, epochs=1).fit()
     with pytest.raises(CheckpointError, match=r"AdamW, this Trainer has SGD.*optimizer='adamw'"):
         trainer_of(out_dir=tmp_path, device=device, resume=True, epochs=2, optimizer="sgd").fit()
 
 
 @pytest.mark.parametrize("limit", [{"epochs": 1}, {"epochs": 5, "max_steps": 3}])
-def test_a_finished_run_says_that_nothing_is_left(tmp_path, capsys, limit):
+def test_resuming_a_finished_run_logs_that_nothing_is_left(tmp_path, capsys, limit):
     trainer_of(out_dir=tmp_path, **limit).fit()
     capsys.readouterr()
     trainer_of(out_dir=tmp_path, resume=True, verbose=True, **limit).fit()
@@ -64,7 +54,7 @@ def test_a_finished_run_says_that_nothing_is_left(tmp_path, capsys, limit):
     assert f"after 3 steps, and nothing is left to train: {expected}" in capsys.readouterr().out
 
 
-def test_a_frozen_model_is_called_so():
+def test_a_model_without_trainable_parameters_is_an_error():
     with pytest.raises(ConfigError, match=r"requires_grad.*model\.requires_grad_"):
         trainer_of(model=nn.Linear(5, 2).requires_grad_(False)).fit()
 
@@ -105,7 +95,7 @@ class Named(nn.Linear):
         ({"model": nn.Linear}, r"model is the class Linear itself; call it: Linear\(\.\.\.\)"),
     ],
 )
-def test_what_was_forgotten_is_said_in_the_constructor(options, message):
+def test_wrong_objects_are_found_in_the_constructor(options, message):
     with pytest.raises(ConfigError, match=message):
         trainer_of(**options)
 
@@ -128,12 +118,12 @@ class Conditional(nn.Linear):
         ),
     ],
 )
-def test_a_loss_that_is_none_is_said_at_the_first_batch(options, message):
+def test_a_missing_loss_is_found_at_the_first_batch(options, message):
     with pytest.raises(ConfigError, match=message):
         trainer_of(**options).fit()
 
 
-def test_a_type_error_inside_a_model_with_its_own_loss_is_the_users_own():
+def test_a_type_error_inside_the_users_model_keeps_its_message():
     class Broken(nn.Linear):
         def forward(self, features, target):  # noqa: ARG002
             return 1 + "one"
@@ -143,7 +133,7 @@ def test_a_type_error_inside_a_model_with_its_own_loss_is_the_users_own():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_predictions_come_in_the_order_of_the_data_set_however_the_loader_shuffles(device):
+def test_a_shuffled_loader_gives_predictions_in_data_set_order(device):
     trainer = trainer_of(device=device)
     shuffled = loader(shuffle=True)
     expected = trainer.model(shuffled.dataset.tensors[0])
@@ -156,7 +146,7 @@ def rows(count: int, width: int = 5) -> TensorDataset:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_batch_norm_on_a_part_of_one_sample_says_what_to_do(device):
+def test_batch_norm_on_one_sample_raises_an_error_with_a_remedy(device):
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     data = DataLoader(rows(3 if device == "cpu:2" else 5), batch_size=4)
     with pytest.raises(DataError, match=r"batch norm cannot be trained on one sample.*drop_last=True"):
@@ -173,7 +163,7 @@ class Longer(IterableDataset):
         yield from rows(14)
 
 
-def test_a_cycle_that_ends_before_the_data_do_stays_at_its_end():
+def test_a_cycle_shorter_than_the_data_stays_at_its_end():
     data = DataLoader(Longer(), batch_size=4)
     trainer = trainer_of(train_data=data, scheduler="onecycle", optimizer="sgd", lr=0.1)
     with warnings.catch_warnings():
@@ -183,7 +173,7 @@ def test_a_cycle_that_ends_before_the_data_do_stays_at_its_end():
     assert trainer.history[-1]["lr"] < 1e-3
 
 
-def test_what_the_trainer_cannot_train_is_refused_with_a_remedy():
+def test_lbfgs_and_lazy_modules_are_refused_with_a_remedy():
     with pytest.raises(ConfigError, match=r"LBFGS .*duoka\.launch"):
         trainer_of(optimizer=torch.optim.LBFGS).fit()
     with warnings.catch_warnings():  # torch says once in a process that these are new
@@ -205,7 +195,7 @@ class Odd(nn.Linear):
         return output.squeeze() if self.squeezes else output
 
 
-def test_predictions_that_fit_no_single_tensor_are_the_models_and_not_the_loaders_fault():
+def test_predictions_of_different_shapes_are_an_error_with_a_remedy():
     with pytest.raises(DataError, match=r"^predictions of different batches.*predict_fn="):
         Trainer(Odd(False), device="cpu").predict([torch.zeros(4, 5), torch.zeros(4, 7)])
     with pytest.raises(DataError, match=r"single number without a batch dimension.*squeeze\(-1\)"):

@@ -1,38 +1,23 @@
-"""Options: what is refused and with which words, optimisers, schedules, precision, early stopping."""
+"""Options of a trainer: errors, optimizers, schedules, precision and early stopping."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
 
-import cloudpickle
 import numpy as np
 import pytest
 import torch
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import duoka
 from duoka.errors import ConfigError
 from duoka.launcher import launch
 from duoka.trainer import Callback, Trainer, TrainerConfig
+from support.tiny_training import loader, trainer_of
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
-
-
-def loader(samples: int = 12, batch_size: int = 4) -> DataLoader:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(samples, 5, generator=generator)
-    return DataLoader(TensorDataset(features, (features.sum(1) > 0).long()), batch_size=batch_size)
-
-
-def trainer_of(**options) -> Trainer:
-    torch.manual_seed(0)
-    model = options.pop("model", None) or nn.Linear(5, 2)
-    settings = {"loss": nn.CrossEntropyLoss(), "device": "cpu", "epochs": 2, "verbose": False}
-    return Trainer(model, options.pop("train_data", loader()), options.pop("eval_data", None), **(settings | options))
+pytestmark = pytest.mark.usefixtures("pickle_by_value")
 
 
 class Rates(Callback):
@@ -92,24 +77,29 @@ def rates(**options) -> list[float]:
         ({"monitor": "loss", "fit": True}, "no eval_data"),
         ({"monitor": "accurcy", "eval_data": loader(), "fit": True}, "monitor='accurcy'.*which has loss"),
         ({"sync_batchnorm": True, "fit": True}, "needs accelerators"),
-        ({"train_data": None, "fit": True}, "train_data"),
+        ({"lr_scaling": "sqrt", "lr": None}, "needs lr"),
         ({"tensorboard": True}, "needs out_dir"),
         ({"compile": True, "strategy": "dp"}, "use strategy='ddp'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_words(options, message):
+def test_values_that_are_not_valid_raise_an_error_that_names_them(options, message):
     fits = options.pop("fit", False)
     with pytest.raises(ConfigError, match=message):
         trainer_of(**options).fit() if fits else trainer_of(**options)
 
 
-def test_a_built_schedule_is_refused_with_the_way_to_write_it():
+def test_fit_needs_training_data():
+    with pytest.raises(ConfigError, match="train_data"):
+        Trainer(nn.Linear(5, 2), loss=nn.CrossEntropyLoss(), device="cpu").fit()
+
+
+def test_a_schedule_object_is_refused_with_the_way_to_write_it():
     schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(1, 1).parameters()), 1)
     with pytest.raises(ConfigError, match="scheduler=lambda optimizer: StepLR"):
         trainer_of(scheduler=schedule)
 
 
-def test_every_option_is_shown_in_the_signature_and_has_a_meaning():
+def test_every_option_is_in_the_signature_and_documented():
     shown = inspect.signature(Trainer).parameters
     explained = [line.strip().partition(": ")[0] for line in duoka.TrainerConfig.__doc__.splitlines()]
     options = [option.name for option in dataclasses.fields(TrainerConfig)]
@@ -117,20 +107,20 @@ def test_every_option_is_shown_in_the_signature_and_has_a_meaning():
     assert [name for name in explained if name in options] == options
 
 
-def test_options_given_by_name_take_precedence_over_those_put_together_before():
+def test_options_given_by_name_override_those_of_the_config():
     config = TrainerConfig(epochs=7, lr=0.5)
     assert Trainer(nn.Linear(1, 1), config=config, epochs=3).config == TrainerConfig(epochs=3, lr=0.5)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop", "adagrad", torch.optim.Adamax])
-def test_optimisers_by_name_and_class_move_the_model_on_two_devices(optimizer):
+def test_optimizers_by_name_and_class_train_on_two_devices(optimizer):
     trainer = trainer_of(optimizer=optimizer, lr=0.05, weight_decay=0.01, device="cpu:2")
     before = trainer.model.weight.detach().clone()
     trainer.fit()
     assert not torch.equal(trainer.model.weight, before)
 
 
-def test_an_optimiser_of_the_users_own_is_the_one_that_steps():
+def test_the_users_own_optimizer_takes_the_steps():
     model = nn.Linear(5, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for device in ("cpu", "cpu:2"):
@@ -140,7 +130,7 @@ def test_an_optimiser_of_the_users_own_is_the_one_that_steps():
         assert optimizer.state[model.weight]["momentum_buffer"].abs().sum() > 0
 
 
-def test_a_factory_gets_the_parameters_that_are_trained():
+def test_an_optimizer_function_gets_the_trainable_parameters():
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
     seen = []
@@ -156,7 +146,7 @@ def test_a_factory_gets_the_parameters_that_are_trained():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_schedules_advance_once_an_epoch_or_step_whatever_the_number_of_devices(device):
+def test_schedules_advance_per_epoch_or_step_on_any_number_of_devices(device):
     common = {"optimizer": "sgd", "lr": 1.0, "batch_size_means": "global", "device": device}  # three steps an epoch
 
     def halving(optimizer):
@@ -169,19 +159,19 @@ def test_schedules_advance_once_an_epoch_or_step_whatever_the_number_of_devices(
     assert stepwise == [1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125]
 
 
-def test_the_warm_up_rises_linearly_and_the_schedule_begins_after_it():
+def test_the_warm_up_is_linear_and_the_schedule_begins_after_it():
     warm = rates(optimizer="sgd", lr=1.0, warmup_epochs=1, scheduler="cosine", epochs=3)
     assert warm[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert warm[3:6] == pytest.approx([1.0] * 3)
     assert warm[7:] == pytest.approx([0.5] * 2)
 
 
-def test_a_scaled_rate_is_warmed_up_from_what_it_was():
+def test_the_warm_up_of_a_scaled_rate_starts_from_the_unscaled_rate():
     warm = rates(optimizer="sgd", lr=1.0, lr_scaling="linear", warmup_steps=2, device="cpu:2", epochs=2)
     assert warm == pytest.approx([1.5, 2.0, 2.0, 2.0])
 
 
-def test_onecycle_ends_at_its_lowest_rate_and_plateau_waits_for_evaluations():
+def test_onecycle_ends_at_its_lowest_rate_and_plateau_uses_evaluations():
     cycle = rates(optimizer="sgd", lr=1.0, scheduler="onecycle", epochs=4)
     assert max(cycle) == pytest.approx(1.0, rel=0.2)
     assert cycle[-1] < 0.01
@@ -194,7 +184,7 @@ def test_onecycle_ends_at_its_lowest_rate_and_plateau_waits_for_evaluations():
     assert trainer.history[-1]["lr"] < 0.1
 
 
-def test_multistep_falls_at_its_milestones():
+def test_multistep_decays_at_its_milestones():
     options = {"milestones": [1, 2], "gamma": 0.1}
     falling = rates(optimizer="sgd", lr=1.0, scheduler="multistep", scheduler_options=options, epochs=3)
     assert [falling[1], falling[4], falling[7]] == pytest.approx([1.0, 0.1, 0.01])
@@ -214,7 +204,7 @@ def test_half_precision_trains_within_its_rounding(precision):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_training_stops_when_nothing_gets_better_and_the_best_weights_are_kept(device):
+def test_early_stopping_keeps_the_best_weights(device):
     def worsening(optimizer):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else -1.0)
 
@@ -236,7 +226,7 @@ def test_training_stops_when_nothing_gets_better_and_the_best_weights_are_kept(d
     assert trainer.evaluate()["loss"] == pytest.approx(validation["loss"], rel=1e-6)
 
 
-def test_whether_more_is_better_is_asked_of_the_metric():
+def test_the_metric_decides_whether_higher_is_better():
     torchmetrics = pytest.importorskip("torchmetrics")
 
     def worsening(optimizer):
@@ -252,19 +242,19 @@ def test_whether_more_is_better_is_asked_of_the_metric():
     assert upside_down.best.value == min(record["val_score"] for record in upside_down.history)
 
 
-def test_evaluation_happens_every_so_many_epochs_and_at_the_end():
+def test_eval_every_epochs_always_includes_the_last_epoch():
     trainer = trainer_of(eval_data=loader(), epochs=5, eval_every_epochs=2)
     trainer.fit()
     assert [record["epoch"] for record in trainer.history if "val_loss" in record] == [2, 4, 5]
 
 
-def test_one_device_is_taken_of_many_when_that_is_asked_for():
+def test_use_multi_gpu_and_strategy_single_use_one_device():
     assert len(trainer_of(device="cpu:3", use_multi_gpu=False).devices) == 1
     assert len(trainer_of(device="cpu:3", strategy="single").devices) == 1
     assert len(trainer_of(device="cpu:3").devices) == 3
 
 
-def test_the_seed_decides_the_dropout_masks_and_the_users_generator_is_left_alone():
+def test_the_seed_sets_dropout_masks_and_preserves_the_users_generator():
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(9)
         model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 2))
@@ -291,7 +281,7 @@ def test_a_compiled_step_gives_the_same_result():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_the_results_are_those_of_the_last_weights_where_training_stopped_between_two_evaluations(device):
+def test_stopping_between_evaluations_evaluates_the_last_weights(device):
     class AfterFour(Callback):
         def on_epoch_end(self, state):
             if state.epoch == 4:
@@ -305,7 +295,7 @@ def test_the_results_are_those_of_the_last_weights_where_training_stopped_betwee
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_a_plateau_is_looked_for_in_the_training_loss_where_there_is_no_evaluation(device):
+def test_plateau_uses_the_training_loss_without_evaluation(device):
     def plateau(optimizer):
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
 
@@ -316,7 +306,7 @@ def test_a_plateau_is_looked_for_in_the_training_loss_where_there_is_no_evaluati
         trainer_of(scheduler=plateau, scheduler_interval="step").fit()
 
 
-def test_numpys_numbers_are_numbers():
+def test_numpy_numbers_are_valid_and_written_as_plain_numbers():
     config = TrainerConfig(
         epochs=np.int64(3),
         lr=np.float32(0.5),
@@ -331,7 +321,7 @@ def test_numpys_numbers_are_numbers():
     assert written["scheduler_options"] == {"milestones": [1, 2], "gamma": 0.5}
 
 
-def test_one_device_cannot_be_asked_for_in_a_job_of_two():
+def test_use_multi_gpu_false_is_refused_in_a_job_of_two_processes():
     def on_each_rank() -> None:
         Trainer(nn.Linear(5, 2), loss=nn.CrossEntropyLoss(), device="cpu", use_multi_gpu=False).evaluate(loader())
 
@@ -339,7 +329,7 @@ def test_one_device_cannot_be_asked_for_in_a_job_of_two():
         launch(on_each_rank, devices="cpu:2")
 
 
-def test_what_an_optimiser_does_not_hold_keeps_no_gradient():
+def test_parameters_outside_the_optimizer_keep_no_gradient():
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
     seen = []
 
@@ -352,7 +342,7 @@ def test_what_an_optimiser_does_not_hold_keeps_no_gradient():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_a_gradient_from_before_the_fit_is_no_part_of_the_first_step(device):
+def test_a_gradient_from_before_the_fit_does_not_enter_the_first_step(device):
     models = [nn.Linear(5, 2), nn.Linear(5, 2)]
     models[1].load_state_dict(models[0].state_dict())
     models[1](torch.ones(5)).sum().backward()
@@ -361,7 +351,7 @@ def test_a_gradient_from_before_the_fit_is_no_part_of_the_first_step(device):
     assert torch.equal(models[0].weight, models[1].weight)
 
 
-def test_the_loss_scale_is_read_once_a_step_and_only_for_a_schedule(monkeypatch):
+def test_the_loss_scale_is_read_once_per_step_and_only_for_a_schedule(monkeypatch):
     reads = []
     get_scale = torch.amp.GradScaler.get_scale
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: reads.append(1) or get_scale(scaler))
@@ -399,7 +389,7 @@ def direction_of(name: str, metrics: dict | None = None) -> bool:
     ).lower_is_better
 
 
-def test_a_monitored_result_goes_the_way_that_its_metric_or_a_word_of_its_name_says():
+def test_the_metric_or_a_word_of_its_name_decides_the_direction():
     torchmetrics = pytest.importorskip("torchmetrics")
     accuracy = torchmetrics.classification.MulticlassAccuracy
     by_class = torchmetrics.wrappers.ClasswiseWrapper(accuracy(2, average=None), labels=["healthy", "cancer"])
@@ -419,7 +409,7 @@ def test_a_monitored_result_goes_the_way_that_its_metric_or_a_word_of_its_name_s
 
 
 @pytest.mark.parametrize("name", ["cancer_score", "glossary_hits", "power", "accuracy_loss"])
-def test_a_direction_that_nothing_says_is_not_guessed(name):
+def test_an_unknown_direction_is_an_error(name):
     torchmetrics = pytest.importorskip("torchmetrics")
     with pytest.raises(ConfigError, match=f'monitor=\'{name}\'.*monitor_mode="min" or monitor_mode="max"'):
         direction_of(name, {name: torchmetrics.SumMetric()})

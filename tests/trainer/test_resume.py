@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere and resumed ends as one that was not stopped."""
+"""Resumed runs, which end as runs without interruption."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def checked(done: subprocess.CompletedProcess) -> None:
 @pytest.mark.slow
 @pytest.mark.extended  # of what the daily suite says by a killed `duoka train`
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_a_run_killed_in_the_middle_of_an_epoch_and_resumed_ends_with_the_same_bits(tmp_path, device):
+def test_a_run_killed_within_an_epoch_resumes_bit_identically(tmp_path, device):
     checked(run(tmp_path / "whole", device))
     killed = run(tmp_path / "killed", device, kill_at=5)  # of 3 steps an epoch: the checkpoint is of step 4, in epoch 2
     assert killed.returncode == -signal.SIGKILL
@@ -122,7 +122,7 @@ def trained(folder: Path | None, device: str, **options) -> tuple[torch.nn.Modul
 
 
 @pytest.mark.parametrize(("first", "second"), [("cpu:2", "cpu"), ("cpu", "cpu:3")])
-def test_a_run_resumed_on_another_number_of_devices_ends_the_same_within_rounding(tmp_path, first, second):
+def test_resuming_on_another_number_of_devices_has_the_same_result(tmp_path, first, second):
     whole, reference = trained(None, "cpu")
     trained(tmp_path, first, max_steps=6, checkpoint_every_steps=3)
     resumed, trainer = trained(tmp_path, second, resume=True)
@@ -161,7 +161,7 @@ def test_the_best_weights_survive_an_interruption(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_a_run_resumed_into_another_folder_has_its_best_weights_with_it(tmp_path, device):
+def test_resuming_into_another_folder_keeps_the_best_weights(tmp_path, device):
     first, before = trained(tmp_path / "A", device, monitor="loss", scheduler=ruin, epochs=2)
     weights = first.weight.clone()
     (tmp_path / "B").mkdir()
@@ -181,7 +181,7 @@ def test_a_run_resumed_into_another_folder_has_its_best_weights_with_it(tmp_path
 
 
 @pytest.mark.parametrize("changed", ["lost", "monitor"])
-def test_a_best_evaluation_that_can_not_be_given_back_is_forgotten_with_a_warning(tmp_path, changed, caplog):
+def test_a_best_evaluation_without_its_weights_is_dropped_with_a_warning(tmp_path, changed, caplog):
     trained(tmp_path, "cpu", monitor="loss", scheduler=ruin, epochs=2)
     path = tmp_path / "checkpoint" / "last.pt"
     if changed == "lost":
@@ -189,7 +189,7 @@ def test_a_best_evaluation_that_can_not_be_given_back_is_forgotten_with_a_warnin
         save_training(path, {name: value for name, value in state.items() if name != "best_weights"})
     monitor = "loss" if changed == "lost" else None
     _, trainer = trained(tmp_path, "cpu", monitor=monitor, scheduler=ruin, epochs=3, resume=True)
-    assert "the best is looked for anew" in caplog.text
+    assert "monitor=" in caplog.text
     assert trainer.best is None or trainer.best.epoch == 3
     assert trainer.result.validation["loss"] == pytest.approx(trainer.evaluate(loader_of())["loss"], rel=1e-6)
     assert trainer.result.validation["loss"] == trainer.history[-1]["val_loss"]
@@ -207,12 +207,12 @@ def test_a_best_evaluation_that_can_not_be_given_back_is_forgotten_with_a_warnin
 def test_resuming_with_another_schedule_is_refused_and_changes_nothing(tmp_path, first, second):
     trained(tmp_path, "cpu", max_steps=6, **first)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match=r"learning rate has .* this Trainer's .*begin a new run"):
+    with pytest.raises(CheckpointError, match=r"this Trainer's has .*begin a new run"):
         trained(tmp_path, "cpu", resume=True, **second)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_that_begins_anew_leaves_nothing_of_another_to_go_on_from(tmp_path):
+def test_a_new_run_deletes_the_checkpoint_of_another(tmp_path):
     class Stop(Callback):
         def on_step_end(self, state):
             if state.step:
@@ -227,7 +227,7 @@ def test_a_run_that_begins_anew_leaves_nothing_of_another_to_go_on_from(tmp_path
     assert len(trained(tmp_path, "cpu", resume="auto", epochs=1)[1].history) == 1
 
 
-def test_that_a_run_was_resumed_stays_in_its_log(tmp_path):
+def test_the_log_keeps_that_a_run_was_resumed(tmp_path):
     class Stop(Callback):
         def on_step_end(self, state):
             if state.step == 2:
@@ -242,9 +242,9 @@ def test_that_a_run_was_resumed_stays_in_its_log(tmp_path):
     assert "after 1 steps, in epoch 1" in log
 
 
-def test_a_training_checkpoint_that_no_trainer_wrote_is_refused_with_what_to_do(tmp_path):
+def test_a_checkpoint_that_is_not_a_trainers_is_refused_with_a_remedy(tmp_path):
     save_training(tmp_path / "own.pt", {"model": torch.nn.Linear(5, 3), "epoch": 3})
-    with pytest.raises(CheckpointError, match=r"no checkpoint of a Trainer: it has model, epoch and not.*duoka\.load"):
+    with pytest.raises(CheckpointError, match=r"it has model, epoch and lacks .*duoka\.load"):
         trained(None, "cpu", resume=tmp_path / "own.pt")
 
 
@@ -275,7 +275,7 @@ def worsening(optimizer):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else -1.0)
 
 
-def test_a_run_that_patience_stopped_stays_stopped_when_it_is_resumed(tmp_path):
+def test_an_early_stopped_run_stays_stopped_when_resumed(tmp_path):
     options = {"optimizer_options": {}, "scheduler": worsening, "early_stop_patience": 2, "epochs": 9}
     model, stopped = trained(tmp_path, "cpu", **options)
     assert len(stopped.history) == 4
@@ -287,7 +287,7 @@ def test_a_run_that_patience_stopped_stays_stopped_when_it_is_resumed(tmp_path):
     assert len(patient.history) == 5
 
 
-def test_the_evaluation_of_an_epoch_that_was_left_early_tries_no_patience(tmp_path):
+def test_evaluating_an_incomplete_epoch_does_not_count_for_patience(tmp_path):
     options = {"optimizer_options": {}, "scheduler": worsening, "early_stop_patience": 2}
     _, whole = trained(None, "cpu", epochs=9, **options)
     trained(tmp_path, "cpu", epochs=9, max_steps=10, **options)  # the middle of epoch 3, of 4 steps
@@ -297,14 +297,14 @@ def test_the_evaluation_of_an_epoch_that_was_left_early_tries_no_patience(tmp_pa
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "onecycle", "multistep"])
-def test_a_schedule_does_not_go_on_past_the_end_that_was_planned(tmp_path, scheduler):
+def test_a_schedule_does_not_continue_past_its_planned_end(tmp_path, scheduler):
     trained(tmp_path, "cpu", scheduler=scheduler, epochs=2)
     unit = (8, 16, "steps") if scheduler == "onecycle" else (2, 4, "epochs")
-    with pytest.raises(CheckpointError, match="planned for {} {u} .* {} {u} now.*new run".format(*unit[:2], u=unit[2])):
+    with pytest.raises(CheckpointError, match="planned for {} {u}.* {} {u}.*new run".format(*unit[:2], u=unit[2])):
         trained(tmp_path, "cpu", scheduler=scheduler, epochs=4, resume=True)
 
 
-def test_a_schedule_whose_length_was_given_goes_on_with_more_epochs(tmp_path):
+def test_a_schedule_of_given_length_continues_with_more_epochs(tmp_path):
     options = {"scheduler": "cosine", "scheduler_options": {"T_max": 4}}
     trained(tmp_path, "cpu", epochs=2, **options)
     longer, _ = trained(tmp_path, "cpu", epochs=4, resume=True, **options)

@@ -1,4 +1,4 @@
-"""What a fit says and leaves on disk, what callbacks see, and that nothing stays after an error."""
+"""Log and files of a fit, callbacks, and cleanup after an error."""
 
 from __future__ import annotations
 
@@ -8,31 +8,23 @@ import sys
 import threading
 from pathlib import Path
 
-import cloudpickle
 import pytest
 import torch
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from duoka.checkpoint import load
 from duoka.errors import StorageError
 from duoka.trainer import Callback, State, Trainer
+from support import tiny_training
+from support.tiny_training import loader
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
-
-
-def loader(samples: int = 12) -> DataLoader:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(samples, 5, generator=generator)
-    return DataLoader(TensorDataset(features, (features.sum(1) > 0).long()), batch_size=4)
+pytestmark = pytest.mark.usefixtures("pickle_by_value")
 
 
 def trainer_of(**options) -> Trainer:
-    torch.manual_seed(0)
-    settings = {"loss": nn.CrossEntropyLoss(), "device": "cpu", "epochs": 3, "verbose": False, "tensorboard": False}
-    model = options.pop("model", None) or nn.Linear(5, 2)
-    return Trainer(model, options.pop("train_data", loader()), loader(), loader(), **(settings | options))
+    settings = {"eval_data": loader(), "test_data": loader(), "epochs": 3, "tensorboard": False}
+    return tiny_training.trainer_of(**(settings | options))
 
 
 def files(folder: Path) -> set[str]:
@@ -64,7 +56,7 @@ def test_a_run_folder_holds_the_whole_run(tmp_path, device):
     assert torch.equal(weights["weight"], trainer.model.weight)
 
 
-def test_nothing_is_written_unless_asked_for(tmp_path, monkeypatch):
+def test_nothing_is_written_without_out_dir_or_model_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer_of().fit()
     assert files(tmp_path) == set()
@@ -74,7 +66,7 @@ def test_nothing_is_written_unless_asked_for(tmp_path, monkeypatch):
     assert "run/model.safetensors" not in files(tmp_path)
 
 
-def test_a_new_run_in_an_old_folder_begins_its_records_anew(tmp_path):
+def test_a_new_run_in_an_old_folder_begins_new_records(tmp_path):
     for epochs in (3, 2):
         trainer_of(out_dir=tmp_path, epochs=epochs).fit()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
@@ -97,7 +89,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(tmp_path):
     assert torch.equal(trainer.model.weight, before)
 
 
-def test_a_log_that_cannot_be_written_any_more_is_said_as_such(tmp_path):
+def test_a_log_that_cannot_be_written_raises_a_storage_error(tmp_path):
     class Fill(Callback):
         def on_fit_start(self, state):
             assert not state.history
@@ -108,7 +100,7 @@ def test_a_log_that_cannot_be_written_any_more_is_said_as_such(tmp_path):
         trainer_of(out_dir=tmp_path, callbacks=[Fill()]).fit()
 
 
-def test_the_start_is_said_in_words_and_an_epoch_takes_a_line(capsys, tmp_path):
+def test_the_log_has_a_summary_and_one_line_per_epoch(capsys, tmp_path):
     model = nn.Sequential(nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 2))
     options = {"lr": 0.1, "lr_scaling": "linear", "verbose": True, "out_dir": tmp_path, "epochs": 2, "monitor": "loss"}
     trainer_of(model=model, device="cpu:2", **options).fit()
@@ -132,7 +124,7 @@ def test_a_silent_fit_prints_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_live_line_shows_how_far_it_is_and_goes_away(monkeypatch):
+def test_the_live_line_shows_progress_and_is_removed(monkeypatch):
     import io
 
     from rich.console import Console
@@ -219,7 +211,7 @@ class Fails(nn.Module):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_an_error_arrives_as_itself_and_leaves_the_model_in_its_mode(device, tmp_path):
+def test_an_error_keeps_its_type_and_the_model_its_mode(device, tmp_path):
     model = Fails().eval()
     trainer = trainer_of(model=model, device=device, out_dir=tmp_path, tensorboard=None)
     with pytest.raises(ArithmeticError, match="the fourth forward"):
@@ -228,20 +220,20 @@ def test_an_error_arrives_as_itself_and_leaves_the_model_in_its_mode(device, tmp
     trainer.fit()  # and the trainer still works
 
 
-def test_a_loss_that_is_no_number_is_told_once(caplog):
+def test_a_nan_loss_is_warned_of_once(caplog):
     trainer = trainer_of(loss=lambda output, _: output.sum() * float("nan"), epochs=2)
     with caplog.at_level(logging.WARNING, "duoka"):
         trainer.fit()
     assert [record.getMessage()[:21] for record in caplog.records] == ["the loss became nan i"]
 
 
-def test_a_config_of_the_users_own_in_the_folder_is_left_alone(tmp_path):
+def test_the_users_own_config_in_the_folder_stays_unchanged(tmp_path):
     (tmp_path / "config.yml").write_text("mine: true\n")
     trainer_of(out_dir=tmp_path).fit()
     assert (tmp_path / "config.yml").read_text() == "mine: true\n"
 
 
-def test_the_time_left_ends_with_the_last_step_that_is_taken(monkeypatch):
+def test_the_estimated_time_left_ends_at_max_steps(monkeypatch):
     from duoka.trainer import progress
 
     shown = []
@@ -258,7 +250,7 @@ def test_the_time_left_ends_with_the_last_step_that_is_taken(monkeypatch):
     assert shown[-1] == 0.0
 
 
-def test_an_epoch_is_saved_before_it_is_said_to_be_done(tmp_path, monkeypatch):
+def test_an_epoch_is_in_the_checkpoint_before_its_line_is_printed(tmp_path, monkeypatch):
     """Whoever reads its line may interrupt the run, and has not lost it."""
     saved, last = [], tmp_path / "checkpoint" / "last.pt"
 

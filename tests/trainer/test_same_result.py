@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 
-import cloudpickle
 import pytest
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from duoka.errors import DataError
 from duoka.trainer import Trainer
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # helpers cannot import a test module
+pytestmark = pytest.mark.usefixtures("pickle_by_value")
 
 STEPS = 10
 DEVICES = ("cpu", "cpu:2", "cpu:3")
@@ -87,7 +85,7 @@ def test_one_two_and_three_devices_take_the_steps_of_a_raw_loop(samples, accumul
         assert relative_difference(model, reference) < 1e-6, device
 
 
-def test_shuffled_data_are_taken_in_the_same_order_on_any_number_of_devices():
+def test_shuffled_data_have_the_same_order_on_any_number_of_devices():
     loader = DataLoader(labelled(11), batch_size=4, shuffle=True)
     one, *others = [fitted(classifier(), loader, device)[0] for device in DEVICES]
     plain = fitted(classifier(), DataLoader(labelled(11), batch_size=4), "cpu")[0]
@@ -96,7 +94,7 @@ def test_shuffled_data_are_taken_in_the_same_order_on_any_number_of_devices():
         assert relative_difference(other, one) < 1e-6
 
 
-def test_a_global_batch_smaller_than_the_number_of_devices_takes_the_same_step():
+def test_a_batch_smaller_than_the_number_of_devices_takes_the_same_step():
     loader = DataLoader(labelled(4), batch_size=2)
     reference = raw_loop(classifier(), loader, 1)
     model, _ = fitted(classifier(), loader, "cpu:3")
@@ -121,7 +119,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_losses_over_classes_are_the_mean_over_what_counts_in_the_global_batch(kind):
+def test_class_losses_average_over_the_global_batchs_counted_targets(kind):
     loss, options = LOSSES[kind]
     data = labelled(11)
     data.tensors[1][[0, 1, 5]] = -100 if kind in ("ignored by default", "smoothed") else 1
@@ -162,7 +160,7 @@ def token_loss(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_loss_of_sum_and_weight_gives_the_gradient_of_the_mean_over_all_tokens(accumulate):
+def test_a_loss_of_sum_and_weight_has_the_gradient_of_the_global_mean(accumulate):
     loader = DataLoader(labelled(11), batch_size=4)
     reference = classifier()
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
@@ -250,14 +248,14 @@ class WithUnused(nn.Module):
         return self.used(features)
 
 
-def test_parameters_that_take_no_part_are_found_without_changing_the_result():
+def test_unused_parameters_are_found_without_changing_the_result():
     loader = DataLoader(labelled(12), batch_size=4)
     one, _ = fitted(WithUnused(), loader, "cpu")
     two, _ = fitted(WithUnused(), loader, "cpu:2")
     assert relative_difference(two, one) < 1e-6
 
 
-def test_batch_norm_keeps_the_statistics_of_rank_0_and_survives_ranks_without_samples():
+def test_batch_norm_keeps_the_statistics_of_rank_0():
     def model() -> nn.Module:
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
@@ -275,7 +273,7 @@ def test_batch_norm_keeps_the_statistics_of_rank_0_and_survives_ranks_without_sa
     assert torch.allclose(trained[1].running_mean, expected, atol=1e-6)
 
 
-def test_the_model_is_left_as_it_was_but_for_its_weights():
+def test_fit_changes_nothing_of_the_model_but_its_weights():
     model = classifier()
     model[1].eval()
     before = copy.deepcopy(model)
@@ -307,7 +305,7 @@ class NotCopied(Annealed):
 
 @pytest.mark.parametrize("kind", [Annealed, NotCopied])
 @pytest.mark.filterwarnings("ignore:find_unused_parameters")
-def test_looking_for_unused_parameters_calls_nothing_of_the_users_model(kind):
+def test_finding_unused_parameters_needs_no_extra_forward(kind):
     loader = DataLoader(labelled(12), batch_size=4)
     options = {"loss": "loss", "max_grad_norm": None, "weight_decay": None}
     one, two = [fitted(kind(), loader, device, **options)[0] for device in ("cpu", "cpu:2")]

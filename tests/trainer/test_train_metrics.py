@@ -1,4 +1,4 @@
-"""Metrics of training: of the batches as they were trained on, the same on any number of devices."""
+"""Training metrics, the same on any number of devices."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def history(device: str, **options):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
-def test_they_count_every_training_sample_once_an_epoch(device):
+def test_train_metrics_count_every_training_sample_once_per_epoch(device):
     records, truth = history(device)
     assert [record["train_accuracy"] for record in records] == [pytest.approx(truth)] * 2
     panels = {title: [label for label, *_ in lines] for title, lines in _panels(records)}
     assert panels == {"loss": ["training"], "accuracy": ["training"], "learning rate": [""]}
 
 
-def test_they_need_a_loss_that_is_told_output_and_target():
+def test_train_metrics_need_a_loss_of_output_and_target():
     with pytest.raises(ConfigError, match="train_metrics need"):
         duoka.Trainer(torch.nn.Linear(4, 2), DATA, train_metrics=MulticlassAccuracy(2), device="cpu")

@@ -79,7 +79,3 @@ class Strategy(ABC):
 
     def broadcast_parameters(self, module: nn.Module) -> None:  # noqa: B027 - nothing to do in one process
         """Broadcast rank 0's parameters and buffers."""
-
-    def state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """Return the state of the unwrapped ``module``, with its own key names, on every rank."""
-        return module.state_dict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,11 +118,6 @@ class CallbackList:
     """The callbacks of a fit; empty on ranks other than 0."""
 
     callbacks: tuple[Callback, ...] = ()
-
-    @classmethod
-    def of(cls, callbacks: Iterable[Callback]) -> CallbackList:
-        """Return a list of these callbacks."""
-        return cls(tuple(callbacks))
 
     @property
     def has_step_callback(self) -> bool:

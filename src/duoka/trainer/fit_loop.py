@@ -34,7 +34,7 @@ from duoka.trainer.model_selection import PREFIX, BestTracker
 from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.trainer.optimizers import build_optimizer
 from duoka.trainer.progress import Reporter, reporter_for
-from duoka.trainer.run_dir import NullRunDir, RunDir
+from duoka.trainer.run_dir import RunDir
 from duoka.trainer.train_logger import TrainLogger, startup_summary
 from duoka.trainer.train_step import TrainStep, accumulation_windows
 from duoka.utils.modules import preserve_train_modes
@@ -91,9 +91,10 @@ class FitLoop:
         self.state = State(spec.model, self.train_step.optimizer, config.epochs, self.train_step.loss_meter)
         reporter: Reporter = reporter_for(config.verbose) if world.is_main else Reporter()
         stack.callback(reporter.close)
-        writes = world.is_main and config.out_dir is not None
-        self.run_dir = RunDir(str(config.out_dir), config.tensorboard) if writes else NullRunDir()
-        stack.callback(self.run_dir.close)
+        self.run_dir = None
+        if world.is_main and config.out_dir is not None:
+            self.run_dir = RunDir(config.out_dir, config.tensorboard)
+            stack.callback(self.run_dir.close)
         self.log = TrainLogger(config, self.state, reporter, self.run_dir, is_main=world.is_main)
         self.train_step.zero_grad()  # gradients from before the fit do not enter the first step
         stack.callback(self.train_step.zero_grad)
@@ -197,7 +198,8 @@ class FitLoop:
         return int(position["epoch"])
 
     def _open_run_dir(self, *, is_new: bool) -> None:
-        self.run_dir.start(self.config.to_plain(), self.state.history, is_new=is_new)
+        if self.run_dir is not None:
+            self.run_dir.start(self.config.to_plain(), self.state.history, is_new=is_new)
         if self.weights_path is not None:
             checkpoint.check_writable(self.weights_path)
 
@@ -321,7 +323,8 @@ class FitLoop:
         if self.test_loader is not None:
             test = evaluate(self.module, self.test_loader, self.metrics, self.world)
             self.log.results("test", test)
-        self.run_dir.finish(state.history)
+        if self.run_dir is not None:
+            self.run_dir.finish(state.history)
         self.callbacks.call("on_fit_end", state)
         validation = state.validation if state.best is None else state.best.results
         return FitOutcome(validation, test, state.history, state.best, state.stop_reason)
@@ -334,7 +337,7 @@ class FitLoop:
             return
         self._evaluate(record, end_of_epoch=False)
         if record:
-            self.run_dir.record(state.history)
+            self.log.write_records()
         self.log.results("validation", state.validation)
 
     def _restore_best_weights(self) -> None:

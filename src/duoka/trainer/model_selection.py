@@ -87,10 +87,9 @@ class BestTracker:
     def _check_name(self, names: list[str]) -> None:
         if self.name is None or self.name in names:
             return
-        hint = did_you_mean(self.name, names) or "give one of them"
-        raise ConfigError(
-            f"monitor={self.name!r} is not a result of the evaluation, which has {', '.join(names) or 'none'}; {hint}"
-        )
+        hint = did_you_mean(self.name, names)
+        known = f"{', '.join(names) or 'none'}{f'; {hint}' if hint else ''}"
+        raise ConfigError(f"monitor={self.name!r} is not a result of the evaluation, which has {known}")
 
     @property
     def summary(self) -> str:

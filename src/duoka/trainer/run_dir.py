@@ -16,39 +16,18 @@ from duoka.trainer.plots import draw_curves
 from duoka.utils.files import atomic_write
 from duoka.utils.imports import import_optional
 
-__all__ = ["NullRunDir", "RunDir"]
+__all__ = ["RunDir"]
 
 CURVES_INTERVAL_S = 30.0
 STALE = ("checkpoint/last.pt", "model.safetensors", "plots/curves.png", "events.out.tfevents.*")
 """Files of an earlier run in the same folder that a new run deletes, so that they are not taken for its own."""
 
 
-class NullRunDir:
-    """Writes nothing: ``out_dir`` is ``None``, or this is not rank 0."""
-
-    path: Path | None = None
-
-    def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, is_new: bool) -> None:
-        """Prepare the folder."""
-
-    def log(self, text: str) -> None:
-        """Append lines to ``log.txt``."""
-
-    def record(self, history: list[dict[str, Any]]) -> None:
-        """Write the records of all epochs."""
-
-    def finish(self, history: list[dict[str, Any]]) -> None:
-        """Draw the final curves."""
-
-    def close(self) -> None:
-        """Close open files."""
-
-
-class RunDir(NullRunDir):
+class RunDir:
     """Folder with ``trainer.yml``, ``metrics.jsonl``, ``log.txt``, ``plots/curves.png`` and TensorBoard's ``events.*``."""
 
     def __init__(self, path: str | Path, tensorboard: bool | None) -> None:
-        self.path: Path = Path(path)
+        self.path = Path(path)
         self.tensorboard = tensorboard
         self.events: Any = None
         self.drawn_at = 0.0

@@ -19,7 +19,7 @@ from duoka.trainer.lr_schedule import scaled_learning_rate
 from duoka.trainer.metrics import Results
 from duoka.trainer.model_selection import PREFIX
 from duoka.trainer.progress import Reporter, Snapshot, device_memory_bytes, format_number
-from duoka.trainer.run_dir import NullRunDir
+from duoka.trainer.run_dir import RunDir
 from duoka.utils.text import format_duration
 
 __all__ = ["TrainLogger", "startup_summary"]
@@ -29,7 +29,7 @@ class TrainLogger:
     """Writes the messages of a fit, and measures its epochs."""
 
     def __init__(
-        self, config: TrainerConfig, state: State, reporter: Reporter, run_dir: NullRunDir, *, is_main: bool
+        self, config: TrainerConfig, state: State, reporter: Reporter, run_dir: RunDir | None, *, is_main: bool
     ) -> None:
         self.config, self.state = config, state
         self.reporter, self.run_dir = reporter, run_dir
@@ -40,7 +40,8 @@ class TrainLogger:
         """Show and log ``lines``."""
         for line in lines:
             self.reporter.say(line)
-            self.run_dir.log(line)
+            if self.run_dir is not None:
+                self.run_dir.log(line)
 
     def resumed(self, path: object, epoch: int) -> None:
         """Log the checkpoint and the position from which the run continues; ``epoch`` counts from 0."""
@@ -121,7 +122,12 @@ class TrainLogger:
         parts += [f"lr {record['lr']:.3g}", f"{record['samples_per_s']:,.0f} samples/s"]
         parts += [format_duration(record["seconds"]), *(["best"] if is_best else [])]
         self.say(" · ".join(parts))
-        self.run_dir.record(self.state.history)
+        self.write_records()
+
+    def write_records(self) -> None:
+        """Write the records of all epochs."""
+        if self.run_dir is not None:
+            self.run_dir.record(self.state.history)
 
     def results(self, label: str, results: Results) -> None:
         """Log ``results``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,17 +24,8 @@ __all__ = ["TrainStep", "accumulation_windows"]
 
 def accumulation_windows(batches: Iterable[LocalBatch], size: int) -> Iterator[list[LocalBatch]]:
     """Yield the batches of each optimizer step: ``size`` of them, fewer in the last window."""
-    if size == 1:
-        for batch in batches:
-            yield [batch]
-        return
-    window = []
-    for batch in batches:
-        window.append(batch)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
+    remaining = iter(batches)
+    while window := list(itertools.islice(remaining, size)):
         yield window
 
 
