@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from duoka import checkpoint, data, devices, scaling
+from duoka import checkpoint, data, devices
+from duoka.devices.cpu import loader_workers
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun, folder_of, run_options
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
@@ -148,7 +149,7 @@ def _metrics(num_classes: int) -> dict[str, Any]:
 def _workers_per_device(device: str, requested: int) -> int:
     """Return the DataLoader workers of each device if ``requested`` are for all; warn if the cores allow fewer."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or len(devices.resolve(device).devices)
-    workers = scaling.loader_workers(local, requested)
+    workers = loader_workers(local, requested)
     log = logger.warning if workers.total < requested else logger.info
-    log("data-loader workers: %s", workers.words)
+    log("data-loader workers: %s", workers.reason)
     return workers.per_device
