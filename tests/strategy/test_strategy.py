@@ -137,7 +137,24 @@ def test_the_total_norm_of_the_gradient_is_clipped(size):
         assert after == pytest.approx(0.25, rel=1e-4)
 
 
-def synchronised() -> tuple[float, float]:
+def gradients_without_wrapper() -> list[float]:
+    world = current_world()
+    strategy, _ = select_strategy("auto", world)
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(()))]
+    parameters[0].grad = torch.full((2,), float(world.rank + 1))
+    if world.rank:
+        parameters[1].grad = torch.tensor(4.0)
+    strategy.all_reduce_gradients(parameters)
+    return [float(parameter.grad.mean()) for parameter in parameters]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2, [1.5, 2.0]), (3, [2.0, 8 / 3])])
+def test_gradients_before_wrapping_are_averaged_over_ranks(size, expected):
+    for gradients in launch(gradients_without_wrapper, devices=f"cpu:{size}", returns="all"):
+        assert gradients == pytest.approx(expected)
+
+
+def synchronized() -> tuple[float, float]:
     world = current_world()
     strategy, _ = select_strategy("auto", world)
     module = MeanLoss()
@@ -151,7 +168,7 @@ def synchronised() -> tuple[float, float]:
 
 
 def test_all_ranks_get_rank_0s_buffers_and_weights():
-    assert launch(synchronised, devices="cpu:2", returns="all") == [(0.0, 0.0), (0.0, 0.0)]
+    assert launch(synchronized, devices="cpu:2", returns="all") == [(0.0, 0.0), (0.0, 0.0)]
 
 
 def test_ddp_passes_its_options_to_torch():

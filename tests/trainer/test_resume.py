@@ -132,6 +132,13 @@ def test_resuming_on_another_number_of_devices_has_the_same_result(tmp_path, fir
     assert losses[2:] == pytest.approx([record["val_loss"] for record in reference.history][2:], rel=1e-5)
 
 
+def test_a_run_on_three_devices_resumes_bit_identically(tmp_path):
+    whole, _ = trained(None, "cpu:3")
+    trained(tmp_path, "cpu:3", max_steps=6, checkpoint_every_steps=3)
+    resumed, _ = trained(tmp_path, "cpu:3", resume=True)
+    assert torch.equal(resumed.weight, whole.weight)
+
+
 def test_resuming_a_finished_run_trains_no_further(tmp_path):
     model, trainer = trained(tmp_path, "cpu")
     again, resumed = trained(tmp_path, "cpu", resume=True)
