@@ -182,12 +182,11 @@ def test_every_optimiser_trains_with_a_schedule_of_its_own(here, optimizer):
         (["eval", "none"], "no run at none"),
         (
             ["train", "cifar100", *SHORT, "--device", "cpu:2", "--batch_size", "1"],
-            "`batch_size` is 1 (global) on 2 devices, which gives a device only one image: batch norm needs at least two. "
-            "Write --batch_size 6",
+            "batch_size=1 (global, 2 devices) gives a device only one image, and batch norm needs two; write --batch_size 6",
         ),
         (
             ["train", "cifar100", *SHORT, "--batch_size", "479"],
-            "`batch_size` is 479 (global), which leaves 1 of 1,438 images for the last batch and gives a device only one image",
+            "batch_size=479 (global, 1 device) leaves 1 of 1,438 images for the last batch and gives a device only one image",
         ),
     ],
 )
@@ -221,7 +220,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(run, here, capfd):
 
 def test_a_batch_of_more_than_all_images_is_said(here, caplog):
     assert main(["train", "cifar100", *SHORT, "--epochs", "1", "--batch_size", "100000"]) == 0
-    assert "`batch_size` is 100,000, more than the 1,438 images: one step an epoch" in caplog.text
+    assert "batch_size=100,000 is more than the 1,438 images" in caplog.text
 
 
 def test_an_interruption_before_the_first_epoch_leaves_no_folder(here, monkeypatch, capfd):

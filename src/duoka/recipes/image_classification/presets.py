@@ -23,6 +23,7 @@ from duoka.recipes.image_classification.train import ImageRecipe
 from duoka.recipes.models import small_cnns
 from duoka.recipes.models.resnet import resnet
 from duoka.utils.imports import import_optional
+from duoka.utils.text import plural
 
 __all__ = ["CIFAR100", "TINY_IMAGENET"]
 
@@ -102,8 +103,8 @@ class Cifar100Preset(ImageRecipe):
         enough = next((n for n in range(size + 1, count + 1) if smallest_batch(n) >= 2 * replicas), count)
         last = "" if smallest == size * batches else f" leaves {smallest} of {count:,} images for the last batch and"
         raise ConfigError(
-            f"batch_size={size} ({config.batch_size_means}, {replicas} device(s)){last} gives a device only one image, and "
-            f"batch norm needs two; write --batch_size {enough}"
+            f"batch_size={size} ({config.batch_size_means}, {plural(replicas, 'device')}){last} gives a device only one image, "
+            f"and batch norm needs two; write --batch_size {enough}"
         )
 
 
