@@ -96,7 +96,7 @@ def _load_data(config: RecommendationConfig, run: RecipeRun | None) -> ML1MDatas
     """Return the data set; for an existing run, it must be the one of its start."""
     data = inference.load_data(config, run)
     if run is not None:
-        refuse_other_data(run, data.metadata(), str(data.folder))
+        refuse_other_data(run, data.metadata(), f"--root {data.folder}")
     return data
 
 

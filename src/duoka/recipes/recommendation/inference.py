@@ -75,7 +75,7 @@ def load_model(run: RecipeRun, config: RecommendationConfig, data: ML1MDataset) 
 
     """
     path, metadata = run.finished_model(), data.metadata()
-    refuse_other_data(run, {key: metadata[key] for key in ("users", "films", "entities")}, str(data.folder))
+    refuse_other_data(run, {key: metadata[key] for key in ("users", "films", "entities")}, f"--root {data.folder}")
     try:
         texts = load_texts(config, data)
     except ConfigError as error:
