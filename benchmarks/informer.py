@@ -1,8 +1,8 @@
-"""Operations of the Informer's forward per window: duoka's, as torch counts them, next to the account of the authors' code.
+"""Operations of the Informer's forward per window: duoka's as torch counts them, and a count for the authors' code.
 
-The account is of https://github.com/zhouhaoyi/Informer2020 for the same model: the same layers, but each query measured on keys
-of its own (gathered for each), and every place of the decoder carried to the end, of which the forecast's are kept. Prints
-both, and the time of a training step of duoka's.
+The count is for https://github.com/zhouhaoyi/Informer2020 with the same layers. There, each query is measured on its own
+gathered keys, and the decoder computes all positions to the end, of which the forecast's are kept. The benchmark prints
+both counts, and the time of duoka's training step.
 
     python benchmarks/informer.py [--seconds 20]
 """
@@ -25,7 +25,7 @@ CASES = {"M": (7, 48, 48), "S": (1, 720, 168)}
 
 
 def authors_operations(columns: int, past: int, start: int, size: InformerSize) -> int:
-    """Multiplications and additions of one window's forward in the authors' code."""
+    """Return the multiplications and additions of one window's forward in the authors' code."""
     d, hidden = size.width, size.hidden
     total, length = 0, past
     for layer in range(size.encoder_layers):
@@ -41,13 +41,13 @@ def authors_operations(columns: int, past: int, start: int, size: InformerSize) 
 
 
 def prob_sparse(length: int, d: int) -> int:
-    """A score for each query and each of its sampled keys; then scores and values for the top queries."""
+    """Operations: a score for each query and sampled key, then scores and values for the top queries."""
     top = min(length, 5 * math.ceil(math.log(length)))
     return 2 * length * top * d + 4 * top * length * d
 
 
 def gathered_bytes(length: int, d: int) -> tuple[int, int]:
-    """What the first encoder layer gathers for the measurement, a batch: the authors' code for each query, duoka's for all."""
+    """Bytes that the first encoder layer gathers for a batch: the authors' code for each query, duoka for all queries."""
     top = min(length, 5 * math.ceil(math.log(length)))
     return 4 * BATCH * length * top * d, 4 * BATCH * top * d
 

@@ -59,15 +59,8 @@ def official(name: str) -> CifarArchive:
 def load(source: CifarArchive, root: str | Path, *, download: bool = True, verify: bool = True) -> ImageSet:
     """Read a set from ``root``, which holds the archive or the unpacked folder; download the archive if neither exists.
 
-    Args:
-        source: the result of ``official``.
-        root: the folder that holds the archive or the unpacked folder.
-        download: whether the archive may be downloaded.
-        verify: whether files must have the official checksums; off for other data in the same format.
-
-    Raises:
-        DataError: a file is missing, truncated or changed; the message names the file and the remedy.
-
+    ``verify`` requires the official checksums; turn it off for other data in the same format. Raises DataError if a file
+    is missing, truncated or changed.
     """
     root = Path(root)
     reject_archive(root)

@@ -61,9 +61,7 @@ class CsvTable:
     def find_columns(self, columns: str) -> list[int]:
         """Return the indices of columns given by name or by position from 1: ``"OT"``, ``"1-10"``, ``"HUFL,3"``.
 
-        Raises:
-            ConfigError: there is no such column; the message lists the columns of the file.
-
+        Raises ConfigError if there is no such column; the message lists the columns of the file.
         """
         if columns in self.columns:
             return [self.columns.index(columns)]  # a name may contain commas
@@ -76,9 +74,7 @@ class CsvTable:
     def find_column(self, column: str) -> int:
         """Return the index of one column given by name or by position from 1.
 
-        Raises:
-            ConfigError: there is no such column, or ``column`` names several.
-
+        Raises ConfigError if there is no such column, or ``column`` names several.
         """
         indices = self.find_columns(column)
         if len(indices) > 1:
@@ -86,12 +82,7 @@ class CsvTable:
         return indices[0]
 
     def find_name(self, name: str) -> int:
-        """Return the index of the column called ``name``.
-
-        Raises:
-            ConfigError: there is no such column.
-
-        """
+        """Return the index of the column called ``name``. Raises ConfigError if there is no such column."""
         if name not in self.columns:
             raise ConfigError(f"{self.path} has no column {name!r}: {self._suggestion(name)}")
         return self.columns.index(name)
@@ -162,7 +153,7 @@ class CsvTable:
         return values.interpolate("index", limit_direction="both")
 
     def _cell(self, row: int, index: int) -> str:
-        return f"line {self.lines[row]}, column {index + 1} ({self.columns[index]})"
+        return f"line {self.frame.index[row]}, column {index + 1} ({self.columns[index]})"
 
 
 def read(path: str | Path) -> CsvTable:
@@ -170,9 +161,7 @@ def read(path: str | Path) -> CsvTable:
 
     The separator is the one of comma, semicolon, tab and bar that occurs most often in the header outside quotes.
 
-    Raises:
-        DataError: the file is missing, empty, not UTF-8, without a header, or has a row of another length.
-
+    Raises DataError if the file is missing, empty, not UTF-8, without a header, or has a row of another length.
     """
     pandas = import_optional("pandas", extra="forecast")
     path = Path(path)
@@ -190,9 +179,7 @@ def read(path: str | Path) -> CsvTable:
 def write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]], *, digits: int = 10) -> None:
     """Write a table atomically, with ``digits`` significant digits of each float.
 
-    Raises:
-        StorageError: the file cannot be written.
-
+    Raises StorageError if the file cannot be written.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")

@@ -65,14 +65,7 @@ class RemoteFile:
     def unpack(self, root: Path, *, skip: str | None = None) -> Path:
         """Verify and unpack the zip file in ``root`` into the folder of its name, unless that exists; return the folder.
 
-        Args:
-            root: the folder of the zip file.
-            skip: a folder of the archive that is left out.
-
-        Raises:
-            DataError: the archive is damaged.
-            StorageError: ``root`` cannot be written.
-
+        The folder ``skip`` of the archive is not unpacked. Raises as ``download`` does.
         """
         archive = root / self.file_name
         folder = root / archive.stem
@@ -121,9 +114,7 @@ class RemoteFile:
 def verify_md5(file: IO[bytes], path: Path, md5: str, *, size: int | None = None, remedy: str) -> None:
     """Compare an open file, named ``path`` in messages, with the checksum that it must have.
 
-    Raises:
-        DataError: size or checksum differ; the message names the file, both values, and ``remedy``.
-
+    Raises DataError if size or checksum differ; the message names the file, both values, and ``remedy``.
     """
     found = file.seek(0, 2)
     if size is not None and found != size:
@@ -139,9 +130,7 @@ def verify_md5(file: IO[bytes], path: Path, md5: str, *, size: int | None = None
 def reject_archive(root: Path) -> None:
     """Raise if ``root`` is a file, most likely an archive, instead of the data's folder.
 
-    Raises:
-        DataError: ``root`` is a file.
-
+    Raises DataError if ``root`` is a file.
     """
     if root.is_file():
         remedy = f"give the folder of the data: --root {root.parent}"
@@ -155,9 +144,7 @@ def reject_archive(root: Path) -> None:
 def locked_folder(folder: Path) -> Iterator[None]:
     """Create ``folder`` if it is missing, and lock it between processes.
 
-    Raises:
-        StorageError: ``folder`` cannot be created or read.
-
+    Raises StorageError if ``folder`` cannot be created or read.
     """
     with contextlib.ExitStack() as stack:
         try:

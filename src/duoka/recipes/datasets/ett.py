@@ -23,9 +23,7 @@ MONTH_HOURS = 30 * 24
 def locate(name: str, root: str | Path, *, download: bool = True) -> Path:
     """Return the file of the set ``name`` in ``root``, downloaded if it is missing.
 
-    Raises:
-        DataError: the file is missing and ``download`` is off, or its checksum is wrong.
-
+    Raises DataError if the file is missing and ``download`` is off, or its checksum is wrong.
     """
     remote = RemoteFile(f"{URL}{name}.csv", *FILES[name])
     path = Path(root) / remote.file_name

@@ -47,9 +47,7 @@ def load(
 
     If the cache cannot be written, the images stay in memory, with a warning.
 
-    Raises:
-        DataError: an image cannot be read.
-
+    Raises DataError if an image cannot be read.
     """
     digest = hashlib.blake2b(json.dumps([size, classes, train, test]).encode(), digest_size=16)
     paths = [folder / file.name for file in (*train, *test)]

@@ -22,9 +22,7 @@ def load(root: str | Path, *, size: int = 32, test_share: float = 0.2, split_see
 
     If ``root`` has no test folder, ``test_share`` of each class becomes the test part.
 
-    Raises:
-        DataError: class folders are missing or empty, only the test part has a class, or an image is unreadable.
-
+    Raises DataError if class folders are missing or empty, only the test part has a class, or an image is unreadable.
     """
     root = Path(root)
     if not root.is_dir():

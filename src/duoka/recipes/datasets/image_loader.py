@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from duoka.recipes.datasets.images import Images, ImageSet, Statistics
 from duoka.utils.imports import import_optional
 
-if TYPE_CHECKING:
-    LabeledImages = Dataset[tuple[Tensor, int]]
-else:
-    LabeledImages = Dataset
-
 __all__ = ["Collate", "ImageDataset", "augmentation", "loader"]
 
 
-class ImageDataset(LabeledImages):
+class ImageDataset(Dataset[tuple[Tensor, int]]):
     """``Images`` as a map-style data set: sample ``i`` is ``(uint8 (channels, height, width), label)``."""
 
     def __init__(self, images: Images, transform: Callable[[Tensor], Tensor] | None = None) -> None:

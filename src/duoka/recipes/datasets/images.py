@@ -113,9 +113,7 @@ def read_images(paths: Sequence[Path], out: Tensor, *, description: str | None =
 
     Threads decode in parallel, because Pillow releases the interpreter's lock.
 
-    Raises:
-        DataError: a file is missing or not a readable image.
-
+    Raises DataError if a file is missing or not a readable image.
     """
     from rich.console import Console
     from rich.progress import track
@@ -144,9 +142,7 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
     The image is turned upright by its EXIF orientation, transparent pixels become white, and it is scaled and cropped
     around its center.
 
-    Raises:
-        DataError: the file is missing or not a readable image; the message names it.
-
+    Raises DataError if the file is missing or not a readable image; the message names it.
     """
     image_module, image_ops = (
         import_optional("PIL.Image", extra="vision"),

@@ -131,12 +131,7 @@ class ML1MDataset:
         return {**counts, "entities": f"{entities:08x}", "parts": f"{parts:08x}"}
 
     def user_index(self, user_id: int) -> int:
-        """Return the index of the user with this id in the file.
-
-        Raises:
-            DataError: there is no such user.
-
-        """
+        """Return the index of the user with this id in the file. Raises DataError if there is no such user."""
         index = int(np.searchsorted(self.user_ids, user_id))
         if index == self.n_users or self.user_ids[index] != user_id:
             ids = f"{self.user_ids[0]} to {self.user_ids[-1]}"

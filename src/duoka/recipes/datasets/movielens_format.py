@@ -7,6 +7,7 @@ ACM TiiS 5(4), 2015, and the README of the archive.
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -29,39 +30,16 @@ NAMES = ("users.dat", "movies.dat", "ratings.dat")
 SEPARATOR = "::"
 GENDERS = {"F": "female", "M": "male"}
 AGES = {
-    1: "under 18",
-    18: "18 to 24",
-    25: "25 to 34",
-    35: "35 to 44",
-    45: "45 to 49",
-    50: "50 to 55",
-    56: "56 or older",
-}
-"""Age groups by their code."""
+    1: "under 18", 18: "18 to 24", 25: "25 to 34", 35: "35 to 44", 45: "45 to 49", 50: "50 to 55", 56: "56 or older",
+}  # fmt: skip
+"""Age groups by code."""
 OCCUPATIONS = (
-    "other or not specified",
-    "academic or educator",
-    "artist",
-    "clerical or administrative",
-    "college or graduate student",
-    "customer service",
-    "doctor or health care",
-    "executive or managerial",
-    "farmer",
-    "homemaker",
-    "K-12 student",
-    "lawyer",
-    "programmer",
-    "retired",
-    "sales or marketing",
-    "scientist",
-    "self-employed",
-    "technician or engineer",
-    "tradesman or craftsman",
-    "unemployed",
-    "writer",
-)
-"""Occupations by their code, from 0."""
+    "other or not specified", "academic or educator", "artist", "clerical or administrative",
+    "college or graduate student", "customer service", "doctor or health care", "executive or managerial", "farmer",
+    "homemaker", "K-12 student", "lawyer", "programmer", "retired", "sales or marketing", "scientist", "self-employed",
+    "technician or engineer", "tradesman or craftsman", "unemployed", "writer",
+)  # fmt: skip
+"""Occupations by code."""
 USER_FIELDS = "UserID::Gender::Age::Occupation::Zip-code"
 FILM_FIELDS = "MovieID::Title::Genres"
 RATING_FIELDS = "UserID::MovieID::Rating::Timestamp"
@@ -133,9 +111,7 @@ class Ratings:
 def read_users(path: Path) -> tuple[User, ...]:
     """Return the users by ascending id.
 
-    Raises:
-        DataError: a line does not fit the format; the message names line and remedy.
-
+    Raises DataError if a line does not fit the format; the message names line and remedy.
     """
 
     def parse(fields: list[str], where: str) -> User:
@@ -151,9 +127,8 @@ def read_users(path: Path) -> tuple[User, ...]:
 def read_films(path: Path) -> tuple[Film, ...]:
     """Return the films by ascending id.
 
-    Raises:
-        DataError: a line does not fit the format, or a film has no title or genres; the message names line and remedy.
-
+    Raises DataError if a line does not fit the format, or a film has no title or genres; the message names line and
+    remedy.
     """
 
     def parse(fields: list[str], where: str) -> Film:
@@ -170,9 +145,8 @@ def read_films(path: Path) -> tuple[Film, ...]:
 def read_ratings(path: Path, user_ids: Integers, film_ids: Integers) -> Ratings:
     """Return the ratings; both lists of known ids are ascending.
 
-    Raises:
-        DataError: a line does not fit the format, or names an unknown user or film; the message names line and remedy.
-
+    Raises DataError if a line does not fit the format, or names an unknown user or film; the message names line and
+    remedy.
     """
     pandas = import_optional("pandas", extra="recommend")
     numbers = _read_numbers(path, pandas)
@@ -203,17 +177,8 @@ def _read_numbers(path: Path, pandas: Any) -> Integers:
     """
     data = _read_bytes(path)
     try:
-        table = pandas.read_csv(
-            io.BytesIO(data),
-            sep=":",
-            header=None,
-            usecols=[0, 2, 4, 6],
-            dtype=np.int64,
-            engine="c",
-            quoting=3,
-            na_filter=False,
-            skip_blank_lines=False,
-        )
+        options = {"header": None, "quoting": csv.QUOTE_NONE, "na_filter": False, "skip_blank_lines": False}
+        table = pandas.read_csv(io.BytesIO(data), sep=":", usecols=[0, 2, 4, 6], dtype=np.int64, engine="c", **options)
     except (ValueError, OverflowError):  # pandas' errors are ValueErrors; they do not name the line
         _raise_first_fault(path)
     numbers: Integers = table.to_numpy()

@@ -23,9 +23,7 @@ MIN_RATINGS = 3
 def check_ratio(ratio: Sequence[float]) -> tuple[float, float, float]:
     """Return the shares of training, validation and test.
 
-    Raises:
-        ConfigError: they are not three shares above 0 that sum to 1.
-
+    Raises ConfigError if they are not three shares above 0 that sum to 1.
     """
     shares = tuple(float(share) for share in ratio)
     if len(shares) != len(PARTS) or not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from duoka.data.sample_fetch import identity_collate
 from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import SeenItems
-
-if TYPE_CHECKING:
-    Triplets = Dataset[dict[str, Tensor]]
-else:
-    Triplets = Dataset
 
 __all__ = ["NegativeSampler", "TripletDataset", "loader"]
 
@@ -57,9 +53,7 @@ class NegativeSampler:
     def draw(self, users: Integers, random: np.random.Generator) -> Integers:
         """Return one unrated film for each of ``users``, both ``(samples,)``; ascending users are fastest.
 
-        Raises:
-            DataError: a user has rated every film.
-
+        Raises DataError if a user has rated every film.
         """
         num_unrated = self.num_unrated[users]
         if len(users) and num_unrated.min() < 1:
@@ -76,20 +70,13 @@ class NegativeSampler:
         return drawn if self.candidates is None else self.candidates[drawn]
 
 
-class TripletDataset(Triplets):
+class TripletDataset(Dataset[dict[str, Tensor]]):
     """Data set whose sample ``i`` is the ``i``-th pair with an unrated film: ``users``, ``positives``, ``negatives``.
 
     The unrated films are a function of ``(seed, epoch)``: the same on every rank and after a resume. Trainers call
     ``set_epoch``; a loop of your own must call it too.
 
-    Args:
-        pairs: indices of user and film ``(samples, 2)``.
-        seen: the rated films of each user, usually the same pairs.
-        n_items: the number of films.
-        seed: the seed of the draws.
-        user_ids: ids of the users for messages.
-        candidates: the films to draw from, ascending; ``None`` is every film.
-
+    ``pairs`` are indices of user and film ``(samples, 2)``; the other arguments are those of ``NegativeSampler``.
     """
 
     def __init__(
@@ -130,7 +117,7 @@ class TripletDataset(Triplets):
 def loader(samples: TripletDataset, batch_size: int) -> DataLoader[Any]:
     """Return a shuffling loader of ``samples``, whose ``__getitems__`` already returns whole batches."""
     sampler = _ShuffleSampler(len(samples))
-    return DataLoader(samples, batch_size=batch_size, sampler=sampler, collate_fn=_identity_collate)
+    return DataLoader(samples, batch_size=batch_size, sampler=sampler, collate_fn=identity_collate)
 
 
 class _ShuffleSampler(Sampler[int]):
@@ -144,7 +131,3 @@ class _ShuffleSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.count
-
-
-def _identity_collate(batch: Any) -> Any:
-    return batch

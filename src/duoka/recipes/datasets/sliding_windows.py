@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-if TYPE_CHECKING:
-    WindowDataset = Dataset[tuple[Tensor, Tensor, Tensor]]
-else:
-    WindowDataset = Dataset
+from duoka.data.sample_fetch import identity_collate
 
 __all__ = ["SlidingWindows", "loader"]
 
 
-class SlidingWindows(WindowDataset):
+class SlidingWindows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Data set whose sample ``i`` is ``(history, marks, future)`` of the window that starts at step ``i``.
 
     Args:
@@ -59,8 +56,4 @@ class SlidingWindows(WindowDataset):
 
 def loader(samples: SlidingWindows, batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:
     """Return a loader of ``samples``, whose ``__getitems__`` already returns whole batches."""
-    return DataLoader(samples, batch_size=batch_size, shuffle=shuffle, collate_fn=_identity_collate)
-
-
-def _identity_collate(batch: Any) -> Any:
-    return batch
+    return DataLoader(samples, batch_size=batch_size, shuffle=shuffle, collate_fn=identity_collate)

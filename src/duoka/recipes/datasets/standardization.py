@@ -26,9 +26,7 @@ class Standardization:
     def fit(cls, rows: Tensor, names: Sequence[str]) -> Standardization:
         """Return the statistics of ``rows (rows, columns)``; a constant column is only shifted, with a warning.
 
-        Raises:
-            DataError: the squares of a column's numbers overflow.
-
+        Raises DataError if the squares of a column's numbers overflow.
         """
         std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
         for index in (~std.isfinite()).nonzero().flatten().tolist():

@@ -69,9 +69,7 @@ def make(users: int = 1_000, films: int = 800, ratings: int = 60_000, seed: int 
     standard Gumbel noise. The number of films is log-normal. Stars are the fifths of affinity plus normal noise of
     deviation 0.5.
 
-    Raises:
-        ConfigError: the sizes do not fit together.
-
+    Raises ConfigError if the sizes do not fit together.
     """
     _check(users, films, ratings, seed)
     random = np.random.default_rng(seed)
@@ -98,9 +96,7 @@ def make(users: int = 1_000, films: int = 800, ratings: int = 60_000, seed: int 
 def write(folder: Path, data: SyntheticRatings, seed: int = 0) -> None:
     """Write ``users.dat``, ``movies.dat`` and ``ratings.dat``; film ids have gaps, as the official ones do.
 
-    Raises:
-        StorageError: a file cannot be written.
-
+    Raises StorageError if a file cannot be written.
     """
     random = np.random.default_rng((seed, 1))
     film_ids = np.cumsum(random.integers(1, 4, len(data.titles)))

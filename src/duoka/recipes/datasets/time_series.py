@@ -96,9 +96,7 @@ class SeriesSplit:
             series: the series.
             split: ``"paper"`` (12, 4 and 4 months of ETT), ``"ratio"`` (70, 10 and 20 %), or ``"auto"``: the paper's
                 if the file is called ETTh... or ETTm... and is long enough.
-            past: steps of a window's history.
-            horizon: steps of a window's future.
-            targets: indices of the columns to forecast.
+            past, horizon, targets: as in ``SlidingWindows``.
             standardization: statistics to apply; ``None`` computes those of the training part.
 
         Raises:

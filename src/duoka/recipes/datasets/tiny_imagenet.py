@@ -30,11 +30,8 @@ OFFICIAL = RemoteFile(
 def load(root: str | Path, *, download: bool = True, archive: RemoteFile = OFFICIAL, size: int = SIZE) -> ImageSet:
     """Read the set from ``root``, which is or holds the official folder, or one with the same layout.
 
-    Args:
-        root: the folder; the archive is downloaded there if neither the archive nor its contents are found.
-        download: whether the archive may be downloaded.
-        archive: the archive of the set.
-        size: pixels a side that images are scaled to; official images have 64.
+    The archive is downloaded to ``root`` if neither the archive nor its contents are found there. Images are scaled to
+    ``size`` pixels a side.
 
     Raises:
         DataError: files are missing, damaged or contradict each other; the message names the remedy.

@@ -1,7 +1,7 @@
-"""Recipe ``informer``: a table of numbers in, predictions out.
+"""Recipe ``informer``: forecasts of time series, and predictions of a table's columns from its other columns.
 
-`options` has the options, `forecast` the forecasting of series, `regress` the prediction of columns from other columns,
-`baselines` what a forecast is measured against, `report` the files and `drawing` the pictures that a run leaves.
+`config` has the options, `forecasting` and `regression` the two tasks, `baselines` the forecasts to compare with,
+`results` the error numbers and `plots` the pictures of a run.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from duoka.recipes.time_series.config import TimeSeriesConfig
 __all__ = ["TimeSeriesConfig", "evaluate", "load", "predict", "predict_table", "train"]
 
 Config = TimeSeriesConfig
-"""What the registry asks every recipe for."""
+"""The name under which the registry finds a recipe's options."""
 
 
 def train(config: TimeSeriesConfig) -> RecipeOutcome:
-    """Train, test, and write the run's folder with its results and pictures."""
+    """Train, test, and write results and pictures into the run's folder."""
     return cast("RecipeOutcome", _task(config).train(config.resolved()))
 
 
 def evaluate(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
-    """Test the model of a finished run again; writes ``evaluation.json`` into its folder."""
-    return cast("RecipeOutcome", _task(config).evaluate(run, config.resolved()))
+    """Test the model of a finished run again, and write ``evaluation.json`` into its folder."""
+    return cast("RecipeOutcome", _task(config).evaluate_run(run, config.resolved()))
 
 
 def predict(
@@ -39,19 +39,19 @@ def predict(
     *,
     invert: bool = False,  # noqa: ARG001
 ) -> list[Prediction]:
-    """Refuse: this recipe's answers are tables, which ``predict_table`` writes."""
+    """Raise, because this recipe's predictions are tables, which ``predict_table`` writes."""
     example = sources[0] if sources and sources[0].lower().endswith((".csv", ".txt", ".tsv")) else "data.csv"
     raise ConfigError(f"a run of the informer predicts from a table: duoka predict {run.folder} --from {example}")
 
 
 def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Written:
-    """Write what the model of a finished run makes of a CSV file: a forecast beyond its end, or a prediction for each row."""
+    """Write a forecast beyond the end of a CSV file, or a prediction for each of its rows."""
     return cast("Written", _task(config).predict_table(run, config.resolved(), source))
 
 
 def load(config: TimeSeriesConfig) -> forecasting.ForecastData | regression.TableRows:
-    """Return the table that ``config`` names, as its task cuts it."""
-    return cast("forecasting.ForecastData | regression.TableRows", _task(config).read(config.resolved()))
+    """Return the data that ``config`` names, split as its task splits them."""
+    return cast("forecasting.ForecastData | regression.TableRows", _task(config).load(config.resolved()))
 
 
 def _task(config: TimeSeriesConfig) -> ModuleType:

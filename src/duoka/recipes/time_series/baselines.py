@@ -1,4 +1,4 @@
-"""What a forecast has to beat: the last value, the last season, and a linear model."""
+"""Baselines of a forecast: the last value, the last season, and a linear model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from duoka.recipes.models.dlinear import DLinear
 
 __all__ = ["dlinear", "last_season", "last_value"]
 
-EPOCHS, RATE, BATCH = 10, 0.005, 32
-"""DLinear's training, at its authors' rate and batch for ETTh1; the best of these epochs on the validation part is kept."""
+EPOCHS, LEARNING_RATE, BATCH_SIZE = 10, 0.005, 32
+"""Training of DLinear with its authors' rate and batch size for ETTh1; the best epoch on the validation part is kept."""
 
 
 def last_value(windows: SlidingWindows) -> Tensor:
-    """Return for each window its last known value at every step, ``(windows, horizon, targets)``."""
+    """Repeat the last known value of each window, ``(windows, horizon, targets)``."""
     values, _ = windows.views
     return values[:, windows.past - 1 : windows.past, windows.targets].expand(-1, windows.horizon, -1)
 
 
 def last_season(windows: SlidingWindows, season: int) -> Tensor | None:
-    """Return for each window what was ``season`` steps before, as often as needed; ``None`` where its past is shorter."""
+    """Repeat the last ``season`` steps of each window; ``None`` if the windows' history is shorter."""
     if season > windows.past:
         return None
     values, _ = windows.views
@@ -34,20 +34,19 @@ def last_season(windows: SlidingWindows, season: int) -> Tensor | None:
     return values[:, steps][:, :, windows.targets]
 
 
-def dlinear(parts: SeriesSplit, device: Any, seed: int) -> Tensor:
-    """Train a linear model on the same windows as the Informer, and return its forecasts, ``(windows, horizon, targets)``."""
-    test = parts.test
-    model = DLinear(test.past, test.horizon, test.targets)
+def dlinear(split: SeriesSplit, device: Any, seed: int) -> Tensor:
+    """Train a linear model on the Informer's windows; return its forecasts ``(windows, horizon, targets)``."""
+    test = split.test
     trainer = Trainer(
-        model,
-        loader(parts.train, BATCH, shuffle=True),
-        loader(parts.validation, 512),
+        DLinear(test.past, test.horizon, test.targets),
+        loader(split.train, BATCH_SIZE, shuffle=True),
+        loader(split.validation, 512),
         loss=mse_loss,
         device=device,
         batch_size_means="global",
         epochs=EPOCHS,
         optimizer="adam",
-        lr=RATE,
+        lr=LEARNING_RATE,
         scheduler="cosine",
         scheduler_interval="step",
         monitor="loss",

@@ -1,4 +1,4 @@
-"""The task ``forecast``: the Informer on a series, measured on the paper's scale and against simpler forecasts."""
+"""Task ``forecast``: the Informer on time series, compared with baselines on the paper's scale."""
 
 from __future__ import annotations
 
@@ -6,282 +6,246 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torchmetrics
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from duoka import Trainer, current_world, devices, load
+from duoka import Trainer, current_world, devices
+from duoka import load as load_weights
 from duoka.errors import ConfigError, DataError
-from duoka.recipes.common.recipe_run import RecipeRun, folder_of, refuse_other_data, run_options
+from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import RecipeOutcome, Written
 from duoka.recipes.datasets import csv_table, ett
+from duoka.recipes.datasets.csv_table import CsvTable
 from duoka.recipes.datasets.sliding_windows import loader
 from duoka.recipes.datasets.standardization import Standardization
 from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries, calendar_features, series_from_table
 from duoka.recipes.models.informer import Informer
 from duoka.recipes.time_series import baselines, plots
-from duoka.recipes.time_series import results as report
-from duoka.recipes.time_series.common import check_finite, next_step, predictions_of, schedule
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
+from duoka.recipes.time_series.results import Forecasts, write_forecasts
+from duoka.recipes.time_series.run_steps import (
+    check_finite,
+    outcome,
+    predict_on_device,
+    prediction_path,
+    start_run,
+    trainer_options,
+)
 
-__all__ = ["ForecastData", "evaluate", "predict_table", "read", "train"]
+__all__ = ["ForecastData", "evaluate_run", "load", "predict_table", "train"]
 
 
 @dataclass(frozen=True)
 class ForecastData:
-    """A series, what of it is forecast, and its windows."""
+    """A series, its target columns and its windows."""
 
     source: str
     """The file."""
     series: TimeSeries
     targets: tuple[int, ...]
-    """Places of the forecast columns among the series' columns."""
-    parts: SeriesSplit
+    """Indices of the target columns in the series."""
+    split: SeriesSplit
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The forecast columns."""
-        return tuple(self.series.columns[place] for place in self.targets)
+    def target_names(self) -> tuple[str, ...]:
+        """Names of the target columns."""
+        return tuple(self.series.columns[index] for index in self.targets)
 
     @property
-    def windows(self) -> dict[str, int]:
-        """How many windows each part has."""
-        parts = self.parts
-        return {"training": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)}
+    def num_windows(self) -> dict[str, int]:
+        """Number of windows of each part."""
+        split = self.split
+        return {"training": len(split.train), "validation": len(split.validation), "test": len(split.test)}
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What a run remembers of its data: a file of other rows or values differs in one of these."""
-        scaling = self.parts.standardization
-        windows = ", ".join(f"{count:,} {part}" for part, count in self.windows.items())
+    def metadata(self) -> dict[str, Any]:
+        """Values that distinguish these data from a file with other rows or values."""
         return {
-            "windows are": windows,
-            "parts are": self.spans,
-            "means are": scaling.mean,
-            "deviations are": scaling.std,
+            "windows are": ", ".join(f"{count:,} {part}" for part, count in self.num_windows.items()),
+            "parts are": self.date_ranges,
+            "means are": self.split.standardization.mean,
+            "deviations are": self.split.standardization.std,
         }
 
     @property
-    def spans(self) -> str:
-        """Say from when to when each part lasts."""
-        parts, dates = self.parts, self.series.dates
-        first_test = parts.test_start + parts.test.past
-        ends = len(parts.train.values), first_test, parts.test_start + len(parts.test.values)
-        begins = 0, ends[0], first_test
-        words = zip(("training", "validation", "test"), begins, ends, strict=True)
-        return "; ".join(f"{part}: {dates[begin]} to {dates[end - 1]}" for part, begin, end in words)
+    def date_ranges(self) -> str:
+        """First and last date of each part, as text."""
+        split, dates = self.split, self.series.dates
+        test = split.test_start + split.test.past
+        starts = 0, len(split.train.values), test
+        ends = len(split.train.values), test, split.test_start + len(split.test.values)
+        ranges = zip(("training", "validation", "test"), starts, ends, strict=True)
+        return "; ".join(f"{part}: {dates[start]} to {dates[end - 1]}" for part, start, end in ranges)
 
 
 def train(config: TimeSeriesConfig) -> RecipeOutcome:
     """Train, test, and write the run's folder."""
-    devices.resolve(config.device)  # a device that is not there is said before any download
-    data = read(config)
-    run = folder_of(NAME, config, config.device)
-    if config.resume:
-        refuse_other_data(run, data.facts, data.source)
-    torch.manual_seed(config.seed)
-    model = _model(config, len(data.series.columns), len(data.targets), data.parts.test.marks.shape[1])
-    trainer = _trainer(model, config, data, run_options(run, NAME, config, data.facts))
+    devices.resolve(config.device)  # a device that does not exist is an error before any download
+    data = load(config)
+    run, options = start_run(config, data.source, data.metadata)
+    model = _build_model(config, len(data.series.columns), len(data.targets), data.split.test.marks.shape[1])
+    trainer = _build_trainer(model, config, data, options)
     with run.resumable(NAME):
         trainer.fit(save_model=True, model_path=run.model)
-        results = _tested(trainer, config, data)
+        results = _test(trainer, config, data)
         if current_world().is_main:
-            _write(run, config, data, results)
-    return RecipeOutcome(run, _headline(config, results), next_step(run, data.source))
+            _write_results(run, config, data, results)
+    return outcome(run, results.headline(original=config.inverse), data.source)
 
 
-def evaluate(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
+def evaluate_run(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
     """Test the model of a finished run again."""
-    path, results = run.finished_model(), run.read_results("series", "windows")
-    remembered = results["series"]
-    data = read(config, remembered)
-    if data.windows != results["windows"]:
+    model, saved = _load_finished_run(run, config)
+    data = load(config, saved)
+    num_windows = run.read_results("windows")["windows"]
+    if data.num_windows != num_windows:
         raise DataError(
-            f"{data.source} has other windows than when the run was trained ({data.windows} now, then {results['windows']}), "
-            "some of which may have been learnt from: evaluate with the file of the training"
+            f"{data.source} has other windows than in training ({data.num_windows} now, {num_windows} then), so the test may "
+            "contain training data: evaluate with the file of the training"
         )
-    model = _model(config, len(remembered["columns"]), len(remembered["targets"]), remembered["marks"])
-    load(path, into=model)
-    tested = _tested(_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
-    headline = _headline(config, tested)
+    results = _test(_build_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
+    headline = results.headline(original=config.inverse)
     if current_world().is_main:
         run.write_results(headline, "evaluation.json")
-    return RecipeOutcome(run, headline, next_step(run, data.source))
+    return outcome(run, headline, data.source)
 
 
 def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Written:
-    """Forecast beyond the end of a file with the columns and the step of the one that was trained on."""
-    path, remembered = run.finished_model(), run.read_results("series")["series"]
-    contents = csv_table.read(source)
-    places = [contents.find_name(name) for name in remembered["columns"]]
-    series = series_from_table(contents, config.date, places, fill=config.fill, frequency=remembered["frequency"])
+    """Forecast beyond the end of a file with the columns and the step of the training data."""
+    model, saved = _load_finished_run(run, config)
+    table = csv_table.read(source)
+    indices = [table.find_name(name) for name in saved["columns"]]
+    series = series_from_table(table, config.date, indices, fill=config.fill, frequency=saved["frequency"])
     past, _, horizon = config.lengths
     if len(series) < past:
         raise DataError(
-            f"{source} has {len(series):,} rows, and the model looks at the last {past:,} (seq_len): give a longer file"
+            f"{source} has {len(series):,} rows, and the model needs the last {past:,} (seq_len): give a longer file"
         )
-    if series.frequency != remembered["frequency"]:
+    if series.frequency != saved["frequency"]:
         raise DataError(
-            f"{source} has a row every {series.frequency}, and the model was trained on a row every {remembered['frequency']}: "
+            f"{source} has a row every {series.frequency}, and the model was trained on a row every {saved['frequency']}: "
             "give a file with that step"
         )
-    model = _model(config, len(places), len(remembered["targets"]), remembered["marks"])
-    load(path, into=model)
-    scaling = Standardization(tuple(remembered["mean"]), tuple(remembered["std"]))
+    standardization = Standardization.from_dict(saved)
     dates = series.future_dates(horizon)
     marks = calendar_features(series.dates[-past:].append(dates), series.step_s)
-    device = devices.resolve(config.device).devices[0]
-    model.to(device).eval()
-    with torch.inference_mode():
-        forecast = model(scaling.transform(series.values[-past:])[None].to(device), marks[None].to(device))[0].cpu()
-    check_finite(forecast)
-    targets = [remembered["columns"].index(name) for name in remembered["targets"]]
-    forecast = scaling.select(targets).inverse_transform(forecast)
-    written = predictions_of(run, source, ".csv"), predictions_of(run, source, ".png")
+    history = standardization.transform(series.values[-past:])
+    forecast = predict_on_device(model, config, history[None], marks[None])[0]
+    targets = [saved["columns"].index(name) for name in saved["targets"]]
+    forecast = standardization.select(targets).inverse_transform(forecast)
+    written = prediction_path(run, source, ".csv"), prediction_path(run, source, ".png")
     rows = [[str(date), *values] for date, values in zip(dates, forecast.tolist(), strict=True)]
-    csv_table.write(written[0], [contents.columns[contents.find_column(config.date)], *remembered["targets"]], rows)
-    plots.beyond(written[1], series, targets, dates, forecast, history=max(past, 3 * horizon))
+    csv_table.write(written[0], [table.columns[table.find_column(config.date)], *saved["targets"]], rows)
+    plots.plot_future(written[1], series, targets, dates, forecast, history=max(past, 3 * horizon))
     return Written(written, f"{horizon} steps from {dates[0]} to {dates[-1]}")
 
 
-def read(config: TimeSeriesConfig, remembered: dict[str, Any] | None = None) -> ForecastData:
-    """Return the series that ``config`` names, cut into windows.
+def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> ForecastData:
+    """Return the series that ``config`` names, split into windows.
 
-    Args:
-        config: the options.
-        remembered: what a finished run knows of its series, whose columns and scaling are taken then.
-
-    Raises:
-        ConfigError: columns that are not there or do not go together.
-        DataError: a file that is no regular series, or is too short.
-
+    ``saved`` describes a finished run's series; its columns and standardization are used.
     """
     source = config.csv or str(ett.locate(config.dataset, config.root, download=config.download))
-    contents = csv_table.read(source)
-    if remembered is None:
-        inputs, targets = _columns(contents, config)
+    table = csv_table.read(source)
+    if saved is None:
+        inputs, targets = _find_columns(table, config)
+        frequency, standardization = None, None
     else:
-        inputs, targets = ([contents.find_name(name) for name in remembered[kind]] for kind in ("columns", "targets"))
-    frequency, scaling = None, None
-    if remembered is not None:
-        frequency, scaling = (
-            remembered["frequency"],
-            Standardization(tuple(remembered["mean"]), tuple(remembered["std"])),
-        )
-    series = series_from_table(contents, config.date, inputs, fill=config.fill, frequency=frequency)
-    places = tuple(inputs.index(place) for place in targets)
+        inputs, targets = ([table.find_name(name) for name in saved[kind]] for kind in ("columns", "targets"))
+        frequency, standardization = saved["frequency"], Standardization.from_dict(saved)
+    series = series_from_table(table, config.date, inputs, fill=config.fill, frequency=frequency)
+    indices = tuple(inputs.index(target) for target in targets)
     past, _, horizon = config.lengths
-    return ForecastData(
-        source, series, places, SeriesSplit.from_series(series, config.split, past, horizon, places, scaling)
-    )
+    split = SeriesSplit.from_series(series, config.split, past, horizon, indices, standardization)
+    return ForecastData(source, series, indices, split)
 
 
-def _columns(contents: csv_table.CsvTable, config: TimeSeriesConfig) -> tuple[list[int], list[int]]:
-    """Return the places of the columns to learn from, those to forecast among them, and of those."""
-    date = contents.find_column(config.date)
-    others = [place for place in range(len(contents.columns)) if place != date]
-    inputs = contents.find_columns(config.inputs) if config.inputs else others
+def _find_columns(table: CsvTable, config: TimeSeriesConfig) -> tuple[list[int], list[int]]:
+    """Return the indices of all columns of the series, and of those to forecast."""
+    date = table.find_column(config.date)
+    others = [index for index in range(len(table.columns)) if index != date]
+    inputs = table.find_columns(config.inputs) if config.inputs else others
     targets = (
-        contents.find_columns(config.targets) if config.targets else inputs if config.features == "M" else inputs[-1:]
+        table.find_columns(config.targets) if config.targets else inputs if config.features == "M" else inputs[-1:]
     )
     if date in (*inputs, *targets):
         option = "inputs" if date in inputs else "targets"
         raise ConfigError(
-            f"column {date + 1} ({contents.columns[date]}) of {contents.path} has the dates: leave it out of --{option}"
+            f"column {date + 1} ({table.columns[date]}) of {table.path} has the dates: leave it out of --{option}"
         )
     if config.features != "S":
-        return [*inputs, *(place for place in targets if place not in inputs)], targets
+        return [*inputs, *(index for index in targets if index not in inputs)], targets
     if config.inputs and config.targets and inputs != targets:
         raise ConfigError(
-            f"`features` is S, which forecasts series from themselves alone, and `inputs` is {config.inputs!r}: leave --inputs "
+            f"features='S' forecasts a series from itself alone, and `inputs` is {config.inputs!r}: leave --inputs "
             "out, or use --features MS"
         )
     return targets, targets
 
 
-def _model(config: TimeSeriesConfig, inputs: int, outputs: int, marks: int) -> Informer:
-    _, start, horizon = config.lengths
-    return Informer(inputs, outputs, marks, label_length=start, horizon=horizon, size=config.size())
+def _build_model(config: TimeSeriesConfig, inputs: int, outputs: int, marks: int) -> Informer:
+    _, label_length, horizon = config.lengths
+    return Informer(inputs, outputs, marks, label_length=label_length, horizon=horizon, size=config.size())
 
 
-def _trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData, options: dict[str, Any]) -> Trainer:
+def _load_finished_run(run: RecipeRun, config: TimeSeriesConfig) -> tuple[Informer, dict[str, Any]]:
+    """Return the trained model of a run and the description of its series."""
+    path, saved = run.finished_model(), run.read_results("series")["series"]
+    model = _build_model(config, len(saved["columns"]), len(saved["targets"]), saved["marks"])
+    load_weights(path, into=model)
+    return model, saved
+
+
+def _build_trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData, options: dict[str, Any]) -> Trainer:
     assert config.batch_size is not None
     return Trainer(
         model,
-        loader(data.parts.train, config.batch_size, shuffle=True),
-        loader(data.parts.validation, max(256, config.batch_size)),
+        loader(data.split.train, config.batch_size, shuffle=True),
+        loader(data.split.validation, max(256, config.batch_size)),
         loss=mse_loss,
         metrics={"mae": torchmetrics.MeanAbsoluteError()},
-        device=config.device,
-        batch_size_means=config.batch_size_means,
-        precision=config.precision,
-        epochs=config.epochs,
-        optimizer=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
         monitor="loss",
         early_stop_patience=config.patience or None,
-        seed=config.seed,
-        **schedule(config),
+        **trainer_options(config),
         **options,
     )
 
 
-def _tested(trainer: Trainer, config: TimeSeriesConfig, data: ForecastData) -> report.Forecasts:
-    """Forecast all windows of the test part, with the model and with what it is measured against."""
-    test = data.parts.test
+def _test(trainer: Trainer, config: TimeSeriesConfig, data: ForecastData) -> Forecasts:
+    """Forecast all windows of the test part with the model and the baselines."""
+    test = data.split.test
     forecasts: dict[str, Tensor] = {"Informer": trainer.predict(loader(test, 256))}
     check_finite(forecasts["Informer"])
     if config.baselines:
         forecasts["last value"] = baselines.last_value(test)
         if (seasonal := baselines.last_season(test, data.series.season_length())) is not None:
             forecasts["last season"] = seasonal
-        forecasts["DLinear"] = baselines.dlinear(data.parts, config.device, config.seed)
-    return report.Forecasts(forecasts, test.futures, data.names, data.parts.standardization.select(data.targets))
+        forecasts["DLinear"] = baselines.dlinear(data.split, config.device, config.seed)
+    return Forecasts(forecasts, test.futures, data.target_names, data.split.standardization.select(data.targets))
 
 
-def _headline(config: TimeSeriesConfig, results: report.Forecasts) -> dict[str, float]:
-    """Return the numbers that are printed."""
-    found: dict[str, float] = {}
-    for name in results.forecasts:
-        errors = results.errors(name, original=config.inverse)
-        prefix = "test" if name == "Informer" else name.lower().replace(" ", "_")
-        found |= {f"{prefix}_mse": errors["mse"], f"{prefix}_mae": errors["mae"]}
-    return found
-
-
-def _write(run: RecipeRun, config: TimeSeriesConfig, data: ForecastData, results: report.Forecasts) -> None:
-    """Write numbers, forecasts and pictures into the run's folder."""
-    series, scaling = data.series, data.parts.standardization
-    remembered = {
+def _write_results(run: RecipeRun, config: TimeSeriesConfig, data: ForecastData, results: Forecasts) -> None:
+    """Write errors, forecasts and pictures into the run's folder."""
+    series, test = data.series, data.split.test
+    saved = {
         "source": data.source,
         "columns": series.columns,
-        "targets": data.names,
+        "targets": data.target_names,
         "frequency": series.frequency,
-        "marks": data.parts.test.marks.shape[1],
-        "mean": scaling.mean,
-        "std": scaling.std,
+        "marks": test.marks.shape[1],
+        **dataclasses.asdict(data.split.standardization),
     }
-    parts = data.parts
-    numbers = {
-        "recipe": NAME,
-        **_headline(config, results),
-        **results.numbers(),
-        "windows": data.windows,
-        "series": remembered,
-    }
-    run.write_results(numbers)
-    notes = [data.spans]
+    errors = {**results.headline(original=config.inverse), **results.all_errors()}
+    run.write_results({"recipe": NAME, **errors, "windows": data.num_windows, "series": saved})
+    notes = [data.date_ranges]
     if config.baselines and "last season" not in results.forecasts:
-        notes.append(
-            f"No last season: the past of {parts.test.past} steps is shorter than one of {series.season_length()}."
-        )
-    text = results.text(f"{series.name}, {len(parts.test):,} test windows, horizon {config.lengths[2]}", notes)
+        notes.append(f"No last season: the past of {test.past} steps is shorter than one of {series.season_length()}.")
+    text = results.text(f"{series.name}, {len(test):,} test windows, horizon {config.lengths[2]}", notes)
     run.write_text("evaluation_results.txt", text)
     run.log(text)
-    dates = series.dates[parts.test_start :]
-    report.write_forecasts(run.folder / "forecasts.csv", results, dates, parts.test, config.date)
-    plots.examples(run.plots / "forecasts.png", results, dates, parts)
-    plots.by_step(run.plots / "error_by_step.png", results)
-    plots.by_column(run.plots / "error_by_column.png", results)
+    dates = series.dates[data.split.test_start :]
+    write_forecasts(run.folder / "forecasts.csv", results, dates, test, config.date)
+    plots.plot_examples(run.plots / "forecasts.png", results, dates, test)
+    plots.plot_error_by_step(run.plots / "error_by_step.png", results)
+    plots.plot_error_by_column(run.plots / "error_by_column.png", results)

@@ -1,0 +1,101 @@
+"""Steps of a run that forecasting and regression share: options of the trainer, the run's folder, and file names."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from duoka import devices
+from duoka.errors import DataError
+from duoka.recipes.common.recipe_run import RecipeRun, folder_of, refuse_other_data, run_options
+from duoka.recipes.common.registry import RecipeOutcome
+from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
+
+__all__ = [
+    "check_finite",
+    "file_stems",
+    "outcome",
+    "predict_on_device",
+    "prediction_path",
+    "start_run",
+    "trainer_options",
+]
+
+PREDICT_BATCH = 4096
+
+
+def start_run(config: TimeSeriesConfig, source: str, metadata: dict[str, Any]) -> tuple[RecipeRun, dict[str, Any]]:
+    """Return the run, new or resumed, and its trainer's options; seed torch.
+
+    ``metadata`` distinguishes the data of the file ``source`` from others, which a resumed run must not use.
+    """
+    run = folder_of(NAME, config, config.device)
+    if config.resume:
+        refuse_other_data(run, metadata, source)
+    torch.manual_seed(config.seed)
+    return run, run_options(run, NAME, config, metadata)
+
+
+def trainer_options(config: TimeSeriesConfig) -> dict[str, Any]:
+    """Return the options of ``duoka.Trainer`` that both tasks set alike."""
+    names = ("device", "batch_size_means", "precision", "epochs", "optimizer", "lr", "weight_decay", "seed")
+    options = {name: getattr(config, name) for name in names}
+    if config.scheduler == "halving":
+        return options | {"scheduler": _halving_schedule, "scheduler_interval": "epoch"}
+    return options | ({"scheduler": "cosine", "scheduler_interval": "step"} if config.scheduler == "cosine" else {})
+
+
+def _halving_schedule(optimizer: Optimizer) -> LambdaLR:
+    """Return a schedule that keeps the rate for two epochs and then halves it after each, as the authors' code does."""
+    return LambdaLR(optimizer, lambda epoch: 0.5 ** max(0, epoch - 1))
+
+
+def predict_on_device(model: nn.Module, config: TimeSeriesConfig, *inputs: Tensor) -> Tensor:
+    """Return the model's output on the first device of ``config``, computed in parts of the batch."""
+    device = devices.resolve(config.device).devices[0]
+    model.to(device).eval()
+    with torch.inference_mode():
+        parts = zip(*(torch.split(tensor, PREDICT_BATCH) for tensor in inputs), strict=True)
+        predicted = torch.cat([model(*(tensor.to(device) for tensor in part)).cpu() for part in parts])
+    check_finite(predicted)
+    return predicted
+
+
+def check_finite(predicted: Tensor) -> None:
+    """Check that predictions are finite. Raises DataError if a prediction is infinite or NaN."""
+    if not bool(predicted.isfinite().all()):
+        raise DataError(
+            "the model's predictions are not finite: if its training diverged, train again with a smaller --lr (and "
+            "--precision fp32); otherwise its inputs are far from the training data"
+        )
+
+
+def outcome(run: RecipeRun, results: dict[str, float], source: str) -> RecipeOutcome:
+    """Return the outcome of a run, with the command that predicts with it."""
+    return RecipeOutcome(run, results, shlex.join(("duoka", "predict", str(run.folder), "--from", source)))
+
+
+def prediction_path(run: RecipeRun, source: str, ending: str) -> Path:
+    """Return the file for predictions from the table ``source``."""
+    return run.folder / "predictions" / f"{Path(source).stem}{ending}"
+
+
+def file_stems(names: Sequence[str]) -> list[str]:
+    """Return a file name for each column, of letters and digits, unique on file systems that ignore case too.
+
+    >>> file_stems(["Q (m3/s)", "Q [m3/s]", "油温"])
+    ['Q__m3_s_', 'Q__m3_s_-2', '油温']
+    """
+    found: list[str] = []
+    for name in names:
+        stem = "".join(letter if letter.isalnum() else "_" for letter in name)
+        taken = sum(other.partition("-")[0].lower() == stem.lower() for other in found)
+        found.append(f"{stem}-{taken + 1}" if taken else stem)
+    return found
