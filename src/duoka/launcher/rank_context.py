@@ -43,8 +43,8 @@ class RankContext:
 def rank_contexts(devices: Sequence[torch.device], timeout_s: float) -> Iterator[list[RankContext]]:
     """Return a context for each device, around a private folder that exists as long as the ``with`` block.
 
-    The ranks exchange addresses in a file, which other users cannot read and which takes no port. The file has a path
-    of its own, because torch's store opens that path again when it is freed, at any later time.
+    The ranks exchange addresses in a file of that folder, which takes no port and which other users cannot read. Each
+    launch has a new path, because torch's store opens its path again when it is freed, at any later time.
     """
     size, backend, seed = len(devices), _backend(devices), _base_seed()
     threads = threads_per_rank(size) if size > 1 else torch.get_num_threads()

@@ -28,7 +28,7 @@ SECONDARY_FAILURE_WAIT_S = 1.0
 """How long a failure that only reports a lost connection waits for the failure of the rank that closed it."""
 
 
-class RemoteTraceback(Exception):  # noqa: N818 - shown above the user's exception, it is no error of its own
+class RemoteTraceback(Exception):  # noqa: N818 - a cause, shown above the user's exception
     """The text of a worker's traceback; the cause of the exception that the user sees."""
 
     def __init__(self, text: str) -> None:

@@ -28,8 +28,8 @@ _PROGRAM = "import sys; sys.path[:] = {path!r}\nfrom duoka.workers.worker_main i
 class WorkerHandle:
     """A running worker process and the descriptors that connect it with its owner.
 
-    The worker leads a session of its own. Ctrl-C in the terminal therefore reaches the owner only, and one signal to the
-    worker's process group also ends the processes that the worker has started.
+    The worker leads a new session of the operating system. Ctrl-C in the terminal therefore reaches the owner only, and
+    one signal to the worker's process group also ends the processes that the worker has started.
     """
 
     def __init__(self, device: torch.device) -> None:

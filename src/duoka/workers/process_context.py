@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from duoka.utils.torch_settings import apply_torch_settings, capture_torch_settings
+from duoka.workers.handle import WorkerHandle
+from duoka.workers.serialization import Payload, dumps
 
 __all__ = ["ProcessContext", "WorkItem"]
 
@@ -60,4 +62,11 @@ class WorkItem:
     temp_dir: str | None
     data: bytes
     sizes: tuple[int, ...]
-    is_session: bool = False
+    is_session: bool
+
+    @staticmethod
+    def send(worker: WorkerHandle, packed: Payload, config: Any, temp_dir: str | None, *, is_session: bool) -> None:
+        """Send a packed ``(function, arguments)`` to a worker, with the context of this process; may raise OSError."""
+        context = ProcessContext.capture()
+        item = WorkItem(context, worker.device, config, temp_dir, packed.data, packed.sizes, is_session)
+        worker.channel.send("run", Payload(dumps(item).data, fd=packed.fd))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +16,7 @@ from duoka.workers.exceptions import SECONDARY_FAILURE_WAIT_S, is_secondary_fail
 from duoka.workers.handle import WorkerHandle
 from duoka.workers.interrupts import InterruptHandler, PeerFailed
 from duoka.workers.monitor import WorkerMonitor
-from duoka.workers.process_context import ProcessContext, WorkItem
+from duoka.workers.process_context import WorkItem
 from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload, dumps, loads
 
@@ -58,7 +59,8 @@ def run_on_all(
             try:
                 monitor.start()
                 for worker in workers:
-                    _send(worker, "run", _work_item(packed, worker, configs[worker.rank], temp_dir), monitor)
+                    with _peer_failure(monitor):
+                        WorkItem.send(worker, packed, configs[worker.rank], temp_dir, is_session=False)
                 result = _run_rank_zero(function, configs[0], arguments, monitor, workers)
                 results = [result, *(_unpack(monitor.take_result(worker.rank), devices[0]) for worker in workers)]
             except BaseException as error:
@@ -98,11 +100,6 @@ def _unpack(result: Payload, device: torch.device) -> Any:
         result.close()
 
 
-def _work_item(packed: Payload, worker: WorkerHandle, config: Any, temp_dir: str | None) -> Payload:
-    item = WorkItem(ProcessContext.capture(), worker.device, config, temp_dir, packed.data, packed.sizes)
-    return Payload(dumps(item).data, fd=packed.fd)
-
-
 def _run_rank_zero(
     function: Callable[..., Any],
     config: Any,
@@ -116,7 +113,8 @@ def _run_rank_zero(
             raise PeerFailed
         if then_send is not None:
             for worker in workers:
-                _send(worker, then_send, Payload(b""), monitor)
+                with _peer_failure(monitor):
+                    worker.channel.send(then_send, Payload(b""))
 
     with function(config, lambda: wait_for_all(READY_FOR_RENDEZVOUS, ENTER_RENDEZVOUS), *arguments) as result:
         wait_for_all("done", then_send="finish")
@@ -124,10 +122,12 @@ def _run_rank_zero(
     return result
 
 
-def _send(worker: WorkerHandle, kind: str, payload: Payload, monitor: WorkerMonitor) -> None:
+@contextlib.contextmanager
+def _peer_failure(monitor: WorkerMonitor) -> Iterator[None]:
+    """Raise ``PeerFailed`` if a worker cannot receive, because it has died; the monitor is about to notice that."""
     try:
-        worker.channel.send(kind, payload)
-    except OSError:  # the worker has died, which the monitor is about to notice
+        yield
+    except OSError:
         monitor.wait_for_failure(SECONDARY_FAILURE_WAIT_S)
         raise PeerFailed from None
 

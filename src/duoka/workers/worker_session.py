@@ -19,7 +19,7 @@ from duoka.workers.channel import Message
 from duoka.workers.event_selector import EventSelector
 from duoka.workers.exceptions import deserialize_exception
 from duoka.workers.handle import WorkerHandle
-from duoka.workers.process_context import ProcessContext, WorkItem
+from duoka.workers.process_context import WorkItem
 from duoka.workers.serialization import Payload, dumps
 
 __all__ = ["WorkerChannel", "WorkerSession"]
@@ -60,9 +60,7 @@ class WorkerSession:
         try:
             packed = dumps((function, arguments))
             for worker, config in zip(self.workers, configs, strict=True):
-                context = ProcessContext.capture()
-                item = WorkItem(context, worker.device, config, temp_dir, packed.data, packed.sizes, is_session=True)
-                worker.channel.send("run", Payload(dumps(item).data, fd=packed.fd))
+                WorkItem.send(worker, packed, config, temp_dir, is_session=True)
             packed.close()
         except BaseException:
             self.kill()

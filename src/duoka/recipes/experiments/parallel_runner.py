@@ -1,4 +1,4 @@
-"""Trials trained in parallel: one worker process on each device, each with a trial of its own."""
+"""Trials trained in parallel: one worker process on each device, with one trial at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_parallel(trials: Sequence[Trial], report: Callable[[str], None]) -> dict
     specs = {str(trial.options.get("device", "auto")) for trial in trials}
     if len(specs) > 1:
         raise ConfigError(
-            f"--parallel gives each variant a device of its own, but variants name {', '.join(sorted(specs))}. "
+            f"--parallel trains each variant on one device, but variants name {', '.join(sorted(specs))}. "
             "Name one list of devices for all"
         )
     devices = resolve(specs.pop()).devices if specs else ()
@@ -104,7 +104,7 @@ class _TrialWorkers:
         finally:
             with self._lock:
                 self._sessions.remove(session)
-                session.kill()  # each trial has a process of its own, which starts with free memory
+                session.kill()  # each trial gets a new process, which starts with free memory
             if (written := _output_file(trial)).is_file():
                 output.parent.mkdir(parents=True, exist_ok=True)
                 written.replace(output)

@@ -22,7 +22,7 @@ def run_all(
 
     Args:
         spec: the result of ``read_experiment``.
-        parallel: whether each device trains a trial of its own, in its own process, instead of all devices one trial.
+        parallel: whether each device trains another trial, in a worker process, instead of all devices the same trial.
         report: called with a line of text for each trial that starts, fails, or is skipped.
 
     Raises:
