@@ -246,8 +246,8 @@ def test_the_example_suite_has_the_guides_nine_experiments():
     assert configs["rmsprop + cosine"].scheduler == "cosine"
     assert configs["best"].weight_decay == 1e-6
     assert spec.baseline == "baseline"
-    small = read_experiment(str(SUITE), changes={"dataset": "cifar100", "workers": "8"}).trials
-    assert {(trial.config().resolved().image_size, trial.config().workers) for trial in small} == {(32, 8)}
+    small = read_experiment(str(SUITE), changes={"dataset": "cifar100", "num_workers": "8"}).trials
+    assert {(trial.config().resolved().image_size, trial.config().num_workers) for trial in small} == {(32, 8)}
 
 
 def losses(line: str) -> tuple[int, float]:
