@@ -16,36 +16,36 @@ from duoka.utils.imports import import_optional
 from support.paths import TINY_IMAGENET, needs_file
 
 
-def grey(path: Path, pixels: np.ndarray) -> Path:
+def gray_image(path: Path, pixels: np.ndarray) -> Path:
     Image.fromarray(pixels).save(path)
     return path
 
 
 def test_image_of_the_right_size_is_read_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
-    assert np.array_equal(read_image(grey(tmp_path / "a.png", pixels), (1, 8, 8))[0].numpy(), pixels)
+    assert np.array_equal(read_image(gray_image(tmp_path / "a.png", pixels), (1, 8, 8))[0].numpy(), pixels)
 
 
 def test_invert_swaps_dark_and_light(tmp_path):
-    path = grey(tmp_path / "a.png", np.full((8, 8), 10, np.uint8))
+    path = gray_image(tmp_path / "a.png", np.full((8, 8), 10, np.uint8))
     assert read_image(path, (1, 8, 8), invert=True).unique().tolist() == [245]
 
 
 def test_other_sizes_are_scaled_and_cropped_around_the_center(tmp_path):
     wide = np.zeros((16, 64), np.uint8)
     wide[:, 24:40] = 200
-    assert read_image(grey(tmp_path / "a.png", wide), (1, 8, 8)).float().mean() == pytest.approx(200, abs=12)
+    assert read_image(gray_image(tmp_path / "a.png", wide), (1, 8, 8)).float().mean() == pytest.approx(200, abs=12)
 
 
 def test_gray_becomes_color_and_color_gray(tmp_path):
-    path = grey(tmp_path / "a.png", np.full((8, 8), 77, np.uint8))
+    path = gray_image(tmp_path / "a.png", np.full((8, 8), 77, np.uint8))
     assert read_image(path, (3, 8, 8)).unique().tolist() == [77]
     Image.new("RGB", (9, 9), (255, 255, 255)).save(tmp_path / "b.jpg")
     assert read_image(tmp_path / "b.jpg", (1, 8, 8)).unique().tolist() == [255]
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
-    path = grey(tmp_path / "a.png", np.full((8, 8), 0x8080, np.uint16))
+    path = gray_image(tmp_path / "a.png", np.full((8, 8), 0x8080, np.uint16))
     assert read_image(path, (1, 8, 8)).unique().tolist() == [128]
 
 

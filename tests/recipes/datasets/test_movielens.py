@@ -231,9 +231,11 @@ def test_cold_films_have_no_rating_in_training(synthetic):
 
 def test_invalid_splits_are_an_error(tmp_path, synthetic):
     for ratio in ([0.8, 0.2], [0.8, 0.2, 0.0], [0.8, 0.1, 0.2]):
-        with pytest.raises(ConfigError, match="give the shares of training, validation and test"):
+        with pytest.raises(
+            ConfigError, match=r"split_ratio=\[0.8, .* must be the shares of training, validation and test"
+        ):
             ML1MDataset(synthetic[0], split_ratio=ratio)
-    with pytest.raises(ConfigError, match="split='user' is not valid: choose one of random, per-user"):
+    with pytest.raises(ConfigError, match="split='user' is not valid: it must be one of random, per-user"):
         ML1MDataset(synthetic[0], split="user")
     with pytest.raises(DataError, match=r"the validation part is empty: the split 'random' of 2 ratings"):
         ML1MDataset(write_files(tmp_path, ratings=RATINGS[:2]))

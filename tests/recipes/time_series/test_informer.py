@@ -527,8 +527,8 @@ def test_forecast_of_one_step_is_visible(folder, tmp_path):
     run = trained(tmp_path, "out", "--csv", str(folder / "waves.csv"), *words)
     with Image.open(run / "plots" / "forecasts.png") as picture:
         below_the_legend = picture.convert("RGB").crop((0, 60, *picture.size))
-        colours = {colour: count for count, colour in below_the_legend.getcolors(2**24)}
-    assert colours.get((213, 94, 0), 0) > 100
+        colors = {color: count for count, color in below_the_legend.getcolors(2**24)}
+    assert colors.get((213, 94, 0), 0) > 100
 
 
 def test_interrupt_during_the_baselines_names_the_resume_command(folder, tmp_path, monkeypatch, caplog):
@@ -559,8 +559,8 @@ def test_only_the_first_of_many_columns_are_drawn(tmp_path, monkeypatch):
     for name in ("p.png", "r.png"):
         with Image.open(tmp_path / name) as picture:
             assert max(picture.size) < 2600
-            colours = {colour: count for count, colour in picture.convert("RGB").getcolors(2**24)}
-        assert max(count for colour, count in colours.items() if colour != (255, 255, 255) and colour[2] > 150) > 2000
+            colors = {color: count for count, color in picture.convert("RGB").getcolors(2**24)}
+        assert max(count for color, count in colors.items() if color != (255, 255, 255) and color[2] > 150) > 2000
 
 
 def test_printed_next_step_works(folder, tmp_path, capsys):

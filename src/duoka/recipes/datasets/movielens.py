@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duoka.errors import ConfigError, DataError
+from duoka.errors import DataError
 from duoka.recipes.datasets.download import RemoteFile, reject_archive
 from duoka.recipes.datasets.movielens_format import NAMES, Ratings, read_films, read_ratings, read_users
 from duoka.recipes.datasets.movielens_split import PARTS, split_ratings
+from duoka.utils.validation import check_choice
 
 __all__ = ["ARCHIVE", "ML1MDataset", "SeenItems", "locate"]
 
@@ -107,8 +108,7 @@ class ML1MDataset:
 
     def part(self, name: str) -> Ratings:
         """Return the ratings of ``train``, ``validation`` or ``test``."""
-        if name not in PARTS:
-            raise ConfigError(f"part={name!r} is not valid: choose one of {', '.join(PARTS)}")
+        check_choice("part", name, PARTS)
         part: Ratings = getattr(self, name)
         return part
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from duoka.errors import ConfigError, DataError
+from duoka.errors import DataError
 from duoka.recipes.datasets.movielens_format import Ratings
+from duoka.utils.validation import check_choice, invalid_option
 
 __all__ = ["PARTS", "SPLITS", "check_ratio", "split_ratings"]
 
@@ -27,11 +28,8 @@ def check_ratio(ratio: Sequence[float]) -> tuple[float, float, float]:
     """
     shares = tuple(float(share) for share in ratio)
     if len(shares) != len(PARTS) or not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
-        given = ", ".join(f"{share:g}" for share in shares)
-        raise ConfigError(
-            f"split_ratio=[{given}] is not valid: give the shares of training, validation and test, each above 0, such as "
-            "[0.8, 0.1, 0.1]"
-        )
+        expected = "the shares of training, validation and test, each above 0, with the sum 1"
+        raise invalid_option("split_ratio", [*shares], expected, "such as [0.8, 0.1, 0.1]")
     return shares  # type: ignore[return-value]
 
 
@@ -50,8 +48,7 @@ def split_ratings(ratings: Ratings, ratio: Sequence[float], split: str, seed: in
 
     """
     shares = check_ratio(ratio)
-    if split not in SPLITS:
-        raise ConfigError(f"split={split!r} is not valid: choose one of {', '.join(SPLITS)}")
+    check_choice("split", split, SPLITS)
     random = np.random.default_rng(seed)
     if split in ("random", "cold-films"):
         part = _split_randomly(ratings, shares, random, by_film=split == "cold-films")
