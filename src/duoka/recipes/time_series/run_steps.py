@@ -19,6 +19,7 @@ from duoka.recipes.common.registry import RecipeOutcome
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
 
 __all__ = [
+    "PREDICT_BATCH",
     "check_finite",
     "file_stems",
     "outcome",
