@@ -18,8 +18,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from duoka.data.global_rng import GLOBAL, TORCH, RngState
-from duoka.data.rng import IsolatedRng, generators_of
+from duoka.data.rng import GLOBAL, TORCH, IsolatedRng, Rng, generators_of
 from duoka.errors import ConfigError
 from duoka.log import logger
 
@@ -93,7 +92,7 @@ def draw_isolated(batches: Iterable[Sequence[Any]], private: IsolatedRng) -> Ite
         length = min(4 * length, _LONGEST_CHUNK)
 
 
-def generators_used_by(batches: Any) -> tuple[RngState, ...]:
+def generators_used_by(batches: Any) -> tuple[Rng, ...]:
     """Return all generators that ``batches``, a sampler, may draw from; torch's own samplers use torch's only."""
     sampler = batches.sampler if type(batches) is BatchSampler else batches
     return (*((TORCH,) if type(sampler) in _TORCH_SAMPLERS else GLOBAL), *generators_of(batches, sampler))

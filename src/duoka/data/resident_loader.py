@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from duoka.data.counter_rng import counter_uniform
-from duoka.data.global_rng import ACCELERATOR, TORCH
-from duoka.data.rng import IsolatedRng, derive_seed
+from duoka.data.rng import ACCELERATOR, TORCH, IsolatedRng, derive_seed
 from duoka.data.transforms import BatchTransform, apply
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from duoka.data.batch_ops import batch_length, concat_batches, slice_batch
-from duoka.data.global_rng import GLOBAL
 from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
-from duoka.data.rng import IsolatedRng, generators_of
+from duoka.data.rng import GLOBAL, IsolatedRng, generators_of
 from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import ShardSpec, order_seed, stop_workers
 from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint

@@ -14,10 +14,9 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, default_collate, get_worker_info
 
-from duoka.data.global_rng import GLOBAL
 from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
-from duoka.data.rng import IsolatedRng, derive_seed, generators_of
+from duoka.data.rng import GLOBAL, IsolatedRng, derive_seed, generators_of
 from duoka.data.sample_fetch import SeededCollate, WorkerInit, identity_collate
 from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import BatchSource, ShardSpec, order_seed, samples_seed
