@@ -14,7 +14,7 @@ import pytest
 PRELUDE = """
 import json, os, sys, time, torch, torch.distributed as dist
 import duoka.checkpoint as checkpoint
-from duoka.checkpoint import agreement
+from duoka.checkpoint import rank_zero_write
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 told = {}
@@ -92,7 +92,7 @@ told["after"] = attempt({"w": torch.zeros(1)}, "m.pt")
 
 def test_a_rank_that_waits_for_a_save_that_never_begins_says_so(tmp_path):
     program = """
-agreement.PATIENCE_S = 0.5
+rank_zero_write.START_TIMEOUT_S = 0.5
 if rank == 1:
     told["said"] = attempt({"w": torch.zeros(1)}, "only_rank_1.pt")
 """

@@ -132,7 +132,7 @@ def test_a_mismatch_names_every_key_with_both_shapes_and_loads_nothing(tmp_path)
             checkpoint.load(tmp_path / "theirs.pt", into=mine, strict=strict)
         said = str(caught.value)
         assert "shape: encoder.weight is (4, 3) in the file, (5, 3) in the model" in said
-        assert "missing: clasifier.weight (10, 4); did you mean classifier.weight" in said
+        assert "missing: clasifier.weight (10, 4); did you mean 'classifier.weight'?" in said
         assert "missing: head.weight (1, 7)" in said
         assert "unexpected: old.bias" in said
         assert "nothing was loaded" in said
@@ -180,7 +180,7 @@ def test_lazy_modules_take_the_shape_of_the_file(tmp_path):
 
 def test_a_missing_file_is_named_with_the_nearest_one(tmp_path):
     checkpoint.save(nn.Linear(1, 1), tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match=r"did you mean .*model\.pth"):
+    with pytest.raises(CheckpointError, match=r"did you mean .model\.pth"):
         checkpoint.load(tmp_path / "modle.pth")
 
 

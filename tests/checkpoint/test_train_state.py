@@ -295,5 +295,5 @@ def test_the_state_of_an_accelerator_that_this_process_does_not_use_is_left_alon
 def test_the_state_of_another_optimiser_is_refused_before_a_step_fails_on_it():
     model = nn.Linear(2, 2)
     saved = checkpoint.optimizer_state(torch.optim.AdamW(model.parameters()), model)
-    with pytest.raises(CheckpointError, match=r"another optimiser than SGD: its group 0 has no .*momentum"):
+    with pytest.raises(CheckpointError, match=r"another optimizer than SGD: its group 0 has no .*momentum"):
         checkpoint.load_optimizer_state(torch.optim.SGD(model.parameters()), model, saved)

@@ -1,131 +1,145 @@
-"""Files in the safetensors format, written as a stream, with a checksum in their metadata.
+"""Checkpoint files: archives of ``torch.save`` and safetensors files, each with a checksum that loading verifies.
 
-The checksum is the CRC-32 of the whole file with eight zeros in the checksum's own place. Tied tensors are stored once,
-and the metadata name what each other name stands for, as ``safetensors.torch.save_model`` does. The library itself
-writes a file of its own beside the one it is given, private and not flushed to the disk, so the few lines of the
-format are written here; reading is the library's.
-
-Format: https://huggingface.co/docs/safetensors/index#format
+The checksum is the CRC-32 of the file's other bytes. An archive has it in its zip comment, a safetensors file in its
+metadata; other programs ignore it. Archives without it are checked by the CRC-32 that zip stores for each record.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import pickle
+import re
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
+import safetensors.torch
 import torch
 
 from duoka.errors import CheckpointError
+from duoka.utils.text import first_line
 
-__all__ = ["read_tensor_file", "verify_tensor_file", "write_tensor_file"]
+__all__ = ["read_file", "write_archive", "write_safetensors"]
 
-_CHECKSUM = "duoka.crc32"
+_COMMENT = re.compile(rb"duoka crc32=([0-9a-f]{8})\Z")
+_COMMENT_BYTES = len("duoka crc32=00000000")
+_KEY = "duoka.crc32"
 _BLANK = "00000000"
 _CHUNK_BYTES = 1 << 20
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_MAX_HEADER_BYTES = 100_000_000
+_FOLDER = 0x10
 
 
-def write_tensor_file(state: Mapping[str, Any], file: BinaryIO) -> None:
-    """Write a portable, flat ``state`` of named tensors.
+def write_archive(state: Any, file: BinaryIO) -> None:
+    """Write plain ``state`` as ``torch.save`` does, with a checksum in the zip comment."""
+    torch.save(state, file)
+    comment = b"duoka crc32=%08x" % _crc32(file, file.seek(0, os.SEEK_END))
+    file.seek(-2, os.SEEK_END)  # the archive ends with the length of its comment, which is 0 until now
+    file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def write_safetensors(state: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write a plain, flat ``state`` of named tensors; the file is built in memory first.
+
+    Tied tensors are stored once. The metadata map each further name to the stored one, as in
+    ``safetensors.torch.save_model``.
 
     Raises:
-        CheckpointError: there is something in ``state`` that the format cannot hold.
+        CheckpointError: the format cannot hold a value of ``state``.
 
     """
-    tensors, aliases = _without_ties(state)
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # keeps every tensor aligned
-    header = _header(tensors, order, aliases)
-    crc = _write(file, header, 0)
-    for name in order:
-        crc = _write(file, _raw(tensors[name]), crc)
-    file.seek(_place_of_checksum(header))
-    file.write(b"%08x" % crc)
+    tensors, aliases = _separate_ties(state)
+    content = memoryview(safetensors.torch.save(tensors, {"format": "pt", **aliases, _KEY: _BLANK}))
+    place = _checksum_place(bytes(content[: 8 + int.from_bytes(content[:8], "little")]))
+    file.write(content[:place])
+    file.write(b"%08x" % zlib.crc32(content))
+    file.write(content[place + len(_BLANK) :])
 
 
-def _without_ties(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return each tensor under the first of its names, and which name each further one stands for."""
+def _separate_ties(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return each tensor under the first of its names, and the first name by each further name."""
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
+    names: dict[int, str] = {}
+    storages: set[int] = set()
     for name, value in state.items():
-        _check(name, value)
-        if id(value) in first:
-            aliases[name] = first[id(value)]
-        else:
-            first[id(value)] = name
-            tensors[name] = value
+        _check_storable(name, value)
+        if id(value) in names:
+            aliases[name] = names[id(value)]
+            continue
+        names[id(value)] = name
+        storage = value.untyped_storage().data_ptr()
+        tensors[name] = (value.clone() if storage in storages else value).contiguous()
+        storages.add(storage)
     return tensors, aliases
 
 
-def _check(name: Any, value: Any) -> None:
+def _check_storable(name: Any, value: Any) -> None:
     if not isinstance(name, str) or name == "__metadata__" or not isinstance(value, torch.Tensor):
-        what = f"{name!r} holds a {type(value).__name__}"
-    elif value.dtype not in _DTYPES or value.layout is not torch.strided or value.is_quantized:
-        what = f"{name!r} is a tensor of {value.dtype}, {str(value.layout).removeprefix('torch.')}"
+        found = f"{name!r} holds a {type(value).__name__}"
     else:
-        return
-    raise CheckpointError(f"a .safetensors file holds only named dense tensors of common types, and {what}; use .pt")
+        found = f"{name!r} is a tensor of {value.dtype}, {str(value.layout).removeprefix('torch.')}"
+        if value.layout is torch.strided and not value.is_quantized:
+            try:
+                safetensors.torch.save({name: torch.empty(0, dtype=value.dtype)})
+                return
+            except (KeyError, ValueError, safetensors.SafetensorError):  # the dtype
+                pass
+    raise CheckpointError(f"a .safetensors file holds only named dense tensors of common types, and {found}; use .pt")
 
 
-def _header(tensors: Mapping[str, torch.Tensor], order: list[str], aliases: Mapping[str, str]) -> bytes:
-    """The length and the JSON text that begin the file, padded with spaces to a multiple of eight bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUM: _BLANK, **aliases}}
-    start = 0
-    for name in order:
-        tensor = tensors[name]
-        end = start + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def _checksum_place(header: bytes) -> int:
+    key = f'"{_KEY}":"'.encode()
+    return header.index(key) + len(key)
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.contiguous().reshape(-1)
-    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    return flat.view(torch.uint8).numpy().data
-
-
-def _write(file: BinaryIO, data: bytes | memoryview, crc: int) -> int:
-    if len(data):
-        file.write(data)
-    return zlib.crc32(data, crc)
-
-
-def _place_of_checksum(header: bytes) -> int:
-    return header.index(f'"{_CHECKSUM}":"'.encode()) + len(f'"{_CHECKSUM}":"')
-
-
-def read_tensor_file(path: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors of ``path``, tied ones under each of their names.
+def read_file(path: Path, map_location: str | torch.device = "cpu") -> tuple[Any, bool]:
+    """Return the content of ``path`` and whether duoka wrote it; the content decides the format, not the suffix.
 
     Raises:
-        CheckpointError: the file is truncated or was changed.
+        CheckpointError: the file is damaged, would run code, or holds more than numbers, strings and tensors.
 
     """
-    verify_tensor_file(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start[8:] == b"{" or (path.suffix == ".safetensors" and start[:2] != b"PK"):
+            is_ours = _verify_safetensors(path, file)
+            return _read_safetensors(path, map_location), is_ours
+        is_ours = start[:2] == b"PK" and _verify_archive(path, file)  # torch before 1.6 wrote no zip, and no checksum
+    return _read_archive(path, map_location), is_ours
+
+
+def _crc32(file: BinaryIO, count: int, crc: int = 0, start: int = 0) -> int:
+    """Return the CRC-32 of ``count`` bytes from ``start``."""
+    file.seek(start)
+    while count > 0 and (data := file.read(min(count, _CHUNK_BYTES))):
+        crc = zlib.crc32(data, crc)
+        count -= len(data)
+    return crc
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: its bytes do not match its checksum; use another copy of it")
+
+
+def _verify_safetensors(path: Path, file: BinaryIO) -> bool:
+    """Verify the checksum of a safetensors file, and return whether the file has one."""
+    file.seek(0)
+    length = file.read(8)
+    header = length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
+    if f'"{_KEY}":"'.encode() not in header:
+        return False
+    place = _checksum_place(header)
+    blank = header[:place] + _BLANK.encode() + header[place + len(_BLANK) :]
+    rest = file.seek(0, os.SEEK_END) - len(header)
+    if header[place : place + len(_BLANK)] != b"%08x" % _crc32(file, rest, zlib.crc32(blank), len(header)):
+        raise _damaged(path)
+    return True
+
+
+def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, torch.Tensor]:
     try:
         with safetensors.safe_open(path, framework="pt", device=str(map_location)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -136,27 +150,73 @@ def read_tensor_file(path: Path, map_location: str | torch.device) -> dict[str, 
     return {**tensors, **ties}
 
 
-def verify_tensor_file(path: Path) -> bool:
-    """Compare ``path`` with its checksum; return whether duoka wrote it.
-
-    Raises:
-        CheckpointError: the file is truncated or was changed.
-
-    """
-    with path.open("rb") as file:
-        header = _read_header(file)
-        if f'"{_CHECKSUM}":"'.encode() not in header:
-            return False
-        place = _place_of_checksum(header)
-        noted = header[place : place + len(_BLANK)]
-        crc = zlib.crc32(header[:place] + _BLANK.encode() + header[place + len(_BLANK) :])
-        while data := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(data, crc)
-    if noted != b"%08x" % crc:
-        raise CheckpointError(f"{path} is damaged: its bytes do not match its checksum; use another copy of it")
+def _verify_archive(path: Path, file: BinaryIO) -> bool:
+    """Verify the checksum of an archive, or its records' where it has none; return whether it has one."""
+    body_bytes = max(0, file.seek(0, os.SEEK_END) - _COMMENT_BYTES)
+    file.seek(body_bytes)
+    comment = _COMMENT.match(file.read())
+    if comment is None:
+        _verify_records(path)
+        return False
+    empty_comment = b"\0\0"  # what preceded the comment when the checksum was computed
+    if zlib.crc32(empty_comment, _crc32(file, body_bytes - len(empty_comment))) != int(comment[1], 16):
+        raise _damaged(path)
     return True
 
 
-def _read_header(file: BinaryIO) -> bytes:
-    length = file.read(8)
-    return length + file.read(min(int.from_bytes(length, "little"), 100_000_000))
+def _verify_records(path: Path) -> None:
+    """Check each record of another program's archive; a CRC of 0 means that the program stored none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # torch's own criterion
+                raise CheckpointError(f"{path} is a TorchScript program, which is code; save its state_dict() instead")
+            _check_comment_is_whole(path, archive.comment)
+            for record in archive.infolist():
+                if record.external_attr & _FOLDER:  # torch would read a folder's bytes from uninitialized memory
+                    raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
+                if record.CRC:
+                    with archive.open(record) as data:
+                        while data.read(_CHUNK_BYTES):
+                            pass
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, zlib.error, EOFError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); use another copy of it") from error
+
+
+def _check_comment_is_whole(path: Path, comment: bytes) -> None:
+    """Refuse an archive of duoka's whose end is cut off: ``zipfile`` accepts the rest of the comment."""
+    with path.open("rb") as file:
+        file.seek(-2 - len(comment), os.SEEK_END)
+        declared = int.from_bytes(file.read(2), "little")
+    if declared != len(comment):
+        raise zipfile.BadZipFile(f"{len(comment)} of the last {declared} bytes are there")
+
+
+def _read_archive(path: Path, map_location: str | torch.device) -> Any:
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        names = _code_named_in(path, str(error))
+        raise CheckpointError(_code_message(path, names) if names else _not_a_checkpoint(path)) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{_not_a_checkpoint(path)} ({first_line(error)})") from error
+
+
+def _not_a_checkpoint(path: Path) -> str:
+    return f"{path} is damaged, or is no checkpoint of PyTorch; give a file that duoka.save or torch.save has written"
+
+
+def _code_message(path: Path, names: list[str]) -> str:
+    return (
+        f"{path} was not loaded: it names code to be run on loading ({', '.join(names)}), and a checkpoint needs only "
+        "numbers, strings and tensors. If you trust its author, convert it once, in a process of its own:\n"
+        f'    state = torch.load("{path}", weights_only=False)\n'
+        '    duoka.save(state, "converted.pt")  # a model, or a dict of state; for other objects, their state_dict()'
+    )
+
+
+def _code_named_in(path: Path, message: str) -> list[str]:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an old format, or no pickle at all
+        names = []
+    return sorted(set(names) | set(re.findall(r"(?:GLOBAL|function|class|global) ([\w.]+\.[\w.]+)", message)))

@@ -1,8 +1,7 @@
-"""Names of parameters without what wrappers add: ``module.`` of DataParallel and DDP, ``_orig_mod.`` of torch.compile."""
+"""Parameter names without wrappers' parts: ``module.`` of DataParallel and DDP, ``_orig_mod.`` of torch.compile."""
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["clean_name", "clean_state", "match_names", "nearest", "unwrap"]
+__all__ = ["clean_name", "clean_state", "match_names", "unwrap"]
 
 COMPILED = "_orig_mod"
 WRAPPED = "module"
@@ -20,10 +19,10 @@ WRAPPED = "module"
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's own module from any nesting of DataParallel, DistributedDataParallel and ``torch.compile``.
 
-    A module that nothing wraps is returned as it is; so is a user's own module that merely has a child named ``module``.
+    A user's module with a child named ``module`` is no wrapper, and is returned unchanged.
 
-    >>> own = nn.Linear(2, 3)
-    >>> unwrap(nn.DataParallel(own)) is own
+    >>> model = nn.Linear(2, 3)
+    >>> unwrap(nn.DataParallel(model)) is model
     True
     """
     while (inner := _inner_name(model)) is not None:
@@ -32,15 +31,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _inner_name(module: nn.Module) -> str | None:
-    """The name under which a wrapper holds the module it wraps; ``None`` for a module that wraps nothing."""
-    compiler = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and there if anything is compiled
+    """Return the name of the wrapped module in a wrapper; ``None`` for a module that is no wrapper."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and loaded if anything is compiled
     if compiler is not None and isinstance(module, compiler.OptimizedModule):
         return COMPILED
     return WRAPPED if isinstance(module, (DataParallel, DistributedDataParallel)) else None
 
 
 def clean_name(model: nn.Module, name: str) -> str:
-    """Return ``name``, a key of ``model``'s state, without the parts that wrappers inside ``model`` added."""
+    """Return ``name``, a key of ``model``'s state dict, without the parts that wrappers inside ``model`` added."""
     kept: list[str] = []
     module: nn.Module | None = model
     for part in name.split("."):
@@ -53,8 +52,8 @@ def clean_name(model: nn.Module, name: str) -> str:
 def clean_state(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """Return ``state`` without wrappers' prefixes, as far as names alone tell.
 
-    Without the model a child that is really named ``module`` looks like a wrapper: ``module.`` goes only where every
-    key begins with it, ``_orig_mod`` goes anywhere.
+    Without the model, a child that the user named ``module`` looks like a wrapper. So ``module.`` is removed only if
+    every key begins with it; ``_orig_mod`` is removed anywhere.
     """
     if not state or not all(isinstance(key, str) for key in state):
         return state
@@ -65,7 +64,7 @@ def clean_state(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     cleaned = OrderedDict((".".join(names[key]), value) for key, value in state.items())
     if len(cleaned) < len(state):
         return state
-    if hasattr(state, "_metadata"):  # the versions of the modules, which some need to load
+    if hasattr(state, "_metadata"):  # the modules' versions, which some modules need to load
         versions = {".".join(_without_compiled(key)[depth:]): value for key, value in state._metadata.items()}
         cleaned._metadata = versions  # type: ignore[attr-defined]
     return cleaned
@@ -80,10 +79,10 @@ def _leading_wrappers(parts: list[str]) -> int:
 
 
 def match_names(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """Return which name of a file (``found``) is which name of a model (``wanted``), wrappers' parts disregarded.
+    """Return the model's name (from ``wanted``) for each name of a file (``found``), ignoring wrappers' parts.
 
-    Equal names match; names that differ only by ``module`` and ``_orig_mod`` parts match when it is clear which is
-    which, so that a child that the user really named ``module`` keeps its own.
+    Equal names match. Names that differ only by ``module`` and ``_orig_mod`` parts match if that is unambiguous, so a
+    child that the user named ``module`` keeps its name.
     """
     found, wanted = list(found), list(wanted)
     if set(found) == set(wanted):
@@ -92,7 +91,7 @@ def match_names(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
     matched: dict[str, str] = {}
     for core, names in files.items():
         targets = models.get(core, [])
-        if len(names) == len(targets):  # a wrapper adds its part to all of them: the order of depth is kept
+        if len(names) == len(targets):  # a wrapper adds its part to all names, which keeps their order by depth
             matched.update(zip(names, targets, strict=True))
         else:
             matched.update({name: name for name in names if name in targets})
@@ -104,9 +103,3 @@ def _by_core(names: list[str]) -> dict[str, list[str]]:
     for name in sorted(names, key=lambda name: name.count(".")):
         groups[".".join(part for part in name.split(".") if part not in (COMPILED, WRAPPED))].append(name)
     return groups
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that is most like ``name``, if any is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.75)
-    return close[0] if close else None

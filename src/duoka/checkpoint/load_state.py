@@ -1,4 +1,4 @@
-"""Loading a state dict into a model: all names and shapes are compared before the first value is copied."""
+"""Loading of a state dict into a model: all names and shapes are compared before the first value is copied."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from duoka.checkpoint.key_names import clean_name, match_names, nearest, unwrap
+from duoka.checkpoint.key_names import clean_name, match_names, unwrap
 from duoka.errors import CheckpointError
 from duoka.log import logger
+from duoka.utils.text import did_you_mean
 
 __all__ = ["load_state"]
 
@@ -23,67 +24,76 @@ def load_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool = Tru
     """Load ``state`` into ``model``, wrapped or not; names may carry wrappers' prefixes on either side.
 
     Args:
-        model: is as it was when this raises for names or shapes.
+        model: unchanged if this raises for names or shapes.
         state: values by name.
         strict: whether missing and unexpected names are an error; a wrong shape always is.
-        source: what a message calls ``state``.
+        source: the name of ``state`` in messages.
 
     Raises:
-        CheckpointError: naming the missing, unexpected and mis-shaped keys, the first 20 of many, with both shapes.
+        CheckpointError: a list of missing, unexpected and mis-shaped names with both shapes, at most 20 of them.
 
     """
-    own = unwrap(model)
-    current = own.state_dict()
-    actual = {clean_name(own, name): name for name in current}
-    matched = match_names(map(str, state), actual)
+    inner = unwrap(model)
+    current = inner.state_dict()
+    actual_names = {clean_name(inner, name): name for name in current}
+    matched = match_names(map(str, state), actual_names)
     values = {matched[str(name)]: value for name, value in state.items() if str(name) in matched}
-    wanted = {name: current[place] for name, place in actual.items()}
-    _fill_what_older_files_lack(values, wanted)
-    _compare(source, own, values, wanted, [str(name) for name in state if str(name) not in matched], strict=strict)
-    ready = OrderedDict((actual[name], value) for name, value in values.items())
-    ready._metadata = _versions(own, state, current)  # type: ignore[attr-defined]
+    wanted = {name: current[actual] for name, actual in actual_names.items()}
+    _fill_omitted(values, wanted)
+    _compare(source, inner, values, wanted, [str(name) for name in state if str(name) not in matched], strict=strict)
+    ready = OrderedDict((actual_names[name], value) for name, value in values.items())
+    ready._metadata = _versions(inner, state, current)  # type: ignore[attr-defined]
     try:
-        own.load_state_dict(ready, strict=strict)
+        inner.load_state_dict(ready, strict=strict)
     except RuntimeError as error:
-        raise CheckpointError(f"{source} does not fit {type(own).__name__}: {error}") from error
+        raise CheckpointError(f"{source} does not fit {type(inner).__name__}: {error}") from error
 
 
-def _fill_what_older_files_lack(values: dict[str, Any], wanted: Mapping[str, Any]) -> None:
-    """A tensor tied to one that is there, stored once; and batch norm's counter, which old versions did not keep."""
-    places = {_place(wanted[name]): value for name, value in values.items() if isinstance(wanted[name], torch.Tensor)}
+def _fill_omitted(values: dict[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Add tensors that a file may omit: a tied tensor that it holds once, and batch norm's counter in old files."""
+    stored = {
+        _memory_of(wanted[name]): value for name, value in values.items() if isinstance(wanted[name], torch.Tensor)
+    }
     for name in wanted.keys() - values.keys():
-        if isinstance(wanted[name], torch.Tensor) and (tied := places.get(_place(wanted[name]))) is not None:
+        if isinstance(wanted[name], torch.Tensor) and (tied := stored.get(_memory_of(wanted[name]))) is not None:
             values[name] = tied
         elif name.rpartition(".")[2] == "num_batches_tracked":
             values[name] = wanted[name]
 
 
-def _place(tensor: torch.Tensor) -> Any:
+def _memory_of(tensor: torch.Tensor) -> Any:
     if is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided or tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _versions(own: nn.Module, state: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """The versions of the modules by the model's own names: the file's where it has them, else the model's."""
-    own_versions: dict[str, Any] = dict(getattr(current, "_metadata", {}))
-    theirs: Mapping[str, Any] = getattr(state, "_metadata", {})
-    clean = {clean_name(own, name): name for name in own_versions}
-    matched = match_names(theirs, clean)
-    return own_versions | {clean[name]: theirs[found] for found, name in matched.items()}
+def _versions(inner: nn.Module, state: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the modules' versions by the model's names: the file's where it has them, else the model's."""
+    versions: dict[str, Any] = dict(getattr(current, "_metadata", {}))
+    saved: Mapping[str, Any] = getattr(state, "_metadata", {})
+    clean = {clean_name(inner, name): name for name in versions}
+    matched = match_names(saved, clean)
+    return versions | {clean[name]: saved[found] for found, name in matched.items()}
 
 
 def _compare(
-    source: str, own: nn.Module, values: dict[str, Any], wanted: dict[str, Any], unexpected: list[str], *, strict: bool
+    source: str,
+    inner: nn.Module,
+    values: dict[str, Any],
+    wanted: dict[str, Any],
+    unexpected: list[str],
+    *,
+    strict: bool,
 ) -> None:
     unfit = [line for name in wanted if name in values and (line := _difference(name, values[name], wanted[name]))]
     missing = [name for name in wanted if name not in values]
     lines = [_missing(name, wanted[name], unexpected) for name in missing]
     lines += [f"unexpected: {name}" for name in unexpected]
     if unfit or (strict and lines) or (wanted and not values):
-        raise CheckpointError(_mismatch(source, type(own).__name__, [*unfit, *lines]))
+        heading = f"{source} does not fit {type(inner).__name__}; nothing was loaded. The differences:"
+        raise CheckpointError(_with_heading(heading, [*unfit, *lines]))
     if lines:
-        logger.warning("%s", _listed(f"{source} was loaded in part into {type(own).__name__}:", lines))
+        logger.warning("%s", _with_heading(f"{source} was loaded in part into {type(inner).__name__}:", lines))
 
 
 def _difference(name: str, value: Any, wanted: Any) -> str | None:
@@ -100,9 +110,8 @@ def _difference(name: str, value: Any, wanted: Any) -> str | None:
 
 
 def _missing(name: str, value: Any, unexpected: list[str]) -> str:
-    close = nearest(name, unexpected)
-    hint = f"; did you mean {close}, which is in the file?" if close else ""
-    return f"missing: {name} {_shape(value)}{hint}"
+    hint = did_you_mean(name, unexpected, cutoff=0.75)
+    return f"missing: {name} {_shape(value)}{hint and f'; {hint}'}"
 
 
 def _shape(value: Any) -> str:
@@ -111,11 +120,7 @@ def _shape(value: Any) -> str:
     return "(not yet known)" if is_lazy(value) else str(tuple(value.shape))
 
 
-def _mismatch(source: str, model: str, lines: list[str]) -> str:
-    return _listed(f"{source} does not fit {model}; nothing was loaded, and this is how they differ:", lines)
-
-
-def _listed(heading: str, lines: list[str]) -> str:
+def _with_heading(heading: str, lines: list[str]) -> str:
     rest = len(lines) - _SHOWN
     shown = [*lines[:_SHOWN], f"... and {rest} more"] if rest > 0 else lines
     return "\n  ".join([heading, *shown])

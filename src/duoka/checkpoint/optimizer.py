@@ -1,4 +1,4 @@
-"""An optimiser's state by the names of the parameters, so that it depends on no order, wrapper or number of devices."""
+"""Optimizer state by parameter names, independent of parameter order, wrappers and the number of devices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["load_optimizer_state", "optimizer_state"]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return ``optimizer.state_dict()`` with the names of ``model``'s parameters in place of their numbers.
+    """Return ``optimizer.state_dict()`` with the names of ``model``'s parameters instead of their numbers.
 
-    A parameter that is not the model's (a loss may have its own) keeps its number, as ``#3``.
+    A parameter outside the model (of a loss, for example) keeps its number, as ``#3``.
     """
     state = optimizer.state_dict()
     names = _names(optimizer, model)
@@ -29,10 +29,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
-    """Load what ``optimizer_state`` returned; values go by name, settings (``lr``, ``momentum``) by group.
+    """Load what ``optimizer_state`` returned: values by name, settings (``lr``, ``momentum``) by group.
 
     Raises:
-        CheckpointError: the state belongs to other parameters or other groups; the optimiser is then as it was.
+        CheckpointError: the state belongs to other parameters or groups; the optimizer is then unchanged.
 
     """
     names = _names(optimizer, model)
@@ -55,20 +55,20 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
 
 
 def _check_settings(kind: str, saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> None:
-    """Refuse the state of another kind of optimiser: torch takes its settings over, and the next step fails on them."""
-    added = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}  # by schedules
+    """Refuse the state of another optimizer class, which torch would load and the next step would fail on."""
+    added = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}  # by LR schedulers
     for index, (old, new) in enumerate(zip(saved, current, strict=True)):
         if missing := sorted(new.keys() - old.keys() - added):
             raise CheckpointError(
-                f"the state is of another optimiser than {kind}: its group {index} has no {', '.join(missing)}; load it into "
-                "the kind of optimiser that it was saved from"
+                f"the state is of another optimizer than {kind}: its group {index} has no {', '.join(missing)}; load it "
+                "into an optimizer of the class that it was saved from"
             )
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, str]:
-    """The name of each parameter by the number that the optimiser's state dict gives it."""
-    own = unwrap(model)
-    known = {id(parameter): clean_name(own, name) for name, parameter in own.named_parameters()}
+    """Return each parameter's name by its number in the optimizer's state dict."""
+    inner = unwrap(model)
+    known = {id(parameter): clean_name(inner, name) for name, parameter in inner.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {number: known.get(id(parameter), f"#{number}") for number, parameter in enumerate(parameters)}
 
@@ -82,5 +82,5 @@ def _check_groups(kind: str, found: list[list[str]], wanted: list[list[str]]) ->
         missing, unexpected = sorted(set(current) - set(saved)), sorted(set(saved) - set(current))
         if missing or unexpected:
             raise CheckpointError(
-                f"group {index} of the saved {kind} is of other parameters: without {missing[:10]}, with {unexpected[:10]}"
+                f"group {index} of the saved {kind} has other parameters: without {missing[:10]}, with {unexpected[:10]}"
             )

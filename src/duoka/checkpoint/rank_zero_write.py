@@ -1,61 +1,49 @@
-"""One rank writes, the others wait for how it ended.
+"""Writing on rank 0, whose outcome the other ranks wait for.
 
-A collective would hang the program that says ``if rank == 0: duoka.save(...)``, which many do. So rank 0 waits for
-nobody: it writes, and leaves the outcome in the store of the process group; a rank that calls as well waits for the
-outcome there, and raises the error that rank 0 raised. Calls are matched by path and by how often each rank saved
-to it, which the store counts.
+A collective would block the program that says ``if rank == 0: duoka.save(...)``, which many do. So rank 0 waits for
+no other rank: it writes, and puts the outcome into the store of the process group. A rank that calls too waits for
+the outcome there, and raises the error that rank 0 raised. Calls are matched by their path and their number.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 from duoka import errors
 from duoka.errors import CheckpointError, ConfigError, StorageError
+from duoka.utils.torch_private import default_store
 from duoka.world import World, current_world
 
-__all__ = ["written_by_one"]
+__all__ = ["write_on_rank_zero"]
 
 _WRITING = b"writing"
 _DONE = b"done"
-_FIRST_LOOK_S = 0.001
-_SLOWEST_LOOK_S = 0.1
-PATIENCE_S = 1800.0
-"""How long a rank waits for rank 0 to begin; as long as torch.distributed waits for a peer over gloo."""
+_FIRST_PAUSE_S = 0.001
+_LONGEST_PAUSE_S = 0.1
+START_TIMEOUT_S = 1800.0
+"""How long a rank waits for rank 0 to begin; torch.distributed waits as long for a peer over gloo."""
 
 
-def written_by_one(path: str, write: Callable[[], None]) -> None:
-    """Call ``write`` on rank 0; every other rank that calls this returns, or raises, when rank 0 has."""
+def write_on_rank_zero(path: str, write: Callable[[], None]) -> None:
+    """Call ``write`` on rank 0; on other ranks, return or raise after rank 0 has."""
     world = current_world()
-    store = _store() if world.size > 1 else None
+    store = default_store() if world.size > 1 else None
     if store is None:
-        _without_a_store(world, write)
+        _write_and_broadcast(world, write)
         return
     count = store.add(f"duoka/save/{path}/calls of {world.rank}", 1)
-    outcome = f"duoka/save/{path}/{count}"
+    key = f"duoka/save/{path}/{count}"
     if world.is_main:
-        _write_and_tell(store, outcome, write)
+        _write_and_publish(store, key, write)
     else:
-        _wait(store, outcome, path, world.rank)
+        _wait(store, key, path, world.rank)
 
 
-def _store() -> Any:
-    """The store over which the ranks met; ``None`` where the group has none (MPI, or no group)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    with contextlib.suppress(AttributeError, RuntimeError, ValueError):
-        return dist.distributed_c10d._get_default_store()
-    return None
-
-
-def _without_a_store(world: World, write: Callable[[], None]) -> None:
-    """Alone, or in a group that has no store: the outcome goes over the group, so that all ranks must call."""
+def _write_and_broadcast(world: World, write: Callable[[], None]) -> None:
+    """Broadcast the outcome: for one rank, or a process group without a store, in which all ranks must call."""
     failure: Exception | None = None
     if world.is_main:
         try:
@@ -67,47 +55,39 @@ def _without_a_store(world: World, write: Callable[[], None]) -> None:
         raise failure
 
 
-def _write_and_tell(store: Any, outcome: str, write: Callable[[], None]) -> None:
-    store.set(outcome, _WRITING)
+def _write_and_publish(store: Any, key: str, write: Callable[[], None]) -> None:
+    store.set(key, _WRITING)
     try:
         write()
     except BaseException as error:
-        store.set(outcome, _packed(error))
+        # text, because a pickle would let any process that reaches the store's port run code here
+        store.set(key, json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
         raise
-    store.set(outcome, _DONE)
+    store.set(key, _DONE)
 
 
-def _packed(error: BaseException) -> bytes:
-    """The error as text: whoever reaches the store's port must not be able to send code, as a pickle would."""
-    return json.dumps({"type": type(error).__name__, "message": str(error)}).encode()
-
-
-def _unpacked(said: bytes) -> Exception:
-    failure = json.loads(said)
+def _error_from(outcome: bytes) -> Exception:
+    failure = json.loads(outcome)
     kind = getattr(errors, failure["type"], None)
     if kind in (CheckpointError, StorageError, ConfigError):
         return kind(failure["message"])  # type: ignore[no-any-return]
     return CheckpointError(f"rank 0 could not save: {failure['type']}: {failure['message']}")
 
 
-def _wait(store: Any, outcome: str, path: str, rank: int) -> None:
-    """Wait for rank 0's outcome in short looks, so that Ctrl-C is heard; without limit once rank 0 is writing."""
-    pause_s = _FIRST_LOOK_S
-    deadline = time.monotonic() + PATIENCE_S
+def _wait(store: Any, key: str, path: str, rank: int) -> None:
+    """Poll for the outcome, so that Ctrl-C works; there is no limit once rank 0 has begun to write."""
+    pause_s = _FIRST_PAUSE_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     while True:
-        said = bytes(store.get(outcome)) if store.check([outcome]) else b""
-        if said not in (b"", _WRITING):
+        outcome = bytes(store.get(key)) if store.check([key]) else b""
+        if outcome not in (b"", _WRITING):
             break
-        if not said and time.monotonic() > deadline:
-            raise CheckpointError(_nobody_writes(path, rank))
+        if not outcome and time.monotonic() > deadline:
+            raise CheckpointError(
+                f"rank {rank} has waited {START_TIMEOUT_S:.0f} s for rank 0 to save {path}, which it has not begun. Call save "
+                "on every rank or on rank 0 alone, with the same path on all (a time in its name differs between ranks)"
+            )
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _SLOWEST_LOOK_S)
-    if said != _DONE:
-        raise _unpacked(said)
-
-
-def _nobody_writes(path: str, rank: int) -> str:
-    return (
-        f"rank {rank} has waited {PATIENCE_S:.0f} s for rank 0 to save {path}, which it has not begun. Call save on "
-        "every rank or on rank 0 alone, with the same path on all (a time in its name differs between ranks)"
-    )
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    if outcome != _DONE:
+        raise _error_from(outcome)

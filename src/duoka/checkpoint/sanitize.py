@@ -1,57 +1,47 @@
-"""What a checkpoint may hold: numbers, text, tensors, and dicts, lists and tuples of them; nothing that is code."""
+"""Conversion of state to the types that a checkpoint may hold: numbers, text, tensors, and containers of them."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from duoka.errors import CheckpointError
+from duoka.utils.pytree import iter_tensors
 
-__all__ = ["portable", "tensor_bytes"]
+__all__ = ["tensor_bytes", "to_plain_types"]
 
-_AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 _SUBCLASSES: tuple[tuple[type, Callable[[Any], Any]], ...] = ((str, str), (int, int), (float, float), (dict, dict))
 
 
-def portable(state: Any, name: str = "state") -> Any:
-    """Return ``state`` as it is written: tensors on the CPU, NumPy's as torch's and Python's, other types kept.
+def to_plain_types(state: Any, name: str = "state") -> Any:
+    """Return ``state`` with tensors on the CPU, NumPy's arrays as tensors, and NumPy's scalars as Python's.
 
     Raises:
-        CheckpointError: something in it is of a type that could only be loaded by running code; the message says where.
+        CheckpointError: only running code could load a value again; the message names its place and type.
 
     """
     return _Converter().convert(state, name)
 
 
 def tensor_bytes(state: Any) -> int:
-    """How many bytes the tensors in a portable ``state`` take, one that occurs twice counted once."""
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(state)}.values())
-
-
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors(value)
+    """Return the size of the tensors in a plain ``state``; a tensor that occurs twice counts once."""
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in iter_tensors(state)}.values())
 
 
 class _Converter:
-    """Converts one state; what is the same tensor in it stays the same tensor."""
+    """Converts one state; names of the same tensor get the same converted tensor."""
 
     def __init__(self) -> None:
         self.seen: dict[tuple[Any, ...], torch.Tensor] = {}
         self.sources: list[torch.Tensor] = []  # kept alive, so that no address in `seen` is used twice
 
     def convert(self, value: Any, name: str) -> Any:
-        if type(value) in _AS_THEY_ARE:
+        if type(value) in _PLAIN:
             return value
         if isinstance(value, torch.Tensor):
             return self.tensor(value, name)
@@ -66,7 +56,12 @@ class _Converter:
         for base, plain in _SUBCLASSES:
             if isinstance(value, base):
                 return self.convert(plain(value), name)
-        raise _refused(value, name)
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        plain_types = "numbers, strings, tensors, or dicts and lists of them"
+        hint = "its state_dict()" if hasattr(value, "state_dict") else plain_types
+        raise CheckpointError(
+            f"{name} is of type {kind}, which could only be loaded again by running code; save {hint} instead"
+        )
 
     def mapping(self, value: Any, name: str) -> Any:
         pairs = ((self.key(key, name), self.convert(item, f"{name}[{key!r}]")) for key, item in value.items())
@@ -80,7 +75,7 @@ class _Converter:
 
     def key(self, key: Any, name: str) -> Any:
         if isinstance(key, torch.Tensor):
-            raise CheckpointError(f"{name} has a tensor as a key, which is not found again; use a number or a string")
+            raise CheckpointError(f"{name} has a tensor as a key, which no lookup finds; use a number or a string")
         return self.convert(key, f"a key of {name}")
 
     def numpy(self, value: np.ndarray[Any, Any] | np.generic, name: str) -> Any:
@@ -102,24 +97,14 @@ class _Converter:
         identity = (value.data_ptr(), value.device, value.shape, value.stride(), value.dtype, value.is_conj())
         if value.numel() == 0 or identity not in self.seen:
             self.sources.append(value)
-            self.seen[identity] = _own_storage(value)
+            self.seen[identity] = _with_own_storage(value)
         return self.seen[identity]
 
 
-def _own_storage(value: torch.Tensor) -> torch.Tensor:
-    """``value`` on the CPU in a storage of just its size: a view would be written with all that it is a view of."""
+def _with_own_storage(value: torch.Tensor) -> torch.Tensor:
+    """Return ``value`` on the CPU in a storage of its own size, because a file would hold a view's whole storage."""
     value = value.cpu().resolve_conj().resolve_neg()
     if type(value) is not torch.Tensor:
         value = value.as_subclass(torch.Tensor)
-    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    return value if whole else value.clone(memory_format=torch.contiguous_format)
-
-
-def _refused(value: Any, name: str) -> CheckpointError:
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    hint = (
-        "its state_dict()" if hasattr(value, "state_dict") else "numbers, strings, tensors, or dicts and lists of them"
-    )
-    return CheckpointError(
-        f"{name} is of type {kind}, which could only be loaded again by running code; save {hint} instead"
-    )
+    is_whole = value.untyped_storage().nbytes() == value.nbytes
+    return value if is_whole else value.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Training checkpoints: everything that a run needs to go on as if it had not stopped, in one file."""
+"""Training checkpoints: everything that a run needs to resume exactly, in one file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoka.checkpoint.rank_zero_write import written_by_one
+from duoka.checkpoint.rank_zero_write import write_on_rank_zero
 from duoka.checkpoint.save_load import model_state, read, write
 from duoka.errors import CheckpointError, ConfigError
 
@@ -18,38 +18,39 @@ __all__ = ["TRAINING_VERSION", "load_training", "save_training"]
 
 _FORMAT = "duoka.training"
 TRAINING_VERSION = 1
-"""Raised when a file of before could not be read as one of now."""
+"""Increased when the format changes, so that an older file cannot be read in the same way."""
 
 
 def save_training(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Save the state of a run: nested dicts, lists, tuples, numbers, strings, tensors, all of the same type afterwards.
+    """Save the state of a run: nested dicts, lists, tuples, numbers, strings and tensors, which keep their types.
 
-    State dicts of optimisers, schedulers and gradient scalers go in as they are, modules stand for their state dict;
-    NumPy's arrays come back as tensors, its scalars as Python's. Writes and waits as ``save`` does.
+    State dicts of optimizers, schedulers and gradient scalers need no change; modules stand for their state dict.
+    NumPy's arrays load as tensors, its scalars as Python's. Ranks write and wait as in ``save``.
 
     Args:
-        path: where to, ending in ``.pt`` or ``.pth``.
-        state: what ``load_training`` is to return.
+        path: the file, ending in ``.pt`` or ``.pth``.
+        state: what ``load_training`` returns.
 
     Raises:
-        CheckpointError: the state holds what could only be loaded again by running code; the message says where.
-        StorageError: the disk is full or the folder is not writable; the file that was there is as it was.
+        CheckpointError: only running code could load a value again; the message names its place.
+        StorageError: the disk is full or the folder is not writable; the old file is unchanged.
 
     """
     path = Path(path)
     if path.suffix not in (".pt", ".pth"):
         raise ConfigError(f"{path} has the suffix {path.suffix!r}; a training checkpoint is saved as .pt or .pth")
-    written_by_one(str(path), lambda: write(_document(state), path))
+
+    def write_state() -> None:
+        write({"format": _FORMAT, "version": TRAINING_VERSION, "state": _without_modules(dict(state))}, path)
+
+    write_on_rank_zero(str(path), write_state)
 
 
-def _document(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {"format": _FORMAT, "version": TRAINING_VERSION, "state": _modules_as_state(dict(state))}
-
-
-def _modules_as_state(state: Any) -> Any:
+def _without_modules(state: Any) -> Any:
+    """Return ``state`` with state dicts in place of modules."""
     if isinstance(state, nn.Module):
         return model_state(state)
-    return {key: _modules_as_state(value) for key, value in state.items()} if type(state) is dict else state
+    return {key: _without_modules(value) for key, value in state.items()} if type(state) is dict else state
 
 
 def load_training(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -62,7 +63,7 @@ def load_training(path: str | os.PathLike[str], *, map_location: str | torch.dev
     path = Path(path)
     document, _ = read(path, map_location)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no training checkpoint of duoka; read a file of weights with duoka.load")
+        raise CheckpointError(f"{path} is no training checkpoint of duoka; load a file of weights with duoka.load")
     if not isinstance(version := document.get("version"), int) or version > TRAINING_VERSION:
         raise CheckpointError(
             f"{path} is a training checkpoint of version {version}, this duoka reads up to version {TRAINING_VERSION}: "

@@ -96,13 +96,31 @@ class _TorchRng(Rng):
     def set(self, state: Any) -> None:
         torch.default_generator.set_state(state)
 
+    def arm(self) -> float:
+        torch.default_generator.manual_seed(_PROBE_SEED)
+        return _torch_probe()[1]
+
+    def was_drawn_from(self, armed: float) -> bool:
+        return _torch_probe()[0].uniform_().item() != armed
+
+
+@functools.cache
+def _torch_probe() -> tuple[torch.Tensor, float]:
+    """Return a place for a draw, and the first draw after ``arm``."""
+    place = torch.empty(1, dtype=torch.float64, device="cpu")
+    return place, place.uniform_(generator=torch.Generator().manual_seed(_PROBE_SEED)).item()
+
 
 class _PythonRng(Rng):
-    """The generator of the module ``random``.
+    """The generator of the module ``random``, whose state is a tuple of 625 numbers that ``getstate`` builds each time.
 
-    Reading its state builds a tuple of 625 numbers, so it is read once: a known state is set, and a draw afterwards
-    returns the known next number if and only if nothing was drawn in between.
+    So the state of the last batch is used again, if the next number is the one that follows it. A draw by the data set
+    is detected in the same way, from a known state.
     """
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self._following = 0
 
     def seed(self, seed: int) -> None:
         random.seed(seed)
@@ -112,6 +130,18 @@ class _PythonRng(Rng):
 
     def set(self, state: Any) -> None:
         random.setstate(state)
+
+    def isolate(self) -> Any:
+        if self._state is None or self._state[2] is not None:  # using up a spare Gaussian number changes nothing else
+            self._keep(random.getstate())
+        elif random.getrandbits(64) != self._following:
+            self._keep(_before_draw(random.getstate()))
+        return self._state
+
+    def _keep(self, state: Any) -> None:
+        copy = random.Random()
+        copy.setstate(state)
+        self._state, self._following = state, copy.getrandbits(64)
 
     def arm(self) -> int:
         state, following = _python_probe()
@@ -126,6 +156,12 @@ class _PythonRng(Rng):
 def _python_probe() -> tuple[Any, int]:
     probe = random.Random(_PROBE_SEED)
     return probe.getstate(), probe.getrandbits(64)
+
+
+def _before_draw(state: Any) -> Any:
+    """Return the state before 64 bits were drawn; in 1 of 624 cases it is lost, and 64 bits are left out."""
+    version, (*words, place), gauss = state
+    return version, (*words, place - 2 if place >= 2 else place), gauss
 
 
 class _NumpyRng(Rng):
