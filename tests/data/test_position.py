@@ -103,7 +103,7 @@ def test_position_goes_through_a_checkpoint() -> None:
     assert DataPosition.from_dict(position.to_dict()) == position
     with pytest.raises(CheckpointError, match="epoch"):
         DataPosition.from_dict({"seed": 1, "samples": 2})
-    with pytest.raises(ConfigError, match=r"samples is -1"):
+    with pytest.raises(ConfigError, match=r"samples=-1"):
         DataPosition(0, 0, -1)
 
 

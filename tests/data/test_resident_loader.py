@@ -178,10 +178,10 @@ def test_a_data_set_is_read_once_and_kept():
 @pytest.mark.parametrize("why", ["large", "shapes"])
 def test_what_cannot_be_kept_is_read_by_workers_and_the_reason_said(why, monkeypatch, caplog):
     if why == "large":
-        monkeypatch.setattr(resident_loader, "MEMORY_SHARE", 1e-12)
+        monkeypatch.setattr(resident_loader, "MEMORY_FRACTION", 1e-12)
     data = Squares((8, 9) if why == "shapes" else (8,))
     mixed = v2.MixUp(num_classes=12)
-    read = resident(data, batch_size=4, transforms=[transforms.RandomResizedCrop(8)], mix=mixed, workers=0)
+    read = resident(data, batch_size=4, transforms=[transforms.RandomResizedCrop(8)], mix=mixed, num_workers=0)
     assert isinstance(read, DataLoader)
     assert {"large": "are more than", "shapes": "different shapes"}[why] in caplog.text
     images, targets = next(iter(read))
@@ -199,8 +199,8 @@ def test_an_accelerator_without_room_is_sent_batches_from_the_host(monkeypatch, 
 
 def test_what_is_on_a_device_does_not_travel():
     own = loader()
-    own._placed[torch.device("meta")] = own.tensors
-    assert pickle.loads(pickle.dumps(own))._placed == {}
+    own._copies[torch.device("meta")] = own.tensors
+    assert pickle.loads(pickle.dumps(own))._copies == {}
 
 
 @pytest.mark.parametrize(("data", "options", "error", "message"), [
@@ -208,7 +208,7 @@ def test_what_is_on_a_device_does_not_travel():
     (iter([]), {}, ConfigError, "map-style"),
     ([], {}, DataError, "no sample"),
     ([1, 2], {}, DataError, "no tuples"),
-    ((PIXELS, LABELS), {"batch_size": 0}, ConfigError, "batch_size is 0"),
+    ((PIXELS, LABELS), {"batch_size": 0}, ConfigError, "batch_size=0"),
 ])  # fmt: skip
 def test_what_is_no_data_is_refused(data, options, error, message):
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""Exact sharding of any loader, in an order that is the same for any number of ranks; and data that stay on the device."""
+"""Exact sharding of any loader, in an order that does not depend on the number of ranks; and device-resident data."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from duoka.data.sharding import ShardedLoader, shard
 from duoka.data.stream_fingerprint import same_stream
 
 __all__ = [
-    "LocalBatch",
     "DataPosition",
     "DeviceResidentLoader",
+    "LocalBatch",
     "ShardedLoader",
-    "same_stream",
-    "transforms",
     "batch_length",
     "concat_batches",
     "resident",
+    "same_stream",
     "shard",
     "slice_batch",
     "split_batch",
     "to_device",
+    "transforms",
 ]

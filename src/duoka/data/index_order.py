@@ -1,4 +1,4 @@
-"""The order of the samples in one epoch: a function of (seed, epoch), the same on every rank; nothing is loaded here."""
+"""The order of the samples in one epoch, as batches of indices: a function of (seed, epoch), the same on every rank."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from duoka.log import logger
 
 __all__ = [
     "checked_sampler",
-    "skip_samples",
-    "generators_used_by",
-    "merge_batches",
     "draw_isolated",
+    "generators_used_by",
     "index_batches",
+    "merge_batches",
     "set_epoch",
+    "skip_samples",
     "whole_sampler",
 ]
 
-_LONGEST_CHUNK = 512
+_FIRST_CHUNK, _LONGEST_CHUNK = 16, 512
 _TORCH_SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def index_batches(loader: DataLoader[Any]) -> Iterable[Sequence[Any]]:
-    """Return what yields the index batches of ``loader``, over the whole data set whatever sampler it has.
+    """Return the iterable of ``loader``'s index batches over the whole data set, whatever its sampler is.
 
-    Raises ``ConfigError`` for a sampler that shards by itself in a way duoka does not know.
+    Raises ``ConfigError`` for a sampler that divides the samples in an unknown way.
     """
     batches: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     inner = getattr(batches, "sampler", None)
@@ -56,10 +56,12 @@ def index_batches(loader: DataLoader[Any]) -> Iterable[Sequence[Any]]:
 
 
 def whole_sampler(sampler: Any, dataset: Any) -> Any:
-    """Return ``sampler``, or in place of torch's ``DistributedSampler`` the one that draws from the whole data set."""
+    """Return ``sampler``, or for torch's ``DistributedSampler`` the same order over the whole data set."""
     if type(sampler) is DistributedSampler:
         _warn_of_distributed_sampler()
-        return _whole_sampler_like(sampler, dataset)
+        if not sampler.shuffle or not len(dataset):
+            return SequentialSampler(dataset)
+        return RandomSampler(dataset, generator=torch.Generator().manual_seed(sampler.seed))  # the user's seed matters
     replicas = getattr(sampler, "num_replicas", 1)
     if isinstance(replicas, int) and replicas > 1:
         raise ConfigError(
@@ -69,8 +71,17 @@ def whole_sampler(sampler: Any, dataset: Any) -> Any:
     return sampler
 
 
+@functools.cache
+def _warn_of_distributed_sampler() -> None:
+    logger.warning(
+        "the DistributedSampler of the DataLoader was replaced by the same order over the whole data set: duoka divides each "
+        "global batch itself, without the repeated samples that DistributedSampler pads with. Leave the sampler out and "
+        "give shuffle=True or shuffle=False to the DataLoader"
+    )
+
+
 def checked_sampler(loader: DataLoader[Any]) -> Any:
-    """Return the sampler of a ``loader`` that is iterated as it is; ``ConfigError`` where it divides the samples."""
+    """Return the sampler of a ``loader`` without batching; ``ConfigError`` if it divides the samples."""
     if whole_sampler(loader.sampler, loader.dataset) is not loader.sampler:
         raise ConfigError(
             "a DataLoader with batch_size=None has a DistributedSampler; leave the sampler out, duoka divides the batches"
@@ -78,14 +89,14 @@ def checked_sampler(loader: DataLoader[Any]) -> Any:
     return loader.sampler
 
 
-def draw_isolated(batches: Iterable[Sequence[Any]], private: IsolatedRng) -> Iterator[Sequence[Any]]:
-    """Yield ``batches``, drawn in growing chunks, with the generators of ``private`` in force meanwhile."""
-    source: Iterator[Sequence[Any]] | None = None
-    length = 16
+def draw_isolated(batches: Iterable[Sequence[Any]], isolated: IsolatedRng) -> Iterator[Sequence[Any]]:
+    """Yield ``batches``, which are drawn inside ``isolated``, in chunks that grow to 512 batches."""
+    iterator: Iterator[Sequence[Any]] | None = None
+    length = _FIRST_CHUNK
     while True:
-        with private:
-            source = iter(batches) if source is None else source
-            chunk = list(itertools.islice(source, length))
+        with isolated:
+            iterator = iter(batches) if iterator is None else iterator
+            chunk = list(itertools.islice(iterator, length))
         yield from chunk
         if len(chunk) < length:
             return
@@ -93,13 +104,13 @@ def draw_isolated(batches: Iterable[Sequence[Any]], private: IsolatedRng) -> Ite
 
 
 def generators_used_by(batches: Any) -> tuple[Rng, ...]:
-    """Return all generators that ``batches``, a sampler, may draw from; torch's own samplers use torch's only."""
+    """Return all generators that a sampler may draw from; torch's samplers use torch's generator only."""
     sampler = batches.sampler if type(batches) is BatchSampler else batches
     return (*((TORCH,) if type(sampler) in _TORCH_SAMPLERS else GLOBAL), *generators_of(batches, sampler))
 
 
 def skip_samples(batches: Iterator[Sequence[Any]], samples: int) -> Iterator[Sequence[Any]]:
-    """Yield ``batches`` without their first ``samples`` indices: a batch in which these end gives its rest."""
+    """Yield ``batches`` without their first ``samples`` indices; a batch may be cut."""
     while samples > 0:
         batch = next(batches, None)
         if batch is None:
@@ -110,34 +121,19 @@ def skip_samples(batches: Iterator[Sequence[Any]], samples: int) -> Iterator[Seq
     yield from batches
 
 
-def merge_batches(batches: Iterator[Sequence[Any]], merge: int, whole_only: bool) -> Iterator[Sequence[Any]]:
-    """Yield global batches of ``merge`` consecutive ``batches``; the last is shorter, or left out with ``whole_only``."""
-    if merge == 1:
+def merge_batches(batches: Iterator[Sequence[Any]], count: int, drop_last: bool) -> Iterator[Sequence[Any]]:
+    """Yield global batches of ``count`` consecutive ``batches``; ``drop_last`` leaves out an incomplete last one."""
+    if count == 1:
         yield from (batch for batch in batches if len(batch))
         return
-    while group := list(itertools.islice(batches, merge)):
+    while group := list(itertools.islice(batches, count)):
         indices = [index for batch in group for index in batch]
-        if indices and (len(group) == merge or not whole_only):
+        if indices and (len(group) == count or not drop_last):
             yield indices
 
 
 def set_epoch(epoch: int, *owners: object) -> None:
-    """Tell ``epoch`` to each of ``owners`` that has a ``set_epoch`` method."""
+    """Call ``set_epoch(epoch)`` of each of ``owners`` that has the method, once each."""
     for owner in {id(owner): owner for owner in owners}.values():
         if callable(method := getattr(owner, "set_epoch", None)):
             method(epoch)
-
-
-def _whole_sampler_like(sampler: DistributedSampler[Any], dataset: Any) -> Any:
-    if not sampler.shuffle or not len(dataset):
-        return SequentialSampler(dataset)
-    return RandomSampler(dataset, generator=torch.Generator().manual_seed(sampler.seed))  # the seed keeps its meaning
-
-
-@functools.cache
-def _warn_of_distributed_sampler() -> None:
-    logger.warning(
-        "the DistributedSampler of the DataLoader was replaced by the same order over the whole data set: duoka divides each "
-        "global batch itself, without the repeated samples that DistributedSampler pads with. Leave the sampler out and "
-        "give shuffle=True or shuffle=False to the DataLoader"
-    )

@@ -1,4 +1,7 @@
-"""``resident``: data that stay on the device, where batches are made of them; or a DataLoader, and the reason why."""
+"""Device-resident data: ``resident``, its loader, and the source of local batches for ``shard``.
+
+Each rank keeps all data on its device, and makes its own shard of each global batch there.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from duoka.data.counter_rng import counter_uniform
+from duoka.data.position import LocalBatch
 from duoka.data.rng import ACCELERATOR, TORCH, IsolatedRng, derive_seed
+from duoka.data.sources.base import ShardSpec, order_seed, samples_seed
 from duoka.data.transforms import BatchTransform, apply
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger
+from duoka.utils.text import format_bytes
+from duoka.utils.validation import check_integer
 from duoka.world import current_world
 
-__all__ = ["DeviceResidentLoader", "resident"]
+__all__ = ["DeviceResidentLoader", "ResidentSource", "resident"]
 
-MEMORY_SHARE = 0.5
-"""How much of a device's free memory data may take: model, gradients and activations need the rest."""
+MEMORY_FRACTION = 0.5
+"""The fraction of a device's free memory that data may take: model, gradients and activations need the rest."""
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class DeviceResidentLoader:
-    """A loader that keeps its data on the device; built by ``resident``. Iterating it yields one epoch's batches there."""
+    """A loader that keeps its data on the device; built by ``resident``. One iteration yields one epoch's batches."""
 
     def __init__(
         self,
@@ -44,12 +51,12 @@ class DeviceResidentLoader:
         self.tensors, self.batch_size, self.shuffle, self.drop_last = tensors, batch_size, shuffle, drop_last
         self.transforms, self.mix, self.seed, self.device = transforms, mix, seed, device
         self.epoch = 0
-        """The epoch that the next iteration draws its order and changes for; only iterating without a Trainer counts it."""
-        self._placed: dict[torch.device, tuple[Tensor, ...]] = {}
+        """The epoch of the next iteration; only iterating without a Trainer increases it."""
+        self._copies: dict[torch.device, tuple[Tensor, ...]] = {}
 
     @property
     def dataset(self) -> TensorDataset:
-        """The data on the host, sample by sample and unchanged."""
+        """The original samples, on the host."""
         return TensorDataset(*self.tensors)
 
     def __len__(self) -> int:
@@ -57,60 +64,109 @@ class DeviceResidentLoader:
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        from duoka.data.kept import ResidentSource
-        from duoka.data.sources.base import ShardSpec
-
         epoch, self.epoch = self.epoch, self.epoch + 1
-        for part in ResidentSource(self, ShardSpec(0, 1, 1, training=True)).epoch(self.seed, epoch, 0):
-            yield part.batch
+        for local in ResidentSource(self, ShardSpec(0, 1, 1, training=True)).epoch(self.seed, epoch, 0):
+            yield local.batch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_placed": {}}
+        return {**self.__dict__, "_copies": {}}
 
     def in_order(self) -> DeviceResidentLoader:
-        """Return the same without shuffling and changes at random: for predictions."""
-        still = copy.copy(self)
-        still.shuffle, still.mix = False, None
-        still.transforms = tuple(transform for transform in self.transforms if not transform.num_random)
-        return still
+        """Return a copy without shuffling and random transforms, for predictions."""
+        fixed = copy.copy(self)
+        fixed.shuffle, fixed.mix = False, None
+        fixed.transforms = tuple(transform for transform in self.transforms if not transform.num_random)
+        return fixed
 
-    def batch(self, samples: Tensor, places: Tensor, stream: int, mixed: int | None = None) -> tuple[Tensor, ...]:
-        """Return the batch of ``samples``, int64 ``(count,)`` on the host, changed as their ``places`` in the epoch say.
+    def batch(self, samples: Tensor, places: Tensor, stream: int, mix_seed: int | None = None) -> tuple[Tensor, ...]:
+        """Return the batch of ``samples``, int64 ``(count,)`` on the host, transformed by their ``places`` in the epoch.
 
-        With ``mixed``, the seed that the whole global batch is mixed by, the first sample is there only to be mixed into the
-        second, and is left out of what is returned.
+        With ``mix_seed``, the seed of the global batch's mix, the first sample is only mixed into the second, and is
+        left out of the result.
         """
         device = current_world().device if self.device is None else self.device
         tensors = self._on(device)
         inputs, *others = (tensor[samples.to(tensor.device)].to(device) for tensor in tensors)
         if self.transforms:
-            draws = counter_uniform(
-                stream, places.to(device), sum(transform.num_random for transform in self.transforms)
+            inputs = _transform(
+                self.transforms, inputs, lambda count: counter_uniform(stream, places.to(device), count)
             )
-            inputs = apply(self.transforms, inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs, draws)
-        if mixed is None:
+        if mix_seed is None:
             return (inputs, *others)
         assert self.mix is not None
-        with IsolatedRng(mixed, (TORCH, ACCELERATOR)):
-            mixture = self.mix(inputs, *others)
-        return tuple(part[1:] for part in mixture)
+        with IsolatedRng(mix_seed, (TORCH, ACCELERATOR)):
+            mixed = self.mix(inputs, *others)
+        return tuple(tensor[1:] for tensor in mixed)
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the data on ``device``, or on the host where they would take too much of its memory."""
+        """Return the data on ``device``, or on the host if they would take too much of the device's memory."""
         if device.type == "cpu":
             return self.tensors
-        if device not in self._placed:
+        if device not in self._copies:
             needed, free = sum(tensor.nbytes for tensor in self.tensors), _free_bytes(device)
-            if free is not None and needed > MEMORY_SHARE * free:
+            if free is not None and needed > MEMORY_FRACTION * free:
                 logger.warning(
-                    "the data stay on the host, as their %s are more than %.0f%% of the %s that %s has free; every batch is "
-                    "sent there and changed there",
-                    _size(needed), 100 * MEMORY_SHARE, _size(free), device,
+                    "the data stay on the host: their %s are more than %.0f%% of the %s that %s has free. Every batch is "
+                    "copied to the device and transformed there",
+                    format_bytes(needed), 100 * MEMORY_FRACTION, format_bytes(free), device,
                 )  # fmt: skip
-                self._placed[device] = self.tensors
+                self._copies[device] = self.tensors
             else:
-                self._placed[device] = tuple(tensor.to(device) for tensor in self.tensors)
-        return self._placed[device]
+                self._copies[device] = tuple(tensor.to(device) for tensor in self.tensors)
+        return self._copies[device]
+
+
+class ResidentSource:
+    """Local batches of a ``DeviceResidentLoader``."""
+
+    fingerprint = None
+
+    def __init__(self, loader: DeviceResidentLoader, spec: ShardSpec) -> None:
+        self._loader, self._spec = loader, spec
+        self._drop_last = spec.training and loader.drop_last
+        length, unit = len(loader.tensors[0]), loader.batch_size
+        self._length = length // unit * unit if loader.drop_last else length
+        whole = unit * spec.batches_per_step
+        self.samples = self._length // whole * whole if self._drop_last else self._length
+
+    def __len__(self) -> int:
+        return -(-self.samples // (self._loader.batch_size * self._spec.batches_per_step))
+
+    def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
+        """Yield the local batches of ``epoch``, without making the first ``skip`` samples."""
+        loader, epoch = self._loader, self._spec.random_epoch(epoch)
+        order = torch.arange(len(loader.tensors[0]))
+        if loader.shuffle:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(order_seed(seed, epoch)))
+        stream = samples_seed(seed, epoch)
+        for first, end in self._global_batches(skip):
+            yield self._local_batch(order, first, end, stream)
+
+    def close(self) -> None:
+        """Do nothing: there are no worker processes."""
+
+    def _global_batches(self, skip: int) -> Iterator[tuple[int, int]]:
+        """Yield the first place of each global batch after ``skip`` samples, and the place after its last."""
+        size, per_step = self._loader.batch_size, self._spec.batches_per_step
+        edges = [skip, *range((skip // size + 1) * size, self._length, size)]
+        starts = edges[::per_step] if skip < self._length else []
+        for first, following in zip(starts, [*starts[1:], self._length], strict=True):
+            if not self._drop_last or following - first > size * (per_step - 1):
+                yield first, following
+
+    def _local_batch(self, order: Tensor, first: int, end: int, stream: int) -> LocalBatch:
+        start, stop = (first + bound for bound in self._spec.bounds(end - first))
+        count, total = stop - start, end - first
+        if not count:
+            if not self._spec.training:
+                return LocalBatch(None, 0, total)
+            start, stop = first, first + 1
+        places, seed = torch.arange(start, stop), None
+        if self._loader.mix is not None and self._spec.training:
+            before = start - 1 if start > first else end - 1  # the mix partner; the first sample's is the last
+            places = torch.cat([torch.tensor([before]), places])
+            seed = derive_seed(~stream, first)
+        return LocalBatch(self._loader.batch(order[places], places, stream, seed), count, total)
 
 
 def resident(
@@ -121,32 +177,32 @@ def resident(
     drop_last: bool = False,
     transforms: Sequence[BatchTransform] = (),
     mix: Mix | None = None,
-    workers: int = 4,
+    num_workers: int = 4,
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> DeviceResidentLoader | DataLoader[Any]:
-    """Return a loader that keeps ``data`` on the device and makes batches there, or a DataLoader where they are too large.
+    """Return a loader that keeps ``data`` on the device and makes batches there, or a DataLoader if they are too large.
 
-    The order is a function of (seed, epoch), and each sample's random change one of (seed, epoch, place in the epoch): the
-    same on any number of devices and after a resume. A ``Trainer`` gives its own seed.
+    The order is a function of (seed, epoch), and each sample's random transform one of (seed, epoch, place in the
+    epoch): the same on any number of devices and after a resume. A ``Trainer`` sets its own seed.
 
     Args:
         data: tensors of equal length, the first of them the inputs (uint8 images ``(samples, channels, height, width)``
-            become floats from 0 to 1 before ``transforms``); or a map-style data set of ``(tensor, label)``, which is read
-            once. Where decoded it would take more than half of the free memory, a ``DataLoader`` with ``workers``
-            processes reads it in every epoch, and the log says so.
-        batch_size: samples a batch, of each device or all together as the ``Trainer``'s option says.
-        shuffle: whether each epoch has an order of its own.
-        drop_last: whether an incomplete last batch is left out.
-        transforms: those of ``duoka.data.transforms``, or objects like them; each image has random numbers of its own.
-        mix: what combines each sample of a batch with the one before it: torchvision's ``v2.MixUp`` or ``v2.CutMix``. A
-            ``DataLoader`` mixes each device's part of a batch in itself.
-        workers: processes of the ``DataLoader``, where one is needed.
-        seed: where no Trainer gives one.
-        device: where batches are made; ``None`` is the device of the process that iterates.
+            become floats from 0 to 1 before ``transforms``); or a map-style data set of ``(tensor, label)``, which is
+            read once. If it would take more than half of the free memory, a ``DataLoader`` with ``num_workers``
+            processes reads it in every epoch, and the log gives the reason.
+        batch_size: samples per batch, of each device or of all as the ``Trainer``'s option says.
+        shuffle: whether each epoch has a new order.
+        drop_last: whether to leave out an incomplete last batch.
+        transforms: those of ``duoka.data.transforms``, or objects like them; each image has its own random numbers.
+        mix: combines each sample of a batch with the one before it: torchvision's ``v2.MixUp`` or ``v2.CutMix``. A
+            ``DataLoader`` mixes within each device's shard.
+        num_workers: worker processes of the ``DataLoader``, if one is needed.
+        seed: used without a Trainer.
+        device: where to make batches; ``None`` is the device of the process that iterates.
 
     Raises:
-        ConfigError: an option that cannot be.
+        ConfigError: an option is not valid.
         DataError: no samples, or tensors of different lengths.
 
     >>> import torch
@@ -157,26 +213,25 @@ def resident(
     [(4, 3, 8, 8), (4, 3, 8, 8), (2, 3, 8, 8)]
 
     """
-    if batch_size < 1 or workers < 0:
-        raise ConfigError(f"batch_size is {batch_size} and workers {workers}; they are 1 and 0 or more")
+    check_integer("batch_size", batch_size, 1)
+    check_integer("num_workers", num_workers, 0)
     tensors = _tensors(data)
     if isinstance(tensors, str):
-        logger.warning("%s: a DataLoader with %d worker processes reads them in every epoch", tensors, workers)
+        logger.warning("%s: a DataLoader with num_workers=%d reads them in every epoch", tensors, num_workers)
         dataset = TransformedDataset(data, tuple(transforms))
         collate = default_collate if mix is None else MixCollate(mix)
         return DataLoader(
-            dataset, batch_size, shuffle, num_workers=workers, collate_fn=collate, drop_last=drop_last,
-            persistent_workers=workers > 0,
+            dataset, batch_size, shuffle, num_workers=num_workers, collate_fn=collate, drop_last=drop_last,
+            persistent_workers=num_workers > 0,
         )  # fmt: skip
-    chosen = None if device is None else torch.device(device)
     return DeviceResidentLoader(
         tensors, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, transforms=tuple(transforms), mix=mix, seed=seed,
-        device=chosen,
+        device=None if device is None else torch.device(device),
     )  # fmt: skip
 
 
 class TransformedDataset(torch.utils.data.Dataset[Any]):
-    """A data set whose inputs are changed one by one: what ``resident`` does a batch, for a DataLoader's workers."""
+    """A data set that applies batch transforms to one sample at a time, for a DataLoader's workers."""
 
     def __init__(self, dataset: Any, transforms: tuple[BatchTransform, ...]) -> None:
         self.dataset, self.transforms = dataset, transforms
@@ -187,14 +242,12 @@ class TransformedDataset(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         inputs, *others = self.dataset[index]
         if self.transforms:
-            draws = torch.rand(1, sum(transform.num_random for transform in self.transforms))
-            images = inputs[None].float().div_(255) if inputs.dtype == torch.uint8 else inputs[None]
-            inputs = apply(self.transforms, images, draws)[0]
+            inputs = _transform(self.transforms, inputs[None], lambda count: torch.rand(1, count))[0]
         return (inputs, *others)
 
 
 class MixCollate:
-    """A collation that ends with mixing the batch."""
+    """A collation that mixes the batch at its end."""
 
     def __init__(self, mix: Mix) -> None:
         self.mix = mix
@@ -204,60 +257,56 @@ class MixCollate:
         return self.mix(*default_collate(samples))
 
 
+def _transform(transforms: Sequence[BatchTransform], inputs: Tensor, uniform: Callable[[int], Tensor]) -> Tensor:
+    images = inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs
+    return apply(transforms, images, uniform(sum(transform.num_random for transform in transforms)))
+
+
 def _tensors(data: Any) -> tuple[Tensor, ...] | str:
-    """Return what is kept, or why it is not."""
+    """Return the tensors to keep, or the reason for keeping none."""
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, (tuple, list)) and data and all(isinstance(tensor, Tensor) for tensor in data):
         lengths = [len(tensor) for tensor in data]
         if len(set(lengths)) > 1:
-            raise DataError(f"the tensors have {', '.join(map(str, lengths))} samples: give as many of each")
+            raise DataError(f"the tensors have {', '.join(map(str, lengths))} samples; give as many of each")
         return tuple(data)
     if not callable(getattr(data, "__getitem__", None)) or not callable(getattr(data, "__len__", None)):
-        raise ConfigError(f"data is a {type(data).__name__}: give a tuple of tensors or a map-style data set")
-    return _read(data)
+        raise ConfigError(f"data is a {type(data).__name__}; give a tuple of tensors or a map-style data set")
+    return _load_into_memory(data)
 
 
-def _read(dataset: Any) -> tuple[Tensor, ...] | str:
-    """Read a data set once, in threads, as decoding leaves the interpreter to others."""
+def _load_into_memory(dataset: Any) -> tuple[Tensor, ...] | str:
+    """Read a data set once, in threads, because decoding releases the interpreter lock."""
     if not len(dataset):
-        raise DataError(f"the data set {type(dataset).__name__} has no sample: give one that has")
+        raise DataError(f"the data set {type(dataset).__name__} has no sample; give one that has")
     first = default_collate([dataset[0]])
-    if not isinstance(first, list) or not all(isinstance(part, Tensor) for part in first):
+    if not isinstance(first, list) or not all(isinstance(tensor, Tensor) for tensor in first):
         raise DataError(
-            f"samples of {type(dataset).__name__} are no tuples of tensors and numbers: give (image, label)"
+            f"samples of {type(dataset).__name__} are no tuples of tensors and numbers; give (image, label)"
         )
-    needed, free = sum(part.nbytes for part in first) * len(dataset), psutil.virtual_memory().available
-    if needed > MEMORY_SHARE * free:
-        share = f"{100 * MEMORY_SHARE:.0f}% of the {_size(free)} of memory that are free"
-        return f"the data are not kept, as their {_size(needed)} are more than {share}"
-    kept = tuple(torch.empty((len(dataset), *part.shape[1:]), dtype=part.dtype) for part in first)
+    needed, free = sum(tensor.nbytes for tensor in first) * len(dataset), psutil.virtual_memory().available
+    if needed > MEMORY_FRACTION * free:
+        limit = f"{100 * MEMORY_FRACTION:.0f}% of the {format_bytes(free)} of free memory"
+        return f"the data are not kept, as their {format_bytes(needed)} are more than {limit}"
+    kept = tuple(torch.empty((len(dataset), *tensor.shape[1:]), dtype=tensor.dtype) for tensor in first)
 
-    def read(place: int) -> bool:
-        sample = default_collate([dataset[place]])
-        if any(part.shape != own.shape for part, own in zip(sample, first, strict=True)):
+    def read(index: int) -> bool:
+        sample = default_collate([dataset[index]])
+        if any(tensor.shape != expected.shape for tensor, expected in zip(sample, first, strict=True)):
             return False
-        for whole, part in zip(kept, sample, strict=True):
-            whole[place] = part[0]
+        for whole, tensor in zip(kept, sample, strict=True):
+            whole[index] = tensor[0]
         return True
 
     with ThreadPoolExecutor() as pool:
-        same_stream = all(pool.map(read, range(len(dataset))))
-    return kept if same_stream else "the data are not kept, as samples have different shapes"
-
-
-def mix_seed(stream: int, first: int) -> int:
-    """Return the seed that the global batch which begins at place ``first`` is mixed by."""
-    return derive_seed(~stream, first)
+        has_one_shape = all(pool.map(read, range(len(dataset))))
+    return kept if has_one_shape else "the data are not kept, as samples have different shapes"
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of an accelerator, ``None`` where it does not tell."""
+    """Return the free memory of an accelerator, or ``None`` if the accelerator does not report it."""
     try:
         return int(torch.get_device_module(device).mem_get_info(device)[0])
     except (AttributeError, RuntimeError):
         return None
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""What loads the samples of a map-style data set, here or in a worker process: each sample under a seed of its own."""
+"""Loading and collation of a map-style data set's samples, in this process or in a worker, with a seed for each sample."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, defa
 from duoka.data.index_order import set_epoch
 from duoka.data.rng import RandomUseDetector, derive_seed, generators_of
 from duoka.data.worker_pickle import PickledByValue, wrap_result
+from duoka.utils.torch_private import set_worker_dataset
 
 __all__ = ["FetchRequest", "SampleFetcher", "SeededCollate", "WorkerInit", "identity_collate", "make_fetcher"]
 
@@ -19,32 +20,32 @@ Collate = Callable[[Any], Any]
 
 
 class FetchRequest(NamedTuple):
-    """What one step asks the data set for."""
+    """The samples that a rank loads for one step."""
 
     indices: Sequence[Any]
     """The indices of this rank's samples."""
     first: int
-    """The place in the epoch of the first of them."""
+    """The place of the first of them in the epoch."""
     stream: int
-    """What the samples' seeds are drawn from: a function of (seed, epoch)."""
+    """The stream of the samples' seeds: a function of (seed, epoch)."""
     epoch: int | None
-    """The epoch that a data set with ``set_epoch`` is epoch_for_dataset, or ``None``."""
+    """The epoch for a data set with ``set_epoch``, or ``None``."""
 
 
-def make_fetcher(dataset: Any, collate: Collate, whole: bool) -> SampleFetcher:
-    """Return what answers ``Request``s with collated batches; ``whole`` asks ``dataset[indices]`` for a ready batch."""
-    if not whole and collate is default_collate and _draws_nothing(dataset):
-        return _TensorRows(dataset) if _has_plain_rows(dataset) else _PlainFetcher(dataset)
-    return _SeededFetcher(dataset, collate, whole)
+def make_fetcher(dataset: Any, collate: Collate, dataset_collates: bool) -> SampleFetcher:
+    """Return the fetcher for ``dataset``; with ``dataset_collates``, ``dataset[indices]`` is a ready-made batch."""
+    if not dataset_collates and collate is default_collate and _draws_nothing(dataset):
+        return _TensorFetcher(dataset) if _has_plain_rows(dataset) else _PlainFetcher(dataset)
+    return _SeededFetcher(dataset, collate, dataset_collates)
 
 
 def identity_collate(batch: Any) -> Any:
-    """Return ``batch``: the collation of a loader whose data set collates."""
+    """Return ``batch``; the fetcher has already collated it."""
     return batch
 
 
 class WorkerInit(PickledByValue):
-    """The ``worker_init_fn``: shows the user's own function the user's own data set, as it would be without duoka."""
+    """A ``worker_init_fn`` that calls the user's own with the user's data set in ``get_worker_info()``."""
 
     def __init__(self, function: Callable[[int], None] | None) -> None:
         self._function = function
@@ -52,14 +53,13 @@ class WorkerInit(PickledByValue):
     def __call__(self, worker: int) -> None:
         """Run in worker process ``worker`` before it loads anything."""
         info: Any = get_worker_info()
-        assert info is not None
-        object.__setattr__(info, "dataset", info.dataset.dataset)  # torch refuses a plain assignment
+        set_worker_dataset(info.dataset.dataset)
         if self._function is not None:
             self._function(worker)
 
 
 def _draws_nothing(dataset: Any) -> bool:
-    """Whether loading from ``dataset`` surely draws no random number: tensors, and parts and chains of these."""
+    """Whether loading certainly draws no random number: tensors, and subsets and concatenations of them."""
     if type(dataset) is Subset:
         return _draws_nothing(dataset.dataset)
     if type(dataset) is ConcatDataset:
@@ -77,13 +77,13 @@ def _has_plain_rows(dataset: Any) -> bool:
 
 
 class SampleFetcher(PickledByValue, Dataset[Any]):
-    """Base: a data set that answers requests."""
+    """Base: a data set that returns the collated batch of a request."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __getitems__(self, request: FetchRequest) -> Any:
-        """Answer a DataLoader, here or in a worker process."""
+        """Return the batch to a DataLoader, in this process or in a worker."""
         return wrap_result(lambda: self.load(request))
 
     def load(self, request: FetchRequest) -> Any:
@@ -91,97 +91,93 @@ class SampleFetcher(PickledByValue, Dataset[Any]):
         raise NotImplementedError
 
 
-class _TensorRows(SampleFetcher):
-    """Tensors, or a subset of them: all rows of a batch are taken at once, as collating them one by one would yield."""
+class _TensorFetcher(SampleFetcher):
+    """Tensors or a subset of them: indexes all rows of a batch at once, with the same result as collating rows."""
 
     def load(self, request: FetchRequest) -> Any:
         dataset: Any = self.dataset
         indices = request.indices
         while type(dataset) is Subset:
             dataset, indices = dataset.dataset, [dataset.indices[index] for index in indices]
-        is_numbers = type(indices[0]) is int  # NumPy is five times as fast with those, and slower with tensors
+        is_numbers = type(indices[0]) is int  # through NumPy numbers are five times as fast, tensors slower
         rows = torch.from_numpy(np.array(indices)) if is_numbers else torch.tensor(indices)
         return [tensor[rows] for tensor in dataset.tensors]
 
 
 class _PlainFetcher(SampleFetcher):
-    """A data set without randomness."""
+    """A data set that draws no random numbers."""
 
     def load(self, request: FetchRequest) -> Any:
         return default_collate([self.dataset[index] for index in request.indices])
 
 
 class _SeededFetcher(SampleFetcher):
-    """Any data set: a sample's randomness is a function of (seed, epoch, place in the epoch).
+    """Any data set; the random numbers of a sample are a function of (seed, epoch, place in the epoch).
 
-    A data set that loads many samples at once (``__getitems__``) does so until it is seen to draw random numbers; from then
-    on it is asked for one at a time, since no draw for a whole part could be the same on another number of devices.
+    A data set that loads many samples at once (``__getitems__``) does so until it draws random numbers. From then on it
+    loads one sample at a time, because draws for a whole shard would depend on the number of devices.
     """
 
-    def __init__(self, dataset: Any, collate: Collate, whole: bool) -> None:
+    def __init__(self, dataset: Any, collate: Collate, dataset_collates: bool) -> None:
         super().__init__(dataset)
         self._collate = SeededCollate(collate)
-        self._whole = whole
-        self._many_at_once = not whole and _loads_many(dataset)
-        self._loading = RandomUseDetector(generators_of(dataset))
+        self._dataset_collates = dataset_collates
+        self._loads_many = not dataset_collates and _loads_many(dataset)
+        self._detector = RandomUseDetector(generators_of(dataset))
         self._epoch: int | None = None
 
     def load(self, request: FetchRequest) -> Any:
         if request.epoch is not None and request.epoch != self._epoch:
-            set_epoch(request.epoch, self.dataset)  # here too: a worker that stays has a data set of its own
+            set_epoch(request.epoch, self.dataset)  # also here: a persistent worker has its own copy of the data set
             self._epoch = request.epoch
-            self._loading = RandomUseDetector(generators_of(self.dataset))  # it may have made its generators anew
-        samples = self._loading.run(lambda: self._load(request))
+            self._detector = RandomUseDetector(generators_of(self.dataset))  # set_epoch may have replaced generators
+        samples = self._detector.run(lambda: self._load(request))
         return self._collate(samples, request.stream, request.first)
 
     def _load(self, request: FetchRequest) -> Any:
-        if self._whole:
-            self._loading.seed(derive_seed(request.stream, request.first))
+        if self._dataset_collates:
+            self._detector.seed(derive_seed(request.stream, request.first))
             return self.dataset[request.indices]
         dataset = self.dataset
-        if not self._loading.used:  # nothing is drawn so far; else the watch calls again
-            many = self._many_at_once
-            return dataset.__getitems__(request.indices) if many else [dataset[index] for index in request.indices]
+        if not self._detector.used:  # if this draws, the detector calls again
+            return dataset.__getitems__(request.indices) if self._loads_many else [dataset[i] for i in request.indices]
         return [self._one(index, request.stream, place) for place, index in enumerate(request.indices, request.first)]
 
     def _one(self, index: Any, stream: int, place: int) -> Any:
-        self._loading.seed(derive_seed(stream, place))
-        return self.dataset.__getitems__([index])[0] if self._many_at_once else self.dataset[index]
+        self._detector.seed(derive_seed(stream, place))
+        return self.dataset.__getitems__([index])[0] if self._loads_many else self.dataset[index]
 
 
 class SeededCollate:
-    """A collation whose randomness, if any, is a function of (seed, epoch, place of the part's first sample)."""
+    """A collation whose random numbers, if any, are a function of (seed, epoch, place of the shard's first sample)."""
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
-        self._watch = RandomUseDetector(generators_of(collate))
+        self._detector = RandomUseDetector(generators_of(collate))
 
     def __call__(self, samples: Any, stream: int, first: int) -> Any:
-        """Return ``samples`` collated; ``stream`` and ``first`` are those of a ``Request``."""
+        """Return the collated ``samples``; ``stream`` and ``first`` are those of a ``FetchRequest``."""
         if self._collate is default_collate:
-            return _collated(samples)
-        return self._watch.run(lambda: self._seeded(samples, derive_seed(~stream, first)))
+            return _collate_tensors(samples)
+        return self._detector.run(lambda: self._seeded(samples, derive_seed(~stream, first)))
 
     def _seeded(self, samples: Any, seed: int) -> Any:
-        self._watch.seed(seed)
+        self._detector.seed(seed)
         return self._collate(samples)
 
 
-def _collated(samples: Any) -> Any:
-    """Return ``default_collate(samples)``, of tuples of plain tensors without its search for what each of them is."""
+def _collate_tensors(samples: Any) -> Any:
+    """Return ``default_collate(samples)``, with a short cut for tuples of plain tensors."""
     if set(map(type, samples)) == {tuple} and len(set(map(len, samples))) == 1:
         columns = list(zip(*samples, strict=True))
-        if (
-            columns
-            and get_worker_info() is None
-            and all(set(map(type, column)) == {torch.Tensor} for column in columns)
-        ):
+        is_plain = columns and all(set(map(type, column)) == {torch.Tensor} for column in columns)
+        if is_plain and get_worker_info() is None:
             return [torch.stack(column) for column in columns]
     return default_collate(samples)
 
 
 def _loads_many(dataset: Any) -> bool:
-    """Whether ``dataset`` has a ``__getitems__`` that is more than a loop over single samples, as ``Subset``'s may be."""
+    """Whether ``__getitems__`` of ``dataset`` is more than a loop over single samples, as ``Subset``'s may be."""
     if type(dataset) is Subset:
         return _loads_many(dataset.dataset)
     return callable(getattr(dataset, "__getitems__", None))

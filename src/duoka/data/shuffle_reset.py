@@ -1,4 +1,4 @@
-"""Lists that samplers and streams shuffle in place, put back after each epoch: an order depends on no epoch before it."""
+"""Restoring of lists that samplers and streams shuffle in place, so that an order depends on no earlier epoch."""
 
 from __future__ import annotations
 
@@ -12,45 +12,41 @@ import torch
 
 __all__ = ["restore_shuffled_lists"]
 
-LONGEST = 1 << 24
-"""A longer row of numbers is data and no order of samples: copying it would cost too much."""
+MAX_LENGTH = 1 << 24
+"""A longer array holds data and not an order of samples; copying it would cost too much."""
 
 
 @contextlib.contextmanager
 def restore_shuffled_lists(*owners: object) -> Iterator[None]:
-    """Put back after the block what was shuffled in place in it, of the lists and arrays that ``owners`` have as attributes.
+    """Restore the lists and arrays among the attributes of ``owners`` that the ``with`` block shuffles in place.
 
-    Anything else that changes (a counter, a list that something was taken from) stays as it is: it may be meant to.
+    Other changes (to a counter, to the length of a list) remain, because they may be intended.
     """
-    kept = [(value, _copy(value)) for owner in owners for value in _held(owner)]
+    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values() if _may_be_order(value)]
+    copies = [value.clone() if isinstance(value, torch.Tensor) else value.copy() for value in values]
     try:
         yield
     finally:
-        for value, before in kept:
-            if _is_shuffled(value, before):
-                value[:] = before
+        for value, copy in zip(values, copies, strict=True):
+            if _is_shuffled(value, copy):
+                value[:] = copy
 
 
-def _held(owner: object) -> list[Any]:
-    values = getattr(owner, "__dict__", {}).values()
-    return [value for value in values if (isinstance(value, list) or _is_row(value)) and 1 < len(value) <= LONGEST]
+def _may_be_order(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        is_row = value.flags.writeable and value.ndim == 1
+    elif isinstance(value, torch.Tensor):
+        is_row = value.ndim == 1 and value.device.type == "cpu" and not value.requires_grad
+    else:
+        is_row = isinstance(value, list)
+    return is_row and 1 < len(value) <= MAX_LENGTH
 
 
-def _is_row(value: Any) -> bool:
-    return (isinstance(value, np.ndarray) and value.flags.writeable and value.ndim == 1) or (
-        isinstance(value, torch.Tensor) and value.ndim == 1 and value.device.type == "cpu" and not value.requires_grad
-    )
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value.copy()
-
-
-def _is_shuffled(value: Any, before: Any) -> bool:
-    """Whether ``value`` holds what it held ``before`` in another order."""
-    if len(value) != len(before):
+def _is_shuffled(value: Any, copy: Any) -> bool:
+    """Whether ``value`` holds the items of ``copy`` in another order."""
+    if len(value) != len(copy):
         return False
     if isinstance(value, list):
-        return not all(map(operator.is_, value, before)) and sorted(map(id, value)) == sorted(map(id, before))
-    one, other = np.asarray(value), np.asarray(before)
+        return not all(map(operator.is_, value, copy)) and sorted(map(id, value)) == sorted(map(id, copy))
+    one, other = np.asarray(value), np.asarray(copy)
     return not np.array_equal(one, other) and np.array_equal(np.sort(one), np.sort(other))

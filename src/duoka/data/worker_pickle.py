@@ -1,8 +1,8 @@
-"""What a process and its data-loader workers send each other: classes that only a script, a notebook or a launch knows too.
+"""Pickling between a process and its DataLoader workers, by value for classes that cannot be imported by name.
 
-multiprocessing pickles classes and functions as names. In a helper process those of the user's script are cloudpickle's copies,
-which no name leads to, and a worker that is not forked knows none of a notebook either. An answer that cannot be pickled is
-worse than an error: multiprocessing drops it, and whoever waits for it waits for ever.
+A DataLoader worker that is not forked cannot import classes of a script or notebook, nor can a worker process of
+duoka's, where they are cloudpickle's copies. A result that cannot be pickled must become an error here:
+multiprocessing would drop it, and the receiver would wait forever.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 import cloudpickle
-from torch._utils import ExceptionWrapper
 from torch.utils.data import get_worker_info
+
+from duoka.utils.torch_private import exception_wrapper
 
 __all__ = ["PickledByValue", "wrap_exception", "wrap_result"]
 
 
 class PickledByValue:
-    """Base of what workers are given: its attributes are pickled by value where a name may lead nowhere."""
+    """Base of objects that workers get; their attributes are pickled by value where a name may not be importable."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (type(self), _dumps(_WorkerPickler, self.__dict__))
+        return _restore, (type(self), _dumps(_WorkerPickler, self.__dict__))
 
 
-def wrap_result(work: Callable[[], Any]) -> Any:
-    """Return ``work()``; in a worker process, as something that arrives as the value or the exception of ``work()``."""
+def wrap_result(function: Callable[[], Any]) -> Any:
+    """Return ``function()``; in a worker, wrapped so that the value or the exception of ``function`` arrives."""
     if get_worker_info() is None:
-        return work()
+        return function()
     try:
-        return _Result(work())
+        return _Result(function())
     except Exception:
         return _Result(wrap_exception())
 
 
-def wrap_exception() -> ExceptionWrapper:
-    """Return the exception that is being handled in a worker process as torch sends it: to be raised where it arrives."""
+def wrap_exception() -> Any:
+    """Return the exception being handled as torch sends it from a worker process, to be raised by the receiver."""
     info = get_worker_info()
-    return ExceptionWrapper(where=f"in DataLoader worker process {info.id if info else 0}")  # type: ignore[no-untyped-call]
+    return exception_wrapper()(where=f"in DataLoader worker process {info.id if info else 0}")
 
 
 class _Result:
@@ -54,13 +55,13 @@ class _Result:
 
 
 class _WorkerPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is not annotated
-    """cloudpickle's, with multiprocessing's ways to share tensors, locks and values instead of copying them."""
+    """cloudpickle's pickler, which shares tensors, locks and values as multiprocessing's does."""
 
     dispatch_table: ClassVar[Any] = ChainMap(ForkingPickler._extra_reducers, cloudpickle.Pickler.dispatch_table)  # type: ignore[attr-defined]
 
 
 class _ResultPickler(_WorkerPickler):
-    """Names what has a name here: a forked worker's classes are those of the process that it answers."""
+    """Pickles importable classes by name: a forked worker has the classes of the process that receives its result."""
 
     def reducer_override(self, obj: Any) -> Any:
         module = sys.modules.get(getattr(obj, "__module__", None) or "") if isinstance(obj, type) else None
@@ -75,7 +76,7 @@ def _dumps(pickler: type[_WorkerPickler], value: Any) -> bytes:
     return file.getvalue()
 
 
-def _unpickle(kind: type[PickledByValue], attributes: bytes) -> PickledByValue:
-    thing = object.__new__(kind)
-    thing.__dict__.update(pickle.loads(attributes))
-    return thing
+def _restore(kind: type[PickledByValue], attributes: bytes) -> PickledByValue:
+    instance = object.__new__(kind)
+    instance.__dict__.update(pickle.loads(attributes))
+    return instance

@@ -1,1 +1,1 @@
-"""data.sources"""
+"""Sources of local batches, one kind of user loader a file."""

@@ -1,22 +1,23 @@
-"""What every kind of source of parts has in common: the spec a rank has, and what a source promises."""
+"""The interface of batch sources, and what they share: the rank's shard and the seeds of an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from duoka.data.position import LocalBatch, part_bounds
+from duoka.data.position import LocalBatch
 from duoka.data.rng import hash_seed
 from duoka.data.stream_fingerprint import StreamFingerprint
-from duoka.errors import ConfigError
+from duoka.utils.partition import chunk_bounds
+from duoka.utils.validation import check_integer, invalid_option
 
-__all__ = ["ShardSpec", "BatchSource", "order_seed", "samples_seed", "stop_workers"]
+__all__ = ["BatchSource", "ShardSpec", "order_seed", "samples_seed"]
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Which part of which global batches one rank has."""
+    """The shard of each global batch that one rank has."""
 
     rank: int
     world_size: int
@@ -25,57 +26,49 @@ class ShardSpec:
     training: bool
 
     def __post_init__(self) -> None:
-        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
-            raise ConfigError(
-                f"rank={self.rank} with world_size={self.world_size} is not valid: ranks are 0 to world_size - 1"
-            )
-        if self.batches_per_step < 1:
-            raise ConfigError(f"batches_per_step={self.batches_per_step} is not valid: it must be 1 or more")
+        check_integer("world_size", self.world_size, 1)
+        check_integer("batches_per_step", self.batches_per_step, 1)
+        if not 0 <= self.rank < self.world_size:
+            raise invalid_option("rank", self.rank, f"from 0 to {self.world_size - 1}, as world_size={self.world_size}")
 
     def bounds(self, length: int) -> tuple[int, int]:
-        """Return where this rank's part of ``length`` samples begins and ends; both are equal where it has none."""
-        return (0, length) if self.world_size == 1 else part_bounds(length, self.rank, self.world_size)
+        """Return where this rank's shard of ``length`` samples begins and ends; equal numbers for an empty shard."""
+        return (0, length) if self.world_size == 1 else chunk_bounds(length, self.rank, self.world_size)
 
-    def epoch(self, epoch: int) -> int:
-        """Return what randomness is drawn from for ``epoch``: evaluation is the same every time."""
+    def random_epoch(self, epoch: int) -> int:
+        """Return the epoch that random numbers depend on; it is always 0 in evaluation."""
         return epoch if self.training else 0
 
 
 class BatchSource(Protocol):
-    """A user's loader, seen as parts."""
+    """A user's loader as a source of one rank's local batches."""
 
     @property
     def fingerprint(self) -> StreamFingerprint | None:
-        """What this rank has read first in the epoch; ``None`` where a rank reads its own samples only, or none so far."""
+        """The first samples that this rank read of a stream; ``None`` if it loads its own samples only, or none yet."""
         ...
 
     @property
     def samples(self) -> int | None:
-        """How many samples an epoch has over all ranks, where that is known."""
+        """The number of samples in an epoch over all ranks; ``None`` if unknown."""
         ...
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
-        """Yield this rank's parts of ``epoch`` without the first ``skip`` samples; ends its workers when it is closed."""
+        """Yield the local batches of ``epoch`` after its first ``skip`` samples; closing it stops worker processes."""
         ...
 
     def __len__(self) -> int: ...
 
     def close(self) -> None:
-        """End worker processes that were kept."""
+        """Stop persistent worker processes."""
         ...
 
 
 def order_seed(seed: int, epoch: int) -> int:
-    """Return the seed that the order of ``epoch`` is drawn from."""
+    """Return the seed of the sample order in ``epoch``."""
     return hash_seed("order", seed, epoch)
 
 
 def samples_seed(seed: int, epoch: int) -> int:
-    """Return the stream that seeds the samples of ``epoch``."""
+    """Return the stream that the seeds of the samples in ``epoch`` are derived from."""
     return hash_seed("samples", seed, epoch)
-
-
-def stop_workers(iterator: Any) -> None:
-    """End the worker processes of a DataLoader's iterator now, not when it is collected; does nothing for others."""
-    if callable(shutdown := getattr(iterator, "_shutdown_workers", None)):
-        shutdown()

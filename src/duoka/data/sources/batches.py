@@ -1,4 +1,4 @@
-"""Parts of a source that yields ready-made batches: every rank reads the same batches and keeps its part of each."""
+"""Source for ready-made batches: every rank reads all batches and keeps its shard of each."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
 from duoka.data.rng import GLOBAL, IsolatedRng, generators_of
 from duoka.data.shuffle_reset import restore_shuffled_lists
-from duoka.data.sources.base import ShardSpec, order_seed, stop_workers
+from duoka.data.sources.base import ShardSpec, order_seed
 from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
+from duoka.utils.torch_private import stop_dataloader_workers, take_dataloader_iterator
 
 __all__ = ["BatchIterableSource"]
 
-Sized = tuple[Any, int]
-"""A batch and how many samples it holds."""
+SizedBatch = tuple[Any, int]
+"""A batch and its number of samples."""
 _END: Any = object()
 
 
 class BatchIterableSource:
-    """The parts of any iterable of batches, which draws its randomness under generators of its own."""
+    """Local batches of any iterable of batches; the iterable draws random numbers in isolation."""
 
     def __init__(
         self,
@@ -37,8 +38,8 @@ class BatchIterableSource:
     ) -> None:
         """Read ``loader`` (or the generator function) once an epoch.
 
-        ``owners`` are further objects that may hold generators or have ``set_epoch``. ``begin(seed, epoch)`` is called before
-        each epoch of a loader that draws nothing in this process. ``has_columns`` is ``slice_batch``'s.
+        ``owners`` are further objects that may hold generators or have ``set_epoch``. ``begin(seed, epoch)`` is called
+        before each epoch of a loader that draws nothing in this process. ``has_columns`` is ``slice_batch``'s.
         """
         self._loader = loader
         self._spec = spec
@@ -46,73 +47,70 @@ class BatchIterableSource:
         self._generators = (*GLOBAL, *generators_of(*self._owners))
         self._begin = begin
         self._has_columns = has_columns
-        self._quiet = begin is not None or isinstance(loader, (list, tuple))
-        self._whole_only = spec.training and getattr(loader, "drop_last", False) is True
-        self._reading: weakref.ref[Any] | None = None
+        self._is_list = isinstance(loader, (list, tuple))
+        self._drop_last = spec.training and getattr(loader, "drop_last", False) is True
+        self._iterator: weakref.ref[Any] | None = None
         self.fingerprint: StreamFingerprint | None = None
-        self.samples: int | None = sum(map(batch_length, loader)) if isinstance(loader, (list, tuple)) else None
+        self.samples: int | None = sum(map(batch_length, loader)) if self._is_list else None
 
     def __len__(self) -> int:
-        batches = len(self._loader)
-        return (
-            batches // self._spec.batches_per_step if self._whole_only else -(-batches // self._spec.batches_per_step)
-        )
+        batches, per_step = len(self._loader), self._spec.batches_per_step
+        return batches // per_step if self._drop_last else -(-batches // per_step)
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
-        """Yield this rank's parts of ``epoch``; the first ``skip`` samples are read and dropped."""
+        """Yield the local batches of ``epoch``; the first ``skip`` samples are read and dropped."""
         if self._spec.training:
             set_epoch(epoch, *self._owners)
-        drawn = self._spec.epoch(epoch)
+        epoch = self._spec.random_epoch(epoch)
         if self._begin is not None:
-            self._begin(seed, drawn)
-        batches = self._read(contextlib.nullcontext() if self._quiet else self._private(seed, drawn))
-        owners = () if isinstance(self._loader, (list, tuple)) else self._owners
-        with restore_shuffled_lists(*owners), contextlib.closing(batches):
-            yield from self._parts(_without(batches, skip, self._has_columns))
+            self._begin(seed, epoch)
+        draws_here = self._begin is None and not self._is_list
+        isolated = IsolatedRng(order_seed(seed, epoch), self._generators) if draws_here else contextlib.nullcontext()
+        batches = self._read(isolated)
+        with restore_shuffled_lists(*(() if self._is_list else self._owners)), contextlib.closing(batches):
+            yield from self._local_batches(_skip_samples(batches, skip, self._has_columns))
 
     def close(self) -> None:
-        """End worker processes that the loader kept."""
-        iterator = self._reading() if self._reading is not None else None
+        """Stop worker processes that the loader kept."""
+        iterator = self._iterator() if self._iterator is not None else None
         if iterator is not None and getattr(self._loader, "_iterator", None) is iterator:
-            self._loader._iterator = None  # or the next epoch would wait for the dead
-        stop_workers(iterator)
+            take_dataloader_iterator(self._loader)  # the next epoch would wait for the stopped workers
+        stop_dataloader_workers(iterator)
 
-    def _private(self, seed: int, epoch: int) -> IsolatedRng:
-        return IsolatedRng(order_seed(seed, epoch), self._generators)
-
-    def _read(self, private: contextlib.AbstractContextManager[None]) -> Any:
-        """Yield the loader's batches; its code runs with the generators of ``private`` in force."""
-        with private:
-            source = iter(self._loader() if inspect.isgeneratorfunction(self._loader) else self._loader)
-        self._reading = _reference(source)
+    def _read(self, isolated: contextlib.AbstractContextManager[None]) -> Any:
+        """Yield the loader's batches; its code runs inside ``isolated``."""
+        with isolated:
+            iterator = iter(self._loader() if inspect.isgeneratorfunction(self._loader) else self._loader)
+        with contextlib.suppress(TypeError):  # built-in iterators take no weak reference, and have no workers
+            self._iterator = weakref.ref(iterator)
         try:
             while True:
-                with private:
-                    batch = next(source, _END)
+                with isolated:
+                    batch = next(iterator, _END)
                 if batch is _END:
                     return
                 yield batch
         finally:
             if not getattr(self._loader, "persistent_workers", False):
-                stop_workers(source)
+                stop_dataloader_workers(iterator)
 
-    def _parts(self, batches: Iterator[Sized]) -> Iterator[LocalBatch]:
+    def _local_batches(self, batches: Iterator[SizedBatch]) -> Iterator[LocalBatch]:
         spec, self.fingerprint = self._spec, None
-        filled = ((batch, length) for batch, length in batches if length)
-        while group := list(itertools.islice(filled, spec.batches_per_step)):
-            if len(group) < spec.batches_per_step and self._whole_only:
+        not_empty = ((batch, length) for batch, length in batches if length)
+        while group := list(itertools.islice(not_empty, spec.batches_per_step)):
+            if len(group) < spec.batches_per_step and self._drop_last:
                 return
             if self.fingerprint is None and spec.world_size > 1:
                 self.fingerprint = fingerprint([batch for batch, _ in group])
             total = sum(length for _, length in group)
             start, stop = spec.bounds(total)
             if start < stop:
-                yield LocalBatch(_between(group, start, stop, self._has_columns), stop - start, total)
+                yield LocalBatch(_take(group, start, stop, self._has_columns), stop - start, total)
             else:
-                yield LocalBatch(_between(group, 0, 1, self._has_columns) if spec.training else None, 0, total)
+                yield LocalBatch(_take(group, 0, 1, self._has_columns) if spec.training else None, 0, total)
 
 
-def _without(batches: Iterable[Any], skip: int, has_columns: bool) -> Iterator[Sized]:
+def _skip_samples(batches: Iterable[Any], skip: int, has_columns: bool) -> Iterator[SizedBatch]:
     """Yield ``batches`` with their lengths, without the first ``skip`` samples."""
     for batch in batches:
         length = batch_length(batch)
@@ -123,8 +121,8 @@ def _without(batches: Iterable[Any], skip: int, has_columns: bool) -> Iterator[S
         skip = 0
 
 
-def _between(group: list[Sized], start: int, stop: int, has_columns: bool) -> Any:
-    """Return samples ``start`` to ``stop`` of the batches of ``group`` laid end to end."""
+def _take(group: list[SizedBatch], start: int, stop: int, has_columns: bool) -> Any:
+    """Return samples ``start`` to ``stop`` of the concatenated batches of ``group``."""
     pieces, first = [], 0
     for batch, length in group:
         low, high = max(start - first, 0), min(stop - first, length)
@@ -132,10 +130,3 @@ def _between(group: list[Sized], start: int, stop: int, has_columns: bool) -> An
             pieces.append(slice_batch(batch, low, high, length, has_columns=has_columns))
         first += length
     return concat_batches(pieces)
-
-
-def _reference(iterator: Any) -> weakref.ref[Any] | None:
-    try:
-        return weakref.ref(iterator)
-    except TypeError:  # built-in iterators, which have no workers
-        return None

@@ -1,7 +1,7 @@
-"""Parts of a DataLoader over an ``IterableDataset``: every rank reads the same stream and keeps its part.
+"""Source for a DataLoader over an ``IterableDataset``: every rank reads the same stream and keeps its shard.
 
-Without worker processes a rank collates its own samples only. With them whole batches arrive collated and are cut, so
-what ``collate_fn`` returns must be a structure of tensors.
+Without worker processes a rank collates its own samples only. With worker processes whole batches arrive collated and
+are cut, so ``collate_fn`` must return a structure of tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, default_collate, get_worker_info
 
 from duoka.data.index_order import set_epoch
@@ -24,34 +23,35 @@ from duoka.data.sources.batches import BatchIterableSource
 from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
 from duoka.data.worker_pickle import PickledByValue, wrap_exception, wrap_result
 from duoka.errors import ConfigError
+from duoka.utils.torch_private import exception_wrapper
 
-__all__ = ["streamed_source"]
+__all__ = ["iterable_source"]
 
 
-def streamed_source(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
-    """Return the source of parts of ``loader``, whose data set is an iterable one."""
+def iterable_source(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
+    """Return the source for ``loader``, whose data set is an ``IterableDataset``."""
     if loader.num_workers == 0 and loader.batch_size is not None:
-        return _InProcess(loader, spec)
+        return _InProcessSource(loader, spec)
     if loader.num_workers == 0:
         return BatchIterableSource(loader, spec, (loader.dataset,))
     if isinstance(loader.dataset, IterDataPipe):
         raise ConfigError(
             f"the data pipe {type(loader.dataset).__name__} has num_workers={loader.num_workers}: torch divides it over the "
-            "processes of a group by itself, so that ranks would read different streams; set num_workers=0"
+            "processes of a group, so that ranks would read different streams; set num_workers=0"
         )
-    return _with_workers(loader, spec)
+    return _source_with_workers(loader, spec)
 
 
-class _InProcess:
-    """The samples are read here; a rank collates its own."""
+class _InProcessSource:
+    """Local batches of a stream that this process reads; a rank collates its own samples."""
 
     def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
-        self._groups = _Groups(loader, spec)
+        self._stream = _LocalBatchStream(loader, spec)
         self._spec = spec
-        self._dataset = loader.dataset
-        # a DataLoader only for its pinned memory, in which parts arrive as tuples of their kind
+        self._dataset: Any = loader.dataset
+        # the DataLoader only pins memory; it returns named tuples as their class
         self._loader: DataLoader[Any] = DataLoader(
-            self._groups,
+            self._stream,
             batch_size=None,
             collate_fn=identity_collate,
             pin_memory=loader.pin_memory,
@@ -60,48 +60,50 @@ class _InProcess:
 
     @property
     def samples(self) -> int | None:
-        """How many samples an epoch has, if the data set tells."""
+        """The number of samples in an epoch, if the data set has a length."""
         try:
-            return self._groups.kept(len(self._dataset))  # type: ignore[arg-type]
+            return self._stream.without_incomplete(len(self._dataset))
         except (TypeError, NotImplementedError):
             return None
 
     @property
     def fingerprint(self) -> StreamFingerprint | None:
-        """What was read first in the epoch."""
-        return self._groups.fingerprint
+        """The first samples read in the epoch."""
+        return self._stream.fingerprint
 
     def __len__(self) -> int:
-        return -(-self._groups.kept(len(self._dataset)) // self._groups.length)  # type: ignore[arg-type]
+        return -(-self._stream.without_incomplete(len(self._dataset)) // self._stream.length)
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
-        """Yield this rank's parts of ``epoch``; the first ``skip`` samples are read and dropped."""
+        """Yield the local batches of ``epoch``; the first ``skip`` samples are read and dropped."""
         if self._spec.training:
             set_epoch(epoch, self._dataset)
-        self._groups.plan = (seed, self._spec.epoch(epoch), skip)
+        self._stream.plan = (seed, self._spec.random_epoch(epoch), skip)
         with restore_shuffled_lists(self._dataset):
             yield from self._loader
 
     def close(self) -> None:
-        """There are no worker processes."""
+        """Do nothing: there are no worker processes."""
 
 
-class _Groups(IterableDataset[LocalBatch]):
-    """The stream, as parts."""
+class _LocalBatchStream(IterableDataset[LocalBatch]):
+    """The stream as local batches of one rank."""
 
     def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
         assert loader.batch_size is not None
         self.plan = (0, 0, 0)
+        """Seed, epoch and samples to skip of the next iteration."""
         self.fingerprint: StreamFingerprint | None = None
         self.length = loader.batch_size * spec.batches_per_step
+        """The number of samples in a global batch."""
         self._unit = (self.length if spec.training else loader.batch_size) if loader.drop_last else 1
         self._spec = spec
         self._dataset: Any = loader.dataset
         self._collate = SeededCollate(loader.collate_fn)
         self._generators = (*GLOBAL, *generators_of(loader, loader.dataset))
 
-    def kept(self, length: int) -> int:
-        """Return how many of ``length`` samples are not dropped as an incomplete batch."""
+    def without_incomplete(self, length: int) -> int:
+        """Return how many of ``length`` samples ``drop_last`` leaves."""
         return length // self._unit * self._unit
 
     def __iter__(self) -> Iterator[LocalBatch]:
@@ -114,33 +116,33 @@ class _Groups(IterableDataset[LocalBatch]):
             if start == stop and not self._spec.training:
                 yield LocalBatch(None, 0, len(group))
             else:
-                mine = group[start:stop] or group[:1]
-                batch = self._collate(mine, stream, first + start if start < stop else first)
+                samples = group[start:stop] or group[:1]
+                batch = self._collate(samples, stream, first + start if start < stop else first)
                 yield LocalBatch(batch, stop - start, len(group))
             first += len(group)
 
-    def _read(self, private: IsolatedRng, skip: int) -> Iterator[list[Any]]:
-        with private:
+    def _read(self, isolated: IsolatedRng, skip: int) -> Iterator[list[Any]]:
+        with isolated:
             samples = iter(self._dataset)
             for _ in itertools.islice(samples, skip):
                 pass
         while True:
-            with private:
+            with isolated:
                 group = list(itertools.islice(samples, self.length))
-            if kept := self.kept(len(group)):
-                yield group[:kept]
+            if count := self.without_incomplete(len(group)):
+                yield group[:count]
             if len(group) < self.length:
                 return
 
 
-def _with_workers(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
+def _source_with_workers(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
     stream = _SeededStream(loader.dataset)
     generator = torch.Generator()
     seeded_loader: DataLoader[Any] = DataLoader(
         stream,
         batch_size=loader.batch_size,
         drop_last=loader.drop_last,
-        collate_fn=_Collation(loader.collate_fn),
+        collate_fn=_WorkerCollate(loader.collate_fn),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -159,14 +161,15 @@ def _with_workers(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
 
 
 class _SeededStream(PickledByValue, IterableDataset[Any]):
-    """A user's stream in a worker process: every epoch of it is drawn from seeds of that epoch, in workers that stay too.
+    """A user's stream in a worker process; each epoch starts from its own seeds, in persistent workers too.
 
-    A generator that the data set holds starts same_stream in all workers, which may agree by it on who yields what.
+    A generator that the data set holds starts from the same seed in all workers, which may use it to divide samples.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.plan = torch.zeros(2, dtype=torch.int64, device="cpu")  # seed and epoch, seen by workers that are running
+        self.plan = torch.zeros(2, dtype=torch.int64, device="cpu")
+        """Seed and epoch, in shared memory that running workers see."""
         self.plan.share_memory_()  # type: ignore[no-untyped-call]
         self._held = generators_of(dataset)
 
@@ -176,22 +179,22 @@ class _SeededStream(PickledByValue, IterableDataset[Any]):
             with restore_shuffled_lists(self.dataset):
                 yield from self.dataset
         except Exception:
-            yield from itertools.repeat(wrap_exception())  # for the collation, which sends it
+            yield from itertools.repeat(wrap_exception())  # for the collation, which returns it
 
     def _begin(self) -> None:
         info: Any = get_worker_info()
         seed, epoch = self.plan.tolist()
-        for stream in GLOBAL:
-            stream.seed(derive_seed(seed, info.id))
-        for stream in self._held:
-            stream.seed(seed)
+        for rng in GLOBAL:
+            rng.seed(derive_seed(seed, info.id))
+        for rng in self._held:
+            rng.seed(seed)
         set_epoch(epoch, self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
 
-class _Collation(PickledByValue):
+class _WorkerCollate(PickledByValue):
     """A user's collation in a worker process."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
@@ -199,4 +202,4 @@ class _Collation(PickledByValue):
 
     def __call__(self, samples: Any) -> Any:
         last = samples[-1] if type(samples) is list and samples else samples
-        return wrap_result(lambda: last if isinstance(last, ExceptionWrapper) else self._collate(samples))
+        return wrap_result(lambda: last if isinstance(last, exception_wrapper()) else self._collate(samples))
