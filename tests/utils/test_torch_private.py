@@ -176,3 +176,20 @@ def test_torchs_list_of_loaded_sparse_tensors_is_emptied():
     torch._utils._sparse_tensors_to_validate.append(torch.ones(1).to_sparse())
     torch_private.forget_loaded_sparse_tensors()
     assert torch._utils._sparse_tensors_to_validate == []
+
+
+def test_merged_states_of_a_torchmetrics_metric_are_those_of_all_updates():
+    from torchmetrics import PearsonCorrCoef
+    from torchmetrics.classification import BinaryAUROC
+
+    for metric_class in (PearsonCorrCoef, BinaryAUROC):  # stacked states that merge_state refuses, and lists
+        predictions, targets = torch.rand(12), (torch.arange(12) % 2)
+        whole, *parts = (metric_class() for _ in range(4))
+        targets = targets.float() if metric_class is PearsonCorrCoef else targets
+        whole.update(predictions, targets)
+        for metric, indices in zip(parts, ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11], []), strict=True):
+            if indices:
+                metric.update(predictions[indices], targets[indices])
+        torch_private.merge_metric_states(parts[0], [torch_private.metric_states(metric) for metric in parts])
+        assert parts[0].update_count == 2
+        assert torch.allclose(parts[0].compute(), whole.compute(), atol=1e-5)
