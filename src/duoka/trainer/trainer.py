@@ -97,7 +97,7 @@ class Trainer:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
         self.model: nn.Module = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
-        before = {} if config is None else _fields(config)
+        before = {} if config is None else dict(vars(config))
         if "devices" in options:
             before.pop("device", None)
         self.config = TrainerConfig.of({**before, **options})
@@ -240,10 +240,6 @@ def _check_fit(save_model: Any, model_path: Any) -> None:
                 f"fit got a {type(given).__name__}; it takes save_model (True or False) and model_path. Give data to "
                 "Trainer: Trainer(model, train_data, eval_data, ...)"
             )
-
-
-def _fields(config: TrainerConfig) -> dict[str, Any]:
-    return {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
 
 
 def _show_options() -> None:
