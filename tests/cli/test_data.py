@@ -25,11 +25,11 @@ def test_the_example_is_written_with_what_can_be_reached(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rows", "1"], "--rows is 1"),
+        (["--rows", "1"], "--rows=1 is not valid"),
         (["--rows", str(10**15)], "2 to 10,000,000"),
         (["--to", "file/d.csv"], "file"),
-        (["--seed", "-1"], "--seed -1"),
-        (["--seed", str(2**63)], "2**63 - 1"),
+        (["--seed", "-1"], "--seed=-1 is not valid"),
+        (["--seed", str(2**63)], f"--seed={2**63} is not valid"),
     ],
 )
 def test_a_mistake_is_one_message(tmp_path, monkeypatch, capfd, words, message):
@@ -56,7 +56,7 @@ def test_what_is_there_is_not_lost(tmp_path, monkeypatch, capsys, example, file,
     place.write_text("1::2::5::978300760")
     command = ["data", "make", example, "--to", "data", *sizes]
     assert main(command) == 2
-    assert f"{file} is there already: give another place with --to, or --overwrite" in capsys.readouterr().err
+    assert f"{file} exists already: give another path with --to, or --overwrite" in capsys.readouterr().err
     assert place.read_text() == "1::2::5::978300760"
     assert main([*command, "--overwrite"]) == 0
     assert len(place.read_text()) > 100
@@ -66,5 +66,5 @@ def test_an_example_does_not_stand_in_for_the_real_data_beside_it(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "ml-1m").mkdir(parents=True)
     assert main(["data", "make", "movielens", "--to", "data", "--overwrite"]) == 2
-    assert "data/ml-1m is there, which --root data reads: give another place with --to" in capsys.readouterr().err
+    assert "data/ml-1m is there, which --root data reads: give another path with --to" in capsys.readouterr().err
     assert not (tmp_path / "data" / "ratings.dat").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import signal
 import subprocess
@@ -89,9 +89,9 @@ def test_the_unexpected_keeps_its_traceback(trial, error: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "there is no command 'trian'. Did you mean 'train'?"),
-        (["xyzzy"], "there is no command 'xyzzy'. `duoka --help`"),
-        (["--versoin"], "there is no option '--versoin'. Did you mean '--version'?"),
+        (["trian"], "there is no command 'trian'; did you mean 'train'?"),
+        (["xyzzy"], "there is no command 'xyzzy'; `duoka --help`"),
+        (["--versoin"], "there is no option '--versoin'; did you mean '--version'?"),
     ],
 )
 def test_an_unknown_word_is_an_error_with_what_was_meant(
@@ -112,19 +112,60 @@ def test_help_lists_every_command_and_no_command_is_a_usage_error(capfd: pytest.
     assert capfd.readouterr() == ("", text)
 
 
-def test_every_command_module_that_is_there_has_the_summary_of_the_table() -> None:
-    for entry in COMMANDS.values():
-        if importlib.util.find_spec(entry.module):
-            module = importlib.import_module(entry.module)
-            assert callable(module.run)
-            assert entry.summary == module.SUMMARY
+def test_help_of_a_command_is_the_same_in_both_forms(capfd: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for words in (["help", "devices"], ["devices", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        shown.append(capfd.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "usage: duoka devices" in shown[0]
+    assert main(["help"]) == 0
+    assert "usage: duoka COMMAND" in capfd.readouterr().out
+    assert main(["help", "trian"]) == 2
+    assert "did you mean 'train'?" in capfd.readouterr().err
+
+
+def test_every_command_is_a_module_with_run_and_parser() -> None:
+    for name, entry in COMMANDS.items():
+        module = importlib.import_module(entry.module)
+        assert callable(module.run)
+        assert module.parser().prog == f"duoka {name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval"], "the following arguments are required: run; see `duoka eval --help`"),
+        (["eval", "a", "b"], "'b' belongs to no option"),
+        (["check", "--device"], "--device needs a value"),
+        (["check", "--divice", "cpu"], "unknown option --divice; did you mean '--device'?"),
+        (["predict", "x", "--top", "many"], "--top='many' is not valid: it must be an integer"),
+        (
+            ["data", "make", "datatri"],
+            "name='datatri' is not valid: it must be one of datatry, movielens; did you mean",
+        ),
+        (["data"], "see `duoka data --help`"),
+        (
+            ["compare", "cifar100", "--sweep", "lr=1,2", "--epoks", "3"],
+            "unknown option --epoks; did you mean '--epochs'?",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_one_message(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert message in errors
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(option: str) -> None:
     program = (
         f"import sys; from duoka.cli.main import main; status = main([{option!r}]);"
-        "print(*{'torch', 'rich', 'numpy', 'matplotlib'} & set(sys.modules)); sys.exit(status)"
+        "print(*{'torch', 'rich', 'numpy', 'matplotlib', 'jsonargparse', 'yaml'} & set(sys.modules)); sys.exit(status)"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert ran.stdout.splitlines()[-1] == ""

@@ -173,8 +173,8 @@ def test_every_optimiser_trains_with_a_schedule_of_its_own(here, optimizer):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "cifar10"], "did you mean `cifar100`?"),
-        (["train", "cifar100", "--bsise", "3"], "did you mean `batch_size`?"),
+        (["train", "cifar10"], "did you mean 'cifar100'?"),
+        (["train", "cifar100", "--bsise", "3"], "did you mean '--bsize'?"),
         (["train", "cifar100", "--download", "false", "--device", "cpu"], "--download true"),
         (["train", "cifar100", *SHORT, "--device", "cpu:x"], "device 'cpu:x' is not valid"),
         (["train", "cifar100", *SHORT, "--out", "file"], "file is a file: choose another --out"),

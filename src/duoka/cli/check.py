@@ -1,43 +1,45 @@
-"""``duoka check``: whether every device computes, whether they reach each other, and whether weights move between them."""
+"""``duoka check``: a computation on each device, an all-reduce over all, and a save and load between them."""
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 import duoka
 from duoka.cli.console import console, gibibytes, print_json
+from duoka.cli.main import command_parser
 from duoka.devices.cpu import loader_workers
 from duoka.errors import DuokaError
 from duoka.scaling import Batch
 
-__all__ = ["SUMMARY", "CheckResult", "check", "run"]
+if TYPE_CHECKING:
+    from duoka.utils.argument_parser import ArgumentParser
 
-SUMMARY = "check that every device computes and reaches the others"
+__all__ = ["CheckResult", "check", "parser", "run"]
+
 BATCH = 64
 
 
 class CheckResult(NamedTuple):
-    """What came of one check."""
+    """Result of one check."""
 
     name: str
     passed: bool
     words: str
-    """What was found, or what went wrong."""
+    """Finding, or error."""
     remedy: str = ""
-    """What to do; empty where it passed."""
+    """Remedy; empty if the check passed."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Check the devices that ``argv`` names; return the exit status, 1 where a check failed."""
-    options = _parser().parse_args(argv)
+    """Check the devices that ``argv`` names; return the exit status, 1 if a check failed."""
+    options = parser().parse(argv)
     choice = duoka.devices.resolve(options.device)
     lines = check(choice.devices, choice.reason)
     if options.json:
@@ -51,8 +53,18 @@ def run(argv: Sequence[str]) -> int:
     return 0 if all(line.passed for line in lines) else 1
 
 
+def parser() -> ArgumentParser:
+    """Return the command's parser."""
+    parser = command_parser("check")
+    parser.add_argument(
+        "--device", "--devices", default="auto", metavar="SPEC", help="devices to check (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser
+
+
 def check(devices: Sequence[torch.device], reason: str = "") -> list[CheckResult]:
-    """Return a line for each check of ``devices``; one that fails does not keep the others from being made."""
+    """Run every check of ``devices``, also after one that failed."""
     alone = [f"{len(devices)} devices" if len(devices) > 1 else str(devices[0])]
     every = list(devices)
     steps: list[tuple[str, Callable[[], str], str]] = [
@@ -79,7 +91,7 @@ def check(devices: Sequence[torch.device], reason: str = "") -> list[CheckResult
 def _line(name: str, step: Callable[[], str], remedy: str) -> CheckResult:
     try:
         return CheckResult(name, passed=True, words=step())
-    except Exception as error:  # whatever a driver or a library raises: it is what the user wants to know
+    except Exception as error:  # any error of a driver or a library is the finding
         words = str(error).strip().splitlines() or [""]
         own = isinstance(error, DuokaError)
         return CheckResult(
@@ -116,7 +128,7 @@ def _small() -> nn.Sequential:
 
 
 def _computes(device: torch.device) -> str:
-    """Compute one forward and backward, and compare them with the CPU's."""
+    """Run one forward and backward pass, and compare them with the CPU's."""
     losses = []
     for place in (torch.device("cpu"), device):
         model = _small().to(place)
@@ -134,7 +146,7 @@ def _computes(device: torch.device) -> str:
 
 
 def _reduced() -> tuple[int, float]:
-    """Compute, and return the size of the world and the sum over all ranks of rank + 1; runs on every device."""
+    """Compute on this rank; return the world size and the sum of rank + 1 over all ranks."""
     world = duoka.current_world()
     _computes(world.device)
     return world.size, float(world.all_reduce(torch.full((1024,), world.rank + 1.0, device=world.device)).mean())
@@ -142,16 +154,16 @@ def _reduced() -> tuple[int, float]:
 
 def _reduces(devices: Sequence[torch.device]) -> str:
     if len(devices) == 1:
-        return "one device, nobody to add up with"
+        return "one device, so there is nothing to reduce"
     size, total = duoka.launch(_reduced, devices=list(devices))
     expected = size * (size + 1) / 2
     if size != len(devices) or total != expected:
-        raise ArithmeticError(f"{size} of {len(devices)} devices took part, and their sum is {total}, not {expected}")
+        raise ArithmeticError(f"{size} of {len(devices)} devices answered, and their sum is {total}, not {expected}")
     return f"{size} devices added up to {total:g}, as they should"
 
 
 def _saves(devices: Sequence[torch.device]) -> str:
-    """Save a model that is spread over all devices, and load it into one that is not, and the other way round."""
+    """Save a model that is parallel on all devices and load it into a plain one, and the other way round."""
     with tempfile.TemporaryDirectory(prefix="duoka-check-") as folder:
         path = Path(folder) / "model.safetensors"
         spread = duoka.DataParallel(_small(), devices=list(devices))
@@ -167,12 +179,3 @@ def _saves(devices: Sequence[torch.device]) -> str:
         if any(not torch.equal(value, mine[name]) for name, value in plain.state_dict().items()):
             raise ArithmeticError("the weights that were loaded are not those that were saved")
     return f"{len(mine)} tensors are the same"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "duoka check", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.", allow_abbrev=False
-    )
-    parser.add_argument("--device", default="auto", metavar="SPEC", help="what to check (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    return parser

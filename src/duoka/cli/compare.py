@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from duoka.cli.console import complain, console
+from duoka.cli.console import console, print_error
+from duoka.cli.main import command_parser
 from duoka.errors import ConfigError
 
-__all__ = ["SUMMARY", "run"]
+if TYPE_CHECKING:
+    from duoka.utils.argument_parser import ArgumentParser
 
-SUMMARY = "train variants of a recipe and compare them"
+__all__ = ["parser", "run"]
+
+OWN = ("source", "sweep", "parallel", "out")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Train what ``argv`` names and is not finished, print the table, and return the exit status: 1 if a variant failed."""
-    options, rest = _parser().parse_known_args(argv)
+    """Train the unfinished variants that ``argv`` names and print the table; return 1 if a variant failed, else 0."""
+    options = parser(_recipe_of(argv)).parse(argv, defaults=False).as_dict()
     from duoka.recipes.experiments import read_experiment, result_rows, run_all, write_summary
     from duoka.recipes.experiments.results import HEADINGS, format_rows
 
-    if options.source is None:
+    if options.get("source") is None:
         raise ConfigError(
-            "nothing is named to compare: `duoka compare FILE.yml`, or `duoka compare cifar100 --sweep lr=0.001,0.01`"
+            "nothing to compare: write `duoka compare FILE.yml`, or `duoka compare cifar100 --sweep lr=0.001,0.01`"
         )
-    plan = read_experiment(options.source, out=options.out, sweep=options.sweep, changes=_changes(rest))
+    changes = {name: value for name, value in options.items() if name not in OWN}
+    plan = read_experiment(
+        options["source"], out=options.get("out", "runs"), sweep=options.get("sweep", ()), changes=changes
+    )
     out = console()
-    failed = run_all(plan, parallel=options.parallel, report=lambda text: out.print(f"== {text}", soft_wrap=True))
+    parallel = options.get("parallel", False)
+    failed = run_all(plan, parallel=parallel, report=lambda text: out.print(f"== {text}", soft_wrap=True))
     rows = result_rows(plan)
     if rows:
         from rich.table import Table
@@ -37,44 +44,44 @@ def run(argv: Sequence[str]) -> int:
         out.print(table)
         out.print(f"pictures: {write_summary(plan, rows)}", soft_wrap=True)
     for title, error in failed.items():
-        complain(f"{title} failed: {error.rstrip('.')}; the same command tries it again")
+        print_error(f"{title} failed: {error.rstrip('.')}; the same command tries it again")
     return 1 if failed else 0
 
 
-def _changes(words: list[str]) -> dict[str, Any]:
-    """Return the recipe's own options among the words."""
-    changes: dict[str, Any] = {}
-    while words:
-        flag, joined, value = words.pop(0).partition("=")
-        if not flag.startswith("--"):
-            raise ConfigError(f"{flag!r} on the command line belongs to no option: write `--key {flag}`")
-        if not joined:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"`{flag}` on the command line lacks its value: write `{flag} VALUE`")
-            value = words.pop(0)
-        changes[flag.removeprefix("--").replace("-", "_")] = value
-    return changes
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "duoka compare",
+def parser(recipe: str | None = None) -> ArgumentParser:
+    """Return the command's parser, with the options of ``recipe`` if one is named."""
+    parser = command_parser(
+        "compare",
         usage="duoka compare FILE.yml|RECIPE [--sweep KEY=VALUE,VALUE] [--parallel] [--out DIR] [--KEY VALUE] ...",
-        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}. The same command goes on where it was stopped.",
-        allow_abbrev=False,
+        epilog="`duoka compare RECIPE --help` lists the keys of a recipe.",
     )
     parser.add_argument(
-        "source", nargs="?", metavar="FILE.yml|RECIPE", help="a file of variants, or a recipe with --sweep"
-    )
-    parser.add_argument(
-        "--sweep",
-        action="append",
-        default=[],
+        "source",
         nargs="?",
-        const="",
-        metavar="KEY=VALUE,VALUE",
-        help="values of a key to compare",
+        default=None,
+        metavar="FILE.yml|RECIPE",
+        help="a file of variants, or a recipe with --sweep",
     )
-    parser.add_argument("--parallel", action="store_true", help="train a variant on each device, instead of one on all")
+    parser.add_argument(
+        "--sweep", action="append", metavar="KEY=VALUE,VALUE", help="values of a key to compare; repeatable"
+    )
+    parser.add_argument("--parallel", action="store_true", help="train one variant on each device, not each on all")
     parser.add_argument("--out", default="runs", metavar="DIR", help="folder of all runs (default: %(default)s)")
+    if recipe is not None:
+        from duoka.recipes.common.config import add_options
+        from duoka.recipes.common.registry import find_recipe
+
+        add_options(parser, find_recipe(recipe).Config, recipe, without=OWN)
     return parser
+
+
+def _recipe_of(argv: Sequence[str]) -> str | None:
+    """Return the recipe that the command line compares: it names the recipe, or a file that does."""
+    from duoka.recipes.common.config import read_yaml
+    from duoka.recipes.common.registry import RECIPES
+
+    source = next((word for word in argv if word in RECIPES or word.endswith((".yml", ".yaml"))), None)
+    if source is None or source in RECIPES:
+        return source
+    recipe = read_yaml(source).get("recipe")
+    return recipe if isinstance(recipe, str) and recipe in RECIPES else None

@@ -1,4 +1,4 @@
-"""How the command line speaks: tables and text on standard output, one plain message an error on standard error."""
+"""Output of the commands: tables and text on standard output, one line an error on standard error."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["complain", "console", "gibibytes", "print_json"]
+__all__ = ["console", "gibibytes", "print_error", "print_json"]
 
 _PIPED_WIDTH = 160
-"""Columns, where no terminal says how wide it is: room for a table without breaking its lines."""
+"""Columns if the output is no terminal: room for a table on unbroken lines."""
 
 
 def console() -> Console:
-    """Return a console on standard output: colours on a terminal alone, and a wide page where it is piped."""
+    """Return a console on standard output, with colors on a terminal and wide lines in a pipe."""
     from rich.console import Console
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that this output cannot spell is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding without some letters must not raise
         sys.stdout.reconfigure(errors="replace")
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
@@ -33,11 +33,11 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def complain(message: str) -> None:
-    """Write a message to standard error, exactly as it is."""
+def print_error(message: str) -> None:
+    """Write a message to standard error, without formatting."""
     sys.stderr.write(f"duoka: {message}\n")
 
 
 def gibibytes(count: int | None) -> str:
-    """Return a number of bytes as people say it, or a dash where it is not known."""
+    """Return bytes in GiB, or a dash for an unknown number."""
     return "-" if count is None else f"{count / 2**30:.1f} GiB"

@@ -1,45 +1,90 @@
-"""``duoka data make NAME``: example data whose best possible result is known."""
+"""``duoka data make NAME``: example data with a known best possible result."""
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from duoka.cli.console import console
+from duoka.cli.main import command_parser
+from duoka.errors import ConfigError
+from duoka.utils.validation import check_number, invalid_option
 
-__all__ = ["SUMMARY", "run"]
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
-SUMMARY = "make example data"
-OWN = {"datatry": ("rows",), "movielens": ("users", "films", "ratings")}
-"""Which sizes each example has."""
-MOST_ROWS = 10_000_000
+    from duoka.utils.argument_parser import ArgumentParser
+
+__all__ = ["add_subcommands", "make_parser", "parser", "run"]
+
+SIZES = {"datatry": ("rows",), "movielens": ("users", "films", "ratings")}
+"""Options for the size of each example."""
+MAX_ROWS = 10_000_000
 
 
 def run(argv: Sequence[str]) -> int:
-    """Write the data that ``argv`` names and say what can be reached on them; return the exit status."""
-    options = _parser().parse_args(argv)
-    from duoka.errors import ConfigError
-
-    foreign = [
-        key for name, keys in OWN.items() for key in keys if name != options.name and getattr(options, key) is not None
-    ]
-    if foreign:
-        sizes = ", ".join(f"--{key}" for key in OWN[options.name])
-        raise ConfigError(f"--{foreign[0]} is no size of {options.name}, which has {sizes}")
+    """Write the data that ``argv`` names and print the best reachable result; return the exit status."""
+    if argv[:1] != ["make"]:
+        whole = parser()
+        add_subcommands(whole)
+        whole.parse(argv)  # prints the help, or raises
+    options = make_parser().parse(argv[1:])
+    for name, sizes in SIZES.items():
+        for size in sizes:
+            if name != options.name and options[size] is not None:
+                own = ", ".join(f"--{own}" for own in SIZES[options.name])
+                raise ConfigError(f"--{size} is no size of {options.name}; its sizes are {own}")
     return _movielens(options) if options.name == "movielens" else _datatry(options)
 
 
-def _datatry(options: argparse.Namespace) -> int:
-    from duoka.errors import ConfigError
+def parser() -> ArgumentParser:
+    """Return the command's parser."""
+    return command_parser("data")
+
+
+def add_subcommands(parser: ArgumentParser) -> None:
+    """Add ``make`` to the command's parser."""
+    commands = parser.add_subcommands(metavar="COMMAND", required=True)
+    commands.add_subcommand("make", make_parser(), help="write example data")
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of ``duoka data make``."""
+    make = command_parser("data make", "write example data")
+    make.add_argument(
+        "name",
+        type=Literal["datatry", "movielens"],
+        metavar="{datatry,movielens}",
+        help="datatry: a table of 10 features and 2 targets that follow a known law; movielens: people, films and ratings "
+        "of known tastes in MovieLens-1M's format",
+    )
+    make.add_argument(
+        "--to", default=None, metavar="PATH", help="the file (default: datatry.csv), or the folder (default: movielens)"
+    )
+    make.add_argument("--overwrite", action="store_true", help="replace existing files")
+    for size, count, example in (
+        ("rows", 10_000, "datatry"),
+        ("users", 1000, "movielens"),
+        ("films", 800, "movielens"),
+        ("ratings", 60_000, "movielens"),
+    ):
+        text = f"{example}: number of {size} (default: {count})"
+        make.add_argument(f"--{size}", type=int, default=None, metavar="N", help=text)
+    make.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="other data by the same law (default: %(default)s)"
+    )
+    return make
+
+
+def _datatry(options: Namespace) -> int:
     from duoka.recipes.datasets import synthetic_table
 
     rows = 10_000 if options.rows is None else options.rows
-    if not 2 <= rows <= MOST_ROWS or not 0 <= options.seed < 2**63:
-        raise ConfigError(
-            f"--rows is {rows} and --seed {options.seed}: rows must be 2 to {MOST_ROWS:,}, and the seed 0 to 2**63 - 1"
-        )
+    if not 2 <= rows <= MAX_ROWS:
+        raise invalid_option("--rows", rows, f"2 to {MAX_ROWS:,}")
+    check_number("--seed", options.seed, 0, below=2**63)
     path = Path(options.to or "datatry.csv")
     _refuse_to_lose([path], options)
     example = synthetic_table.make(rows, options.seed)
@@ -52,7 +97,7 @@ def _datatry(options: argparse.Namespace) -> int:
     return 0
 
 
-def _movielens(options: argparse.Namespace) -> int:
+def _movielens(options: Namespace) -> int:
     import torch
 
     from duoka.recipes.datasets import synthetic_movielens
@@ -61,7 +106,7 @@ def _movielens(options: argparse.Namespace) -> int:
     from duoka.recipes.recommendation.baselines import Popularity
     from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator
 
-    sizes = {key: value for key in OWN["movielens"] if (value := getattr(options, key)) is not None}
+    sizes = {key: value for key in SIZES["movielens"] if (value := getattr(options, key)) is not None}
     folder = Path(options.to or "movielens")
     _refuse_to_lose([folder / name for name in NAMES], options)
     _refuse_to_hide(folder)
@@ -82,43 +127,15 @@ def _movielens(options: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_to_lose(files: Sequence[Path], options: argparse.Namespace) -> None:
-    """Refuse to write over what is there: it may be the real data, in the same format."""
-    from duoka.errors import ConfigError
-
+def _refuse_to_lose(files: Sequence[Path], options: Namespace) -> None:
+    """Refuse to overwrite files: they may be the real data, which have the same format."""
     there = next((file for file in files if file.is_file()), None)
     if there is not None and not options.overwrite:
-        raise ConfigError(f"{there} is there already: give another place with --to, or --overwrite to replace it")
+        raise ConfigError(f"{there} exists already: give another path with --to, or --overwrite to replace it")
 
 
 def _refuse_to_hide(folder: Path) -> None:
-    """Refuse a folder in which the official set lies a level deeper: what stands beside that would be read in its place."""
-    from duoka.errors import ConfigError
-
+    """Refuse a folder that also holds the official data: the recipe would read the example instead."""
     there = next((place for name in ("ml-1m", "ml-1m.zip") if (place := folder / name).exists()), None)
     if there is not None:
-        raise ConfigError(f"{there} is there, which --root {folder} reads: give another place with --to")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("duoka data", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    make = commands.add_parser("make", help="write example data", description="Write example data.")
-    make.add_argument(
-        "name",
-        choices=list(OWN),
-        help="datatry: a table of 10 features and 2 targets that follow a known law; movielens: people, films and ratings of "
-        "known tastes in MovieLens-1M's format",
-    )
-    make.add_argument(
-        "--to", metavar="PLACE", help="the file (default: datatry.csv), or the folder (default: movielens)"
-    )
-    make.add_argument("--overwrite", action="store_true", help="replace what is there")
-    make.add_argument("--rows", type=int, metavar="N", help="datatry: how many rows (default: 10000)")
-    make.add_argument("--users", type=int, metavar="N", help="movielens: how many people (default: 1000)")
-    make.add_argument("--films", type=int, metavar="N", help="movielens: how many films (default: 800)")
-    make.add_argument("--ratings", type=int, metavar="N", help="movielens: how many ratings (default: 60000)")
-    make.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="other data by the same law (default: %(default)s)"
-    )
-    return parser
+        raise ConfigError(f"{there} is there, which --root {folder} reads: give another path with --to")

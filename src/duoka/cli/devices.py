@@ -1,73 +1,53 @@
-"""``duoka devices``: what is there, who uses it, and which would be chosen and why."""
+"""``duoka devices``: table of the devices, their users, and the ones that would be chosen and why."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from duoka.cli.console import console, gibibytes, print_json
+from duoka.cli.main import command_parser
 from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, describe, resolve
 from duoka.devices.cpu import Cores, core_limits
-from duoka.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SUMMARY", "run", "show"]
+    from duoka.utils.argument_parser import ArgumentParser
 
-SUMMARY = "show the devices, who uses them, and which would be chosen"
+__all__ = ["parser", "print_devices", "run"]
 
 _LISTED = 8
-"""How many CPU workers are listed one by one."""
+"""Largest number of CPU workers that are listed one by one."""
 _COMMAND_LENGTH = 32
 _HIDDEN_MEMORY = 0.1
-"""More memory than this share, held by no process that is seen, is another container's; the driver keeps less."""
+"""A larger share of memory that no visible process holds belongs to another container; the driver itself uses less."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Print the devices of this machine and the choice; return the exit status."""
-    options, others = _parser().parse_known_args(argv)
-    if others:
-        raise ConfigError(_unknown(others))
-    choice, facts, cores = resolve(options.device), describe(), core_limits()
+    options = parser().parse(argv)
+    spec = options.spec or options.device
+    choice, facts, cores = resolve(spec), describe(), core_limits()
     if options.json:
-        print_json(_as_json(options.device, choice, facts, cores))
+        print_json(_as_json(spec, choice, facts, cores))
     else:
-        show(options.device, choice, facts, cores)
+        print_devices(spec, choice, facts, cores)
     return 0
 
 
-def _unknown(words: Sequence[str]) -> str:
-    """Say what is no option here, and how a device is named."""
-    flag, joined, value = words[0].partition("=")
-    spec = (
-        value
-        if joined
-        else words[1]
-        if flag.startswith("-") and len(words) > 1
-        else ""
-        if flag.startswith("-")
-        else flag
-    )
-    meant = (
-        f": did you mean `--device {spec or 'SPEC'}`?"
-        if flag in ("--devices", "-d") or not flag.startswith("-")
-        else ""
-    )
-    return f"`duoka devices` takes no {words[0]!r}{meant or ': `duoka devices --help` lists its options'}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "duoka devices", description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.", allow_abbrev=False
-    )
+def parser() -> ArgumentParser:
+    """Return the command's parser."""
+    parser = command_parser("devices")
+    specs = "auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:4, idle, idle:2, mps"
+    parser.add_argument("spec", nargs="?", default=None, metavar="SPEC", help="the same as --device SPEC")
     parser.add_argument(
         "--device",
+        "--devices",
         default="auto",
         metavar="SPEC",
-        help="what to choose: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:4, idle, idle:2, mps (default: %(default)s)",
+        help=f"devices to choose: {specs} (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs; bytes and percent")
     return parser
@@ -82,27 +62,27 @@ def _as_json(spec: str, choice: DeviceSelection, facts: Sequence[DeviceInfo], co
     }
 
 
-def show(spec: str, choice: DeviceSelection, facts: Sequence[DeviceInfo], cores: Cores) -> None:
-    """Print the table of devices, and what ``spec`` chooses of them."""
+def print_devices(spec: str, choice: DeviceSelection, facts: Sequence[DeviceInfo], cores: Cores) -> None:
+    """Print the table of devices, and the ones that ``spec`` chooses."""
     out = console()
     out.print(_table(facts, cores))
     links = {link.kind: link.description for fact in facts for link in fact.links}
     for kind, words in sorted(links.items()):
         out.print(f"{kind}: {words}")
     if any(fact.source == "torch" for fact in facts):
-        out.print("'-': not known here; for NVIDIA GPUs the driver's NVML and nvidia-ml-py tell more.")
+        out.print("'-' is unknown; for NVIDIA GPUs the driver's NVML and nvidia-ml-py give more.")
     count, only_cpu = len(choice.devices), choice.devices[0].type == "cpu"
     names = f"{count} CPU workers" if only_cpu and count > _LISTED else ", ".join(map(str, choice.devices))
     out.print(f"{spec} chooses: {names}\nwhy: {choice.reason}")
-    if only_cpu and count > max(cores.count, 2):  # two are for practice anywhere
+    if only_cpu and count > max(cores.count, 2):  # two are enough to practice
         unit = "core" if cores.count == 1 else "cores"
         out.print(
-            f"{count} CPU workers on {cores.count} {unit}: too many, they wait for each other; cpu:{cores.count} is faster."
+            f"{count} CPU workers on {cores.count} {unit}: too many, so they wait for each other; cpu:{cores.count} is faster."
         )
 
 
 def _table(facts: Sequence[DeviceInfo], cores: Cores) -> Table:
-    """Return a row a device; for the CPU what a CPU has."""
+    """Return a table with one row a device, and the columns that a CPU or a GPU has."""
     from rich.table import Table
 
     table = Table()
@@ -127,12 +107,12 @@ def _users(fact: DeviceInfo) -> str:
     others = [process for process in fact.processes if not process.own]
     if not others:
         hidden = fact.foreign_memory_share > _HIDDEN_MEMORY
-        return "hidden processes" if hidden else "nobody" if fact.source == "nvml" else "-"
+        return "hidden processes" if hidden else "none" if fact.source == "nvml" else "-"
     return "\n".join(map(_process, others))
 
 
 def _process(process: DeviceProcess) -> str:
-    """Return one user of a device on one line; the system hides processes of other containers, not their numbers."""
+    """Return one process on one line; the system hides commands of other containers, but not process numbers."""
     command = process.command or "hidden process"
     shown = command if len(command) <= _COMMAND_LENGTH else f"{command[: _COMMAND_LENGTH - 3]}..."
     memory = "" if process.memory_bytes is None else f", {gibibytes(process.memory_bytes)}"

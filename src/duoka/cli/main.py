@@ -1,12 +1,11 @@
-"""The ``duoka`` command: finds the subcommand, runs it, and turns what users can cause into one message.
+"""The ``duoka`` command: imports and runs one subcommand, and prints errors that users can mend as one line.
 
-Nothing heavy is imported here: a subcommand's module is imported when that subcommand is used.
+A subcommand's module, jsonargparse and torch are imported when the subcommand is used: ``duoka --help`` needs none.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import importlib
 import os
@@ -15,21 +14,26 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from duoka.cli.console import complain
+from duoka.cli.console import print_error
 from duoka.errors import ConfigError, DuokaError
 from duoka.malloc import keep_freed_memory
+from duoka.utils.text import did_you_mean
 
-__all__ = ["COMMANDS", "main"]
+if TYPE_CHECKING:
+    from duoka.utils.argument_parser import ArgumentParser
+
+__all__ = ["COMMANDS", "command_parser", "main"]
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
+"""128 + SIGINT, as in shells."""
+OPTIONS = ("--help", "--version", "--debug")
 
 
 class Command(NamedTuple):
-    """A subcommand: the module whose ``run(argv) -> int`` it is, and its line in the help."""
+    """Subcommand: a module with ``run(argv) -> int`` and ``parser()``, and its line in the help."""
 
     module: str
     summary: str
@@ -44,41 +48,52 @@ COMMANDS = {
     "recommend": Command("duoka.cli.recommend", "recommend films to a user with a finished run"),
     "check": Command("duoka.cli.check", "check that every device computes and reaches the others"),
     "data": Command("duoka.cli.data", "make example data"),
-    "devices": Command("duoka.cli.devices", "show the devices, who uses them, and which would be chosen"),
+    "devices": Command("duoka.cli.devices", "show the devices, their users, and the ones that would be chosen"),
+    "completion": Command("duoka.cli.completion", "print a script that completes commands and options in a shell"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``None``: this process's) and return the exit status.
 
-    0 is success, 2 what the user can mend, 130 an interruption, 1 anything unexpected.
+    The status is 0 for success, 2 for an error that the user can mend, 130 for an interruption, 1 for anything unexpected.
     """
     if argv is None:  # the process is the command's own
         keep_freed_memory()
-    debug, words = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    debug, words = _pop_debug_flag(list(sys.argv[1:] if argv is None else argv))
     try:
         status = _dispatch(words)
         sys.stdout.flush()
     except DuokaError as error:
-        return _refuse(str(error), debug)
+        return _print_usage_error(str(error), debug)
     except KeyboardInterrupt:
-        return _interrupted(debug)
+        return _print_interruption(debug)
     except OSError as error:
-        return _storage(error, debug)
+        return _print_os_error(error, debug)
     except Exception:  # a bug of ours, or of the user's own code: the traceback is the message
         traceback.print_exc()
         return 1
     return status
 
 
-def _take_debug(words: list[str]) -> tuple[bool, list[str]]:
-    """Return whether ``--debug`` is among our words, and the words without it; what follows ``run`` or ``--`` is not ours."""
+def command_parser(name: str, summary: str = "", **options: Any) -> ArgumentParser:
+    """Return a parser for the subcommand ``name``, without arguments yet."""
+    from duoka.utils.argument_parser import ArgumentParser
+
+    summary = summary or COMMANDS[name].summary
+    return ArgumentParser(f"duoka {name}", f"{summary[0].upper()}{summary[1:]}.", **options)
+
+
+def _pop_debug_flag(words: list[str]) -> tuple[bool, list[str]]:
+    """Return whether ``--debug`` is among duoka's words, and the words without it; words after ``run`` or ``--`` stay."""
     end = next((index for index, word in enumerate(words) if word == "--" or words[:index] == ["run"]), len(words))
     ours = [word for word in words[:end] if word != "--debug"]
     return len(ours) < end, ours + words[end:]
 
 
 def _dispatch(words: list[str]) -> int:
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     if not words:
         sys.stderr.write(_help())
         return USAGE_ERROR
@@ -92,16 +107,18 @@ def _dispatch(words: list[str]) -> int:
         sys.stdout.write(f"duoka {__version__}\n")
         return 0
     if first not in COMMANDS:
-        raise ConfigError(_unknown(first))
-    with _ending_on_interrupt():
+        kind, known = ("option", OPTIONS) if first.startswith("-") else ("command", tuple(COMMANDS))
+        hint = did_you_mean(first, known) or f"`duoka --help` lists them: {', '.join(known)}"
+        raise ConfigError(f"there is no {kind} {first!r}; {hint}")
+    with _exit_on_interrupt():
         run = importlib.import_module(COMMANDS[first].module).run
         importlib.import_module("torch")
     return int(run(rest))
 
 
 @contextlib.contextmanager
-def _ending_on_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: a library that is being imported may swallow a KeyboardInterrupt, or choke on it."""
+def _exit_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: a library that is being imported may swallow a KeyboardInterrupt."""
 
     def end(*_: object) -> None:
         os.write(2, b"duoka: interrupted\n")
@@ -125,38 +142,31 @@ def _help() -> str:
         "Train a PyTorch model on every device you have.\n\n"
         f"commands:\n{commands}\n\n"
         "options:\n"
-        "  -h, --help     this help; after a command, that command's\n"
-        "  -V, --version  the version\n"
-        "  --debug        show the traceback of an error; may stand anywhere\n"
+        "  -h, --help     show this help; after a command, the command's help\n"
+        "  -V, --version  show the version\n"
+        "  --debug        show the traceback of an error; may stand anywhere\n\n"
+        "`duoka help COMMAND` explains one command.\n"
     )
 
 
-def _unknown(word: str) -> str:
-    kind = "option" if word.startswith("-") else "command"
-    known = ["--help", "--version", "--debug"] if kind == "option" else list(COMMANDS)
-    close = difflib.get_close_matches(word, known, n=1)
-    meant = f" Did you mean '{close[0]}'?" if close else ""
-    return f"there is no {kind} {word!r}.{meant} `duoka --help` lists what there is: {', '.join(known)}."
-
-
-def _refuse(message: str, debug: bool) -> int:
-    """Say what the user can mend; the traceback is shown on request alone."""
+def _print_usage_error(message: str, debug: bool) -> int:
+    """Print an error that the user can mend, with the traceback if ``debug``."""
     if debug:
         traceback.print_exc()
-    complain(message)
+    print_error(message)
     return USAGE_ERROR
 
 
-def _interrupted(debug: bool) -> int:
+def _print_interruption(debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    complain("interrupted")
+    print_error("interrupted")
     return INTERRUPTED
 
 
-def _storage(error: OSError, debug: bool) -> int:
-    """Turn a full disk or an unwritable folder into a message; anything else is unexpected."""
-    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+def _print_os_error(error: OSError, debug: bool) -> int:
+    """Print a full disk or an unwritable folder as one line; any other error is unexpected."""
+    if isinstance(error, BrokenPipeError) and _is_output_closed():
         return 1
     remedies = {
         errno.ENOSPC: "the disk is full. Free some space, or choose another folder",
@@ -169,17 +179,17 @@ def _storage(error: OSError, debug: bool) -> int:
         traceback.print_exc()
         return 1
     where = f"{os.fspath(error.filename)!r}: " if isinstance(error.filename, str | os.PathLike) else ""
-    return _refuse(f"{where}{remedies[error.errno]}.", debug)
+    return _print_usage_error(f"{where}{remedies[error.errno]}.", debug)
 
 
-def _reader_is_gone() -> bool:
-    """Whether standard output leads nowhere any more (``duoka devices | head -1``); if so, quiet it for good."""
+def _is_output_closed() -> bool:
+    """Return whether the reader of standard output has gone (``duoka devices | head -1``); if so, discard output."""
     try:
         sys.stdout.write("\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
         return True
     return False

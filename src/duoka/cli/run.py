@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -10,40 +9,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from duoka.cli.main import command_parser
 from duoka.errors import ConfigError
+from duoka.utils.text import did_you_mean
 
 if TYPE_CHECKING:
     import torch
 
     from duoka.script_runner import RunSession, Script
+    from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["SUMMARY", "run"]
+__all__ = ["RunArguments", "parse", "parser", "run"]
 
-SUMMARY = "run an unchanged script or notebook on every device"
-
-_HELP = """\
-usage: duoka run [OPTION...] SCRIPT [ARGUMENT...]
-       duoka run [OPTION...] -m MODULE [ARGUMENT...]
-       duoka run [OPTION...] NOTEBOOK.ipynb
-
-Run a script once, as it is, with its models computed on every device.
-
-options:
-  --device SPEC   auto, all, 0, 0,1, 0-3, cpu:4, idle:2, ... (default: auto)
-  --scale-batch   multiply the batch size of training loaders by the number of devices
-  --explain       say what would be done, and run nothing
-  -m MODULE       run a module, as python -m does
-  -h, --help      this help
-
-Options stand before the script or after it; what follows `--` is the script's, and so is an option that was
-given before the script already:  duoka run train.py --epochs 3 --device 0,1
-"""
-_NARROWED = "DUOKA_RUN_DEVICES"
-_FLAGS = {"--scale-batch": "scale_batch", "--explain": "explain"}
+_VISIBLE_DEVICES = "DUOKA_RUN_DEVICES"
+_FLAGS = ("--scale-batch", "--explain")
+_DEVICE = ("--device", "--devices")
+_RULE = (
+    "Options stand before the script or after it. Words after -- belong to the script, and so does an option that also "
+    "stands before the script: duoka run train.py --epochs 3 --device 0,1"
+)
 
 
 class RunArguments(NamedTuple):
-    """What a command line asks for."""
+    """Arguments of ``duoka run``."""
 
     target: str
     arguments: tuple[str, ...]
@@ -56,13 +44,13 @@ class RunArguments(NamedTuple):
 def run(argv: Sequence[str]) -> int:
     """Run the script that ``argv`` names; return its own exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        (sys.stdout if argv else sys.stderr).write(_HELP)
+        parser().print_help(sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     request = parse(argv)
     from duoka.devices import resolve
     from duoka.script_runner import Script, explain
 
-    devices = resolve(os.environ.pop(_NARROWED, request.device)).devices
+    devices = resolve(os.environ.pop(_VISIBLE_DEVICES, request.device)).devices
     if request.target.endswith(".ipynb") and not request.is_module:
         return _run_notebook(request)
     program = Script(request.target, request.arguments, is_module=request.is_module)
@@ -72,12 +60,12 @@ def run(argv: Sequence[str]) -> int:
             "\n".join(explain(program.source, program.target, devices, scale_batch=request.scale_batch)) + "\n"
         )
         return 0
-    _narrow(devices, argv)
+    _restart_with_visible_devices(devices, argv)
     return _run_program(program, request, devices)
 
 
-def _narrow(devices: Sequence[torch.device], argv: Sequence[str]) -> None:
-    """Begin anew with only these GPUs visible, so that ``cuda:0`` is the first of them to the script and to all it uses."""
+def _restart_with_visible_devices(devices: Sequence[torch.device], argv: Sequence[str]) -> None:
+    """Restart this process with only these GPUs visible, so that the script's ``cuda:0`` is the first of them."""
     import torch
 
     numbers = [device.index for device in devices]
@@ -89,93 +77,92 @@ def _narrow(devices: Sequence[torch.device], argv: Sequence[str]) -> None:
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": ",".join(names),
-        _NARROWED: ",".join(str(distinct.index(number)) for number in numbers),
+        _VISIBLE_DEVICES: ",".join(str(distinct.index(number)) for number in numbers),
     }
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "duoka", "run", *argv], environment)
 
 
+def parser() -> ArgumentParser:
+    """Return the parser of duoka's own options."""
+    usage = "duoka run [OPTION...] SCRIPT.py|NOTEBOOK.ipynb|-m MODULE [ARGUMENT...]"
+    parser = command_parser("run", usage=usage, epilog=_RULE)
+    parser.add_argument(
+        *_DEVICE, default="auto", metavar="SPEC", help="auto, all, 0, 0,1, 0-3, cpu:4, idle:2, ... (default: auto)"
+    )
+    parser.add_argument(
+        "--scale-batch",
+        action="store_true",
+        help="multiply the batch size of training loaders by the number of devices",
+    )
+    parser.add_argument("--explain", action="store_true", help="print what would be done, and run nothing")
+    parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module, as python -m does")
+    return parser
+
+
 def parse(argv: Sequence[str]) -> RunArguments:
-    """Read a command line; raises ``ConfigError`` where it is not understood."""
-    words, options = _options(list(argv), {})
-    if words[:1] == ["-m"]:
-        if len(words) == 1:
-            raise ConfigError("-m needs the name of a module: duoka run -m package.train")
-        options["is_module"], words = True, words[1:]
-    if not words:
-        taken = str(options.get("device", ""))
-        eaten = f" --device has taken {taken!r} as its value." if taken.endswith((".py", ".ipynb")) else ""
-        raise ConfigError(f"which script?{eaten} duoka run train.py --device 0,1")
-    target, *rest = words
+    """Split a command line into duoka's options, the script, and the script's arguments; raises ``ConfigError``."""
+    before, rest = [], list(argv)
+    while rest and (count := _own_words(rest[0])):
+        before += rest[:count]
+        rest = rest[count:]
+    is_module = rest[:1] == ["-m"]
+    if is_module:
+        rest = rest[1:]
+    if not rest:
+        device = parser().parse(before).device
+        eaten = f" --device has taken {device!r} as its value." if device.endswith((".py", ".ipynb")) else ""
+        missing = "-m needs the name of a module" if is_module else "the script is missing"
+        raise ConfigError(f"{missing}.{eaten} Write duoka run train.py --device 0,1, or duoka run -m package.train")
+    target, *rest = rest
     if target.startswith("-"):
-        raise ConfigError(
-            f"there is no option {target!r} here: --device, --scale-batch, --explain, -m, or a script's name."
-        )
-    rest, options = _options_anywhere(rest, options)
-    return RunArguments(target, tuple(rest), **options)  # type: ignore[arg-type]
-
-
-def _options(words: list[str], options: dict[str, object]) -> tuple[list[str], dict[str, object]]:
-    """Take our options off the front."""
-    while words:
-        taken = _option(words)
-        if taken is None:
+        parser().parse([target])  # raises: it is not an option of duoka
+    named = {_name(word) for word in before}
+    after: list[str] = []
+    arguments: list[str] = []
+    while rest:
+        if rest[0] == "--":
+            arguments += rest[1:]
             break
-        name, value, words = taken
-        options[name] = value
-    return words, options
+        count = 0 if _name(rest[0]) in named else _own_words(rest[0])
+        (after if count else arguments).extend(rest[: count or 1])
+        rest = rest[count or 1 :]
+    options = parser().parse([*before, *after])
+    return RunArguments(target, tuple(arguments), is_module, options.device, options.scale_batch, options.explain)
 
 
-def _options_anywhere(words: list[str], options: dict[str, object]) -> tuple[list[str], dict[str, object]]:
-    """Take those of our options that did not stand before the script out of its arguments, up to ``--``."""
-    before = set(options)
-    rest: list[str] = []
-    while words:
-        if words[0] == "--":
-            return rest + words[1:], options
-        taken = _option(words)
-        if taken is None or taken[0] in before:
-            rest.append(words.pop(0))
-        else:
-            name, value, words = taken
-            options[name] = value
-    return rest, options
+def _own_words(word: str) -> int:
+    """Return the number of words of the option of duoka that begins with ``word``; 0 if ``word`` is no such option."""
+    if word in _DEVICE:
+        return 2
+    return int(word in _FLAGS or word.startswith(("--device=", "--devices=")))
 
 
-def _option(words: list[str]) -> tuple[str, object, list[str]] | None:
-    """Return the option that stands first, its value, and the words after it; ``None`` if none of ours stands there."""
-    word, *rest = words
-    if word in _FLAGS:
-        return _FLAGS[word], True, rest
-    if word.startswith("--device="):
-        return "device", word.partition("=")[2], rest
-    if word == "--device":
-        if not rest:
-            raise ConfigError("--device needs a value: auto, all, 0, 0,1, cpu:2, ...")
-        return "device", rest[0], rest[1:]
-    return None
+def _name(word: str) -> str:
+    """Return the name of an option, the same for both names of ``--device``."""
+    name = word.partition("=")[0]
+    return "--device" if name in _DEVICE else name
 
 
 def _check_ambiguity(argv: Sequence[str], request: RunArguments, program: Script) -> None:
-    """Refuse to guess whose option it is that stands after a script, or what a misspelt one means."""
+    """Refuse an option after the script that may be duoka's or the script's, or that is a misspelt one of duoka's."""
     script = argv.index(request.target)
     end = argv.index("--") if "--" in argv else len(argv)
-    before, after = (
-        [word.partition("=")[0] for word in words] for words in (argv[:script], argv[script + 1 : max(script + 1, end)])
-    )
-    ours = [name for name in ("--device", *_FLAGS) if name not in before]
-    for word in after:
+    before = {_name(word) for word in argv[:script]}
+    ours = [name for name in (*_DEVICE, *_FLAGS) if _name(name) not in before]
+    for word in (word.partition("=")[0] for word in argv[script + 1 : max(script + 1, end)]):
         is_the_scripts = re.search(rb"""["']%s["']""" % re.escape(word.encode()), program.source)
         if word in ours and is_the_scripts:
+            value = " SPEC" if word in _DEVICE else ""
             raise ConfigError(
-                f"{word} may be meant for duoka or for {request.target}, which has such an option itself. Put duoka's before "
-                f"the script: duoka run {word}{' SPEC' if word == '--device' else ''} {request.target} ..."
+                f"{word} may be meant for duoka or for {request.target}, which has such an option too. Write duoka's option "
+                f"before the script: duoka run {word}{value} {request.target} ..."
             )
-        close = difflib.get_close_matches(word, ours, n=1, cutoff=0.8) if word.startswith("--") else []
-        if close and word not in ours and not is_the_scripts:
+        close = did_you_mean(word, ours, cutoff=0.8) if word.startswith("--") and word not in ours else ""
+        if close and not is_the_scripts:
             raise ConfigError(
-                f"did you mean {close[0]} by {word}? {request.target} does not seem to have such an option; if it has, put it "
-                "after `--`."
+                f"{word} is no option of duoka, and {request.target} does not seem to have it; {close} Write an option of the "
+                "script after `--`."
             )
 
 
@@ -184,11 +171,11 @@ def _run_program(program: Script, request: RunArguments, devices: Sequence[torch
 
     with RunSession(devices, scale_batch=request.scale_batch, source=program.source) as session:
         status = program.run()
-    _say(session, completed=status == 0)
+    _print_report(session, completed=status == 0)
     return status
 
 
-def _say(session: RunSession, *, completed: bool) -> None:
+def _print_report(session: RunSession, *, completed: bool) -> None:
     from rich.console import Console
 
     from duoka.script_runner.report import print_report
@@ -202,7 +189,7 @@ def _run_notebook(request: RunArguments) -> int:
     from duoka.script_runner import run_notebook
 
     if request.explain:
-        raise ConfigError("--explain reads scripts; a notebook is run, or left alone.")
+        raise ConfigError("--explain reads scripts, not notebooks: leave it out to run the notebook")
     if request.arguments:
         raise ConfigError(f"a notebook takes no arguments: {' '.join(request.arguments)}")
     status, target, report = run_notebook(Path(request.target), request.device, scale_batch=request.scale_batch)

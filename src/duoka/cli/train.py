@@ -1,4 +1,4 @@
-"""``duoka train RECIPE``: train a recipe, and say what came of it."""
+"""``duoka train RECIPE``: train a recipe and print its results."""
 
 from __future__ import annotations
 
@@ -6,52 +6,67 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from duoka.cli.console import console
+from duoka.cli.main import command_parser
 
 if TYPE_CHECKING:
     from duoka.recipes.common.registry import RecipeOutcome
+    from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["SUMMARY", "run"]
-
-SUMMARY = "train a recipe on every device"
+__all__ = ["add_subcommands", "parser", "print_outcome", "run"]
 
 
 def run(argv: Sequence[str]) -> int:
     """Train the recipe that ``argv`` names first, with the options that follow; return the exit status."""
-    from duoka.recipes.common import registry
-    from duoka.recipes.common.config import read
-    from duoka.recipes.common.recipe_run import no_empty_folder
+    from duoka.recipes.common.config import read_config
+    from duoka.recipes.common.recipe_run import remove_empty_run_dir
+    from duoka.recipes.common.registry import find_recipe
 
     if not argv or argv[0] in ("-h", "--help"):
         console().print(_recipes())
         return 0
     name, *options = argv
-    recipe = registry.find(name)
-    with no_empty_folder():
-        outcome = recipe.train(read(recipe.Config, options, recipe=name))
-    show(outcome)
+    recipe = find_recipe(name)
+    with remove_empty_run_dir():
+        outcome = recipe.train(read_config(recipe.Config, options, recipe=name))
+    print_outcome(outcome)
     return 0
 
 
-def show(outcome: RecipeOutcome) -> None:
-    """Print what a training or an evaluation came to, once for all ranks of a job."""
+def parser() -> ArgumentParser:
+    """Return the command's parser, for shell completion; ``run`` builds the parser of one recipe."""
+    return command_parser("train")
+
+
+def add_subcommands(parser: ArgumentParser) -> None:
+    """Add every recipe to the command's parser."""
+    from duoka.recipes.common.config import recipe_parser
+    from duoka.recipes.common.registry import RECIPES, find_recipe
+
+    recipes = parser.add_subcommands(metavar="RECIPE")
+    for name, entry in RECIPES.items():
+        recipes.add_subcommand(name, recipe_parser.__wrapped__(find_recipe(name).Config, name), help=entry.summary)
+
+
+def print_outcome(outcome: RecipeOutcome) -> None:
+    """Print the results of a training or an evaluation, on rank 0."""
     from duoka import current_world
 
     if not current_world().is_main:
         return
     out = console()
     for name, value in outcome.results.items():
-        out.print(f"{name.replace('_', ' ')}: {_brief(value)}")
+        out.print(f"{name.replace('_', ' ')}: {_format_number(value)}")
     out.print(f"run folder: {outcome.run.folder}", soft_wrap=True)
     out.print(f"next: {outcome.next_step}", soft_wrap=True)
 
 
-def _brief(value: float) -> str:
-    """Return a number with four decimals, or four digits where these would show nothing of it."""
+def _format_number(value: float) -> str:
+    """Return a number with four decimals, or with four digits if decimals would show nothing of it."""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _recipes() -> str:
-    """Return the list of recipes."""
+    """Return the usage, and the list of recipes."""
     from duoka.recipes.common.registry import RECIPES
 
     width = max(map(len, RECIPES))

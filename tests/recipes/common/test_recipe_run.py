@@ -6,7 +6,7 @@ import pytest
 
 from duoka.errors import ConfigError, DataError, StorageError
 from duoka.recipes.common import registry
-from duoka.recipes.common.recipe_run import RecipeRun, no_empty_folder
+from duoka.recipes.common.recipe_run import RecipeRun, remove_empty_run_dir
 
 
 def test_runs_of_the_same_second_and_name_have_folders_of_their_own(tmp_path):
@@ -60,21 +60,21 @@ def test_results_come_back_as_they_were_and_leave_nothing_else(tmp_path):
 
 def test_every_recipe_of_the_table_offers_what_the_commands_call():
     for name in registry.RECIPES:
-        recipe = registry.find(name)
+        recipe = registry.find_recipe(name)
         for part in ("Config", "train", "evaluate", "predict"):
             assert callable(getattr(recipe, part)), (name, part)
 
 
 def test_an_unknown_recipe_is_answered_with_what_there_is():
     with pytest.raises(ConfigError, match=r"no recipe `cifar-100`: did you mean `cifar100`\?"):
-        registry.find("cifar-100")
+        registry.find_recipe("cifar-100")
     with pytest.raises(ConfigError, match="there is cifar100"):
-        registry.find("zzz")
+        registry.find_recipe("zzz")
 
 
 def test_a_run_that_is_interrupted_before_it_writes_leaves_no_folder(tmp_path):
     def interrupted(*, late: bool) -> None:
-        with no_empty_folder():
+        with remove_empty_run_dir():
             run = RecipeRun.new(tmp_path / "made" / "runs", "cifar100", "x")
             if late:
                 run.log("begun")

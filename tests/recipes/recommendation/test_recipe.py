@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from duoka import Callback, Trainer
 from duoka.cli.main import main
 from duoka.errors import ConfigError
-from duoka.recipes.common.config import of_run
+from duoka.recipes.common.config import config_of_run
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.datasets import negative_sampling, synthetic_movielens
 from duoka.recipes.datasets.movielens import ML1MDataset
@@ -118,7 +118,7 @@ def ask(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_recommendations_have_reasons_and_no_seen_film(run, data, capsys):
-    model = load_model(RecipeRun.at(run), of_run(RecommendationConfig, RecipeRun.at(run)), data)
+    model = load_model(RecipeRun.at(run), config_of_run(RecommendationConfig, RecipeRun.at(run)), data)
     vectors = torch.nn.functional.normalize(model.item_vectors())
     for user in (1, 42):
         status, out, _ = ask(capsys, str(run), "--user", str(user), "-k", "5", "--json")

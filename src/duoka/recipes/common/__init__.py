@@ -1,1 +1,1 @@
-"""recipes.common"""
+"""Code that all recipes share."""

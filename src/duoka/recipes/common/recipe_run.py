@@ -1,4 +1,4 @@
-"""A run's folder: where it is made, what lies in it, and how it is found again."""
+"""Folder of one recipe run: its files, its creation, and the trainer's options for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,32 +19,48 @@ from duoka.errors import ConfigError, DataError, StorageError
 from duoka.launcher import launch
 from duoka.log import logger
 from duoka.trainer import Callback, State
+from duoka.utils.files import atomic_write
 from duoka.world import current_world
 
-__all__ = ["DATA", "ConfigWriter", "RecipeRun", "folder_of", "no_empty_folder", "refuse_other_data", "run_options"]
+__all__ = [
+    "DATA",
+    "ConfigWriter",
+    "RecipeRun",
+    "config_text",
+    "refuse_other_data",
+    "remove_empty_run_dir",
+    "run_dir_for",
+    "run_options",
+]
 
 DATA = "data.json"
-"""The file of a run that says what its data are."""
+"""File of a run that describes its data."""
 SHORT = 60
-"""Characters of a fact in a message."""
+"""Largest number of characters of a value in a message."""
 
-_made: list[Path] = []
-"""The folders that were made within ``no_empty_folder``, each before the one that it is in."""
+_created: list[Path] = []
+"""Folders that were created within ``remove_empty_run_dir``, each before its parent."""
 
 
 @contextlib.contextmanager
-def no_empty_folder() -> Iterator[None]:
-    """Where the block is interrupted or fails before anything was written, leave no empty run's folder behind."""
-    _made.clear()
+def remove_empty_run_dir() -> Iterator[None]:
+    """Remove the run's folder if the block fails, or is interrupted, before it has written anything."""
+    _created.clear()
     try:
         yield
     except BaseException:
-        for folder in _made:
+        for folder in _created:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
         raise
     finally:
-        _made.clear()
+        _created.clear()
+
+
+def config_text(recipe: str, config: Any) -> str:
+    """Return every option of the dataclass ``config`` as YAML, which ``duoka train RECIPE -c`` reads."""
+    options = {"recipe": recipe, **dataclasses.asdict(config)}
+    return str(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
 
 @dataclass(frozen=True)
@@ -56,10 +71,10 @@ class RecipeRun:
 
     @classmethod
     def new(cls, out: str | Path, recipe: str, name: str) -> RecipeRun:
-        """Make ``out/recipe/<time>-name``, a folder that nobody else has.
+        """Create ``out/recipe/<time>-name``, with a number where another run has that name.
 
         Raises:
-            StorageError: the folder cannot be made.
+            StorageError: the folder cannot be created.
 
         """
         stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
@@ -71,12 +86,12 @@ class RecipeRun:
                 folder.mkdir(parents=True)
             except FileExistsError:
                 if not folder.is_dir():
-                    raise StorageError(_cannot_make(folder, "a file is in its place")) from None
+                    raise StorageError(_cannot_create(folder, "a file is in its place")) from None
                 number += 1
             except OSError as error:
-                raise StorageError(_cannot_make(folder, error.strerror or str(error))) from error
+                raise StorageError(_cannot_create(folder, error.strerror or str(error))) from error
             else:
-                _made.extend((folder, *absent))
+                _created.extend((folder, *absent))
                 return cls(folder)
 
     @classmethod
@@ -94,21 +109,21 @@ class RecipeRun:
 
     @property
     def config(self) -> Path:
-        """All options, as they were resolved: ``duoka train RECIPE -c`` repeats the run."""
+        """File of all options, resolved: ``duoka train RECIPE -c`` repeats the run."""
         return self.folder / "config.yml"
 
     @property
     def model(self) -> Path:
-        """The trained weights."""
+        """File of the trained weights."""
         return self.folder / "model.safetensors"
 
     @property
     def plots(self) -> Path:
-        """The folder of pictures."""
+        """Folder of pictures."""
         return self.folder / "plots"
 
     def sample(self, name: str) -> Path:
-        """Return the file of an image to try the model with, one of the class ``name``."""
+        """Return the file of an image of the class ``name``, to try the model with."""
         return self.folder / "samples" / f"{name}.png"
 
     def log(self, text: str) -> None:
@@ -122,13 +137,13 @@ class RecipeRun:
 
     @contextlib.contextmanager
     def resumable(self, recipe: str) -> Iterator[None]:
-        """Where the user interrupts the block, say how to go on."""
+        """Log the command that continues the run if the user interrupts the block."""
         try:
             yield
         except KeyboardInterrupt:
             if not self.config.is_file():
-                raise  # it had not begun
-            logger.warning("stopped; go on with: duoka train %s --resume %s", recipe, self.folder)
+                raise  # nothing has been written
+            logger.warning("stopped; continue with: duoka train %s --resume %s", recipe, self.folder)
             raise
 
     def recipe(self) -> str:
@@ -142,32 +157,32 @@ class RecipeRun:
         """Return the trained weights' file.
 
         Raises:
-            DataError: the run has not come to its end.
+            DataError: the run is not finished.
 
         """
         if not self.model.is_file():
             remedy = f"finish it with `duoka train {self.recipe()} --resume {self.folder}`"
-            raise DataError(f"the run {self.folder} has no {self.model.name}, it was stopped: {remedy}")
+            raise DataError(f"the run {self.folder} has no {self.model.name}: it was stopped; {remedy}")
         return self.model
 
     def write_config(self, recipe: str, config: Any) -> None:
         """Write every option of the dataclass ``config``."""
-        options = {"recipe": recipe, **dataclasses.asdict(config)}
-        self._write("config.yml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        self.write_text("config.yml", config_text(recipe, config))
 
     def write_results(self, results: Any, name: str = "results.json") -> None:
-        """Write what the run came to."""
-        self._write(name, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        """Write results as JSON."""
+        self.write_text(name, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a page for people."""
-        self._write(name, text)
+        """Write a text file, whole or not at all."""
+        with atomic_write(self.folder / name) as file:
+            file.write(text.encode())
 
     def read_results(self, *needed: str) -> dict[str, Any]:
         """Return what ``write_results`` wrote.
 
         Raises:
-            DataError: it is not there, damaged, or lacks one of the entries ``needed``.
+            DataError: the file is missing or damaged, or lacks one of the entries ``needed``.
 
         """
         path = self.folder / "results.json"
@@ -183,56 +198,37 @@ class RecipeRun:
             raise DataError(f"{path} lacks {', '.join(missing)}: {remedy}")
         return results
 
-    def _write(self, name: str, text: str) -> None:
-        """Write a small file so that a reader sees all of it or none."""
-        part = self.folder / f".{name}.part"
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.folder / name)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise StorageError(f"cannot write {self.folder / name}: {error}") from error
-
 
 class ConfigWriter(Callback):
-    """Writes a run's ``config.yml`` when its training begins: a checkpoint that was refused leaves the one that fits it."""
+    """Writes a run's ``config.yml`` when training begins, so that a refused checkpoint leaves the old file."""
 
     def __init__(self, run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] | None = None) -> None:
         self.run, self.recipe, self.config, self.facts = run, recipe, config, facts
 
     def on_fit_start(self, state: State) -> None:  # noqa: ARG002
-        """Write it, and what the data are, so that the run does not go on with others."""
+        """Write the options, and a description of the data that ``refuse_other_data`` reads."""
         self.run.write_config(self.recipe, self.config)
         if self.facts is not None:
             self.run.write_results(self.facts, DATA)
 
 
-def folder_of(recipe: str, config: Any, devices: str | Sequence[torch.device]) -> RecipeRun:
-    """Return the folder of ``config``'s run, the same for every rank of a job that others started; made if it is new.
-
-    ``config`` has ``resume``, ``out`` and ``name``.
-    """
-    run = launch(_folder_on_main, recipe, config, devices=devices if isinstance(devices, str) else list(devices))
-    assert run is not None  # rank 0 has made it
+def run_dir_for(recipe: str, config: Any, devices: str | Sequence[torch.device]) -> RecipeRun:
+    """Return the folder of ``config``'s run, the same on every rank of a cluster job; rank 0 creates it if it is new."""
+    run = launch(_run_dir_on_rank_zero, recipe, config, devices=devices if isinstance(devices, str) else list(devices))
+    assert run is not None  # rank 0 returns it
     return run
 
 
-def _folder_on_main(recipe: str, config: Any) -> RecipeRun | None:
+def _run_dir_on_rank_zero(recipe: str, config: Any) -> RecipeRun | None:
     if not current_world().is_main:
         return None
     return RecipeRun.at(config.resume) if config.resume else RecipeRun.new(config.out, recipe, config.name)
 
 
 def run_options(run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the trainer's options for the run's folder; its configuration is written when a checkpoint was accepted.
-
-    ``facts`` are what the data are, for ``refuse_other_data``.
-    """
+    """Return the trainer's options for the run's folder; ``facts`` describe the data, for ``refuse_other_data``."""
     if config.resume and not (run.folder / "checkpoint" / "last.pt").exists() and current_world().is_main:
-        logger.warning("%s was stopped before anything was saved: it begins at its first epoch", run.folder)
+        logger.warning("%s has no checkpoint: training begins at the first epoch", run.folder)
     return {
         "out_dir": run.folder,
         "resume": "auto" if config.resume else False,
@@ -241,10 +237,10 @@ def run_options(run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] 
 
 
 def refuse_other_data(run: RecipeRun, facts: dict[str, Any], source: str) -> None:
-    """Refuse to go on with ``run`` where ``source`` has other ``facts`` than the run began with, but for rounding.
+    """Refuse to continue ``run`` if the data of ``source`` differ, except for rounding, from those that it began with.
 
     Raises:
-        DataError: the fact that differs, then and now.
+        DataError: the value that differs, then and now.
 
     """
     path = run.folder / DATA
@@ -254,9 +250,8 @@ def refuse_other_data(run: RecipeRun, facts: dict[str, Any], source: str) -> Non
     for name, now in facts.items():
         if not _alike(before.get(name), now):
             raise DataError(
-                f"{source} is not what the run {run.folder} began with: its {name} now {_short(now)}, then "
-                f"{_short(before.get(name))}; weights that have learnt from the one cannot be tested on the other: give the "
-                "file of then, or begin a new run without --resume"
+                f"{source} differs from the data that the run {run.folder} began with: {name} is {_short(now)} now and was "
+                f"{_short(before.get(name))}; give the same file as then, or begin a new run without --resume"
             )
 
 
@@ -273,26 +268,26 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHORT else f"{text[: SHORT - 4]} ..."
 
 
-def _cannot_make(folder: Path, why: str) -> str:
-    """Say that a run's folder cannot be made; a file in the way is named."""
+def _cannot_create(folder: Path, why: str) -> str:
+    """Return the message for a run's folder that cannot be created; it names a file in the way."""
     for place in (*folder.parents, folder):
         if place.is_file():
             why = f"{place} is a file"
-    return f"cannot make the run's folder {folder}: {why}: choose another --out"
+    return f"cannot create the run's folder {folder}: {why}: choose another --out"
 
 
 def _what_there_is(path: Path) -> str:
-    """Say what is in the place of a run, and what to do."""
+    """Return what is at ``path`` instead of a run, and what to do."""
     if path.is_file():
         runs = [folder for folder in path.absolute().parents if (folder / "config.yml").is_file()]
         return f"it is a file of the run {runs[0]}: give that folder" if runs else "it is a file; give a run's folder"
     if not path.is_dir():
-        return "the folder is not there; give a folder that `duoka train` has named"
+        return "the folder does not exist; give a folder that `duoka train` has named"
     if (path / "trainer.yml").is_file():
         return (
-            "the folder is of a Trainer of your own, not of `duoka train`, which alone knows model and data; load the "
+            "the folder is of a Trainer of your own, and only `duoka train` saves model and data with a run; load the "
             "weights in your script with duoka.load, and call Trainer.evaluate or Trainer.predict there"
         )
     if not any(path.iterdir()):
-        return "the folder is empty, as the run was stopped before it began; start it again"
+        return "the folder is empty: the run was stopped before it began; start it again"
     return "the folder holds no config.yml; give a folder that `duoka train` has named"

@@ -11,10 +11,11 @@ from typing import Any
 
 from duoka.errors import ConfigError
 from duoka.recipes.common import registry
-from duoka.recipes.common.config import COMMAND_LINE, canonical, read_yaml, typed, typed_options
+from duoka.recipes.common.config import make_config, parse_options, read_yaml
 
 __all__ = ["RESERVED_KEYS", "ExperimentSpec", "Trial", "read_experiment"]
 
+COMMAND_LINE = "the command line"
 KEYS = ("recipe", "name", "base", "variants", "baseline", "seeds", "metric", "better")
 RESERVED_KEYS = ("out", "name", "resume", "seed")
 """Options of recipes that the experiment sets."""
@@ -39,9 +40,9 @@ class Trial:
 
     def config(self, **changes: Any) -> Any:
         """Return the recipe's configuration."""
-        kind = registry.find(self.recipe).Config
+        kind = registry.find_recipe(self.recipe).Config
         options = {**self.options, "seed": self.seed, **changes}
-        return typed(kind, options, f"the variant {self.variant!r}", recipe=self.recipe)
+        return make_config(kind, options, f"the variant {self.variant!r}", recipe=self.recipe)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def read_experiment(
     """
     is_file = source.endswith((".yml", ".yaml"))
     if not is_file and not sweep:
-        registry.find(source)
+        registry.find_recipe(source)
         raise ConfigError(
             f"`{source}` alone has nothing to compare: add --sweep lr=0.001,0.01, or give a file of variants"
         )
@@ -92,7 +93,7 @@ def read_experiment(
         raise ConfigError(f"unknown key `{unknown[0]}` in {where}: there is {', '.join(KEYS)}")
     if not isinstance(document.get("recipe"), str):
         raise ConfigError(f"{where} does not say which recipe it compares: add the line `recipe: tiny-imagenet`")
-    registry.find(document["recipe"])
+    registry.find_recipe(document["recipe"])
     base = _base(document, where, changes or {})
     variants = _apply_sweeps(_variants(document, where, bool(sweep)), sweep)
     baseline = str(document.get("baseline", next(iter(variants))))
@@ -100,9 +101,11 @@ def read_experiment(
         raise ConfigError(f"`baseline` is {baseline!r} in {where}: it must be a variant: {', '.join(variants)}")
     name = str(document.get("name", Path(source).stem))
     folder = Path(out) / "compare" / _safe(name)
+    kind, recipe = registry.find_recipe(document["recipe"]).Config, document["recipe"]
+    parsed = {name: parse_options(kind, own, f"the variant {name!r}", recipe=recipe) for name, own in variants.items()}
     trials = tuple(
-        Trial(document["recipe"], variant, seed, {**base, **options}, folder / f"{_safe(variant)}-seed{seed}")
-        for variant, options in variants.items()
+        Trial(recipe, variant, seed, {**base, **options}, folder / f"{_safe(variant)}-seed{seed}")
+        for variant, options in parsed.items()
         for seed in _seeds(document, where)
     )
     if len({trial.folder for trial in trials}) < len(trials):
@@ -119,11 +122,14 @@ def read_experiment(
 
 def _base(document: Mapping[str, Any], where: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of all variants; those of the command line override the file's."""
-    kind, base = registry.find(document["recipe"]).Config, _mapping(document, "base", where)
+    kind, base = registry.find_recipe(document["recipe"]).Config, _mapping(document, "base", where)
     for options, place in ((base, f"`base` of {where}"), (changes, COMMAND_LINE)):
         _reject_reserved(options, place)
-        typed_options(kind, options, place, recipe=document["recipe"])
-    return {**canonical(base, where), **canonical(changes, COMMAND_LINE)}
+    recipe = document["recipe"]
+    return {
+        **parse_options(kind, base, f"`base` of {where}", recipe=recipe),
+        **parse_options(kind, changes, COMMAND_LINE, recipe=recipe),
+    }
 
 
 def _reject_reserved(options: Mapping[str, Any], where: str) -> None:
@@ -156,8 +162,7 @@ def _variants(document: Mapping[str, Any], where: str, swept: bool) -> dict[str,
         if swept:
             return {"": {}}
         raise ConfigError(f"{where} has no variants: write `variants:`, and a name and its keys a line below it")
-    place = f"`variants` in {where}"
-    return {str(name): canonical(_mapping(variants, name, place), place) for name in variants}
+    return {str(name): _mapping(variants, name, f"`variants` in {where}") for name in variants}
 
 
 def _apply_sweeps(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -172,10 +177,7 @@ def _apply_sweeps(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> 
     if not columns:
         return variants
     return {
-        " ".join(filter(None, [name, *(f"{key}={value}" for key, value in chosen)])): {
-            **options,
-            **canonical(dict(chosen), COMMAND_LINE),
-        }
+        " ".join(filter(None, [name, *(f"{key}={value}" for key, value in chosen)])): {**options, **dict(chosen)}
         for name, options in variants.items()
         for chosen in itertools.product(*columns)
     }

@@ -65,7 +65,7 @@ def _check_devices_and_data(trials: Sequence[Trial]) -> None:
     """Raise for missing devices or data before anything is written; read data that trials share once."""
     checked: list[dict[str, Any]] = []
     for trial in trials:
-        config, load = trial.config(), getattr(registry.find(trial.recipe), "load", None)
+        config, load = trial.config(), getattr(registry.find_recipe(trial.recipe), "load", None)
         resolve(config.device)
         options = {key: getattr(config, key) for key in getattr(config, "DATA", ())}
         if load is not None and options not in checked:

@@ -35,7 +35,7 @@ def run_trial(trial: Trial, **changes: Any) -> str:
     interrupted = _latest_run(trial)
     try:
         where = {"out": str(trial.folder), "resume": str(interrupted.folder) if interrupted else None}
-        registry.find(trial.recipe).train(trial.config(**where, **changes))
+        registry.find_recipe(trial.recipe).train(trial.config(**where, **changes))
     except Exception as error:  # of any kind: the other trials continue
         reason = first_line(error) if isinstance(error, DuokaError) else f"{type(error).__name__}: {first_line(error)}"
         error_file.write_text(f"{reason}\n\n{traceback.format_exc()}", encoding="utf-8")

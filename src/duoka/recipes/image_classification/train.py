@@ -13,7 +13,7 @@ from torch import nn
 from duoka import checkpoint, data, devices
 from duoka.devices.cpu import loader_workers
 from duoka.log import logger
-from duoka.recipes.common.recipe_run import RecipeRun, folder_of, run_options
+from duoka.recipes.common.recipe_run import RecipeRun, run_dir_for, run_options
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
 from duoka.recipes.datasets.image_loader import Collate, loader
 from duoka.recipes.datasets.images import ImageSet
@@ -68,7 +68,7 @@ class ImageRecipe(ABC):
         images = self.load(config)
         self.check_images(config, images, int(os.environ.get("WORLD_SIZE", 0)) or len(chosen))
         metadata = DatasetMetadata.of(images)
-        run = folder_of(self.name, config, chosen)
+        run = run_dir_for(self.name, config, chosen)
         torch.manual_seed(config.seed)
         model = self.build_model(config, metadata)
         trainer = self._trainer(model, config, images, metadata, **run_options(run, self.name, config))

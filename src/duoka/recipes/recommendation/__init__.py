@@ -13,8 +13,8 @@ from typing import Any
 
 from duoka import current_world, devices, save
 from duoka.errors import ConfigError
-from duoka.recipes.common.config import of_run
-from duoka.recipes.common.recipe_run import RecipeRun, folder_of, refuse_other_data
+from duoka.recipes.common.config import config_of_run
+from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_dir_for
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
 from duoka.recipes.datasets.movielens import ML1MDataset
 from duoka.recipes.recommendation import inference
@@ -37,7 +37,7 @@ def train(config: RecommendationConfig) -> RecipeOutcome:
     devices.resolve(config.device)  # reports a missing device before any download
     _check_stage1_options(config)
     data = _load_data(config, RecipeRun.at(config.resume) if config.resume else None)
-    run = folder_of(NAME, config, config.device)
+    run = run_dir_for(NAME, config, config.device)
     with run.resumable(NAME):
         stages = train_stages(config, data, run)
         best = max(stages, key=lambda stage: stage.validation[BEST_METRIC])
@@ -82,7 +82,7 @@ def _check_stage1_options(config: RecommendationConfig) -> None:
     run = RecipeRun.at(config.resume)
     if not (run.folder / "stage-2" / "checkpoint").is_dir():
         return
-    original = of_run(RecommendationConfig, run)
+    original = config_of_run(RecommendationConfig, run)
     for option in ("epochs", "patience", "eval_every_epochs"):
         before, now = getattr(original, option), getattr(config, option)
         if before != now:

@@ -12,7 +12,7 @@ from typing import cast
 
 from duoka.errors import ConfigError
 from duoka.recipes.common.recipe_run import RecipeRun
-from duoka.recipes.common.registry import Prediction, RecipeOutcome, Written
+from duoka.recipes.common.registry import PredictedTable, Prediction, RecipeOutcome
 from duoka.recipes.time_series import forecasting, regression
 from duoka.recipes.time_series.config import TimeSeriesConfig
 
@@ -44,9 +44,9 @@ def predict(
     raise ConfigError(f"a run of the informer predicts from a table: duoka predict {run.folder} --from {example}")
 
 
-def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Written:
+def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> PredictedTable:
     """Write a forecast beyond the end of a CSV file, or a prediction for each of its rows."""
-    return cast("Written", _task(config).predict_table(run, config.resolved(), source))
+    return cast("PredictedTable", _task(config).predict_table(run, config.resolved(), source))
 
 
 def load(config: TimeSeriesConfig) -> forecasting.ForecastData | regression.TableRows:

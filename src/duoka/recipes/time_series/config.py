@@ -1,14 +1,13 @@
-"""The options of the recipe ``informer``, and what those that are left open come to."""
+"""Options of the recipe ``informer``, and the defaults that depend on others."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from duoka.errors import ConfigError
-from duoka.recipes.common.config import at_least, check
+from duoka.recipes.common.config import RunOptions
 from duoka.recipes.models.informer import InformerSize
 from duoka.recipes.models.tabular_regressor import SMALL_SIZE
 
@@ -16,7 +15,7 @@ __all__ = ["NAME", "TimeSeriesConfig"]
 
 NAME = "informer"
 LENGTHS = {"M": (48, 48, 24), "MS": (96, 48, 24), "S": (720, 168, 24)}
-"""seq_len, label_len and pred_len by what is forecast: the authors' script for ETTh1, horizon 24; for MS their defaults."""
+"""seq_len, label_len and pred_len by ``features``: the authors' script for ETTh1, horizon 24; for MS their defaults."""
 FORECAST: dict[str, Any] = {
     "batch_size": 32,
     "epochs": 6,
@@ -38,192 +37,128 @@ REGRESS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class TimeSeriesConfig:
+class TimeSeriesConfig(RunOptions):
     """Forecast series, or predict some columns of a table from others.
 
     A forecast's weights are those of the epoch that is best on the validation part; the test part chooses nothing.
     """
 
     task: Literal["forecast", "regress"] = "forecast"
-    """``forecast``: the next steps of series with dates. ``regress``: some columns of a table from other columns."""
+    """forecast: the next steps of series with dates; regress: some columns of a table from other columns."""
     csv: str | None = None
-    """The table: a first line of names, then numbers; null (forecast only) takes ``dataset``."""
+    """Table: a first line of names, then numbers. Default: ``dataset``, for forecast only."""
     dataset: Literal["ETTh1", "ETTh2", "ETTm1", "ETTm2"] = "ETTh1"
-    """Which set of transformer temperatures is forecast where there is no ``csv``."""
+    """Series of transformer temperatures to forecast if there is no ``csv``."""
     root: str = "./data"
-    """Folder of these sets."""
+    """Folder of these series."""
     download: bool = True
-    """Whether such a set may be downloaded (2 to 10 MB) when ``root`` does not have it."""
+    """Download such a series (2 to 10 MB) if ``root`` has none."""
     fill: bool = False
-    """Whether missing values, and missing dates, are interpolated between their neighbours; otherwise they are refused.
-    What follows a gap is looked at for that, so errors of forecasts that begin in one come out a little too small."""
+    """Interpolate missing values and missing dates between their neighbors, instead of refusing them. Interpolation reads
+    values after a gap, so errors of forecasts that begin in one are a little too small."""
     inputs: str | None = None
-    """Columns to learn from, by names or positions from 1 (``HUFL,HULL``, ``1-10``); null is all that are no target or date."""
+    """Columns to learn from, by names or positions from 1: HUFL,HULL or 1-10. Default: all that are no target or date."""
     targets: str | None = None
-    """Columns to predict, likewise; null is the last two for regress, all for M, the last for S and MS."""
+    """Columns to predict, likewise. Default: the last two for regress, all for M, the last for S and MS."""
 
     train_rows: int | None = None
-    """Regress: rows drawn at random for training, the rest are for the test; null is 10,000 if there are more, else 80 %."""
+    """Regress: rows drawn at random for training; the rest are for the test. Default: 10,000 if there are more, else 80 %."""
     split_seed: int = 0
-    """Regress: decides which rows those are; apart from ``seed``, so that runs with other seeds are tested on the same."""
+    """Regress: seed that chooses these rows, apart from ``seed``: runs with other seeds have the same test rows."""
 
     date: str = "date"
-    """Forecast: the column of dates, by name or position."""
+    """Forecast: column of dates, by name or position."""
     features: Literal["M", "S", "MS"] = "M"
     """Forecast: all series from all (M), one from itself (S), or one from all (MS)."""
     seq_len: int | None = None
-    """Forecast: steps of the past that are looked at; null is 48 for M, 96 for MS, 720 for S."""
+    """Forecast: steps of the past that the encoder reads. Default: 48 for M, 96 for MS, 720 for S."""
     label_len: int | None = None
-    """Forecast: last steps of them that the decoder starts from; null is 48, for S 168."""
+    """Forecast: last steps of the past that the decoder starts from. Default: 48; 168 for S."""
     pred_len: int | None = None
-    """Forecast: steps to forecast; null is 24."""
+    """Forecast: steps to forecast. Default: 24."""
     split: Literal["auto", "paper", "ratio"] = "auto"
-    """Forecast: 12, 4 and 4 months (paper), or 70, 10 and 20 % (ratio); auto is paper for files called ETTh... and ETTm..."""
+    """Forecast: 12, 4 and 4 months (paper), or 70, 10 and 20 % (ratio); auto is paper for files named ETTh... and ETTm..."""
     inverse: bool = False
-    """Forecast: whether the numbers that are printed are in the columns' own units; results.json has both."""
+    """Forecast: print numbers in the columns' own units; results.json has both."""
     baselines: bool = True
-    """Forecast: whether the last value, last season and DLinear are measured beside the Informer."""
+    """Forecast: also measure the last value, the last season and DLinear."""
 
     attention: Literal["prob", "full"] = "prob"
     """ProbSparse attention, or full."""
     factor: int = 5
-    """ProbSparse's sampling factor: it takes this many times ln(length) queries and keys."""
+    """ProbSparse's sampling factor: it selects this many times ln(length) queries and keys."""
     distil: bool = True
-    """Whether the encoder halves its sequence between layers."""
+    """Halve the encoder's sequence between layers."""
     width: int | None = None
-    """Width of the model; null is 512, for regress 64."""
+    """Width of the model. Default: 512; 64 for regress."""
     heads: int | None = None
-    """Attention heads; null is 8, for regress 4."""
+    """Attention heads. Default: 8; 4 for regress."""
     hidden: int | None = None
-    """Width within feed-forward parts; null is 2048, for regress 128."""
+    """Width within feed-forward parts. Default: 2048; 128 for regress."""
     encoder_layers: int = 2
     """Layers of the encoder."""
     decoder_layers: int = 1
     """Forecast: layers of the decoder."""
     dropout: float | None = None
-    """Share of features dropped in training: 0 to 1; null is 0.05, for regress 0.1."""
+    """Share of features dropped in training: 0 to 1. Default: 0.05; 0.1 for regress."""
 
-    device: str = "auto"
-    """What to compute on: auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:2, idle, idle:2."""
     batch_size: int | None = None
-    """Batch size, in windows or rows (see ``batch_size_means``); null is 32, for regress 1024."""
-    batch_size_means: Literal["per_device", "global"] = "global"
-    """Whether ``batch_size`` is each device's, or all devices' together."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of forward and backward."""
-
+    """Windows or rows in a batch; see ``batch_size_means``. Default: 32; 1024 for regress."""
     epochs: int | None = None
-    """How many times the training data are gone through, at most; null is 6, for regress 300."""
+    """Largest number of passes over the training data. Default: 6; 300 for regress."""
     optimizer: Literal["adam", "adamw"] | None = None
-    """What changes the weights; null is adam, for regress adamw."""
+    """Optimizer. Default: adam; adamw for regress."""
     lr: float | None = None
-    """Learning rate; null is 0.0001, for regress 0.001."""
+    """Default: 0.0001; 0.001 for regress."""
     weight_decay: float | None = None
-    """Weight decay; null is 0, for regress 0.0001."""
+    """Default: 0; 0.0001 for regress."""
     scheduler: Literal["halving", "cosine", "none"] | None = None
-    """How the learning rate changes: half after each epoch but the first, a cosine to 0, or not; null: halving, cosine."""
+    """Learning-rate schedule: half after each epoch but the first, a cosine to 0, or constant. Default: halving; cosine for
+    regress."""
     patience: int | None = None
-    """Forecast: stop after this many epochs without a better validation; 0 never stops, and keeps the best; null is 3."""
-    seed: int = 0
-    """Decides the first weights, the order of the samples and dropout."""
-
-    out: str = "runs"
-    """Folder of all runs; this one becomes OUT/informer/TIME-NAME."""
+    """Forecast: stop after this many epochs without a better validation; 0 never stops, and keeps the best. Default: 3."""
     name: str | None = None
-    """The run's name; null is made of task and file."""
-    resume: str | None = None
-    """A stopped run's folder, to go on with it there, with its own options unless others are given."""
+    """Default: made of task and file."""
 
     FIXED = (
-        "task",
-        "dataset",
-        "inputs",
-        "targets",
-        "train_rows",
-        "split_seed",
-        "features",
-        "seq_len",
-        "label_len",
-        "pred_len",
-        "split",
-        "attention",
-        "distil",
-        "width",
-        "heads",
-        "hidden",
-        "encoder_layers",
-        "decoder_layers",
-        "optimizer",
-        "scheduler",
-    )
+        "task", "dataset", "inputs", "targets", "train_rows", "split_seed", "features", "seq_len", "label_len",
+        "pred_len", "split", "attention", "distil", "width", "heads", "hidden", "encoder_layers", "decoder_layers",
+        "optimizer", "scheduler",
+    )  # fmt: skip
     PLANNED = ("cosine",)
     DATA = (
-        "task",
-        "csv",
-        "dataset",
-        "root",
-        "download",
-        "fill",
-        "inputs",
-        "targets",
-        "train_rows",
-        "split_seed",
-        "date",
-        "features",
-        "seq_len",
-        "label_len",
-        "pred_len",
-        "split",
-    )
+        "task", "csv", "dataset", "root", "download", "fill", "inputs", "targets", "train_rows", "split_seed",
+        "date", "features", "seq_len", "label_len", "pred_len", "split",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check(self)
-        for option in (
-            "batch_size",
-            "epochs",
-            "factor",
-            "encoder_layers",
-            "decoder_layers",
-            "seq_len",
-            "pred_len",
-            "train_rows",
-        ):
-            at_least(self, option, 1)
-        for option in ("width", "heads", "hidden"):
-            at_least(self, option, 1)
-        for option in ("label_len", "patience", "weight_decay"):
-            at_least(self, option, 0)
-        for option in ("seed", "split_seed"):
-            at_least(self, option, 0, below=2**63)
-        at_least(self, "lr", 0, exclusive=True)
-        at_least(self, "dropout", 0, below=1)
+        super().__post_init__()
+        self.check_numbers("factor", "encoder_layers", "decoder_layers", "seq_len", "pred_len", "train_rows", least=1)
+        self.check_numbers("width", "heads", "hidden", least=1)
+        self.check_numbers("label_len", "patience", least=0)
+        self.check_numbers("split_seed", least=0, below=2**63)
+        self.check_numbers("dropout", least=0, below=1)
         if self.csv == "":
-            raise ConfigError("`csv` is empty: name a file, or leave --csv out")
+            raise ConfigError("csv is empty: name a file, or leave --csv out")
         if self.task == "regress" and self.csv is None:
             raise ConfigError("regress needs a table: --csv FILE.csv; `duoka data make datatry` writes an example")
 
     def resolved(self) -> TimeSeriesConfig:
-        """Return the same with a value for every option that was left open.
+        """Return a copy with a value for every option.
 
         Raises:
             ConfigError: lengths or widths that do not go together.
 
         """
         size = InformerSize() if self.task == "forecast" else SMALL_SIZE
-        chosen: dict[str, Any] = {
-            "width": size.width,
-            "heads": size.heads,
-            "hidden": size.hidden,
-            "dropout": size.dropout,
-        }
+        chosen: dict[str, Any] = {name: getattr(size, name) for name in ("width", "heads", "hidden", "dropout")}
         chosen |= FORECAST if self.task == "forecast" else REGRESS
         chosen |= zip(("seq_len", "label_len", "pred_len"), LENGTHS[self.features], strict=True)
         if self.seq_len is not None:
             chosen["label_len"] = min(chosen["label_len"], self.seq_len)
         source = Path(self.csv).stem if self.csv else self.dataset
         chosen["name"] = f"{self.task}-{source}" + (f"-{self.features}" if self.task == "forecast" else "")
-        open_ones = {option: value for option, value in chosen.items() if getattr(self, option) is None}
-        resolved = dataclasses.replace(self, **open_ones)
+        resolved = self.fill_in(chosen)
         resolved._check_together()
         return resolved
 
@@ -256,10 +191,10 @@ class TimeSeriesConfig:
         past, start, _ = self.lengths
         if start > past:
             raise ConfigError(
-                f"`label_len` is {start} and `seq_len` {past}: the decoder starts from steps of the past, so at most {past}"
+                f"label_len={start} is longer than seq_len={past}: the decoder starts from steps of the past, so at most {past}"
             )
         size = self.size()
         if size.width % size.heads or size.width % 2:
             raise ConfigError(
-                f"`width` is {size.width} and `heads` {size.heads}: give an even width that is a multiple of the heads"
+                f"width={size.width} does not suit heads={size.heads}: give an even width that is a multiple of the heads"
             )

@@ -14,7 +14,7 @@ from duoka import Trainer, current_world, devices
 from duoka import load as load_weights
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.common.recipe_run import RecipeRun
-from duoka.recipes.common.registry import RecipeOutcome, Written
+from duoka.recipes.common.registry import PredictedTable, RecipeOutcome
 from duoka.recipes.datasets import csv_table, ett
 from duoka.recipes.datasets.csv_table import CsvTable
 from duoka.recipes.datasets.sliding_windows import loader
@@ -111,7 +111,7 @@ def evaluate_run(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
     return outcome(run, headline, data.source)
 
 
-def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Written:
+def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> PredictedTable:
     """Forecast beyond the end of a file with the columns and the step of the training data."""
     model, saved = _load_finished_run(run, config)
     table = csv_table.read(source)
@@ -138,7 +138,7 @@ def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Writ
     rows = [[str(date), *values] for date, values in zip(dates, forecast.tolist(), strict=True)]
     csv_table.write(written[0], [table.columns[table.find_column(config.date)], *saved["targets"]], rows)
     plots.plot_future(written[1], series, targets, dates, forecast, history=max(past, 3 * horizon))
-    return Written(written, f"{horizon} steps from {dates[0]} to {dates[-1]}")
+    return PredictedTable(written, f"{horizon} steps from {dates[0]} to {dates[-1]}")
 
 
 def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> ForecastData:

@@ -16,7 +16,7 @@ from duoka import load as load_weights
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun
-from duoka.recipes.common.registry import RecipeOutcome, Written
+from duoka.recipes.common.registry import PredictedTable, RecipeOutcome
 from duoka.recipes.datasets import csv_table
 from duoka.recipes.datasets.csv_table import CsvTable
 from duoka.recipes.datasets.standardization import Standardization
@@ -99,7 +99,7 @@ def evaluate_run(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
     return outcome(run, _headline(metrics), rows.source)
 
 
-def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Written:
+def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> PredictedTable:
     """Predict the targets of each row of a file that has the input columns of the training."""
     model, saved = _load_finished_run(run, config)
     table = csv_table.read(source)
@@ -114,7 +114,7 @@ def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Writ
         if (truth := _complete_column(table, name)) is not None:
             written.append(prediction_path(run, source, f"-{stem}.png"))
             plots.plot_lines(written[-1], truth, predicted[:, column], name, rows="row")
-    return Written(tuple(written), plural(len(predicted), "row"))
+    return PredictedTable(tuple(written), plural(len(predicted), "row"))
 
 
 def _complete_column(table: CsvTable, name: str) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from duoka import devices
 from duoka.errors import DataError
-from duoka.recipes.common.recipe_run import RecipeRun, folder_of, refuse_other_data, run_options
+from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_dir_for, run_options
 from duoka.recipes.common.registry import RecipeOutcome
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
 
@@ -37,7 +37,7 @@ def start_run(config: TimeSeriesConfig, source: str, metadata: dict[str, Any]) -
 
     ``metadata`` distinguishes the data of the file ``source`` from others, which a resumed run must not use.
     """
-    run = folder_of(NAME, config, config.device)
+    run = run_dir_for(NAME, config, config.device)
     if config.resume:
         refuse_other_data(run, metadata, source)
     torch.manual_seed(config.seed)

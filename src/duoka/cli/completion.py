@@ -1,0 +1,48 @@
+"""``duoka completion bash``: a script that completes duoka's commands and options in a shell."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from duoka.cli.main import COMMANDS, command_parser
+
+if TYPE_CHECKING:
+    from duoka.utils.argument_parser import ArgumentParser
+
+__all__ = ["parser", "run", "whole_parser"]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the completion script for the shell that ``argv`` names; return the exit status."""
+    shell = parser().parse(argv).shell
+    sys.stdout.write(whole_parser().get_completion_script(f"shtab-{shell}") + "\n")
+    return 0
+
+
+def parser() -> ArgumentParser:
+    """Return the command's parser."""
+    parser = command_parser("completion")
+    parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], metavar="{bash,zsh,tcsh}", help="the shell")
+    parser.epilog = (
+        "bash: duoka completion bash > ~/.local/share/bash-completion/completions/duoka; zsh: duoka completion zsh > _duoka, "
+        "in a folder of $fpath"
+    )
+    return parser
+
+
+def whole_parser() -> ArgumentParser:
+    """Return the parser of the whole command, with every subcommand and recipe."""
+    from duoka.utils.argument_parser import ArgumentParser
+
+    whole = ArgumentParser("duoka", "Train a PyTorch model on every device you have.")
+    commands = whole.add_subcommands(metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        module = importlib.import_module(command.module)
+        subparser = module.parser()
+        commands.add_subcommand(name, subparser, help=command.summary)
+        if hasattr(module, "add_subcommands"):
+            module.add_subcommands(subparser)
+    return whole

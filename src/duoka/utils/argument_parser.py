@@ -1,0 +1,201 @@
+"""jsonargparse's parser with plain help, and with its errors as duoka's one-line messages."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from duoka.errors import ConfigError
+from duoka.utils.text import did_you_mean, first_line
+from duoka.utils.validation import describe_type, invalid_option
+
+__all__ = ["ArgumentParser", "field_docs", "help_text"]
+
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+
+
+class ArgumentParser(jsonargparse.ArgumentParser):
+    """Parser of a command line or of a configuration file; its errors are ``ConfigError``.
+
+    Args:
+        prog: the command, such as ``duoka train cifar100``.
+        description: one or more paragraphs for the help.
+        other_names: names of options in other programs, which messages lead to ours.
+        options: further arguments of ``argparse.ArgumentParser``.
+
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        description: str = "",
+        *,
+        other_names: Mapping[str, Sequence[str]] | None = None,
+        **options: Any,
+    ) -> None:
+        self._other_names = other_names or {}
+        self._hints: dict[str, Any] = {}
+        self._words: list[str] = []
+        self._file = ""
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.HelpFormatter,
+            exit_on_error=False,
+            print_config=None,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def add_fields(
+        self, kind: Any, title: str, fields: Sequence[str], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """Add a group of options, one for each of the ``fields`` of the dataclass ``kind``, with its docstring as help."""
+        group = self.add_argument_group(title)
+        hints, docs = typing.get_type_hints(kind), field_docs(kind)
+        for field in dataclasses.fields(kind):
+            if field.name not in fields:
+                continue
+            hint = hints[field.name]
+            names = [field.name, *(alias for alias, name in (aliases or {}).items() if name == field.name)]
+            switch: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+            group.add_argument(
+                *(f"--{name}" for name in names),
+                type=hint,
+                default=field.default,
+                metavar=_metavar(hint),
+                help=help_text(docs[field.name], field.default),
+                **switch,
+            )
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        """Add an argument, as argparse does; jsonargparse gives this method to groups of arguments too."""
+        action = super().add_argument(*names, **options)
+        getattr(self, "parser", self)._hints[action.dest] = options.get("type", str)
+        return action
+
+    def parse(self, words: Sequence[str], *, defaults: bool = True) -> jsonargparse.Namespace:
+        """Return the options of a command line; without ``defaults`` only those that it names."""
+        self._file, self._words = "", [self._with_underscores(word) for word in words]
+        return self.parse_args(self._words, defaults=defaults)
+
+    def parse_file(self, options: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+        """Return the ``options`` that were read from the file ``source``, each with the type of its field."""
+        self._file = str(source)
+        for key, value in options.items():
+            if isinstance(value, list | dict):
+                hint = self._hints.get(key)
+                raise self._unknown(key) if hint is None else self._invalid(key, value)
+        self._words = [f"--{key}={_as_word(value)}" for key, value in options.items()]
+        return self.parse_args(self._words, defaults=False).as_dict()
+
+    def _with_underscores(self, word: str) -> str:
+        """Return ``--weight-decay=1`` as ``--weight_decay=1``, if only the second is an option."""
+        flag, joined, value = word.partition("=")
+        known = self._option_string_actions
+        other = f"--{flag[2:].replace('-', '_')}"
+        return other + joined + value if flag not in known and other in known else word
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise ``ConfigError`` for a message of argparse or jsonargparse."""
+        if match := re.match(r'Parser key "(\w+)"', message):
+            raise self._invalid(match[1], self._value_of(match[1], message)) from ex
+        if match := re.match(r"unrecognized arguments: (\S+)", message):
+            word = match[1].partition("=")[0]
+            if not word.startswith("-"):
+                raise ConfigError(
+                    f"{word!r} belongs to no option: write `--KEY {word}`; see `{self.prog} --help`"
+                ) from ex
+            raise self._unknown(word.lstrip("-")) from ex
+        if match := re.match(r"argument (\S+): expected (?:one|at least one) argument", message):
+            flag = match[1].partition("/")[0]
+            raise ConfigError(f"{flag} needs a value: write `{flag} VALUE`; see `{self.prog} --help`") from ex
+        raise ConfigError(f"{first_line(message).rstrip('.')}; see `{self.prog} --help`") from ex
+
+    def _invalid(self, key: str, value: object) -> ConfigError:
+        """Return the error for a value that does not fit its option's type."""
+        hint = _without_none(self._hints.get(key, str))
+        where, dashes = (f"{self._file}: ", "") if self._file else ("", "--" if self._flags_of(key) else "")
+        return invalid_option(
+            f"{where}{dashes}{key}", value, describe_type(hint), did_you_mean(value, typing.get_args(hint))
+        )
+
+    def _unknown(self, key: str) -> ConfigError:
+        """Return the error for an option that does not exist; names of other programs lead to ours."""
+        key = key.replace("-", "_")
+        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        meant = next(
+            (name for name, others in self._other_names.items() if key.lower() in others and name in known), None
+        )
+        dashes, kind = ("", "key") if self._file else ("--", "option")
+        hint = did_you_mean(f"{dashes}{meant or key}", [f"{dashes}{name}" for name in known])
+        options = ", ".join(f"{dashes}{name}" for name in known if name != "help")
+        where = f"{self._file}: " if self._file else ""
+        return ConfigError(f"{where}unknown {kind} {dashes}{key}; {hint or f'there is {options}'}")
+
+    def _flags_of(self, key: str) -> list[str]:
+        """Return the flags of an option; a positional argument has none."""
+        return [flag for flag, action in self._option_string_actions.items() if action.dest == key]
+
+    def _value_of(self, key: str, message: str) -> str:
+        """Return the last value of an option on the command line, as it was written."""
+        flags = self._flags_of(key)
+        for index, word in reversed(list(enumerate(self._words))):
+            flag, joined, value = word.partition("=")
+            if flag in flags:
+                return value if joined else "".join(self._words[index + 1 : index + 2])
+        match = re.search(r"(?:Got|Given) value: (.*)", message)
+        return match[1] if match else ""
+
+
+def field_docs(kind: type[Any]) -> dict[str, str]:
+    """Return the docstring below each field of a dataclass; one that begins with "Default:" extends its base class's."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        (body,) = (
+            node.body
+            for node in ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            if isinstance(node, ast.ClassDef)
+        )
+        for field, doc in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
+                name, text = field.target.id, " ".join(str(ast.literal_eval(doc.value)).split())
+                docs[name] = f"{docs[name]} {text}" if text.startswith("Default:") else text
+    return docs
+
+
+def help_text(doc: str, default: object) -> str:
+    """Return the help of an option: its docstring and its default."""
+    text = doc.replace("``", "").replace("%", "%%")
+    return text if default is None else f"{text} Default: {_as_word(default)}."
+
+
+def _metavar(hint: Any) -> str:
+    kind = _without_none(hint)
+    if typing.get_origin(kind) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    return _METAVARS.get(kind, "VALUE")
+
+
+def _without_none(hint: Any) -> Any:
+    """Return ``T`` for ``T | None``."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    return hint
+
+
+def _as_word(value: object) -> str:
+    """Return a value as it is written on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
