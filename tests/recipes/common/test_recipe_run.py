@@ -1,4 +1,4 @@
-"""Run folders: made once each, found again, and refused with a reason."""
+"""Run folders: created once each, found again, and refused with a reason."""
 
 import shutil
 
@@ -17,12 +17,12 @@ def test_runs_of_the_same_second_and_name_have_folders_of_their_own(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(StorageError, match=r"cannot make the run's folder .*out/cifar100.*choose another --out"):
+    with pytest.raises(StorageError, match=r"cannot create the run's folder .*out/cifar100.*choose another --out"):
         RecipeRun.new(tmp_path / "out", "cifar100", "x")
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match="the folder is not there"):
+    with pytest.raises(DataError, match="the folder does not exist"):
         RecipeRun.at(tmp_path / "none")
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     for name in ("config.yml", "model.safetensors", "checkpoint/last.pt"):
@@ -66,9 +66,9 @@ def test_every_recipe_of_the_table_offers_what_the_commands_call():
 
 
 def test_an_unknown_recipe_is_answered_with_what_there_is():
-    with pytest.raises(ConfigError, match=r"no recipe `cifar-100`: did you mean `cifar100`\?"):
+    with pytest.raises(ConfigError, match=r"no recipe 'cifar-100'; did you mean 'cifar100'\?"):
         registry.find_recipe("cifar-100")
-    with pytest.raises(ConfigError, match="there is cifar100"):
+    with pytest.raises(ConfigError, match="the recipes are cifar100, "):
         registry.find_recipe("zzz")
 
 
