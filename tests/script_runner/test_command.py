@@ -48,9 +48,9 @@ def test_each_argument_belongs_to_duoka_or_to_the_script(words: list[str], reque
     [
         (["--device"], "needs a value"),
         (["-m"], "name of a module"),
-        (["--device", "cpu:2"], "which script"),
+        (["--device", "cpu:2"], "script is missing"),
         (["--device", "t.py"], "has taken 't.py' as its value"),
-        (["--dvice", "cpu:2", "t.py"], "no option '--dvice'"),
+        (["--dvice", "cpu:2", "t.py"], "unknown option --dvice; did you mean '--device'"),
     ],
 )
 def test_an_invalid_command_line_is_refused(words: list[str], message: str) -> None:
@@ -69,8 +69,11 @@ def test_an_invalid_command_line_is_refused(words: list[str], message: str) -> N
         (["here.py", "--device", "cpu:0"], "cpu:0"),
         (["here.py", "--device", "cuda:77"], "77"),
         (["asks.py", "--device", "cpu:2"], "may be meant for duoka or for asks.py"),
-        (["here.py", "--devise", "cpu:2"], "did you mean --device by --devise"),
-        (["here.py", "--device=cpu:2", "--scale_batch"], "did you mean --scale-batch"),
+        (
+            ["here.py", "--devise", "cpu:2"],
+            "--devise is no option of duoka, and here.py does not seem to have it; did you mean '--device'",
+        ),
+        (["here.py", "--device=cpu:2", "--scale_batch"], "did you mean '--scale-batch'"),
         (["binary.py"], "binary data"),
         (["taken.ipynb"], "taken.out.ipynb"),
         (["--explain", "wrong.py"], "wrong.py, line 1"),

@@ -47,6 +47,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
     ) -> None:
         self._other_names = other_names or {}
         self._hints: dict[str, Any] = {}
+        self._keys: list[str] = []
         self._words: list[str] = []
         self._file = ""
         super().__init__(
@@ -70,6 +71,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 continue
             hint = hints[field.name]
             names = [field.name, *(alias for alias, name in (aliases or {}).items() if name == field.name)]
+            self._keys += names
             switch: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
             group.add_argument(
                 *(f"--{name}" for name in names),
@@ -95,9 +97,10 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         """Return the ``options`` that were read from the file ``source``, each with the type of its field."""
         self._file = str(source)
         for key, value in options.items():
+            if key not in self._keys:
+                raise self._unknown(str(key))
             if isinstance(value, list | dict):
-                hint = self._hints.get(key)
-                raise self._unknown(key) if hint is None else self._invalid(key, value)
+                raise self._invalid(key, value)
         self._words = [f"--{key}={_as_word(value)}" for key, value in options.items()]
         return self.parse_args(self._words, defaults=False).as_dict()
 
@@ -134,16 +137,17 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
     def _unknown(self, key: str) -> ConfigError:
         """Return the error for an option that does not exist; names of other programs lead to ours."""
-        key = key.replace("-", "_")
-        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        key, hidden = key.replace("-", "_"), ("help", "print_shtab")
+        flags = [name[2:] for name in self._option_string_actions if name.startswith("--") and name[2:] not in hidden]
+        known = self._keys if self._file else flags
         meant = next(
             (name for name, others in self._other_names.items() if key.lower() in others and name in known), None
         )
-        dashes, kind = ("", "key") if self._file else ("--", "option")
-        hint = did_you_mean(f"{dashes}{meant or key}", [f"{dashes}{name}" for name in known])
-        options = ", ".join(f"{dashes}{name}" for name in known if name != "help")
-        where = f"{self._file}: " if self._file else ""
-        return ConfigError(f"{where}unknown {kind} {dashes}{key}; {hint or f'there is {options}'}")
+        prefix = "" if self._file else "--"
+        names = [f"{prefix}{name}" for name in known]
+        hint = did_you_mean(f"{prefix}{meant or key}", names) or f"there is {', '.join(names)}"
+        kind = f"{self._file}: unknown key" if self._file else "unknown option"
+        return ConfigError(f"{kind} {prefix}{key}; {hint}")
 
     def _flags_of(self, key: str) -> list[str]:
         """Return the flags of an option; a positional argument has none."""

@@ -176,7 +176,7 @@ def test_options_that_cannot_be_are_refused_however_they_come(option, value):
 def test_help_explains_every_option_with_its_default_in_plain_words(recipe, capsys):
     kind = find_recipe(recipe).Config
     docs = field_docs(kind)
-    assert set(docs) == {field.name for field in fields(kind)}
+    assert set(docs) >= {field.name for field in fields(kind)}
     with pytest.raises(SystemExit) as ended:
         read_config(kind, ["--help"], recipe=recipe)
     assert ended.value.code == 0
