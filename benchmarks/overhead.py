@@ -1,9 +1,9 @@
-"""Time a training step takes with a plain PyTorch loop, duoka, Lightning Fabric, Accelerate and Lightning's Trainer.
+"""Time of a training step with a plain PyTorch loop, duoka, Lightning Fabric, Accelerate and Lightning's Trainer.
 
-One process, one thread, a model so small that only the overhead is left. All are run in turn, round after round, so that
-whatever else the machine does meets all of them. The model itself notes when its forward begins, in all of them alike: a step
-is from one forward to the next, loading included. What is printed is the median over rounds of each round's median step, the
-least of them, and the median over rounds of the ratio to the plain loop's of the same round.
+One process, one thread, and a model so small that mostly overhead remains. All loops run in turn, round after round, so
+that other load on the machine affects all of them. The model notes when its forward begins: a step lasts from one
+forward to the next, loading included. The table has the median over rounds of each round's median step, the least of
+these medians, and the median over rounds of the ratio to the plain loop of the same round.
 
     python benchmarks/overhead.py [--rounds 15] [--steps 300] [--data tensors|rows]
 """
@@ -33,7 +33,7 @@ WARM_UP_STEPS = 30
 
 
 class Rows(Dataset):
-    """A data set as users write one: a sample at a time."""
+    """A data set as users write one, which loads one sample at a time."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self.tensors = tensors
@@ -46,7 +46,7 @@ class Rows(Dataset):
 
 
 class Timed(nn.Module):
-    """A multilayer perceptron, 32 to 64 to 10, that notes when it is called."""
+    """A multilayer perceptron, 32 to 64 to 10, that notes the time of each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ LOOPS: dict[str, tuple[Loop, str]] = {
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what the other libraries say out of the table."""
+    """Silence the other libraries."""
     logging.getLogger("lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings(), open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):

@@ -1,4 +1,4 @@
-"""Damaged and hostile files are refused with a reason; nothing in them is run."""
+"""Damaged and hostile files, which are refused with a reason and run no code."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_script_archive_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["these are notes\n", "hello world\n", "# Notes\n"])
-def test_a_text_file_is_refused_in_words_of_our_own(tmp_path, text):
+def test_a_text_file_is_refused_with_our_own_message(tmp_path, text):
     path = tmp_path / "notes.pt"
     path.write_text(text)
     with pytest.raises(CheckpointError, match="is no checkpoint of PyTorch; give a file that duoka") as caught:

@@ -1,4 +1,4 @@
-"""Names: no wrapper leaves a mark in a file, and a file with marks loads into any model that it belongs to."""
+"""Names: no wrapper leaves a part in a file, and a file with such parts loads into any fitting model."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_child_that_the_user_named_module_keeps_its_name(kind, suffix, tmp_pat
 
 
 @pytest.mark.parametrize("kind", [WithModuleChild, OnlyModuleChild])
-def test_a_state_dict_given_alone_still_loads_into_a_model_with_a_child_named_module(kind, tmp_path):
+def test_a_bare_state_dict_loads_into_a_model_with_a_child_named_module(kind, tmp_path):
     model = kind()
     for index, state in enumerate((model.state_dict(), nn.DataParallel(model).state_dict())):
         checkpoint.save(state, tmp_path / f"{index}.pt")

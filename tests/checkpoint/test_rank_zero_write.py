@@ -1,4 +1,4 @@
-"""One rank writes, the others wait and hear how it went; a rank that saves alone hangs nobody. Real ranks over gloo."""
+"""Saving on rank 0 with real ranks over gloo: other ranks wait for the outcome; rank 0 may save alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import duoka.checkpoint as checkpoint
 from duoka.checkpoint import rank_zero_write
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-told = {}
+outcome = {}
 def attempt(*arguments):
     try:
         checkpoint.save(*arguments)
@@ -27,13 +27,13 @@ def attempt(*arguments):
 """
 FINALE = """
 dist.barrier()
-print(json.dumps(told))
+print(json.dumps(outcome))
 dist.destroy_process_group()
 """
 
 
 def ranks(program: str, folder: Path, size: int = 2) -> list[dict]:
-    """Run ``program`` on ``size`` ranks; return what each put into ``told``."""
+    """Run ``program`` on ``size`` ranks; return what each put into ``outcome``."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
@@ -52,12 +52,12 @@ def ranks(program: str, folder: Path, size: int = 2) -> list[dict]:
     return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 
-def test_all_ranks_return_when_rank_0_has_written(tmp_path):
+def test_all_ranks_return_after_rank_0_has_written(tmp_path):
     program = """
 for number in range(3):
     time.sleep(0.3 if rank == 0 else 0)
     attempt({"w": torch.full((3,), float(number + 10 * rank))}, "m.pt")
-    told[number] = checkpoint.load("m.pt")["w"][0].item()
+    outcome[number] = checkpoint.load("m.pt")["w"][0].item()
     dist.barrier()
 """
     assert ranks(program, tmp_path, size=3) == [{"0": 0.0, "1": 1.0, "2": 2.0}] * 3
@@ -66,9 +66,9 @@ for number in range(3):
 def test_rank_0_alone_may_save_and_all_may_save_afterwards(tmp_path):
     program = """
 if rank == 0:
-    told["alone"] = attempt({"w": torch.zeros(1)}, "alone.pt")
-told["together"] = attempt({"w": torch.full((1,), float(rank))}, "together.safetensors")
-told["value"] = checkpoint.load("together.safetensors")["w"].item()
+    outcome["alone"] = attempt({"w": torch.zeros(1)}, "alone.pt")
+outcome["together"] = attempt({"w": torch.full((1,), float(rank))}, "together.safetensors")
+outcome["value"] = checkpoint.load("together.safetensors")["w"].item()
 """
     rank_0, *others = ranks(program, tmp_path)
     assert rank_0["alone"] == "saved"
@@ -79,9 +79,9 @@ told["value"] = checkpoint.load("together.safetensors")["w"].item()
 def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     program = """
-told["storage"] = attempt({"w": torch.zeros(1)}, "folder.pt")
-told["state"] = attempt({"w": print if rank == 0 else torch.zeros(1)}, "m.pt")
-told["after"] = attempt({"w": torch.zeros(1)}, "m.pt")
+outcome["storage"] = attempt({"w": torch.zeros(1)}, "folder.pt")
+outcome["state"] = attempt({"w": print if rank == 0 else torch.zeros(1)}, "m.pt")
+outcome["after"] = attempt({"w": torch.zeros(1)}, "m.pt")
 """
     first, *others = ranks(program, tmp_path)
     assert first["storage"].startswith("StorageError: cannot write")
@@ -94,7 +94,7 @@ def test_a_rank_that_waits_for_a_save_that_never_begins_says_so(tmp_path):
     program = """
 rank_zero_write.START_TIMEOUT_S = 0.5
 if rank == 1:
-    told["said"] = attempt({"w": torch.zeros(1)}, "only_rank_1.pt")
+    outcome["said"] = attempt({"w": torch.zeros(1)}, "only_rank_1.pt")
 """
     said = ranks(program, tmp_path)[1]["said"]
     assert said.startswith("CheckpointError: rank 1 has waited")
@@ -105,16 +105,16 @@ if rank == 1:
 def test_ranks_do_not_wait_for_one_another_inside_rank_0s_save(tmp_path):
     program = """
 if rank == 0:
-    told["first"] = attempt({"w": torch.zeros(1)}, "m.pt")  # returns although no other rank has come
+    outcome["first"] = attempt({"w": torch.zeros(1)}, "m.pt")  # returns although no other rank has come
     open("rank 0 is through", "w").close()
 else:
     while not os.path.exists("rank 0 is through"):
         time.sleep(0.01)
-    told["first"] = attempt({"w": torch.zeros(1)}, "m.pt")
+    outcome["first"] = attempt({"w": torch.zeros(1)}, "m.pt")
 """
     assert ranks(program, tmp_path) == [{"first": "saved"}] * 2
 
 
 @pytest.mark.parametrize("size", [1])
 def test_a_group_of_one_just_writes(size, tmp_path):
-    assert ranks("told['it'] = attempt({'w': torch.zeros(1)}, 'm.pt')", tmp_path, size) == [{"it": "saved"}]
+    assert ranks("outcome['it'] = attempt({'w': torch.zeros(1)}, 'm.pt')", tmp_path, size) == [{"it": "saved"}]

@@ -1,4 +1,4 @@
-"""What is saved comes back exactly, is readable by plain PyTorch and safetensors, and does not load where it does not fit."""
+"""Saved state: it loads exactly, plain PyTorch and safetensors read it, and misfits are refused."""
 
 from __future__ import annotations
 

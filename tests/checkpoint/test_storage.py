@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, whatever happens to its writer, its disk or its folder."""
+"""Atomic writes: a file is the old one or the new one after any failure of writer, disk or folder."""
 
 from __future__ import annotations
 

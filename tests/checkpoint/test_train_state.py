@@ -1,4 +1,4 @@
-"""A training checkpoint gives back what went in, of the same types and to the last bit."""
+"""Training checkpoints: values come back with their types, to the last bit."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def draw() -> list[Any]:
     return [random.random(), random.gauss(0, 1), *old, torch.rand(3), torch.randn(1)]
 
 
-def test_every_generator_goes_on_exactly_where_it_was(tmp_path):
+def test_every_generator_continues_exactly_where_it_was(tmp_path):
     draw()  # leaves half a pair of normal draws behind in Python's and NumPy's generators
     before = checkpoint.rng_state()
     expected = draw()
@@ -163,7 +163,7 @@ def test_every_generator_goes_on_exactly_where_it_was(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator here")
-def test_the_accelerators_generator_goes_on_exactly_where_it_was(tmp_path):
+def test_the_accelerators_generator_continues_exactly(tmp_path):
     device = torch.accelerator.current_accelerator()
     before = round_trip({"rng": checkpoint.rng_state()}, tmp_path)["rng"]
     expected = torch.rand(5, device=device)
@@ -198,7 +198,7 @@ def trained(model: nn.Module, steps: int, optimizer: torch.optim.Optimizer) -> t
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_an_optimizer_state_by_names_fits_any_wrapper_and_any_order_of_parameters(tmp_path):
+def test_optimizer_state_by_names_fits_any_wrapper_and_order(tmp_path):
     model = network(compiled=True, parallel=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     trained(model, 3, optimizer)
@@ -272,7 +272,7 @@ def test_importing_it_starts_no_compiler_and_no_process():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_state_of_an_accelerator_that_this_process_does_not_use_is_left_alone(monkeypatch):
+def test_the_state_of_an_unused_accelerator_is_not_read(monkeypatch):
     class Cuda:
         used = False
 
@@ -292,7 +292,7 @@ def test_the_state_of_an_accelerator_that_this_process_does_not_use_is_left_alon
     assert checkpoint.rng_state()["accelerator"]["type"] == "cuda"
 
 
-def test_the_state_of_another_optimiser_is_refused_before_a_step_fails_on_it():
+def test_the_state_of_another_optimizer_class_is_refused():
     model = nn.Linear(2, 2)
     saved = checkpoint.optimizer_state(torch.optim.AdamW(model.parameters()), model)
     with pytest.raises(CheckpointError, match=r"another optimizer than SGD: its group 0 has no .*momentum"):

@@ -1,4 +1,4 @@
-"""What is drawn for a sample is a function of (seed, epoch, place in the epoch), and of nothing else."""
+"""Augmentation: random numbers of a sample are a function of (seed, epoch, place in the epoch) alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
 from duoka.data import DataPosition, shard
-
-from .helpers import Noisy, NoisyInBulk
+from support.datasets import Noisy, NoisyInBulk
 
 
 def augmented(
@@ -88,7 +87,7 @@ def test_collation_may_draw_and_depends_on_the_place_only() -> None:
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_loading_in_this_process_leaves_the_users_generators_alone(dataset: str) -> None:
+def test_loading_in_this_process_keeps_the_users_generators(dataset: str) -> None:
     random.seed(1)
     np.random.seed(1)
     np.random.randn()
@@ -117,7 +116,7 @@ def test_data_set_that_draws_late_is_noticed() -> None:
     assert augmented(DataLoader(Late(), batch_size=4)) == augmented(DataLoader(Late(), batch_size=4), 4)
 
 
-def test_data_set_that_draws_late_leaves_the_users_generators_alone() -> None:
+def test_data_set_that_draws_late_keeps_the_users_generators() -> None:
     class Late(Noisy):
         def __getitem__(self, index: int) -> tuple[int, float]:
             return super().__getitem__(index) if index >= 9 else (index, 0.0)

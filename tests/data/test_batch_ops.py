@@ -1,4 +1,4 @@
-"""Cutting, joining and moving batches keeps their structure and classes."""
+"""Batch operations, which keep structure and classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The global batches are those of one device, whatever the sampler and the number of ranks."""
+"""Sample order: the global batches are those of one device for any sampler and number of ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from duoka.data import shard
 from duoka.errors import ConfigError
-
-from . import helpers
-from .helpers import LENGTHS, SIZES, flat, globals_of, numbers, parts_of
+from support import datasets
+from support.datasets import LENGTHS, SIZES, flat, globals_of, numbers, parts_of
 
 SAMPLERS = {
     "sequential": lambda length: {"batch_size": 4},
@@ -29,8 +28,8 @@ SAMPLERS = {
     },
     "weighted": lambda length: {"batch_size": 5, "sampler": WeightedRandomSampler(range(1, length + 1), length + 3)},
     "own generator": lambda length: {"batch_size": 4, "shuffle": True, "generator": torch.Generator().manual_seed(3)},
-    "custom": lambda length: {"batch_size": 4, "sampler": helpers.Moody(length)},
-    "custom batches": lambda length: {"batch_sampler": helpers.Buckets(length)},
+    "custom": lambda length: {"batch_size": 4, "sampler": datasets.DrawingSampler(length)},
+    "custom batches": lambda length: {"batch_sampler": datasets.Buckets(length)},
 }
 
 
@@ -78,7 +77,7 @@ def test_drop_last_leaves_no_incomplete_global_batch_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_rank_without_a_sample_gets_a_filler_in_training_and_none_in_evaluation(training: bool) -> None:
+def test_rank_without_samples_gets_a_filler_in_training_only(training: bool) -> None:
     for loader in (numbers(5, batch_size=4), [[torch.arange(4)], [torch.arange(4, 5)]]):
         sharded = shard(loader, rank=2, world_size=3, seed=0, training=training)
         first, last = list(sharded)
@@ -88,7 +87,7 @@ def test_rank_without_a_sample_gets_a_filler_in_training_and_none_in_evaluation(
 
 
 def test_filler_is_the_first_sample_of_the_global_batch() -> None:
-    for loader in (numbers(2, batch_size=2), [[torch.arange(2)]], DataLoader(helpers.Numbers(2), batch_size=2)):
+    for loader in (numbers(2, batch_size=2), [[torch.arange(2)]], DataLoader(datasets.Numbers(2), batch_size=2)):
         (part,) = shard(loader, rank=2, world_size=3, seed=0)
         assert (part.count, part.global_count, torch.as_tensor(part.batch[0]).tolist()) in ((0, 2, [0]), (0, 2, 0))
 
@@ -103,7 +102,7 @@ def test_order_is_another_in_each_epoch_and_the_same_for_the_same_epoch(sampler:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_order_does_not_depend_on_the_users_generators_and_leaves_them_alone(sampler: str) -> None:
+def test_order_neither_reads_nor_changes_the_users_generators(sampler: str) -> None:
     loader = numbers(64, **SAMPLERS[sampler](64))
     first = globals_of(loader, 2)
     torch.manual_seed(99)
@@ -120,7 +119,7 @@ def test_order_does_not_depend_on_the_users_generators_and_leaves_them_alone(sam
 def test_evaluation_takes_the_same_order_every_time() -> None:
     loader = numbers(64, batch_size=4, shuffle=True)
     sharded = shard(loader, rank=0, world_size=2, seed=0, training=False)
-    assert [helpers.indices(part) for part in sharded] == [helpers.indices(part) for part in sharded]
+    assert [datasets.indices(part) for part in sharded] == [datasets.indices(part) for part in sharded]
 
 
 def test_users_seed_of_a_generator_still_chooses_the_order() -> None:
@@ -132,36 +131,36 @@ def test_users_seed_of_a_generator_still_chooses_the_order() -> None:
 
 
 def test_endless_sampler_is_read_no_further_than_needed() -> None:
-    sharded = shard(numbers(7, batch_size=4, sampler=helpers.Endless()), rank=1, world_size=2, seed=0)
+    sharded = shard(numbers(7, batch_size=4, sampler=datasets.Endless()), rank=1, world_size=2, seed=0)
     parts = [part for part, _ in zip(sharded, range(100), strict=False)]
     assert all(part.global_count == 4 and part.count == 2 for part in parts)
     assert len({str(parts[start : start + 8]) for start in range(0, 96, 8)}) == 12  # no draw is repeated
     sharded.close()
 
 
-def test_sampler_and_data_set_are_told_the_epoch() -> None:
-    class Told(helpers.Logged):
+def test_set_epoch_of_sampler_and_data_set_is_called() -> None:
+    class EpochRecorder(datasets.Logged):
         epochs: ClassVar[list[int]] = []
 
         def set_epoch(self, epoch: int) -> None:
             self.epochs.append(epoch)
 
-    class ToldSampler(SequentialSampler):
+    class RecordingSampler(SequentialSampler):
         epochs: ClassVar[list[int]] = []
 
         def set_epoch(self, epoch: int) -> None:
             self.epochs.append(epoch)
 
-    dataset = Told(4)
-    sharded = shard(DataLoader(dataset, sampler=ToldSampler(dataset)), rank=0, world_size=1, seed=0)
+    dataset = EpochRecorder(4)
+    sharded = shard(DataLoader(dataset, sampler=RecordingSampler(dataset)), rank=0, world_size=1, seed=0)
     for _ in range(3):
         list(sharded)
-    assert sorted(set(dataset.epochs)) == sorted(set(ToldSampler.epochs)) == [0, 1, 2]
+    assert sorted(set(dataset.epochs)) == sorted(set(RecordingSampler.epochs)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_distributed_sampler_is_replaced_by_the_whole_order(shuffle: bool, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = helpers.Logged(11)
+    dataset = datasets.Logged(11)
     sampler = DistributedSampler(dataset, num_replicas=2, rank=1, shuffle=shuffle)
     with caplog.at_level(logging.WARNING, "duoka"):
         batches = globals_of(DataLoader(dataset, batch_size=4, sampler=sampler), 2)
@@ -173,7 +172,7 @@ def test_samplers_that_divide_by_themselves_are_refused() -> None:
     class Divided(SequentialSampler):
         num_replicas = 2
 
-    dataset = helpers.Logged(11)
+    dataset = datasets.Logged(11)
     with pytest.raises(ConfigError, match="already divides the samples over 2"):
         shard(DataLoader(dataset, sampler=Divided(dataset)), rank=0, world_size=2, seed=0)
 
@@ -204,7 +203,7 @@ def test_lengths_are_those_of_the_epoch() -> None:
         for options in (
             {"batch_size": 4},
             {"batch_size": 4, "drop_last": True},
-            {"batch_sampler": helpers.Buckets(length)},
+            {"batch_sampler": datasets.Buckets(length)},
         ):
             for merged, training in itertools.product((1, 2, 3), (True, False)):
                 sharded = shard(
@@ -222,9 +221,9 @@ def test_impossible_share_is_an_error(rank: int, size: int, batches_per_step: in
         shard(numbers(4), rank=rank, world_size=size, seed=0, batches_per_step=batches_per_step)
 
 
-def test_data_set_in_place_of_a_loader_is_an_error_that_says_how_to_wrap_it() -> None:
+def test_data_set_instead_of_a_loader_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match=r"wrap it: torch.utils.data.DataLoader\("):
-        shard(helpers.Logged(3), rank=0, world_size=1, seed=0)
+        shard(datasets.Logged(3), rank=0, world_size=1, seed=0)
 
 
 @pytest.mark.parametrize("wrong", [iter([torch.zeros(2)]), torch.zeros(3), {"x": torch.zeros(3)}, "text", 5])

@@ -1,4 +1,4 @@
-"""A run continues at the next sample, on any number of devices; an epoch that was left early is over."""
+"""Data positions: a run resumes at the next sample, on any number of devices."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 from duoka.data import DataPosition, shard
 from duoka.errors import CheckpointError, ConfigError
-
-from . import helpers
-from .helpers import flat, globals_of, indices, numbers
+from support import datasets
+from support.datasets import flat, globals_of, indices, numbers
 
 LOADERS = {
     "shuffled": lambda: numbers(23, batch_size=4, shuffle=True),
-    "custom sampler": lambda: numbers(23, batch_size=4, sampler=helpers.Moody(23)),
-    "custom batches": lambda: numbers(23, batch_sampler=helpers.Buckets(23)),
-    "stream": lambda: DataLoader(helpers.Numbers(23), batch_size=4),
-    "custom loader": lambda: helpers.Batches(23),
+    "custom sampler": lambda: numbers(23, batch_size=4, sampler=datasets.DrawingSampler(23)),
+    "custom batches": lambda: numbers(23, batch_sampler=datasets.Buckets(23)),
+    "stream": lambda: DataLoader(datasets.Numbers(23), batch_size=4),
+    "custom loader": lambda: datasets.Batches(23),
     "list": lambda: [(batch, batch) for batch in torch.arange(23).split(4)],
 }
 
@@ -62,7 +61,7 @@ def test_run_continues_inside_a_batch_where_the_batch_size_changed(name: str) ->
 
 
 def test_nothing_before_the_position_is_loaded() -> None:
-    dataset = helpers.Logged(20)
+    dataset = datasets.Logged(20)
     sharded = shard(DataLoader(dataset, batch_size=4), rank=1, world_size=2, seed=0)
     sharded.set_position(DataPosition(0, 3, 8))
     list(sharded)
@@ -136,15 +135,15 @@ class InPlaceStream(IterableDataset[int]):
 
 
 @pytest.mark.parametrize("kind", ["list", "array", "tensor", "stream"])
-def test_what_is_shuffled_in_place_goes_on_from_any_epoch_as_if_it_had_not_stopped(kind: str) -> None:
+def test_in_place_shuffling_resumes_exactly_from_any_epoch(kind: str) -> None:
     def loader() -> DataLoader[Any]:
         if kind == "stream":
             return DataLoader(InPlaceStream(), batch_size=4)
         return DataLoader(TensorDataset(torch.arange(24)), batch_size=4, sampler=InPlace(kind))
 
     whole = shard(loader(), rank=0, world_size=1, seed=3)
-    epochs = [[helpers.indices(part) for part in whole] for _ in range(3)]
+    epochs = [[datasets.indices(part) for part in whole] for _ in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     resumed = shard(loader(), rank=0, world_size=1, seed=3)
     resumed.set_position(DataPosition(3, 2, 8))
-    assert [helpers.indices(part) for part in resumed] == epochs[2][2:]
+    assert [datasets.indices(part) for part in resumed] == epochs[2][2:]

@@ -1,4 +1,4 @@
-"""Data that stay on the device: the same batches for any number of ranks and after a resume, and a reason where they do not."""
+"""Device-resident data: the same batches for any number of ranks and after a resume."""
 
 import pickle
 
@@ -59,7 +59,7 @@ def test_batches_are_the_same_after_a_resume_on_another_number_of_ranks(mix):
     assert same(merged[1:], epoch(loader(mix=mix), 1, batches_per_step=2, skip=10, number=2))
 
 
-def test_an_epoch_has_every_sample_once_in_an_order_and_with_changes_of_its_own():
+def test_each_epoch_has_every_sample_once_in_a_new_order():
     first, second = epoch(loader(), 1), epoch(loader(), 1, number=1)
     for batches in (first, second):
         assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == LABELS.tolist()
@@ -85,7 +85,7 @@ def test_evaluation_is_the_same_every_time_and_counts_every_sample_once():
 @pytest.mark.parametrize(
     ("drop", "batches_per_step", "lengths"), [(False, 1, 8), (True, 1, 7), (True, 2, 3), (False, 2, 4)]
 )
-def test_lengths_are_told_before_they_are_read(drop, batches_per_step, lengths):
+def test_lengths_are_known_before_iteration(drop, batches_per_step, lengths):
     sharded = shard(loader(drop_last=drop), rank=0, world_size=2, seed=0, batches_per_step=batches_per_step)
     parts = list(sharded)
     assert len(sharded) == len(parts) == lengths
@@ -116,14 +116,14 @@ def test_mixing_is_torchvisions_of_the_whole_batch(kind):
             assert (~own).float().mean() == pytest.approx(float(share), abs=0.05)
 
 
-def test_the_users_generators_are_left_alone():
+def test_the_users_generators_keep_their_state():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     epoch(loader(mix=v2.MixUp(num_classes=37)), 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_it_is_a_loader_of_its_own_too():
+def test_it_can_be_iterated_without_a_trainer():
     own = loader(seed=5)
     first, second = list(own), list(own)
     assert len(first) == len(own) == 8
@@ -176,7 +176,7 @@ def test_a_data_set_is_read_once_and_kept():
 
 
 @pytest.mark.parametrize("why", ["large", "shapes"])
-def test_what_cannot_be_kept_is_read_by_workers_and_the_reason_said(why, monkeypatch, caplog):
+def test_data_that_cannot_be_kept_are_read_by_a_dataloader(why, monkeypatch, caplog):
     if why == "large":
         monkeypatch.setattr(resident_loader, "MEMORY_FRACTION", 1e-12)
     data = Squares((8, 9) if why == "shapes" else (8,))
@@ -197,7 +197,7 @@ def test_an_accelerator_without_room_is_sent_batches_from_the_host(monkeypatch, 
     assert "stay on the host" in caplog.text
 
 
-def test_what_is_on_a_device_does_not_travel():
+def test_copies_on_devices_are_not_pickled():
     own = loader()
     own._copies[torch.device("meta")] = own.tensors
     assert pickle.loads(pickle.dumps(own))._copies == {}
@@ -210,6 +210,6 @@ def test_what_is_on_a_device_does_not_travel():
     ([1, 2], {}, DataError, "no tuples"),
     ((PIXELS, LABELS), {"batch_size": 0}, ConfigError, "batch_size=0"),
 ])  # fmt: skip
-def test_what_is_no_data_is_refused(data, options, error, message):
+def test_invalid_data_are_refused(data, options, error, message):
     with pytest.raises(error, match=message):
         resident(data, **{"batch_size": 4, **options})

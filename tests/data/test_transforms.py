@@ -1,4 +1,4 @@
-"""Batched transforms against torchvision's per-image ones: the same images for the same choices, the same distributions."""
+"""Batch transforms compared with torchvision's: equal images for equal choices, equal distributions."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_numbers_are_uniform_and_independent_of_each_other():
     assert torch.corrcoef(shifted).fill_diagonal_(0).abs().max() < 0.06
 
 
-def test_a_place_has_the_same_numbers_in_any_company():
+def test_a_place_has_the_same_numbers_in_any_batch():
     whole = numbers(100, 3, seed=2**64 - 1)
     assert torch.equal(counter_uniform(2**64 - 1, torch.tensor([99, 7]), 3), whole[[99, 7]])
 
@@ -150,6 +150,6 @@ def test_a_chain_is_distributed_as_torchvisions():
     lambda: transforms.ColorJitter(0.1)(images(1, 8, 2), torch.zeros(1, 8)),
     lambda: transforms.Normalize((0.5,), (0.0,)),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_with_its_value(wrong):
+def test_invalid_options_are_refused_with_their_value(wrong):
     with pytest.raises(ConfigError, match=r" (is|are|have|of) "):
         wrong()

@@ -1,4 +1,4 @@
-"""Worker processes: their errors arrive, they end, they may stay, and they see the user's own data set."""
+"""DataLoader workers: exceptions arrive, workers stop or persist, and see the user's own data set."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from duoka.data import shard
-
-from .helpers import Logged, Noisy, Numbers, globals_of, indices, numbers
+from support.datasets import Logged, Noisy, Numbers, globals_of, indices, numbers
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +40,7 @@ class Unlucky(Dataset[int]):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_exception_in_a_data_set_arrives_with_its_own_type(workers: int) -> None:
+def test_an_exception_in_a_data_set_keeps_its_type(workers: int) -> None:
     sharded = shard(DataLoader(Unlucky(), batch_size=4, num_workers=workers), rank=1, world_size=2, seed=0)
     state = torch.get_rng_state()
     with pytest.raises(UnluckyError, match="sample 6"):
@@ -84,7 +83,7 @@ def test_closing_in_the_middle_of_an_epoch_ends_it() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_workers_that_stay_after_an_epoch_left_early_load_the_right_samples() -> None:
+def test_persistent_workers_load_the_right_samples_after_a_break() -> None:
     loader = numbers(40, batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
     sharded = shard(loader, rank=0, world_size=1, seed=5)
     for _ in sharded:
@@ -94,7 +93,7 @@ def test_workers_that_stay_after_an_epoch_left_early_load_the_right_samples() ->
     assert second == globals_of(numbers(40, batch_size=4, shuffle=True), 1, epoch=1)
 
 
-class Told(Logged):
+class EpochRecorder(Logged):
     epoch = -1
 
     def set_epoch(self, epoch: int) -> None:
@@ -104,8 +103,8 @@ class Told(Logged):
         return self.epoch
 
 
-def test_data_sets_in_workers_that_stay_are_told_the_epoch() -> None:
-    loader = DataLoader(Told(4), batch_size=4, num_workers=1, persistent_workers=True)
+def test_set_epoch_is_called_in_persistent_workers() -> None:
+    loader = DataLoader(EpochRecorder(4), batch_size=4, num_workers=1, persistent_workers=True)
     sharded = shard(loader, rank=0, world_size=1, seed=0)
     assert [next(iter(list(sharded))).batch.tolist() for _ in range(2)] == [[0] * 4, [1] * 4]
     sharded.close()
@@ -222,7 +221,7 @@ if __name__ == "__main__":
         pytest.param("spawn", "Stream", marks=pytest.mark.extended),
     ],
 )
-def test_workers_of_helpers_know_what_the_script_defines(context: str, kind: str, tmp_path: Path) -> None:
+def test_dataloader_workers_of_ranks_know_the_scripts_classes(context: str, kind: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", str(script), context, kind]
@@ -275,7 +274,7 @@ class Permuted(Numbers):
         yield from torch.randperm(self.length, generator=self.rng).tolist()[info.id :: info.num_workers]
 
 
-def test_generator_that_a_stream_holds_starts_alike_in_all_workers_and_anew_in_each_epoch() -> None:
+def test_a_streams_generator_starts_equal_in_all_workers_each_epoch() -> None:
     def epochs(**options: Any) -> list[list[int]]:
         sharded = shard(DataLoader(Permuted(12), batch_size=3, num_workers=2, **options), rank=0, world_size=1, seed=0)
         seen = [[number for part in sharded for number in part.batch.tolist()] for _ in range(2)]

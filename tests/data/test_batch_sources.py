@@ -1,4 +1,4 @@
-"""Sources of ready-made batches and iterable data sets: every rank reads the same and keeps its part."""
+"""Ready-made batches and iterable data sets: every rank reads the same stream and keeps its shard."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from duoka.data import shard
 from duoka.errors import DataError
-
-from .helpers import LENGTHS, SIZES, Batches, Numbers, flat, globals_of, indices, parts_of
+from support.datasets import LENGTHS, SIZES, Batches, Numbers, flat, globals_of, indices, parts_of
 
 
 def generated() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -49,7 +48,7 @@ def test_parts_of_ready_batches_make_the_batches_of_one_device(length: int, batc
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stream_is_shared_out_once_with_worker_processes_too(workers: int) -> None:
+def test_stream_is_divided_once_with_worker_processes_too(workers: int) -> None:
     loader: DataLoader[Any] = DataLoader(Numbers(11, shuffled=True), batch_size=2, num_workers=workers)
     single = globals_of(loader, 1)
     assert sorted(flat(single)) == list(range(11))
@@ -126,7 +125,7 @@ def test_lengths_and_sample_counts_are_known_where_the_loader_knows() -> None:
         len(shard(generated, rank=0, world_size=2, seed=0))
 
 
-def test_batches_that_do_not_fit_together_are_an_error_that_says_what_to_do() -> None:
+def test_batches_of_unequal_shapes_are_an_error_with_a_remedy() -> None:
     batches = [torch.zeros(2, 5), torch.zeros(1, 4)]
     with pytest.raises(DataError, match=r"\(2, 5\), \(1, 4\).*pad them"):
         list(shard(batches, rank=0, world_size=1, seed=0, batches_per_step=2))
@@ -144,7 +143,7 @@ class Nested(Numbers):
             yield (number, number + 10), number + 20
 
 
-def test_columns_that_default_collation_nests_are_cut_even_where_they_are_as_many_as_samples() -> None:
+def test_nested_columns_of_default_collate_are_cut_as_columns() -> None:
     loader: DataLoader[Any] = DataLoader(Nested(4), batch_size=2, num_workers=1)
     parts = list(shard(loader, rank=1, world_size=2, seed=0))
     assert repr([part.batch for part in parts]) == repr(

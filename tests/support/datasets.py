@@ -1,4 +1,4 @@
-"""Small data sets, samplers and loaders that the tests of ``duoka.data`` share."""
+"""Small data sets, samplers and loaders for the tests of ``duoka.data``."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Logged(Dataset[int]):
         return index
 
 
-class Moody(Sampler[int]):
+class DrawingSampler(Sampler[int]):
     """A sampler that draws from every global generator, and keeps one of its own that moves on from epoch to epoch."""
 
     def __init__(self, length: int) -> None:
