@@ -1,4 +1,4 @@
-"""The rule: for a given batch, several devices take the same step as one, whatever the model and however the batch splits."""
+"""The contract: for a given batch, several devices take the step of one, for any model and any split."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import os
 import pytest
 import torch
 from torch import nn
+
+from support.comparison import relative_distance
+from support.transports import both_transports
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Residual(nn.Module):
@@ -67,9 +72,10 @@ MODELS = {
 }
 
 
+@both_transports
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
 @pytest.mark.parametrize("name", MODELS)
-def test_twenty_steps_end_where_one_device_ends(name: str, devices: str, wrap, compare) -> None:
+def test_twenty_steps_equal_those_of_one_device(name: str, devices: str, wrap) -> None:
     build, make_input = MODELS[name]
     for batch in (1, 2, 7, 32):
         torch.manual_seed(batch)
@@ -85,12 +91,12 @@ def test_twenty_steps_end_where_one_device_ends(name: str, devices: str, wrap, c
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x), y).backward()
                 optimizer.step()
-        assert compare.distance(module, reference) <= 1e-5, f"batch {batch}"
+        assert relative_distance(module, reference) <= 1e-9, f"batch {batch}"
 
 
-def by_hand(module: nn.Module, x: torch.Tensor, parts: int) -> torch.Tensor:
-    """What nn.DataParallel does, written out: replicas with the state of the first, whose buffers are kept."""
-    chunks = x.tensor_split(parts)
+def data_parallel_by_hand(module: nn.Module, x: torch.Tensor, num_devices: int) -> torch.Tensor:
+    """Do what nn.DataParallel does: replicas start from the first one's state, whose buffers are kept."""
+    chunks = x.tensor_split(num_devices)
     others = []
     for chunk in chunks[1:]:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -98,30 +104,32 @@ def by_hand(module: nn.Module, x: torch.Tensor, parts: int) -> torch.Tensor:
     return torch.cat([module(chunks[0]), *others])
 
 
+@both_transports
 @pytest.mark.parametrize("batch", [6, 7])
-@pytest.mark.parametrize("parts", [2, 3])
-def test_batch_norm_follows_data_parallel_as_written_by_hand(parts: int, batch: int, wrap, compare) -> None:
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_batch_norm_equals_data_parallel_by_hand(num_devices: int, batch: int, wrap) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     reference = copy.deepcopy(module)
-    model = wrap(module, f"cpu:{parts}")
+    model = wrap(module, f"cpu:{num_devices}")
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, reference)]
     for _ in range(10):
         x = images(batch)
         for optimizer in optimizers:
             optimizer.zero_grad()
         model(x).pow(2).mean().backward()
-        by_hand(reference, x, parts).pow(2).mean().backward()
+        data_parallel_by_hand(reference, x, num_devices).pow(2).mean().backward()
         for optimizer in optimizers:
             optimizer.step()
-    assert compare.distance(module, reference) <= 1e-5
+    assert relative_distance(module, reference) <= 1e-9
     for own, other in zip(module.buffers(), reference.buffers(), strict=True):
         torch.testing.assert_close(own, other)
     model.eval()
     reference.eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(x), reference(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(x), reference(x))
 
 
+@both_transports
 def test_evaluation_uses_all_devices(wrap) -> None:
     class Where(nn.Module):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""What happens when a part fails: the user learns it as from one device, and the next call works."""
+"""Failures of a chunk: the user gets the exception as from one device, and the next call works."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,9 @@ from torch import nn
 import duoka
 from duoka import errors
 from duoka.workers.exceptions import RemoteTraceback
+from support.processes import WORKER_PROGRAM, children
+from support.transports import both_transports
+from support.waiting import wait_until
 
 
 class PickyError(Exception):
@@ -28,7 +30,7 @@ class PickyError(Exception):
 
 
 class Moody(nn.Module):
-    """Fails where a part holds a negative number, forward or backward."""
+    """Fails if a chunk holds a negative number, in forward or backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,16 +55,17 @@ def batch(bad: int | None) -> torch.Tensor:
     return x
 
 
-def pids() -> list[int]:
-    return [c.pid for c in psutil.Process().children() if "duoka.workers.worker_main" in " ".join(c.cmdline())]
+def worker_pids() -> list[int]:
+    return [pid for pid, line in children().items() if WORKER_PROGRAM in line]
 
 
+@both_transports
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_an_exception_in_any_part_arrives_as_its_own_type(bad: int, backward: bool, wrap) -> None:
+def test_an_exception_of_any_device_arrives_as_its_own_type(bad: int, backward: bool, wrap) -> None:
     model = wrap(Moody(), "cpu:3")
     model(batch(None)).sum().backward()
-    before = pids()
+    before = worker_pids()
     with pytest.raises(PickyError) as caught:
         model(batch(bad), backward=backward).sum().backward()
     assert caught.value.value == (4 if backward else 3)
@@ -73,7 +76,7 @@ def test_an_exception_in_any_part_arrives_as_its_own_type(bad: int, backward: bo
     model.zero_grad()
     model(batch(None)).sum().backward()
     assert model.layer.weight.grad.item() == 3
-    assert pids() == before
+    assert worker_pids() == before
     assert torch.get_num_threads() == 1
 
 
@@ -90,10 +93,11 @@ class Deadly(nn.Module):
         return self.layer(x)
 
 
-def test_a_helper_that_dies_in_the_middle_is_reported_and_replaced(wrap) -> None:
+@both_transports
+def test_a_worker_that_dies_in_a_call_is_reported_and_replaced(wrap) -> None:
     model = wrap(Deadly(), "cpu:3")
     kept = model(batch(None)).sum()
-    before = pids()
+    before = worker_pids()
     with pytest.raises(errors.WorkerDied, match="SIGKILL") as caught:
         model(batch(None), end=True)
     assert "last words" in caught.value.last_output
@@ -101,20 +105,22 @@ def test_a_helper_that_dies_in_the_middle_is_reported_and_replaced(wrap) -> None
         kept.backward()
     model(batch(None)).sum().backward()
     assert model.layer.weight.grad.item() == 3
-    assert not set(before) & set(pids())
+    assert not set(before) & set(worker_pids())
 
 
-def test_a_helper_killed_between_calls_is_reported_and_replaced(wrap) -> None:
+@both_transports
+def test_a_worker_killed_between_calls_is_reported_and_replaced(wrap) -> None:
     model = wrap(Deadly())
     out = model(batch(None)).sum()
-    os.kill(pids()[0], signal.SIGKILL)
+    os.kill(worker_pids()[0], signal.SIGKILL)
     with pytest.raises(errors.WorkerDied):
         out.backward()
     model(batch(None)).sum().backward()
     assert model.layer.weight.grad.item() == 3
 
 
-def test_a_model_that_cannot_leave_the_process_is_named(wrap) -> None:
+@both_transports
+def test_an_attribute_that_cannot_be_pickled_is_named(wrap) -> None:
     model = wrap(Deadly())
     model.module.lock = threading.Lock()
     with pytest.raises(errors.LaunchError, match="attribute 'lock'"):
@@ -123,7 +129,8 @@ def test_a_model_that_cannot_leave_the_process_is_named(wrap) -> None:
     assert model(batch(None)).shape == (3, 1)
 
 
-def test_a_part_that_prints_much_does_not_block(wrap) -> None:
+@both_transports
+def test_a_worker_that_prints_much_does_not_block(wrap) -> None:
     class Loud(nn.Module):
         def forward(self, x):
             print("x" * 300_000)
@@ -132,10 +139,11 @@ def test_a_part_that_prints_much_does_not_block(wrap) -> None:
     assert wrap(Loud())(batch(None)).shape == (3, 1)
 
 
+@both_transports
 def test_interrupting_a_call_stops_it_and_the_next_works(tmp_path: Path, transport: str) -> None:
     (tmp_path / "script.py").write_text(
         textwrap.dedent("""
-        import os, signal, sys, threading, time, torch, duoka
+        import os, signal, threading, time, torch, duoka
         from torch import nn
 
         class Slow(nn.Linear):
@@ -148,21 +156,20 @@ def test_interrupting_a_call_stops_it_and_the_next_works(tmp_path: Path, transpo
         model = duoka.DataParallel(Slow(2, 1), devices="cpu:2")
         model(torch.ones(4, 2))
         threading.Timer(0.5, os.kill, (OWNER, signal.SIGINT)).start()
-        start = time.monotonic()
         try:
-            model(torch.ones(4, 2), wait=60)
+            model(torch.ones(4, 2), wait=600)
         except KeyboardInterrupt:
-            print("interrupted", time.monotonic() - start < 5)
+            print("interrupted")
         print(tuple(model(torch.ones(4, 2)).shape))
         """)
     )
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "interrupted True\n(4, 1)\n", done.stderr
+    assert done.stdout == "interrupted\n(4, 1)\n", done.stderr
     assert done.stderr == ""
 
 
 @pytest.mark.slow
-def test_a_script_that_ends_or_is_killed_leaves_no_helper(tmp_path: Path, transport: str) -> None:
+def test_a_script_that_ends_or_is_killed_leaves_no_worker(tmp_path: Path, transport: str) -> None:
     script = """
         import os, psutil, torch, duoka
         model = duoka.DataParallel(torch.nn.Linear(2, 1), devices="cpu:2")
@@ -174,12 +181,11 @@ def test_a_script_that_ends_or_is_killed_leaves_no_helper(tmp_path: Path, transp
         (tmp_path / "script.py").write_text(textwrap.dedent(script).replace("END", str(end)))
         done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == -end, done.stderr
-        deadline = time.monotonic() + 5
-        while any(map(psutil.pid_exists, map(int, done.stdout.split()))) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not any(map(psutil.pid_exists, map(int, done.stdout.split())))
+        pids = list(map(int, done.stdout.split()))
+        wait_until(lambda: not any(map(psutil.pid_exists, pids)))  # noqa: B023
 
 
+@both_transports
 def test_two_threads_may_use_one_model(wrap) -> None:
     model = wrap(nn.Linear(2, 1))
     failures: list[BaseException] = []

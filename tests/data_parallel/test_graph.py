@@ -1,4 +1,4 @@
-"""The user's autograd graph around several devices: what can be done with it on one device can be done with it here."""
+"""The user's autograd graph over several devices: it allows what a graph on one device allows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from duoka import errors
+from support.comparison import assert_same_gradients, relative_distance
 
 
 class Two(nn.Module):
@@ -23,25 +24,25 @@ class Two(nn.Module):
         return self.left(h), self.right(h)
 
 
-def test_inputs_get_their_gradients_too(pair, compare) -> None:
+def test_inputs_get_their_gradients_too(pair) -> None:
     model, reference = pair(nn.Linear(4, 3))
     xs = [torch.arange(28.0).view(7, 4).requires_grad_() for _ in range(2)]
     for m, x in zip((model, reference), xs, strict=True):
         m(x * 2).pow(2).sum().backward()
     torch.testing.assert_close(xs[0].grad, xs[1].grad)
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
 
 
-def test_several_forwards_before_one_backward(pair, compare) -> None:
+def test_several_forwards_before_one_backward(pair) -> None:
     model, reference = pair(Two())
     inputs = [torch.randn(5, 4), torch.randn(3, 4), torch.randn(1, 4)]
     for m in (model, reference):
         outs = [m(x) for x in inputs]
         (sum(left.pow(2).sum() for left, _ in outs) * outs[0][1].mean()).backward()
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
 
 
-def test_a_retained_graph_can_be_walked_again(pair, compare) -> None:
+def test_a_retained_graph_can_be_walked_again(pair) -> None:
     model, reference = pair(Two())
     x = torch.randn(5, 4)
     for m in (model, reference):
@@ -49,10 +50,10 @@ def test_a_retained_graph_can_be_walked_again(pair, compare) -> None:
         left.sum().backward(retain_graph=True)
         right.pow(2).sum().backward(retain_graph=True)
         (left.mean() + right.mean()).backward()
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
 
 
-def test_a_freed_graph_says_so(wrap) -> None:
+def test_a_second_backward_through_a_freed_graph_is_an_error(wrap) -> None:
     model = wrap(Two())
     left, _ = model(torch.randn(5, 4))
     left.pow(2).sum().backward()
@@ -61,16 +62,16 @@ def test_a_freed_graph_says_so(wrap) -> None:
     assert model(torch.randn(5, 4))[0].shape == (5, 2)
 
 
-def test_part_of_the_outputs_may_be_used(pair, compare) -> None:
+def test_a_loss_may_use_some_of_the_outputs(pair) -> None:
     model, reference = pair(Two())
     x = torch.randn(5, 4)
     for m in (model, reference):
         m(x)[1][:2].sum().backward()
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
     assert model.left.weight.grad is None
 
 
-def test_autograd_grad_returns_what_one_device_returns_and_keeps_it(pair) -> None:
+def test_autograd_grad_equals_one_device_and_is_not_overwritten(pair) -> None:
     model, reference = pair(nn.Linear(4, 3))
     x = torch.randn(5, 4)
     expected = torch.autograd.grad(reference(x).sum(), list(reference.parameters()))
@@ -81,7 +82,7 @@ def test_autograd_grad_returns_what_one_device_returns_and_keeps_it(pair) -> Non
         torch.testing.assert_close(own, other)
 
 
-def test_a_double_backward_says_what_to_use_instead(wrap) -> None:
+def test_a_double_backward_is_refused_with_a_remedy(wrap) -> None:
     model = wrap(nn.Linear(4, 3))
     x = torch.randn(5, 4, requires_grad=True)
     with pytest.raises(errors.UnsupportedError, match=r"model\.module"):
@@ -89,7 +90,7 @@ def test_a_double_backward_says_what_to_use_instead(wrap) -> None:
     torch.autograd.grad(model.module(x).pow(2).sum(), x, create_graph=True)[0].sum().backward()
 
 
-def test_outputs_without_a_graph_stay_without(wrap) -> None:
+def test_outputs_without_a_graph_get_none(wrap) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -103,16 +104,16 @@ def test_outputs_without_a_graph_stay_without(wrap) -> None:
     assert [t.requires_grad for t in (out, best, detached, same)] == [True, False, False, False]
 
 
-def test_eval_forwards_keep_their_buffers_for_their_own_backward(pair, compare) -> None:
+def test_two_eval_forwards_keep_their_buffers_for_the_backward(pair) -> None:
     model, reference = pair(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).eval())
     first, second = torch.randn(6, 4), torch.randn(6, 4)
     for m in (model, reference):
         (m(first) * m(second)).sum().backward()
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_a_model_first_called_without_gradients_trains_afterwards(mode, pair, compare) -> None:
+def test_a_model_first_called_without_gradients_can_train(mode, pair) -> None:
     model, reference = pair(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6).eval(), nn.Linear(6, 1)))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
     x = torch.randn(6, 4)
@@ -123,10 +124,10 @@ def test_a_model_first_called_without_gradients_trains_afterwards(mode, pair, co
             optimizer.zero_grad()
             m(x).pow(2).sum().backward()
             optimizer.step()
-    assert compare.distance(model, reference) < 1e-5
+    assert relative_distance(model, reference) < 1e-5
 
 
-def test_a_model_that_returns_nothing_may_be_trained_beside_others(wrap) -> None:
+def test_a_model_may_return_none(wrap) -> None:
     class Silent(nn.Linear):
         def forward(self, x):
             super().forward(x)
@@ -135,12 +136,12 @@ def test_a_model_that_returns_nothing_may_be_trained_beside_others(wrap) -> None
 
 
 def shared_bytes(model) -> int:
-    """What the owner ever asked for of shared memory; where tensors are sent, nothing."""
+    """Return the shared memory ever allocated by rank 0; 0 with the collective transport."""
     traffic = getattr(model._duoka_controller.group.transport, "traffic", None)
     return sum(len(s.mapping) - traffic._unused for s in traffic.segments) if traffic else 0
 
 
-def test_dropped_forwards_free_what_helpers_keep(wrap) -> None:
+def test_dropped_forwards_free_their_graphs_in_workers(wrap) -> None:
     class Probe(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -174,7 +175,7 @@ def test_memory_does_not_grow_over_many_steps(wrap) -> None:
             optimizer.step()
 
     def used() -> int:
-        """Memory that belongs to no file: pages of a library count as one's own when another process that used it ends."""
+        """Return anonymous memory: file pages count as a process's own when others unmap the file."""
         gc.collect()
         return sum(map(anonymous_bytes, (psutil.Process(), *psutil.Process().children())))
 

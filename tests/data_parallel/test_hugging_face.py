@@ -1,4 +1,4 @@
-"""Hugging Face models as they are used: built from a config, called by names, their outputs' loss and logits taken."""
+"""Hugging Face models in typical use: built from a config, called with keywords, trained by their own loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import copy
 import pytest
 import torch
 
+from support.comparison import assert_same_gradients, relative_distance
+
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def gpt2():
@@ -51,9 +54,7 @@ def batch(name: str, size: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
 @pytest.mark.parametrize(("name", "build"), [("gpt2", gpt2), ("bert", bert)])
-def test_training_by_the_models_own_loss_ends_where_one_device_ends(
-    name: str, build, devices: str, wrap, compare
-) -> None:
+def test_training_by_the_models_own_loss_equals_one_device(name: str, build, devices: str, wrap) -> None:
     module = build()
     reference = copy.deepcopy(module)
     model = wrap(module, devices)
@@ -63,17 +64,17 @@ def test_training_by_the_models_own_loss_ends_where_one_device_ends(
         out, expected = model(**inputs), reference(**inputs)
         assert type(out) is type(expected)
         assert out.keys() == expected.keys()
-        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(out.loss.mean(), expected.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out.logits, expected.logits)
+        torch.testing.assert_close(out.loss.mean(), expected.loss)
         for optimizer, loss in zip(optimizers, (out["loss"].mean(), expected.loss), strict=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert compare.distance(module, reference) < 1e-4
+    assert relative_distance(module, reference) < 1e-9
     assert model.config is module.config
 
 
-def test_a_loss_of_the_logits_is_exact_for_unequal_parts(wrap, compare) -> None:
+def test_a_loss_of_the_logits_is_exact_for_unequal_chunks(wrap) -> None:
     module = bert()
     reference = copy.deepcopy(module)
     model = wrap(module, "cpu:3")
@@ -81,18 +82,18 @@ def test_a_loss_of_the_logits_is_exact_for_unequal_parts(wrap, compare) -> None:
     labels = inputs.pop("labels")
     for m in (model, reference):
         torch.nn.functional.cross_entropy(m(**inputs).logits, labels).backward()
-    assert compare.same_gradients(module, reference)
+    assert_same_gradients(module, reference, 1e-9)
 
 
-def test_hidden_states_are_joined_and_generation_works(wrap) -> None:
+def test_hidden_states_are_gathered_and_generation_works(wrap) -> None:
     module = gpt2().eval()
     model = wrap(module)
     ids = torch.randint(1, 40, (4, 5))
     with torch.no_grad():
-        for _ in range(2):  # the first call makes the library put hooks into the model
+        for _ in range(2):  # the library adds hooks in the first call
             out, expected = (m(input_ids=ids, output_hidden_states=True) for m in (model, module))
             assert len(out.hidden_states) == 3
             for own, other in zip(out.hidden_states, expected.hidden_states, strict=True):
-                torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(own, other)
         tokens = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     assert tokens.shape == (4, 8)

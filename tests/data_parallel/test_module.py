@@ -1,4 +1,4 @@
-"""The class itself: what old scripts and the wrapped model's users expect of it."""
+"""The class ``DataParallel``: what existing scripts and users of the wrapped model expect."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import copy
 import gc
 import io
 import os
-import time
+import threading
 
-import psutil
 import pytest
 import torch
 from torch import nn
 
 import duoka
 from duoka import errors
+from support.processes import WORKER_PROGRAM, children
+from support.waiting import wait_until
 
 
 class Net(nn.Module):
@@ -30,11 +31,11 @@ class Net(nn.Module):
         return self(x).argmax(1)
 
 
-def helpers() -> list[int]:
-    return [c.pid for c in psutil.Process().children() if "duoka.workers.worker_main" in " ".join(c.cmdline())]
+def worker_pids() -> list[int]:
+    return [pid for pid, line in children().items() if WORKER_PROGRAM in line]
 
 
-def test_it_is_a_data_parallel_with_its_attributes(wrap) -> None:
+def test_it_is_an_nn_data_parallel_with_its_attributes(wrap) -> None:
     net = Net()
     model = wrap(net, "cpu:3")
     assert isinstance(model, nn.DataParallel)
@@ -42,7 +43,7 @@ def test_it_is_a_data_parallel_with_its_attributes(wrap) -> None:
     assert (model.device_ids, model.dim, model.output_device) == ([0, 1, 2], 0, 0)
 
 
-def test_the_wrapped_models_attributes_are_reached_and_set_directly(wrap) -> None:
+def test_attributes_of_the_wrapped_model_are_read_and_set_directly(wrap) -> None:
     model = wrap(Net())
     x = torch.randn(6, 4)
     assert torch.equal(model.predict(x), model.module.predict(x))
@@ -64,7 +65,7 @@ def test_states_have_no_prefix_and_load_with_or_without(prefix: str, wrap) -> No
         model.load_state_dict({prefix + "layer.weight": torch.ones(3, 4)})
 
 
-def test_a_wrapped_part_of_a_model_saves_and_loads_without_prefix(wrap) -> None:
+def test_a_wrapped_submodule_saves_and_loads_without_prefix(wrap) -> None:
     whole = nn.Sequential(wrap(Net()), nn.Linear(3, 2))
     state = whole.state_dict()
     assert list(state) == ["0.layer.weight", "0.layer.bias", "1.weight", "1.bias"]
@@ -72,7 +73,7 @@ def test_a_wrapped_part_of_a_model_saves_and_loads_without_prefix(wrap) -> None:
     assert whole[0].layer.weight.abs().sum() == 0
 
 
-def test_a_wrapped_model_inside_a_wrapped_model_computes_on_the_outer_ones_devices(wrap) -> None:
+def test_a_wrapped_model_inside_another_runs_on_the_outer_devices(wrap) -> None:
     inner = wrap(Net())
     outer = wrap(nn.Sequential(nn.Linear(4, 4), inner))
     x = torch.randn(6, 4)
@@ -89,13 +90,22 @@ def test_one_device_is_the_bare_model(wrap) -> None:
     assert model._duoka_controller is None
 
 
-def test_devices_may_be_given_in_one_way_only() -> None:
+def test_naming_devices_twice_is_an_error() -> None:
     with pytest.raises(errors.ConfigError, match="one of them"):
         duoka.DataParallel(Net(), device_ids=[0], devices="cpu:2")
 
 
-def test_a_subclass_with_steps_of_its_own_is_refused_on_several_devices_and_others_are_not() -> None:
-    """They would not be called: a batch that is to be divided in another way would be divided evenly without a word."""
+def test_device_is_another_name_of_devices() -> None:
+    assert duoka.DataParallel(Net(), device="cpu:3").device_ids == [0, 1, 2]
+
+
+def test_unknown_options_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(errors.ConfigError, match=r"devicess='cpu:2'.*did you mean 'devices'"):
+        duoka.DataParallel(Net(), devicess="cpu:2")
+
+
+def test_a_subclass_that_overrides_scatter_is_refused() -> None:
+    """Duoka would not call the override, and would split the batch evenly without a warning."""
 
     class Balanced(duoka.DataParallel):
         def scatter(self, *_):
@@ -117,7 +127,7 @@ def test_a_subclass_with_steps_of_its_own_is_refused_on_several_devices_and_othe
     doubling.close()
 
 
-def test_copies_and_saved_models_are_whole(wrap) -> None:
+def test_copies_and_saved_models_are_complete(wrap) -> None:
     model = wrap(Net())
     x = torch.randn(6, 4)
     expected = model(x).detach()
@@ -139,7 +149,7 @@ def test_copies_and_saved_models_are_whole(wrap) -> None:
 
 
 class Named(duoka.DataParallel):
-    """As people write them: arguments of its own, and more than the model inside."""
+    """A subclass with arguments, a parameter and an attribute of its own."""
 
     def __init__(self, name: str, module: nn.Module, devices: str) -> None:
         super().__init__(module, devices=devices, dim=0)
@@ -150,7 +160,7 @@ class Named(duoka.DataParallel):
         return self.scale * super().forward(x)
 
 
-def test_copies_of_a_subclass_are_of_that_class_and_have_what_it_has() -> None:
+def test_copies_of_a_subclass_keep_its_class_and_attributes() -> None:
     model, x = Named("mine", nn.Linear(4, 3), "cpu:2"), torch.randn(6, 4)
     model.register_forward_hook(add_one)
     expected = model(x).detach()
@@ -171,11 +181,11 @@ def add_one(_, __, output):
     return output + 1
 
 
-def test_closing_gives_the_helpers_back_and_leaves_the_parameters(wrap) -> None:
+def test_closing_releases_the_workers_and_keeps_the_parameters(wrap) -> None:
     model = wrap(Net())
     x = torch.randn(6, 4)
     expected = model(x).detach()
-    pids = helpers()
+    pids = worker_pids()
     model.close()
     model.close()
     gc.collect()
@@ -183,24 +193,21 @@ def test_closing_gives_the_helpers_back_and_leaves_the_parameters(wrap) -> None:
     model.module(x).sum().backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert duoka.launch(lambda: duoka.current_world().rank, devices="cpu:2", returns="all") == [0, 1]
-    assert helpers() == pids
+    assert worker_pids() == pids
     torch.testing.assert_close(model(x), model.module(x))
-    assert helpers() == pids
+    assert worker_pids() == pids
 
 
-def test_a_collected_wrapper_gives_the_helpers_back(transport: str) -> None:
+def test_a_collected_wrapper_releases_the_workers(transport: str) -> None:
     model = duoka.DataParallel(Net(), devices="cpu:2")
     model(torch.randn(6, 4)).sum().backward()
     group = model._duoka_controller.group
     del model
     gc.collect()
-    deadline = time.monotonic() + 5
-    while group._session is not None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert group._session is None
+    wait_until(lambda: group._session is None)
 
 
-def test_the_users_thread_count_is_given_back(wrap) -> None:
+def test_the_users_thread_count_is_restored(wrap) -> None:
     torch.set_num_threads(2)
     model = wrap(Net())
     out = model(torch.randn(6, 4))
@@ -209,7 +216,7 @@ def test_the_users_thread_count_is_given_back(wrap) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_models_of_every_type_of_number(wrap) -> None:
+def test_models_of_every_dtype(wrap) -> None:
     model = wrap(Net())
     for dtype in (torch.float64, torch.bfloat16, torch.float32):
         model.to(dtype)
@@ -217,11 +224,12 @@ def test_models_of_every_type_of_number(wrap) -> None:
         torch.testing.assert_close(model(x), model.module(x), rtol=1e-2, atol=1e-2)
 
 
-def test_a_wrapper_that_is_gone_leaves_its_helpers_to_the_graph_that_needs_them() -> None:
+def test_a_graph_keeps_the_workers_of_a_collected_wrapper() -> None:
     model = nn.Linear(3, 1)
     x = torch.randn(8, 3)
     loss = duoka.DataParallel(model, devices="cpu:2")(x).pow(2).sum()
-    time.sleep(0.3)  # what ends helpers does so in a thread of its own
+    gc.collect()
+    wait_until(lambda: not any(thread.name == "duoka-close" for thread in threading.enumerate()))
     loss.backward()
     other = nn.Linear(3, 1)
     other.load_state_dict(model.state_dict())
@@ -232,7 +240,7 @@ def test_a_wrapper_that_is_gone_leaves_its_helpers_to_the_graph_that_needs_them(
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later, of any process with threads
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_what_a_forked_child_trains_is_its_own(wrap) -> None:
+def test_a_forked_child_trains_a_copy(wrap) -> None:
     model = wrap(nn.Linear(4, 2))
     model(torch.ones(4, 4)).sum().backward()
     before = model.weight.detach().clone()
@@ -252,7 +260,7 @@ def test_what_a_forked_child_trains_is_its_own(wrap) -> None:
     os.close(reader), os.close(writer)
     torch.testing.assert_close(model.weight, before, rtol=0, atol=0)
     with torch.no_grad():
-        model.weight.fill_(2)  # the parent's pages are still the helpers'
+        model.weight.fill_(2)  # workers still share the parent's pages
     torch.testing.assert_close(
         model(torch.ones(4, 4)), nn.functional.linear(torch.ones(4, 4), model.weight, model.bias)
     )

@@ -1,4 +1,4 @@
-"""In a notebook kernel that has trained before, with a model that is defined in a cell."""
+"""``DataParallel`` in a notebook: a kernel that has trained before, and a model defined in a cell."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CELLS = [
             optimizer.step()
         return loss.item()
     net = Net()
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     """,
     "train(net)\nalone = copy.deepcopy(net), copy.deepcopy(optimizer.state_dict())",
     "model = duoka.DataParallel(net, devices='cpu:2')\nlast = train(model)",
-    "net = alone[0]; optimizer = torch.optim.Adam(net.parameters(), lr=0.1)",
+    "net = alone[0]; optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)",
     "optimizer.load_state_dict(alone[1])\nprint(abs(train(net) - last) < 1e-5 * last)",
     "SCALE = 5.0\nx = torch.randn(6, 4)",
     "print(torch.allclose(model(x), model.module(x)))",
@@ -53,8 +53,8 @@ print("".join(out.get("text", "") for cell in notebook.cells for out in cell.out
 """
 
 
-def test_a_model_of_a_cell_is_wrapped_in_the_middle_of_a_session(tmp_path: Path, transport: str) -> None:
+def test_a_model_of_a_cell_is_wrapped_within_a_session(tmp_path: Path, transport: str) -> None:
     cells = json.dumps([textwrap.dedent(cell) for cell in CELLS])
-    # a process of its own, because the notebook's client keeps an event loop for as long as its process lives
+    # a process of its own, because the notebook's client keeps its event loop until the process ends
     done = subprocess.run([sys.executable, "-c", DRIVER], input=cells, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True", "True"], done.stderr

@@ -1,4 +1,4 @@
-"""What goes into a wrapped model and comes out of it: any nesting, tensors split and joined, all else as it is."""
+"""Inputs and outputs of a wrapped model: any nesting; tensors are scattered and gathered, other values kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass
 class ModelOutput(collections.OrderedDict):
-    """As Hugging Face's: a dataclass and a dictionary of what is not None."""
+    """Like Hugging Face's: a dataclass that is also a dictionary of its fields that are not None."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -74,19 +74,19 @@ CASES = {
 
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_come_back_as_from_one_device(case: str, devices: str, wrap) -> None:
+def test_outputs_equal_those_of_one_device(case: str, devices: str, wrap) -> None:
     got, expected = wrap(Apply(CASES[case]), devices)(X), CASES[case](X)
     assert type(got) is type(expected)
     assert repr(got) == repr(expected)
 
 
-def test_model_outputs_are_reached_by_name_and_by_key(wrap) -> None:
+def test_model_outputs_have_attributes_and_keys(wrap) -> None:
     out = wrap(Apply(lambda x: ModelOutput(loss=x.mean(), logits=x)))(X)
     assert out.loss.shape == (2,)
     assert out["logits"].shape == (7, 2)
 
 
-def test_arguments_of_every_kind_reach_every_part(wrap) -> None:
+def test_arguments_of_every_kind_reach_every_device(wrap) -> None:
     def function(batch: Batch, factor, *, pair: Pair, names, weights):
         assert len(batch.x) == len(pair.first) == len(batch.extra["ids"])
         assert names == ["a", "b"]
@@ -101,7 +101,7 @@ def test_arguments_of_every_kind_reach_every_part(wrap) -> None:
     torch.testing.assert_close(call(wrap(Apply(function), "cpu:3")), call(function))
 
 
-def test_numbers_become_a_vector_with_one_from_each_device(wrap) -> None:
+def test_scalars_become_a_vector_with_one_item_per_device(wrap) -> None:
     model = wrap(Apply(lambda x: x.mean()), "cpu:3")
     assert model(X[:6]).tolist() == [X[:2].mean(), X[2:4].mean(), X[4:6].mean()]
     assert model(X[:1]).shape == (1,)
@@ -113,7 +113,7 @@ def test_another_dimension_may_be_the_batch(wrap) -> None:
     torch.testing.assert_close(model(x), x * 2 + x.sum(0))
 
 
-def test_channels_last_inputs_stay_so(wrap) -> None:
+def test_channels_last_inputs_stay_channels_last(wrap) -> None:
     def function(x):
         assert x.is_contiguous(memory_format=torch.channels_last)
         return x
@@ -123,7 +123,7 @@ def test_channels_last_inputs_stay_so(wrap) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64, torch.uint8, torch.bool])
-def test_every_type_of_number_travels(dtype: torch.dtype, wrap) -> None:
+def test_tensors_of_every_dtype_travel(dtype: torch.dtype, wrap) -> None:
     x = torch.randint(2, (5, 3)).to(dtype)
     got = wrap(Apply(lambda x: x))(x)
     assert got.dtype is dtype
@@ -135,16 +135,21 @@ def test_a_batch_smaller_than_the_number_of_devices_uses_fewer(batch: int, wrap)
     assert wrap(Apply(lambda x: x + 1), "cpu:3")(torch.zeros(batch, 2)).shape == (batch, 2)
 
 
-def test_calls_without_a_tensor_are_computed_here(wrap) -> None:
+def test_calls_without_a_tensor_run_on_the_first_device(wrap) -> None:
     assert wrap(Apply(lambda word=None: word))("hello") == "hello"
 
 
 @pytest.mark.parametrize(("batch", "devices"), [(7, 3), (32, 3), (1, 4), (4, 4), (5, 2)])
-def test_parts_are_those_of_tensor_split(batch: int, devices: int) -> None:
+def test_chunks_are_those_of_tensor_split(batch: int, devices: int) -> None:
     expected = [len(part) for part in torch.empty(batch).tensor_split(devices) if len(part)]
     assert scatter_gather.scatter_sizes(batch, devices) == expected
 
 
-def test_lists_of_different_lengths_are_refused(wrap) -> None:
+def test_tuples_of_different_lengths_are_refused(wrap) -> None:
     with pytest.raises(ValueError, match="lengths"):
         wrap(Apply(lambda x: (x,) * len(x)))(X)
+
+
+def test_containers_of_different_types_are_refused(wrap) -> None:
+    with pytest.raises(ValueError, match="Pair on one device and a Tensor"):
+        wrap(Apply(lambda x: Pair(x, x) if len(x) == 4 else x))(X)

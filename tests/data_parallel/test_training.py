@@ -1,16 +1,20 @@
-"""What training scripts do around a model: each works on several devices as on one."""
+"""Common training techniques: each works on several devices as on one."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 
-import psutil
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+
+from support.comparison import assert_same_gradients, relative_distance
+from support.processes import WORKER_PROGRAM, children
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -28,7 +32,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) ->
     return loss.detach()
 
 
-def test_a_gan_with_two_wrapped_models_uses_one_helper_a_device(wrap, compare) -> None:
+def test_a_gan_of_two_wrapped_models_uses_one_worker_per_device(wrap) -> None:
     nets = mlp(4, 16, 6), mlp(6, 16, 1)
     references = copy.deepcopy(nets)
 
@@ -51,12 +55,12 @@ def test_a_gan_with_two_wrapped_models_uses_one_helper_a_device(wrap, compare) -
 
     train(wrap(nets[0]), wrap(nets[1]))
     train(*references)
-    assert compare.distance(nets[0], references[0]) < 1e-4
-    assert compare.distance(nets[1], references[1]) < 1e-4
-    assert len([c for c in psutil.Process().children() if "duoka.workers.worker_main" in " ".join(c.cmdline())]) == 1
+    assert relative_distance(nets[0], references[0]) < 1e-9
+    assert relative_distance(nets[1], references[1]) < 1e-9
+    assert sum(WORKER_PROGRAM in line for line in children().values()) == 1
 
 
-def test_a_student_learns_from_a_teacher(pair, compare) -> None:
+def test_a_student_learns_from_a_teacher(pair) -> None:
     teacher, teacher_alone = pair(mlp(5, 8, 3))
     student, student_alone = pair(mlp(5, 4, 3))
     teacher.eval()
@@ -70,7 +74,7 @@ def test_a_student_learns_from_a_teacher(pair, compare) -> None:
             optimizer.zero_grad()
             nn.functional.mse_loss(s(x), target).backward()
             optimizer.step()
-    assert compare.distance(student, student_alone) < 1e-5
+    assert relative_distance(student, student_alone) < 1e-9
 
 
 class Heads(nn.Module):
@@ -84,19 +88,19 @@ class Heads(nn.Module):
         return self.used(torch.tanh(self.trunk(x)))
 
 
-def test_unused_and_frozen_parameters_keep_no_gradient(pair, compare) -> None:
+def test_unused_and_frozen_parameters_keep_no_gradient(pair) -> None:
     module = Heads()
     module.trunk.weight.requires_grad_(False)
     model, reference = pair(module)
     x = torch.randn(5, 4)
     for m in (model, reference):
         m(x).sum().backward()
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
     assert module.unused.weight.grad is None
     assert module.trunk.weight.grad is None
 
 
-def test_a_parameter_that_only_a_helpers_part_uses_gets_its_gradient(wrap) -> None:
+def test_a_parameter_used_only_by_a_worker_gets_its_gradient(wrap) -> None:
     class Either(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -118,7 +122,7 @@ def test_a_parameter_that_only_a_helpers_part_uses_gets_its_gradient(wrap) -> No
     assert all(gradient.tolist() == [[1, 2]] for gradient in kept)
 
 
-def test_tied_weights_get_the_sum_of_their_uses(pair, compare) -> None:
+def test_tied_weights_get_the_sum_of_their_uses(pair) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -135,7 +139,7 @@ def test_tied_weights_get_the_sum_of_their_uses(pair, compare) -> None:
         x = torch.randint(9, (7, 3))
         for m, optimizer in zip((model, reference), optimizers, strict=True):
             step(m, optimizer, x)
-    assert compare.distance(model, reference) < 1e-5
+    assert relative_distance(model, reference) < 1e-9
     assert model.head.weight is model.embedding.weight
 
 
@@ -183,9 +187,9 @@ def change_attribute(m):
     getattr(m, "module", m)[0].forward = lambda x: torch.ones(len(x), 8)
 
 
-def to_double_and_back(m):
-    m.double()
+def to_float_and_back(m):
     m.float()
+    m.double()
 
 
 def swap_names(m):
@@ -203,13 +207,13 @@ EDITS = [
     add_layer,
     replace_parameter,
     change_attribute,
-    to_double_and_back,
+    to_float_and_back,
     swap_names,
 ]
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_of_the_model_is_seen_by_the_next_forward(edit, pair, compare) -> None:
+def test_the_next_forward_uses_an_edited_model(edit, pair) -> None:
     model, reference = pair(mlp(4, 8, 3))
     x = torch.randn(6, 4)
     model(x).sum().backward()
@@ -220,10 +224,10 @@ def test_an_edit_of_the_model_is_seen_by_the_next_forward(edit, pair, compare) -
     for m in (model, reference):
         m(x).pow(2).sum().backward()
     torch.testing.assert_close(model(x), reference(x))
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
 
 
-def test_averaged_weights_swapped_in_and_out_are_followed_and_stay_apart(pair) -> None:
+def test_averaged_weights_may_be_swapped_in_and_out(pair) -> None:
     model, reference = pair(mlp(4, 8, 3))
     x = torch.randn(6, 4)
     averages = [[p.detach().clone() for p in m.parameters()] for m in (model, reference)]
@@ -244,7 +248,7 @@ def test_averaged_weights_swapped_in_and_out_are_followed_and_stay_apart(pair) -
         torch.testing.assert_close(own, other)
 
 
-def test_a_state_dict_taken_before_wrapping_still_looks_at_the_parameters(wrap) -> None:
+def test_a_state_dict_taken_before_wrapping_shares_the_parameters(wrap) -> None:
     module = mlp(4, 8, 3)
     state = module.state_dict()
     model = wrap(module)
@@ -256,7 +260,7 @@ def test_a_state_dict_taken_before_wrapping_still_looks_at_the_parameters(wrap) 
     torch.testing.assert_close(model(x), module(x))
 
 
-def test_attributes_and_modes_changed_between_calls_are_followed(wrap) -> None:
+def test_the_next_forward_uses_changed_attributes_and_modes(wrap) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -280,7 +284,7 @@ def test_attributes_and_modes_changed_between_calls_are_followed(wrap) -> None:
     assert model.module.calls == 5
 
 
-def test_requires_grad_flips_are_followed(pair, compare) -> None:
+def test_the_next_forward_uses_changed_requires_grad(pair) -> None:
     model, reference = pair(mlp(4, 8, 3))
     x = torch.randn(6, 4)
     for frozen in (True, False, True):
@@ -288,11 +292,11 @@ def test_requires_grad_flips_are_followed(pair, compare) -> None:
             m.zero_grad()
             next(iter(m.parameters())).requires_grad_(not frozen)
             m(x).sum().backward()
-        assert compare.same_gradients(model, reference)
+        assert_same_gradients(model, reference)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_accumulation_clipping_and_kept_gradients(set_to_none: bool, pair, compare) -> None:
+def test_accumulation_clipping_and_references_to_gradients(set_to_none: bool, pair) -> None:
     model, reference = pair(mlp(4, 8, 3))
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (model, reference)]
     norms: list[list[float]] = [[], []]
@@ -308,14 +312,14 @@ def test_accumulation_clipping_and_kept_gradients(set_to_none: bool, pair, compa
                     kept.append((m.module[0].weight.grad, m.module[0].weight.grad.clone()))
                 optimizers[index].zero_grad(set_to_none)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-    assert compare.distance(model, reference) < 1e-5
+    assert relative_distance(model, reference) < 1e-9
     if set_to_none:
         assert all(torch.equal(gradient, then) for gradient, then in kept)
 
 
 def test_autocast_and_a_gradient_scaler_work(pair) -> None:
-    model, reference = pair(mlp(4, 32, 3))
-    x = torch.randn(8, 4)
+    model, reference = pair(mlp(4, 32, 3).float())
+    x = torch.randn(8, 4, dtype=torch.float32)
     results = []
     for m in (model, reference):
         optimizer, scaler = torch.optim.SGD(m.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=256.0)
@@ -333,7 +337,7 @@ def test_autocast_and_a_gradient_scaler_work(pair) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_inside_the_model(use_reentrant: bool, pair, compare) -> None:
+def test_gradient_checkpointing_inside_the_model(use_reentrant: bool, pair) -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -350,20 +354,20 @@ def test_gradient_checkpointing_inside_the_model(use_reentrant: bool, pair, comp
     x = torch.randn(6, 4)
     for m in (model, reference):
         m(x).pow(2).sum().backward()
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_around_the_model(use_reentrant: bool, pair, compare) -> None:
+def test_gradient_checkpointing_around_the_model(use_reentrant: bool, pair) -> None:
     model, reference = pair(mlp(4, 8, 4))
     x = torch.randn(6, 4, requires_grad=True)
     for m in (model, reference):
         checkpoint(m, x, use_reentrant=use_reentrant).pow(2).sum().backward()
-    assert compare.same_gradients(model, reference)
+    assert_same_gradients(model, reference)
     assert model(x).shape == (6, 4)
 
 
-def test_hooks_on_parameters_see_the_whole_gradient_once(pair) -> None:
+def test_parameter_hooks_get_the_whole_gradient_once(pair) -> None:
     model, reference = pair(mlp(4, 8, 3))
     x = torch.randn(6, 4)
     seen = []
@@ -376,7 +380,7 @@ def test_hooks_on_parameters_see_the_whole_gradient_once(pair) -> None:
     torch.testing.assert_close(model.module[0].weight.grad, reference[0].weight.grad)
 
 
-def test_forward_hooks_added_between_calls_run_on_every_part(wrap) -> None:
+def test_forward_hooks_added_between_calls_run_on_every_device(wrap) -> None:
     model = wrap(nn.Linear(2, 2))
     x = torch.randn(4, 2)
     before = model(x)
@@ -386,7 +390,7 @@ def test_forward_hooks_added_between_calls_run_on_every_part(wrap) -> None:
     torch.testing.assert_close(model(x), before)
 
 
-def test_dropout_differs_between_parts_and_repeats_with_the_seed(wrap) -> None:
+def test_dropout_differs_between_devices_and_repeats_with_the_seed(wrap) -> None:
     model = wrap(nn.Dropout(0.5))
 
     def run() -> torch.Tensor:
@@ -399,7 +403,7 @@ def test_dropout_differs_between_parts_and_repeats_with_the_seed(wrap) -> None:
     assert not torch.equal(first[0], first[1])
 
 
-def test_the_users_generator_moves_as_with_the_first_part_alone(wrap) -> None:
+def test_the_users_generator_advances_as_with_the_first_chunk_alone(wrap) -> None:
     model = wrap(nn.Dropout(0.5))
     torch.manual_seed(5)
     model(torch.ones(8, 50))
@@ -411,27 +415,24 @@ def test_the_users_generator_moves_as_with_the_first_part_alone(wrap) -> None:
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_normalised_weights_are_computed_on_every_device(norm, pair, compare) -> None:
+def test_normalized_weights_are_computed_on_every_device(norm, pair) -> None:
     model, reference = pair(
         nn.Sequential(nn.Linear(4, 8), nn.Tanh(), norm(nn.Linear(8, 3)))
         if norm is not nn.utils.weight_norm
-        else Normed()
+        else Normalized()
     )
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
     for _ in range(3):
         x = torch.randn(6, 4)
         for m, optimizer in zip((model, reference), optimizers, strict=True):
             step(m, optimizer, x)
-    assert compare.distance(model, reference) < 1e-5
+    assert relative_distance(model, reference) < 1e-9
 
 
-class Normed(nn.Module):
+class Normalized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 3)
-        self.__post()
-
-    def __post(self) -> None:
         self.gain = nn.Parameter(torch.ones(3, 1))
 
     def forward(self, x):
@@ -439,7 +440,7 @@ class Normed(nn.Module):
 
 
 class Momentum(nn.Module):
-    """Like MoCo: its forward moves a second encoder after the first."""
+    """Like MoCo: its forward updates a second encoder from the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -454,7 +455,7 @@ class Momentum(nn.Module):
         return (self.query(x) - target).pow(2).mean(1)
 
 
-def test_a_model_that_writes_to_its_parameters_writes_once(pair, compare) -> None:
+def test_a_forward_that_writes_to_parameters_writes_once(pair) -> None:
     model, reference = pair(Momentum())
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
     for number in range(6):
@@ -464,7 +465,7 @@ def test_a_model_that_writes_to_its_parameters_writes_once(pair, compare) -> Non
             m(x).mean().backward()
             if number != 0:
                 optimizer.step()
-    assert compare.distance(model, reference) < 0.05
+    assert relative_distance(model, reference) < 0.05
     torch.testing.assert_close(model.key.weight, reference.key.weight, rtol=1e-3, atol=1e-3)
 
 

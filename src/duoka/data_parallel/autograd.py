@@ -1,4 +1,4 @@
-"""One parallel call in the user's autograd graph: scatter inputs, gather outputs, and reduce gradients.
+"""Parallel call in the user's autograd graph: scatter inputs, gather outputs, reduce gradients.
 
 Two autograd nodes surround the part that rank 0 computes itself. ``ReduceGradients`` is created
 before that part, so its backward runs last; ``GatherOutputs`` is created after it, so its backward
@@ -23,7 +23,7 @@ from duoka.data_parallel.pickling import Pickled, unpickle
 from duoka.data_parallel.scatter_gather import OutputSpec, gather_tensors
 from duoka.data_parallel.tensor_layout import Allocation, TensorSpec, copy_to_layout, pack_layout
 from duoka.data_parallel.timers import TIMERS
-from duoka.data_parallel.transport.base import BackwardContext, GradientExchange, WeightSync
+from duoka.data_parallel.transport.base import BackwardContext, GradientExchange, OutputGradients, WeightSync
 from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef
 from duoka.errors import UnsupportedError
 from duoka.utils.torch_private import backward_keeps_graph, run_after_backward
@@ -61,7 +61,7 @@ class ParallelCall:
         self._allocations: list[Allocation] = []
         self._is_gathered = self._is_graph_freed = False
         self._exchanges: list[GradientExchange] = []
-        """The backward under way; a list, which outlives this call, so that a failed one can be discarded."""
+        """The backward under way: a list that outlives this call, so that a failed one can be discarded."""
 
     def scatter_inputs(
         self, chunks: Sequence[Sequence[torch.Tensor]], arguments: Any, context: ContextFactory | None = None
@@ -137,7 +137,7 @@ class ParallelCall:
             with contextlib.suppress(Exception):
                 self.gather_outputs()
 
-    def start_backward(self, gradients: Sequence[Sequence[torch.Tensor | None]]) -> None:
+    def start_backward(self, gradients: OutputGradients) -> None:
         """Run the backward on the workers, from the gradients of each worker's outputs."""
         if self._generation != self._group.generation:
             raise RuntimeError(
@@ -152,11 +152,9 @@ class ParallelCall:
             for given, graphs in zip(gradients, self.has_graph, strict=True)
             for gradient, has_graph in zip(given, graphs, strict=True)
         )
-        context = BackwardContext(self._call_id, self._inputs, self._gradient_layout)
+        context = BackwardContext(self._call_id, self._inputs, self._gradient_layout, keep_graph)
         with self._group.lock:
-            self._exchanges.append(
-                self._group.transport.start_backward(self._group, context, gradients, keep_graph=keep_graph)
-            )
+            self._exchanges.append(self._group.transport.start_backward(self._group, context, gradients))
 
     def wait_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
         """Return the workers' gradients: sums by parameter index, and of inputs in order."""
@@ -194,13 +192,13 @@ class ReduceGradients(Function):
                 gradients[index] = gradients[index].to(ctx.devices[index])
             if gradients[index] is not None and (tensor := reference()) is not None and tensor._backward_hooks:
                 gradients[index] = gradients[index].clone()  # a hook may keep it
-        # Held until the backward ends, so that autograd copies them: shared memory must not become a `grad`.
+        # Referenced until the backward ends, so autograd copies them: no `grad` may be shared memory.
         run_after_backward(list(gradients).clear)
         return None, *gradients
 
 
 class GatherOutputs(Function):
-    """Node of the gathered outputs; its backward runs first, and sends each worker its slice of the gradient."""
+    """Node of the gathered outputs; its backward runs first, and sends workers their gradients."""
 
     @staticmethod
     def forward(

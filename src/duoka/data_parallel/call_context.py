@@ -1,4 +1,4 @@
-"""Context of a call: torch modes and a seed captured in rank 0 and applied in workers; and rank 0's thread limit."""
+"""Context of a call: rank 0's torch modes and seed, applied in workers; and rank 0's thread limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duoka.data_parallel.device_remap import RemapCuda, is_remapping
 from duoka.data_parallel.messages import ContextFactory, TorchModes
 from duoka.utils.torch_settings import apply_torch_settings, capture_torch_settings
 
-__all__ = ["ThreadLimit", "apply_modes", "capture_modes", "draw_seed", "preserve_modes"]
+__all__ = ["ThreadLimit", "apply_modes", "capture_modes", "draw_seed"]
 
 _SETTINGS = ("default_dtype", "deterministic", "float32_matmul_precision")
 
@@ -35,7 +35,7 @@ def capture_modes(device: torch.device, context: ContextFactory | None = None) -
 
 @contextlib.contextmanager
 def apply_modes(modes: TorchModes, device: torch.device) -> Iterator[None]:
-    """Apply the modes inside the ``with`` block, in a worker; process-wide settings last longer."""
+    """Apply the modes inside the ``with`` block, in a worker; process-wide settings stay."""
     apply_torch_settings(modes.settings)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(modes.inference))
@@ -48,16 +48,6 @@ def apply_modes(modes: TorchModes, device: torch.device) -> Iterator[None]:
         if modes.context is not None:
             stack.enter_context(modes.context())
         yield
-
-
-@contextlib.contextmanager
-def preserve_modes() -> Iterator[None]:
-    """Restore the process-wide settings after the ``with`` block."""
-    settings = capture_torch_settings(_SETTINGS)
-    try:
-        yield
-    finally:
-        apply_torch_settings(settings)
 
 
 def draw_seed(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Controller of one wrapped model: syncs it to the workers, scatters each call, computes, and gathers."""
+"""Controller of one wrapped model: syncs it to workers, and scatters, computes and gathers calls."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
+from duoka.data_parallel.group_registry import get_worker_group
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import REGISTRIES, ModelSnapshot
 from duoka.data_parallel.pickling import Pickled, pickle_without_tensors
-from duoka.data_parallel.registry import get_worker_group
 from duoka.data_parallel.replica import MaybeCompiled
 from duoka.data_parallel.scatter_gather import (
     batch_size,
@@ -156,7 +156,7 @@ class Controller:
             return _merge_outputs([own, *others], sizes, self._dim, call, token)
 
     def _extract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Any, list[int]]:
-        """Return the tensors among the arguments, the arguments without them, and each device's batch size."""
+        """Return the arguments' tensors, the arguments without them, and each device's batch size."""
         tensors, arguments = extract_tensors((args, kwargs))
         return tensors, arguments, scatter_sizes(batch_size(tensors, self._dim), len(self.group.devices))
 
@@ -278,7 +278,7 @@ def _merge_outputs(
     call: ParallelCall | None,
     token: torch.Tensor | None,
 ) -> Any:
-    """Return one value from the devices' output tensors and structures, with a graph if the call has one."""
+    """Return one value from all devices' outputs, with a graph if the call has one."""
     structure, specs = gather_structures([structure for _, structure in outputs], sizes)
     tensors = [list(chunk) for chunk, _ in outputs]
     if token is None or call is None or not specs:

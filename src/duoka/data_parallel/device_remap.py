@@ -1,4 +1,4 @@
-"""Remapping of CUDA devices in user code: ``cuda:0`` in a model's code means the device of the process that runs it."""
+"""Remapping of CUDA devices: ``cuda:0`` in a model's code means the device that runs the code."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def is_cuda(device: object) -> bool:
 
 @contextlib.contextmanager
 def remap_cuda() -> Iterator[None]:
-    """Let workers of calls inside the ``with`` block take CUDA devices in a model's code for their own."""
+    """Remap CUDA devices in workers, for calls inside the ``with`` block."""
     global _active
     _active += 1
     try:

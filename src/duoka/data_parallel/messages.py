@@ -23,9 +23,11 @@ __all__ = [
     "DeleteReplica",
     "ForwardRequest",
     "ForwardResult",
+    "Notification",
     "ParameterPlacement",
     "RebindParameters",
     "ReceiveWeights",
+    "Request",
     "TorchModes",
     "UpdateAttributes",
 ]
@@ -150,3 +152,9 @@ class BackwardResult(NamedTuple):
     inputs: tuple[int, ...]
     inlined: Pickled
     """Gradients of parameters inside the message, by index: sparse ones, and late ones."""
+
+
+Notification: TypeAlias = CreateReplica | UpdateAttributes | RebindParameters | ReceiveWeights | DeleteReplica
+"""A message without a result, for every worker."""
+Request: TypeAlias = ForwardRequest | BackwardRequest
+"""A message with a result, for one worker."""

@@ -27,7 +27,7 @@ _MAX_DEPTH = 3
 
 
 def unwrapped_modules(module: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model, each once, in order; wrappers for data parallelism are left out."""
+    """Return the modules of a model, each once, in order, without wrappers for data parallelism."""
     found: dict[int, nn.Module] = {}
 
     def walk(one: nn.Module | None) -> None:
@@ -143,7 +143,7 @@ def _mutable_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _empty_containers(module: nn.Module) -> Iterator[Any]:
-    """Yield the empty containers, mostly registries of hooks; one ``any`` over all of them finds a change."""
+    """Yield the empty containers, mostly registries of hooks; ``any`` over all finds a change."""
     return (value for name, value in module.__dict__.items() if name not in REGISTRIES and _is_empty(value))
 
 
@@ -187,7 +187,7 @@ class _Identity:
 
 
 def _globals_used_by(classes: Iterable[type]) -> list[tuple[dict[str, Any], str]]:
-    """Return the globals that methods of user-defined classes read, directly or not: (namespace, name).
+    """Return the globals that user-defined methods read, directly or not, as (namespace, name).
 
     Workers receive code of the user's main module by value, with the values of its globals at that
     time. In a notebook these may change at any time, so the snapshot watches them.

@@ -1,4 +1,4 @@
-"""``DataParallel``, the ``nn.Module`` that users see: it runs a wrapped model on several devices at once."""
+"""``DataParallel``, the ``nn.Module`` that users see: it runs a model on several devices at once."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
         return controller.run(self.module, inputs, kwargs)
 
     def close(self) -> None:
-        """Release the worker processes; the wrapped model stays as it is. A later call starts them again."""
+        """Release the worker processes; a later call starts them again. The model stays as it is."""
         if self._duoka_controller is not None:
             self._duoka_finalizer.detach()
             self._duoka_controller.close()
@@ -196,7 +196,7 @@ def restore_from_state(
 
 
 def overridden_steps(cls: type) -> list[str]:
-    """Return the steps of ``nn.DataParallel.forward`` that a subclass overrides; duoka does not call them."""
+    """Return the steps of ``nn.DataParallel.forward`` that ``cls`` overrides; duoka calls none."""
     names = ("scatter", "replicate", "parallel_apply", "gather")
     return [name for name in names if getattr(cls, name) is not getattr(nn.DataParallel, name)]
 

@@ -1,4 +1,4 @@
-"""Pickling of models and arguments between rank 0 and its workers, with tensors left out where they travel otherwise."""
+"""Pickling of models and their attributes for workers, without the tensors that travel separately."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _identity(value: Any) -> Any:
 
 
 def _new_parametrized(cls: type[nn.Module], names: list[str]) -> nn.Module:
-    """Return an empty parametrized module; ``torch.nn.utils.parametrize`` makes its class, which pickle refuses."""
+    """Return an empty parametrized module; pickle refuses the class that ``parametrize`` makes."""
     module = cls.__new__(cls)
     inject_parametrized_class(module, names)
     return module

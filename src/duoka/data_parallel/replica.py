@@ -39,7 +39,7 @@ class MaybeCompiled:
 
 
 class Replica:
-    """One model on a worker's device. Parameters are rank 0's or copies; gradients and buffers are its own."""
+    """One model on a worker's device, with parameters of rank 0 or copies, and its own gradients."""
 
     def __init__(self, message: CreateReplica, fd: int | None, transport: WorkerTransport) -> None:
         self._transport = transport
@@ -138,7 +138,7 @@ class Replica:
 
 
 def _register_with_transformers(module: nn.Module) -> None:
-    """Register an unpickled model with Hugging Face transformers, whose constructors do it for others.
+    """Register an unpickled model with Hugging Face transformers, as its constructors do.
 
     The library looks up there, by class, which hidden states a model can return.
     """

@@ -1,4 +1,4 @@
-"""Scatter and gather of nested values: extract and insert tensors, split a batch, and merge outputs."""
+"""Scatter and gather of nested values: extract tensors, split a batch, and merge outputs."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def batch_size(tensors: Sequence[torch.Tensor], dim: int) -> int | None:
 
 
 def scatter_sizes(batch: int | None, num_devices: int) -> list[int]:
-    """Return nearly equal numbers of samples for the devices; fewer devices if there are fewer samples."""
+    """Return nearly equal numbers of samples for the devices, at least one for each used device."""
     return [0] if not batch else chunk_sizes(batch, min(batch, num_devices))
 
 
 def scatter(tensor: torch.Tensor, sizes: Sequence[int], dim: int) -> Sequence[torch.Tensor]:
-    """Return each device's chunk; every device gets the whole of a tensor without the batch dimension."""
+    """Return each device's chunk; a tensor that is not of the batch's size is not split."""
     if _has_dim(tensor, dim) and tensor.size(dim) == sum(sizes):
         return torch.split(tensor, list(sizes), dim)
     return [tensor] * len(sizes)
@@ -94,7 +94,7 @@ def gather_structures(structures: Sequence[Any], sizes: Sequence[int]) -> tuple[
 
 
 def gather_tensors(spec: OutputSpec, tensors: Sequence[Sequence[torch.Tensor]], dim: int) -> torch.Tensor:
-    """Return the chunks' tensors concatenated along ``dim``; scalars become a vector, one item a chunk."""
+    """Return the chunks' tensors concatenated along ``dim``; scalars become a vector."""
     chunks = [tensors[placeholder.chunk][placeholder.position] for placeholder in spec.placeholders]
     if not spec.is_concatenated:
         return chunks[0].clone()

@@ -1,4 +1,4 @@
-"""Worker loop of ``DataParallel``: keeps replicas, runs forward and backward on chunks, and sends results."""
+"""Worker loop of ``DataParallel``: runs forward and backward of replicas, and sends results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from duoka.data_parallel.call_context import apply_modes, preserve_modes
+from duoka.data_parallel.call_context import apply_modes
 from duoka.data_parallel.messages import (
     BackwardRequest,
     BackwardResult,
@@ -42,10 +42,9 @@ def worker_loop(config: WorkerConfig, channel: WorkerChannel) -> Iterator[None]:
     torch.set_num_threads(config.num_threads)
     if config.device.type != "cpu":
         torch.accelerator.set_device_index(config.device)
-    with preserve_modes():
-        handler = _RequestHandler(channel, _new_transport(config, channel))
-        while (message := channel.receive()).kind != "finish":
-            handler.handle(message)
+    handler = _RequestHandler(channel, _new_transport(config, channel))
+    while (message := channel.receive()).kind != "finish":
+        handler.handle(message)
     handler.close()
     del handler
     yield

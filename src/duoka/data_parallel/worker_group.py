@@ -17,15 +17,7 @@ from typing import Any
 import torch
 
 from duoka.data_parallel.call_context import ThreadLimit
-from duoka.data_parallel.messages import (
-    BackwardRequest,
-    CreateReplica,
-    DeleteReplica,
-    ForwardRequest,
-    RebindParameters,
-    ReceiveWeights,
-    UpdateAttributes,
-)
+from duoka.data_parallel.messages import DeleteReplica, Notification, Request
 from duoka.data_parallel.tensor_layout import Allocation
 from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import OwnerTransport, PendingWork
@@ -54,15 +46,15 @@ class WorkerGroup:
         self.lock = threading.RLock()
         self.in_forward = False
         self.generation = 0
-        """Changes whenever workers start or stop: new workers lack all that earlier ones received."""
+        """Changes whenever workers start or stop: new workers lack what earlier ones received."""
         self._pid = os.getpid()
         self._call_ids = itertools.count(1)
         self._session: WorkerSession | None = None
         self._num_models = 0
         self._arrived: dict[tuple[int, int], Message] = {}
-        """Results that nobody has fetched, by worker index and call ID."""
+        """Results to be fetched, by worker index and call ID."""
         self._requested: dict[tuple[int, int], tuple[Any, Sequence[PendingWork]]] = {}
-        """The memory of requests without a result, and the transfers to wait for when the result arrives."""
+        """Memory of open requests, and the transfers to wait for when the result arrives."""
         self._unwanted: set[tuple[int, int]] = set()
         self._to_discard: deque[tuple[int, int, PendingWork | None]] = deque()
         self._to_release: deque[int] = deque()
@@ -108,17 +100,13 @@ class WorkerGroup:
             self.stop()
             raise
 
-    def post(
-        self, message: CreateReplica | UpdateAttributes | ReceiveWeights | RebindParameters, fd: int | None = None
-    ) -> None:
+    def post(self, message: Notification, fd: int | None = None) -> None:
         """Send a message without a result to every worker."""
         for index in range(len(self.devices) - 1):
             self._send(index, "post", Payload(pickle.dumps(message), fd=fd))
 
-    def request(
-        self, index: int, request: ForwardRequest | BackwardRequest, allocation: Allocation, fd: int | None = None
-    ) -> None:
-        """Send a request to worker ``index``; ``allocation`` stays allocated until the result arrives."""
+    def request(self, index: int, request: Request, allocation: Allocation, fd: int | None = None) -> None:
+        """Send a request to worker ``index``; ``allocation`` is kept until the result arrives."""
         with self.lock:
             self._process_discards()
             released, self._released_calls[index] = self._released_calls[index], []
@@ -169,7 +157,7 @@ class WorkerGroup:
         return results, error
 
     def release_graph(self, call_id: int) -> None:
-        """Note that a forward's graph is no longer needed. Safe during garbage collection: only appends."""
+        """Note that a forward's graph is not needed. Safe during garbage collection: only appends."""
         self._to_release.append(call_id)
 
     def discard_result(self, index: int, call_id: int, pending: PendingWork | None = None) -> None:
@@ -216,7 +204,7 @@ class WorkerGroup:
         return session
 
     def _process_discards(self) -> None:
-        """Drop discarded results. Until one arrives, the worker may still use the memory of its request."""
+        """Drop discarded results. Until one arrives, the worker may use its request's memory."""
         while self._to_discard:
             index, call_id, transfer = self._to_discard.popleft()
             key = index, call_id
@@ -254,7 +242,7 @@ class WorkerGroup:
             raise
 
     def _send_pending(self, index: int) -> None:
-        """Send what must precede the next message: new memory, and deleted models. Collect released graphs."""
+        """Send what must precede the next message: new memory and deleted models."""
         session = self._running_session()
         for kind, payload in self.transport.pending_messages(index):
             session.send(index, kind, payload)

@@ -1,1 +1,1 @@
-"""Transports of tensors between rank 0 and its workers: shared memory for CPU workers, collectives for accelerators."""
+"""Transports of tensors: shared memory for CPU workers, collectives for accelerators."""

@@ -19,10 +19,10 @@ from duoka.data_parallel.messages import (
     CreateReplica,
     ForwardRequest,
     ForwardResult,
+    Notification,
     ParameterPlacement,
-    RebindParameters,
     ReceiveWeights,
-    UpdateAttributes,
+    Request,
 )
 from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec
 from duoka.utils.torch_private import add_in_place
@@ -37,6 +37,7 @@ __all__ = [
     "Gradients",
     "GroupChannel",
     "ModelMemory",
+    "OutputGradients",
     "OwnerTransport",
     "PendingWork",
     "WeightSync",
@@ -45,6 +46,8 @@ __all__ = [
     "add_gradients",
 ]
 
+OutputGradients: TypeAlias = Sequence[Sequence[torch.Tensor | None]]
+"""Gradients of each worker's outputs."""
 Gradients: TypeAlias = tuple[dict[int, torch.Tensor], dict[int, dict[int, torch.Tensor]]]
 """Sums of parameter gradients by parameter, and input gradients by worker and input."""
 
@@ -73,14 +76,10 @@ class GroupChannel(Protocol):
     def new_call_id(self) -> int:
         """Return a number that no other request has."""
 
-    def post(
-        self, message: CreateReplica | UpdateAttributes | ReceiveWeights | RebindParameters, fd: int | None = None
-    ) -> None:
+    def post(self, message: Notification, fd: int | None = None) -> None:
         """Send a message without a result to every worker."""
 
-    def request(
-        self, index: int, request: ForwardRequest | BackwardRequest, allocation: Allocation, fd: int | None = None
-    ) -> None:
+    def request(self, index: int, request: Request, allocation: Allocation, fd: int | None = None) -> None:
         """Send a request and its tensors to worker ``index``."""
 
     def results(self, requests: Sequence[tuple[int, int]]) -> list[tuple[Any, int | None]]:
@@ -101,6 +100,7 @@ class BackwardContext(NamedTuple):
     """For each worker with a chunk: spec of each input, and whether it needs a gradient."""
     gradient_layout: Any
     """``WeightSync.gradient_layout`` at the time of the forward."""
+    keep_graph: bool
 
     def wanted_inputs(self, index: int) -> list[TensorSpec]:
         """Return the specs of the inputs of worker ``index`` that need a gradient."""
@@ -218,12 +218,7 @@ class OwnerTransport:
         raise NotImplementedError
 
     def start_backward(
-        self,
-        group: GroupChannel,
-        context: BackwardContext,
-        gradients: Sequence[Sequence[torch.Tensor | None]],
-        *,
-        keep_graph: bool,
+        self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients
     ) -> GradientExchange:
         """Run the backward on the workers, from the gradients of each worker's outputs."""
         raise NotImplementedError
@@ -274,17 +269,19 @@ class BackwardTask:
         raise NotImplementedError
 
 
-class ModelMemory(Protocol):
+class ModelMemory:
     """Memory of a model's parameters or buffers in a worker."""
 
     def tensor(self, location: Location, spec: TensorSpec) -> torch.Tensor:
         """Return one tensor of a block, with its own version counter."""
+        raise NotImplementedError
 
     def discard_writes(self) -> None:
-        """Undo this worker's writes."""
+        """Undo this worker's writes, if they hide rank 0's values."""
 
     def is_written_to(self) -> bool:
         """Return whether this worker has written to memory that hides rank 0's values."""
+        return False
 
 
 class WorkerTransport:

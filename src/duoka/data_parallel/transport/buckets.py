@@ -1,4 +1,4 @@
-"""Buckets: flat blocks that hold many tensors each, so that few large transfers move them; and their checksums."""
+"""Buckets: flat blocks of many tensors each, moved by few large transfers; and their checksums."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from duoka.data_parallel.tensor_layout import Location, TensorSpec, pack_layout, tensor_at
+from duoka.data_parallel.transport.base import ModelMemory
 from duoka.utils.torch_private import copy_in_place
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 _BYTES = 25 << 20
-"""Size limit, as in DistributedDataParallel: large enough for full link speed, small enough to overlap."""
+"""Size limit, as in DistributedDataParallel: enough for full link speed, and for overlap."""
 _FIRST_BYTES = 1 << 20
 _CHECKSUM_CHUNK = 1 << 20
 
@@ -42,7 +43,7 @@ def value_buckets(tensors: Sequence[torch.Tensor], groups: Iterable[Sequence[int
 
 
 def gradient_buckets(parameters: Sequence[nn.Parameter]) -> list[Bucket]:
-    """Return buckets for gradients, of one type each, in about the order in which a backward computes them."""
+    """Return buckets for gradients, of one dtype each, about in the order of a backward."""
     by_dtype: dict[torch.dtype, list[int]] = {}
     for index in reversed(range(len(parameters))):
         if parameters[index].requires_grad:
@@ -109,8 +110,8 @@ class BucketChecksum:
         return total
 
 
-class BucketMemory:
-    """A worker's memory for one model's parameters and buffers, one block a bucket."""
+class BucketMemory(ModelMemory):
+    """A worker's memory for one model, one block per bucket; broadcasts overwrite its writes."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         self.bases = [allocate_bytes(size, device) for size in sizes]
@@ -118,10 +119,3 @@ class BucketMemory:
     def tensor(self, location: Location, spec: TensorSpec) -> torch.Tensor:
         """Return one tensor of a bucket, with its own version counter."""
         return tensor_at(self.bases[location.segment], spec, location.offset).data
-
-    def discard_writes(self) -> None:
-        """Do nothing: broadcasts overwrite the worker's writes."""
-
-    def is_written_to(self) -> bool:
-        """Return ``False``: the worker's writes hide nothing from it."""
-        return False

@@ -25,6 +25,7 @@ from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, 
 from duoka.data_parallel.transport.base import (
     BackwardContext,
     GroupChannel,
+    OutputGradients,
     OwnerTransport,
     WorkerConfig,
     WorkerTransport,
@@ -67,7 +68,7 @@ class CollectiveOwnerTransport(OwnerTransport):
         ][1:]
 
     def connect(self, session: WorkerSession) -> None:
-        """Wait in Python until all workers are ready; only then enter torch's rendezvous, which blocks Ctrl-C."""
+        """Wait in Python until all workers are ready: torch's rendezvous blocks Ctrl-C."""
         count = len(self._devices) - 1
         for _ in range(count):
             index, message = session.receive()
@@ -125,16 +126,11 @@ class CollectiveOwnerTransport(OwnerTransport):
         return [tensor_at(base, spec) for spec, _ in result.outputs]
 
     def start_backward(
-        self,
-        group: GroupChannel,
-        context: BackwardContext,
-        gradients: Sequence[Sequence[torch.Tensor | None]],
-        *,
-        keep_graph: bool,
+        self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients
     ) -> CollectiveGradientExchange:
         """Run the backward on all workers; those without a chunk join the reduction."""
         with group.stop_on_error():
-            return CollectiveGradientExchange(group, self._connected(), context, gradients, keep_graph=keep_graph)
+            return CollectiveGradientExchange(group, self._connected(), context, gradients)
 
     def _connected(self) -> PrivateProcessGroup:
         assert self._group is not None, "connect() comes first"
@@ -142,7 +138,7 @@ class CollectiveOwnerTransport(OwnerTransport):
 
 
 class DeathMonitor:
-    """A thread that calls ``on_death`` when a worker dies; rank 0 may be blocked in torch, waiting for its device."""
+    """A thread that calls ``on_death`` when a worker dies, even if rank 0 is blocked in torch."""
 
     def __init__(self, workers: Sequence[WorkerHandle], on_death: Callable[[], None]) -> None:
         self._workers, self._on_death = workers, on_death

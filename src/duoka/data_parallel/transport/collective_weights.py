@@ -1,4 +1,4 @@
-"""Parameters and buffers of which accelerator workers hold copies; rank 0 broadcasts what may have changed.
+"""Copies of parameters and buffers in accelerator workers; rank 0 broadcasts what may have changed.
 
 Before each forward that keeps a graph, rank 0 broadcasts every bucket with a trained parameter or a
 buffer: such a bucket has nearly always changed, and a check would block the host on its device. Any
@@ -128,7 +128,7 @@ class CollectiveWeightSync(WeightSync):
         self._early.update({n: broadcast.completion_test() for n, broadcast in broadcasts.items()})
 
     def _completed_early(self) -> set[int]:
-        """Return the early broadcast buckets if all are complete; if not, return none and pause for longer."""
+        """Return the early broadcast buckets if all are complete; if not, pause for longer."""
         early, self._early = self._early, {}
         if not early:
             return set()

@@ -1,4 +1,4 @@
-"""Gradient reduction of the collective transport: workers' gradients are summed bucket by bucket during the backward.
+"""Gradient reduction of the collective transport: sums bucket by bucket during the backward.
 
 Rank 0 and workers know the buckets and their order: those of the parameters that required a
 gradient at the forward. Results name the parameters that received one.
@@ -22,7 +22,14 @@ from duoka.data_parallel.tensor_layout import (
     repack_layout,
     tensor_at,
 )
-from duoka.data_parallel.transport.base import BackwardContext, BackwardTask, Gradients, GroupChannel, add_gradients
+from duoka.data_parallel.transport.base import (
+    BackwardContext,
+    BackwardTask,
+    Gradients,
+    GroupChannel,
+    OutputGradients,
+    add_gradients,
+)
 from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
 
@@ -40,9 +47,7 @@ class CollectiveGradientExchange:
         group: GroupChannel,
         process_group: PrivateProcessGroup,
         context: BackwardContext,
-        gradients: Sequence[Sequence[torch.Tensor | None]],
-        *,
-        keep_graph: bool,
+        gradients: OutputGradients,
     ) -> None:
         self._group, self._context = group, context
         self._buckets: list[Bucket] = context.gradient_layout
@@ -54,7 +59,7 @@ class CollectiveGradientExchange:
             slots, size = self._input_layout(index, given)
             returned.append((slots, size))
             if slots or self._buckets:
-                self._request(index, given, slots, size, keep_graph=keep_graph)
+                self._request(index, given, slots, size)
         self._sums = [allocate_bytes(bucket.nbytes, device) for bucket in self._buckets]
         self._pending = [
             process_group.reduce_sum(base.view(bucket.dtype))
@@ -69,20 +74,14 @@ class CollectiveGradientExchange:
                 self._pending.append(process_group.receive(base, index + 1))
 
     def _input_layout(self, index: int, given: Sequence[torch.Tensor | None]) -> tuple[list[TensorSpec | None], int]:
-        """Return where the gradients of a worker's inputs lie in the block that it returns, and its size."""
+        """Return the layout of the input gradients that a worker returns, and its size."""
         if all(gradient is None for gradient in given):
             return [], 0
         specs, size = repack_layout(self._context.wanted_inputs(index))
         return self._context.input_slots(index, specs), size
 
     def _request(
-        self,
-        index: int,
-        given: Sequence[torch.Tensor | None],
-        slots: list[TensorSpec | None],
-        input_nbytes: int,
-        *,
-        keep_graph: bool,
+        self, index: int, given: Sequence[torch.Tensor | None], slots: list[TensorSpec | None], input_nbytes: int
     ) -> None:
         present = [gradient for gradient in given if gradient is not None]
         specs, size = pack_layout(present)
@@ -98,7 +97,7 @@ class CollectiveGradientExchange:
             tuple(slots),
             tuple((bucket.nbytes, bucket.dtype) for bucket in self._buckets),
             input_nbytes,
-            keep_graph,
+            self._context.keep_graph,
             (),
         )
         self._group.request(index, request, allocation)
@@ -134,7 +133,7 @@ class CollectiveGradientExchange:
 
 
 class _AbandonedTransfers:
-    """Transfers of a discarded backward, which rank 0 must still complete when all workers have replied."""
+    """Transfers of a discarded backward; rank 0 completes them when all workers have replied."""
 
     def __init__(self, num_results: int, pending: Sequence[PendingCollective]) -> None:
         self._num_results, self._pending = num_results, pending

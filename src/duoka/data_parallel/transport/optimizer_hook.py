@@ -14,7 +14,7 @@ __all__ = ["OptimizerStepHook"]
 
 
 class OptimizerStepHook:
-    """Calls a method after each step of an optimizer of the watched parameters, while the method's object lives.
+    """Calls a method, while its object lives, after each step of an optimizer of given parameters.
 
     Optimizers may be created later, so the hook uses torch's global one. Any other optimizer costs
     a look at its list of parameters.

@@ -110,7 +110,7 @@ class PrivateProcessGroup:
         self._group = None
 
     def abort(self) -> None:
-        """Unblock the device: NCCL would wait forever for a dead member, gloo detects the death itself."""
+        """Unblock the device: NCCL waits forever for a dead member; gloo detects the death."""
         group = self._group
         if self._is_nccl and group is not None:
             with contextlib.suppress(Exception):  # a failure may have ended the group

@@ -1,4 +1,4 @@
-"""Shared-memory transport for CPU workers: processes map the same memory, and messages say where tensors are."""
+"""Shared-memory transport for CPU workers: messages say where tensors are."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from duoka.data_parallel.transport.base import (
     BackwardTask,
     Gradients,
     GroupChannel,
+    OutputGradients,
     OwnerTransport,
     WorkerConfig,
     WorkerTransport,
@@ -105,18 +106,13 @@ class SharedOwnerTransport(OwnerTransport):
         return [self._views[index].tensor(result.location, spec) for spec, _ in result.outputs]
 
     def start_backward(
-        self,
-        group: GroupChannel,
-        context: BackwardContext,
-        gradients: Sequence[Sequence[torch.Tensor | None]],
-        *,
-        keep_graph: bool,
+        self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients
     ) -> _SharedGradientExchange:
         """Run the backward on the workers that have any output gradient."""
         exchange = _SharedGradientExchange(group, context)
         for index, given in enumerate(gradients):
             if any(gradient is not None for gradient in given):
-                exchange.request(index, given, self.traffic, keep_graph=keep_graph)
+                exchange.request(index, given, self.traffic)
         return exchange
 
 
@@ -127,9 +123,7 @@ class _SharedGradientExchange:
         self._group, self._context = group, context
         self._requests: list[tuple[int, int, Allocation, list[TensorSpec | None]]] = []
 
-    def request(
-        self, index: int, given: Sequence[torch.Tensor | None], arena: SharedArena, *, keep_graph: bool
-    ) -> None:
+    def request(self, index: int, given: Sequence[torch.Tensor | None], arena: SharedArena) -> None:
         """Run the backward on one worker."""
         present = [gradient for gradient in given if gradient is not None]
         output_specs, size = pack_layout(present, self._context.gradient_layout[1])
@@ -140,8 +134,9 @@ class _SharedGradientExchange:
         slots = self._context.input_slots(index, input_specs)
         call_id = self._group.new_call_id()
         outputs = tuple(None if gradient is None else next(rest) for gradient in given)
+        forward, keep_graph = self._context.call_id, self._context.keep_graph
         request = BackwardRequest(
-            call_id, self._context.call_id, allocation.location, size, outputs, tuple(slots), (), 0, keep_graph, ()
+            call_id, forward, allocation.location, size, outputs, tuple(slots), (), 0, keep_graph, ()
         )
         self._group.request(index, request, allocation)
         self._requests.append((index, call_id, allocation, slots))
@@ -215,7 +210,7 @@ class SharedWorkerTransport(WorkerTransport):
 
 
 class _SharedBackwardTask(BackwardTask):
-    """A backward that writes each gradient to rank 0's memory while the gradient is still in the cache."""
+    """A backward that writes each gradient to rank 0's memory while it is still in the cache."""
 
     def __init__(self, request: BackwardRequest, view: SharedView) -> None:
         super().__init__(request, [view.tensor(request.location, spec) for spec in request.outputs if spec is not None])

@@ -1,4 +1,4 @@
-"""Memory that processes share: a ``SharedArena`` allocates blocks, a ``SharedView`` maps another process's arena.
+"""Shared memory: a ``SharedArena`` allocates blocks, a ``SharedView`` maps another process's arena.
 
 A block stays allocated for as long as a tensor over it exists, views and aliases included, so
 memory in use is never overwritten. The arena reuses freed blocks: a training loop soon allocates
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, tensor_at
+from duoka.data_parallel.transport.base import ModelMemory
 from duoka.workers.serialization import memory_file
 
 __all__ = ["Segment", "SharedArena", "SharedView"]
@@ -38,7 +39,7 @@ class Segment(NamedTuple):
 
 
 class SharedArena:
-    """Allocates blocks of memory that other processes may map; it grows by segments and never shrinks."""
+    """Allocates blocks that other processes may map; it grows by segments and never shrinks."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -123,7 +124,7 @@ def _isolated_arenas() -> weakref.WeakSet[SharedArena]:
     return arenas
 
 
-class SharedView:
+class SharedView(ModelMemory):
     """Another process's arena, mapped into this process."""
 
     def __init__(self, *, is_private: bool = False) -> None:
@@ -164,7 +165,7 @@ class SharedView:
 
 
 def _size_class(nbytes: int) -> int:
-    """Return the block size for ``nbytes``: whole pages, four classes for each doubling, so freed blocks fit again."""
+    """Return the block size for ``nbytes``: whole pages, in four classes per doubling."""
     pages = max(1, -(-nbytes // mmap.PAGESIZE))
     step = max(1, (1 << (pages.bit_length() - 1)) // 4)
     return -(-pages // step) * step * mmap.PAGESIZE
