@@ -1,4 +1,4 @@
-"""``DataParallel`` on accelerators: several GPUs over NCCL, one named twice or others' devices over gloo, one alone."""
+"""``DataParallel`` on accelerators: GPUs over NCCL; one GPU twice, or other accelerators, over gloo; one alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import copy
 import gc
 import os
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,17 +16,18 @@ from torch import nn
 import duoka
 from duoka import errors
 from duoka.data_parallel.transport import process_group
+from support.waiting import wait_until
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine"),
-    pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors for the life of the process
+    pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors until the process ends
     pytest.mark.filterwarnings("ignore"),
 ]
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 COUNT = torch.accelerator.device_count()
 
-PLACES = [
+DEVICES = [
     pytest.param("0,0", id="one device named twice", marks=[pytest.mark.extended] if COUNT > 1 else []),
     pytest.param(
         "0,1",
@@ -56,15 +56,21 @@ def wrap() -> Iterator[Callable[..., duoka.DataParallel]]:
         model.close()
 
 
+def wait_for_early_broadcasts(model: duoka.DataParallel) -> None:
+    controller = model._duoka_controller
+    assert controller is not None
+    wait_until(lambda: all(is_complete() for is_complete in controller._weights._early.values()))
+
+
 def net() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5)
     )
 
 
-@pytest.mark.parametrize("devices", PLACES)
+@pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("batch", [1, 2, 7, pytest.param(32, marks=pytest.mark.extended)])
-def test_twenty_steps_end_where_one_device_ends(batch: int, devices: str, wrap) -> None:
+def test_twenty_steps_equal_those_of_one_device(batch: int, devices: str, wrap) -> None:
     module = net().double().to(DEVICE)
     reference = copy.deepcopy(module)
     runs = [(m, torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9)) for m in (wrap(module, devices), reference)]
@@ -80,8 +86,8 @@ def test_twenty_steps_end_where_one_device_ends(batch: int, devices: str, wrap) 
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("devices", PLACES)
-def test_inputs_of_the_host_are_brought_and_get_their_gradients(devices: str, wrap) -> None:
+@pytest.mark.parametrize("devices", DEVICES)
+def test_inputs_on_the_host_are_moved_and_get_their_gradients(devices: str, wrap) -> None:
     model = wrap(nn.Linear(4, 3), devices)
     x = torch.randn(7, 4, requires_grad=True)
     out = model(x)
@@ -90,9 +96,9 @@ def test_inputs_of_the_host_are_brought_and_get_their_gradients(devices: str, wr
     torch.testing.assert_close(x.grad, model.weight.detach().cpu().sum(0).expand(7, 4))
 
 
-@pytest.mark.parametrize("devices", PLACES)
-@pytest.mark.parametrize("wait_s", [0.0, 0.2])
-def test_an_edit_through_data_after_the_step_is_seen(wait_s: float, devices: str, wrap) -> None:
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_edit_through_data_after_the_step_is_seen(waits: bool, devices: str, wrap) -> None:
     model = wrap(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), devices)
     model.module[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -100,7 +106,8 @@ def test_an_edit_through_data_after_the_step_is_seen(wait_s: float, devices: str
     for _ in range(5):
         model(x).pow(2).mean().backward()
         optimizer.step()
-        time.sleep(wait_s)
+        if waits:
+            wait_for_early_broadcasts(model)
         for parameter in model.parameters():
             parameter.data.mul_(0.5)
         torch.testing.assert_close(model(x), model.module(x))
@@ -108,8 +115,8 @@ def test_an_edit_through_data_after_the_step_is_seen(wait_s: float, devices: str
             torch.testing.assert_close(model(x), model.module(x))
 
 
-@pytest.mark.parametrize("devices", PLACES)
-def test_failures_keep_nobody_waiting(devices: str, wrap) -> None:
+@pytest.mark.parametrize("devices", DEVICES)
+def test_failures_block_no_device(devices: str, wrap) -> None:
     class Moody(nn.Linear):
         def forward(self, x):
             out = super().forward(x)
@@ -121,7 +128,7 @@ def test_failures_keep_nobody_waiting(devices: str, wrap) -> None:
 
     model = wrap(Moody(2, 1), devices)
     good = torch.ones(6, 2, device=DEVICE)
-    for row in (0, 6 - 6 // len(devices.split(","))):  # the first of the first part and of the last
+    for row in (0, 6 - 6 // len(devices.split(","))):  # the first row of the first and of the last device
         bad = good.clone()
         bad[row] = -1
         with pytest.raises(ValueError, match="negative"):
@@ -134,8 +141,8 @@ def test_failures_keep_nobody_waiting(devices: str, wrap) -> None:
         assert model.weight.grad.tolist() == [[6, 6]]
 
 
-@pytest.mark.parametrize("devices", PLACES)
-def test_a_helper_that_dies_is_reported_and_replaced(devices: str, wrap) -> None:
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_worker_that_dies_is_reported_and_replaced(devices: str, wrap) -> None:
     class Deadly(nn.Linear):
         def forward(self, x, *, end: bool = False):
             if end and os.getpid() != self.owner:
@@ -153,21 +160,21 @@ def test_a_helper_that_dies_is_reported_and_replaced(devices: str, wrap) -> None
 
 
 @contextlib.contextmanager
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail if the host is made to wait for a device, unless gloo's sending does it, which goes through the host."""
+def no_synchronization(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail if the host waits for a device, except inside gloo's transfers, which go through the host."""
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         yield
         torch.cuda.set_sync_debug_mode("default")
         return
     waits = torch.get_device_module(DEVICE).waits
-    sent = []
+    allowed = []
 
     def counted(method):
         def call(*args, **kwargs):
             before = waits()
             value = method(*args, **kwargs)
-            sent.append(waits() - before)
+            allowed.append(waits() - before)
             return value
 
         return call
@@ -176,12 +183,12 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(process_group.PendingCollective, "wait", counted(process_group.PendingCollective.wait))
     before = waits()
     yield
-    assert waits() - before == sum(sent)
+    assert waits() - before == sum(allowed)
 
 
-@pytest.mark.parametrize("devices", ["0", *PLACES])
-def test_a_step_waits_for_no_device(devices: str, wrap, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With everything trained and no user who asks for a number, the host is never made to wait for its device."""
+@pytest.mark.parametrize("devices", ["0", *DEVICES])
+def test_a_step_does_not_synchronize_with_a_device(devices: str, wrap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If everything is trained and the program reads no value, the host never waits for its device."""
     if devices == "0,0" and DEVICE.type == "cuda":
         pytest.skip("gloo goes through the host")
     model = wrap(nn.Sequential(net(), nn.Dropout(), nn.BatchNorm1d(5)).to(DEVICE), devices)
@@ -193,21 +200,21 @@ def test_a_step_waits_for_no_device(devices: str, wrap, monkeypatch: pytest.Monk
         model(x).pow(2).mean().backward()
         optimizer.step()
 
-    def step_without_checksum() -> None:  # which is asked for where a device has nothing else to do
+    def step_without_checksum() -> None:  # rank 0 compares checksums only if its device is idle
         if model._duoka_controller is not None:
             model._duoka_controller._weights._pause = 10
         step()
 
     step()
     step_without_checksum()
-    with no_waiting(monkeypatch):
+    with no_synchronization(monkeypatch):
         for _ in range(3):
             step_without_checksum()
 
 
-@pytest.mark.parametrize("devices", PLACES)
+@pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_a_scaler_act_on_every_part(dtype: torch.dtype, devices: str, wrap) -> None:
+def test_autocast_and_a_scaler_act_on_every_device(dtype: torch.dtype, devices: str, wrap) -> None:
     module = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).to(DEVICE)
     reference = copy.deepcopy(module)
     x, y = torch.randn(9, 4, device=DEVICE), torch.randint(3, (9,), device=DEVICE)
@@ -229,8 +236,8 @@ def test_autocast_and_a_scaler_act_on_every_part(dtype: torch.dtype, devices: st
         torch.testing.assert_close(own, other, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("devices", PLACES)
-def test_a_seed_repeats_the_masks_and_parts_draw_their_own(devices: str, wrap) -> None:
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_seed_repeats_the_masks_and_devices_draw_different_ones(devices: str, wrap) -> None:
     model = wrap(nn.Dropout(), devices)
     x = torch.ones(6, 64, device=DEVICE)
     torch.manual_seed(3)
@@ -241,8 +248,8 @@ def test_a_seed_repeats_the_masks_and_parts_draw_their_own(devices: str, wrap) -
     assert len({tuple(row) for out in more for row in out.tolist()}) == 6 * 11
 
 
-@pytest.mark.parametrize("devices", PLACES)
-def test_models_feed_each_other_and_keep_what_is_frozen(devices: str, wrap) -> None:
+@pytest.mark.parametrize("devices", DEVICES)
+def test_one_models_output_is_anothers_input(devices: str, wrap) -> None:
     maker, judge = nn.Linear(3, 4).to(DEVICE), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)).to(DEVICE)
     judge[0].requires_grad_(False)
     references = copy.deepcopy(maker), copy.deepcopy(judge)
@@ -254,7 +261,7 @@ def test_models_feed_each_other_and_keep_what_is_frozen(devices: str, wrap) -> N
     torch.testing.assert_close(maker.weight.grad, references[0].weight.grad)
 
 
-def test_a_model_that_was_moved_away_is_refused_with_the_remedy(wrap) -> None:
+def test_a_model_moved_to_another_device_is_refused_with_a_remedy(wrap) -> None:
     model = wrap(nn.Linear(3, 2), "0,0")
     assert model(torch.ones(4, 3)).device == torch.device(DEVICE.type, 0)
     model.module.cpu()
@@ -262,10 +269,9 @@ def test_a_model_that_was_moved_away_is_refused_with_the_remedy(wrap) -> None:
         model(torch.ones(4, 3))
 
 
-@pytest.mark.parametrize("devices", PLACES)
-def test_the_first_device_holds_a_copy_of_the_weights_no_longer_than_a_forward_and_sums_than_a_backward(
-    devices: str, wrap
-) -> None:
+@pytest.mark.parametrize("devices", DEVICES)
+def test_the_first_device_frees_weight_copies_and_sums_early(devices: str, wrap) -> None:
+    """It keeps copies of the weights during a forward only, and workers' sums during a backward only."""
     gc.collect()
     before = torch.accelerator.memory_allocated(0)
     model = wrap(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).to(DEVICE), devices)
@@ -277,19 +283,18 @@ def test_the_first_device_holds_a_copy_of_the_weights_no_longer_than_a_forward_a
         optimizer.zero_grad()
         torch.accelerator.reset_peak_memory_stats(0)
         loss = model(x).sum()
-        assert torch.accelerator.max_memory_allocated(0) < 2 * size + room  # itself and what is sent
+        assert torch.accelerator.max_memory_allocated(0) < 2 * size + room  # the model, and what is sent
         assert torch.accelerator.memory_allocated(0) < size + room
         torch.accelerator.reset_peak_memory_stats(0)
         loss.backward()
-        assert torch.accelerator.max_memory_allocated(0) < 3 * size + room  # itself, its gradients and the helpers'
+        assert torch.accelerator.max_memory_allocated(0) < 3 * size + room  # the model, its gradients, and the workers'
         del loss
         assert torch.accelerator.memory_allocated(0) < 2 * size + room
         optimizer.step()
-    time.sleep(0.2)  # until what the step has sent has gone
-    assert torch.accelerator.memory_allocated(0) < 2 * size + room
+    wait_until(lambda: torch.accelerator.memory_allocated(0) < 2 * size + room)  # the early broadcast ends
 
 
-def test_one_device_is_brought_its_inputs_as_by_torchs_wrapper(wrap) -> None:
+def test_one_device_gets_its_inputs_moved(wrap) -> None:
     model = wrap(nn.Linear(4, 3), "0")
     assert model(torch.randn(6, 4)).device == torch.device(DEVICE.type, 0)
     assert model(input=torch.randn(6, 4)).device == torch.device(DEVICE.type, 0)

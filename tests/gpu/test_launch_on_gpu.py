@@ -1,4 +1,4 @@
-"""``launch`` on accelerators: their own backend at one rank and at two, one GPU twice over gloo, everything given back."""
+"""``launch`` on accelerators: their backend with one and two ranks, one GPU twice over gloo, state restored."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import duoka
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine"),
-    pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors for the life of the process
+    pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors until the process ends
     pytest.mark.filterwarnings("ignore"),
 ]
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 FIRST = torch.device(DEVICE.type, 0)
 BACKEND = dist.get_default_backend_for_device(DEVICE.type)
 ON_TWO = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="fewer than two devices")
-SHARED = pytest.mark.skipif(DEVICE.type != "cuda", reason="of all accelerators gloo knows CUDA alone")
+SHARED = pytest.mark.skipif(DEVICE.type != "cuda", reason="gloo supports no accelerator but CUDA")
 
 
-def facts(tensor: torch.Tensor) -> tuple[str, str, float, str]:
+def rank_summary(tensor: torch.Tensor) -> tuple[str, str, float, str]:
     world = duoka.current_world()
     total = torch.full((2,), world.rank + 1.0, device=world.device)
     dist.all_reduce(total)
@@ -30,29 +30,29 @@ def facts(tensor: torch.Tensor) -> tuple[str, str, float, str]:
     return str(world.device), str(tensor.device), total[0].item() + on_cpu.item(), dist.get_backend_config()
 
 
-def test_one_device_runs_over_its_backend_and_its_tensors_arrive_on_it() -> None:
-    device, arrived, total, backends = duoka.launch(facts, torch.ones(3, device=FIRST), devices="0")
+def test_one_device_uses_its_backend_and_gets_its_tensors() -> None:
+    device, arrived, total, backends = duoka.launch(rank_summary, torch.ones(3, device=FIRST), devices="0")
     assert (device, arrived, total) == (str(FIRST), str(FIRST), 2.0)
     assert BACKEND in backends
 
 
 @ON_TWO
-def test_two_devices_run_over_their_backend_and_tensors_arrive_on_each() -> None:
-    values = duoka.launch(facts, torch.ones(3, device=FIRST), devices="0,1", returns="all")
+def test_two_devices_use_their_backend_and_get_their_tensors() -> None:
+    values = duoka.launch(rank_summary, torch.ones(3, device=FIRST), devices="0,1", returns="all")
     names = [f"{DEVICE.type}:{index}" for index in range(2)]
     assert [value[:3] for value in values] == [(name, name, 5.0) for name in names]
     assert BACKEND in values[0][3]
 
 
 @SHARED
-def test_two_ranks_on_one_gpu_meet_over_gloo() -> None:
-    values = duoka.launch(facts, torch.ones(3, device=FIRST), devices="0,0", returns="all")
+def test_two_ranks_on_one_gpu_use_gloo() -> None:
+    values = duoka.launch(rank_summary, torch.ones(3, device=FIRST), devices="0,0", returns="all")
     assert [value[:3] for value in values] == [("cuda:0", "cuda:0", 5.0)] * 2
     assert "nccl" not in values[0][3]
 
 
 @pytest.mark.parametrize("devices", ["0", pytest.param("0,0", marks=SHARED), pytest.param("0,1", marks=ON_TWO)])
-def test_a_failure_leaves_the_device_usable_and_the_generator_as_it_was(devices: str) -> None:
+def test_a_failure_keeps_the_device_usable_and_the_generator_state(devices: str) -> None:
     before = torch.get_device_module(DEVICE).get_rng_state()
 
     def fail() -> None:

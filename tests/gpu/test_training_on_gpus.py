@@ -1,4 +1,4 @@
-"""The ``Trainer``, recipes and ``duoka run`` on accelerators: what comes out is what one CPU gives."""
+"""``Trainer``, recipes and ``duoka run`` on accelerators: results equal those of one CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import duoka
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine"),
-    pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors for the life of the process
+    pytest.mark.leaks_allowed,  # CUDA keeps threads and descriptors until the process ends
     pytest.mark.filterwarnings("ignore"),
 ]
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -26,7 +26,7 @@ COUNT = torch.accelerator.device_count()
 ALONE = pytest.param("0", marks=[pytest.mark.extended] if COUNT > 1 else [])
 TWO = pytest.param("0,1", marks=pytest.mark.skipif(COUNT < 2, reason="fewer than two devices"))
 TWICE = pytest.param(
-    "0,0", marks=pytest.mark.skipif(DEVICE.type != "cuda", reason="of all accelerators gloo knows CUDA alone")
+    "0,0", marks=pytest.mark.skipif(DEVICE.type != "cuda", reason="gloo supports no accelerator but CUDA")
 )
 
 
@@ -56,7 +56,7 @@ def trained(device: str, **options) -> tuple[nn.Module, duoka.Trainer]:
     ("options", "tolerance"),
     [({}, 1e-4), ({"precision": "bf16"}, 2e-2), ({"precision": "fp16"}, 2e-2), ({"max_grad_norm": 0.5}, 1e-4)],
 )
-def test_training_ends_where_it_ends_on_one_cpu(options, tolerance: float, device: str) -> None:
+def test_training_equals_one_cpu(options, tolerance: float, device: str) -> None:
     reference, _ = trained("cpu", **{k: v for k, v in options.items() if k != "precision"})
     net, trainer = trained(device, **options)
     assert {p.device for p in net.parameters()} == {torch.device(DEVICE.type, 0)}
@@ -71,7 +71,7 @@ def mixed_on_the_device(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[to
 
 
 @pytest.mark.skipif(COUNT < 2, reason="fewer than two devices")
-def test_what_a_mix_draws_on_the_device_is_drawn_once_for_all_devices() -> None:
+def test_random_numbers_of_a_mix_are_drawn_once_for_all_devices() -> None:
     def weights(device: str) -> torch.Tensor:
         torch.manual_seed(0)
         data = duoka.data.resident(
@@ -87,7 +87,7 @@ def test_what_a_mix_draws_on_the_device_is_drawn_once_for_all_devices() -> None:
 
 
 @pytest.mark.parametrize("device", [ALONE, TWICE, TWO])
-def test_a_recipe_trains_and_its_run_is_used_anywhere(device: str, tmp_path: Path) -> None:
+def test_a_recipe_trains_and_its_run_works_on_another_device(device: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
     def run(*words: str) -> str:

@@ -1,8 +1,8 @@
-// An accelerator of ordinary memory, for tests on machines that have none. To torch it is a device type of its own: its
-// tensors are no CPU tensors, there are several devices, each with its memory, its random numbers and its current-device
-// state, and whatever mixes them up fails as it would on GPUs. Kernels are the CPU's, by way of copies; there is nothing
-// asynchronous, so an order of streams that is wrong is not found here. What would make the host wait is counted. While a
-// kernel draws, a draw of the CPU's in another thread may be lost.
+// Stand-in accelerator made of ordinary memory, for tests on machines without an accelerator. To torch it is a device
+// type of its own: its tensors are not CPU tensors. There are several devices, each with its memory, random numbers and
+// current-device state, and code that mixes them up fails as on GPUs. Kernels copy to the CPU and run its kernels.
+// Nothing is asynchronous, so tests cannot find a wrong order of streams. The device counts operations that would make
+// the host wait. While a kernel draws random numbers, a draw on the CPU in another thread may be lost.
 //
 // Source: PyTorch's notes on out-of-tree devices ("PrivateUse1").
 
@@ -134,7 +134,7 @@ struct Pinned final : c10::Allocator {
 
 Pinned pinned;
 
-// ---- random numbers: each device has a generator of its own, which lends its state to the CPU's for the time of a kernel
+// ---- random numbers: each device has a generator, whose state the CPU's generator takes during a kernel
 
 struct Random final : c10::GeneratorImpl {
   explicit Random(DeviceIndex index)
@@ -168,7 +168,7 @@ const at::Generator& generator_of(DeviceIndex index) {
   return all[index];
 }
 
-// Lets the CPU's default generator be a device's for the time of a kernel that draws.
+// Makes the CPU's default generator the device's during a kernel that draws.
 class Lent {
  public:
   explicit Lent(Random* device) : device_(device), default_(at::detail::getDefaultCPUGenerator()) {
@@ -191,7 +191,7 @@ class Lent {
   std::unique_lock<std::mutex> guard_;
 };
 
-// ---- what torch asks of any device ----
+// ---- torch's interface of a device ----
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return kType; }
@@ -285,7 +285,7 @@ Tensor empty_strided(
       size, stride, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
 }
 
-// The same bytes as a tensor of the CPU.
+// Returns the same bytes as a CPU tensor.
 Tensor seen(const Tensor& tensor) {
   if (tensor.device().is_cpu()) return tensor;
   return at::from_blob(
@@ -331,14 +331,14 @@ Tensor& set_source_storage(Tensor& self, at::Storage source) {
   return at::native::set_storage_cpu_(self, std::move(source), 0, {size}, {1});
 }
 
-// While it lives, copies are a kernel's own.
+// While this object lives, copies belong to a kernel.
 struct Inside {
   bool before = inside_kernel;
   Inside() { inside_kernel = true; }
   ~Inside() { inside_kernel = before; }
 };
 
-// The convolutions are not reached by a fallback: torch has a hook for them.
+// A fallback does not reach convolutions: torch has a hook for them.
 Tensor convolution(
     const Tensor& input,
     const Tensor& weight,
@@ -375,7 +375,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
   return {back(std::get<0>(host)), back(std::get<1>(host)), back(std::get<2>(host))};
 }
 
-// Its schema does not tell that it writes to the running statistics, so a fallback would forget them.
+// The schema hides that it writes to the running statistics, so a fallback would lose them.
 std::tuple<Tensor, Tensor, Tensor> batch_norm(
     const Tensor& input,
     const std::optional<Tensor>& weight,
@@ -405,7 +405,7 @@ void check_one_device(const c10::OperatorHandle& op, const Tensor& tensor, std::
       *device, " and ", tensor.device(), "! (", name, ")");
 }
 
-// Everything else: the CPU's kernel, on copies.
+// All other operators: the CPU's kernel, on copies.
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const auto first = stack->size() - arguments.size();
@@ -461,7 +461,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_backward_overrideable", &convolution_backward);
 }
 
-// So that a module that moves keeps its Parameter objects, as it does on the way to a GPU.
+// A module that moves keeps its Parameter objects, as on a GPU.
 bool keeps_its_object(const Tensor&, const Tensor&) {
   return true;
 }
@@ -474,7 +474,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_has_compatible_shallow_copy_type", &keeps_its_object);
 }
 
-// ---- autocast, as far as the tests' models need it ----
+// ---- autocast of the operators that the tests' models need ----
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFallthrough());
@@ -492,7 +492,7 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   KERNEL_PRIVATEUSEONE(log_softmax, int, fp32)
 }
 
-// ---- what the Python side asks ----
+// ---- functions for the Python side ----
 
 TORCH_LIBRARY(standin, m) {
   m.def("register_hooks", []() { at::RegisterPrivateUse1HooksInterface(new Hooks); });

@@ -1,7 +1,8 @@
-"""The stand-in's backend for groups of torch.distributed: its tensors go through the host's memory, over gloo."""
+"""Backend of the stand-in accelerator for torch.distributed: tensors pass through host memory, over gloo."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future
 
+TIMEOUT = datetime.timedelta(minutes=2)
+"""Of every operation: launch changes a group's timeout after the rendezvous, which does not reach gloo here."""
+
 
 class Group(dist.ProcessGroup):
-    """What DistributedDataParallel and duoka's ``World`` ask of a group; each call is done when it returns."""
+    """The operations that DistributedDataParallel and duoka's ``World`` use; each is complete when it returns."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+    def __init__(self, store: Any, rank: int, size: int, _: Any) -> None:
         super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout=TIMEOUT)
 
     def allreduce(self, tensors: Sequence[torch.Tensor], options: Any = None) -> Any:
         return _on_host(tensors, lambda hosts: self._gloo.allreduce(hosts, options or dist.AllreduceOptions()))
@@ -42,7 +46,7 @@ class Group(dist.ProcessGroup):
     def _allgather_base(self, output: torch.Tensor, given: torch.Tensor, options: Any = None) -> Any:
         return self.allgather([list(output.chunk(self.size()))], [given], options)
 
-    all_gather_single = _allgather_base  # as torch 2.14 calls it
+    all_gather_single = _allgather_base  # its name in torch 2.14
 
     def barrier(self, _: Any = None) -> Any:
         return self.allreduce([torch.zeros(1)])

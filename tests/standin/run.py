@@ -1,7 +1,7 @@
-"""Run Python where torch has an accelerator that is ordinary memory: ``run.py -m pytest tests/gpu``.
+"""Runner of Python with a stand-in accelerator, which is ordinary memory: ``run.py -m pytest tests/gpu``.
 
-Builds the device with the machine's C++ compiler, once for each version of torch and of the source, below ``build/``. Where
-there is a real accelerator, or no compiler, it says so and runs nothing.
+It builds the device below ``build/`` with the machine's C++ compiler, once for each version of torch
+and of the source. With a real accelerator, or without a compiler, it prints so and runs nothing.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ BUILDS = HERE.parents[1] / "build" / "standin"
 
 def main(arguments: list[str]) -> int:
     if torch.accelerator.is_available():
-        print("There is an accelerator here: nothing needs a stand-in.")
+        print("This machine has an accelerator: the stand-in is not needed.")
         return 0
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        print("The stand-in accelerator is not tried: there is no C++ compiler here (c++, or what CXX names).")
+        print("The stand-in accelerator needs a C++ compiler (c++, or the one that CXX names); there is none.")
         return 0
-    path = os.pathsep.join(filter(None, [str(built(compiler)), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(build(compiler)), os.environ.get("PYTHONPATH")]))
     return subprocess.run([sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
-def built(compiler: str) -> Path:
-    """Return a folder for the module search path, in which torch finds the device as it finds any plug-in."""
+def build(compiler: str) -> Path:
+    """Return a directory for the module search path, where torch finds the device as it finds any plug-in."""
     sources = [HERE / name for name in ("device.cpp", "standin.py", "group.py")]
     text = "".join([torch.__version__, *(source.read_text() for source in sources)])
     folder = BUILDS / hashlib.sha256(text.encode()).hexdigest()[:12]

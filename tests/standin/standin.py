@@ -1,7 +1,8 @@
-"""The Python side of the stand-in accelerator, which torch loads by itself: ``torch.npu``, and a backend for its groups.
+"""Python side of the stand-in accelerator, a plug-in that torch loads: ``torch.npu`` and a distributed backend.
 
-torch calls it as it calls the plug-in of any accelerator that it does not know itself; ``npu`` is the name that such a one
-has in fact. Source: PyTorch's "autoloading out-of-tree extension" and ``torch.utils.rename_privateuse1_backend``.
+torch treats it like the plug-in of any accelerator outside its tree; ``npu`` is the name of a real
+one. Source: PyTorch's "autoloading out-of-tree extension" and
+``torch.utils.rename_privateuse1_backend``.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _index(device: Any) -> int:
 
 
 def _signed(seed: int) -> int:
-    """The same 64 bits as a number that an operator takes."""
+    """Return the same 64 bits as a signed number, which operators accept."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
