@@ -1,10 +1,12 @@
-"""Time a step of ResNet-18 (64x64 images, 32 a device) on two devices: one device, the limit, DDP, and duoka's two ways.
+"""Step time of ResNet-18 (64x64 images, 32 per device) on two devices: one device, lower bound, DDP, and duoka.
 
-The limit is two processes that do the same work and never talk. All contestants are started first, then take turns of a
-step in one run on one machine, so that whatever else the machine does meets all of them alike. This is done three times; the
-ratios are medians over all rounds. Run ``python benchmarks/mirror.py [--minutes 5] [--device cuda]``; with ``cuda`` (not run
-yet) a batch is 256 a device, and ``nn.DataParallel`` takes part too. Where there is one GPU, what duoka adds to its bare model
-is measured alone.
+The lower bound is two independent processes that do the same work without communication. The
+benchmark starts all contestants, then runs one step of each in turn, so that other load on the
+machine affects all alike. It does so three times; ratios are medians over all rounds.
+
+Run ``python benchmarks/mirror.py [--minutes 5] [--device cuda]``. With ``cuda`` (not run yet) a
+batch has 256 samples per device, and ``nn.DataParallel`` is a contestant too. With one GPU, the
+benchmark measures only what duoka adds to the bare model.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from multiprocessing.connection import Client, Connection, Listener
 
 PER_DEVICE, SIZE, STEPS = {"cpu": 32, "cuda": 256}, 64, 1
 STARTS = 3
-"""How fast a process is depends on where its memory happens to lie: up to a tenth, and for as long as it runs."""
-FIRST_STEPS = 8
-"""Not timed: `duoka run` computes the first batches whole, and tries the model at calls 1, 2, 4 and 8."""
+"""The placement of a process's memory changes its speed by up to a tenth, for as long as it runs."""
+WARMUP_STEPS = 8
+"""Warm-up steps: `duoka run` computes the first batches whole, and checks the model at calls 1, 2, 4 and 8."""
 NAMES = {
-    "one": "one device (on CPU one thread), the whole batch",
-    "limit": "two processes without any communication",
-    "ddp": "DistributedDataParallel by torchrun",
+    "one": "one device (CPU: one thread), the whole batch",
+    "limit": "two processes without communication",
+    "ddp": "DistributedDataParallel, torchrun",
     "duoka": "duoka.DataParallel",
     "alone": "duoka.DataParallel on one device, the whole batch",
-    "run": "the script of one device under `duoka run`",
+    "run": "a one-device script under `duoka run`",
     "dp": "nn.DataParallel",
 }
 
@@ -40,14 +42,14 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=5.0)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument(
-        "--large-pages", action="store_true", help="give every contestant what duoka gives its helpers"
+        "--large-pages", action="store_true", help="use the large memory pages of duoka's workers in every contestant"
     )
     options.add_argument("--place", type=int, default=0, help=argparse.SUPPRESS)
     options.add_argument("--role", help=argparse.SUPPRESS)
     options.add_argument("--address", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.role:
-        contest(given.role, given.address, given.device, given.place)
+        run_contestant(given.role, given.address, given.device, given.place)
     else:
         if given.large_pages:
             from duoka.malloc import with_large_pages
@@ -66,11 +68,11 @@ def compare(minutes: float, kind: str) -> None:
             times[role] += steps
     show(times, kind)
     added = added_by_the_wrapper()
-    print(f"on one device the wrapper adds {added:.1f} µs of Python to a call, and nothing on the device")
+    print(f"with one device the wrapper adds {added:.1f} µs of Python per call, and no work on the device")
 
 
 def one_start(roles: list[str], seconds: float, kind: str, draw: random.Random) -> dict[str, list[float]]:
-    """Start all contestants, and let them take turns for so long."""
+    """Start all contestants, and run their steps in turn for ``seconds``."""
     with Listener(family="AF_UNIX") as listener:
         processes = [
             start(role, str(listener.address), kind, roles[:place].count(role)) for place, role in enumerate(roles)
@@ -98,7 +100,7 @@ def start(role: str, address: str, kind: str, place: int) -> subprocess.Popen[by
 
 
 def count(kind: str) -> int:
-    """Return how many devices take part: two, or the one GPU that there is."""
+    """Return the number of devices: two, or one if the machine has one GPU."""
     import torch
 
     return 2 if kind == "cpu" else min(2, torch.cuda.device_count())
@@ -109,14 +111,14 @@ def devices(kind: str) -> str:
 
 
 def measure(lines: dict[str, list[Connection]], end: float, draw: random.Random) -> dict[str, list[float]]:
-    """Let each contestant take its turn, each round in an order that is drawn; a step takes as long as its slowest process.
+    """Run a step of each contestant in turn, in random order; a step's time is that of its slowest process.
 
-    Were the order the same, one would always follow a contestant that leaves a processor idle, and another never.
+    With a fixed order, a contestant that leaves a processor idle would always favor the same successor.
     """
     times: dict[str, list[float]] = {role: [] for role in lines}
     order = list(lines)
     for role in order:
-        turn(lines[role])  # to warm up
+        turn(lines[role])  # warm-up
     while time.monotonic() < end:
         for role in order:
             times[role].append(turn(lines[role]))
@@ -133,9 +135,9 @@ def turn(lines: list[Connection]) -> float:
 def show(times: dict[str, list[float]], kind: str) -> None:
     rounds = len(times["one"])
     lows = {role: statistics.quantiles(values, n=4)[0] for role, values in times.items()}
-    where = "2 CPU workers of one thread" if kind == "cpu" else f"{count(kind)} GPU(s)"
-    print(f"ResNet-18, {SIZE}x{SIZE} images, {PER_DEVICE[kind]} a device, {where}, float32")
-    print(f"{rounds} rounds of {STEPS} step each, in turn, after {STARTS} starts;", end=" ")
+    where = "2 CPU workers with one thread each" if kind == "cpu" else f"{count(kind)} GPU(s)"
+    print(f"ResNet-18, {SIZE}x{SIZE} images, {PER_DEVICE[kind]} per device, {where}, float32")
+    print(f"{rounds} rounds of {STEPS} step each, over {STARTS} starts;", end=" ")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':46} {'median':>9} {'fastest':>9} {'quartiles':>17}")
     for role, values in times.items():
@@ -161,7 +163,7 @@ def show(times: dict[str, list[float]], kind: str) -> None:
 
 
 def added_by_the_wrapper(calls: int = 20_000) -> float:
-    """Return how many microseconds of Python the wrapper adds to a call on one device: the median of nine turns."""
+    """Return the microseconds of Python that the wrapper adds to a call on one device: the median of nine runs."""
     import torch
 
     import duoka
@@ -180,9 +182,9 @@ def added_by_the_wrapper(calls: int = 20_000) -> float:
     return 1e6 * statistics.median(differences)
 
 
-def contest(role: str, address: str, kind: str, place: int) -> None:
+def run_contestant(role: str, address: str, kind: str, place: int) -> None:
     step = make_step(role, kind, int(os.environ.get("LOCAL_RANK", place)))
-    for _ in range(FIRST_STEPS):
+    for _ in range(WARMUP_STEPS):
         step()
     with Client(address) as line:
         line.send(role)
