@@ -10,7 +10,6 @@ import textwrap
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from torch import nn
@@ -18,9 +17,8 @@ from torch import nn
 import duoka
 from duoka import errors
 from duoka.workers.exceptions import RemoteTraceback
-from support.processes import WORKER_PROGRAM, children
+from support.processes import wait_until_gone, worker_pids
 from support.transports import both_transports
-from support.waiting import wait_until
 
 
 class PickyError(Exception):
@@ -53,10 +51,6 @@ def batch(bad: int | None) -> torch.Tensor:
     if bad is not None:
         x[bad] = -1
     return x
-
-
-def worker_pids() -> list[int]:
-    return [pid for pid, line in children().items() if WORKER_PROGRAM in line]
 
 
 @both_transports
@@ -181,8 +175,7 @@ def test_a_script_that_ends_or_is_killed_leaves_no_worker(tmp_path: Path, transp
         (tmp_path / "script.py").write_text(textwrap.dedent(script).replace("END", str(end)))
         done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == -end, done.stderr
-        pids = list(map(int, done.stdout.split()))
-        wait_until(lambda: not any(map(psutil.pid_exists, pids)))  # noqa: B023
+        wait_until_gone(list(map(int, done.stdout.split())))
 
 
 @both_transports

@@ -14,7 +14,7 @@ from torch import nn
 
 import duoka
 from duoka import errors
-from support.processes import WORKER_PROGRAM, children
+from support.processes import worker_pids
 from support.waiting import wait_until
 
 
@@ -29,10 +29,6 @@ class Net(nn.Module):
 
     def predict(self, x):
         return self(x).argmax(1)
-
-
-def worker_pids() -> list[int]:
-    return [pid for pid, line in children().items() if WORKER_PROGRAM in line]
 
 
 def test_it_is_an_nn_data_parallel_with_its_attributes(wrap) -> None:
