@@ -151,5 +151,7 @@ def test_tuples_of_different_lengths_are_refused(wrap) -> None:
 
 
 def test_containers_of_different_types_are_refused(wrap) -> None:
-    with pytest.raises(ValueError, match="Pair on one device and a Tensor"):
+    with pytest.raises(ValueError, match="Pair, Tensor"):
         wrap(Apply(lambda x: Pair(x, x) if len(x) == 4 else x))(X)
+    with pytest.raises(ValueError, match="Pair, Tensor"):
+        wrap(Apply(lambda x: x if len(x) == 4 else Pair(x, x)))(X)

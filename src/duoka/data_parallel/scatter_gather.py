@@ -104,6 +104,8 @@ def gather_tensors(spec: OutputSpec, tensors: Sequence[Sequence[torch.Tensor]], 
 def _merge(values: Sequence[Any], sizes: Sequence[int], add: Callable[[OutputSpec], Placeholder]) -> Any:
     first = values[0]
     if _is_placeholder(first):
+        if not all(map(_is_placeholder, values)):
+            raise _different_types(values)
         return add(OutputSpec(tuple(values)))
     if isinstance(first, list) and _is_per_sample(values, sizes):
         return [map_values(lambda leaf: _keep_single(leaf, add), item) for value in values for item in value]
@@ -114,16 +116,20 @@ def _merge(values: Sequence[Any], sizes: Sequence[int], add: Callable[[OutputSpe
     if isinstance(first, Mapping):
         columns = [[value[key] for value in values] for key in first]
     else:
-        columns = [list(column) for column in zip(*(_children(value, first) for value in values), strict=True)]
+        columns = [list(column) for column in zip(*(_children(value, values) for value in values), strict=True)]
     return container[1]([_merge(column, sizes, add) for column in columns])
 
 
-def _children(value: Any, first: Any) -> list[Any]:
-    container = open_container(value)
+def _children(value: Any, values: Sequence[Any]) -> list[Any]:
+    container = None if _is_placeholder(value) else open_container(value)
     if container is None:
-        kinds = type(first).__name__, type(value).__name__
-        raise ValueError("the model returned a {} on one device and a {} on another".format(*kinds))
+        raise _different_types(values)
     return container[0]
+
+
+def _different_types(values: Sequence[Any]) -> ValueError:
+    names = {"Tensor" if _is_placeholder(value) else type(value).__name__ for value in values}
+    return ValueError(f"the model returned different types on different devices: {', '.join(sorted(names))}")
 
 
 def _keep_single(leaf: Any, add: Callable[[OutputSpec], Placeholder]) -> Any:
