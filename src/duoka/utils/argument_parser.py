@@ -124,7 +124,8 @@ class ArgumentParser(jsonargparse.ArgumentParser):
             raise self._unknown(word.lstrip("-")) from ex
         if match := re.match(r"argument (\S+): expected (?:one|at least one) argument", message):
             flag = match[1].partition("/")[0]
-            raise ConfigError(f"{flag} needs a value: write `{flag} VALUE`; see `{self.prog} --help`") from ex
+            value = self._option_string_actions[flag].metavar or "VALUE"
+            raise ConfigError(f"{flag} needs a value: write `{flag} {value}`; see `{self.prog} --help`") from ex
         raise ConfigError(f"{first_line(message).rstrip('.')}; see `{self.prog} --help`") from ex
 
     def _invalid(self, key: str, value: object) -> ConfigError:

@@ -390,11 +390,11 @@ def test_download_false_forbids_the_download(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"embedding_size": 30}, "`embedding_size` is 30 and `heads` 4: the size must be a multiple of the heads"),
-        ({"split_ratio": "0.8;0.2"}, "`split_ratio` is '0.8;0.2': write three shares"),
+        ({"embedding_size": 30}, "embedding_size=30 does not suit heads=4"),
+        ({"split_ratio": "0.8;0.2"}, "split_ratio='0.8;0.2' is not valid"),
         ({"split_ratio": "0.8,0.2"}, "the shares of training, validation and test"),
-        ({"text_lr": 0.0}, "`text_lr` is 0.0: it must be a finite number, above 0"),
-        ({"lr": math.inf}, "`lr` is inf"),
+        ({"text_lr": 0.0}, "text_lr=0.0 is not valid: it must be a finite number, above 0"),
+        ({"lr": math.inf}, "lr=inf is not valid"),
         ({"model": "gcn"}, "it must be one of enhanced, concatenation, ncf"),
     ],
 )

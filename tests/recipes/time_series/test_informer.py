@@ -291,12 +291,12 @@ def test_default_lengths_are_the_papers():
     ("options", "message"),
     [
         ({"task": "regress"}, "duoka data make datatry"),
-        ({"seq_len": 24, "label_len": 25}, "`label_len` is 25 and `seq_len` 24"),
-        ({"width": 30, "heads": 4}, "`width` is 30 and `heads` 4"),
-        ({"pred_len": 0}, "`pred_len` is 0"),
-        ({"dropout": 1.0}, "`dropout` is 1.0"),
-        ({"csv": ""}, "`csv` is empty: name a file"),
-        ({"seed": 2**63}, "`seed` is 9223372036854775808"),
+        ({"seq_len": 24, "label_len": 25}, "label_len=25 is longer than seq_len=24"),
+        ({"width": 30, "heads": 4}, "width=30 does not suit heads=4"),
+        ({"pred_len": 0}, "pred_len=0 is not valid"),
+        ({"dropout": 1.0}, "dropout=1.0 is not valid"),
+        ({"csv": ""}, "csv is empty: name a file"),
+        ({"seed": 2**63}, "seed=9223372036854775808 is not valid"),
         ({"split_seed": 2**70}, "`split_seed` is"),
     ],
 )
@@ -479,7 +479,7 @@ def test_resume_with_other_data_is_an_error_but_not_with_moved_data(run, table_r
         for other in (frame[: len(frame) - 60], frame.assign(**{frame.columns[-1]: frame[frame.columns[-1]] * 1.01})):
             other.to_csv(moved, index=False)
             assert main(["train", "informer", "--resume", str(copied), "--csv", str(moved)]) == 2
-            assert f"{moved} is not what the run {copied} began with" in capfd.readouterr().err
+            assert f"{moved} differs from the data that the run {copied} began with" in capfd.readouterr().err
         assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
