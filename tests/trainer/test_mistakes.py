@@ -165,7 +165,7 @@ class Longer(IterableDataset):
 
 def test_a_cycle_shorter_than_the_data_stays_at_its_end():
     data = DataLoader(Longer(), batch_size=4)
-    trainer = trainer_of(train_data=data, scheduler="onecycle", optimizer="sgd", lr=0.1)
+    trainer = trainer_of(train_data=data, scheduler="onecycle", optimizer="sgd", lr=0.1, epochs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit()
