@@ -150,7 +150,7 @@ def test_idle_selects_unused_devices_and_names_users_of_the_others() -> None:
     assert names(choice) == "cuda:1 cuda:2"
     assert "cuda:0 is used by ann (process 4711)" in choice.reason
     assert "cuda:3 has 50% of its memory taken" in choice.reason
-    assert "cuda:4 80 %" in choice.reason
+    assert "cuda:4 has 80 % utilization" in choice.reason
 
 
 def test_idle_with_all_devices_in_use_names_the_users() -> None:
