@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DeviceError",
-    "DuokaError",
-    "LaunchError",
-    "MissingDependencyError",
-    "StorageError",
-    "UnsupportedError",
-    "WorkerDied",
-]
-
 
 class DuokaError(Exception):
     """Base of all duoka exceptions; exceptions of user code keep their own type."""

@@ -4,7 +4,5 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["logger"]
-
 logger = logging.getLogger("duoka")
 """A user configures it with ``logging``; by default it prints warnings."""

@@ -13,8 +13,6 @@ import os
 import sys
 from collections.abc import Mapping
 
-__all__ = ["keep_freed_memory", "with_large_pages"]
-
 _LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Read by glibc 2.35 and later when a process starts (``man 7 glibc-tunables``). It has an effect where the system gives
 large pages on request, which is the usual setting."""

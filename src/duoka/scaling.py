@@ -10,8 +10,6 @@ from duoka.utils.partition import chunk_sizes
 from duoka.utils.text import plural
 from duoka.utils.validation import check_choice, check_integer, check_number
 
-__all__ = ["Batch", "LearningRate"]
-
 BATCH_MODES = ("per_device", "global")
 LR_RULES = ("none", "linear", "sqrt")
 _LISTED_PARTS = 8

@@ -14,8 +14,6 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-__all__ = ["World", "current_world", "has_current_world", "use_world"]
-
 T = TypeVar("T")
 
 

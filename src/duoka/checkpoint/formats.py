@@ -21,8 +21,6 @@ import torch
 from duoka.errors import CheckpointError
 from duoka.utils.text import first_line
 
-__all__ = ["read_file", "write_archive", "write_safetensors"]
-
 _COMMENT = re.compile(rb"duoka crc32=([0-9a-f]{8})\Z")
 _COMMENT_BYTES = len("duoka crc32=00000000")
 _KEY = "duoka.crc32"

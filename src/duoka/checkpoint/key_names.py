@@ -10,8 +10,6 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["clean_name", "clean_state", "match_names", "unwrap"]
-
 COMPILED = "_orig_mod"
 WRAPPED = "module"
 

@@ -15,8 +15,6 @@ from duoka.errors import CheckpointError
 from duoka.log import logger
 from duoka.utils.text import did_you_mean
 
-__all__ = ["load_state"]
-
 _SHOWN = 20
 
 

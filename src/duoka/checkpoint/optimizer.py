@@ -10,8 +10,6 @@ from torch import nn
 from duoka.checkpoint.key_names import clean_name, match_names, unwrap
 from duoka.errors import CheckpointError
 
-__all__ = ["load_optimizer_state", "optimizer_state"]
-
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return ``optimizer.state_dict()`` with the names of ``model``'s parameters instead of their numbers.

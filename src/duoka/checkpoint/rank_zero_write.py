@@ -17,8 +17,6 @@ from duoka.errors import CheckpointError, ConfigError, StorageError
 from duoka.utils.torch_private import default_store
 from duoka.world import World, current_world
 
-__all__ = ["write_on_rank_zero"]
-
 _WRITING = b"writing"
 _DONE = b"done"
 _FIRST_PAUSE_S = 0.001

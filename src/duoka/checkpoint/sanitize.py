@@ -12,8 +12,6 @@ import torch
 from duoka.errors import CheckpointError
 from duoka.utils.pytree import iter_tensors
 
-__all__ = ["tensor_bytes", "to_plain_types"]
-
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 _SUBCLASSES: tuple[tuple[type, Callable[[Any], Any]], ...] = ((str, str), (int, int), (float, float), (dict, dict))
 

@@ -20,8 +20,6 @@ from duoka.errors import CheckpointError, ConfigError
 from duoka.utils.files import atomic_write
 from duoka.utils.text import did_you_mean
 
-__all__ = ["check_suffix", "load", "model_state", "read", "save", "write"]
-
 M = TypeVar("M", bound=nn.Module)
 
 _NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "weights")

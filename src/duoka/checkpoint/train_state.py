@@ -14,8 +14,6 @@ from duoka.checkpoint.rank_zero_write import write_on_rank_zero
 from duoka.checkpoint.save_load import model_state, read, write
 from duoka.errors import CheckpointError, ConfigError
 
-__all__ = ["TRAINING_VERSION", "load_training", "save_training"]
-
 _FORMAT = "duoka.training"
 TRAINING_VERSION = 1
 """Increased when the format changes, so that an older file cannot be read in the same way."""

@@ -21,7 +21,6 @@ from duoka.scaling import Batch
 if TYPE_CHECKING:
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["CheckResult", "check", "parser", "run"]
 
 BATCH = 64
 

@@ -12,7 +12,6 @@ from duoka.errors import ConfigError
 if TYPE_CHECKING:
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["parser", "run"]
 
 OWN = ("source", "sweep", "parallel", "out")
 

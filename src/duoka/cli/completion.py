@@ -12,8 +12,6 @@ from duoka.cli.main import COMMANDS, command_parser
 if TYPE_CHECKING:
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["parser", "run", "whole_parser"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Print the completion script for the shell that ``argv`` names; return the exit status."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "gibibytes", "print_error", "print_json"]
 
 _PIPED_WIDTH = 160
 """Columns if the output is no terminal: room for a table on unbroken lines."""

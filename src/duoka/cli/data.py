@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["add_subcommands", "make_parser", "parser", "run"]
 
 SIZES = {"datatry": ("rows",), "movielens": ("users", "films", "ratings")}
 """Options for the size of each example."""

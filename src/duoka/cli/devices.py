@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["parser", "print_devices", "run"]
 
 _LISTED = 8
 """Largest number of CPU workers that are listed one by one."""

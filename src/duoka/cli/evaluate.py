@@ -12,8 +12,6 @@ from duoka.cli.train import print_outcome
 if TYPE_CHECKING:
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["parser", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Evaluate the run that ``argv`` names and print its numbers; return the exit status."""

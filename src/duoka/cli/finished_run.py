@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from duoka.recipes.common.recipe_run import RecipeRun
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["add_run_arguments", "load_run"]
-
 
 def add_run_arguments(parser: ArgumentParser, *, device: str | None = None, root: bool = True) -> None:
     """Add RUN, ``--device`` and ``--root``; a default of ``None`` is the run's own value."""

@@ -24,7 +24,6 @@ from duoka.utils.text import did_you_mean
 if TYPE_CHECKING:
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["COMMANDS", "command_parser", "main"]
 
 USAGE_ERROR = 2
 INTERRUPTED = 130

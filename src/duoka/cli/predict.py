@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from duoka.recipes.common.registry import Prediction
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["parser", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Print the predictions for the inputs that ``argv`` names; return the exit status."""

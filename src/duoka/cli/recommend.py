@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from duoka.recipes.recommendation.inference import RecommendationList
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["parser", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Print what the run that ``argv`` names recommends; return the exit status."""

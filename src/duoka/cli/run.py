@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from duoka.script_runner import RunSession, Script
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["RunArguments", "parse", "parser", "run"]
 
 _VISIBLE_DEVICES = "DUOKA_RUN_DEVICES"
 _FLAGS = ("--scale-batch", "--explain")

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from duoka.recipes.common.registry import RecipeOutcome
     from duoka.utils.argument_parser import ArgumentParser
 
-__all__ = ["add_subcommands", "parser", "print_outcome", "run"]
-
 
 def run(argv: Sequence[str]) -> int:
     """Train the recipe that ``argv`` names first, with the options that follow; return the exit status."""

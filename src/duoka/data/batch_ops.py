@@ -21,8 +21,6 @@ from duoka.errors import DataError
 from duoka.utils.partition import chunk_bounds
 from duoka.utils.pytree import iter_leaves, open_container
 
-__all__ = ["batch_length", "concat_batches", "slice_batch", "split_batch", "to_device"]
-
 
 def batch_length(batch: Any) -> int:
     """Return the number of samples in ``batch``: dimension 0 of its tensors.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["counter_uniform", "splitmix64"]
-
 _GOLDEN = 0x9E37_79B9_7F4A_7C15
 _FACTORS = ((30, 0xBF58_476D_1CE4_E5B9), (27, 0x94D0_49BB_1331_11EB))
 

@@ -22,17 +22,6 @@ from duoka.data.rng import GLOBAL, TORCH, IsolatedRng, Rng, generators_of
 from duoka.errors import ConfigError
 from duoka.log import logger
 
-__all__ = [
-    "checked_sampler",
-    "draw_isolated",
-    "generators_used_by",
-    "index_batches",
-    "merge_batches",
-    "set_epoch",
-    "skip_samples",
-    "whole_sampler",
-]
-
 _FIRST_CHUNK, _LONGEST_CHUNK = 16, 512
 _TORCH_SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
 

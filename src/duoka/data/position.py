@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from duoka.errors import CheckpointError
 from duoka.utils.validation import check_integer
 
-__all__ = ["DataPosition", "LocalBatch"]
-
 
 class LocalBatch(NamedTuple):
     """One rank's shard of one global batch."""

@@ -26,8 +26,6 @@ from duoka.utils.text import format_bytes
 from duoka.utils.validation import check_integer
 from duoka.world import current_world
 
-__all__ = ["DeviceResidentLoader", "ResidentSource", "resident"]
-
 MEMORY_FRACTION = 0.5
 """The fraction of a device's free memory that data may take: model, gradients and activations need the rest."""
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

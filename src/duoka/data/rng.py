@@ -17,18 +17,6 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-__all__ = [
-    "ACCELERATOR",
-    "GLOBAL",
-    "TORCH",
-    "IsolatedRng",
-    "RandomUseDetector",
-    "Rng",
-    "derive_seed",
-    "generators_of",
-    "hash_seed",
-]
-
 T = TypeVar("T")
 Generator: TypeAlias = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
 _WRAPPED = ("dataset", "datasets", "transform", "transforms", "target_transform")
@@ -339,10 +327,10 @@ def generators_of(*owners: object) -> list[Rng]:
         found |= {id(value): value for value in attributes.values() if isinstance(value, Generator)}
         for inner in (attributes[name] for name in _WRAPPED if name in attributes):
             waiting += inner if isinstance(inner, (list, tuple)) else [inner]
-    return [UserGenerator(generator) for generator in found.values()]
+    return [_UserGenerator(generator) for generator in found.values()]
 
 
-class UserGenerator(Rng):
+class _UserGenerator(Rng):
     """A generator object of the user's; each seed is combined with its first state, so that the user's seed matters."""
 
     def __init__(self, generator: Generator) -> None:

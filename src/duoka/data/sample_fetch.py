@@ -14,8 +14,6 @@ from duoka.data.rng import RandomUseDetector, derive_seed, generators_of
 from duoka.data.worker_pickle import PickledByValue, wrap_result
 from duoka.utils.torch_private import set_worker_dataset
 
-__all__ = ["FetchRequest", "SampleFetcher", "SeededCollate", "WorkerInit", "identity_collate", "make_fetcher"]
-
 Collate = Callable[[Any], Any]
 
 

@@ -21,8 +21,6 @@ from duoka.data.sources.map_style import MapStyleSource, has_index_batches
 from duoka.data.stream_fingerprint import StreamFingerprint
 from duoka.errors import ConfigError
 
-__all__ = ["ShardedLoader", "shard"]
-
 
 class ShardedLoader:
     """A loader of one rank's ``LocalBatch``es, equally many on every rank; one iteration is one epoch."""

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["restore_shuffled_lists"]
-
 MAX_LENGTH = 1 << 24
 """A longer array holds data and not an order of samples; copying it would cost too much."""
 

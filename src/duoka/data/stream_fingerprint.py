@@ -11,8 +11,6 @@ import torch
 
 from duoka.utils.pytree import iter_leaves
 
-__all__ = ["StreamFingerprint", "fingerprint", "same_stream"]
-
 MAX_SAMPLES = 4
 MAX_NUMBERS = 32
 """The most numbers that count of each tensor, and the most characters of each string."""

@@ -20,16 +20,6 @@ from torch.nn import functional
 from duoka.errors import ConfigError
 from duoka.utils.validation import check_integer, check_number, invalid_option
 
-__all__ = [
-    "BatchTransform",
-    "ColorJitter",
-    "Normalize",
-    "RandomCrop",
-    "RandomHorizontalFlip",
-    "RandomResizedCrop",
-    "apply",
-]
-
 TRIES = 10
 """How often torchvision draws a box before it takes the center."""
 

@@ -20,8 +20,6 @@ from torch.utils.data import get_worker_info
 
 from duoka.utils.torch_private import exception_wrapper
 
-__all__ = ["PickledByValue", "wrap_exception", "wrap_result"]
-
 
 class PickledByValue:
     """Base of objects that workers get; their attributes are pickled by value where a name may not be importable."""

@@ -29,8 +29,6 @@ from duoka.errors import UnsupportedError
 from duoka.utils.torch_private import backward_keeps_graph, run_after_backward
 from duoka.workers.serialization import dumps
 
-__all__ = ["GatherOutputs", "ParallelCall", "ReduceGradients"]
-
 _SEED_STEP = 0x9E3779B97F4A7C15
 """Distance of two ranks' seeds."""
 

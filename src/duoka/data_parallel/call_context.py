@@ -12,8 +12,6 @@ from duoka.data_parallel.device_remap import RemapCuda, is_remapping
 from duoka.data_parallel.messages import ContextFactory, TorchModes
 from duoka.utils.torch_settings import apply_torch_settings, capture_torch_settings
 
-__all__ = ["ThreadLimit", "apply_modes", "capture_modes", "draw_seed"]
-
 _SETTINGS = ("default_dtype", "deterministic", "float32_matmul_precision")
 
 

@@ -33,8 +33,6 @@ from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef
 from duoka.errors import LaunchError
 from duoka.workers.serialization import Payload
 
-__all__ = ["Controller"]
-
 _model_ids = itertools.count(1)
 
 

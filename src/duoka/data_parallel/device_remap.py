@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["RemapCuda", "is_cuda", "is_remapping", "remap_cuda"]
-
 __tracebackhide__ = True
 """Hides this module's frames from the traceback of a script under ``duoka run``."""
 

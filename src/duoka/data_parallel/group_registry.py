@@ -15,8 +15,6 @@ from duoka.data_parallel.transport.shared_memory import SharedArena
 from duoka.data_parallel.worker import worker_loop
 from duoka.data_parallel.worker_group import WorkerGroup
 
-__all__ = ["COLLECTIVE_ON_CPU", "WorkerGroupRegistry", "get_worker_group"]
-
 COLLECTIVE_ON_CPU = "DUOKA_COLLECTIVE_TRANSPORT"
 """Environment variable for tests: if set, CPU workers use the collective transport, over gloo."""
 

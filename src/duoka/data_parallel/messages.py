@@ -14,24 +14,6 @@ import torch
 from duoka.data_parallel.pickling import Pickled
 from duoka.data_parallel.tensor_layout import Location, TensorSpec
 
-__all__ = [
-    "BackwardRequest",
-    "BackwardResult",
-    "BufferPlacement",
-    "ContextFactory",
-    "CreateReplica",
-    "DeleteReplica",
-    "ForwardRequest",
-    "ForwardResult",
-    "Notification",
-    "ParameterPlacement",
-    "RebindParameters",
-    "ReceiveWeights",
-    "Request",
-    "TorchModes",
-    "UpdateAttributes",
-]
-
 BufferPlacement: TypeAlias = tuple[Location, TensorSpec]
 ParameterPlacement: TypeAlias = tuple[Location, TensorSpec, bool]
 """Location, spec, and ``requires_grad``."""

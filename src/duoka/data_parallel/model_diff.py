@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["REGISTRIES", "ModelSnapshot", "unwrapped_modules"]
-
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 _IMMUTABLE = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type)
 _MAX_ITEMS = 64

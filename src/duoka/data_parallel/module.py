@@ -20,8 +20,6 @@ from duoka.devices.spec import DeviceSpec, reconcile
 from duoka.errors import ConfigError, UnsupportedError
 from duoka.utils.text import did_you_mean, join_names
 
-__all__ = ["DataParallel", "devices_of", "overridden_steps", "restore_from_state", "state_of"]
-
 _OPTIONS = ("module", "device_ids", "output_device", "dim", "devices", "device", "compile")
 _PRIVATE = "_duoka_"
 _start_lock = threading.Lock()

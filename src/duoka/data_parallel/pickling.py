@@ -14,8 +14,6 @@ from torch.nn.utils import parametrize
 from duoka.utils.torch_private import inject_parametrized_class
 from duoka.workers.serialization import Payload, dumps, loads
 
-__all__ = ["Pickled", "pickle_without_tensors", "placeholder_tensors", "unpickle"]
-
 _CPU = torch.device("cpu")
 _tensors: ContextVar[Sequence[torch.Tensor]] = ContextVar("duoka_placeholder_tensors")
 

@@ -16,8 +16,6 @@ from duoka.data_parallel.model_diff import unwrapped_modules
 from duoka.data_parallel.pickling import Pickled, placeholder_tensors, unpickle
 from duoka.data_parallel.transport.base import BackwardTask, WorkerTransport
 
-__all__ = ["MaybeCompiled", "Replica"]
-
 
 class MaybeCompiled:
     """The choice of ``torch.compile`` or not; it holds the compiled function, outside the model."""

@@ -10,19 +10,6 @@ import torch
 from duoka.utils.partition import chunk_sizes
 from duoka.utils.pytree import map_leaves, open_container
 
-__all__ = [
-    "OutputSpec",
-    "Placeholder",
-    "batch_size",
-    "extract_tensors",
-    "gather_structures",
-    "gather_tensors",
-    "insert_tensors",
-    "map_values",
-    "scatter",
-    "scatter_sizes",
-]
-
 
 class Placeholder(NamedTuple):
     """Stands for an extracted tensor: its position, and the chunk whose value it belongs to."""

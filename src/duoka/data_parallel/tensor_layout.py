@@ -8,17 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = [
-    "Allocation",
-    "Location",
-    "TensorSpec",
-    "copy_to_layout",
-    "dense_stride",
-    "pack_layout",
-    "repack_layout",
-    "tensor_at",
-]
-
 _ALIGNMENT = 64
 
 

@@ -6,8 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-__all__ = ["TIMERS", "Timers"]
-
 
 class Timers:
     """Seconds that rank 0 has spent on moving tensors and messages, and on waiting for workers."""

@@ -33,8 +33,6 @@ from duoka.workers import WorkerChannel, exceptions
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload, dumps
 
-__all__ = ["worker_loop"]
-
 
 @contextlib.contextmanager
 def worker_loop(config: WorkerConfig, channel: WorkerChannel) -> Iterator[None]:

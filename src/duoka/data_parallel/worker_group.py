@@ -26,8 +26,6 @@ from duoka.workers import WorkerSession, exceptions
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload
 
-__all__ = ["WorkerGroup", "WorkerGroupRef"]
-
 
 class WorkerGroup:
     """Workers for all devices but the first. The first request starts them, also after a failure."""

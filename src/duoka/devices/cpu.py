@@ -11,8 +11,6 @@ from pathlib import Path
 from duoka.utils.text import plural
 from duoka.utils.validation import check_integer
 
-__all__ = ["Cores", "LoaderWorkers", "available_cores", "core_limits", "loader_workers", "threads_per_rank"]
-
 DEFAULT_WORKERS_PER_DEVICE = 4
 """Four DataLoader workers are enough to feed one device with images."""
 

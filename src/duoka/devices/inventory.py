@@ -14,8 +14,6 @@ import torch
 from duoka.devices import cuda_uuids, nvml
 from duoka.devices.info import DeviceInfo
 
-__all__ = ["Inventory", "describe", "detect", "device_usage"]
-
 _DRIVER_TIMEOUT_S = 60.0
 """A machine with many GPUs and no persistence mode takes seconds for each GPU."""
 

@@ -12,8 +12,6 @@ from typing import Any
 from duoka.devices.info import DeviceInfo, DeviceProcess, Link
 from duoka.utils.text import plural
 
-__all__ = ["library", "read"]
-
 _COMMAND_LENGTH = 200
 
 

@@ -14,8 +14,6 @@ from duoka.errors import DeviceError
 from duoka.log import logger
 from duoka.utils.text import join_names
 
-__all__ = ["DeviceSelection", "resolve", "select"]
-
 _BUSY_PERCENT = 10
 """A device with a higher utilization is in use."""
 _BUSY_MEMORY = 0.1

@@ -13,8 +13,6 @@ import torch
 from duoka.errors import ConfigError, DeviceError
 from duoka.utils.text import did_you_mean
 
-__all__ = ["DeviceRequest", "DeviceSpec", "parse", "reconcile"]
-
 DeviceSpec: TypeAlias = "str | int | torch.device | Sequence[str | int | torch.device] | None"
 """Any form of the grammar: ``"auto"``, ``0``, ``"0,1"``, ``torch.device("cuda:1")``, ``["cuda:0", "cuda:1"]``."""
 

@@ -17,8 +17,6 @@ from duoka.workers import run_on_all
 from duoka.workers.exceptions import call_user_code, strip_internal_frames
 from duoka.world import has_current_world, use_world
 
-__all__ = ["launch"]
-
 T = TypeVar("T")
 _launch_lock = threading.Lock()
 """One launch at a time: a process has one default process group, one environment and one rank."""

@@ -19,8 +19,6 @@ from duoka.log import logger
 from duoka.utils.text import plural
 from duoka.world import World
 
-__all__ = ["is_in_cluster_job", "join_process_group"]
-
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -22,8 +22,6 @@ from duoka.workers.exceptions import call_user_code
 from duoka.workers.rendezvous import CONNECT_TIMEOUT, LOOPBACK_ENVIRONMENT, NO_WATCHDOG_ENVIRONMENT, file_store
 from duoka.world import World, use_world
 
-__all__ = ["RankContext", "abort_collectives", "preserve_process_state", "rank_contexts", "run_rank"]
-
 
 @dataclass(frozen=True)
 class RankContext:

@@ -23,8 +23,6 @@ from torch import nn
 from duoka.data_parallel.device_remap import RemapCuda, is_cuda
 from duoka.script_runner.patching import Patches
 
-__all__ = ["emulate_cuda", "emulated_api"]
-
 _LIBRARIES = ("torch", "duoka")
 _CPU = torch.device("cpu")
 _Generator = torch.Generator

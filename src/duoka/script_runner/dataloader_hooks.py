@@ -13,8 +13,6 @@ from duoka.script_runner.run_stats import LoaderStats, RunStats
 from duoka.script_runner.source_scan import caller_location
 from duoka.utils.torch_private import dataloader_iterator_class
 
-__all__ = ["install_loader_hooks"]
-
 
 def install_loader_hooks(patches: Patches, stats: RunStats, batch_factor: int) -> None:
     """Time every loader, and multiply the batch size of shuffling loaders, until the patches end."""

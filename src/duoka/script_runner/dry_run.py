@@ -11,8 +11,6 @@ import torch
 from duoka.errors import ConfigError
 from duoka.script_runner.report import describe_devices
 
-__all__ = ["Finding", "explain"]
-
 _OPTIMIZERS = frozenset(name for name in vars(torch.optim) if isinstance(getattr(torch.optim, name), type))
 _RUNS_ON_ALL = "runs on all devices"
 _MODEL_WORDS = ("model", "net", "encoder", "decoder", "generator", "critic", "student", "teacher")

@@ -27,8 +27,6 @@ from duoka.script_runner.source_scan import (
 )
 from duoka.utils.torch_private import replaced_call
 
-__all__ = ["DOUBLE_BACKWARD", "ModelFinder"]
-
 DOUBLE_BACKWARD = (
     "the script differentiates gradients (create_graph=True), and workers return gradients without their graph; "
     "if the run never reaches that line, remove it"

@@ -18,8 +18,6 @@ from duoka.script_runner.patching import Patches
 from duoka.script_runner.run_stats import ModelStats, RunStats
 from duoka.script_runner.source_scan import caller_location
 
-__all__ = ["DataParallelHooks", "is_parallel_wrapper"]
-
 _TORCH_MODULE = "torch.nn.parallel.data_parallel"
 
 

@@ -13,8 +13,6 @@ from duoka.malloc import keep_freed_memory
 from duoka.utils.files import atomic_write, check_writable
 from duoka.utils.imports import import_optional
 
-__all__ = ["begin", "end", "run_notebook"]
-
 _session: Any = None
 
 

@@ -34,8 +34,6 @@ from duoka.script_runner.split_check import (
 from duoka.utils.rng_state import rng_state, set_rng_state
 from duoka.utils.torch_private import call_module, is_in_functorch, replace_call, replaced_call, restore_call
 
-__all__ = ["ParallelizedCall"]
-
 _COMPARISON_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
 """Counts of optimizer steps at which a step runs on one device, to compare the speed."""
 

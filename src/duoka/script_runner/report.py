@@ -14,7 +14,6 @@ from duoka.utils.text import format_duration, join_names, plural
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["describe_devices", "print_report", "report_lines", "suggestion"]
 
 _SLOW_LOADING = 0.25
 """Fraction of a step from which waiting for the DataLoader is worth a suggestion."""

@@ -16,8 +16,6 @@ from torch import nn
 
 from duoka.data_parallel.timers import Timers
 
-__all__ = ["CallStats", "LoaderStats", "ModelStats", "RunStats", "StepComparison", "StepTiming", "TimeShares"]
-
 _NEIGHBORS = 8
 """A step on one device is compared with so many steps before it and after it."""
 _MIN_COMPARED = 3

@@ -16,8 +16,6 @@ from types import CodeType, ModuleType, TracebackType
 
 from duoka.errors import ConfigError, DuokaError
 
-__all__ = ["Script"]
-
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 

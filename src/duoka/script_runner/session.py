@@ -21,8 +21,6 @@ from duoka.script_runner.run_stats import RunStats
 from duoka.script_runner.source_scan import differentiates_gradients
 from duoka.utils.torch_private import check_replace_call
 
-__all__ = ["RunSession"]
-
 
 class RunSession:
     """Parallelizes the models of the code that runs inside its ``with`` block."""

@@ -13,8 +13,6 @@ from torch import nn
 
 from duoka.data_parallel import scatter_gather
 
-__all__ = ["AttributeState", "CallArguments"]
-
 
 class CallArguments:
     """Copies of a call's arguments, which notice when the call changes them."""

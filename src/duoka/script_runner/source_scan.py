@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["ScriptSources", "caller_location", "differentiates_gradients", "is_called_by_script"]
-
 _LIBRARIES = ("torch", "duoka", "contextlib", "functools", "importlib")
 
 

@@ -23,15 +23,6 @@ from duoka.utils.pytree import map_leaves
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.text import first_line
 
-__all__ = [
-    "STALE_CLOSURE",
-    "SplitCheckResult",
-    "call_signature",
-    "check_splittable",
-    "describe_error",
-    "is_script_hook",
-]
-
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
 """Largest difference of two outputs relative to the largest value; see ``_DEFAULT_TOLERANCE``."""
 _DEFAULT_TOLERANCE = 2e-4

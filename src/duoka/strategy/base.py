@@ -13,8 +13,6 @@ from torch import nn
 from duoka.utils.torch_private import multiply_in_place
 from duoka.world import World
 
-__all__ = ["Strategy"]
-
 
 class Strategy(ABC):
     """Keeps the replicas of one module in step during training.

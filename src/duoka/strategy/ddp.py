@@ -17,8 +17,6 @@ from duoka.strategy.base import Strategy
 from duoka.utils.torch_private import broadcast_coalesced
 from duoka.world import World
 
-__all__ = ["DDP"]
-
 _MESSAGE_BYTES = 250 * 1024 * 1024
 
 

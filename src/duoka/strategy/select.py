@@ -15,8 +15,6 @@ from duoka.strategy.torch_data_parallel import DP
 from duoka.utils.validation import check_choice
 from duoka.world import World
 
-__all__ = ["STRATEGIES", "StrategyName", "select_strategy"]
-
 StrategyName: TypeAlias = Literal["auto", "single", "ddp", "dp"]
 STRATEGIES = get_args(StrategyName)
 """Values of the option ``strategy``."""

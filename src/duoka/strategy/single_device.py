@@ -8,8 +8,6 @@ from torch import nn
 
 from duoka.strategy.base import Strategy
 
-__all__ = ["SingleDevice"]
-
 
 class SingleDevice(Strategy):
     """Trains on one device without a wrapper."""

@@ -12,8 +12,6 @@ from duoka.strategy.base import Strategy
 from duoka.utils.pytree import iter_tensors
 from duoka.world import World
 
-__all__ = ["DP"]
-
 
 class DP(Strategy):
     """Replicates the module at every step, scatters the batch and gathers the losses."""

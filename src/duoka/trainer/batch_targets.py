@@ -11,8 +11,6 @@ from torch import nn
 
 from duoka.errors import DataError
 
-__all__ = ["call_model", "inputs_of", "prediction_of", "split_target", "target_of"]
-
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 PREDICTION_KEYS = ("logits", "predictions", "prediction")
 

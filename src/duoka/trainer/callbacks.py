@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.metrics import Results
 
-__all__ = ["Best", "Callback", "CallbackList", "State"]
-
 
 @dataclass(frozen=True)
 class Best:

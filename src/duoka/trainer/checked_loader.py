@@ -15,8 +15,6 @@ from duoka.strategy import Strategy
 from duoka.trainer.fit_spec import FitSpec
 from duoka.world import World
 
-__all__ = ["CheckedLoader", "build_loader", "in_dataset_order"]
-
 
 class CheckedLoader:
     """Iterates over a ``ShardedLoader``.

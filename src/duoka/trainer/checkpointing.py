@@ -26,16 +26,6 @@ from duoka.trainer.train_step import TrainStep
 from duoka.utils.rng_state import rng_state
 from duoka.world import World
 
-__all__ = [
-    "BestWeights",
-    "TrainCheckpoint",
-    "checkpoint_path",
-    "find_checkpoint",
-    "is_same_run",
-    "run_on_rank_zero",
-    "weights_path",
-]
-
 T = TypeVar("T")
 
 

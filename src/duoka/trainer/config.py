@@ -19,8 +19,6 @@ from duoka.strategy.select import StrategyName
 from duoka.utils.text import did_you_mean
 from duoka.utils.validation import check_choice, check_field_types, check_integer, check_number, invalid_option
 
-__all__ = ["OPTIMIZERS", "SCHEDULERS", "TrainerConfig"]
-
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,

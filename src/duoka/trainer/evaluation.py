@@ -15,8 +15,6 @@ from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.utils.modules import preserve_train_modes
 from duoka.world import World
 
-__all__ = ["evaluate", "predict"]
-
 
 def evaluate(module: ModelWithLoss, batches: Iterable[LocalBatch], metrics: Metrics, world: World) -> Results:
     """Return the mean loss over all samples and the metrics, the same on every rank and for any number of ranks."""

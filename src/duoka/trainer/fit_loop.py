@@ -41,8 +41,6 @@ from duoka.utils.modules import preserve_train_modes
 from duoka.utils.rng_state import preserve_rng_state, seed_all, set_rng_state
 from duoka.world import World, current_world
 
-__all__ = ["FitOutcome", "fit_on_rank"]
-
 
 @dataclass(frozen=True)
 class FitOutcome:

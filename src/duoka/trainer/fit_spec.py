@@ -17,8 +17,6 @@ from duoka.trainer.config import TrainerConfig
 from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.world import World
 
-__all__ = ["FitSpec", "RankZeroOnly", "build_model_with_loss"]
-
 
 class RankZeroOnly:
     """Holds objects for rank 0. Workers receive an empty one, so the objects need not be picklable."""

@@ -8,8 +8,6 @@ import torch
 
 from duoka.world import World
 
-__all__ = ["LossMeter"]
-
 FOLD_EVERY = 64
 
 

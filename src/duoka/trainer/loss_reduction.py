@@ -16,8 +16,6 @@ from torch.nn import functional
 
 from duoka.errors import ConfigError
 
-__all__ = ["MeanLoss", "check_reduction", "reduce_loss"]
-
 IGNORE_INDEX = -100
 """The target that torch ignores by default."""
 

@@ -11,8 +11,6 @@ import torch
 from duoka.errors import ConfigError
 from duoka.trainer.loss_reduction import MeanLoss
 
-__all__ = ["GIVE_A_LOSS", "Loss", "own_loss", "to_scalar_loss"]
-
 Loss = torch.Tensor | tuple[torch.Tensor, Any] | MeanLoss
 
 GIVE_A_LOSS = (

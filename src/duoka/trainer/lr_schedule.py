@@ -12,8 +12,6 @@ from duoka.errors import CheckpointError, ConfigError
 from duoka.scaling import LearningRate
 from duoka.trainer.config import SCHEDULERS, TrainerConfig
 
-__all__ = ["LRSchedule", "build_schedule", "scaled_learning_rate"]
-
 
 def scaled_learning_rate(config: TrainerConfig, replicas: int) -> LearningRate:
     """Return the learning rate for ``replicas`` devices, with its rule and warm-up."""

@@ -14,7 +14,6 @@ from duoka.world import World
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
-__all__ = ["Metrics", "Results"]
 
 Results = dict[str, Any]
 """Values by name: numbers, or CPU tensors for metrics with more than one value."""

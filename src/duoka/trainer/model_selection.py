@@ -11,8 +11,6 @@ from duoka.trainer.config import TrainerConfig
 from duoka.trainer.metrics import Metrics, Results
 from duoka.utils.text import did_you_mean
 
-__all__ = ["PREFIX", "BestTracker"]
-
 PREFIX = "val_"
 """Prefix of evaluation results in the records of epochs."""
 LOWER_IS_BETTER = frozenset({

@@ -20,8 +20,6 @@ from duoka.trainer.loss_reduction import MeanLoss, check_reduction, reduce_loss
 from duoka.trainer.loss_values import GIVE_A_LOSS, Loss, own_loss, to_scalar_loss
 from duoka.utils.text import did_you_mean
 
-__all__ = ["EvalResult", "ModelWithLoss", "check_callables"]
-
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

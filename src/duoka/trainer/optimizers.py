@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 from duoka.errors import ConfigError
 from duoka.trainer.config import OPTIMIZERS, TrainerConfig
 
-__all__ = ["build_optimizer"]
-
 FUSED = ("adam", "adamw")
 """Optimizers with a fused kernel, which takes a fourth of the default's time on CPUs, but no sparse gradients."""
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from duoka.utils.figures import BLUE, GREEN, ORANGE, figure_file, hide_frame
 
-__all__ = ["draw_curves"]
-
 PANEL_INCHES = (5.2, 3.4)
 COLUMNS = 3
 TRAINING, VALIDATION = "train_", "val_"

@@ -12,16 +12,6 @@ import torch
 
 from duoka.utils.text import format_duration
 
-__all__ = [
-    "LineReporter",
-    "LiveReporter",
-    "Reporter",
-    "Snapshot",
-    "device_memory_bytes",
-    "format_number",
-    "reporter_for",
-]
-
 LIVE_INTERVAL_S = 0.5
 LINE_INTERVAL_S = 30.0
 

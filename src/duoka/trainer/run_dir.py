@@ -16,8 +16,6 @@ from duoka.trainer.plots import draw_curves
 from duoka.utils.files import atomic_write
 from duoka.utils.imports import import_optional
 
-__all__ = ["RunDir"]
-
 CURVES_INTERVAL_S = 30.0
 STALE = ("checkpoint/last.pt", "model.safetensors", "plots/curves.png", "events.out.tfevents.*")
 """Files of an earlier run in the same folder that a new run deletes, so that they are not taken for its own."""

@@ -22,8 +22,6 @@ from duoka.trainer.progress import Reporter, Snapshot, device_memory_bytes, form
 from duoka.trainer.run_dir import RunDir
 from duoka.utils.text import format_duration
 
-__all__ = ["TrainLogger", "startup_summary"]
-
 
 class TrainLogger:
     """Writes the messages of a fit, and measures its epochs."""

@@ -19,8 +19,6 @@ from duoka.trainer.loss_reduction import MeanLoss
 from duoka.trainer.lr_schedule import LRSchedule
 from duoka.utils.torch_private import BatchNorm
 
-__all__ = ["TrainStep", "accumulation_windows"]
-
 
 def accumulation_windows(batches: Iterable[LocalBatch], size: int) -> Iterator[list[LocalBatch]]:
     """Yield the batches of each optimizer step: ``size`` of them, fewer in the last window."""

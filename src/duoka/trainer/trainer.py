@@ -29,8 +29,6 @@ from duoka.trainer.metrics import Metrics, Results
 from duoka.trainer.model_with_loss import check_callables
 from duoka.world import current_world, has_current_world
 
-__all__ = ["FitResult", "Trainer"]
-
 
 class FitResult(NamedTuple):
     """Result of ``fit``: ``validation, test = trainer.fit()``."""

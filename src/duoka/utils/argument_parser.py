@@ -21,8 +21,6 @@ from duoka.errors import ConfigError
 from duoka.utils.text import did_you_mean, first_line
 from duoka.utils.validation import describe_type, invalid_option
 
-__all__ = ["ArgumentParser", "field_docs", "help_text"]
-
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from duoka.utils.files import atomic_write
 
-__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "figure_file", "hide_frame"]
-
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
 """Colors of the Okabe-Ito palette, which color-blind readers can distinguish, and a gray."""
 CHINESE_FONTS = (

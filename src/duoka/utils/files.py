@@ -16,8 +16,6 @@ from typing import BinaryIO
 from duoka.errors import DuokaError, StorageError
 from duoka.utils.text import format_bytes
 
-__all__ = ["atomic_write", "check_writable", "file_lock"]
-
 _TEMPORARY = ".duoka-tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}

@@ -7,8 +7,6 @@ from typing import Any
 
 from duoka.errors import MissingDependencyError
 
-__all__ = ["import_optional"]
-
 
 def import_optional(module: str, extra: str) -> Any:
     """Import and return ``module``, which ``pip install 'duoka[extra]'`` installs.

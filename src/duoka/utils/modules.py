@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["preserve_train_modes"]
-
 
 @contextlib.contextmanager
 def preserve_train_modes(module: nn.Module) -> Iterator[None]:

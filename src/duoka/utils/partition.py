@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["chunk_bounds", "chunk_sizes"]
-
 
 def chunk_sizes(total: int, parts: int) -> list[int]:
     """Return the sizes of ``parts`` parts of ``total`` items; the larger parts come first.

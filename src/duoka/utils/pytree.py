@@ -13,8 +13,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Container", "iter_leaves", "iter_tensors", "map_leaves", "open_container"]
-
 Container: TypeAlias = tuple[list[Any], Callable[[Sequence[Any]], Any]]
 """A container's children, and a function that builds a container of the same class from other children."""
 

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "preserve_rng_state", "rng_state", "seed_all", "set_rng_state"]
-
 
 def rng_state() -> dict[str, Any]:
     """Return the states of all global generators as numbers and tensors, which a checkpoint can hold.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["did_you_mean", "first_line", "format_bytes", "format_duration", "join_names", "plural"]
-
 
 def did_you_mean(word: object, choices: Iterable[object], cutoff: float = 0.6) -> str:
     """Return ``"did you mean 'x'?"`` for the choice closest to ``word``, or ``""`` if none is close.

@@ -21,38 +21,6 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from duoka.errors import UnsupportedError
 
-__all__ = [
-    "BatchNorm",
-    "abort_default_process_group",
-    "add_in_place",
-    "backward_keeps_graph",
-    "broadcast_coalesced",
-    "call_module",
-    "check_replace_call",
-    "copy_in_place",
-    "dataloader_iterator_class",
-    "default_store",
-    "exception_wrapper",
-    "forget_loaded_sparse_tensors",
-    "gloo_process_group",
-    "inject_parametrized_class",
-    "is_in_functorch",
-    "merge_metric_states",
-    "metric_states",
-    "multiply_in_place",
-    "nccl_process_group",
-    "replace_call",
-    "replaced_call",
-    "restore_call",
-    "run_after_backward",
-    "set_default_group_timeout",
-    "set_worker_dataset",
-    "storage_id",
-    "storage_use_count",
-    "stop_dataloader_workers",
-    "take_dataloader_iterator",
-]
-
 BatchNorm: type[nn.Module] = _BatchNorm
 """Common base class of all batch norm layers."""
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch.backends import cudnn
 
-__all__ = ["apply_torch_settings", "capture_torch_settings"]
-
 
 def capture_torch_settings(names: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Return the current settings by name; ``names`` selects some of ``SETTINGS``."""

@@ -13,15 +13,6 @@ from typing import Any
 from duoka.errors import ConfigError
 from duoka.utils.text import did_you_mean
 
-__all__ = [
-    "check_choice",
-    "check_field_types",
-    "check_integer",
-    "check_number",
-    "describe_type",
-    "invalid_option",
-]
-
 
 def invalid_option(name: str, value: object, expected: str, hint: str = "") -> ConfigError:
     """Return the error for an option whose value is not valid.

@@ -11,8 +11,6 @@ from multiprocessing.connection import Connection
 
 from duoka.workers.serialization import Payload
 
-__all__ = ["Channel", "Message"]
-
 
 @dataclass(frozen=True)
 class Message:

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from duoka.workers.handle import WorkerHandle
 
-__all__ = ["Event", "EventSelector"]
-
 Event = Literal["signal", "output", "message", "death"]
 _ORDER: tuple[Event, ...] = ("signal", "output", "message", "death")
 """Deaths come last, because a worker may have sent a message before it died."""

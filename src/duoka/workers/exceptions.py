@@ -12,16 +12,6 @@ import torch
 from duoka.errors import DuokaError
 from duoka.workers.serialization import Payload, dumps, loads
 
-__all__ = [
-    "SECONDARY_FAILURE_WAIT_S",
-    "RemoteTraceback",
-    "call_user_code",
-    "deserialize_exception",
-    "is_secondary_failure",
-    "serialize_exception",
-    "strip_internal_frames",
-]
-
 T = TypeVar("T")
 
 SECONDARY_FAILURE_WAIT_S = 1.0

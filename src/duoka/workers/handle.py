@@ -17,8 +17,6 @@ from duoka.errors import LaunchError, WorkerDied
 from duoka.malloc import with_large_pages
 from duoka.workers.channel import Channel, Message
 
-__all__ = ["WorkerHandle"]
-
 _KEPT_OUTPUT_BYTES = 1 << 16
 _SHOWN_LINES = 20
 _END_TIMEOUT_S = 5.0

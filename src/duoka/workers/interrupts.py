@@ -19,8 +19,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["InterruptHandler", "PeerFailed"]
-
 
 class PeerFailed(BaseException):
     """Raised in rank 0's function when another rank has failed; ``run_on_all`` replaces it by that failure."""

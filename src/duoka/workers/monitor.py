@@ -18,8 +18,6 @@ from duoka.workers.interrupts import InterruptHandler
 from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload
 
-__all__ = ["WorkerMonitor"]
-
 _POLL_S = 0.2
 
 

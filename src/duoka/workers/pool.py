@@ -15,8 +15,6 @@ import torch
 
 from duoka.workers.handle import WorkerHandle
 
-__all__ = ["acquire", "close_workers", "release"]
-
 _READ_AT_START = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",

@@ -14,8 +14,6 @@ from duoka.utils.torch_settings import apply_torch_settings, capture_torch_setti
 from duoka.workers.handle import WorkerHandle
 from duoka.workers.serialization import Payload, dumps
 
-__all__ = ["ProcessContext", "WorkItem"]
-
 
 @dataclass(frozen=True)
 class ProcessContext:

@@ -11,17 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = [
-    "CONNECT_TIMEOUT",
-    "ENTER_RENDEZVOUS",
-    "LOOPBACK",
-    "LOOPBACK_ENVIRONMENT",
-    "NO_WATCHDOG_ENVIRONMENT",
-    "READY_FOR_RENDEZVOUS",
-    "environment_variables",
-    "file_store",
-]
-
 READY_FOR_RENDEZVOUS, ENTER_RENDEZVOUS = "ready_for_rendezvous", "enter_rendezvous"
 """Kinds of messages: torch's rendezvous cannot be interrupted, so no rank enters it before all are ready."""
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"

@@ -20,8 +20,6 @@ from duoka.workers.process_context import WorkItem
 from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload, dumps, loads
 
-__all__ = ["run_on_all"]
-
 
 def run_on_all(
     function: Callable[..., AbstractContextManager[Any]],

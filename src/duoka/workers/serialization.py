@@ -27,8 +27,6 @@ from torch.utils.data import DataLoader
 
 from duoka.utils.torch_private import forget_loaded_sparse_tensors, storage_id, take_dataloader_iterator
 
-__all__ = ["Payload", "dumps", "loads", "memory_file"]
-
 _ALIGNMENT = mmap.PAGESIZE
 _MAPPED_FROM_BYTES = 1 << 20
 _receiver: ContextVar[torch.device] = ContextVar("duoka_receiver", default=torch.device("cpu"))

@@ -26,8 +26,6 @@ from duoka.workers.process_context import WorkItem
 from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload, dumps, loads
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Run tasks until the owner has ended."""

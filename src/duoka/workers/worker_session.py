@@ -22,8 +22,6 @@ from duoka.workers.handle import WorkerHandle
 from duoka.workers.process_context import WorkItem
 from duoka.workers.serialization import Payload, dumps
 
-__all__ = ["WorkerChannel", "WorkerSession"]
-
 _POLL_S = 0.5
 _CLOSE_TIMEOUT_S = 2.0
 """How long workers may take to leave the session before they are killed."""

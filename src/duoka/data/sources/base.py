@@ -12,8 +12,6 @@ from duoka.data.stream_fingerprint import StreamFingerprint
 from duoka.utils.partition import chunk_bounds
 from duoka.utils.validation import check_integer, invalid_option
 
-__all__ = ["BatchSource", "ShardSpec", "order_seed", "samples_seed"]
-
 
 @dataclass(frozen=True)
 class ShardSpec:

@@ -18,8 +18,6 @@ from duoka.data.sources.base import ShardSpec, order_seed
 from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
 from duoka.utils.torch_private import stop_dataloader_workers, take_dataloader_iterator
 
-__all__ = ["BatchIterableSource"]
-
 SizedBatch = tuple[Any, int]
 """A batch and its number of samples."""
 _END: Any = object()

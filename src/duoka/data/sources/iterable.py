@@ -25,8 +25,6 @@ from duoka.data.worker_pickle import PickledByValue, wrap_exception, wrap_result
 from duoka.errors import ConfigError
 from duoka.utils.torch_private import exception_wrapper
 
-__all__ = ["iterable_source"]
-
 
 def iterable_source(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
     """Return the source for ``loader``, whose data set is an ``IterableDataset``."""

@@ -24,8 +24,6 @@ from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import ShardSpec, order_seed, samples_seed
 from duoka.utils.torch_private import stop_dataloader_workers, take_dataloader_iterator
 
-__all__ = ["MapStyleSource", "has_index_batches"]
-
 
 def has_index_batches(loader: DataLoader[Any]) -> bool:
     """Whether ``loader`` draws batches of indices; without batching, an index stands for a ready-made batch."""

@@ -30,22 +30,6 @@ from duoka.workers import WorkerSession
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload
 
-__all__ = [
-    "BackwardContext",
-    "BackwardTask",
-    "GradientExchange",
-    "Gradients",
-    "GroupChannel",
-    "ModelMemory",
-    "OutputGradients",
-    "OwnerTransport",
-    "PendingWork",
-    "WeightSync",
-    "WorkerConfig",
-    "WorkerTransport",
-    "add_gradients",
-]
-
 OutputGradients: TypeAlias = Sequence[Sequence[torch.Tensor | None]]
 """Gradients of each worker's outputs."""
 Gradients: TypeAlias = tuple[dict[int, torch.Tensor], dict[int, dict[int, torch.Tensor]]]

@@ -12,16 +12,6 @@ from duoka.data_parallel.tensor_layout import Location, TensorSpec, pack_layout,
 from duoka.data_parallel.transport.base import ModelMemory
 from duoka.utils.torch_private import copy_in_place
 
-__all__ = [
-    "Bucket",
-    "BucketChecksum",
-    "BucketMemory",
-    "allocate_bytes",
-    "gradient_buckets",
-    "pack_bucket",
-    "value_buckets",
-]
-
 _BYTES = 25 << 20
 """Size limit, as in DistributedDataParallel: enough for full link speed, and for overlap."""
 _FIRST_BYTES = 1 << 20

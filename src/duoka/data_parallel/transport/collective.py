@@ -40,8 +40,6 @@ from duoka.workers.handle import WorkerHandle
 from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload
 
-__all__ = ["CollectiveOwnerTransport", "CollectiveWorkerTransport"]
-
 _DEATH_POLL_S = 0.5
 
 

@@ -27,8 +27,6 @@ from duoka.data_parallel.transport.buckets import Bucket, BucketChecksum, gradie
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
 from duoka.errors import DeviceError
 
-__all__ = ["CollectiveWeightSync"]
-
 _MAX_PAUSE = 1023
 """Optimizer steps after which rank 0 tries an early broadcast again, at the latest."""
 

@@ -33,8 +33,6 @@ from duoka.data_parallel.transport.base import (
 from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
 
-__all__ = ["NOWHERE", "CollectiveBackwardTask", "CollectiveGradientExchange"]
-
 NOWHERE = Location(0, 0)
 """Location in messages whose tensors are sent."""
 

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["OptimizerStepHook"]
-
 
 class OptimizerStepHook:
     """Calls a method, while its object lives, after each step of an optimizer of given parameters.

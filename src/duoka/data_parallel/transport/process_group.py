@@ -26,8 +26,6 @@ from duoka.workers.rendezvous import (
     file_store,
 )
 
-__all__ = ["PendingCollective", "PrivateProcessGroup", "select_backend"]
-
 _NO_TIMEOUT = datetime.timedelta(days=365)
 """A worker may compute for hours. The death of a member breaks gloo's connections without a timeout."""
 _TAG = 0

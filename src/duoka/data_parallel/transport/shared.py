@@ -43,8 +43,6 @@ from duoka.workers import WorkerChannel
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload
 
-__all__ = ["SharedOwnerTransport", "SharedWorkerTransport"]
-
 _CPU = torch.device("cpu")
 
 

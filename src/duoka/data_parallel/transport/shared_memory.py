@@ -22,8 +22,6 @@ from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, 
 from duoka.data_parallel.transport.base import ModelMemory
 from duoka.workers.serialization import memory_file
 
-__all__ = ["Segment", "SharedArena", "SharedView"]
-
 _MAP_FIXED = 0x10
 """``MAP_FIXED`` of Linux, macOS and the BSDs; Python's ``mmap`` does not define it."""
 _SEGMENT_BYTES = 1 << 26

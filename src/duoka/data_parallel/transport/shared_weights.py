@@ -21,8 +21,6 @@ from duoka.data_parallel.transport.shared_memory import SharedArena
 from duoka.errors import DeviceError
 from duoka.utils.torch_private import storage_use_count
 
-__all__ = ["SharedWeightSync", "shared_gradient_layout"]
-
 
 class SharedWeightSync(WeightSync):
     """Places each parameter and buffer of one model in shared memory."""

@@ -19,18 +19,6 @@ from duoka.recipes.common.recipe_run import RecipeRun, config_text
 from duoka.utils.argument_parser import ArgumentParser
 from duoka.utils.validation import check_field_types, check_number
 
-__all__ = [
-    "RunOptions",
-    "add_options",
-    "config_of_run",
-    "make_config",
-    "parse_options",
-    "read_config",
-    "read_yaml",
-    "recipe_parser",
-    "refuse_changes",
-]
-
 C = TypeVar("C", bound="RunOptions")
 ALIASES = {"bsize": "batch_size", "workers": "num_workers", "devices": "device"}
 """Second names of options, in files and on the command line."""

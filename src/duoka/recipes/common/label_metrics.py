@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["LabelWeightedAccuracy"]
-
 
 class LabelWeightedAccuracy(Metric):
     """The mean share of the label that the likeliest class has: with labels of one class each, the accuracy.

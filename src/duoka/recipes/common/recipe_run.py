@@ -22,17 +22,6 @@ from duoka.trainer import Callback, State
 from duoka.utils.files import atomic_write
 from duoka.world import current_world
 
-__all__ = [
-    "DATA",
-    "ConfigWriter",
-    "RecipeRun",
-    "config_text",
-    "refuse_other_data",
-    "remove_empty_run_dir",
-    "run_dir_for",
-    "run_options",
-]
-
 DATA = "data.json"
 """File of a run that describes its data."""
 SHORT = 60

@@ -12,8 +12,6 @@ from duoka.errors import ConfigError
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.utils.text import did_you_mean, join_names
 
-__all__ = ["RECIPES", "PredictedTable", "Prediction", "Recipe", "RecipeOutcome", "find_recipe"]
-
 
 @dataclass(frozen=True)
 class RecipeOutcome:

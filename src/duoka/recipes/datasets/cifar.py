@@ -22,8 +22,6 @@ from duoka.recipes.datasets.download import RemoteFile, reject_archive, verify_m
 from duoka.recipes.datasets.images import Images, ImageSet
 from duoka.utils.imports import import_optional
 
-__all__ = ["CifarArchive", "load", "official"]
-
 SHAPE = (3, 32, 32)
 ARCHIVE_BYTES = {"cifar10": 170_498_071, "cifar100": 169_001_437}
 

@@ -20,8 +20,6 @@ from duoka.utils.files import atomic_write
 from duoka.utils.imports import import_optional
 from duoka.utils.text import did_you_mean, plural
 
-__all__ = ["CsvTable", "join_first", "read", "write"]
-
 SEPARATORS = ",;\t|"
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "-", "?", "#n/a"})
 """Lower-case cells that stand for a missing value."""

@@ -7,8 +7,6 @@ import torch
 from duoka.recipes.datasets.images import Images, ImageSet, stratified_split
 from duoka.utils.imports import import_optional
 
-__all__ = ["load"]
-
 
 def load(*, test_share: float = 0.2, split_seed: int = 0) -> ImageSet:
     """Return the digits, bright on a dark ground, with ``test_share`` of each class in the test part.

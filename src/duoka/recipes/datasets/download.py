@@ -18,8 +18,6 @@ from duoka.errors import DataError, StorageError
 from duoka.log import logger
 from duoka.utils.files import atomic_write, file_lock
 
-__all__ = ["RemoteFile", "locked_folder", "reject_archive", "verify_md5"]
-
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 30.0
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from duoka.errors import DataError
 from duoka.recipes.datasets.download import RemoteFile, verify_md5
 
-__all__ = ["FILES", "locate", "part_ends"]
-
 URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/"
 FILES = {
     "ETTh1": (2_589_657, "8381763947c85f4be6ac456c508460d6"),

@@ -23,8 +23,6 @@ from duoka.recipes.datasets.download import locked_folder
 from duoka.recipes.datasets.images import Images, ImageSet, Statistics, channel_statistics, read_images
 from duoka.utils.files import atomic_write
 
-__all__ = ["ImageFile", "load"]
-
 NUM_CHECKED = 16
 """Images that each run decodes again."""
 

@@ -11,8 +11,6 @@ from duoka.log import logger
 from duoka.recipes.datasets.images import Images, ImageSet, read_images, stratified_split
 from duoka.utils.imports import import_optional
 
-__all__ = ["EXTENSIONS", "load"]
-
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Suffixes of image files; other files in a folder are ignored."""
 

@@ -12,8 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 from duoka.recipes.datasets.images import Images, ImageSet, Statistics
 from duoka.utils.imports import import_optional
 
-__all__ = ["Collate", "ImageDataset", "augmentation", "loader"]
-
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """``Images`` as a map-style data set: sample ``i`` is ``(uint8 (channels, height, width), label)``."""

@@ -15,17 +15,6 @@ from torch import Tensor
 from duoka.errors import DataError, StorageError
 from duoka.utils.imports import import_optional
 
-__all__ = [
-    "ImageSet",
-    "Images",
-    "Statistics",
-    "channel_statistics",
-    "read_image",
-    "read_images",
-    "stratified_split",
-    "write_image",
-]
-
 DECODED_AT_ONCE = 512
 """Images between two steps of the progress bar."""
 

@@ -22,8 +22,6 @@ from duoka.recipes.datasets.movielens_format import NAMES, Ratings, read_films, 
 from duoka.recipes.datasets.movielens_split import PARTS, split_ratings
 from duoka.utils.validation import check_choice
 
-__all__ = ["ARCHIVE", "ML1MDataset", "SeenItems", "locate"]
-
 Integers = NDArray[np.int64]
 ARCHIVE = RemoteFile(
     "https://files.grouplens.org/datasets/movielens/ml-1m.zip", None, "c4d9eecfca2ab87c1945afe126590906"

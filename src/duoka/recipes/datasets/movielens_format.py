@@ -22,8 +22,6 @@ from duoka.errors import DataError
 from duoka.utils.imports import import_optional
 from duoka.utils.text import plural
 
-__all__ = ["AGES", "NAMES", "OCCUPATIONS", "Film", "Ratings", "User", "read_films", "read_ratings", "read_users"]
-
 Integers = NDArray[np.int64]
 
 NAMES = ("users.dat", "movies.dat", "ratings.dat")

@@ -12,8 +12,6 @@ from duoka.errors import DataError
 from duoka.recipes.datasets.movielens_format import Ratings
 from duoka.utils.validation import check_choice, invalid_option
 
-__all__ = ["PARTS", "SPLITS", "check_ratio", "split_ratings"]
-
 Integers = NDArray[np.int64]
 PARTS = ("train", "validation", "test")
 SPLITS = ("random", "per-user", "time", "cold-films")

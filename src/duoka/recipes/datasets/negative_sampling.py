@@ -15,8 +15,6 @@ from duoka.data.sample_fetch import identity_collate
 from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import SeenItems
 
-__all__ = ["NegativeSampler", "TripletDataset", "loader"]
-
 Integers = NDArray[np.int64]
 
 

@@ -11,8 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from duoka.data.sample_fetch import identity_collate
 
-__all__ = ["SlidingWindows", "loader"]
-
 
 class SlidingWindows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Data set whose sample ``i`` is ``(history, marks, future)`` of the window that starts at step ``i``.

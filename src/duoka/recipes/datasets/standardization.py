@@ -12,8 +12,6 @@ from torch import Tensor
 from duoka.errors import DataError
 from duoka.log import logger
 
-__all__ = ["Standardization"]
-
 
 @dataclass(frozen=True)
 class Standardization:

@@ -12,8 +12,6 @@ from duoka.errors import ConfigError
 from duoka.recipes.datasets.movielens_format import AGES, NAMES, OCCUPATIONS
 from duoka.utils.files import atomic_write
 
-__all__ = ["SyntheticRatings", "make", "write"]
-
 Numbers = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from duoka.recipes.datasets import csv_table
 
-__all__ = ["FEATURES", "TARGETS", "SyntheticTable", "make", "write"]
-
 FEATURES = (
     ("Depth", 800.0, 2400.0),
     ("Porosity", 0.05, 0.35),

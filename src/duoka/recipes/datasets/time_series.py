@@ -20,8 +20,6 @@ from duoka.recipes.datasets.sliding_windows import SlidingWindows
 from duoka.recipes.datasets.standardization import Standardization
 from duoka.utils.imports import import_optional
 
-__all__ = ["SeriesSplit", "TimeSeries", "calendar_features", "series_from_table"]
-
 HOUR_S, DAY_S = 3600, 86_400
 UNEQUAL_STEPS = ("MS", "ME", "2MS", "2ME", "3MS", "3ME", "6MS", "6ME", "12MS", "12ME", "B")
 """Regular steps of unequal length: one month to a year from first or last days, and working days."""

@@ -17,8 +17,6 @@ from duoka.recipes.datasets.image_cache import ImageFile
 from duoka.recipes.datasets.image_folder import EXTENSIONS
 from duoka.recipes.datasets.images import ImageSet
 
-__all__ = ["OFFICIAL", "load"]
-
 SIZE = 64
 """Pixels a side."""
 ANNOTATIONS = "val_annotations.txt"

@@ -13,8 +13,6 @@ from duoka.errors import ConfigError
 from duoka.recipes.common import registry
 from duoka.recipes.common.config import make_config, parse_options, read_yaml
 
-__all__ = ["RESERVED_KEYS", "ExperimentSpec", "Trial", "read_experiment"]
-
 COMMAND_LINE = "the command line"
 KEYS = ("recipe", "name", "base", "variants", "baseline", "seeds", "metric", "better")
 RESERVED_KEYS = ("out", "name", "resume", "seed")

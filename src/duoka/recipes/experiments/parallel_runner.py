@@ -23,8 +23,6 @@ from duoka.utils.text import first_line
 from duoka.workers import WorkerChannel, WorkerSession
 from duoka.workers.serialization import dumps, loads
 
-__all__ = ["run_parallel"]
-
 
 def run_parallel(trials: Sequence[Trial], report: Callable[[str], None]) -> dict[str, str]:
     """Train as many trials at once as there are devices; return the failed ones by title, with the reason.

@@ -10,8 +10,6 @@ from typing import Any
 
 from duoka.utils.figures import BLUE, GREY, ORANGE, figure_file
 
-__all__ = ["plot_bars", "plot_curves", "plot_differences"]
-
 Named = Sequence[tuple[str, Sequence[float]]]
 """Variants and their values, one per seed."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -14,8 +14,6 @@ from duoka.recipes.experiments.trial_run import finished_run, read_history
 from duoka.utils.files import atomic_write
 from duoka.utils.text import format_duration
 
-__all__ = ["HEADINGS", "ResultRow", "format_rows", "result_rows", "write_summary"]
-
 HEADINGS = ("variant", "best", "last", "against baseline", "time", "parameters", "images/s", "seeds")
 
 

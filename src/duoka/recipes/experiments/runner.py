@@ -12,8 +12,6 @@ from duoka.recipes.experiments.experiment_spec import ExperimentSpec, Trial
 from duoka.recipes.experiments.parallel_runner import run_parallel
 from duoka.recipes.experiments.trial_run import finished_run, read_history, run_trial
 
-__all__ = ["run_all"]
-
 
 def run_all(
     spec: ExperimentSpec, *, parallel: bool = False, report: Callable[[str], None] = lambda _: None

@@ -17,8 +17,6 @@ from duoka.recipes.experiments.experiment_spec import RESERVED_KEYS, Trial
 from duoka.utils.files import atomic_write
 from duoka.utils.text import first_line
 
-__all__ = ["finished_run", "read_history", "run_trial"]
-
 _NOT_COMPARED = ("device", "num_workers", "root", "download", *(key for key in RESERVED_KEYS if key != "seed"))
 """Options that may change between two starts of the same trial: they do not change its result."""
 

@@ -8,8 +8,6 @@ from typing import Any, Literal
 from duoka.recipes.common.config import RunOptions
 from duoka.utils.validation import invalid_option
 
-__all__ = ["Cifar100Config", "ImageOptions", "TinyImageNetConfig"]
-
 DEFAULTS_BY_DATASET: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "resnet10",

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from duoka.utils.figures import BLUE, GREY, ORANGE, figure_file, hide_frame
 
-__all__ = ["class_accuracy", "confusion_matrix", "examples"]
-
 
 def confusion_matrix(path: Path, counts: Tensor, classes: Sequence[str]) -> None:
     """Draw ``counts (classes, classes)``: the number of images by true class (row) and predicted class (column)."""

@@ -14,8 +14,6 @@ from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import Prediction
 from duoka.recipes.datasets.images import ImageSet, Statistics, channel_statistics, read_image
 
-__all__ = ["DatasetMetadata", "predict_files"]
-
 
 @dataclass(frozen=True)
 class DatasetMetadata:

@@ -25,8 +25,6 @@ from duoka.recipes.models.resnet import resnet
 from duoka.utils.imports import import_optional
 from duoka.utils.text import plural
 
-__all__ = ["CIFAR100", "TINY_IMAGENET"]
-
 T = TypeVar("T")
 SCALE = (0.8, 1.0)
 """Range of the share of an image's area that a random crop keeps."""

@@ -17,8 +17,6 @@ from duoka.recipes.image_classification.predict import DatasetMetadata
 from duoka.trainer import Trainer
 from duoka.world import current_world
 
-__all__ = ["evaluate_run", "test_and_write_results"]
-
 
 def test_and_write_results(
     recipe: str, run: RecipeRun, trainer: Trainer, images: ImageSet, metadata: DatasetMetadata, test_loader: Any

@@ -22,8 +22,6 @@ from duoka.recipes.image_classification.results import evaluate_run, test_and_wr
 from duoka.trainer import Trainer
 from duoka.world import current_world
 
-__all__ = ["ImageRecipe"]
-
 
 class ImageRecipe(ABC):
     """A recipe of the registry; a preset chooses data, model, augmentation and options."""

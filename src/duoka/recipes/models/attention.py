@@ -11,8 +11,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from duoka.data.counter_rng import splitmix64
 from duoka.utils.validation import invalid_option
 
-__all__ = ["CrossAttention", "SelfAttention", "check_heads", "log_length", "prob_sparse_attention", "sample_positions"]
-
 
 def prob_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, sample: Tensor, top: int, *, causal: bool

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["DLinear"]
-
 TREND_STEPS = 25
 
 

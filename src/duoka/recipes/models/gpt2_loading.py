@@ -15,8 +15,6 @@ from duoka.utils.imports import import_optional
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.text import first_line
 
-__all__ = ["Tokenize", "load_gpt2"]
-
 Tokenize = Callable[[list[str]], list[list[int]]]
 """Lines of text to the tokens of each."""
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

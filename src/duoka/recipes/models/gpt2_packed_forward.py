@@ -16,8 +16,6 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from duoka.recipes.models.pair_scoring import gather_rows
 from duoka.recipes.models.prefix_packing import PackedTree
 
-__all__ = ["hidden_states"]
-
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 """Names of the same activation."""
 

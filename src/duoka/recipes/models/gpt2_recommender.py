@@ -22,8 +22,6 @@ from duoka.recipes.models.recommender import Recommender, compact_ids, id_embedd
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.validation import check_number
 
-__all__ = ["GPT2Recommender", "GPT2RecommenderEnhanced", "copy_stage1_weights", "two_lr_groups"]
-
 
 class _TextRecommender(Recommender):
     """Base of both recommenders with texts; subclasses choose the fusion of id and text."""

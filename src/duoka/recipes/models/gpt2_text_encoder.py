@@ -27,8 +27,6 @@ from duoka.recipes.models.prefix_packing import pack_prefix_tree
 from duoka.utils.imports import import_optional
 from duoka.utils.validation import check_choice
 
-__all__ = ["TRAIN_TEXT", "EntityTexts", "Lora", "TextEncoder", "TextSpans", "TokenizedTexts", "tokenize_texts"]
-
 TRAIN_TEXT = ("frozen", "lora", "full")
 """What of a text encoder is trained: nothing, LoRA weights, or all."""
 ROW_LENGTH = 32

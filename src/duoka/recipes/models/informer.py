@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from duoka.errors import ConfigError
 from duoka.recipes.models.attention import CrossAttention, SelfAttention
 
-__all__ = ["DistillingLayer", "EncoderLayer", "Informer", "InformerSize", "sinusoidal_positions"]
-
 
 @dataclass(frozen=True)
 class InformerSize:

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-__all__ = ["PairScore", "PairScorer", "TowerOutput", "gather_rows"]
-
 BLOCK_BYTES = {"cpu": 2**20, "other": 2**28}
 """Bytes of the first layer that ``score_all`` computes at once: a CPU core's cache, or little of an accelerator's memory."""
 

@@ -16,8 +16,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["PackedTree", "pack_prefix_tree"]
-
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 

@@ -17,8 +17,6 @@ from duoka.recipes.models.pair_scoring import PairScore, PairScorer, TowerOutput
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.validation import check_integer, check_number, invalid_option
 
-__all__ = ["NCF", "Recommender", "compact_ids", "id_embedding"]
-
 MIN_TEMPERATURE = 0.05
 """Sums of a thousand exponentials of cosines divided by this stay far below the largest float32."""
 

@@ -13,7 +13,6 @@ from duoka.utils.validation import check_choice, invalid_option
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LAYERS", "ResNet", "resnet"]
 
 LAYERS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
     "resnet10": ("BasicBlock", (1, 1, 1, 1)),

@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "baseline", "best", "build", "deeper_wider", "residual", "se_attention"]
-
 
 class SqueezeExcite(nn.Module):
     """Scales each channel by a function of all channels' means (Hu et al., 2018, https://arxiv.org/abs/1709.01507)."""

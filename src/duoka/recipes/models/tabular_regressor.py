@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from duoka.recipes.models.informer import InformerSize, encoder_layers, sinusoidal_positions
 
-__all__ = ["SMALL_SIZE", "TabularRegressor"]
-
 SMALL_SIZE = InformerSize(width=64, heads=4, hidden=128, encoder_layers=2, factor=5, distil=True, dropout=0.1)
 """The size for a table of ten columns."""
 

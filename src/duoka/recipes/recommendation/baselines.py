@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from duoka.recipes.recommendation.ranking_metrics import UserItemIndex
 
-__all__ = ["ItemKNN", "Popularity"]
-
 NEIGHBORS, SHRINK = 100, 10.0
 """ItemKNN's similar items per item, and the term that damps similarities from few users."""
 

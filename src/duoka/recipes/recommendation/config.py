@@ -11,8 +11,6 @@ from duoka.recipes.common.config import RunOptions
 from duoka.recipes.datasets.movielens_split import check_ratio
 from duoka.utils.validation import invalid_option
 
-__all__ = ["NAME", "RecommendationConfig"]
-
 NAME = "movielens"
 
 

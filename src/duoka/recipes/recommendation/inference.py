@@ -19,8 +19,6 @@ from duoka.recipes.recommendation.config import RecommendationConfig
 from duoka.recipes.recommendation.training import build_model, load_texts
 from duoka.utils.validation import check_integer
 
-__all__ = ["Recommendation", "RecommendationList", "load_data", "load_model", "recommend"]
-
 USER_FIELDS, FILM_FIELDS = ("id", "gender", "age", "occupation"), ("id", "genres", "title")
 NUM_SIMILAR = 3
 """Number of the user's films that a recommendation names as similar."""

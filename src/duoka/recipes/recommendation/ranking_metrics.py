@@ -33,8 +33,6 @@ from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import ML1MDataset, SeenItems
 from duoka.utils.validation import check_choice
 
-__all__ = ["CUTOFFS", "METRICS", "RankingEvaluator", "RankingModel", "UserItemIndex", "UserMean", "mean_metrics"]
-
 CUTOFFS = (10, 20, 50)
 METRICS = tuple(f"{name}@{cutoff}" for name in ("recall", "precision", "ndcg", "hr", "mrr") for cutoff in CUTOFFS)
 """The metrics of one user, in the order of the columns of ``RankingEvaluator.ranking_metrics``."""

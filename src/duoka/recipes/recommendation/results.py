@@ -7,8 +7,6 @@ from pathlib import Path
 from duoka.recipes.recommendation.ranking_metrics import CUTOFFS, METRICS
 from duoka.utils.figures import figure_file
 
-__all__ = ["MetricTable", "draw_comparison", "format_table", "headline"]
-
 MetricTable = dict[str, dict[str, float]]
 """Recommender name to its metrics; the run's model is first."""
 SHOWN = ("ndcg@10", "recall@10", "precision@10", "hr@10", "mrr@10", "ndcg@50", "recall@50")

@@ -25,18 +25,6 @@ from duoka.recipes.models.recommender import NCF, Recommender
 from duoka.recipes.recommendation.config import NAME, RecommendationConfig
 from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator, RankingModel, mean_metrics
 
-__all__ = [
-    "BEST_METRIC",
-    "RankingModelWithLoss",
-    "StageResult",
-    "build_model",
-    "evaluate_model",
-    "load_texts",
-    "train_ncf",
-    "train_stages",
-    "training_samples",
-]
-
 BEST_METRIC = "ndcg@10"
 """The validation metric that selects the best weights."""
 NCF_LR = 3e-3

@@ -13,8 +13,6 @@ from duoka.recipes.datasets.sliding_windows import SlidingWindows, loader
 from duoka.recipes.datasets.time_series import SeriesSplit
 from duoka.recipes.models.dlinear import DLinear
 
-__all__ = ["dlinear", "last_season", "last_value"]
-
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 10, 0.005, 32
 """Training of DLinear with its authors' rate and batch size for ETTh1; the best epoch on the validation part is kept."""
 

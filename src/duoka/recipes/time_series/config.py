@@ -11,8 +11,6 @@ from duoka.recipes.common.config import RunOptions
 from duoka.recipes.models.informer import InformerSize
 from duoka.recipes.models.tabular_regressor import SMALL_SIZE
 
-__all__ = ["NAME", "TimeSeriesConfig"]
-
 NAME = "informer"
 LENGTHS = {"M": (48, 48, 24), "MS": (96, 48, 24), "S": (720, 168, 24)}
 """seq_len, label_len and pred_len by ``features``: the authors' script for ETTh1, horizon 24; for MS their defaults."""

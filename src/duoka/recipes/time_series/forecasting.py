@@ -33,8 +33,6 @@ from duoka.recipes.time_series.run_steps import (
     trainer_options,
 )
 
-__all__ = ["ForecastData", "evaluate_run", "load", "predict_table", "train"]
-
 
 @dataclass(frozen=True)
 class ForecastData:

@@ -15,16 +15,6 @@ from duoka.recipes.datasets.time_series import TimeSeries
 from duoka.recipes.time_series.results import Forecasts
 from duoka.utils.figures import BLUE, GREEN, GREY, ORANGE, figure_file, hide_frame
 
-__all__ = [
-    "plot_error_by_column",
-    "plot_error_by_step",
-    "plot_examples",
-    "plot_future",
-    "plot_lines",
-    "plot_residuals",
-    "plot_scatter",
-]
-
 PURPLE = "#CC79A7"
 MODEL_COLORS = (ORANGE, GREY, PURPLE, GREEN)
 MARKERS = ("o", "s", "^", "D")

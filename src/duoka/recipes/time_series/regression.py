@@ -35,8 +35,6 @@ from duoka.recipes.time_series.run_steps import (
 )
 from duoka.utils.text import plural
 
-__all__ = ["TableRows", "evaluate_run", "load", "predict_table", "regression_metrics", "train"]
-
 TRAIN_ROWS, TRAIN_SHARE, NUM_TARGETS = 10_000, 0.8, 2
 """Defaults: training rows of a long table, their share of a short one, and the last columns that are targets."""
 EVALUATIONS = 30

@@ -14,8 +14,6 @@ from duoka.recipes.datasets import csv_table
 from duoka.recipes.datasets.sliding_windows import SlidingWindows
 from duoka.recipes.datasets.standardization import Standardization
 
-__all__ = ["Forecasts", "write_forecasts"]
-
 
 @dataclass(frozen=True)
 class Forecasts:

@@ -18,17 +18,6 @@ from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_di
 from duoka.recipes.common.registry import RecipeOutcome
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
 
-__all__ = [
-    "PREDICT_BATCH",
-    "check_finite",
-    "file_stems",
-    "outcome",
-    "predict_on_device",
-    "prediction_path",
-    "start_run",
-    "trainer_options",
-]
-
 PREDICT_BATCH = 4096
 
 
