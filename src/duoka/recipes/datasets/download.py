@@ -126,10 +126,7 @@ def verify_md5(file: IO[bytes], path: Path, md5: str, *, size: int | None = None
 
 
 def reject_archive(root: Path) -> None:
-    """Raise if ``root`` is a file, most likely an archive, instead of the data's folder.
-
-    Raises DataError if ``root`` is a file.
-    """
+    """Raise DataError if ``root`` is a file, most likely an archive, instead of the data's folder."""
     if root.is_file():
         remedy = f"give the folder of the data: --root {root.parent}"
         if root.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2"):
