@@ -54,7 +54,7 @@ def test_a_run_is_not_tested_or_resumed_with_changed_ratings(run, data, tmp_path
     other = next(line.split("::")[0] for line in films if line.split("::")[0] not in rated)
     swapped = copy_with(data, tmp_path / "other", "ratings.dat", last_line(data), f"60::{other}::{stars}::{seconds}")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for root, key in ((shorter, "its train now"), (swapped, "its parts now")):
+    for root, key in ((shorter, "train is"), (swapped, "parts is")):
         for command in (["eval", str(run)], ["train", "movielens", "--resume", str(run)]):
             assert main([*command, "--root", root]) == 2
             message = capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_renamed_films_are_rejected(run, data, tmp_path, capsys):
         assert main([*command, "--root", renamed]) == 2
         message = capsys.readouterr().err
         assert renamed in message
-        assert "its entities now" in message
+        assert "entities is" in message
 
 
 def test_missing_data_of_a_run_are_not_downloaded(run, data, tmp_path, capsys):
@@ -104,7 +104,7 @@ def test_missing_data_of_a_run_are_not_downloaded(run, data, tmp_path, capsys):
 
 def test_a_run_does_not_resume_with_another_seed(run, capsys):
     assert main(["train", "movielens", "--resume", str(run), "--seed", "5"]) == 2
-    assert "`seed` was 0 in this run and is 5 now" in capsys.readouterr().err
+    assert "seed=5 does not fit the checkpoint of this run, which has seed=0" in capsys.readouterr().err
 
 
 def test_a_stop_during_baseline_training_prints_how_to_resume(data, tmp_path, monkeypatch, caplog):
@@ -120,7 +120,7 @@ def test_a_stop_during_baseline_training_prints_how_to_resume(data, tmp_path, mo
         patched.setattr(recommendation, "train_ncf", stop)
         assert main(["train", "movielens", *options]) == 130
     (stopped,) = (tmp_path / "movielens").iterdir()
-    assert f"go on with: duoka train movielens --resume {stopped}" in caplog.text
+    assert f"continue with: duoka train movielens --resume {stopped}" in caplog.text
     assert not (stopped / "model.safetensors").exists()
     assert main(["train", "movielens", "--resume", str(stopped)]) == 0
     assert "ncf" in json.loads((stopped / "results.json").read_text())["test"]

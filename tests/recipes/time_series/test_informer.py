@@ -538,7 +538,7 @@ def test_interrupt_during_the_baselines_names_the_resume_command(folder, tmp_pat
     monkeypatch.setattr("duoka.recipes.time_series.baselines.dlinear", stop)
     words = ["--csv", str(folder / "waves.csv"), *SMALL, "--epochs", "1", "--out", str(tmp_path)]
     assert main(["train", "informer", *words]) == 130
-    assert "go on with: duoka train informer --resume" in caplog.text
+    assert "continue with: duoka train informer --resume" in caplog.text
 
 
 def test_small_errors_are_printed_with_digits(folder, tmp_path, capsys):
