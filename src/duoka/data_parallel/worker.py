@@ -10,18 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from duoka.data_parallel import messages
 from duoka.data_parallel.call_context import apply_modes
-from duoka.data_parallel.messages import (
-    BackwardRequest,
-    BackwardResult,
-    CreateReplica,
-    DeleteReplica,
-    ForwardRequest,
-    ForwardResult,
-    RebindParameters,
-    ReceiveWeights,
-    UpdateAttributes,
-)
 from duoka.data_parallel.pickling import Pickled, unpickle
 from duoka.data_parallel.replica import Replica
 from duoka.data_parallel.scatter_gather import extract_tensors, insert_tensors
@@ -75,14 +65,14 @@ class _RequestHandler:
         if self._transport.try_handle(message):
             return
         request = pickle.loads(message.payload.data)
-        if isinstance(request, CreateReplica):
+        if isinstance(request, messages.CreateReplica):
             self._create_replica(request, message.payload.fd)
-        elif isinstance(request, DeleteReplica):
+        elif isinstance(request, messages.DeleteReplica):
             self._replicas.pop(request.model, None)
             self._transport.delete_model(request.model)
-        elif isinstance(request, ReceiveWeights):
+        elif isinstance(request, messages.ReceiveWeights):
             self._transport.receive_weights(request)
-        elif isinstance(request, UpdateAttributes | RebindParameters):
+        elif isinstance(request, messages.UpdateAttributes | messages.RebindParameters):
             self._update_replica(request, message.payload.fd)
         else:
             self._compute(request, message.payload.fd)
@@ -92,7 +82,7 @@ class _RequestHandler:
         self._graphs.clear()
         self._transport.close()
 
-    def _create_replica(self, request: CreateReplica, fd: int | None) -> None:
+    def _create_replica(self, request: messages.CreateReplica, fd: int | None) -> None:
         self._errors.pop(request.model, None)
         sys.path[:] = request.sys_path
         try:
@@ -100,17 +90,17 @@ class _RequestHandler:
         except Exception as error:
             self._errors[request.model] = error
 
-    def _update_replica(self, request: UpdateAttributes | RebindParameters, fd: int | None) -> None:
+    def _update_replica(self, request: messages.UpdateAttributes | messages.RebindParameters, fd: int | None) -> None:
         try:
             replica = self._replicas[request.model]
-            if isinstance(request, UpdateAttributes):
+            if isinstance(request, messages.UpdateAttributes):
                 replica.update_attributes(request.values, fd)
             else:
                 replica.rebind_parameters(request)
         except Exception as error:
             self._errors.setdefault(request.model, error)
 
-    def _compute(self, request: ForwardRequest | BackwardRequest, fd: int | None) -> None:
+    def _compute(self, request: messages.ForwardRequest | messages.BackwardRequest, fd: int | None) -> None:
         """Run a request and send the result.
 
         An exception of user code is sent to rank 0; one of the transport ends the worker.
@@ -119,7 +109,7 @@ class _RequestHandler:
             self._graphs.pop(call_id, None)
         try:
             result, payload = (
-                self._forward(request, fd) if isinstance(request, ForwardRequest) else self._backward(request)
+                self._forward(request, fd) if isinstance(request, messages.ForwardRequest) else self._backward(request)
             )
         except _UserError as failed:
             self._channel.send(f"error:{request.call_id}", exceptions.serialize_exception(failed.error))
@@ -129,14 +119,14 @@ class _RequestHandler:
         payload.close()
         self._transport.flush(succeeded=True)
 
-    def _forward(self, request: ForwardRequest, fd: int | None) -> tuple[ForwardResult, Payload]:
+    def _forward(self, request: messages.ForwardRequest, fd: int | None) -> tuple[messages.ForwardResult, Payload]:
         inputs = self._transport.receive_inputs(request)
         with _capture_user_errors():
             return self._run_forward(request, inputs, fd)
 
     def _run_forward(
-        self, request: ForwardRequest, inputs: list[torch.Tensor], fd: int | None
-    ) -> tuple[ForwardResult, Payload]:
+        self, request: messages.ForwardRequest, inputs: list[torch.Tensor], fd: int | None
+    ) -> tuple[messages.ForwardResult, Payload]:
         if request.model in self._errors:
             raise self._errors[request.model]
         replica = self._replicas[request.model]
@@ -155,9 +145,9 @@ class _RequestHandler:
         location, nbytes, specs = self._transport.stage_outputs(outputs)
         output_specs = tuple((spec, index in with_graph) for index, spec in enumerate(specs))
         writes = replica.detect_parameter_writes()
-        return ForwardResult(location, nbytes, output_specs, Pickled.of(payload), writes), payload
+        return messages.ForwardResult(location, nbytes, output_specs, Pickled.of(payload), writes), payload
 
-    def _backward(self, request: BackwardRequest) -> tuple[BackwardResult, Payload]:
+    def _backward(self, request: messages.BackwardRequest) -> tuple[messages.BackwardResult, Payload]:
         task = self._transport.start_backward(request)
         try:
             with _capture_user_errors():
@@ -165,10 +155,12 @@ class _RequestHandler:
         finally:
             task.finish()
 
-    def _run_backward(self, request: BackwardRequest, task: BackwardTask) -> tuple[BackwardResult, Payload]:
+    def _run_backward(
+        self, request: messages.BackwardRequest, task: BackwardTask
+    ) -> tuple[messages.BackwardResult, Payload]:
         wanted = [index for index, spec in enumerate(request.outputs) if spec is not None]
         if not wanted:  # this worker had no chunk, or the loss does not use its outputs
-            return BackwardResult((), (), Pickled(b"")), Payload(b"")
+            return messages.BackwardResult((), (), Pickled(b"")), Payload(b"")
         graph = self._graphs.get(request.forward_call_id)
         if graph is None or not graph.outputs.keys() >= set(wanted):
             raise RuntimeError(
@@ -189,7 +181,7 @@ class _RequestHandler:
             if not graph.outputs:
                 del self._graphs[request.forward_call_id]
         payload = dumps(task.inlined) if task.inlined else Payload(b"")
-        return BackwardResult(tuple(task.accepted), inputs, Pickled.of(payload)), payload
+        return messages.BackwardResult(tuple(task.accepted), inputs, Pickled.of(payload)), payload
 
 
 class _UserError(Exception):

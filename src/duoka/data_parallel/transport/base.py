@@ -13,17 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import nn
 
-from duoka.data_parallel.messages import (
-    BackwardRequest,
-    BufferPlacement,
-    CreateReplica,
-    ForwardRequest,
-    ForwardResult,
-    Notification,
-    ParameterPlacement,
-    ReceiveWeights,
-    Request,
-)
+from duoka.data_parallel import messages
 from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec
 from duoka.utils.torch_private import add_in_place
 from duoka.workers import WorkerSession
@@ -60,10 +50,10 @@ class GroupChannel(Protocol):
     def new_call_id(self) -> int:
         """Return a number that no other request has."""
 
-    def post(self, message: Notification, fd: int | None = None) -> None:
+    def post(self, message: messages.Notification, fd: int | None = None) -> None:
         """Send a message without a result to every worker."""
 
-    def request(self, index: int, request: Request, allocation: Allocation, fd: int | None = None) -> None:
+    def request(self, index: int, request: messages.Request, allocation: Allocation, fd: int | None = None) -> None:
         """Send a request and its tensors to worker ``index``."""
 
     def results(self, requests: Sequence[tuple[int, int]]) -> list[tuple[Any, int | None]]:
@@ -104,14 +94,14 @@ class WeightSync:
     """Holds the memory that workers read; keep it as long as they may."""
     bucket_nbytes: tuple[int, ...] = ()
     gradient_layout: Any
-    buffer_placements: tuple[BufferPlacement | None, ...]
+    buffer_placements: tuple[messages.BufferPlacement | None, ...]
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
         self._shapes = [(parameter.shape, parameter.dtype) for parameter in parameters]
 
     @property
-    def parameter_placements(self) -> tuple[ParameterPlacement, ...]:
+    def parameter_placements(self) -> tuple[messages.ParameterPlacement, ...]:
         """Location, spec and ``requires_grad`` of each parameter."""
         raise NotImplementedError
 
@@ -197,7 +187,7 @@ class OwnerTransport:
     def send_inputs(self, index: int, allocation: Allocation) -> PendingWork | None:
         """Send a request's tensors to worker ``index``, right after the request."""
 
-    def receive_outputs(self, index: int, result: ForwardResult) -> list[torch.Tensor]:
+    def receive_outputs(self, index: int, result: messages.ForwardResult) -> list[torch.Tensor]:
         """Return the output tensors of worker ``index``."""
         raise NotImplementedError
 
@@ -211,7 +201,7 @@ class OwnerTransport:
 class BackwardTask:
     """One backward in a worker: its output gradients, and where its results go."""
 
-    def __init__(self, request: BackwardRequest, output_gradients: list[torch.Tensor]) -> None:
+    def __init__(self, request: messages.BackwardRequest, output_gradients: list[torch.Tensor]) -> None:
         self.request = request
         self.output_gradients = output_gradients
         self.accepted: set[int] = set()
@@ -278,11 +268,11 @@ class WorkerTransport:
         """Handle a message that is for the transport; return whether it was."""
         return False
 
-    def model_memory(self, request: CreateReplica) -> tuple[ModelMemory, ModelMemory]:
+    def model_memory(self, request: messages.CreateReplica) -> tuple[ModelMemory, ModelMemory]:
         """Return the memory of a new model's parameters, and of its buffers."""
         raise NotImplementedError
 
-    def receive_weights(self, request: ReceiveWeights) -> None:
+    def receive_weights(self, request: messages.ReceiveWeights) -> None:
         """Receive new values of parameters and buffers."""
 
     def delete_model(self, model: int) -> None:
@@ -292,7 +282,7 @@ class WorkerTransport:
         """Return the layout that ``WeightSync.gradient_layout`` has in rank 0."""
         raise NotImplementedError
 
-    def receive_inputs(self, request: ForwardRequest) -> list[torch.Tensor]:
+    def receive_inputs(self, request: messages.ForwardRequest) -> list[torch.Tensor]:
         """Return the input tensors of a request."""
         raise NotImplementedError
 
@@ -303,7 +293,7 @@ class WorkerTransport:
     def flush(self, *, succeeded: bool) -> None:
         """Send staged outputs after a result message; drop them after a failure."""
 
-    def start_backward(self, request: BackwardRequest) -> BackwardTask:
+    def start_backward(self, request: messages.BackwardRequest) -> BackwardTask:
         """Begin a backward."""
         raise NotImplementedError
 

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoka.data_parallel.messages import (
-    BackwardRequest,
-    BackwardResult,
-    CreateReplica,
-    ForwardRequest,
-    ForwardResult,
-)
+from duoka.data_parallel.messages import BackwardRequest, BackwardResult, CreateReplica, ForwardRequest, ForwardResult
 from duoka.data_parallel.pickling import unpickle
 from duoka.data_parallel.tensor_layout import (
     Allocation,
