@@ -9,22 +9,19 @@ from duoka.errors import ConfigError
 
 
 def test_data_parallel_names_mistaken_arguments():
-    with pytest.raises(ConfigError, match="no option 'device'; did you mean devices='cpu:2'"):
-        duoka.DataParallel(nn.Linear(1, 1), device="cpu:2")
-    with pytest.raises(ConfigError, match="no option 'axis': module, devices, dim and compile are its own"):
-        duoka.DataParallel(nn.Linear(1, 1), axis=1)
-    with pytest.raises(ConfigError, match=r"Linear is its class: make one first, DataParallel\(Linear\(...\)\)"):
+    model = nn.Linear(1, 1)
+    with pytest.raises(ConfigError, match=r"axis=1.*devices"):
+        duoka.DataParallel(model, axis=1)
+    with pytest.raises(ConfigError, match=r"DataParallel\(Linear\(...\)\)"):
         duoka.DataParallel(nn.Linear, devices="cpu:2")
-    with pytest.raises(ConfigError, match=r"wraps a torch\.nn\.Module, and was given a str: 'cpu:2'"):
+    with pytest.raises(ConfigError, match="module='cpu:2' is a str"):
         duoka.DataParallel("cpu:2")
-    with pytest.raises(
-        ConfigError, match=r"wrapped in torch's DataParallel already; give the model itself, model\.module"
-    ):
-        duoka.DataParallel(nn.DataParallel(nn.Linear(1, 1)), devices="cpu:2")
-    with pytest.raises(
-        ConfigError, match=r"one number; for device 2 alone write devices='2', for two devices devices='0,1'"
-    ):
-        duoka.DataParallel(nn.Linear(1, 1), 2)
+    with pytest.raises(ConfigError, match=r"torch's DataParallel.*model\.module"):
+        duoka.DataParallel(nn.DataParallel(model), devices="cpu:2")
+    with pytest.raises(ConfigError, match=r"device_ids=2.*devices='2'.*devices='0,1'"):
+        duoka.DataParallel(model, 2)
+    with pytest.raises(ConfigError, match="device='cpu:2' and devices='cpu:3'"):
+        duoka.DataParallel(model, device="cpu:2", devices="cpu:3")
 
 
 def test_data_parallel_takes_devices_as_second_argument():
