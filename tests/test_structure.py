@@ -149,6 +149,7 @@ def test_tests_have_short_names():
 PRIVATE_TORCH = re.compile(
     r"torch\._(?!_|dynamo)|_execution_engine|_compiled_call_impl|_call_impl|\._cdata|_shutdown_workers"
     r"|ProcessGroup(Gloo|NCCL)\(|_broadcast_coalesced|distributed_c10d|parametrize\._"
+    r"|_replicate_for_data_parallel|nn\.parallel\._"
 )
 
 

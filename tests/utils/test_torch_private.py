@@ -76,6 +76,18 @@ def test_a_torch_that_ignores_the_replaced_call_is_refused(monkeypatch):
         torch_private.check_replace_call()
 
 
+def test_the_names_that_the_steps_of_data_parallel_use_exist():
+    scatter_gather, functions, comm = torch_private.data_parallel_modules()
+    assert all(
+        hasattr(owner, "apply") for owner in (scatter_gather.Scatter, scatter_gather.Gather, functions.Broadcast)
+    )
+    assert callable(comm.broadcast_coalesced)
+    module = nn.Linear(2, 2)
+    replica = getattr(module, torch_private.REPLICATE_METHOD)()
+    assert type(replica) is nn.Linear
+    assert replica is not module
+
+
 def test_functorch_transforms_are_noticed():
     seen = []
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from duoka.data_parallel.device_remap import RemapCuda, is_cuda
 from duoka.script_runner.patching import Patches
+from duoka.utils.torch_private import data_parallel_modules
 
 _LIBRARIES = ("torch", "duoka")
 _CPU = torch.device("cpu")
@@ -31,6 +32,10 @@ _WITHOUT_EFFECT = (
     "empty_cache", "synchronize", "init", "ipc_collect", "set_per_process_memory_fraction",
     "reset_peak_memory_stats", "reset_max_memory_allocated",
 )  # fmt: skip
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
 
 
 @contextlib.contextmanager
@@ -48,32 +53,42 @@ def emulate_cuda(num_devices: int) -> Iterator[None]:
 
 def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
     """Return the names of torch to replace: how to patch, the owner, and a value for each name."""
-    data_parallel = [
-        importlib.import_module(f"torch.nn.parallel{name}") for name in ("", ".parallel_apply", ".data_parallel")
-    ]
-    scatter_gather = importlib.import_module("torch.nn.parallel.scatter_gather")
-    functions = importlib.import_module("torch.nn.parallel._functions")
-    comm = importlib.import_module("torch.nn.parallel.comm")
+    appliers = [importlib.import_module(f"torch.nn.parallel{end}") for end in ("", ".parallel_apply", ".data_parallel")]
+    scatter_gather, functions, comm = data_parallel_modules()
     tensor_types = [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]
+    accelerator = {
+        "is_available": _constant(True),
+        "device_count": _constant(num_devices),
+        "current_accelerator": _constant(torch.device("cuda")),
+        "current_device_index": _constant(0),
+        "synchronize": _constant(None),
+        "set_device_index": _constant(None),
+    }
     return [
         (_answer_script, torch.cuda, _cuda_api(num_devices)),
-        (_answer_script, torch.accelerator, _accelerator_api(num_devices)),
+        (_answer_script, torch.accelerator, accelerator),
         (Patches.set, torch.cuda, {name: getattr(torch, name) for name in tensor_types}),
-        (Patches.set, torch.cuda, {"Stream": _FakeStream, "Event": _FakeEvent, "device": _FakeDevice}),
+        (Patches.set, torch.cuda, {"Stream": _FakeStream, "Event": _FakeEvent, "device": contextlib.nullcontext}),
         (Patches.set, torch, {"Generator": _FakeGenerator}),
         (Patches.set, torch.Tensor, {"record_stream": _constant(None)}),
-        (Patches.wrap, torch, {"load": _load, "set_default_device": _set_default_device}),
+        (Patches.set, torch.UntypedStorage, {"cuda": lambda storage, *_, **__: storage}),
+        (Patches.set, torch.TypedStorage, {"cuda": lambda storage, *_, **__: storage}),
+        (Patches.set, nn.Module, {"cuda": _move_module}),
+        (Patches.wrap, torch, {"load": _load}),
+        (
+            Patches.wrap,
+            torch,
+            {"set_default_device": lambda set_it, device: set_it(_CPU if is_cuda(device) else device)},
+        ),
         (Patches.wrap, torch.random, {"fork_rng": _fork_rng}),
-        (Patches.wrap, torch.UntypedStorage, {"cuda": _keep_storage}),
-        (Patches.wrap, torch.TypedStorage, {"cuda": _keep_storage}),
-        (Patches.wrap, nn.Module, {"cuda": _move_module}),
         (Patches.wrap, torch.amp.autocast_mode.autocast, {"__init__": _init_autocast}),
         (Patches.wrap, torch.amp.grad_scaler.GradScaler, {"__init__": _init_grad_scaler}),
         # The steps of nn.DataParallel for scripts that call them: torch's need CUDA.
-        (Patches.set, scatter_gather, {"Scatter": _function(_scatter), "Gather": _function(_gather)}),
-        (Patches.set, functions, {"Broadcast": _function(_broadcast)}),
+        (Patches.set, scatter_gather, {"Scatter": SimpleNamespace(apply=_scatter)}),
+        (Patches.set, scatter_gather, {"Gather": SimpleNamespace(apply=_gather)}),
+        (Patches.set, functions, {"Broadcast": SimpleNamespace(apply=_broadcast)}),
         (Patches.set, comm, {"broadcast_coalesced": _copy_buffers}),
-        *((Patches.set, owner, {"parallel_apply": _parallel_apply}) for owner in data_parallel),
+        *((Patches.set, owner, {"parallel_apply": _parallel_apply}) for owner in appliers),
     ]
 
 
@@ -107,27 +122,6 @@ def _cuda_api(num_devices: int) -> dict[str, Any]:
         "default_stream": _constant(_FakeStream()),
         "stream": lambda *_, **__: contextlib.nullcontext(),
     }
-
-
-def _accelerator_api(num_devices: int) -> dict[str, Any]:
-    """Return the answers of ``torch.accelerator``, by name."""
-    return {
-        "is_available": _constant(True),
-        "device_count": _constant(num_devices),
-        "current_accelerator": _constant(torch.device("cuda")),
-        "current_device_index": _constant(0),
-        "synchronize": _constant(None),
-        "set_device_index": _constant(None),
-    }
-
-
-def _constant(value: Any) -> Callable[..., Any]:
-    return lambda *_, **__: value
-
-
-def _function(apply: Callable[..., Any]) -> Any:
-    """Return a stand-in for an autograd function, of which scripts use ``apply``."""
-    return SimpleNamespace(apply=apply)
 
 
 def _answer_script(patches: Patches, owner: Any, name: str, answer: Callable[..., Any]) -> None:
@@ -189,12 +183,10 @@ class _FakeDevices:
 class _FakeStream:
     """CUDA stream of a CPU worker: all work is complete at once."""
 
+    synchronize = wait_stream = wait_event = _constant(None)
+    query = _constant(True)
+
     def __init__(self, *_: Any, **__: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def wait_stream(self, _: Any) -> None: ...
-    def wait_event(self, _: Any) -> None: ...
-    def query(self) -> bool:
-        return True
 
     def record_event(self, event: Any = None) -> Any:
         event = event or _FakeEvent()
@@ -205,24 +197,18 @@ class _FakeStream:
 class _FakeEvent:
     """CUDA event that records the time of the host."""
 
+    synchronize = wait = _constant(None)
+    query = _constant(True)
+
     def __init__(self, *_: Any, **__: Any) -> None:
         self._seconds = 0.0
 
     def record(self, *_: Any) -> None:
         self._seconds = time.perf_counter()
 
-    def synchronize(self) -> None: ...
-    def wait(self, _: Any = None) -> None: ...
-    def query(self) -> bool:
-        return True
-
     def elapsed_time(self, end: _FakeEvent) -> float:
         """Return the time from this event to ``end`` in milliseconds, as CUDA's does."""
         return 1000 * (end._seconds - self._seconds)
-
-
-class _FakeDevice(contextlib.nullcontext[None]):
-    """``with torch.cuda.device(1):``."""
 
 
 class _FakeGeneratorMeta(type):
@@ -239,17 +225,9 @@ class _FakeGenerator(metaclass=_FakeGeneratorMeta):
     """``torch.Generator``, where ``"cuda"`` means the CPU."""
 
 
-def _keep_storage(_: Callable[..., Any], storage: Any, *__: Any, **___: Any) -> Any:
-    return storage
-
-
-def _move_module(_: Callable[..., Any], module: nn.Module, device: Any = None) -> nn.Module:
+def _move_module(module: nn.Module, device: Any = None) -> nn.Module:
     is_index = device is None or isinstance(device, int)
     return module.to(torch.device("cuda", device or 0) if is_index else torch.device(device))
-
-
-def _set_default_device(original: Callable[..., Any], device: Any) -> None:
-    original(_CPU if is_cuda(device) else device)
 
 
 def _fork_rng(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -268,17 +246,14 @@ def _load(original: Callable[..., Any], f: Any, map_location: Any = None, *args:
 def _init_autocast(original: Callable[..., Any], self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
     """Disable CUDA's mixed precision: CPU workers compute in full precision."""
     if device_type == "cuda":
-        dtype = args[0] if args else kwargs.get("dtype")
-        original(self, device_type, dtype=dtype, enabled=False)
-    else:
-        original(self, device_type, *args, **kwargs)
+        args, kwargs = (), {"dtype": args[0] if args else kwargs.get("dtype"), "enabled": False}
+    original(self, device_type, *args, **kwargs)
 
 
 def _init_grad_scaler(original: Callable[..., Any], self: Any, device: Any = "cuda", *args: Any, **kwargs: Any) -> None:
     if is_cuda(device):
-        original(self, "cuda", enabled=False)
-    else:
-        original(self, device, *args, **kwargs)
+        device, args, kwargs = "cuda", (), {"enabled": False}
+    original(self, device, *args, **kwargs)
 
 
 def _scatter(devices: Sequence[Any], _: Any, dim: int, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

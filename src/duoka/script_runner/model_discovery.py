@@ -25,7 +25,7 @@ from duoka.script_runner.source_scan import (
     differentiates_gradients,
     is_called_by_script,
 )
-from duoka.utils.torch_private import replaced_call
+from duoka.utils.torch_private import REPLICATE_METHOD, replace_call, replaced_call
 
 DOUBLE_BACKWARD = (
     "the script differentiates gradients (create_graph=True), and workers return gradients without their graph; "
@@ -41,14 +41,14 @@ class ModelFinder:
         self._fits_one_device = fits_one_device
         self._devices = tuple(devices)
         self._stats = stats
-        self._calls: list[weakref.ref[ParallelizedCall]] = []
+        self._calls: weakref.WeakSet[ParallelizedCall] = weakref.WeakSet()
         self._sources = ScriptSources()
 
     def install(self, patches: Patches) -> None:
         """Find models from now on, until the patches end."""
         patches.wrap(nn.Module, "to", self._on_move)
         patches.wrap(nn.Module, "cuda", self._on_move)
-        patches.wrap(nn.Module, "_replicate_for_data_parallel", ParallelizedCall.replicate)
+        patches.wrap(nn.Module, REPLICATE_METHOD, ParallelizedCall.replicate)
         patches.wrap(torch.optim.Optimizer, "__init__", self._on_optimizer)
         patches.wrap(torch, "compile", self._on_compile)
         patches.wrap(nn.parallel.DistributedDataParallel, "__init__", self._on_ddp)
@@ -58,9 +58,8 @@ class ModelFinder:
 
     def _close(self) -> None:
         """Restore the models' own calls and release the workers."""
-        for reference in self._calls:
-            if (call := reference()) is not None:
-                call.close()
+        for call in self._calls:
+            call.close()
 
     def _on_move(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = original(module, *args, **kwargs)
@@ -117,22 +116,21 @@ class ModelFinder:
         stats = self._stats.model(module)
         stats.found(type(module).__name__, how)
         call = ParallelizedCall(module, self._devices, stats, fits_one_device=self._fits_one_device)
-        call.install()
-        self._calls.append(weakref.ref(call))
+        replace_call(module, call)
+        self._calls.add(call)
 
 
 def modules_owning(parameters: Iterable[torch.Tensor]) -> list[nn.Module]:
     """Return the outermost living modules that have any of these parameters."""
     wanted = {id(parameter) for parameter in parameters}
+
+    def owns(module: nn.Module) -> bool:  # not by module.parameters(), which a class of the script may override
+        return any(id(parameter) in wanted for part in module.modules() for parameter in part._parameters.values())
+
     living = [one for one in gc.get_objects() if issubclass(type(one), nn.Module) and "_parameters" in one.__dict__]
-    owning = {id(module): module for module in living if any(id(p) in wanted for p in _parameters_of(module))}
+    owning = {id(module): module for module in living if owns(module)}
     inner = {id(part) for module in owning.values() for part in module.modules() if part is not module}
     return [module for key, module in owning.items() if key not in inner]
-
-
-def _parameters_of(module: nn.Module) -> Iterable[Any]:
-    """Yield the parameters without ``module.parameters()``, which a class of the script may override."""
-    return (parameter for part in module.modules() for parameter in part._parameters.values() if parameter is not None)
 
 
 def has_forward(module: nn.Module) -> bool:

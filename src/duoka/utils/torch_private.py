@@ -7,6 +7,7 @@ that changes one fails a test that names it. Where torch offers no public equiva
 from __future__ import annotations
 
 import datetime
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,6 +119,20 @@ def check_replace_call() -> None:
             f"torch {torch.__version__} calls modules in another way than torch 2.9 to 2.14, so `duoka run` cannot "
             "parallelize a script's models; use duoka.DataParallel, or one of these torch versions"
         )
+
+
+REPLICATE_METHOD = "_replicate_for_data_parallel"
+"""Method with which ``nn.parallel.replicate`` copies a module; the copy keeps what ``replace_call`` has set."""
+
+
+def data_parallel_modules() -> tuple[Any, Any, Any]:
+    """Return the modules in which ``nn.parallel`` finds what its steps call.
+
+    These are ``Scatter`` and ``Gather``; ``Broadcast``; and ``broadcast_coalesced``. All need CUDA devices.
+    """
+    names = ("scatter_gather", "_functions", "comm")
+    scatter_gather, functions, comm = (importlib.import_module(f"torch.nn.parallel.{name}") for name in names)
+    return scatter_gather, functions, comm
 
 
 def is_in_functorch() -> bool:
