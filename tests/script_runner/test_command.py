@@ -361,6 +361,39 @@ def test_a_worker_that_fails_in_a_check_is_a_reason_and_no_error(tmp_path) -> No
     assert "a worker cannot compute its part: ValueError: not ready" in parallel.stderr
 
 
+FAILS_ON_A_WORKER = """
+import os, torch
+script = os.getpid()
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+    def forward(self, x):
+        y = torch.nn.functional.dropout(self.linear(x), 0.5)
+        if x.mean() > 100 and os.getpid() != script:
+            raise ValueError("not here")
+        return y
+torch.manual_seed(0)
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), 0.0)
+for number in range(5):
+    torch.manual_seed(number)
+    x = torch.randn(16, 4) + (200 if number == 2 else 0)  # not in a call with a check: 1, 2, 4
+    loss = model(x).square().mean()
+    if number == 2:
+        print(f"{loss.item():.4f} {torch.rand(()).item():.4f}")
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+"""
+
+
+def test_a_batch_that_fails_on_a_worker_is_computed_with_the_same_random_mask(tmp_path) -> None:
+    (tmp_path / "t.py").write_text(FAILS_ON_A_WORKER)
+    plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    parallel = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
+    assert parallel.stdout == plain.stdout, parallel.stderr
+    assert "a device failed on its part of a batch: ValueError: not here" in " ".join(parallel.stderr.split())
+
+
 OWN_STEPS = """
 import torch
 from torch import nn

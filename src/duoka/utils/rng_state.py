@@ -34,9 +34,19 @@ def rng_state() -> dict[str, Any]:
             "has_gauss": int(has_gauss),
             "cached": float(cached),
         },
-        "torch": torch.get_rng_state(),
-        "accelerator": _accelerator_state(),
+        **torch_rng_state(),
     }
+
+
+def torch_rng_state() -> dict[str, Any]:
+    """Return the states of torch's generators alone, which takes microseconds."""
+    return {"torch": torch.get_rng_state(), "accelerator": _accelerator_state()}
+
+
+def set_torch_rng_state(state: dict[str, Any]) -> None:
+    """Restore torch's generators alone, from what ``torch_rng_state`` or ``rng_state`` returned."""
+    torch.set_rng_state(state["torch"].cpu())
+    _set_accelerator_state(state["accelerator"])
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
@@ -47,8 +57,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state(  # noqa: NPY002
         (numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"])
     )
-    torch.set_rng_state(state["torch"].cpu())
-    _set_accelerator_state(state["accelerator"])
+    set_torch_rng_state(state)
 
 
 @contextlib.contextmanager
