@@ -15,6 +15,7 @@ from duoka.cli.main import main
 from duoka.cli.run import RunArguments, parse
 from duoka.errors import ConfigError
 
+pytestmark = pytest.mark.timeout(600)  # two or three processes a test import torch: a busy machine takes minutes
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
@@ -116,7 +117,7 @@ def test_explain_reports_that_it_finds_no_model(capsys, tmp_path) -> None:
 
 def duoka(*words: str, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "duoka", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **options)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
@@ -449,7 +450,7 @@ model = MODEL
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for _ in range(30):
     optimizer.zero_grad()
-    loss = model(original=torch.ones(9, 4)).square().mean()
+    loss = (model(original=torch.ones(9, 4)) - 1).square().mean()  # not to 0, where rounding is all that is left
     loss.backward()
     optimizer.step()
 print("loss", loss.item())
@@ -528,7 +529,7 @@ def execute(path: Path, folder: Path) -> list[str]:
         "nbclient.NotebookClient(book).execute()\n"
         "nbformat.write(book, 'plain.ipynb')"
     )
-    subprocess.run([sys.executable, "-c", code, str(path)], cwd=folder, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=folder, check=True, capture_output=True)
     return texts(folder / "plain.ipynb")
 
 
@@ -569,7 +570,7 @@ def test_wrapped_models_are_copied_saved_and_loaded_without_duoka(tmp_path) -> N
     )
 
     def printed(*words: str) -> list[str]:
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return [line for line in done.stdout.splitlines() if line.startswith(("DataParallel", "Named", "False"))]
 
@@ -605,7 +606,7 @@ def test_ctrl_c_twice_ends_without_a_traceback_of_duoka(apart_s: float, tmp_path
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(apart_s)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate()
     assert process.returncode in (130, -signal.SIGINT)  # the second may come when Python itself is ending
     assert "duoka/" not in err
     assert "Exception ignored" not in err

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # two processes a script: a busy machine takes minutes
 SCRIPTS = Path(__file__).parent / "scripts"
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:[eE][-+]?\d+)?|\bnan\b|\binf\b")
 NAMES_DEVICE = re.compile(r"gpu|cuda|device|cpu|设备", re.IGNORECASE)
@@ -167,7 +168,7 @@ class Runner:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait()
         self._process.stdout.close()
 
 
