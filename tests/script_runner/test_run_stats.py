@@ -23,7 +23,7 @@ def stats_of(seconds: list[tuple[float, bool]], batch: int = 32) -> RunStats:
     for one, is_split in seconds:
         model.count(batch, split=is_split)
         stats.steps.append(StepTiming(one, 0.0, 0.0, 0.0, is_split))
-    stats.calls.steps = len(seconds) + 1
+    stats.num_steps = len(seconds) + 1
     return stats
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,11 +49,10 @@ class DeterministicMode(TorchFunctionMode):
 
 def _batch_norm_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
     """Return all arguments of ``batch_norm``, in order, with ``training=False``."""
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    values: dict[str, Any] = {**dict.fromkeys(names[1:5]), "momentum": 0.1, "eps": 1e-5}
-    values |= dict(zip(names, args, strict=False)) | kwargs | {"training": False}
-    if values["running_mean"] is None:
-        batch: torch.Tensor = values["input"]
-        values["running_mean"] = batch.new_zeros(batch.size(1))
-        values["running_var"] = batch.new_ones(batch.size(1))
-    return [values[name] for name in names]
+    call = inspect.signature(functional.batch_norm).bind(*args, **kwargs)
+    call.apply_defaults()
+    call.arguments["training"] = False
+    if call.arguments["running_mean"] is None:
+        batch: torch.Tensor = call.arguments["input"]
+        call.arguments |= {"running_mean": batch.new_zeros(batch.size(1)), "running_var": batch.new_ones(batch.size(1))}
+    return call.args

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
@@ -28,14 +27,6 @@ _CALLS = {
 }
 
 
-class Finding(NamedTuple):
-    """A call in the script, and its meaning for the run."""
-
-    line: int
-    code: str
-    meaning: str
-
-
 def explain(source: bytes, name: str, devices: Sequence[torch.device], *, scale_batch: bool = False) -> list[str]:
     """Return, as lines of text, what a run would do with a script.
 
@@ -56,9 +47,11 @@ def explain(source: bytes, name: str, devices: Sequence[torch.device], *, scale_
     lines = [f"{name} would run once, in one process, on {describe_devices(devices)}."]
     if len(devices) == 1:
         return [*lines, "On one device it would run as it does without duoka."]
-    found = sorted(set(find_calls(tree, len(devices), scale_batch=scale_batch)))
-    lines += [f"  line {finding.line}: {finding.code}\n      {finding.meaning}" for finding in found]
-    if not any(_RUNS_ON_ALL in finding.meaning for finding in found):
+    calls = sorted((node for node in ast.walk(tree) if isinstance(node, ast.Call)), key=lambda node: node.lineno)
+    meanings = [(node, _meaning(node, len(devices), scale_batch=scale_batch)) for node in calls]
+    found = [f"  line {node.lineno}: {_shorten(ast.unparse(node))}\n      {text}" for node, text in meanings if text]
+    lines += dict.fromkeys(found)
+    if not any(_RUNS_ON_ALL in text for _, text in meanings):
         lines.append(
             "It does not move a model to a device, wrap it, or create an optimizer. Unless a module that it imports does, "
             "it would run as it does without duoka."
@@ -69,12 +62,8 @@ def explain(source: bytes, name: str, devices: Sequence[torch.device], *, scale_
     ]
 
 
-def find_calls(tree: ast.AST, devices: int, *, scale_batch: bool) -> Iterator[Finding]:
-    """Yield the calls in a syntax tree that a run treats specially."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and (meaning := _meaning(node, devices, scale_batch=scale_batch)):
-            code = ast.unparse(node)
-            yield Finding(node.lineno, code if len(code) <= 100 else f"{code[:97]}...", meaning)
+def _shorten(code: str) -> str:
+    return code if len(code) <= 100 else f"{code[:97]}..."
 
 
 def _meaning(node: ast.Call, devices: int, *, scale_batch: bool) -> str:

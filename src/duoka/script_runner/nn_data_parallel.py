@@ -27,7 +27,8 @@ class DataParallelHooks:
     def __init__(self, devices: Sequence[torch.device], stats: RunStats) -> None:
         self._devices = tuple(devices)
         self._stats = stats
-        self._wrappers: list[weakref.ref[DataParallel]] = []
+        self.wrappers: weakref.WeakSet[DataParallel] = weakref.WeakSet()
+        """Wrappers that release their workers when the script ends."""
 
     def record_wrappers(self, patches: Patches) -> None:
         """Record each ``DataParallel`` of the script and its calls until the patches end."""
@@ -36,16 +37,12 @@ class DataParallelHooks:
 
     def replace_torch(self, patches: Patches) -> None:
         """Replace ``nn.DataParallel`` and ``nn.parallel.data_parallel`` until the patches end."""
-        wrapper = _TorchNameMeta(
-            "DataParallel",
-            (ScriptDataParallel,),
-            {
-                "__doc__": ScriptDataParallel.__doc__,
-                "__module__": _TORCH_MODULE,
-                "__qualname__": "DataParallel",
-                "_duoka_hooks": self,
-            },
-        )
+        attributes = {
+            "__doc__": ScriptDataParallel.__doc__,
+            "__module__": _TORCH_MODULE,
+            "__qualname__": "DataParallel",
+        }
+        wrapper = _TorchNameMeta("DataParallel", (ScriptDataParallel,), {**attributes, "_duoka_hooks": self})
         implementation = importlib.import_module(_TORCH_MODULE)
         for owner in (nn, nn.parallel, implementation):
             patches.set(owner, "DataParallel", wrapper)
@@ -53,22 +50,18 @@ class DataParallelHooks:
             patches.set(owner, "data_parallel", _data_parallel)
         patches.callback(self._close_wrappers)
 
-    def map_device_ids(self, device_ids: Sequence[int | torch.device] | None) -> Sequence[torch.device]:
-        """Return the devices of this run that a script's ``device_ids`` name."""
+    def devices_for(self, wrapper: type, device_ids: Sequence[int | torch.device] | None) -> tuple[torch.device, ...]:
+        """Return the devices of this run that a script's ``device_ids`` name; one if the class overrides a step."""
         if device_ids is None:
-            return self._devices
+            return self._devices[:1] if overridden_steps(wrapper) else self._devices
         indices = [one if isinstance(one, int) else torch.device(one).index or 0 for one in device_ids]
-        devices = [self._devices[index] for index in indices if 0 <= index < len(self._devices)]
+        devices = tuple(self._devices[index] for index in indices if 0 <= index < len(self._devices))
         if len(devices) < len(indices):
             self._stats.add_note(
                 f"The script uses device_ids={indices}, but this run has {len(self._devices)} devices: "
                 "--device sets how many."
             )
-        return devices or self._devices[:1]
-
-    def default_devices(self, wrapper_class: type) -> Sequence[torch.device]:
-        """Return the devices of a wrapper without ``device_ids``; one if the class overrides a step."""
-        return self._devices[:1] if overridden_steps(wrapper_class) else self._devices
+        return self._devices[:1] if overridden_steps(wrapper) else devices or self._devices[:1]
 
     def register(self, wrapper: DataParallel, how: str) -> None:
         """Record a wrapper of the replaced class, and why it uses one device if it does."""
@@ -79,11 +72,7 @@ class DataParallelHooks:
             )
         elif len(devices_of(wrapper)) == 1:
             stats.refuse("the script wraps it for one device")
-        self.close_at_end(wrapper)
-
-    def close_at_end(self, wrapper: DataParallel) -> None:
-        """Release the wrapper's workers when the script ends."""
-        self._wrappers.append(weakref.ref(wrapper))
+        self.wrappers.add(wrapper)
 
     def _on_init(self, original: Callable[..., None], wrapper: DataParallel, /, *args: Any, **kwargs: Any) -> None:
         original(wrapper, *args, **kwargs)
@@ -108,9 +97,8 @@ class DataParallelHooks:
         return stats
 
     def _close_wrappers(self) -> None:
-        for reference in self._wrappers:
-            if (wrapper := reference()) is not None:
-                DataParallel.close(wrapper)  # a subclass in the script may define another close
+        for wrapper in self.wrappers:
+            DataParallel.close(wrapper)  # a subclass in the script may define another close
 
 
 class _TorchNameMeta(type):
@@ -133,12 +121,11 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
         output_device: int | torch.device | None = None,
         dim: int = 0,
     ) -> None:
-        hooks = self._duoka_hooks
-        devices = hooks.map_device_ids(device_ids)
-        super().__init__(module, devices=list(devices[:1] if overridden_steps(type(self)) else devices), dim=dim)
+        devices = self._duoka_hooks.devices_for(type(self), device_ids)
+        super().__init__(module, devices=list(devices), dim=dim)
         if output_device is not None:
             self.output_device = output_device  # type: ignore[assignment]
-        hooks.register(self, f"wrapped by the script at {caller_location()}")
+        self._duoka_hooks.register(self, f"wrapped by the script at {caller_location()}")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state with ``module.`` in its names, as torch does: scripts remove that prefix."""
@@ -146,7 +133,7 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         double = super().__deepcopy__(memo)
-        self._duoka_hooks.close_at_end(double)
+        self._duoka_hooks.wrappers.add(double)
         return double
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,9 +142,9 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
         return copyreg.__newobj__, (type(self),), state_of(self) | {"device_ids": []}  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        devices = self._duoka_hooks.default_devices(type(self))
+        devices = self._duoka_hooks.devices_for(type(self), None)
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
-        restore_from_state(self, tuple(devices), None, {"device_ids": list(range(len(devices)))})
+        restore_from_state(self, devices, None, {"device_ids": list(range(len(devices)))})
         self._duoka_hooks.register(self, f"loaded by the script at {caller_location()}")
 
 

@@ -30,9 +30,10 @@ from duoka.script_runner.split_check import (
     check_splittable,
     describe_error,
     is_script_hook,
+    weighted_mean,
 )
 from duoka.utils.rng_state import set_torch_rng_state, torch_rng_state
-from duoka.utils.torch_private import call_module, is_in_functorch, replace_call, replaced_call, restore_call
+from duoka.utils.torch_private import call_module, is_in_functorch, replaced_call, restore_call
 
 _COMPARISON_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
 """Counts of optimizer steps at which a step runs on one device, to compare the speed."""
@@ -58,13 +59,13 @@ class ParallelizedCall:
         self._is_first = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _none, ()  # a pickle or a copy of the model has its own call
+        return type(None), ()  # a pickle or a copy of the model has its own call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute ``module(*args, **kwargs)``."""
         module = self._module()
         assert module is not None, "its module is being called"
-        if self.is_local() or is_traced(module):
+        if self.is_local() or _is_traced(module):
             return call_module(module, args, kwargs)
         with self.local_only():
             return self._call(module, args, kwargs)
@@ -90,11 +91,6 @@ class ParallelizedCall:
         replica = original(module)
         restore_call(replica)
         return replica
-
-    def install(self) -> None:
-        """Replace the model's call."""
-        if (module := self._module()) is not None:
-            replace_call(module, self)
 
     def close(self) -> None:
         """Restore the model's call and release the workers."""
@@ -134,7 +130,7 @@ class ParallelizedCall:
         count = self._calls_of_kind[kind]
         if kind in self._checks and count & (count - 1):
             return self._checks[kind]
-        with self._stats.calls.startup():
+        with self._stats.run.startup():
             num_devices = len(self._devices)
             if not self._fits_one_device and batch >= 2 * num_devices:  # check one device's chunk of the batch
                 sizes = scatter_gather.scatter_sizes(batch, num_devices)
@@ -154,12 +150,12 @@ class ParallelizedCall:
         if not torch.is_grad_enabled() or not self._fits_one_device:
             return False
         is_first, self._is_first = self._is_first, False
-        return is_first or self._stats.calls.steps in _COMPARISON_STEPS
+        return is_first or self._stats.run.num_steps in _COMPARISON_STEPS
 
     def _start(self) -> Controller:
         with self._start_lock:
             if self._controller is None:
-                with self._stats.calls.startup():
+                with self._stats.run.startup():
                     self._controller = Controller(self._devices, 0)
                     self._controller.start()
             return self._controller
@@ -180,14 +176,16 @@ class ParallelizedCall:
             self._stats.count(batch, split=False)
             return value
         self._stats.count(batch, split=True)
-        return _weighted_mean(value, check.scalar_outputs, scatter_gather.scatter_sizes(batch, len(self._devices)))
+        sizes = scatter_gather.scatter_sizes(batch, len(self._devices))
+        if not check.scalar_outputs or len(sizes) == 1:
+            return value
+        tensors, skeleton = scatter_gather.extract_tensors(value)
+        for index in check.scalar_outputs:  # gathered as one number per device
+            tensors[index] = weighted_mean(tensors[index], sizes)
+        return scatter_gather.insert_tensors(skeleton, tensors)
 
 
-def _none() -> None:
-    return None
-
-
-def is_traced(module: nn.Module) -> bool:
+def _is_traced(module: nn.Module) -> bool:
     """Return whether the call is traced or compiled, or uses other tensors as parameters."""
     return (
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -199,17 +197,6 @@ def is_traced(module: nn.Module) -> bool:
             for parameter in part._parameters.values()
         )
     )
-
-
-def _weighted_mean(value: Any, scalar_outputs: Sequence[int], sizes: Sequence[int]) -> Any:
-    """Replace scalar outputs, gathered as one number per device, by their mean over the batch."""
-    if not scalar_outputs or len(sizes) == 1:
-        return value
-    tensors, skeleton = scatter_gather.extract_tensors(value)
-    weights = torch.tensor(sizes) / sum(sizes)
-    for index in scalar_outputs:
-        tensors[index] = (tensors[index] * weights.to(tensors[index])).sum()
-    return scatter_gather.insert_tensors(skeleton, tensors)
 
 
 def _reason_for_inputs(module: nn.Module, tensors: Sequence[torch.Tensor], check: SplitCheckResult) -> str:

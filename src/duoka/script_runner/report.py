@@ -37,7 +37,10 @@ def print_report(stats: RunStats, out: Console, *, completed: bool = True) -> No
         for heading in ("model", "found", "devices", "batch", "batch per device", "calls split / whole"):
             table.add_column(heading, overflow="fold")
         for model in _merge_alike(stats.models):
-            table.add_row(*_row(model, len(stats.devices)))
+            used = (model.devices or len(stats.devices)) if model.is_parallel else 1
+            per_device = _per_device(model.batch, min(used, model.batch)) if model.batch else "-"
+            calls = f"{model.split} / {model.whole}"
+            table.add_row(model.name, model.how, str(used), str(model.batch or "-"), per_device, calls)
         out.print(table)
     else:
         out.print(title)
@@ -76,7 +79,7 @@ def suggestion(stats: RunStats) -> str:
     if not parallel:
         return _suggestion_without_parallel_models(stats)
     if len(stats.steps) < _MIN_STEPS:
-        return f"none: {plural(stats.calls.steps, 'training step')} are too few for one."
+        return f"none: {plural(stats.num_steps, 'training step')} are too few for one."
     shares = stats.time_shares()
     if shares.loading > _SLOW_LOADING:
         workers = max(2, core_limits().count // 2)
@@ -128,8 +131,8 @@ def _time_lines(stats: RunStats) -> list[str]:
     if stats.steps:
         shares = zip(("computing", "transfer", "waiting", "loading data"), stats.time_shares(), strict=True)
         lines.append(f"of which: {', '.join(f'{name} {share:.0%}' for name, share in shares)}")
-    if stats.calls.startup_s:
-        lines.append(f"start-up: {format_duration(stats.calls.startup_s)} to check the models and start workers")
+    if stats.startup_s:
+        lines.append(f"start-up: {format_duration(stats.startup_s)} to check the models and start workers")
     return lines
 
 
@@ -148,12 +151,6 @@ def _merge_alike(models: Sequence[ModelStats]) -> list[ModelStats]:
     for model in models:
         groups.setdefault((model.name, model.how, model.refusal, model.devices), []).append(model)
     return [group[0].merged(group[1:]) for group in groups.values()]
-
-
-def _row(model: ModelStats, devices: int) -> tuple[str, ...]:
-    used = (model.devices or devices) if model.is_parallel else 1
-    per_device = "-" if not model.batch else _per_device(model.batch, min(used, model.batch))
-    return model.name, model.how, str(used), str(model.batch or "-"), per_device, f"{model.split} / {model.whole}"
 
 
 def _per_device(batch: int, devices: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import time
 import weakref
@@ -23,34 +24,20 @@ _MAX_KEPT = 4096
 """Steps in memory, the most recent ones."""
 
 
-class CallStats:
-    """Calls of all models together."""
+class CallKind(NamedTuple):
+    """Kind of a model's call; a call without gradients is no training."""
 
-    def __init__(self) -> None:
-        self.whole = 0
-        """Training calls on one device."""
-        self.split = 0
-        """Training calls split over all devices."""
-        self.steps = 0
-        """Steps of the optimizer that is timed."""
-        self.startup_s = 0.0
-        """Seconds spent on checking models and starting workers."""
-
-    @contextlib.contextmanager
-    def startup(self) -> Iterator[None]:
-        """Count the time of the ``with`` block as ``startup_s``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.startup_s += time.perf_counter() - start
+    is_training: bool
+    is_split: bool
+    batch: int
+    """Number of samples."""
 
 
 @dataclass
 class ModelStats:
     """Calls of one model, or of several that one line of the script creates."""
 
-    calls: CallStats
+    run: RunStats
     name: str = ""
     how: str = ""
     """Where it was found."""
@@ -58,14 +45,8 @@ class ModelStats:
     """Why it runs on one device; empty if it may run on all."""
     devices: int = 0
     """Number of devices of its wrapper in the script; 0 without a wrapper, when the run decides."""
-    whole: int = 0
-    split: int = 0
-    trained: Counter[int] = field(default_factory=Counter)
-    """Training calls by batch size."""
-    evaluated: Counter[int] = field(default_factory=Counter)
-    """Calls without gradients by batch size."""
-    trained_split: int = 0
-    """Training calls split over all devices."""
+    kinds: Counter[CallKind] = field(default_factory=Counter)
+    """Calls of each kind."""
 
     def found(self, name: str, how: str) -> None:
         """Record where the model was found first."""
@@ -83,47 +64,47 @@ class ModelStats:
 
     def count(self, batch: int | None, *, split: bool) -> None:
         """Count one call with a batch of ``batch`` samples."""
-        self.split += split
-        self.whole += not split
         is_training = torch.is_grad_enabled()
-        (self.trained if is_training else self.evaluated)[batch or 0] += 1
+        self.kinds[CallKind(is_training, split, batch or 0)] += 1
         if is_training:
-            self.trained_split += split
-            self.calls.split += split
-            self.calls.whole += not split
+            self.run.num_split += split
+            self.run.num_whole += not split
+
+    @property
+    def split(self) -> int:
+        """The number of calls split over all devices."""
+        return sum(count for kind, count in self.kinds.items() if kind.is_split)
+
+    @property
+    def whole(self) -> int:
+        """The number of calls on one device."""
+        return self.kinds.total() - self.split
 
     @property
     def batch(self) -> int:
         """The most frequent batch size in training, or in evaluation if the model was not trained."""
-        batches = self.trained or self.evaluated
+        batches: Counter[int] = Counter()
+        for kind in self._main_kinds():
+            batches[kind.batch] += self.kinds[kind]
         return batches.most_common(1)[0][0] if batches else 0
 
     @property
     def is_parallel(self) -> bool:
         """Whether a training call was split; for a model that was not trained, any call."""
-        return bool(self.trained_split if self.trained else self.split)
+        return any(kind.is_split for kind in self._main_kinds())
+
+    def _main_kinds(self) -> list[CallKind]:
+        return [kind for kind in self.kinds if kind.is_training] or list(self.kinds)
 
     def merged(self, others: Sequence[ModelStats]) -> ModelStats:
         """Return the sum of this model's calls and those of others."""
-        group = [self, *others]
         if not others:
             return self
-        return ModelStats(
-            self.calls,
-            f"{self.name} ({len(group)} models)",
-            self.how,
-            self.refusal,
-            self.devices,
-            whole=sum(model.whole for model in group),
-            split=sum(model.split for model in group),
-            trained=sum((model.trained for model in group), Counter()),
-            evaluated=sum((model.evaluated for model in group), Counter()),
-            trained_split=sum(model.trained_split for model in group),
-        )
+        kinds = sum((model.kinds for model in others), self.kinds)
+        return dataclasses.replace(self, name=f"{self.name} ({len(others) + 1} models)", kinds=kinds)
 
 
-@dataclass
-class LoaderStats:
+class LoaderStats(NamedTuple):
     """A DataLoader of the script."""
 
     location: str
@@ -164,12 +145,17 @@ class RunStats:
     def __init__(self, devices: Sequence[torch.device], timers: Timers) -> None:
         self.devices = tuple(devices)
         self.timers = timers
-        self.calls = CallStats()
         self.models: list[ModelStats] = []
         self.loaders: list[LoaderStats] = []
         self.notes: list[str] = []
         self.scale_batch = False
         """Whether training loaders get larger batches."""
+        self.num_whole = self.num_split = 0
+        """Training calls of all models: on one device, and split over all devices."""
+        self.num_steps = 0
+        """Steps of the optimizer that is timed."""
+        self.startup_s = 0.0
+        """Seconds spent on checking models and starting workers."""
         self.loading_s = 0.0
         """Seconds that the script has waited for its DataLoaders."""
         self.steps: list[StepTiming] = []
@@ -183,7 +169,7 @@ class RunStats:
         """Return the statistics of a model; create them if there are none."""
         stats = self._by_module.get(module)
         if stats is None:
-            stats = self._by_module[module] = ModelStats(self.calls, refusal=self._refusal)
+            stats = self._by_module[module] = ModelStats(self, refusal=self._refusal)
             self.models.append(stats)
         return stats
 
@@ -198,27 +184,28 @@ class RunStats:
         if text not in self.notes:
             self.notes.append(text)
 
+    @contextlib.contextmanager
+    def startup(self) -> Iterator[None]:
+        """Count the time of the ``with`` block as ``startup_s``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.startup_s += time.perf_counter() - start
+
     def on_step(self, optimizer: Any) -> None:
         """Record an optimizer step. Only the first optimizer that is still alive is timed."""
         if self._optimizer is None or self._optimizer() is None:
             self._optimizer, self._last = weakref.ref(optimizer), None
         if self._optimizer() is not optimizer:
             return
-        self.calls.steps += 1
-        now = (
-            time.perf_counter(),
-            self.timers.transfer_s,
-            self.timers.wait_s,
-            self.loading_s,
-            self.calls.whole,
-            self.calls.split,
-        )
+        self.num_steps += 1
+        timers = self.timers
+        now = (time.perf_counter(), timers.transfer_s, timers.wait_s, self.loading_s, self.num_whole, self.num_split)
         if self._last is not None:
-            seconds, transfer_s, wait_s, loading_s, whole, split = (
-                new - old for new, old in zip(now, self._last, strict=True)
-            )
+            seconds, transfer, wait, loading, whole, split = (a - b for a, b in zip(now, self._last, strict=True))
             if bool(whole) != bool(split):
-                self.steps.append(StepTiming(seconds, transfer_s, wait_s, loading_s, bool(split)))
+                self.steps.append(StepTiming(seconds, transfer, wait, loading, bool(split)))
                 del self.steps[:-_MAX_KEPT]
         self._last = now
 
@@ -229,13 +216,10 @@ class RunStats:
         at the start are left out.
         """
         first_split = next((index for index, step in enumerate(self.steps) if step.is_split), len(self.steps))
-        whole = [index for index, step in enumerate(self.steps) if not step.is_split and index > first_split]
+        later = list(enumerate(self.steps))[first_split + 1 :]
+        whole = [index for index, step in later if not step.is_split]
         neighbors = {near for index in whole for near in range(index - _NEIGHBORS, index + _NEIGHBORS + 1)}
-        beside = [
-            step.seconds
-            for index, step in enumerate(self.steps)
-            if step.is_split and index in neighbors and index > first_split + 1
-        ]
+        beside = [step.seconds for index, step in later[1:] if step.is_split and index in neighbors]
         if len(whole) < _MIN_COMPARED or len(beside) < _MIN_COMPARED:
             return None
         one_device_s = statistics.median(self.steps[index].seconds for index in whole)
@@ -247,12 +231,10 @@ class RunStats:
         return statistics.median(times) if times else None
 
     def time_shares(self) -> TimeShares:
-        """Return where the time of split steps goes, or of all steps if none was split."""
+        """Return where the time of split steps goes, or of all steps if none was split; there must be a step."""
         steps = [step for step in self.steps if step.is_split] or self.steps
-        median = statistics.median(step.seconds for step in steps) if steps else 0.0
+        median = statistics.median(step.seconds for step in steps)
         typical = [step for step in steps if step.seconds <= 3 * median]  # without those that include an evaluation
-        total = sum(step.seconds for step in typical) or 1.0
-        transfer = sum(step.transfer_s for step in typical) / total
-        waiting = sum(step.wait_s for step in typical) / total
-        loading = sum(step.loading_s for step in typical) / total
+        total, *parts, _ = (sum(column) for column in zip(*typical, strict=True))
+        transfer, waiting, loading = (part / total for part in parts)
         return TimeShares(max(0.0, 1 - transfer - waiting - loading), transfer, waiting, loading)

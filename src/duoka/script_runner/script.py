@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import CodeType, ModuleType, TracebackType
+from types import ModuleType, TracebackType
 
 from duoka.errors import ConfigError, DuokaError
 
@@ -46,15 +46,13 @@ class Script:
         main = self._create_main_module()
         with _installed_as_main(main, self.argv, self._import_dir):
             try:
-                exec(self._compile(), main.__dict__)  # noqa: S102 - the user's own script
+                code = compile(self.source, self.path, "exec", dont_inherit=True)
+                exec(code, main.__dict__)  # noqa: S102 - the user's own script
             except SystemExit as stop:
                 return _exit_status(stop)
             except BaseException as error:
                 return _print_exception(error)
         return 0
-
-    def _compile(self) -> CodeType:
-        return compile(self.source, self.path, "exec", dont_inherit=True)
 
     def _create_main_module(self) -> ModuleType:
         main = ModuleType("__main__")
@@ -122,10 +120,8 @@ def _read(path: Path) -> bytes:
 
 def _exit_status(stop: SystemExit) -> int:
     """Return the exit status that Python gives for ``sys.exit(...)``."""
-    if stop.code is None:
-        return 0
-    if isinstance(stop.code, int):
-        return stop.code & 0xFF
+    if isinstance(stop.code, int | None):
+        return (stop.code or 0) & 0xFF
     print(stop.code, file=sys.stderr)
     return 1
 

@@ -17,10 +17,7 @@ class ScriptSources:
 
     def __init__(self) -> None:
         kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-        folders = {
-            *(sysconfig.get_path(kind) for kind in kinds),
-            *(entry for entry in sys.path if "-packages" in entry),
-        }
+        folders = {sysconfig.get_path(kind) for kind in kinds} | {entry for entry in sys.path if "-packages" in entry}
         self._library_prefixes = tuple(f"{folder}/" for folder in (*folders, str(Path(__file__).parents[1])))
         self._seen: set[str] = set()
 

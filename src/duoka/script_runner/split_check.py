@@ -19,7 +19,6 @@ from duoka.data_parallel import scatter_gather
 from duoka.errors import WorkerDied
 from duoka.script_runner.deterministic_mode import DeterministicMode
 from duoka.script_runner.side_effects import AttributeState, CallArguments
-from duoka.utils.pytree import map_leaves
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.text import first_line
 
@@ -84,7 +83,7 @@ def check_splittable(
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters()):
         return None
     try:
-        return SplitCheckResult("", _check(module, args, kwargs, num_devices, run_on_workers))
+        return _check(module, args, kwargs, num_devices, run_on_workers)
     except _NotSplittable as refusal:
         return SplitCheckResult(str(refusal))
 
@@ -108,8 +107,8 @@ def _check(
     kwargs: dict[str, Any],
     num_devices: int,
     run_on_workers: RunOnWorkers | None,
-) -> tuple[int, ...]:
-    """Return the scalar outputs of a model that may be split; raise ``_NotSplittable`` for another."""
+) -> SplitCheckResult:
+    """Return the result for a model that may be split; raise ``_NotSplittable`` for another."""
     if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
         raise _NotSplittable("its parameters are in memory that the script shares with other processes")
     tensors, skeleton = scatter_gather.extract_tensors((args, kwargs))
@@ -118,7 +117,10 @@ def _check(
     with _refuse_on_error("it or its inputs cannot be copied for the check"):
         model = _copy_without_hooks(module)
         whole_call, *calls = [CallArguments(skeleton, own) for own in (tensors, *chunks)]
-    from_workers = [] if run_on_workers is None else _query_workers(run_on_workers)
+    from_workers: WorkerOutputs = []
+    if run_on_workers is not None:
+        with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state(), torch.no_grad():
+            from_workers = run_on_workers(DeterministicMode)
     with preserve_rng_state(), torch.no_grad(), DeterministicMode():
         state = AttributeState.capture(model)
         with _refuse_on_error("it cannot compute a batch in the check"):
@@ -128,9 +130,12 @@ def _check(
         buffers = _clone_buffers(model)
         with _refuse_on_error("it cannot compute a part of the batch"):
             parts = [_compute_part(model, module, call) for call in calls]
-    _compare_buffers(parts[0][1], buffers)
-    _compare_with_workers([value for value, _ in parts[1:]], from_workers)
-    return _compare_outputs(whole, [value for value, _ in parts], sizes)
+    for name, buffer in parts[0][1].items():
+        if not _is_close(buffer, buffers[name]):
+            raise _NotSplittable(f"its forward updates the buffer {name!r} from the whole batch")
+    values = [value for value, _ in parts]
+    _compare_with_workers(values[1:], from_workers)
+    return SplitCheckResult("", _compare_outputs(whole, values, sizes))
 
 
 @contextlib.contextmanager
@@ -141,11 +146,6 @@ def _refuse_on_error(reason: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise _NotSplittable(f"{reason}: {describe_error(error)}") from error
-
-
-def _query_workers(run_on_workers: RunOnWorkers) -> WorkerOutputs:
-    with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state(), torch.no_grad():
-        return run_on_workers(DeterministicMode)
 
 
 def _copy_without_hooks(module: nn.Module) -> nn.Module:
@@ -169,12 +169,6 @@ def _clone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-def _compare_buffers(after_part: dict[str, torch.Tensor], after_whole: dict[str, torch.Tensor]) -> None:
-    for name, buffer in after_part.items():
-        if not _is_close(buffer, after_whole[name]):
-            raise _NotSplittable(f"its forward updates the buffer {name!r} from the whole batch")
-
-
 def _compare_with_workers(parts: Sequence[Any], from_workers: WorkerOutputs) -> None:
     for value, (theirs, _) in zip(parts, from_workers, strict=False):
         ours = scatter_gather.extract_tensors(value)[0]
@@ -194,13 +188,13 @@ def _compare_outputs(whole: Any, parts: list[Any], sizes: Sequence[int]) -> tupl
     _compare_other_values(skeleton, [own for _, own in taken])
     try:
         value, specs = scatter_gather.gather_structures([own for _, own in taken], sizes)
-        gathered = [_gather(spec, [tensors for tensors, _ in taken], sizes) for spec in specs]
+        gathered = [scatter_gather.gather_tensors(spec, [tensors for tensors, _ in taken], 0) for spec in specs]
     except (ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         raise _NotSplittable(f"its outputs for parts cannot be gathered: {describe_error(error)}") from error
     if repr(_structure(value)) != repr(_structure(skeleton)) or len(gathered) != len(expected):
         raise _NotSplittable("the structure of its output differs for a part of the batch")
     for one, other in zip(gathered, expected, strict=True):
-        _compare_tensors(one, other)
+        _compare_tensors(one, other, sizes)
     return tuple(index for index, tensor in enumerate(expected) if tensor.dim() == 0)
 
 
@@ -217,17 +211,19 @@ def _compare_other_values(whole: Any, parts: Sequence[Any]) -> None:
 
 def _values_besides_tensors(skeleton: Any) -> list[Any]:
     found: list[Any] = []
-    map_leaves(lambda leaf: None if _is_placeholder(leaf) else found.append(leaf), skeleton, _is_placeholder)
-    return found
+    scatter_gather.map_values(found.append, skeleton)
+    return [leaf for leaf in found if not _is_placeholder(leaf)]
 
 
 def _is_placeholder(value: Any) -> bool:
     return type(value) is scatter_gather.Placeholder
 
 
-def _compare_tensors(gathered: torch.Tensor, whole: torch.Tensor) -> None:
+def _compare_tensors(gathered: torch.Tensor, whole: torch.Tensor, sizes: Sequence[int]) -> None:
     if whole.dim() == 0 and not whole.is_floating_point():
         raise _NotSplittable("it returns a count or a flag of the whole batch")
+    if whole.dim() == 0 and gathered.shape == (len(sizes),):
+        gathered = weighted_mean(gathered, sizes)
     if gathered.shape != whole.shape:
         shapes = f"whole batch {tuple(whole.shape)}, gathered parts {tuple(gathered.shape)}"
         raise _NotSplittable(f"the batch is not the first dimension of its output ({shapes})")
@@ -237,14 +233,9 @@ def _compare_tensors(gathered: torch.Tensor, whole: torch.Tensor) -> None:
         raise _NotSplittable("its output for one sample depends on other samples of the batch")
 
 
-def _gather(
-    spec: scatter_gather.OutputSpec, tensors: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int]
-) -> torch.Tensor:
-    """Return one output of the parts' outputs: concatenated, or the weighted mean of numbers."""
-    parts = [tensors[placeholder.chunk][placeholder.position] for placeholder in spec.placeholders]
-    if parts[0].dim() == 0 and spec.is_concatenated and parts[0].is_floating_point():
-        return sum((part * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)), torch.zeros(()))
-    return parts[0] if not spec.is_concatenated or parts[0].dim() == 0 else torch.cat(parts)
+def weighted_mean(parts: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Return the mean over the batch of means over its parts; ``sizes`` are the numbers of samples."""
+    return (parts * (torch.tensor(sizes) / sum(sizes)).to(parts)).sum()
 
 
 def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
