@@ -7,7 +7,6 @@ workers, and ``cuda:0`` means the CPU. Code of torch and duoka still gets the ma
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import sys
 import threading
@@ -41,12 +40,17 @@ def _constant(value: Any) -> Callable[..., Any]:
 @contextlib.contextmanager
 def emulate_cuda(num_devices: int) -> Iterator[None]:
     """Present ``num_devices`` CPU workers to the script as GPUs inside the ``with`` block."""
+
+    def run_thread(original: Callable[..., Any], thread: threading.Thread) -> None:
+        with RemapCuda(_CPU, num_devices):  # function modes are local to a thread
+            original(thread)
+
     with Patches() as patches:
         for patch, owner, table in emulated_api(num_devices):
             for name, value in table.items():
                 if hasattr(owner, name):  # older versions of torch lack some names
                     patch(patches, owner, name, value)
-        patches.wrap(threading.Thread, "run", functools.partial(_run_thread, num_devices))
+        patches.wrap(threading.Thread, "run", run_thread)
         patches.enter_context(RemapCuda(_CPU, num_devices))
         yield
 
@@ -134,12 +138,6 @@ def _answer_script(patches: Patches, owner: Any, name: str, answer: Callable[...
 
     call.__name__, call.__doc__ = name, original.__doc__
     patches.set(owner, name, call)
-
-
-def _run_thread(num_devices: int, original: Callable[..., Any], thread: threading.Thread) -> None:
-    """Run a thread of the script under its own ``RemapCuda``: function modes are local to a thread."""
-    with RemapCuda(_CPU, num_devices):
-        original(thread)
 
 
 class _FakeDevices:

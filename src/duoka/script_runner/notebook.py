@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from duoka.devices import resolve
 from duoka.errors import ConfigError, StorageError
 from duoka.malloc import keep_freed_memory
+from duoka.script_runner.report import print_report
+from duoka.script_runner.session import RunSession
 from duoka.utils.files import atomic_write, check_writable
 from duoka.utils.imports import import_optional
 
@@ -62,9 +65,6 @@ def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[i
 def begin(spec: str, scale_batch: bool) -> None:
     """Start the session, in the notebook's kernel."""
     global _session
-    from duoka.devices import resolve
-    from duoka.script_runner.session import RunSession
-
     keep_freed_memory()
     _session = RunSession(resolve(spec).devices, scale_batch=scale_batch)
     _session.__enter__()
@@ -73,8 +73,6 @@ def begin(spec: str, scale_batch: bool) -> None:
 def end(*, completed: bool) -> None:
     """End the session and print its report, in the notebook's kernel."""
     from rich.console import Console
-
-    from duoka.script_runner.report import print_report
 
     _session.__exit__(None, None, None)
     out = Console(width=120, highlight=False, force_jupyter=False, color_system=None)

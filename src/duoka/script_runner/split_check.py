@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from duoka.data_parallel import scatter_gather
 from duoka.errors import WorkerDied
 from duoka.script_runner.deterministic_mode import DeterministicMode
-from duoka.script_runner.side_effects import AttributeState, CallArguments
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.text import first_line
 
@@ -116,13 +116,13 @@ def _check(
     chunks = zip(*(scatter_gather.scatter(tensor, sizes, 0) for tensor in tensors), strict=True)
     with _refuse_on_error("it or its inputs cannot be copied for the check"):
         model = _copy_without_hooks(module)
-        whole_call, *calls = [CallArguments(skeleton, own) for own in (tensors, *chunks)]
+        whole_call, *calls = [_CallArguments(skeleton, own) for own in (tensors, *chunks)]
     from_workers: WorkerOutputs = []
     if run_on_workers is not None:
         with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state(), torch.no_grad():
             from_workers = run_on_workers(DeterministicMode)
     with preserve_rng_state(), torch.no_grad(), DeterministicMode():
-        state = AttributeState.capture(model)
+        state = _AttributeState.capture(model)
         with _refuse_on_error("it cannot compute a batch in the check"):
             whole = whole_call.apply(model)
         if reason := state.side_effect(model) or whole_call.side_effect():
@@ -158,7 +158,7 @@ def _copy_without_hooks(module: nn.Module) -> nn.Module:
     return model
 
 
-def _compute_part(model: nn.Module, module: nn.Module, call: CallArguments) -> tuple[Any, dict[str, torch.Tensor]]:
+def _compute_part(model: nn.Module, module: nn.Module, call: _CallArguments) -> tuple[Any, dict[str, torch.Tensor]]:
     """Return a part's output and the buffers after it; the buffers of ``module`` are the start."""
     for buffer, original in zip(model.buffers(), module.buffers(), strict=True):
         buffer.copy_(original)
@@ -255,3 +255,69 @@ def _structure(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_structure(item) for item in value]
     return value if isinstance(value, bool | str | None) else type(value).__name__
+
+
+class _CallArguments:
+    """Copies of a call's arguments, which notice when the call changes them."""
+
+    def __init__(self, skeleton: Any, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy a call's tensors, and its other values with a placeholder for each tensor."""
+        own = [tensor.detach().clone() for tensor in tensors]
+        self._args, self._kwargs = scatter_gather.insert_tensors(copy.deepcopy(skeleton), own)
+        self._tensors, skeleton = scatter_gather.extract_tensors((self._args, self._kwargs))
+        self._versions = [tensor._version for tensor in self._tensors]
+        self._pickled = pickle.dumps(skeleton)
+
+    def apply(self, model: nn.Module) -> Any:
+        """Call ``model``."""
+        return model(*self._args, **self._kwargs)
+
+    def side_effect(self) -> str:
+        """Return what the call changed about its arguments; empty if nothing."""
+        if [tensor._version for tensor in self._tensors] != self._versions:
+            return "its forward changes its inputs in place"
+        if pickle.dumps(scatter_gather.extract_tensors((self._args, self._kwargs))[1]) != self._pickled:
+            return "its forward changes an object that it receives"
+        return ""
+
+
+class _AttributeState(NamedTuple):
+    """Attributes and parameters of a model that its forward may change, by name."""
+
+    tensors: dict[str, list[int]]
+    values: dict[str, bytes]
+    versions: dict[str, int]
+
+    @classmethod
+    def capture(cls, model: nn.Module) -> _AttributeState:
+        """Return the present state of ``model``."""
+        tensors, values = {}, {}
+        for prefix, part in model.named_modules():
+            for attribute, value in part.__dict__.items():
+                if attribute in ("_parameters", "_buffers", "_modules"):
+                    continue
+                name = f"{prefix}.{attribute}".lstrip(".")
+                if isinstance(value, torch.Tensor | list | tuple | dict):
+                    tensors[name] = [id(tensor) for tensor in scatter_gather.extract_tensors(value)[0]]
+                if isinstance(value, int | float | str | list | tuple | dict | set):
+                    with contextlib.suppress(Exception):
+                        values[name] = pickle.dumps(scatter_gather.extract_tensors(value)[1])
+        return cls(tensors, values, {name: parameter._version for name, parameter in model.named_parameters()})
+
+    def side_effect(self, model: nn.Module) -> str:
+        """Return what has changed in ``model`` since the capture; empty if only a call counter has."""
+        now = _AttributeState.capture(model)
+        for name, tensors in now.tensors.items():
+            if not set(tensors) <= set(self.tensors.get(name, ())):
+                return f"its forward keeps tensors in {name}, which would hold one part of the batch only"
+        for name, value in now.values.items():
+            if value != self.values.get(name) and not _is_counter(self.values.get(name), value):
+                return f"its forward keeps results in {name}, which would be those of one part of the batch"
+        written = [name for name, version in now.versions.items() if version != self.versions[name]]
+        return f"its forward writes to its parameter {written[0]}" if written else ""
+
+
+def _is_counter(before: bytes | None, after: bytes) -> bool:
+    """Return whether an attribute is an integer that has grown by one."""
+    old, new = (None if value is None else pickle.loads(value) for value in (before, after))
+    return type(old) is int and type(new) is int and new == old + 1
