@@ -78,12 +78,7 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
         (Patches.set, torch.UntypedStorage, {"cuda": lambda storage, *_, **__: storage}),
         (Patches.set, torch.TypedStorage, {"cuda": lambda storage, *_, **__: storage}),
         (Patches.set, nn.Module, {"cuda": _move_module}),
-        (Patches.wrap, torch, {"load": _load}),
-        (
-            Patches.wrap,
-            torch,
-            {"set_default_device": lambda set_it, device: set_it(_CPU if is_cuda(device) else device)},
-        ),
+        (Patches.wrap, torch, {"load": _load, "set_default_device": _set_default_device}),
         (Patches.wrap, torch.random, {"fork_rng": _fork_rng}),
         (Patches.wrap, torch.amp.autocast_mode.autocast, {"__init__": _init_autocast}),
         (Patches.wrap, torch.amp.grad_scaler.GradScaler, {"__init__": _init_grad_scaler}),
@@ -226,6 +221,10 @@ class _FakeGenerator(metaclass=_FakeGeneratorMeta):
 def _move_module(module: nn.Module, device: Any = None) -> nn.Module:
     is_index = device is None or isinstance(device, int)
     return module.to(torch.device("cuda", device or 0) if is_index else torch.device(device))
+
+
+def _set_default_device(original: Callable[..., Any], device: Any) -> None:
+    original(_CPU if is_cuda(device) else device)
 
 
 def _fork_rng(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
