@@ -387,7 +387,7 @@ for number in range(5):
 """
 
 
-def test_a_batch_that_fails_on_a_worker_is_computed_with_the_same_random_mask(tmp_path) -> None:
+def test_a_batch_that_fails_on_a_worker_is_computed_with_the_same_mask(tmp_path) -> None:
     (tmp_path / "t.py").write_text(FAILS_ON_A_WORKER)
     plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
     parallel = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
