@@ -1,9 +1,8 @@
-"""Interface between the trainer and a strategy, with the behavior of a single process as its default."""
+"""Interface between the trainer and a strategy, and the strategy of a single device."""
 
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -14,27 +13,26 @@ from duoka.utils.torch_private import multiply_in_place
 from duoka.world import World
 
 
-class Strategy(ABC):
-    """Keeps the replicas of one module in step during training.
+class Strategy:
+    """Keeps the replicas of one module in step; this base class serves one device, where collectives are the identity.
 
-    The gradient of a step is that of the mean over the global batch. Each rank multiplies its local
-    mean loss by ``loss_scale(count, global_count)`` before ``backward``, so ranks may differ in size.
+    The gradient of a step is that of the mean over the global batch. Each rank multiplies its local mean loss by
+    ``loss_scale(count, global_count)`` before ``backward``, so ranks may differ in size.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "single"
     """Name in the option ``strategy``."""
+    gradient_divisor = 1
+    """Number by which the gradient synchronization divides the sum over ranks."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-
-    @property
-    def replicas(self) -> int:
+        self.replicas = world.size
         """Number of devices that compute at the same time."""
-        return self.world.size
 
-    @abstractmethod
-    def wrap(self, module: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
+    def wrap(self, module: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:  # noqa: ARG002
         """Return the module that training steps call; ``module`` itself stays unwrapped."""
+        return module
 
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keep gradients local inside the block: for all micro-batches of a step but the last."""
@@ -44,7 +42,7 @@ class Strategy(ABC):
         """Return the factor for a mean loss over ``count`` of the step's ``global_count`` samples."""
         return count / global_count
 
-    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:  # noqa: B027 - nothing to do in one process
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Synchronize the gradients of a step whose module was not wrapped yet."""
 
     def average_gradients(self, parameters: Iterable[nn.Parameter], weight: torch.Tensor) -> None:
@@ -63,17 +61,12 @@ class Strategy(ABC):
         total = self.world.all_reduce(weight.double() if weight.device.type != "mps" else weight)
         return torch.where(total > 0, self.gradient_divisor / total, 0.0)
 
-    @property
-    def gradient_divisor(self) -> int:
-        """Number by which the gradient synchronization divides the sum over ranks."""
-        return 1
-
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
         """Scale gradients down to a total norm of ``max_norm``; return the norm before."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def synchronize_buffers(self, module: nn.Module) -> None:  # noqa: B027 - nothing to do in one process
+    def synchronize_buffers(self, module: nn.Module) -> None:
         """Broadcast rank 0's buffers, such as the running statistics of batch norm."""
 
-    def broadcast_parameters(self, module: nn.Module) -> None:  # noqa: B027 - nothing to do in one process
+    def broadcast_parameters(self, module: nn.Module) -> None:
         """Broadcast rank 0's parameters and buffers."""

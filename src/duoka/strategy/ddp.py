@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,17 +28,13 @@ class DDP(Strategy):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
     """
 
-    name: ClassVar[str] = "ddp"
+    name = "ddp"
 
     def __init__(self, world: World, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(world)
         self.options = dict(options or {})
+        self.gradient_divisor = world.size
         self._wrapped: DistributedDataParallel | None = None
-
-    @property
-    def gradient_divisor(self) -> int:
-        """The world size, as in DDP."""
-        return self.world.size
 
     def wrap(self, module: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
         """Broadcast rank 0's weights, and register gradient hooks on ``module``."""
@@ -47,8 +43,7 @@ class DDP(Strategy):
                 "the model has no parameter with requires_grad=True, so there is nothing to train; "
                 "set requires_grad=True on the parameters to be trained"
             )
-        device = self.world.device
-        device_ids = None if device.type == "cpu" else [device]
+        device_ids = None if self.world.device.type == "cpu" else [self.world.device]
         options = {"find_unused_parameters": find_unused_parameters, **self.options}
         self._wrapped = DistributedDataParallel(module, device_ids=device_ids, **options)
         return self._wrapped

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from duoka.errors import ConfigError
 from duoka.strategy.base import Strategy
 from duoka.strategy.ddp import DDP
-from duoka.strategy.single_device import SingleDevice
 from duoka.strategy.torch_data_parallel import DP
 from duoka.utils.validation import check_choice
 from duoka.world import World
 
-StrategyName: TypeAlias = Literal["auto", "single", "ddp", "dp"]
+StrategyName = Literal["auto", "single", "ddp", "dp"]
 STRATEGIES = get_args(StrategyName)
 """Values of the option ``strategy``."""
 
 
 def select_strategy(
-    name: str,
-    world: World,
-    *,
-    devices: Sequence[torch.device] = (),
-    ddp_options: Mapping[str, Any] | None = None,
+    name: str, world: World, *, devices: Sequence[torch.device] = (), ddp_options: Mapping[str, Any] | None = None
 ) -> tuple[Strategy, str]:
     """Return the strategy called ``name`` for this rank, and the reason.
 
     Args:
         name: one of ``STRATEGIES``; ``"auto"`` is DDP for more than one rank, else a single device.
-        world: this rank's world.
         devices: the devices of strategy ``"dp"``, all used by this process.
         ddp_options: arguments of ``DistributedDataParallel``.
 
@@ -51,9 +45,8 @@ def select_strategy(
                 f"strategy={name!r} works in one process, but this job has {world.size}; "
                 "use strategy='ddp', or start one process"
             )
-        return DDP(
-            world, ddp_options
-        ), f"{world.size} ranks, one process per device; gradients averaged during backward"
+        reason = f"{world.size} ranks, one process per device; gradients averaged during backward"
+        return DDP(world, ddp_options), reason
     if name == "dp":
         return DP(world, devices), f"as requested: one process, {max(1, len(devices))} devices, torch's nn.DataParallel"
-    return SingleDevice(world), "one device"
+    return Strategy(world), "one device"

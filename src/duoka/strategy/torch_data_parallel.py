@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,16 +16,12 @@ from duoka.world import World
 class DP(Strategy):
     """Replicates the module at every step, scatters the batch and gathers the losses."""
 
-    name: ClassVar[str] = "dp"
+    name = "dp"
 
     def __init__(self, world: World, devices: Sequence[torch.device] = ()) -> None:
         super().__init__(world)
         self.devices = tuple(devices) or (world.device,)
-
-    @property
-    def replicas(self) -> int:
-        """Number of devices of this process."""
-        return len(self.devices)
+        self.replicas = len(self.devices)
 
     def wrap(self, module: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:  # noqa: ARG002
         """Return ``module`` in ``nn.DataParallel``; its forward takes a batch and returns the loss."""
