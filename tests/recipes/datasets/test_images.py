@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from duoka.errors import DataError, MissingDependencyError
 from duoka.recipes.datasets import digits, image_folder
-from duoka.recipes.datasets.image_loader import Collate, ImageDataset, augmentation, loader
-from duoka.recipes.datasets.images import channel_statistics, read_image, stratified_split, write_image
+from duoka.recipes.datasets.image_loader import Collate, ImageDataset, loader
+from duoka.recipes.datasets.images import ImageSet, channel_statistics, read_image, stratified_split, write_image
+from duoka.recipes.image_classification.presets import CIFAR100
 from duoka.utils.imports import import_optional
 from support.paths import TINY_IMAGENET, needs_file
 
@@ -171,6 +173,11 @@ def test_batches_are_normalized_floats_and_labels():
     assert float(everything[0].mean()) == pytest.approx(0, abs=1e-5)
     assert float(everything[0].std()) == pytest.approx(1, abs=1e-3)
     assert torch.equal(everything[1], images.train.labels)
+
+
+def augmentation(images: ImageSet) -> v2.Compose:
+    """The random transforms of recipe cifar100 for one training image."""
+    return v2.Compose(CIFAR100.augmentation(CIFAR100.Config(), images, v2))
 
 
 def test_crop_shifts_by_the_border_and_digits_are_never_flipped():

@@ -16,8 +16,8 @@ from duoka.recipes.common.label_metrics import LabelWeightedAccuracy
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.datasets.images import Images, ImageSet
 from duoka.recipes.image_classification.config import TinyImageNetConfig
-from duoka.recipes.image_classification.predict import DatasetMetadata
 from duoka.recipes.image_classification.presets import TINY_IMAGENET
+from duoka.recipes.image_classification.results import DatasetMetadata
 from duoka.recipes.models import small_cnns
 from support.paths import TINY_IMAGENET as TINY_IMAGENET_SUBSET
 from support.paths import needs_file

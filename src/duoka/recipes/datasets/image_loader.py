@@ -1,4 +1,4 @@
-"""DataLoader of an image set: random crop and flip of each sample, normalization of each batch."""
+"""DataLoader of an image set: a random transform of each sample, normalization of each batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from duoka.recipes.datasets.images import Images, ImageSet, Statistics
-from duoka.utils.imports import import_optional
+from duoka.recipes.datasets.images import Images, Statistics
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -44,20 +43,6 @@ class Collate:
         images, labels = zip(*samples, strict=True)
         batch = torch.stack(images).float().sub_(self.mean).div_(self.std), torch.tensor(labels)
         return batch if self.mix is None else self.mix(*batch)
-
-
-def augmentation(images: ImageSet) -> Callable[[Tensor], Tensor]:
-    """Return a random shift within a border, with a random flip if that keeps the label.
-
-    The border is 4 pixels for images of 32 (He et al., 2015), and an eighth of other sizes.
-    """
-    v2: Any = import_optional("torchvision.transforms.v2", extra="vision")
-    _, height, width = images.shape
-    steps = [v2.RandomCrop((height, width), padding=max(1, min(height, width) // 8))]
-    if images.flip_keeps_label:
-        steps.append(v2.RandomHorizontalFlip())
-    transform: Callable[[Tensor], Tensor] = v2.Compose(steps)
-    return transform
 
 
 def loader(images: Images, collate: Collate, batch_size: int, workers: int, transform: Any = None) -> DataLoader[Any]:

@@ -35,8 +35,9 @@ def confusion_matrix(path: Path, counts: Tensor, classes: Sequence[str]) -> None
         bar = figure.colorbar(picture, fraction=0.04, pad=0.02, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
         bar.ax.set_yticklabels(["0", "1%", "5%", "20%", "50%", "100%"])
         bar.set_label("share of the true class's images")
-        if few:
-            _write_counts(axes, counts, share)
+        for row, column in counts.nonzero().tolist() if few else ():
+            color = "white" if share[row, column] > 0.4 else "black"
+            axes.text(column, row, f"{int(counts[row, column])}", ha="center", va="center", fontsize=8, color=color)
 
 
 def class_accuracy(path: Path, counts: Tensor, classes: Sequence[str]) -> None:
@@ -59,13 +60,8 @@ def class_accuracy(path: Path, counts: Tensor, classes: Sequence[str]) -> None:
 def examples(path: Path, pixels: Tensor, labels: Tensor, probabilities: Tensor, classes: Sequence[str]) -> None:
     """Draw test images with the model's predictions: evenly spaced ones, and its most confident mistakes.
 
-    Args:
-        path: the PNG file.
-        pixels: uint8 ``(images, channels, height, width)``.
-        labels: true classes ``(images,)``.
-        probabilities: predicted probabilities ``(images, classes)``.
-        classes: class names.
-
+    ``pixels`` are uint8 ``(images, channels, height, width)``, ``labels (images,)`` the true classes, and
+    ``probabilities (images, classes)`` the predictions.
     """
     confidence, predicted = probabilities.max(dim=1)
     some = torch.linspace(0, len(labels) - 1, min(16, len(labels))).long().tolist()
@@ -88,12 +84,8 @@ def _example(axes: Any, image: Tensor, truth: str, answer: str, confidence: floa
     """Show one image; a cross, the true class and the color mark a mistake."""
     axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     right = truth == answer
-    text = (
-        f"✓ {_short(answer)} ({confidence:.0%})"
-        if right
-        else f"✗ {_short(answer)} ({confidence:.0%})\nis {_short(truth)}"
-    )
-    axes.set_title(text, fontsize=9, color=BLUE if right else ORANGE)
+    title = f"{'✓' if right else '✗'} {_short(answer)} ({confidence:.0%})" + ("" if right else f"\nis {_short(truth)}")
+    axes.set_title(title, fontsize=9, color=BLUE if right else ORANGE)
 
 
 def _bars(axes: Any, right: Tensor, total: Tensor, names: list[str], rows: int) -> None:
@@ -118,13 +110,6 @@ def _wilson(right: Tensor, total: Tensor, z: float = 1.96) -> tuple[Tensor, Tens
     center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)).sqrt()
     return (center - half).clamp(0, 1), (center + half).clamp(0, 1)
-
-
-def _write_counts(axes: Any, counts: Tensor, share: Tensor) -> None:
-    """Write each positive count into its cell."""
-    for row, column in counts.nonzero().tolist():
-        color = "white" if share[row, column] > 0.4 else "black"
-        axes.text(column, row, f"{int(counts[row, column])}", ha="center", va="center", fontsize=8, color=color)
 
 
 def _short(name: str, limit: int = 16) -> str:

@@ -10,15 +10,13 @@ import torch
 from torch import nn
 
 from duoka import checkpoint
-from duoka.data import transforms
 from duoka.errors import ConfigError
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.datasets import cifar, digits, image_folder, tiny_imagenet
-from duoka.recipes.datasets.image_loader import augmentation
 from duoka.recipes.datasets.images import ImageSet
 from duoka.recipes.image_classification.config import Cifar100Config, TinyImageNetConfig
-from duoka.recipes.image_classification.predict import DatasetMetadata
+from duoka.recipes.image_classification.results import DatasetMetadata
 from duoka.recipes.image_classification.train import ImageRecipe
 from duoka.recipes.models import small_cnns
 from duoka.recipes.models.resnet import resnet
@@ -58,23 +56,19 @@ class Cifar100Preset(ImageRecipe):
         """Return a ResNet."""
         return resnet(_given(config.model), len(metadata.classes), metadata.shape[0], _given(config.width))
 
-    def batch_transforms(self, config: Cifar100Config, images: ImageSet) -> list[Any]:  # noqa: ARG002
+    def augmentation(self, config: Cifar100Config, images: ImageSet, library: Any) -> list[Any]:  # noqa: ARG002
         """Return a crop with padding, and a flip if that keeps the label.
 
         The padding is 4 of 32 pixels (He et al., 2015), and in proportion for other sizes.
         """
         side = min(images.shape[1:])
-        flip = [transforms.RandomHorizontalFlip()] if images.flip_keeps_label else []
-        return [transforms.RandomCrop(side, padding=max(1, side // 8)), *flip]
-
-    def sample_transform(self, config: Cifar100Config, images: ImageSet) -> Any:  # noqa: ARG002
-        """Return the same transforms for one image."""
-        return augmentation(images)
+        flip = [library.RandomHorizontalFlip()] if images.flip_keeps_label else []
+        return [library.RandomCrop(side, padding=max(1, side // 8)), *flip]
 
     def trainer_options(self, config: Cifar100Config) -> dict[str, Any]:
         """Return loss, momentum, warm-up and schedule options."""
-        cycles_momentum = config.optimizer in ("sgd", "adam", "adamw")
-        is_fixed = config.scheduler == "onecycle" and not cycles_momentum
+        has_momentum = config.optimizer in ("sgd", "adam", "adamw")
+        is_fixed = config.scheduler == "onecycle" and not has_momentum
         return {
             "loss": nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
             "optimizer_options": {"momentum": config.momentum} if config.optimizer == "sgd" else {},
@@ -121,27 +115,22 @@ class TinyImageNetPreset(ImageRecipe):
             images = cifar.load(cifar.official(config.dataset), config.root, download=config.download)
         if config.limit is None:
             return images
-        train, test = (part.select(_first_per_class(part.labels, config.limit)) for part in (images.train, images.test))
-        return dataclasses.replace(images, train=train, test=test)
+        parts = []
+        for part in (images.train, images.test):
+            of_classes = [(part.labels == label).nonzero().flatten() for label in torch.unique(part.labels)]
+            parts.append(part.select(torch.cat([indices[: config.limit] for indices in of_classes]).sort().values))
+        return dataclasses.replace(images, train=parts[0], test=parts[1])
 
     def build_model(self, config: TinyImageNetConfig, metadata: DatasetMetadata) -> nn.Module:
         """Return one of the five networks."""
         return small_cnns.build(config.model, len(metadata.classes), metadata.shape[1])
 
-    def batch_transforms(self, config: TinyImageNetConfig, images: ImageSet) -> list[Any]:
+    def augmentation(self, config: TinyImageNetConfig, images: ImageSet, library: Any) -> list[Any]:
         """Return resized crop, flip and color jitter, unless the augmentation is none."""
         if config.augmentation == "none":
             return []
-        crop = transforms.RandomResizedCrop(images.shape[1], scale=SCALE)
-        return [crop, transforms.RandomHorizontalFlip(), transforms.ColorJitter(**JITTER)]
-
-    def sample_transform(self, config: TinyImageNetConfig, images: ImageSet) -> Any:
-        """Return the same transforms for one image."""
-        v2 = import_optional("torchvision.transforms.v2", extra="vision")
-        if config.augmentation == "none":
-            return v2.Identity()
-        crop = v2.RandomResizedCrop(images.shape[1], scale=SCALE)
-        return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(**JITTER)])
+        crop = library.RandomResizedCrop(images.shape[1], scale=SCALE)
+        return [crop, library.RandomHorizontalFlip(), library.ColorJitter(**JITTER)]
 
     def batch_mix(self, config: TinyImageNetConfig, num_classes: int) -> Any:
         """Return torchvision's MixUp or CutMix, or ``None``."""
@@ -169,11 +158,6 @@ class TinyImageNetPreset(ImageRecipe):
 
 CIFAR100 = Cifar100Preset()
 TINY_IMAGENET = TinyImageNetPreset()
-
-
-def _first_per_class(labels: torch.Tensor, limit: int) -> torch.Tensor:
-    """Return the indices of the first ``limit`` images of each class, in order."""
-    return torch.cat([(labels == label).nonzero().flatten()[:limit] for label in torch.unique(labels)]).sort().values
 
 
 def _given(value: T | None) -> T:

@@ -1,31 +1,61 @@
-"""Test results of an image recipe: numbers, pictures, and sample images to try the model with."""
+"""Results of an image recipe: the test's numbers, plots and sample images, and the metadata that predictions need."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from duoka.data.transforms import Normalize
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import RecipeOutcome
-from duoka.recipes.datasets.images import ImageSet, write_image
+from duoka.recipes.datasets.images import ImageSet, Statistics, channel_statistics, write_image
 from duoka.recipes.image_classification import plots
-from duoka.recipes.image_classification.predict import DatasetMetadata
 from duoka.trainer import Trainer
 from duoka.world import current_world
 
 
+@dataclass(frozen=True)
+class DatasetMetadata:
+    """Classes, shape and statistics of the images that a model was trained on."""
+
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    """``(channels, height, width)``"""
+    statistics: Statistics
+
+    @classmethod
+    def of(cls, images: ImageSet) -> DatasetMetadata:
+        """Return the metadata of ``images``."""
+        return cls(images.classes, images.shape, images.statistics or channel_statistics(images.train.pixels))
+
+    @classmethod
+    def of_run(cls, run: RecipeRun) -> DatasetMetadata:
+        """Return the metadata in the results of a finished run."""
+        saved = run.read_results("images")["images"]
+        channels, height, width = saved["shape"]
+        statistics = Statistics(tuple(saved["mean"]), tuple(saved["std"]))
+        return cls(tuple(saved["classes"]), (channels, height, width), statistics)
+
+    @property
+    def normalize(self) -> Normalize:
+        """Transform of pixels from 0 to 1 to mean 0 and standard deviation 1."""
+        return Normalize(self.statistics.mean, self.statistics.std)
+
+
 def test_and_write_results(
-    recipe: str, run: RecipeRun, trainer: Trainer, images: ImageSet, metadata: DatasetMetadata, test_loader: Any
+    recipe: str, run: RecipeRun, trainer: Trainer, images: ImageSet, metadata: DatasetMetadata
 ) -> RecipeOutcome:
-    """Test the trained model on ``test_loader``, and write ``results.json``, plots and samples into the run's folder."""
-    results = _test_results(trainer, test_loader)
-    logits = trainer.predict(test_loader)
+    """Test the trained model, and write ``results.json``, plots and samples into the run's folder."""
+    results = test_results(trainer)
+    logits = trainer.predict(trainer.eval_data)
     if current_world().is_main:
-        counts = _confusion_counts(images, logits)
+        num_classes, predicted = len(images.classes), logits.argmax(dim=1)
+        counts = torch.bincount(images.test.labels * num_classes + predicted, minlength=num_classes**2)
+        counts = counts.view(num_classes, num_classes)  # true class by predicted class
         accuracies = (counts.diagonal() / counts.sum(dim=1).clamp_min(1)).tolist()
         run.log(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
         _draw(run, images, counts, logits.double().softmax(dim=1))
@@ -35,29 +65,18 @@ def test_and_write_results(
                 **results,
                 "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
                 "class_accuracy": dict(zip(images.classes, accuracies, strict=True)),
-                "images": {
-                    "classes": images.classes,
-                    "shape": images.shape,
-                    **dataclasses.asdict(metadata.statistics),
-                },
+                "images": {"classes": images.classes, "shape": images.shape, **dataclasses.asdict(metadata.statistics)},
             }
         )
-    return RecipeOutcome(run, results, _next_step(run, images))
+    return RecipeOutcome(run, results, next_step(run, images))
 
 
-def evaluate_run(run: RecipeRun, trainer: Trainer, images: ImageSet, test_loader: Any) -> RecipeOutcome:
-    """Test the model of a finished run again, and write ``evaluation.json`` into its folder."""
-    results = _test_results(trainer, test_loader)
-    if current_world().is_main:
-        run.write_results(results, "evaluation.json")
-    return RecipeOutcome(run, results, _next_step(run, images))
+def test_results(trainer: Trainer) -> dict[str, float]:
+    """Return loss and metrics on the test part, which is the trainer's ``eval_data``."""
+    return {f"test_{name}": float(value) for name, value in trainer.evaluate().items()}
 
 
-def _test_results(trainer: Trainer, test_loader: Any) -> dict[str, float]:
-    return {f"test_{name}": float(value) for name, value in trainer.evaluate(test_loader).items()}
-
-
-def _next_step(run: RecipeRun, images: ImageSet) -> str:
+def next_step(run: RecipeRun, images: ImageSet) -> str:
     """Return a prediction command for a sample image of the run."""
     sample = run.sample(images.classes[int(images.test.labels.min())])
     return shlex.join(("duoka", "predict", str(run.folder), str(sample)))
@@ -72,10 +91,3 @@ def _draw(run: RecipeRun, images: ImageSet, counts: Tensor, probabilities: Tenso
     for label in torch.unique(test.labels)[:10].tolist():
         index = int((test.labels == label).nonzero()[0])
         write_image(run.sample(images.classes[label]), test.pixels[index])
-
-
-def _confusion_counts(images: ImageSet, logits: Tensor) -> Tensor:
-    """Return the number of test images of each class (row) by predicted class (column)."""
-    num_classes, predicted = len(images.classes), logits.argmax(dim=1)
-    counts = torch.bincount(images.test.labels * num_classes + predicted, minlength=num_classes**2)
-    return counts.view(num_classes, num_classes)

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from duoka import checkpoint, data, devices
+from duoka.data import transforms
 from duoka.devices.cpu import loader_workers
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun, run_dir_for, run_options
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
 from duoka.recipes.datasets.image_loader import Collate, loader
-from duoka.recipes.datasets.images import ImageSet
-from duoka.recipes.image_classification.predict import DatasetMetadata, predict_files
-from duoka.recipes.image_classification.results import evaluate_run, test_and_write_results
+from duoka.recipes.datasets.images import ImageSet, read_image
+from duoka.recipes.image_classification.results import DatasetMetadata, next_step, test_and_write_results, test_results
 from duoka.trainer import Trainer
+from duoka.utils.imports import import_optional
 from duoka.world import current_world
 
 
@@ -38,12 +39,8 @@ class ImageRecipe(ABC):
         """Return the untrained model."""
 
     @abstractmethod
-    def batch_transforms(self, config: Any, images: ImageSet) -> list[Any]:
-        """Return the random transforms of training batches on the device."""
-
-    @abstractmethod
-    def sample_transform(self, config: Any, images: ImageSet) -> Any:
-        """Return torchvision's transform of one training image, for DataLoader workers."""
+    def augmentation(self, config: Any, images: ImageSet, library: Any) -> list[Any]:
+        """Return the random transforms of training images, from ``duoka.data.transforms`` or torchvision's ``v2``."""
 
     def batch_mix(self, config: Any, num_classes: int) -> Any:  # noqa: ARG002
         """Return a transform that mixes the images of a batch, or ``None``."""
@@ -74,19 +71,30 @@ class ImageRecipe(ABC):
             trainer.fit(save_model=True, model_path=run.model)
         if current_world().is_main:
             self.write_extras(run, config, model, metadata)
-        return test_and_write_results(self.name, run, trainer, images, metadata, trainer.eval_data)
+        return test_and_write_results(self.name, run, trainer, images, metadata)
 
     def evaluate(self, run: RecipeRun, config: Any) -> RecipeOutcome:
-        """Test the model of a finished run again; writes ``evaluation.json`` into its folder."""
+        """Test the model of a finished run again, and write ``evaluation.json`` into its folder."""
         model, metadata = self.load_finished_run(run, config)
         images = self.load(config)
-        trainer = self._trainer(model, config, images, metadata)
-        return evaluate_run(run, trainer, images, trainer.eval_data)
+        results = test_results(self._trainer(model, config, images, metadata))
+        if current_world().is_main:
+            run.write_results(results, "evaluation.json")
+        return RecipeOutcome(run, results, next_step(run, images))
 
     def predict(self, run: RecipeRun, config: Any, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
-        """Return the classes of image files with their probabilities, by the model of a finished run."""
+        """Return the classes of image files with their probabilities, most likely first, from the first device."""
         model, metadata = self.load_finished_run(run, config)
-        return predict_files(model, metadata, config.device, sources, invert=invert)
+        first = devices.resolve(config.device).devices[0]
+        pixels = torch.stack([read_image(source, metadata.shape, invert=invert) for source in sources])
+        model.to(first).eval()
+        with torch.inference_mode():
+            logits = model(metadata.normalize(pixels.float() / 255, torch.empty(len(pixels), 0)).to(first))
+        ranked = logits.double().softmax(dim=1).cpu().sort(dim=1, descending=True)
+        return [
+            Prediction(source, tuple(zip((metadata.classes[index] for index in indices), values, strict=True)))
+            for source, values, indices in zip(sources, ranked.values.tolist(), ranked.indices.tolist(), strict=True)
+        ]
 
     def load_finished_run(self, run: RecipeRun, config: Any) -> tuple[nn.Module, DatasetMetadata]:
         """Return the trained model of a run, and the metadata of its images."""
@@ -99,12 +107,13 @@ class ImageRecipe(ABC):
         """Return a loader that keeps the images on the device, or one with worker processes if there are any."""
         mix = self.batch_mix(config, len(metadata.classes))
         if not config.num_workers:
-            transforms = [*self.batch_transforms(config, images), metadata.normalize]
-            pixels_and_labels = images.train.pixels, images.train.labels
-            size = config.batch_size
-            return data.resident(pixels_and_labels, batch_size=size, shuffle=True, transforms=transforms, mix=mix)
+            steps = [*self.augmentation(config, images, transforms), metadata.normalize]
+            pixels_and_labels, size = (images.train.pixels, images.train.labels), config.batch_size
+            return data.resident(pixels_and_labels, batch_size=size, shuffle=True, transforms=steps, mix=mix)
+        v2 = import_optional("torchvision.transforms.v2", extra="vision")
         workers = _workers_per_device(config.device, config.num_workers)
-        transform = self.sample_transform(config, images)
+        steps = self.augmentation(config, images, v2)
+        transform = v2.Compose(steps) if steps else v2.Identity()
         return loader(images.train, Collate(metadata.statistics, mix), config.batch_size, workers, transform)
 
     def test_loader(self, config: Any, images: ImageSet, metadata: DatasetMetadata) -> Any:
@@ -116,24 +125,14 @@ class ImageRecipe(ABC):
     def _trainer(
         self, model: nn.Module, config: Any, images: ImageSet, metadata: DatasetMetadata, **options: Any
     ) -> Trainer:
-        return Trainer(
-            model,
-            self.train_loader(config, images, metadata),
-            self.test_loader(config, images, metadata),
-            metrics=_metrics(len(metadata.classes)),
-            device=config.device,
-            batch_size_means=config.batch_size_means,
-            precision=config.precision,
-            epochs=config.epochs,
-            optimizer=config.optimizer,
-            lr=config.lr,
-            lr_scaling=config.lr_scaling,
-            weight_decay=config.weight_decay,
-            scheduler=None if config.scheduler == "none" else config.scheduler,
-            seed=config.seed,
+        names = ("device", "batch_size_means", "precision", "epochs", "optimizer", "lr", "lr_scaling", "weight_decay")
+        options |= {name: getattr(config, name) for name in (*names, "seed")}
+        options |= {
+            "scheduler": None if config.scheduler == "none" else config.scheduler,
             **self.trainer_options(config),
-            **options,
-        )
+        }
+        loaders = self.train_loader(config, images, metadata), self.test_loader(config, images, metadata)
+        return Trainer(model, *loaders, metrics=_metrics(len(metadata.classes)), **options)
 
 
 def _metrics(num_classes: int) -> dict[str, Any]:
