@@ -139,6 +139,15 @@ def test_a_run_on_three_devices_resumes_bit_identically(tmp_path):
     assert torch.equal(resumed.weight, whole.weight)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_checkpoints_and_weights_have_the_models_own_parameter_names(tmp_path, device):
+    model, _ = trained(tmp_path, device, epochs=1, monitor="loss")
+    saved = load_training(tmp_path / "checkpoint" / "last.pt")
+    own = list(model.state_dict())
+    assert list(saved["model"]) == list(saved["best_weights"]) == own  # DDP would add "module."
+    assert sorted(load(tmp_path / "model.safetensors")) == sorted(own)
+
+
 def test_resuming_a_finished_run_trains_no_further(tmp_path):
     model, trainer = trained(tmp_path, "cpu")
     again, resumed = trained(tmp_path, "cpu", resume=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 PREDICTION_KEYS = ("logits", "predictions", "prediction")
 
 
-def call_model(model: nn.Module, inputs: Any) -> Any:
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Call ``model`` with a batch's inputs: a mapping as keyword arguments, a tuple or list as positional ones."""
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
@@ -60,16 +60,14 @@ def inputs_of(model: nn.Module, batch: Any, key: str | None = None) -> Any:
     A tuple has a target if it is longer than the required arguments of ``model.forward``.
     """
     if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name != _target_key(batch, key)}
-    if isinstance(batch, (tuple, list)) and len(batch) > 1 and len(batch) > _num_required(model):
-        return batch[:-1]
-    return batch
-
-
-def _num_required(model: nn.Module) -> int:
+        name = _target_key(batch, key)
+        return {other: value for other, value in batch.items() if other != name}
+    if not isinstance(batch, (tuple, list)):
+        return batch
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
-    return sum(item.kind in positional and item.default is inspect.Parameter.empty for item in parameters) or 1
+    required = sum(item.kind in positional and item.default is inspect.Parameter.empty for item in parameters)
+    return batch[:-1] if len(batch) > max(1, required) else batch
 
 
 def prediction_of(output: Any) -> Any:

@@ -65,16 +65,8 @@ class State:
 
     def checkpoint_fields(self) -> dict[str, Any]:
         """Return the fields that a checkpoint holds."""
-        names = (
-            "epoch",
-            "step",
-            "samples",
-            "samples_in_epoch",
-            "history",
-            "validation",
-            "evaluations_without_improvement",
-        )
-        saved = {name: getattr(self, name) for name in names}
+        names = ("epoch", "step", "samples", "samples_in_epoch", "history", "validation")
+        saved = {name: getattr(self, name) for name in (*names, "evaluations_without_improvement")}
         return {**saved, "best": None if self.best is None else dataclasses.asdict(self.best)}
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -109,20 +101,3 @@ class Callback:
 
     def on_fit_end(self, state: State) -> None:
         """Called once, after the last epoch, when the model has the best weights."""
-
-
-@dataclass(frozen=True)
-class CallbackList:
-    """The callbacks of a fit; empty on ranks other than 0."""
-
-    callbacks: tuple[Callback, ...] = ()
-
-    @property
-    def has_step_callback(self) -> bool:
-        """Whether a callback overrides ``on_step_end``."""
-        return any(type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks)
-
-    def call(self, event: str, state: State) -> None:
-        """Call the method ``event`` of each callback, in order."""
-        for callback in self.callbacks:
-            getattr(callback, event)(state)

@@ -75,9 +75,8 @@ def _empty_error(name: str, data: Any, batches_per_step: int) -> DataError:
     """Return the error for data without samples."""
     dataset = getattr(data, "dataset", None)
     length = len(dataset) if isinstance(dataset, Sized) else 0
-    sampler = getattr(data, "batch_sampler", None)
-    size = getattr(data, "batch_size", None) or getattr(sampler, "batch_size", None)
-    drops = getattr(data, "drop_last", False) or getattr(sampler, "drop_last", False)
+    size = loader_batch_size(data)
+    drops = getattr(data, "drop_last", False) or getattr(getattr(data, "batch_sampler", None), "drop_last", False)
     if not (length and drops):
         return DataError(f"{name} is empty (a {type(data).__name__} of length 0); give data with at least one sample")
     devices = f" on each of {batches_per_step} devices" if batches_per_step > 1 else ""
@@ -87,19 +86,20 @@ def _empty_error(name: str, data: Any, batches_per_step: int) -> DataError:
     )
 
 
+def loader_batch_size(data: Any) -> Any:
+    """Return the batch size of a ``DataLoader`` or its batch sampler, ``None`` if it is unknown before loading."""
+    return getattr(data, "batch_size", None) or getattr(getattr(data, "batch_sampler", None), "batch_size", None)
+
+
 def in_dataset_order(data: Any) -> Any:
     """Return a copy of a shuffled ``DataLoader`` in the order of its data set, and any other ``data`` unchanged."""
     if isinstance(data, DeviceResidentLoader):
         return data.in_order()
-    batches = getattr(data, "batch_sampler", None)
-    if (
-        not isinstance(data, DataLoader)
-        or type(batches) is not BatchSampler
-        or type(batches.sampler) is not RandomSampler
-    ):
+    batches = getattr(data, "batch_sampler", None) if isinstance(data, DataLoader) else None
+    if type(batches) is not BatchSampler or type(batches.sampler) is not RandomSampler:
         return data
     ordered = copy.copy(data)
-    sampler = SequentialSampler(data.dataset)  # type: ignore[arg-type]
+    sampler = SequentialSampler(data.dataset)
     in_order = BatchSampler(sampler, batches.batch_size, batches.drop_last)
     vars(ordered).update(sampler=sampler, batch_sampler=in_order)  # DataLoader refuses to set these attributes
     return ordered

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,20 +58,6 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
     )
 
 
-def is_same_run(path: Path | None, out_dir: str | Path | None) -> bool:
-    """Return whether ``path`` is the checkpoint in ``out_dir``, so that the run there continues."""
-    return path is not None and out_dir is not None and path.resolve() == checkpoint_path(out_dir).resolve()
-
-
-def weights_path(config: TrainerConfig, save_model: bool, model_path: str | Path | None) -> Path | None:
-    """Return the file for the final weights, ``None`` to write none."""
-    if not save_model:
-        return None
-    if model_path is not None:
-        return Path(model_path)
-    return None if config.out_dir is None else Path(config.out_dir) / "model.safetensors"
-
-
 def run_on_rank_zero(world: World, function: Callable[[], T]) -> T:
     """Run ``function`` on rank 0 and return its result on every rank; an error there ends the wait of all ranks.
 
@@ -79,18 +65,15 @@ def run_on_rank_zero(world: World, function: Callable[[], T]) -> T:
         CheckpointError: on the other ranks, with rank 0's message; rank 0 raises the original error.
 
     """
-    if not world.is_main:
-        result, failure = world.broadcast_object((None, ""))
-        if failure:
-            raise CheckpointError(f"rank 0: {failure}")
-        return result  # type: ignore[return-value]
     try:
-        result = function()
+        mine = (function() if world.is_main else None, "")
     except Exception as error:
         world.broadcast_object((None, f"{type(error).__name__}: {error}"))
         raise
-    world.broadcast_object((result, ""))
-    return result
+    result, failure = world.broadcast_object(mine)
+    if failure:
+        raise CheckpointError(f"rank 0: {failure}")
+    return result  # type: ignore[return-value]
 
 
 @dataclass
@@ -100,12 +83,20 @@ class TrainCheckpoint:
     module: ModelWithLoss
     train_step: TrainStep
     state: State
-    best_weights: BestWeights
     monitor: str | None
     """Name of the result that selects the best weights."""
     world: World
+    best_weights: dict[str, Any] = field(default_factory=dict)
+    """State dict of the best evaluation, on rank 0's CPU; empty before the first."""
     has_unused_parameters: bool | None = None
     """What the first step has found; ``None`` before it, and on one rank."""
+
+    def keep_best_weights(self) -> None:
+        """Copy the model's current weights."""
+        self.best_weights = {
+            name: value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+            for name, value in model_state(self.module.model).items()
+        }
 
     def write(self, path: Path, position: Mapping[str, int]) -> None:
         """Write the checkpoint from rank 0; every rank must call this."""
@@ -125,7 +116,7 @@ class TrainCheckpoint:
                 "scaler": {} if step.scaler is None else step.scaler.state_dict(),
                 "position": dict(position),
                 "state": self.state.checkpoint_fields(),
-                "best_weights": self.best_weights.state,
+                "best_weights": self.best_weights,
                 "monitor": self.monitor,
                 "has_unused_parameters": self.has_unused_parameters,
                 "ranks": ranks,
@@ -166,8 +157,8 @@ class TrainCheckpoint:
                 f"{', '.join(sorted(missing))}; resume from the checkpoint/last.pt of a Trainer's out_dir, or begin a new run "
                 f"with its weights: duoka.load({str(path)!r}, into=model)"
             )
-        self.best_weights.state = saved.pop("best_weights", {})
-        return {**saved, "has_best": bool(self.best_weights.state)}
+        self.best_weights = saved.pop("best_weights", {})
+        return {**saved, "has_best": bool(self.best_weights)}
 
     def _check_optimizer(self, path: Path, saved: Mapping[str, Any]) -> None:
         mine, theirs = type(self.train_step.optimizer).__name__, saved["optimizer_name"]
@@ -186,32 +177,14 @@ class TrainCheckpoint:
             if self.world.is_main:
                 logger.warning("%s: %s; the search for the best starts again with monitor=%r", path, why, self.monitor)
             state.best, state.evaluations_without_improvement = None, 0
-            self.best_weights.state = {}
+            self.best_weights = {}
 
     def _restore_rank(self, ranks: list[dict[str, Any]]) -> Any:
         meter, world = self.train_step.loss_meter, self.world
-        same_size = len(ranks) == world.size
-        if same_size:
+        if len(ranks) == world.size:
             meter.restore(ranks[world.rank]["loss_meter"])
-        elif world.is_main:
-            meter.restore((sum(rank["loss_meter"][0] for rank in ranks), sum(rank["loss_meter"][1] for rank in ranks)))
-        return ranks[world.rank]["rng"] if same_size else None
-
-
-class BestWeights:
-    """Weights of the best evaluation, in rank 0's memory and in every checkpoint."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {}
-        """State dict on the CPU; empty before the first evaluation."""
-
-    def keep(self, model: torch.nn.Module) -> None:
-        """Copy the current weights of ``model``."""
-        self.state = {
-            name: value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
-            for name, value in model_state(model).items()
-        }
-
-    def load(self, model: torch.nn.Module) -> None:
-        """Load the kept weights into ``model``."""
-        load_state(model, self.state)
+            return ranks[world.rank]["rng"]
+        if world.is_main:
+            totals, weights = zip(*(rank["loss_meter"] for rank in ranks), strict=True)
+            meter.restore((sum(totals), sum(weights)))
+        return None

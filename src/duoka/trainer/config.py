@@ -185,21 +185,16 @@ class TrainerConfig:
         if isinstance(self.scheduler, str):
             check_choice("scheduler", self.scheduler, tuple(SCHEDULERS))
         elif self.scheduler is not None and not callable(self.scheduler):
-            raise invalid_option(
-                "scheduler", self.scheduler, f"a name ({', '.join(SCHEDULERS)}), a class or a function"
-            )
+            expected = f"a name ({', '.join(SCHEDULERS)}), a class or a function"
+            raise invalid_option("scheduler", self.scheduler, expected)
 
     def _check_numbers(self) -> None:
-        at_least_1 = ("epochs", "gradient_accumulation_steps", "eval_every_epochs")
-        if_given = ("max_steps", "early_stop_patience", "checkpoint_every_steps")
-        for name in (*at_least_1, *(name for name in if_given if getattr(self, name) is not None)):
-            check_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed"):
-            check_integer(name, getattr(self, name), 0)
-        for name in ("lr", "max_grad_norm", "weight_decay", "warmup_epochs"):
-            value = getattr(self, name)
-            if value is not None:
-                check_number(name, value, 0, exclusive=name in ("lr", "max_grad_norm"))
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        at_least_1 = ("epochs", "gradient_accumulation_steps", "eval_every_epochs", "max_steps", "early_stop_patience")
+        for name in given.keys() & {*at_least_1, "checkpoint_every_steps", "warmup_steps", "seed"}:
+            check_integer(name, given[name], 0 if name in ("warmup_steps", "seed") else 1)
+        for name in given.keys() & {"lr", "max_grad_norm", "weight_decay", "warmup_epochs"}:
+            check_number(name, given[name], 0, exclusive=name in ("lr", "max_grad_norm"))
 
     def _check_combinations(self) -> None:
         if self.tensorboard and self.out_dir is None:
@@ -209,8 +204,17 @@ class TrainerConfig:
                 "compile=True is not possible with strategy='dp', as nn.DataParallel's replicas cannot be compiled; "
                 "use strategy='ddp'"
             )
-        if not isinstance(self.optimizer, (str, type)):
-            self._check_no_optimizer_options()
+        own = not isinstance(self.optimizer, (str, type))
+        for name in ("lr", "weight_decay", "optimizer_options") if own else ():
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} has no effect on your own optimizer; set it in the optimizer"
+                )
+        if own and self.lr_scaling != "none":
+            raise ConfigError(
+                f"lr_scaling={self.lr_scaling!r} has no effect on your own optimizer, which has its own lr; give "
+                "optimizer a name or a class, or scale its lr"
+            )
         if self.lr_scaling != "none" and self.lr is None:
             raise ConfigError(f"lr_scaling={self.lr_scaling!r} needs lr, the learning rate for one device's batch")
         if self.warmup_steps and self.warmup_epochs:
@@ -225,19 +229,6 @@ class TrainerConfig:
         if self.out_dir is None and (self.checkpoint_every_steps or self.resume is True or self.resume == "auto"):
             option = "checkpoint_every_steps" if self.checkpoint_every_steps else "resume"
             raise ConfigError(f"{option}={getattr(self, option)!r} needs out_dir, the folder of the checkpoint")
-
-    def _check_no_optimizer_options(self) -> None:
-        """Raise ``ConfigError`` for an option that has no effect on the user's own optimizer."""
-        for name in ("lr", "weight_decay", "optimizer_options"):
-            if getattr(self, name):
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} has no effect on your own optimizer; set it in the optimizer"
-                )
-        if self.lr_scaling != "none":
-            raise ConfigError(
-                f"lr_scaling={self.lr_scaling!r} has no effect on your own optimizer, which has its own lr; give "
-                "optimizer a name or a class, or scale its lr"
-            )
 
     def to_plain(self) -> dict[str, Any]:
         """Return the options as text and numbers, for ``trainer.yml``."""

@@ -24,24 +24,15 @@ def evaluate(module: ModelWithLoss, batches: Iterable[LocalBatch], metrics: Metr
         module.eval()
         for local in batches:
             if local.count:
-                _add_batch(module, local, metrics, meter, world.device)
-    results: Results = {}
-    loss = meter.global_mean(world)
-    if loss is not None:
-        results["loss"] = loss
-    return {**results, **metrics.compute(world)}
-
-
-def _add_batch(
-    module: ModelWithLoss, local: LocalBatch, metrics: Metrics, meter: LossMeter, device: torch.device
-) -> None:
-    result = module.evaluate_batch(to_device(local.batch, device), not metrics.empty)
-    if isinstance(result.loss, tuple):
-        meter.add_sum(*result.loss)
-    elif result.loss is not None:
-        meter.add(result.loss, local.count)
-    if not metrics.empty:
-        metrics.update(result.output, result.target)
+                batch = to_device(local.batch, world.device)
+                loss, output, target = module.evaluate_batch(batch, with_output=not metrics.empty)
+                if isinstance(loss, tuple):
+                    meter.add_sum(*loss)
+                elif loss is not None:
+                    meter.add(loss, local.count)
+                metrics.update(output, target)
+    mean = meter.global_mean(world)
+    return {**({} if mean is None else {"loss": mean}), **metrics.compute(world)}
 
 
 def predict(module: ModelWithLoss, batches: Iterable[LocalBatch], world: World) -> Any:
@@ -50,7 +41,13 @@ def predict(module: ModelWithLoss, batches: Iterable[LocalBatch], world: World) 
     with preserve_train_modes(module), torch.no_grad():
         module.eval()
         for local in batches:
-            mine.append(_predict_batch(module, local, world) if local.count else None)
+            output = module.predictions(to_device(local.batch, world.device)) if local.count else None
+            if isinstance(output, torch.Tensor) and not output.ndim:
+                raise DataError(
+                    f"the model's prediction for {local.count} sample(s) is a single number without a batch dimension; if a "
+                    ".squeeze() removes it, write .squeeze(-1)"
+                )
+            mine.append(to_device(output, "cpu"))
     steps = zip(*world.all_gather_object(mine), strict=True)  # one tuple per global batch, in the order of ranks
     outputs = [output for step in steps for output in step if output is not None]
     try:
@@ -60,13 +57,3 @@ def predict(module: ModelWithLoss, batches: Iterable[LocalBatch], world: World) 
             f"predictions of different batches have different shapes: {str(error).partition(';')[0]}; give every sample one "
             "shape: pad in Trainer(..., predict_fn=function of model and batch), or predict data of one length at a time"
         ) from error
-
-
-def _predict_batch(module: ModelWithLoss, local: LocalBatch, world: World) -> Any:
-    output = to_device(module.predictions(to_device(local.batch, world.device)), "cpu")
-    if isinstance(output, torch.Tensor) and not output.ndim:
-        raise DataError(
-            f"the model's prediction for {local.count} sample(s) is a single number without a batch dimension; if a "
-            ".squeeze() removes it, write .squeeze(-1)"
-        )
-    return output

@@ -14,17 +14,9 @@ import torch
 from duoka import checkpoint
 from duoka.data import DataPosition, LocalBatch
 from duoka.log import logger
-from duoka.trainer.callbacks import Best, CallbackList, State
+from duoka.trainer.callbacks import Best, Callback, State
 from duoka.trainer.checked_loader import build_loader
-from duoka.trainer.checkpointing import (
-    BestWeights,
-    TrainCheckpoint,
-    checkpoint_path,
-    find_checkpoint,
-    is_same_run,
-    run_on_rank_zero,
-    weights_path,
-)
+from duoka.trainer.checkpointing import TrainCheckpoint, checkpoint_path, find_checkpoint, run_on_rank_zero
 from duoka.trainer.evaluation import evaluate
 from duoka.trainer.fit_spec import FitSpec, build_model_with_loss
 from duoka.trainer.loss_meter import LossMeter
@@ -33,7 +25,7 @@ from duoka.trainer.metrics import Metrics, Results
 from duoka.trainer.model_selection import PREFIX, BestTracker
 from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.trainer.optimizers import build_optimizer
-from duoka.trainer.progress import Reporter, reporter_for
+from duoka.trainer.progress import Reporter, format_number, reporter_for
 from duoka.trainer.run_dir import RunDir
 from duoka.trainer.train_logger import TrainLogger, startup_summary
 from duoka.trainer.train_step import TrainStep, accumulation_windows
@@ -74,7 +66,7 @@ class FitLoop:
         self.metrics = Metrics(spec.metrics, world.device)
         self.train_metrics = Metrics(spec.train_metrics, world.device)
         self.best_tracker = BestTracker(config, self.metrics, spec.eval_data is not None)
-        self.callbacks = CallbackList(spec.rank_zero.callbacks if world.is_main else ())
+        self.callbacks = spec.rank_zero.callbacks if world.is_main else ()
         self.train_loader = build_loader(spec, "train_data", self.strategy)
         self.eval_loader = None if spec.eval_data is None else build_loader(spec, "eval_data", self.strategy)
         self.test_loader = None if spec.test_data is None else build_loader(spec, "test_data", self.strategy)
@@ -96,15 +88,17 @@ class FitLoop:
         self.log = TrainLogger(config, self.state, reporter, self.run_dir, is_main=world.is_main)
         self.train_step.zero_grad()  # gradients from before the fit do not enter the first step
         stack.callback(self.train_step.zero_grad)
-        self.weights_path = weights_path(config, spec.save_model, spec.model_path)
-        self.best_weights = BestWeights()
-        self.checkpoint = TrainCheckpoint(
-            module, self.train_step, self.state, self.best_weights, self.best_tracker.name, world
-        )
-        self.has_step_callback = world.broadcast_object(self.callbacks.has_step_callback)
+        self.checkpoint = TrainCheckpoint(module, self.train_step, self.state, self.best_tracker.name, world)
+        overridden = (type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks)
+        self.has_step_callback = world.broadcast_object(any(overridden))
         self.order_seed = config.seed
         self.resumed_rng: Any = None
         self.is_wrapped = False
+
+    def _notify(self, event: str) -> None:
+        """Call the method ``event`` of each callback, in order."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self.state)
 
     def _update_train_metrics(self) -> None:
         """Add the batch of the last backward to the training metrics."""
@@ -125,22 +119,14 @@ class FitLoop:
         is_plain = self.strategy.name == "single" and not config.compile
         self.module.single_batch_step = is_plain and config.gradient_accumulation_steps == 1
         scaler = torch.amp.GradScaler(self.world.device.type) if config.precision == "fp16" else None
-        meter = LossMeter(self.world.device)
-        return TrainStep(
-            self.module,
-            self.strategy,
-            optimizer,
-            schedule,
-            meter,
-            max_grad_norm=config.max_grad_norm,
-            scaler=scaler,
-        )
+        meter, limit = LossMeter(self.world.device), config.max_grad_norm
+        return TrainStep(self.module, self.strategy, optimizer, schedule, meter, max_grad_norm=limit, scaler=scaler)
 
     def run(self) -> FitOutcome:
         """Train to the end, or until stopped, and return the results."""
         first_epoch = self._begin()
         self.module.train()
-        self.callbacks.call("on_fit_start", self.state)
+        self._notify("on_fit_start")
         for epoch in range(first_epoch, self.config.epochs):
             if self._should_stop():
                 break
@@ -154,10 +140,7 @@ class FitLoop:
         return bool(self.state.stop_reason) or self._is_last_step()
 
     def _is_last_step(self) -> bool:
-        limit = self.config.max_steps
-        return limit is not None and self.state.step >= limit
-
-    # -- beginning -----------------------------------------------------------------------------------------------------
+        return self.config.max_steps is not None and self.state.step >= self.config.max_steps
 
     def _begin(self) -> int:
         """Restore the checkpoint, if any, and return the first epoch, from 0.
@@ -167,41 +150,30 @@ class FitLoop:
         path = run_on_rank_zero(self.world, lambda: find_checkpoint(self.config))
         epoch = 0 if path is None else self._resume(path)
         self.best_tracker.check_patience(self.state)
-        run_on_rank_zero(self.world, lambda: self._open_run_dir(is_new=not is_same_run(path, self.config.out_dir)))
+        run_on_rank_zero(self.world, lambda: self._open_run_dir(resumed=path))
         if path is not None:
             self.log.resumed(path, epoch)
         if self.world.is_main:
-            lines = startup_summary(
-                self.config,
-                model=self.spec.model,
-                train_data=self.spec.train_data,
-                optimizer=self.train_step.optimizer,
-                strategy=self.strategy,
-                devices=self.spec.devices,
-                reasons=(self.spec.reason, self.strategy_reason),
-            )
-            self.log.say(*lines, *filter(None, [self.best_tracker.summary]))
+            optimizer, tracker = self.train_step.optimizer, self.best_tracker
+            self.log.say(*startup_summary(self.spec, self.strategy, self.strategy_reason, optimizer, tracker.summary))
         return epoch
 
     def _resume(self, path: Path) -> int:
         position, self.resumed_rng = self.checkpoint.restore(path)
         if position["seed"] != self.config.seed and self.world.is_main:
-            logger.warning(
-                "seed=%d differs from seed=%d of %s; the sample order continues with the checkpoint's seed",
-                self.config.seed,
-                position["seed"],
-                path,
-            )
+            differs = f"seed={self.config.seed} differs from seed={position['seed']} of {path}"
+            logger.warning("%s; the sample order continues with the checkpoint's seed", differs)
         self.order_seed = int(position["seed"])
         return int(position["epoch"])
 
-    def _open_run_dir(self, *, is_new: bool) -> None:
+    def _open_run_dir(self, *, resumed: Path | None) -> None:
+        """Prepare the folder; its run continues if ``resumed`` is its own checkpoint."""
         if self.run_dir is not None:
+            own = checkpoint_path(self.run_dir.path).resolve()
+            is_new = resumed is None or resumed.resolve() != own
             self.run_dir.start(self.config.to_plain(), self.state.history, is_new=is_new)
-        if self.weights_path is not None:
-            checkpoint.check_writable(self.weights_path)
-
-    # -- one epoch -----------------------------------------------------------------------------------------------------
+        if self.spec.weights_path is not None:
+            checkpoint.check_writable(self.spec.weights_path)
 
     def _train_epoch(self, epoch: int) -> bool:
         """Take the steps of an epoch; return whether it is complete."""
@@ -226,9 +198,8 @@ class FitLoop:
         """Wrap the module and take a step; to find unused parameters, take the step first, without the wrapper."""
         if self.resumed_rng is not None:
             set_rng_state(self.resumed_rng)
-        config = self.config
-        unused = config.find_unused_parameters
-        is_decided = self.world.size == 1 or config.ddp_options.keys() & {"find_unused_parameters", "static_graph"}
+        unused, options = self.config.find_unused_parameters, self.config.ddp_options
+        is_decided = self.world.size == 1 or options.keys() & {"find_unused_parameters", "static_graph"}
         if unused is None:
             unused = False if is_decided else self.checkpoint.has_unused_parameters
         if unused is not None:
@@ -236,7 +207,8 @@ class FitLoop:
             return self.train_step.step(window)
         self.strategy.broadcast_parameters(self.module)
         samples, names = self.train_step.step_before_wrapping(window)
-        self.log.unused(names)
+        if names:
+            self.log.say(f"unused in the first step: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
         self.checkpoint.has_unused_parameters = bool(names)  # a resumed run then takes all its steps wrapped
         self._wrap(bool(names))
         return samples
@@ -252,7 +224,7 @@ class FitLoop:
         """Run step callbacks and write a checkpoint if it is due; return whether training stops here."""
         state, every = self.state, self.config.checkpoint_every_steps
         if self.has_step_callback:
-            self.callbacks.call("on_step_end", state)
+            self._notify("on_step_end")
             if self._should_stop():
                 return True
         if every is not None and state.step % every == 0:
@@ -275,7 +247,7 @@ class FitLoop:
             self._write_checkpoint(epoch, state.samples_in_epoch)
         meter.reset()
         state.history.append(record)
-        self.callbacks.call("on_epoch_end", state)
+        self._notify("on_epoch_end")
         if is_complete:
             state.samples_in_epoch = 0
             self._write_checkpoint(epoch + 1, 0)
@@ -297,19 +269,17 @@ class FitLoop:
         record.update({f"{PREFIX}{name}": value for name, value in state.validation.items()})
         is_best = self.best_tracker.update(state, end_of_epoch=end_of_epoch)
         if is_best and self.world.is_main:
-            self.best_weights.keep(self.spec.model)
+            self.checkpoint.keep_best_weights()
         if end_of_epoch:
             monitored = self.best_tracker.value(state.validation)
             self.train_step.schedule.after_evaluation(state.validation.get("loss") if monitored is None else monitored)
-        self.callbacks.call("on_evaluate", state)
+        self._notify("on_evaluate")
         return is_best
 
     def _write_checkpoint(self, epoch: int, samples: int) -> None:
         if self.config.out_dir is not None:
             position = DataPosition(self.order_seed, epoch, samples).to_dict()
             self.checkpoint.write(checkpoint_path(self.config.out_dir), position)
-
-    # -- end -----------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> FitOutcome:
         state = self.state
@@ -323,7 +293,7 @@ class FitLoop:
             self.log.results("test", test)
         if self.run_dir is not None:
             self.run_dir.finish(state.history)
-        self.callbacks.call("on_fit_end", state)
+        self._notify("on_fit_end")
         validation = state.validation if state.best is None else state.best.results
         return FitOutcome(validation, test, state.history, state.best, state.stop_reason)
 
@@ -340,14 +310,14 @@ class FitLoop:
 
     def _restore_best_weights(self) -> None:
         """Load the best weights, if there are any, into the user's model, and write the final weights to disk."""
-        best, model = self.state.best, self.spec.model
-        if self.world.is_main:
-            if best is not None:
-                self.best_weights.load(model)
-            if self.weights_path is not None:
-                checkpoint.save(model, self.weights_path)
+        best, model, path = self.state.best, self.spec.model, self.spec.weights_path
+        if best is not None and self.world.is_main:
+            checkpoint.load_state(model, self.checkpoint.best_weights)
+        if path is not None and self.world.is_main:
+            checkpoint.save(model, path)
         self.strategy.broadcast_parameters(self.module)
         if best is not None:
-            self.log.best(best, self.best_tracker.name)
-        if self.weights_path is not None:
-            self.log.say(f"weights: {self.weights_path}")
+            name, value = self.best_tracker.name, format_number(best.value)
+            self.log.say(f"the model has the weights of epoch {best.epoch}, {name} {value}")
+        if path is not None:
+            self.log.say(f"weights: {path}")

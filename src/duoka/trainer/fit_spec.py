@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class FitSpec:
     """All devices; with ``strategy="dp"`` those of one process."""
     reason: str = ""
     """Reason for this choice of devices."""
-    save_model: bool = False
-    model_path: str | None = None
+    weights_path: Path | None = None
+    """File for the final weights; ``None`` writes none."""
     rank_zero: RankZeroOnly = field(default_factory=RankZeroOnly)
 
     def strategy(self, world: World) -> tuple[Strategy, str]:
@@ -71,21 +72,17 @@ def build_model_with_loss(spec: FitSpec, world: World) -> Iterator[ModelWithLoss
         precision=config.precision,
         device_type=world.device.type,
     ).to(world.device)
-    with _sync_batch_norm(module, world) if config.sync_batchnorm else contextlib.nullcontext():
+    if not config.sync_batchnorm:
         yield module
-
-
-@contextlib.contextmanager
-def _sync_batch_norm(module: ModelWithLoss, world: World) -> Iterator[None]:
-    """Replace batch norm by ``SyncBatchNorm`` with the same tensors, and restore the user's modules at the end."""
+        return
     if world.device.type == "cpu":
         raise ConfigError(
             "sync_batchnorm=True needs accelerators, as torch has no SyncBatchNorm for the CPU; leave it out"
         )
     before = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()]
-    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # with the same tensors
     try:
-        yield
+        yield module
     finally:
         for parent, name, child in before:
             setattr(parent, name, child)

@@ -1,12 +1,13 @@
-"""Reduction of torch's class-weighted losses to ``(sum, weight)``, which has the same mean on any number of devices.
+"""Forms of a loss, which have the same mean on any number of devices: a mean over samples, or ``(sum, weight)``.
 
-``CrossEntropyLoss`` and ``NLLLoss`` divide by the summed class weights of the targets that are not ignored, and that
-sum differs between ranks. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
+torch's class-weighted losses divide by the summed class weights of the targets that are not ignored, and that sum
+differs between ranks. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
 """
 
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,9 +19,12 @@ from duoka.errors import ConfigError
 
 IGNORE_INDEX = -100
 """The target that torch ignores by default."""
-
 FEW_TARGETS = 256
 """Up to this number of targets, a search in a list takes less time than two torch calls."""
+GIVE_A_LOSS = (
+    "give a loss: Trainer(..., loss=torch.nn.functional.cross_entropy), or the name of a model method that takes a "
+    "batch: loss='NAME'"
+)
 
 
 class MeanLoss(NamedTuple):
@@ -28,6 +32,59 @@ class MeanLoss(NamedTuple):
 
     value: torch.Tensor
     weight: int
+
+
+Loss = torch.Tensor | tuple[torch.Tensor, Any] | MeanLoss
+
+
+def own_loss(output: Any) -> Loss | None:
+    """Return the loss that a model's ``output`` carries, ``None`` if it carries none.
+
+    A loss is ``.loss``, ``["loss"]``, a scalar, or ``(sum, weight)`` with a scalar sum. A tensor of shape ``(1,)`` is
+    not a loss: it may be the prediction for a batch of one sample.
+    """
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if named is not None:
+        return to_scalar(named)
+    if isinstance(output, torch.Tensor):
+        return output if output.ndim == 0 else None
+    return _pair_of_scalars(output) if _is_sum_and_weight(output) and output[0].ndim == 0 else None
+
+
+def to_scalar(result: Any) -> Loss:
+    """Return the result of a loss function as a scalar or ``(sum, weight)``; a single number may have any shape."""
+    if isinstance(result, torch.Tensor):
+        if result.ndim == 0:
+            return result
+        if result.numel() == 1:
+            return result.reshape(())
+        raise ConfigError(
+            f"the loss has the shape {tuple(result.shape)}, but it must be one number, the mean over the batch "
+            f'(reduction="mean"); if the model returns no loss, {GIVE_A_LOSS}'
+        )
+    if _is_sum_and_weight(result) and result[0].numel() == 1:
+        return _pair_of_scalars(result)
+    if isinstance(result, numbers.Number):
+        raise ConfigError(
+            f"the loss returned the number {result!r}, which has no gradient; return the tensor, without .item() or float()"
+        )
+    loss = own_loss(result)
+    if loss is None:
+        raise ConfigError(f"the loss returned a {type(result).__name__}, which carries no loss; {GIVE_A_LOSS}")
+    return loss
+
+
+def _pair_of_scalars(pair: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+    total, weight = pair
+    return total.reshape(()), weight.reshape(()) if isinstance(weight, torch.Tensor) else weight
+
+
+def _is_sum_and_weight(output: Any) -> bool:
+    """Return whether ``output`` may be ``(sum, weight)``; a tuple of loss and logits is not."""
+    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], torch.Tensor)):
+        return False
+    weight = output[1]
+    return weight.numel() == 1 if isinstance(weight, torch.Tensor) else isinstance(weight, numbers.Real)
 
 
 def reduce_loss(loss: Callable[..., Any], output: Any, target: Any, *, is_whole_step: bool = False) -> Any:
@@ -40,11 +97,12 @@ def reduce_loss(loss: Callable[..., Any], output: Any, target: Any, *, is_whole_
         return loss(output, target)
     if output.ndim == target.ndim and output.shape == target.shape:
         return loss(output, target)  # targets of the output's shape are probabilities, which have no weights
-    ignored = options.get("ignore_index", IGNORE_INDEX)
-    if is_whole_step and options.get("weight") is None and _all_targets_count(target, ignored):
+    weight, ignored = options.get("weight"), options.get("ignore_index", IGNORE_INDEX)
+    if is_whole_step and weight is None and _all_targets_count(target, ignored):
         return MeanLoss(function(output, target, **options), target.numel())
     total = function(output, target, **options, reduction="sum")
-    return total, _total_weight(target, options.get("weight"), ignored)
+    counted = target != ignored
+    return total, counted.sum() if weight is None else (weight[torch.where(counted, target, 0)] * counted).sum()
 
 
 def _class_loss(loss: Any) -> tuple[Callable[..., torch.Tensor] | None, Mapping[str, Any]]:
@@ -72,22 +130,13 @@ def _all_targets_count(target: torch.Tensor, ignored: int) -> bool:
     return not bool((target == ignored).any())
 
 
-def _total_weight(target: torch.Tensor, weight: torch.Tensor | None, ignored: int) -> torch.Tensor:
-    counted = target != ignored
-    if weight is None:
-        return counted.sum()
-    return (weight[torch.where(counted, target, 0)] * counted).sum()
-
-
 def check_reduction(loss: Any) -> None:
     """Raise ``ConfigError`` for a torch loss with ``reduction="sum"``: its gradient depends on the batch size."""
-    if isinstance(loss, functools.partial):
-        name, reduction = getattr(loss.func, "__name__", "loss"), loss.keywords.get("reduction")
-        owner = getattr(loss.func, "__module__", "")
-    else:
-        name, reduction, owner = type(loss).__name__, getattr(loss, "reduction", None), type(loss).__module__
-    if reduction == "sum" and owner.startswith("torch.nn"):
+    is_partial = isinstance(loss, functools.partial)
+    named = loss.func if is_partial else type(loss)
+    reduction = loss.keywords.get("reduction") if is_partial else getattr(loss, "reduction", None)
+    if reduction == "sum" and getattr(named, "__module__", "").startswith("torch.nn"):
         raise ConfigError(
-            f"loss is {name} with reduction='sum', but a step takes the gradient of the mean over the global batch; "
+            f"loss is {named.__name__} with reduction='sum', but a step takes the gradient of the mean over the global batch; "
             'give reduction="mean", or, for a mean over something else than samples, a function that returns (sum, weight)'
         )

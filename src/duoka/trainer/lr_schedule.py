@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -20,31 +22,24 @@ def scaled_learning_rate(config: TrainerConfig, replicas: int) -> LearningRate:
     return LearningRate(base, growth, config.lr_scaling, config.warmup_epochs, config.warmup_steps)
 
 
+@dataclass
 class LRSchedule:
-    """Linear warm-up over ``warmup_steps`` optimizer steps, then ``scheduler``.
+    """Linear warm-up over ``warmup_steps`` optimizer steps, then ``scheduler``; the same on any number of devices."""
 
-    The warm-up starts from the fraction ``warmup_start`` of the full rate. The scheduler advances once
-    per optimizer step or once per epoch, on any number of devices. ``length`` is the number of advances
-    that it was planned for; ``None`` if the scheduler does not depend on it.
-    """
+    optimizer: Optimizer
+    scheduler: LRScheduler | None = None
+    interval: str = "epoch"
+    """When the scheduler advances: every ``"step"`` or ``"epoch"``."""
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+    """Fraction of the full rate from which the warm-up starts."""
+    length: int | None = None
+    """Number of advances that the scheduler was planned for; ``None`` if it does not depend on that."""
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None = None,
-        interval: str = "epoch",
-        warmup_steps: int = 0,
-        warmup_start: float = 0.0,
-        length: int | None = None,
-    ) -> None:
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.every_step = interval == "step"
-        self.warmup_steps = warmup_steps
-        self.warmup_start = warmup_start
-        self.length = length
+    def __post_init__(self) -> None:
+        self.every_step = self.interval == "step"
         self.steps = 0
-        self.peak_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._set_warmup()
 
     @property
@@ -80,8 +75,7 @@ class LRSchedule:
     @property
     def signature(self) -> str:
         """The scheduler's class and interval; both must match to resume."""
-        unit = "step" if self.every_step else "epoch"
-        return "no schedule" if self.scheduler is None else f"{type(self.scheduler).__name__} every {unit}"
+        return "no schedule" if self.scheduler is None else f"{type(self.scheduler).__name__} every {self.interval}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -108,7 +102,7 @@ class LRSchedule:
                 "duoka.load('model.safetensors', into=model)"
             )
         if planned is not None and self.length is not None and self.length > planned:
-            unit = "steps" if self.every_step else "epochs"
+            unit = f"{self.interval}s"
             raise CheckpointError(
                 f"the checkpoint's schedule was planned for {planned} {unit}, and this run needs {self.length} {unit}; resume "
                 "with the same epochs, max_steps, batch size and devices, or begin a new run with its weights: "
@@ -146,28 +140,27 @@ def build_schedule(
     warmup = config.warmup_steps or math.ceil(config.warmup_epochs * (steps_per_epoch or 0))
     start = 1 / lr_factor if lr_factor > 1 else 0.0
     interval = config.scheduler_interval or ("step" if config.scheduler in ("onecycle", OneCycleLR) else "epoch")
-    scheduler, planned = None, None
-    if isinstance(config.scheduler, str):
-        length = _length(config, interval, steps_per_epoch, warmup)
-        scheduler = _from_name(config, optimizer, length)
-        planned = None if SCHEDULERS[config.scheduler] in config.scheduler_options else length
-    elif config.scheduler is not None:
-        scheduler = _from_callable(config, optimizer, interval)
-    return LRSchedule(optimizer, scheduler, interval, warmup, start, planned)
+    if config.scheduler is None:
+        return LRSchedule(optimizer, None, interval, warmup, start)
+    is_named = isinstance(config.scheduler, str)
+    length = _length(config, interval, steps_per_epoch, warmup) if is_named else 0
+    has_planned_length = is_named and SCHEDULERS[config.scheduler] not in config.scheduler_options
+    scheduler = _build_scheduler(config, optimizer, interval, length)
+    return LRSchedule(optimizer, scheduler, interval, warmup, start, length if has_planned_length else None)
 
 
-def _from_callable(config: TrainerConfig, optimizer: Optimizer, interval: str) -> LRScheduler:
-    """Build a scheduler with the user's class or function; only a class takes options."""
-    options = dict(config.scheduler_options)
-    if isinstance(config.scheduler, type):
+def _build_scheduler(config: TrainerConfig, optimizer: Optimizer, interval: str, length: int) -> LRScheduler:
+    """Build a scheduler by name with ``length`` advances, or with the user's class or function."""
+    chosen, options = config.scheduler, dict(config.scheduler_options)
+    if isinstance(chosen, (str, type)):  # a function takes no options
         try:
-            scheduler = config.scheduler(optimizer, **options)
+            build = functools.partial(_from_name, chosen, length) if isinstance(chosen, str) else chosen
+            scheduler = build(optimizer, **options)
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"scheduler={config.scheduler.__name__} with scheduler_options={options!r}: {error}"
-            ) from error
+            shown = getattr(chosen, "__name__", repr(chosen))
+            raise ConfigError(f"scheduler={shown} with scheduler_options={options!r}: {error}") from error
     else:
-        scheduler = config.scheduler(optimizer)
+        scheduler = chosen(optimizer)
     if not isinstance(scheduler, LRScheduler):
         raise ConfigError(f"the function scheduler returned {scheduler!r}; it must return a torch LRScheduler")
     if isinstance(scheduler, ReduceLROnPlateau) and interval == "step":
@@ -191,16 +184,11 @@ def _length(config: TrainerConfig, interval: str, steps_per_epoch: int | None, w
     return max(1, total - warmup)
 
 
-def _from_name(config: TrainerConfig, optimizer: Optimizer, length: int) -> LRScheduler:
-    """Build a scheduler by name; ``length`` is the number of advances."""
-    options = dict(config.scheduler_options)
-    try:
-        if config.scheduler == "cosine":
-            return CosineAnnealingLR(optimizer, **{"T_max": length, **options})
-        if config.scheduler == "multistep":
-            milestones = sorted({max(1, length // 2), max(1, length * 3 // 4)})
-            return MultiStepLR(optimizer, **{"milestones": milestones, **options})
-        highest = [float(group["lr"]) for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, **{"max_lr": highest, "total_steps": length, **options})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"scheduler={config.scheduler!r} with {options!r}: {error}") from error
+def _from_name(name: str, length: int, optimizer: Optimizer, **options: Any) -> LRScheduler:
+    if name == "cosine":
+        return CosineAnnealingLR(optimizer, **{"T_max": length, **options})
+    if name == "multistep":
+        milestones = sorted({max(1, length // 2), max(1, length * 3 // 4)})
+        return MultiStepLR(optimizer, **{"milestones": milestones, **options})
+    highest = [float(group["lr"]) for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, **{"max_lr": highest, "total_steps": length, **options})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from duoka.errors import ConfigError
+from duoka.utils.pytree import map_leaves
 from duoka.utils.torch_private import merge_metric_states, metric_states
 from duoka.world import World
 
@@ -31,12 +32,8 @@ class Metrics:
         if self.collection is None:
             return
         self.collection.to(device)
-        for metric in self._each():
-            metric.distributed_available_fn = _never  # torchmetrics would otherwise synchronize in the process group
-
-    def _each(self) -> list[Metric]:
-        """Return every metric, including those inside wrappers and compositions."""
-        return [] if self.collection is None else _metrics_in(self.collection)
+        for metric in _metrics_in(self.collection):
+            metric.distributed_available_fn = lambda: False  # or torchmetrics synchronizes in the process group
 
     @property
     def empty(self) -> bool:
@@ -59,38 +56,29 @@ class Metrics:
             return {}
         if world.size > 1:
             list(self.collection.values(copy_state=True))  # separates metrics that share states
-            by_rank = world.all_gather_object([metric_states(metric) for metric in self._each()])
+            metrics = _metrics_in(self.collection)
+            by_rank = world.all_gather_object([metric_states(metric) for metric in metrics])
             if world.is_main:
-                for metric, *states in zip(self._each(), *by_rank, strict=True):
+                for metric, *states in zip(metrics, *by_rank, strict=True):
                     merge_metric_states(metric, states)
-        values = {name: _plain(value) for name, value in self.collection.compute().items()} if world.is_main else {}
-        return world.broadcast_object(values)
+        return world.broadcast_object(map_leaves(_to_plain, self.collection.compute()) if world.is_main else {})
 
     def higher_is_better(self, name: str) -> bool | None:
         """Return ``higher_is_better`` of the metric called ``name``, ``None`` if it is unknown.
 
         A name without a metric is one value of a wrapper (of one class, say); then all wrappers are asked.
         """
-        if self.collection is None:
-            return None
-        metrics = dict(self.collection.items())
-        asked = (
-            [metrics[name]] if name in metrics else [each for each in metrics.values() if len(_metrics_in(each)) > 1]
-        )
-        answers = {_direction(metric) for metric in asked}
-        return answers.pop() if len(answers) == 1 else None
+        metrics = {} if self.collection is None else dict(self.collection.items())
+        wrappers = [metric for metric in metrics.values() if len(_metrics_in(metric)) > 1]
+        return _common([_direction(metric) for metric in ([metrics[name]] if name in metrics else wrappers)])
 
     @property
     def names(self) -> list[str] | None:
         """Names of the values; ``None`` if only ``compute`` shows them, as with wrappers."""
         if self.collection is None:
             return []
-        has_wrappers = len(self._each()) > len(self.collection)
+        has_wrappers = len(_metrics_in(self.collection)) > len(self.collection)
         return None if has_wrappers else [str(name) for name in self.collection]
-
-
-def _never() -> bool:
-    return False
 
 
 def _to_collection(metrics: Any) -> MetricCollection | None:
@@ -112,7 +100,7 @@ def _to_collection(metrics: Any) -> MetricCollection | None:
 
 
 def _metrics_in(module: torch.nn.Module) -> list[Metric]:
-    """Return ``module`` and all modules in it that are metrics."""
+    """Return all metrics in ``module``, including itself and those inside wrappers and compositions."""
     from torchmetrics import Metric
 
     return [each for each in module.modules() if isinstance(each, Metric)]
@@ -124,13 +112,15 @@ def _direction(metric: Metric) -> bool | None:
 
     if metric.higher_is_better is not None or isinstance(metric, CompositionalMetric):
         return metric.higher_is_better
-    answers = {inner.higher_is_better for inner in _metrics_in(metric) if inner is not metric}
-    return answers.pop() if len(answers) == 1 else None
+    return _common([inner.higher_is_better for inner in _metrics_in(metric) if inner is not metric])
 
 
-def _plain(value: Any) -> Any:
+def _common(answers: list[bool | None]) -> bool | None:
+    """Return the answer that all metrics give, ``None`` if they differ."""
+    return answers[0] if len(set(answers)) == 1 else None
+
+
+def _to_plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 else value.detach().cpu()
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
     return value

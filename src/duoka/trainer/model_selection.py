@@ -62,7 +62,8 @@ class BestTracker:
         value = self.value(state.validation)
         if value is None:
             return False
-        if self._is_better(value, state.best):
+        best, sign = state.best, 1 if self.lower_is_better else -1
+        if not math.isnan(value) and (best is None or sign * value < sign * best.value):
             state.best = Best(value, state.epoch, dict(state.validation))
             state.evaluations_without_improvement = 0
             return True
@@ -74,13 +75,6 @@ class BestTracker:
         """Stop training if too many consecutive evaluations were not better."""
         if self.patience is not None and state.evaluations_without_improvement >= self.patience:
             state.stop(f"{self.name} has not improved in {state.evaluations_without_improvement} evaluations")
-
-    def _is_better(self, value: float, best: Best | None) -> bool:
-        if math.isnan(value):
-            return False
-        if best is None:
-            return True
-        return value < best.value if self.lower_is_better else value > best.value
 
     def _check_name(self, names: list[str]) -> None:
         if self.name is None or self.name in names:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +15,10 @@ from torch import nn
 
 from duoka.errors import ConfigError
 from duoka.trainer.batch_targets import call_model, inputs_of, prediction_of, split_target, target_of
-from duoka.trainer.loss_reduction import MeanLoss, check_reduction, reduce_loss
-from duoka.trainer.loss_values import GIVE_A_LOSS, Loss, own_loss, to_scalar_loss
+from duoka.trainer.loss_reduction import GIVE_A_LOSS, Loss, MeanLoss, check_reduction, own_loss, reduce_loss, to_scalar
 from duoka.utils.text import did_you_mean
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Loss, output and target of one batch in evaluation."""
-
-    loss: Loss | None
-    """The batch's mean, or ``(sum, weight)``; ``None`` if there is no loss at all."""
-    output: Any
-    target: Any
 
 
 class ModelWithLoss(nn.Module):
@@ -75,33 +63,36 @@ class ModelWithLoss(nn.Module):
             output = _call_with_whole_batch(self.model, batch)
             own = own_loss(output)
             if own is None:
-                raise _no_own_loss(f"it returned {_describe(output)}")
+                raise _no_own_loss(
+                    f"it returned a tensor of shape {tuple(output.shape)}, but a loss must be one number"
+                    if isinstance(output, torch.Tensor)
+                    else f"it returned a {type(output).__name__}, which carries no loss"
+                )
             return own
         if isinstance(loss, str):
-            return to_scalar_loss(getattr(self.model, loss)(batch))
+            return to_scalar(getattr(self.model, loss)(batch))
         inputs, target = split_target(batch, self.target_key)
         output = call_model(self._modules["model"], inputs)  # type: ignore[arg-type]  # faster than self.model
         if self.capture_outputs:
             self.captured = output.detach(), target
         result = reduce_loss(loss, output, target, is_whole_step=self.single_batch_step)
-        return result if type(result) is MeanLoss else to_scalar_loss(result)
+        return result if type(result) is MeanLoss else to_scalar(result)
 
-    def evaluate_batch(self, batch: Any, with_output: bool) -> EvalResult:
-        """Return loss, predictions and target of ``batch``, from one forward if possible."""
+    def evaluate_batch(self, batch: Any, *, with_output: bool) -> tuple[Loss | None, Any, Any]:
+        """Return loss (``None`` if there is none at all), predictions and target, from one forward if possible."""
         with self._autocast():
-            loss = self.loss
-            if loss is None:
-                output = _call_with_whole_batch(self.model, batch)
-                target = target_of(batch, self.target_key)
-                return EvalResult(own_loss(output), self._predictions(batch, output), target)
-            if isinstance(loss, str):
-                own = to_scalar_loss(getattr(self.model, loss)(batch))
+            if isinstance(self.loss, str):
+                own = to_scalar(getattr(self.model, self.loss)(batch))
                 output = self.predictions(batch) if with_output else None
-                return EvalResult(own, output, target_of(batch, self.target_key))
-            inputs, target = split_target(batch, self.target_key)
-            output = call_model(self.model, inputs)
-            value = to_scalar_loss(reduce_loss(loss, output, target))
-            return EvalResult(value, self._predictions(batch, output), target)
+                return own, output, target_of(batch, self.target_key)
+            if self.loss is None:
+                output, target = _call_with_whole_batch(self.model, batch), target_of(batch, self.target_key)
+                loss = own_loss(output)
+            else:
+                inputs, target = split_target(batch, self.target_key)
+                output = call_model(self.model, inputs)
+                loss = to_scalar(reduce_loss(self.loss, output, target))
+            return loss, self._predictions(batch, output), target
 
     def predictions(self, batch: Any) -> Any:
         """Return the model's predictions for ``batch``, with or without a target in it."""
@@ -146,29 +137,14 @@ def _call_with_whole_batch(model: nn.Module, batch: Any) -> Any:
     try:
         return call_model(model, batch)
     except TypeError as error:
-        if _accepts(model, batch):
-            raise
-        names = ", ".join(inspect.signature(model.forward).parameters)
-        raise _no_own_loss(f"its forward takes ({names}), which is not all of a batch") from error
-
-
-def _accepts(model: nn.Module, batch: Any) -> bool:
-    signature = inspect.signature(model.forward)
-    try:
-        if isinstance(batch, Mapping):
-            signature.bind(**batch)
-        else:
-            signature.bind(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
-    except TypeError:
-        return False
-    return True
+        signature = inspect.signature(model.forward)
+        try:
+            call_model(signature.bind, batch)
+        except TypeError:
+            names = ", ".join(signature.parameters)
+            raise _no_own_loss(f"its forward takes ({names}), which is not all of a batch") from error
+        raise
 
 
 def _no_own_loss(why: str) -> ConfigError:
     return ConfigError(f"Trainer has no loss, and the model does not return one: {why}; {GIVE_A_LOSS}")
-
-
-def _describe(output: Any) -> str:
-    if isinstance(output, torch.Tensor):
-        return f"a tensor of shape {tuple(output.shape)}, but a loss must be one number"
-    return f"a {type(output).__name__}, which carries no loss"

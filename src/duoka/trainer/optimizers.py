@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -27,46 +26,42 @@ def build_optimizer(config: TrainerConfig, module: nn.Module, lr_factor: float) 
             "no parameter of the model has requires_grad=True, so there is nothing to train; call model.requires_grad_()"
         )
     chosen = config.optimizer
-    if isinstance(chosen, Optimizer):
-        return _checked(chosen, trained)
-    if not isinstance(chosen, (str, type)):
-        return _checked(chosen(trained), trained)
-    options = dict(config.optimizer_options)
-    if config.lr is not None:
-        options["lr"] = config.lr * lr_factor
-    if config.weight_decay is not None:
-        options["weight_decay"] = config.weight_decay
-    kind: Any = OPTIMIZERS[chosen] if isinstance(chosen, str) else chosen
-    if chosen in FUSED and not options.keys() & IMPLEMENTATION_OPTIONS and _can_fuse(trained, config.precision):
-        options["fused"] = True
-    try:
-        built: Optimizer = kind(trained, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer={chosen!r} with {options!r}: {error}") from error
-    _check_closure(built)
-    return built
-
-
-def _can_fuse(trained: Iterable[nn.Parameter], precision: str) -> bool:
-    """Return whether the fused kernel supports these parameters; on CPUs it does not unscale fp16 gradients."""
-    types = {parameter.device.type if parameter.is_floating_point() else "complex" for parameter in trained}
-    return types <= {"cuda"} or (types <= {"cpu"} and precision != "fp16")
-
-
-def _check_closure(optimizer: Optimizer) -> None:
+    if isinstance(chosen, (str, type)):
+        optimizer = _from_class(config, trained, lr_factor)
+    else:
+        optimizer = chosen if isinstance(chosen, Optimizer) else chosen(trained)
+        _check_parameters(optimizer, trained)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(
             f"optimizer: {type(optimizer).__name__} evaluates the loss several times per step through a closure, which "
             "Trainer does not support; use another optimizer, or write your own loop with duoka.launch"
         )
+    return optimizer
 
 
-def _checked(optimizer: object, trained: Iterable[nn.Parameter]) -> Optimizer:
-    """Return the user's own optimizer, if all its parameters are trainable parameters of the model."""
+def _from_class(config: TrainerConfig, trained: list[nn.Parameter], lr_factor: float) -> Optimizer:
+    """Build an optimizer by its name or class, with the fused kernel where that is supported."""
+    chosen, options = config.optimizer, dict(config.optimizer_options)
+    if config.lr is not None:
+        options["lr"] = config.lr * lr_factor
+    if config.weight_decay is not None:
+        options["weight_decay"] = config.weight_decay
+    kind: Any = OPTIMIZERS[chosen] if isinstance(chosen, str) else chosen
+    if chosen in FUSED and not options.keys() & IMPLEMENTATION_OPTIONS:
+        types = {parameter.device.type if parameter.is_floating_point() else "complex" for parameter in trained}
+        if types == {"cuda"} or (types == {"cpu"} and config.precision != "fp16"):  # no unscaling of fp16 on CPUs
+            options["fused"] = True
+    try:
+        return kind(trained, **options)  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer={chosen!r} with {options!r}: {error}") from error
+
+
+def _check_parameters(optimizer: object, trained: list[nn.Parameter]) -> None:
+    """Raise ``ConfigError`` unless the user's own optimizer holds only trainable parameters of the model."""
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"the function optimizer returned {optimizer!r}; it must return a torch.optim.Optimizer")
-    _check_closure(optimizer)
     known = {id(parameter) for parameter in trained}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in known for parameter in held)
@@ -75,4 +70,3 @@ def _checked(optimizer: object, trained: Iterable[nn.Parameter]) -> Optimizer:
             f"{foreign} of the optimizer's {len(held)} parameters are not trainable parameters of this model; "
             "build it from the same model object: optimizer=torch.optim.AdamW(model.parameters())"
         )
-    return optimizer

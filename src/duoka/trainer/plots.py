@@ -27,22 +27,13 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
 
 def _panels(history: Sequence[dict[str, Any]]) -> list[tuple[str, list[Line]]]:
     """Return title and lines ``(label, color, marker, points)`` of each panel."""
-    names = dict.fromkeys(
-        name.removeprefix(prefix) for prefix in (VALIDATION, TRAINING) for record in history for name in record
-        if name.startswith(prefix)
-    )  # fmt: skip
-    panels: list[tuple[str, list[Line]]] = [
-        (
-            name,
-            [
-                ("training", BLUE, "o", _points(history, TRAINING + name)),
-                ("validation", ORANGE, "s", _points(history, VALIDATION + name)),
-            ],
-        )
-        for name in ("loss", *(name for name in names if name != "loss"))
-    ]
-    panels.append(("learning rate", [("", GREEN, "", _points(history, "lr"))]))
-    return [(title, drawn) for title, lines in panels if (drawn := [line for line in lines if line[3]])]
+    panels: dict[str, list[Line]] = {"loss": []}
+    for prefix, label, color, marker in ((TRAINING, "training", BLUE, "o"), (VALIDATION, "validation", ORANGE, "s")):
+        for name in dict.fromkeys(name for record in history for name in record if name.startswith(prefix)):
+            line = (label, color, marker, _points(history, name))
+            panels.setdefault(name.removeprefix(prefix), []).append(line)
+    panels["learning rate"] = [("", GREEN, "", _points(history, "lr"))]
+    return [(title, drawn) for title, lines in panels.items() if (drawn := [line for line in lines if line[3]])]
 
 
 def _points(history: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:

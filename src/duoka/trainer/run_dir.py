@@ -15,6 +15,7 @@ from duoka.errors import StorageError
 from duoka.trainer.plots import draw_curves
 from duoka.utils.files import atomic_write
 from duoka.utils.imports import import_optional
+from duoka.utils.pytree import map_leaves
 
 CURVES_INTERVAL_S = 30.0
 STALE = ("checkpoint/last.pt", "model.safetensors", "plots/curves.png", "events.out.tfevents.*")
@@ -45,7 +46,16 @@ class RunDir:
         self._write("metrics.jsonl", _json_lines(history))
         if is_new:
             self._write("log.txt", "")
-        self.events = _event_writer(self.path, self.tensorboard)
+        if self.tensorboard is False:
+            return
+        try:
+            import_optional("tensorboard", "track")
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            if self.tensorboard:
+                raise
+        else:
+            self.events = SummaryWriter(str(self.path))
 
     def log(self, text: str) -> None:
         """Append lines to ``log.txt``."""
@@ -89,28 +99,11 @@ class RunDir:
 
 
 def _json_lines(history: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(_to_json(record), ensure_ascii=False) + "\n" for record in history)
+    return "".join(json.dumps(map_leaves(_to_json, record), ensure_ascii=False) + "\n" for record in history)
 
 
-def _to_json(value: Any) -> Any:
-    """Return ``value`` in JSON's types: tensors become lists, and nan and infinity become ``null``."""
-    if isinstance(value, torch.Tensor):
-        return _to_json(value.tolist())
-    if isinstance(value, dict):
-        return {str(name): _to_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _event_writer(path: Path, wanted: bool | None) -> Any:
-    if wanted is False:
-        return None
-    try:
-        import_optional("tensorboard", "track")
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        if wanted:
-            raise
-        return None
-    return SummaryWriter(str(path))
+def _to_json(leaf: Any) -> Any:
+    """Return ``leaf`` in JSON's types: tensors become lists, and nan and infinity become ``null``."""
+    if isinstance(leaf, torch.Tensor):
+        return map_leaves(_to_json, leaf.tolist())
+    return None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from duoka.log import logger
 from duoka.scaling import Batch
 from duoka.strategy import Strategy
-from duoka.trainer.callbacks import Best, State
+from duoka.trainer.callbacks import State
+from duoka.trainer.checked_loader import loader_batch_size
 from duoka.trainer.config import TrainerConfig
+from duoka.trainer.fit_spec import FitSpec
 from duoka.trainer.lr_schedule import scaled_learning_rate
 from duoka.trainer.metrics import Results
 from duoka.trainer.model_selection import PREFIX
-from duoka.trainer.progress import Reporter, Snapshot, device_memory_bytes, format_number
+from duoka.trainer.progress import Reporter, format_number
 from duoka.trainer.run_dir import RunDir
 from duoka.utils.text import format_duration
 
@@ -52,43 +54,30 @@ class TrainLogger:
             position = f"in epoch {epoch + 1}"
         self.say(f"resumed: {path}, after {self.state.step:,} steps, {position}")
 
-    def unused(self, names: list[str]) -> None:
-        """Log the parameters without gradient."""
-        if names:
-            self.say(f"unused in the first step: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
-
     def begin_epoch(self, steps_per_epoch: int | None) -> None:
         """Begin to measure an epoch; ``steps_per_epoch`` is ``None`` for data without length."""
         self.steps_per_epoch = steps_per_epoch
         self.samples_before, self.steps_before, self.began = self.state.samples, self.state.step, time.perf_counter()
-        self.reporter.begin_epoch(self.state.epoch, self.config.epochs, steps_per_epoch)
+        self.reporter.begin_epoch(f"{self.state.epoch}/{self.config.epochs}", steps_per_epoch)
 
     def show_progress(self, device: torch.device) -> None:
-        """Show the progress of the epoch."""
+        """Show the progress of the epoch, with the peak memory of tensors on ``device``."""
         state, elapsed = self.state, time.perf_counter() - self.began
         done = state.step - self.steps_before
-        self.reporter.show(
-            Snapshot(
-                epoch=state.epoch,
-                epochs=self.config.epochs,
-                step=done,
-                steps=self.steps_per_epoch,
-                loss=self.checked_loss(state.loss),
-                samples_per_s=(state.samples - self.samples_before) / elapsed,
-                eta_s=self._eta_s(done, elapsed),
-                memory_bytes=device_memory_bytes(device),
-            )
-        )
-
-    def _eta_s(self, done: int, elapsed: float) -> float | None:
+        parts = [f"loss {format_number(self.checked_loss(state.loss))}"]
+        parts.append(f"{(state.samples - self.samples_before) / elapsed:,.0f} samples/s")
+        with contextlib.suppress(AttributeError, RuntimeError):  # an accelerator without memory statistics
+            if device.type != "cpu":
+                parts.append(f"{torch.get_device_module(device).max_memory_allocated(device) / 2**30:.1f} GiB")
         planned = None if self.steps_per_epoch is None else self.steps_per_epoch * self.config.epochs
         ends = [steps for steps in (planned, self.config.max_steps) if steps is not None]
-        return max(0.0, (min(ends) - self.state.step) * elapsed / done) if ends and done else None
+        if ends and done:
+            parts.append(f"{format_duration(max(0.0, (min(ends) - state.step) * elapsed / done))} left")
+        self.reporter.show(done, " · ".join(parts))
 
     def record(self, train_loss: float) -> dict[str, Any]:
         """Return the record of the current epoch."""
-        state = self.state
-        seconds = time.perf_counter() - self.began
+        state, seconds = self.state, time.perf_counter() - self.began
         return {
             "epoch": state.epoch,
             "step": state.step,
@@ -103,13 +92,9 @@ class TrainLogger:
         """Return ``loss``; warn once if it is not finite, as training cannot recover from that."""
         if not math.isfinite(loss) and not self.has_warned_of_loss:
             self.has_warned_of_loss = True
-            logger.warning(
-                "the %s became %s in epoch %d, after %d steps; a lower lr, max_grad_norm=1.0, or precision='fp32' may help",
-                name,
-                loss,
-                self.state.epoch,
-                self.state.step,
-            )
+            when = f"in epoch {self.state.epoch}, after {self.state.step} steps"
+            remedy = "a lower lr, max_grad_norm=1.0, or precision='fp32' may help"
+            logger.warning("the %s became %s %s; %s", name, loss, when, remedy)
         return loss
 
     def end_epoch(self, record: dict[str, Any], *, is_best: bool) -> None:
@@ -131,35 +116,29 @@ class TrainLogger:
         """Log ``results``."""
         self.say(f"{label}: {' · '.join(_format_results(results.items()))}")
 
-    def best(self, best: Best, name: str | None) -> None:
-        """Log the epoch of the final weights."""
-        self.say(f"the model has the weights of epoch {best.epoch}, {name} {format_number(best.value)}")
-
 
 def _format_results(results: Iterable[tuple[str, Any]]) -> list[str]:
     return [f"{name} {format_number(value)}" for name, value in results if isinstance(value, (int, float))]
 
 
 def startup_summary(
-    config: TrainerConfig,
-    *,
-    model: nn.Module,
-    train_data: Any,
-    optimizer: torch.optim.Optimizer,
-    strategy: Strategy,
-    devices: tuple[torch.device, ...],
-    reasons: tuple[str, str],
+    spec: FitSpec, strategy: Strategy, strategy_reason: str, optimizer: torch.optim.Optimizer, monitors: str
 ) -> Iterator[str]:
-    """Yield the first lines of a fit. ``reasons`` are those for the devices and for the strategy."""
-    yield f"devices: {_device_names(devices)} ({reasons[0].rstrip('.')})"
-    yield f"strategy: {strategy.name} ({reasons[1]})"
-    yield f"parameters: {_parameter_counts(model)}"
-    size = _batch_size(train_data)
-    if size is not None:
+    """Yield the first lines of a fit."""
+    config = spec.config
+    yield f"devices: {_device_names(spec.devices)} ({spec.reason.rstrip('.')})"
+    yield f"strategy: {strategy.name} ({strategy_reason})"
+    total = sum(parameter.numel() for parameter in spec.model.parameters())
+    trained = sum(parameter.numel() for parameter in spec.model.parameters() if parameter.requires_grad)
+    yield f"parameters: {_format_count(total)}" + ("" if trained == total else f", {_format_count(trained)} trained")
+    size = loader_batch_size(spec.train_data)
+    if isinstance(size, int) and size > 0:
         yield f"batch: {_batch_sizes(config, size, strategy.replicas)}"
     yield f"optimizer: {type(optimizer).__name__}, {_learning_rates(config, optimizer, strategy.replicas)}"
     if config.precision != "fp32":
         yield f"precision: {config.precision}"
+    if monitors:
+        yield monitors
 
 
 def _batch_sizes(config: TrainerConfig, size: int, replicas: int) -> str:
@@ -183,21 +162,12 @@ def _device_names(devices: tuple[torch.device, ...]) -> str:
         return "this process's rank in a larger job"
     if devices[0].type == "cpu":
         return "the CPU" if len(devices) == 1 else f"{len(devices)} CPU workers"
-    return ", ".join(f"{device} {_accelerator_name(device)}" for device in devices)
-
-
-def _accelerator_name(device: torch.device) -> str:
-    try:
-        properties = torch.get_device_module(device).get_device_properties(device)
-        return f"{properties.name} ({properties.total_memory / 2**30:.1f} GiB)"
-    except (AttributeError, RuntimeError):
-        return ""
-
-
-def _parameter_counts(model: nn.Module) -> str:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return _format_count(total) if trained == total else f"{_format_count(total)}, {_format_count(trained)} trained"
+    names = [str(device) for device in devices]
+    with contextlib.suppress(AttributeError, RuntimeError):
+        for index, device in enumerate(devices):
+            properties = torch.get_device_module(device).get_device_properties(device)
+            names[index] += f" {properties.name} ({properties.total_memory / 2**30:.1f} GiB)"
+    return ", ".join(names)
 
 
 def _format_count(count: int) -> str:
@@ -210,11 +180,3 @@ def _format_count(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.2f}{letter}"
     return str(count)
-
-
-def _batch_size(data: Any) -> int | None:
-    """Return the batch size of ``data``, ``None`` if it is unknown before loading."""
-    size = getattr(data, "batch_size", None)
-    if size is None:
-        size = getattr(getattr(data, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) and size > 0 else None

@@ -60,7 +60,8 @@ class TrainStep:
         self.trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         held = {id(parameter) for parameter in self.parameters}
         self._not_in_optimizer = [parameter for parameter in self.trained.values() if id(parameter) not in held]
-        self._can_drop_grads = _can_drop_grads(optimizer)
+        # torch's own zero_grad only sets gradients to None, in twenty times the time
+        self._can_drop_grads = type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
         self._on_cpu = self.device.type == "cpu"  # loaders yield CPU tensors
         self._weight: torch.Tensor | None = None
         self._is_single_batch = True
@@ -193,22 +194,14 @@ class TrainStep:
         return self._last_grad_scale >= before
 
 
-def _can_drop_grads(optimizer: Optimizer) -> bool:
-    """Return whether ``zero_grad`` is torch's own, which only sets gradients to ``None``, in twenty times the time."""
-    return type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
-
-
 @contextlib.contextmanager
 def _frozen_batch_norm(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put batch norm into evaluation mode, so that a rank's filler batch leaves no trace in running statistics.
 
     SyncBatchNorm communicates with the other ranks in training, so it keeps its mode.
     """
-    frozen = [
-        layer
-        for layer in modules
-        if isinstance(layer, BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) and layer.training
-    ]
+    frozen = [layer for layer in modules if layer.training and isinstance(layer, BatchNorm)]
+    frozen = [layer for layer in frozen if not isinstance(layer, nn.SyncBatchNorm)]
     for layer in frozen:
         layer.training = False
     try:

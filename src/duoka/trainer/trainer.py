@@ -118,10 +118,10 @@ class Trainer:
 
     def _choose_devices(self) -> tuple[tuple[torch.device, ...], str]:
         choice = devices.resolve(self.config.device)
-        if len(choice.devices) > 1 and not self.config.use_multi_gpu:
-            return choice.devices[:1], f"{choice.reason.rstrip('.')}; use_multi_gpu=False uses the first"
-        if len(choice.devices) > 1 and self.config.strategy == "single":
-            return choice.devices[:1], f"{choice.reason.rstrip('.')}; strategy='single' uses the first"
+        limit = "" if self.config.use_multi_gpu else "use_multi_gpu=False"
+        limit = limit or ("strategy='single'" if self.config.strategy == "single" else "")
+        if limit and len(choice.devices) > 1:
+            return choice.devices[:1], f"{choice.reason.rstrip('.')}; {limit} uses the first"
         return choice.devices, choice.reason
 
     def fit(self, save_model: bool = True, model_path: str | Path | None = None) -> FitResult:
@@ -143,11 +143,17 @@ class Trainer:
         """
         if self.train_data is None:
             raise ConfigError("fit needs training data: Trainer(model, train_data, ...)")
-        _check_fit(save_model, model_path)
-        path = None if model_path is None else str(model_path)
-        if save_model and path is not None:
-            checkpoint.check_suffix(Path(path))
-        outcome: FitOutcome = self._launch(fit_on_rank, self._spec(save_model=save_model, model_path=path))
+        for given, types in ((save_model, bool | int | np.bool_), (model_path, str | Path | None)):
+            if not isinstance(given, types):
+                raise ConfigError(
+                    f"fit got a {type(given).__name__}; it takes save_model (True or False) and model_path. Give data to "
+                    "Trainer: Trainer(model, train_data, eval_data, ...)"
+                )
+        default = None if self.config.out_dir is None else Path(self.config.out_dir) / "model.safetensors"
+        path = (default if model_path is None else Path(model_path)) if save_model else None
+        if path is not None:
+            checkpoint.check_suffix(path)
+        outcome: FitOutcome = self._launch(fit_on_rank, self._spec(weights_path=path))
         self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stop_reason
         return FitResult(outcome.validation, outcome.test)
 
@@ -156,7 +162,7 @@ class Trainer:
         data = self.eval_data if data is None else data
         if data is None:
             raise ConfigError("evaluate needs data: evaluate(data), or Trainer(..., eval_data=...)")
-        return self._launch(_evaluate_on_rank, self._spec(eval_data=data))  # type: ignore[no-any-return]
+        return self._launch(_evaluate_on_rank, self._spec(eval_data=data), False)  # type: ignore[no-any-return]
 
     def predict(self, data: Any) -> Any:
         """Return the model's predictions for ``data`` on the CPU: in the order of the data set, each sample once.
@@ -167,7 +173,7 @@ class Trainer:
         A batch may hold a target, which the model does not get: a tuple longer than the required arguments of
         ``forward`` ends with one. ``Trainer(..., predict_fn=...)`` replaces this rule.
         """
-        return self._launch(_predict_on_rank, self._spec(eval_data=in_dataset_order(data)))
+        return self._launch(_evaluate_on_rank, self._spec(eval_data=in_dataset_order(data)), True)
 
     def _spec(self, **changes: Any) -> FitSpec:
         lazy = [name for name, parameter in self.model.named_parameters() if is_lazy(parameter)]
@@ -176,7 +182,9 @@ class Trainer:
                 f"the model has lazy parameters without a shape ({', '.join(lazy[:5])}); call it once with a batch first: "
                 "model(inputs)"
             )
-        spec = FitSpec(
+        if "eval_data" not in changes:
+            changes.update(train_data=self.train_data, eval_data=self.eval_data, test_data=self.test_data)
+        return FitSpec(
             self.model,
             self.config,
             loss=self.loss,
@@ -185,39 +193,27 @@ class Trainer:
             devices=self.devices,
             reason=self.reason,
             rank_zero=RankZeroOnly(self.callbacks),
+            **changes,
         )
-        if "eval_data" not in changes:
-            changes.update(train_data=self.train_data, eval_data=self.eval_data, test_data=self.test_data)
-        return dataclasses.replace(spec, **changes)
 
-    def _launch(self, function: Callable[[FitSpec], Any], spec: FitSpec) -> Any:
+    def _launch(self, function: Callable[..., Any], spec: FitSpec, *arguments: Any) -> Any:
         """Run ``function`` on every device: on this process's own inside ``duoka.launch`` or a cluster job."""
         if has_current_world():
-            return function(dataclasses.replace(spec, devices=(current_world().device,)))
+            return function(dataclasses.replace(spec, devices=(current_world().device,)), *arguments)
         if is_in_cluster_job(self.config.device):
-            return launch(function, dataclasses.replace(spec, devices=()), devices=self.config.device)
+            return launch(function, dataclasses.replace(spec, devices=()), *arguments, devices=self.config.device)
         used = self.devices[:1] if self.config.strategy == "dp" else self.devices
-        return launch(function, spec, devices=list(used))
+        return launch(function, spec, *arguments, devices=list(used))
 
 
-def _evaluate_on_rank(spec: FitSpec) -> Results:
+def _evaluate_on_rank(spec: FitSpec, only_predict: bool) -> Any:
+    """Return the results on ``spec.eval_data``, or the predictions for it."""
     world = current_world()
-    strategy, _ = spec.strategy(world)
-    with (
-        contextlib.closing(build_loader(spec, "eval_data", strategy)) as data,
-        build_model_with_loss(spec, world) as module,
-    ):
+    data = build_loader(spec, "eval_data", spec.strategy(world)[0])
+    with contextlib.closing(data), build_model_with_loss(spec, world) as module:
+        if only_predict:
+            return predict(module, data, world)
         return evaluate(module, data, Metrics(spec.metrics, world.device), world)
-
-
-def _predict_on_rank(spec: FitSpec) -> Any:
-    world = current_world()
-    strategy, _ = spec.strategy(world)
-    with (
-        contextlib.closing(build_loader(spec, "eval_data", strategy)) as data,
-        build_model_with_loss(spec, world) as module,
-    ):
-        return predict(module, data, world)
 
 
 def _checked_callbacks(callbacks: Any) -> tuple[Callback, ...]:
@@ -231,22 +227,10 @@ def _checked_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     return given
 
 
-def _check_fit(save_model: Any, model_path: Any) -> None:
-    for given, types in ((save_model, bool | int | np.bool_), (model_path, str | Path | None)):
-        if not isinstance(given, types):
-            raise ConfigError(
-                f"fit got a {type(given).__name__}; it takes save_model (True or False) and model_path. Give data to "
-                "Trainer: Trainer(model, train_data, eval_data, ...)"
-            )
+def _signature() -> inspect.Signature:
+    """Return the signature of ``Trainer`` with every field of ``TrainerConfig``, for ``help`` and editors."""
+    _, *own, _ = inspect.signature(Trainer.__init__).parameters.values()  # without self and options
+    return inspect.Signature([*own, *inspect.signature(TrainerConfig).parameters.values()])
 
 
-def _show_options() -> None:
-    """Show every field of ``TrainerConfig`` in the signature of ``Trainer``, for ``help`` and editors."""
-    shown = [
-        item for item in inspect.signature(Trainer.__init__).parameters.values() if item.name not in ("self", "options")
-    ]
-    options = list(inspect.signature(TrainerConfig).parameters.values())
-    Trainer.__signature__ = inspect.Signature([*shown, *options])  # type: ignore[attr-defined]
-
-
-_show_options()
+Trainer.__signature__ = _signature()  # type: ignore[attr-defined]
