@@ -38,7 +38,7 @@ PROGRAM = textwrap.dedent(
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(40, 6, generator=generator), torch.randint(3, (40,), generator=generator))
     loader = DataLoader(data, batch_size=8, shuffle=True)
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # what the user's generator holds has no say
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # the state of the user's generator has no effect
     trainer = Trainer(
         model, loader, loader, loss=nn.CrossEntropyLoss(), optimizer="adamw", lr=0.01, weight_decay=0.1, epochs=3,
         scheduler="onecycle", scheduler_options={"max_lr": 0.02}, gradient_accumulation_steps=2,
@@ -78,7 +78,7 @@ def checked(done: subprocess.CompletedProcess) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.extended  # of what the daily suite says by a killed `duoka train`
+@pytest.mark.extended  # the daily suite has the same test with a killed `duoka train`
 @pytest.mark.parametrize("device", ["cpu", "cpu:2"])
 def test_a_run_killed_within_an_epoch_resumes_bit_identically(tmp_path, device):
     checked(run(tmp_path / "whole", device))

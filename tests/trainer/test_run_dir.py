@@ -251,7 +251,7 @@ def test_the_estimated_time_left_ends_at_max_steps(monkeypatch):
 
 
 def test_an_epoch_is_in_the_checkpoint_before_its_line_is_printed(tmp_path, monkeypatch):
-    """Whoever reads its line may interrupt the run, and has not lost it."""
+    """A user who reads its line may interrupt the run without losing the epoch."""
     saved, last = [], tmp_path / "checkpoint" / "last.pt"
 
     class Screen:

@@ -25,9 +25,7 @@ class CheckedLoader:
     """
 
     def __init__(self, loader: ShardedLoader, empty: DataError, name: str, world: World) -> None:
-        self.loader = loader
-        self.empty = empty
-        self.name, self.world = name, world
+        self.loader, self.empty, self.name, self.world = loader, empty, name, world
         self.set_position, self.close = loader.set_position, loader.close
         with contextlib.suppress(TypeError, NotImplementedError):  # the length is unknown
             if len(loader) == 0:
@@ -43,12 +41,11 @@ class CheckedLoader:
         batches = iter(self.loader)
         first = next(batches, None)
         self._check_same_stream()
-        if first is None:
-            if at_start:
-                raise self.empty
-            return
-        yield first
-        yield from batches
+        if first is not None:
+            yield first
+            yield from batches
+        elif at_start:
+            raise self.empty
 
     def _check_same_stream(self) -> None:
         """Compare the first samples that each rank has read from a stream, which every rank must read completely."""

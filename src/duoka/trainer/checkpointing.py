@@ -135,7 +135,13 @@ class TrainCheckpoint:
         """
         module, step = self.module, self.train_step
         saved = run_on_rank_zero(self.world, lambda: self._read(path))
-        self._check_optimizer(path, saved)
+        mine, theirs = type(step.optimizer).__name__, saved["optimizer_name"]
+        if theirs != mine:
+            raise CheckpointError(
+                f"{path}: the checkpoint has the optimizer {theirs}, this Trainer has {mine}; resume with "
+                f"optimizer={theirs.lower()!r}, or begin a new run with its weights: "
+                "duoka.load('model.safetensors', into=model)"
+            )
         step.schedule.load_state_dict(saved["schedule"])
         load_state(module.model, saved["model"], source=str(path))
         if isinstance(module.loss, torch.nn.Module):
@@ -159,15 +165,6 @@ class TrainCheckpoint:
             )
         self.best_weights = saved.pop("best_weights", {})
         return {**saved, "has_best": bool(self.best_weights)}
-
-    def _check_optimizer(self, path: Path, saved: Mapping[str, Any]) -> None:
-        mine, theirs = type(self.train_step.optimizer).__name__, saved["optimizer_name"]
-        if theirs != mine:
-            raise CheckpointError(
-                f"{path}: the checkpoint has the optimizer {theirs}, this Trainer has {mine}; resume with "
-                f"optimizer={theirs.lower()!r}, or begin a new run with its weights: "
-                "duoka.load('model.safetensors', into=model)"
-            )
 
     def _check_best(self, path: Path, monitor: str | None, *, has_weights: bool) -> None:
         """Drop the best evaluation if its weights are missing, or if another result is monitored now."""

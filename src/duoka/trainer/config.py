@@ -85,8 +85,8 @@ class TrainerConfig:
         max_grad_norm: Limit of the gradient's total norm over all parameters and ranks; a larger gradient is scaled.
         eval_every_epochs: Number of epochs between evaluations; the last epoch always has one.
         monitor: Name of the evaluation result that selects the best weights; ``None`` keeps the last weights.
-        monitor_mode: Whether a lower (``"min"``) or higher (``"max"``) value is better; ``"auto"`` asks the metric,
-            then the words of its name, and raises an error if neither decides.
+        monitor_mode: Whether a lower (``"min"``) or higher (``"max"``) value is better; ``"auto"`` takes the
+            metric's own direction, else that of the words in its name, and raises an error if neither decides.
         early_stop_patience: Stop after this number of consecutive evaluations without improvement; implies
             ``monitor="loss"`` if ``monitor`` is not given.
         target_key: Key of the target in dict batches; ``None`` tries labels, label, targets, target, y.
@@ -189,12 +189,13 @@ class TrainerConfig:
             raise invalid_option("scheduler", self.scheduler, expected)
 
     def _check_numbers(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
         at_least_1 = ("epochs", "gradient_accumulation_steps", "eval_every_epochs", "max_steps", "early_stop_patience")
-        for name in given.keys() & {*at_least_1, "checkpoint_every_steps", "warmup_steps", "seed"}:
-            check_integer(name, given[name], 0 if name in ("warmup_steps", "seed") else 1)
-        for name in given.keys() & {"lr", "max_grad_norm", "weight_decay", "warmup_epochs"}:
-            check_number(name, given[name], 0, exclusive=name in ("lr", "max_grad_norm"))
+        for name in (*at_least_1, "checkpoint_every_steps", "warmup_steps", "seed"):
+            if (value := getattr(self, name)) is not None:
+                check_integer(name, value, 0 if name in ("warmup_steps", "seed") else 1)
+        for name in ("lr", "max_grad_norm", "weight_decay", "warmup_epochs"):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, 0, exclusive=name in ("lr", "max_grad_norm"))
 
     def _check_combinations(self) -> None:
         if self.tensorboard and self.out_dir is None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,8 +33,7 @@ from duoka.utils.rng_state import preserve_rng_state, seed_all, set_rng_state
 from duoka.world import World, current_world
 
 
-@dataclass(frozen=True)
-class FitOutcome:
+class FitOutcome(NamedTuple):
     """Result of a fit, which rank 0 returns to the user's ``Trainer``."""
 
     validation: Results
@@ -73,7 +71,9 @@ class FitLoop:
         for loader in (self.train_loader, self.eval_loader, self.test_loader):
             if loader is not None:
                 stack.callback(loader.close)
-        self.steps_per_epoch = self._count_steps()
+        self.steps_per_epoch: int | None = None
+        with contextlib.suppress(TypeError):  # data without length
+            self.steps_per_epoch = -(-len(self.train_loader) // config.gradient_accumulation_steps)
         seed_all((config.seed + 1_000_003 * world.rank) % 2**63)  # ranks differ, so that their dropout masks do
         self.train_step = self._build_train_step()
         if not self.train_metrics.empty:
@@ -105,12 +105,6 @@ class FitLoop:
         assert self.module.captured is not None  # its forward has set it
         self.train_metrics.update(*self.module.captured)
         self.module.captured = None
-
-    def _count_steps(self) -> int | None:
-        try:
-            return -(-len(self.train_loader) // self.config.gradient_accumulation_steps)
-        except TypeError:
-            return None
 
     def _build_train_step(self) -> TrainStep:
         config, factor = self.config, scaled_learning_rate(self.config, self.strategy.replicas).factor

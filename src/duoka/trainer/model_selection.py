@@ -38,9 +38,8 @@ class BestTracker:
             raise ConfigError(
                 f"monitor={self.name!r} needs evaluations, and there is no eval_data; give eval_data, or leave monitor out"
             )
-        known = metrics.names
-        if known is not None:
-            self._check_name(["loss", *known])
+        if metrics.names is not None:
+            self._check_name(["loss", *metrics.names])
         self.lower_is_better = self._is_lower_better(self.name, config, metrics)
 
     def value(self, results: Results) -> float | None:
@@ -77,11 +76,10 @@ class BestTracker:
             state.stop(f"{self.name} has not improved in {state.evaluations_without_improvement} evaluations")
 
     def _check_name(self, names: list[str]) -> None:
-        if self.name is None or self.name in names:
-            return
-        hint = did_you_mean(self.name, names)
-        known = f"{', '.join(names) or 'none'}{f'; {hint}' if hint else ''}"
-        raise ConfigError(f"monitor={self.name!r} is not a result of the evaluation, which has {known}")
+        if self.name not in names:
+            hint = did_you_mean(self.name, names)
+            known = f"{', '.join(names) or 'none'}{f'; {hint}' if hint else ''}"
+            raise ConfigError(f"monitor={self.name!r} is not a result of the evaluation, which has {known}")
 
     @property
     def summary(self) -> str:

@@ -56,16 +56,9 @@ class LiveReporter(Reporter):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
         self.console = console
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("epoch {task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[line]}"),
-            console=console,
-            auto_refresh=False,
-            transient=True,
-        )
+        columns = SpinnerColumn(), TextColumn("epoch {task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()
+        text = TextColumn("{task.fields[line]}")
+        self.progress = Progress(*columns, text, console=console, auto_refresh=False, transient=True)
         self.task: Any = None
 
     def say(self, text: str) -> None:

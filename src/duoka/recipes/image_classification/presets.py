@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,6 @@ from duoka.recipes.models.resnet import resnet
 from duoka.utils.imports import import_optional
 from duoka.utils.text import plural
 
-T = TypeVar("T")
 SCALE = (0.8, 1.0)
 """Range of the share of an image's area that a random crop keeps."""
 JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
@@ -54,7 +53,9 @@ class Cifar100Preset(ImageRecipe):
 
     def build_model(self, config: Cifar100Config, metadata: DatasetMetadata) -> nn.Module:
         """Return a ResNet."""
-        return resnet(_given(config.model), len(metadata.classes), metadata.shape[0], _given(config.width))
+        assert config.model is not None  # resolved() has set both
+        assert config.width is not None
+        return resnet(config.model, len(metadata.classes), metadata.shape[0], config.width)
 
     def augmentation(self, config: Cifar100Config, images: ImageSet, library: Any) -> list[Any]:  # noqa: ARG002
         """Return a crop with padding, and a flip if that keeps the label.
@@ -81,7 +82,8 @@ class Cifar100Preset(ImageRecipe):
 
         The network halves the side three times, so images of up to 8 pixels end as one value per channel.
         """
-        size, count = _given(config.batch_size), len(images.train)
+        assert config.batch_size is not None  # resolved() has set it
+        size, count = config.batch_size, len(images.train)
         batches = replicas if config.batch_size_means == "per_device" else 1
         if size * batches > count:
             logger.warning("batch_size=%s is more than the %s images: one step per epoch", f"{size:,}", f"{count:,}")
@@ -158,9 +160,3 @@ class TinyImageNetPreset(ImageRecipe):
 
 CIFAR100 = Cifar100Preset()
 TINY_IMAGENET = TinyImageNetPreset()
-
-
-def _given(value: T | None) -> T:
-    """Return an option that ``config.resolved()`` has set."""
-    assert value is not None
-    return value
