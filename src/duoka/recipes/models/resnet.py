@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import OrderedDict
+from typing import Any
 
-import torch
 from torch import nn
 
 from duoka.utils.imports import import_optional
 from duoka.utils.validation import check_choice, invalid_option
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 LAYERS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
     "resnet10": ("BasicBlock", (1, 1, 1, 1)),
@@ -22,11 +18,12 @@ LAYERS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
 """Model name to its block in torchvision, and the number of blocks of each stage."""
 
 
-class ResNet(nn.Module):
+class ResNet(nn.Sequential):
     """A residual network for images of 8 to 64 pixels a side (He et al., 2015, https://arxiv.org/abs/1512.03385).
 
-    Parameter names are torchvision's. The stem differs: one 3x3 convolution of stride 1 and no
-    max-pool, so a 32x32 image enters the first stage as 32x32.
+    Images ``(batch, in_channels, height, width)`` become logits ``(batch, num_classes)``. Parameter
+    names are torchvision's. The stem differs: one 3x3 convolution of stride 1 and no max-pool, so a
+    32x32 image enters the first stage as 32x32.
 
     Args:
         block: torchvision's ``BasicBlock`` or ``Bottleneck``.
@@ -40,28 +37,21 @@ class ResNet(nn.Module):
     def __init__(
         self, block: Any, layers: tuple[int, int, int, int], num_classes: int, in_channels: int = 3, width: float = 1.0
     ) -> None:
-        super().__init__()
         widths = [max(1, round(64 * width * 2**stage)) for stage in range(4)]
-        self.conv1 = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nn.ReLU(inplace=True)
         inputs = [widths[0], *(planes * block.expansion for planes in widths)]
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            _stage(block, inputs[stage], widths[stage], layers[stage], stride=1 if stage == 0 else 2)
-            for stage in range(4)
+        modules = OrderedDict[str, nn.Module](
+            conv1=nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(widths[0]),
+            relu=nn.ReLU(inplace=True),
         )
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(inputs[-1], num_classes)
+        for stage in range(4):
+            stride = 1 if stage == 0 else 2
+            modules[f"layer{stage + 1}"] = _stage(block, inputs[stage], widths[stage], layers[stage], stride)
+        modules.update(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(inputs[-1], num_classes))
+        super().__init__(modules)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``(batch, num_classes)`` for ``images (batch, in_channels, height, width)``."""
-        features = self.relu(self.bn1(self.conv1(images)))
-        features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
-        logits: Tensor = self.fc(torch.flatten(self.avgpool(features), 1))
-        return logits
 
 
 def resnet(name: str, num_classes: int, in_channels: int = 3, width: float = 1.0) -> ResNet:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,20 @@ class ResidualBlock(nn.Module):
 
 def baseline(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
     """Five 3x3 convolutions, max-pool and dropout 0.3 after the first, second and fifth; three linear layers."""
-    return _five_convolutions(num_classes, image_size, lambda _: [])
+    return _five_convolutions(num_classes, image_size, has_attention=False)
 
 
 def se_attention(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
     """Return the baseline with batch norm, and squeeze-and-excitation after each convolution."""
-    return _five_convolutions(num_classes, image_size, lambda channels: [nn.BatchNorm2d(channels)], SqueezeExcite)
+    return _five_convolutions(num_classes, image_size, has_attention=True)
 
 
 def residual(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa: ARG001
     """One convolution, four residual blocks of stride 2, global average pooling, one linear layer."""
     widths = (64, 128, 256, 512, 512)
     blocks = [ResidualBlock(inputs, outputs, 2) for inputs, outputs in itertools.pairwise(widths)]
-    return nn.Sequential(*_convolution(3, widths[0]), *blocks, *_average(), nn.Linear(widths[-1], num_classes))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*_convolution(3, widths[0]), *blocks, *head, nn.Linear(widths[-1], num_classes))
 
 
 def deeper_wider(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa: ARG001
@@ -74,7 +75,7 @@ def deeper_wider(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
     for inputs, outputs in ((3, 128), (128, 256), (256, 512), (512, 1024)):
         between = [nn.MaxPool2d(2), nn.Dropout(0.2)] if layers else []
         layers += [*between, *_convolution(inputs, outputs), *_convolution(outputs, outputs)]
-    return nn.Sequential(*layers, *_average(), *_wide_head(num_classes))
+    return nn.Sequential(*layers, *_wide_head(num_classes))
 
 
 def best(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa: ARG001
@@ -82,16 +83,10 @@ def best(num_classes: int = 200, image_size: int = 64) -> nn.Sequential:  # noqa
     layers: list[nn.Module] = [ResidualBlock(3, 128, 1)]
     for inputs in (128, 256, 512):
         layers += [nn.Dropout(0.2), ResidualBlock(inputs, 2 * inputs, 2)]
-    return nn.Sequential(*layers, *_average(), *_wide_head(num_classes))
+    return nn.Sequential(*layers, *_wide_head(num_classes))
 
 
-MODELS: dict[str, Callable[..., nn.Sequential]] = {
-    "baseline": baseline,
-    "residual": residual,
-    "deeper_wider": deeper_wider,
-    "se_attention": se_attention,
-    "best": best,
-}
+MODELS = {network.__name__: network for network in (baseline, residual, deeper_wider, se_attention, best)}
 
 
 def build(name: str, num_classes: int = 200, image_size: int = 64) -> nn.Sequential:
@@ -113,36 +108,28 @@ def build(name: str, num_classes: int = 200, image_size: int = 64) -> nn.Sequent
     return MODELS[name](num_classes, image_size)
 
 
-def _five_convolutions(
-    num_classes: int,
-    image_size: int,
-    after: Callable[[int], Sequence[nn.Module]],
-    last: Callable[[int], nn.Module] | None = None,
-) -> nn.Sequential:
-    """Return the baseline with ``after(channels)`` before each ReLU and ``last(channels)`` after it."""
+def _five_convolutions(num_classes: int, image_size: int, *, has_attention: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs, pools in ((3, 128, 1), (128, 256, 1), (256, 512, 0), (512, 512, 0), (512, 256, 1)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), *after(outputs), nn.ReLU(inplace=True)]
-        layers += [last(outputs)] if last else []
+        if has_attention:
+            layers += [*_convolution(inputs, outputs), SqueezeExcite(outputs)]
+        else:
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
         layers += [nn.MaxPool2d(2), nn.Dropout(0.3)] if pools else []
     side = image_size // 8
-    return nn.Sequential(*layers, nn.Flatten(), *_head((256 * side * side, 512, 256), num_classes, 0.5))
+    return nn.Sequential(*layers, nn.Flatten(), *_head((256 * side * side, 512, 256), num_classes))
 
 
 def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
-def _average() -> list[nn.Module]:
-    return [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-
-
-def _head(widths: Sequence[int], num_classes: int, dropout: float) -> list[nn.Module]:
+def _head(widths: Sequence[int], num_classes: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True), nn.Dropout(0.5)]
     return [*layers, nn.Linear(widths[-1], num_classes)]
 
 
 def _wide_head(num_classes: int) -> list[nn.Module]:
-    return _head((1024, 512, 256), num_classes, 0.5)
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), *_head((1024, 512, 256), num_classes)]
