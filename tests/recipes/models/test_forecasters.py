@@ -7,8 +7,14 @@ import torch
 
 from duoka.errors import ConfigError
 from duoka.recipes.models.dlinear import DLinear
-from duoka.recipes.models.informer import DecoderLayer, DistillingLayer, Informer, InformerSize, sinusoidal_positions
-from duoka.recipes.models.tabular_regressor import TabularRegressor
+from duoka.recipes.models.informer import (
+    DecoderLayer,
+    DistillingLayer,
+    Informer,
+    InformerSize,
+    TabularRegressor,
+    sinusoidal_positions,
+)
 
 SMALL = InformerSize(width=16, heads=2, hidden=32, dropout=0.0, factor=1)
 

@@ -1,7 +1,7 @@
-"""The Informer: a ProbSparse encoder that halves its sequence between layers, and a one-pass decoder.
+"""``Informer``, a forecaster whose ProbSparse encoder halves its sequence, and ``TabularRegressor``, its encoder for tables.
 
 H. Zhou et al., "Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting",
-AAAI 2021, https://arxiv.org/abs/2012.07436. `tabular_regressor` is a smaller relative for tables.
+AAAI 2021, https://arxiv.org/abs/2012.07436.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class InformerSize:
     dropout: float = 0.05
 
 
+PAPER_SIZE = InformerSize()
+SMALL_SIZE = InformerSize(width=64, heads=4, hidden=128, encoder_layers=2, factor=5, distil=True, dropout=0.1)
+"""The size for a table of ten columns."""
+
+
 class Informer(nn.Module):
     """Forecasts several series from their past and calendar features.
 
@@ -57,17 +62,9 @@ class Informer(nn.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        marks: int,
-        *,
-        label_length: int,
-        horizon: int,
-        size: InformerSize | None = None,
+        self, inputs: int, outputs: int, marks: int, *, label_length: int, horizon: int, size: InformerSize = PAPER_SIZE
     ) -> None:
         super().__init__()
-        size = size or InformerSize()
         self.label_length, self.horizon = label_length, horizon
         self.encoder_embedding = InformerEmbedding(inputs, marks, size)
         self.decoder_embedding = InformerEmbedding(inputs, marks, size)
@@ -140,7 +137,7 @@ class DecoderLayer(nn.Module):
         self.attention = SelfAttention(width, heads, factor=size.factor, causal=True, dropout=dropout, salt=salt)
         self.cross_attention = CrossAttention(width, heads, dropout=dropout)
         self.feed_forward = _feed_forward(size)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(size.width) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, inputs: Tensor, memory: Tensor, count: int) -> Tensor:
@@ -164,6 +161,42 @@ class DistillingLayer(nn.Module):
         """Return ``(batch, ceil(length / 2), width)`` for ``(batch, length, width)``."""
         mixed = self.norm(self.conv(inputs.transpose(1, 2)).transpose(1, 2))
         return self.pool(mixed.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class TabularRegressor(nn.Module):
+    """Predicts ``outputs`` numbers from ``features`` numbers, each a token: encoder layers, their mean, two linear layers.
+
+    With few features ProbSparse attention selects every query, so it equals full attention.
+    """
+
+    def __init__(self, features: int, outputs: int, size: InformerSize = SMALL_SIZE) -> None:
+        super().__init__()
+        self.token = nn.Linear(1, size.width)
+        self.positions: Tensor
+        self.register_buffer("positions", sinusoidal_positions(features, size.width), persistent=False)
+        self.encoder = nn.Sequential(*encoder_layers(size, StridedConvDownsample))
+        self.head = nn.Sequential(
+            nn.Linear(size.width, 128), nn.GELU(), nn.Dropout(size.dropout), nn.Linear(128, outputs)
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return ``(batch, outputs)`` for ``rows (batch, features)``."""
+        encoded = self.encoder(self.token(rows.unsqueeze(-1)) + self.positions)
+        return self.head(encoded.mean(dim=1))  # type: ignore[no-any-return]
+
+
+class StridedConvDownsample(nn.Module):
+    """Halves a sequence by a convolution of stride 2 and a layer norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``(batch, ceil(length / 2), width)`` for ``(batch, length, width)``."""
+        mixed: Tensor = self.conv(inputs.transpose(1, 2))
+        return self.norm(nn.functional.gelu(mixed.transpose(1, 2)))  # type: ignore[no-any-return]
 
 
 def encoder_layers(size: InformerSize, downsample: type[nn.Module]) -> list[nn.Module]:

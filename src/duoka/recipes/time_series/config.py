@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from duoka.errors import ConfigError
 from duoka.recipes.common.config import RunOptions
-from duoka.recipes.models.informer import InformerSize
-from duoka.recipes.models.tabular_regressor import SMALL_SIZE
+from duoka.recipes.models.informer import SMALL_SIZE, InformerSize
 
 NAME = "informer"
 LENGTHS = {"M": (48, 48, 24), "MS": (96, 48, 24), "S": (720, 168, 24)}

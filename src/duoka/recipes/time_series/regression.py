@@ -20,7 +20,7 @@ from duoka.recipes.common.registry import PredictedTable, RecipeOutcome
 from duoka.recipes.datasets import csv_table
 from duoka.recipes.datasets.csv_table import CsvTable
 from duoka.recipes.datasets.standardization import Standardization
-from duoka.recipes.models.tabular_regressor import TabularRegressor
+from duoka.recipes.models.informer import TabularRegressor
 from duoka.recipes.time_series import plots
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
 from duoka.recipes.time_series.run_steps import (
