@@ -18,9 +18,8 @@ def prob_sparse_attention(
     """Return ProbSparse attention (Zhou et al., AAAI 2021, https://arxiv.org/abs/2012.07436, section 3).
 
     The ``top`` queries whose largest score stands out most from their mean score get full
-    attention. All other queries get the mean of the values; causal ones the mean so far.
-    The authors' code takes the running sum instead, which grows with the position and hides the
-    position's own value. `docs/results/informer.md` compares both.
+    attention. All other queries get the mean of the values; causal ones the mean so far, where the
+    authors' code takes the running sum. `docs/results/informer.md` compares both.
 
     Args:
         query: ``(batch, heads, queries, width)``.
@@ -46,14 +45,17 @@ def prob_sparse_attention(
     return mean.scatter(2, index, attended.to(mean.dtype))
 
 
-def sample_positions(length: int, count: int, step: Tensor, salt: int) -> Tensor:
-    """Return ``count`` distinct positions below ``length``, a function of ``step`` and ``salt`` alone.
+def hash_at_step(numbers: Tensor, step: Tensor, salt: int) -> Tensor:
+    """Return 64 random bits for each of the int64 ``numbers``, a function of it, ``step`` and ``salt`` alone.
 
-    A hash draws them and not a random generator, so every rank draws the same ones at the same
-    step, and so does a resumed run. ``step`` is an int64 scalar on the device of the result.
+    So every rank draws the same bits at the same ``step`` (an int64 scalar), and so does a resumed run.
     """
-    numbers = torch.arange(1, length + 1, device=step.device)
-    return splitmix64(numbers * -7046029254386353131 + (step + 1) * 2862933555777941757 + salt).topk(count).indices
+    return splitmix64(numbers * -7046029254386353131 + (step + 1) * 2862933555777941757 + salt)
+
+
+def sample_positions(length: int, count: int, step: Tensor, salt: int) -> Tensor:
+    """Return ``count`` distinct positions below ``length``, a function of ``step`` and ``salt`` alone."""
+    return hash_at_step(torch.arange(1, length + 1, device=step.device), step, salt).topk(count).indices
 
 
 def log_length(factor: int, length: int) -> int:
@@ -98,16 +100,12 @@ class SelfAttention(nn.Module):
             dropout = self.dropout if self.training and self.factor is None else 0.0
             attended = scaled_dot_product_attention(query, key, value, is_causal=self.causal, dropout_p=dropout)
         else:
-            sample = self._sample(length, count)
+            if self.training:
+                self.step += 1
+            step = self.step if self.training else torch.zeros_like(self.step)  # evaluation samples fixed positions
+            sample = sample_positions(length, count, step, self.salt)
             attended = prob_sparse_attention(query, key, value, sample, count, causal=self.causal)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-    def _sample(self, length: int, count: int) -> Tensor:
-        """Return new key positions at each training step, and fixed ones in evaluation."""
-        if not self.training:
-            return sample_positions(length, count, torch.zeros_like(self.step), self.salt)
-        self.step += 1
-        return sample_positions(length, count, self.step, self.salt)
 
 
 class CrossAttention(nn.Module):

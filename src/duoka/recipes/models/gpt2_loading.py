@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ def load_gpt2(pretrained: str, texts: Iterable[str], seed: int) -> tuple[Tokeniz
         ConfigError: there is no such GPT-2, or parts of it are missing.
 
     """
-    import_optional("transformers", "recommend")
-    with _quiet_transformers():
-        return _build_small(texts, seed) if pretrained == "none" else _load_pretrained(pretrained)
-
-
-def _build_small(texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
     transformers = import_optional("transformers", "recommend")
+    with _quiet(transformers):
+        if pretrained == "none":
+            return _build_small(transformers, texts, seed)
+        return _load_pretrained(transformers, pretrained)
+
+
+def _build_small(transformers: Any, texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
     tokenizer = import_optional("tokenizers", "recommend").ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(sorted(set(texts)), vocab_size=2048, min_frequency=2, show_progress=False)
     config = transformers.GPT2Config(
@@ -56,8 +58,7 @@ def _build_small(texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
     return lambda lines: [encoding.ids for encoding in tokenizer.encode_batch(lines)], network
 
 
-def _load_pretrained(name: str) -> tuple[Tokenize, Any]:
-    transformers = import_optional("transformers", "recommend")
+def _load_pretrained(transformers: Any, name: str) -> tuple[Tokenize, Any]:
     if not Path(name).is_dir():
         logger.info("looking for %s on the Hugging Face hub", name)
     try:
@@ -80,48 +81,40 @@ def _load_pretrained(name: str) -> tuple[Tokenize, Any]:
             f"pretrained={name!r} lacks {len(missing)} weights of a GPT-2, such as {missing[0]}; give a complete GPT-2, or "
             "'none' for a small one made from the data"
         )
-    return _checked_tokenize(name, tokenizer, network.config.vocab_size), network.float()
+    return partial(_tokenize, name, tokenizer, network.config.vocab_size), network.float()
 
 
-def _checked_tokenize(name: str, tokenizer: Any, vocab_size: int) -> Tokenize:
-    """Return a function that tokenizes and checks that the GPT-2 has all tokens."""
-
-    def tokenize(lines: list[str]) -> list[list[int]]:
-        tokens: list[list[int]] = tokenizer(lines, add_special_tokens=False)["input_ids"]
-        largest = max((token for line in tokens for token in line), default=-1)
-        if largest < 0:
-            raise ConfigError(
-                f"pretrained={name!r} has no tokenizer, or one that returns no tokens; save the GPT-2's own tokenizer there "
-                "with tokenizer.save_pretrained"
-            )
-        if largest >= vocab_size:
-            raise ConfigError(
-                f"pretrained={name!r}: the tokenizer returns token {largest}, but the GPT-2 has tokens 0 to "
-                f"{vocab_size - 1}; save the tokenizer there that the GPT-2 was trained with"
-            )
-        return tokens
-
-    return tokenize
+def _tokenize(name: str, tokenizer: Any, vocab_size: int, lines: list[str]) -> list[list[int]]:
+    """Return the tokens of each line, which are checked to be tokens of the GPT-2."""
+    tokens: list[list[int]] = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    largest = max((token for line in tokens for token in line), default=-1)
+    if largest < 0:
+        raise ConfigError(
+            f"pretrained={name!r} has no tokenizer, or one that returns no tokens; save the GPT-2's own tokenizer there "
+            "with tokenizer.save_pretrained"
+        )
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"pretrained={name!r}: the tokenizer returns token {largest}, but the GPT-2 has tokens 0 to "
+            f"{vocab_size - 1}; save the tokenizer there that the GPT-2 was trained with"
+        )
+    return tokens
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def _quiet(transformers: Any) -> Iterator[None]:
     """Silence transformers and the hub, apart from download progress, and restore their settings."""
-    logging = import_optional("transformers", "recommend").utils.logging
-    hub = import_optional("huggingface_hub", "recommend").utils
-    levels = logging.get_verbosity(), hub.logging.get_verbosity()
-    had_bars, had_downloads = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    hub.logging.set_verbosity_error()  # without a network the hub logs twelve lines; the error has them in one
-    logging.disable_progress_bar()  # disables the hub's, too
-    if had_downloads:
-        hub.enable_progress_bars()
-    try:
+    logging, hub = transformers.utils.logging, import_optional("huggingface_hub", "recommend").utils
+    shows_downloads = not hub.are_progress_bars_disabled()
+    with contextlib.ExitStack() as restored:
+        restored.callback(logging.set_verbosity, logging.get_verbosity())
+        restored.callback(hub.logging.set_verbosity, hub.logging.get_verbosity())
+        restored.callback(hub.enable_progress_bars if shows_downloads else hub.disable_progress_bars)
+        if logging.is_progress_bar_enabled():
+            restored.callback(logging.enable_progress_bar)  # enables the hub's, too
+        logging.set_verbosity_error()
+        hub.logging.set_verbosity_error()  # without a network the hub logs twelve lines; the error has them in one
+        logging.disable_progress_bar()  # disables the hub's, too
+        if shows_downloads:
+            hub.enable_progress_bars()
         yield
-    finally:
-        logging.set_verbosity(levels[0])
-        hub.logging.set_verbosity(levels[1])
-        if had_bars:
-            logging.enable_progress_bar()
-        if not had_downloads:
-            hub.disable_progress_bars()

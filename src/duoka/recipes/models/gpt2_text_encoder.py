@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ ROW_LENGTH = 32
 """Tokens in a packed row; a longer text makes longer rows."""
 ROWS_PER_PASS = 64
 """Rows of a pass without gradients, which bounds the memory for encoding all texts."""
+
+
+Span = tuple[tuple[int, ...], int]
+"""The tokens up to the end of a field, and the field's start in them."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,6 @@ class EntityTexts:
     first_span: int
     num_spans: int
 
-    @property
-    def num_fields(self) -> int:
-        """Number of fields of a text."""
-        return self.span_ids.shape[1]
-
 
 @dataclass(frozen=True)
 class TextSpans:
@@ -88,7 +87,7 @@ class TokenizedTexts:
     spans: TextSpans
     users: EntityTexts
     items: EntityTexts
-    network: nn.Module = field(repr=False)
+    network: Any = field(repr=False)
     """``transformers.GPT2Model``, without dropout and never trained."""
     tokenize: Tokenize = field(repr=False)
     """A field after the first begins with its line break."""
@@ -97,7 +96,7 @@ class TokenizedTexts:
     @property
     def width(self) -> int:
         """Features of GPT-2's hidden states."""
-        return hidden_width(self.network)
+        return int(self.network.config.n_embd)
 
     def build_encoder(self, train_text: str, lora: Lora | None = None) -> TextEncoder:
         """Return an encoder with a copy of the GPT-2; ``train_text`` is one of ``TRAIN_TEXT``."""
@@ -119,58 +118,35 @@ class TextEncoder(nn.Module):
     The GPT-2 ``network`` is changed in place; ``train_text`` is one of ``TRAIN_TEXT``.
     """
 
-    def __init__(self, spans: TextSpans, network: nn.Module, train_text: str, lora: Lora) -> None:
+    def __init__(self, spans: TextSpans, network: Any, train_text: str, lora: Lora) -> None:
         super().__init__()
         check_choice("train_text", train_text, TRAIN_TEXT)
-        self.spans, self.width = spans, hidden_width(network)
+        self.spans, self.width = spans, int(network.config.n_embd)
         self.row_length = max(ROW_LENGTH, spans.tokens.shape[1])
         self.network = network.requires_grad_(train_text == "full")
         if train_text == "lora":
-            _add_lora(network, lora)
+            peft = import_optional("peft", "recommend")
+            options = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.layers)}
+            # fan_in_fan_out=True: GPT-2 stores its projections as (in, out)
+            peft.inject_adapter_in_model(peft.LoraConfig(**options, lora_dropout=0.0, fan_in_fan_out=True), network)
 
     def forward(self, span_ids: Tensor) -> Tensor:
         """Return the vectors ``(len(span_ids), width)`` of spans, whose int64 ids are distinct and ascending."""
-        ids = span_ids.cpu().numpy()
+        ids, device = span_ids.cpu().numpy(), next(self.network.parameters()).device
         if not len(ids):
-            return torch.zeros(0, self.width, device=self._device)
+            return torch.zeros(0, self.width, device=device)
         if torch.is_grad_enabled() or len(ids) <= ROWS_PER_PASS:
-            return self._encode(ids)
+            return self._encode(ids, device)
         num_parts = -(-int(self.spans.ends[ids].sum()) // (ROWS_PER_PASS * self.row_length))
-        return torch.cat([self._encode(part) for part in np.array_split(ids, num_parts)])
+        return torch.cat([self._encode(part, device) for part in np.array_split(ids, num_parts)])
 
-    def _encode(self, ids: Any) -> Tensor:
-        spans = self.spans
-        packed = pack_prefix_tree(spans.tokens[ids], spans.starts[ids], spans.ends[ids], self.row_length)
-        packed = packed.to(self._device)
+    def _encode(self, ids: Any, device: torch.device) -> Tensor:
+        tokens, starts, ends = self.spans.tokens[ids], self.spans.starts[ids], self.spans.ends[ids]
+        packed = pack_prefix_tree(tokens, starts, ends, self.row_length).to(device)
         states = hidden_states(self.network, packed)
         states = states.float() if states.dtype.itemsize < 4 else states
         means = embedding_bag(packed.span_nodes, states, packed.span_offsets, mode="mean")
         return layer_norm(means, (self.width,))
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-
-def hidden_width(network: nn.Module) -> int:
-    """Return the number of features of a GPT-2's hidden states."""
-    config: Any = network.config
-    return int(config.n_embd)
-
-
-def _add_lora(network: nn.Module, lora: Lora) -> None:
-    peft = import_optional("peft", "recommend")
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=list(lora.layers),
-        fan_in_fan_out=True,  # GPT-2 stores its projections as (in, out)
-    )
-    peft.inject_adapter_in_model(config, network)
-
-
-# -- tokenizing --------------------------------------------------------------------------------------------------------
 
 
 def tokenize_texts(
@@ -193,27 +169,19 @@ def tokenize_texts(
     tokenize, network = load_gpt2(str(pretrained), [*user_texts, *item_texts], seed)
     users, user_spans = _tokenize_side("user", user_texts, tokenize, network.config.n_positions)
     items, item_spans = _tokenize_side("item", item_texts, tokenize, network.config.n_positions)
-    return TokenizedTexts(
-        _as_arrays([*user_spans, *item_spans]),
-        EntityTexts(users, 0, len(user_spans)),
-        EntityTexts(items, len(user_spans), len(item_spans)),
-        network.eval(),
-        tokenize,
-    )
-
-
-Span = tuple[tuple[int, ...], int]
-"""The tokens up to the end of a field, and the field's start in them."""
+    spans = _as_arrays([*user_spans, *item_spans])
+    users_of, items_of = EntityTexts(users, 0, len(user_spans)), EntityTexts(items, len(user_spans), len(item_spans))
+    return TokenizedTexts(spans, users_of, items_of, network.eval(), tokenize)
 
 
 def _tokenize_side(side: str, texts: Sequence[str], tokenize: Tokenize, max_tokens: int) -> tuple[Tensor, list[Span]]:
     """Return the span ids of each text, ``(texts, fields)``, and the distinct spans, sorted."""
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    split = [_split_fields(text) for text in rows]
+    split = [re.split(r"(?=\n)", text) for text in rows]  # fields after the first begin with their line break
     _check_fields(side, texts, split)
     lines = sorted({line for fields in split for line in fields})
     tokens = dict(zip(lines, tokenize(lines), strict=True))
-    spans_of = [_spans([tokens[line] for line in fields]) for fields in split]
+    spans_of = [_spans(tokens[line] for line in fields) for fields in split]
     _check_lengths(side, list(rows), spans_of, max_tokens)
     spans = sorted({span for text in spans_of for span in text})
     ids = {span: number for number, span in enumerate(spans)}
@@ -221,17 +189,11 @@ def _tokenize_side(side: str, texts: Sequence[str], tokenize: Tokenize, max_toke
     return table[torch.tensor([rows[text] for text in texts])], spans
 
 
-def _split_fields(text: str) -> list[str]:
-    """Return the fields of a text; all but the first begin with their line break."""
-    return re.split(r"(?=\n)", text)
-
-
-def _spans(fields: Sequence[Sequence[int]]) -> list[Span]:
-    spans, tokens = [], list[int]()
+def _spans(fields: Iterable[Sequence[int]]) -> list[Span]:
+    spans, tokens = list[Span](), tuple[int, ...]()
     for field_tokens in fields:
-        start = len(tokens)
-        tokens += field_tokens
-        spans.append((tuple(tokens), start))
+        spans.append(((*tokens, *field_tokens), len(tokens)))
+        tokens, _ = spans[-1]
     return spans
 
 

@@ -1,7 +1,6 @@
 """The score of a user and an item: a dot product of their vectors plus a small MLP, fast for all pairs.
 
-The MLP's first layer is linear in both vectors, so each tower computes its half once per user or item,
-and a pair costs one addition there. `recommender` has the models that make the vectors.
+The MLP's first layer is linear in both vectors, so each tower computes its half once per user or item.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ class PairScore(nn.Module):
         self.out_layer = nn.Linear(hidden[1], 1, bias=False)  # a bias would add the same to all items
 
     def user_tower(self, vectors: Tensor) -> TowerOutput:
-        """Return the users' tower for their vectors ``(users, width)``."""
+        """Return the users' half for their vectors ``(users, width)``."""
         return self._tower(vectors, self.user_layer)
 
     def item_tower(self, vectors: Tensor) -> TowerOutput:
-        """Return the items' tower for their vectors ``(items, width)``."""
+        """Return the items' half for their vectors ``(items, width)``."""
         return self._tower(vectors, self.item_layer)
 
     def _tower(self, vectors: Tensor, layer: nn.Linear) -> TowerOutput:
@@ -89,24 +88,22 @@ class PairScorer:
 
         All blocks have the same size, so a score is bit-identical whatever other users are asked for.
         """
-        users, block = users.to(self.items.hidden.device), self._users_per_block()
-        padded = self.users.select(torch.cat([users, users[:1].expand(-len(users) % block)]))
-        with torch.autocast(users.device.type, enabled=False):
-            return self._score_blocks(padded, block)[: len(users)]
-
-    def _score_blocks(self, users: TowerOutput, block: int) -> Tensor:
         items = self.items
-        num_items, width = items.hidden.shape
+        device, (num_items, width) = items.hidden.device, items.hidden.shape
+        block = max(1, BLOCK_BYTES["cpu" if device.type == "cpu" else "other"] // items.hidden.nbytes)
+        count, users = len(users), users.to(device)
+        tower = self.users.select(torch.cat([users, users[:1].expand(-count % block)]))
         layer, weights = self.score.hidden_layer, self.score.out_layer.weight[0]
-        scores = items.hidden.new_empty(len(users.hidden), num_items)
+        scores = items.hidden.new_empty(len(tower.hidden), num_items)
         first = scores.new_empty(block, num_items, width)
         second = scores.new_empty(block * num_items, layer.out_features)
-        for start in range(0, len(scores), block):
-            rows = slice(start, start + block)
-            torch.add(users.hidden[rows].unsqueeze(1), items.hidden, out=first).relu_()
-            torch.addmm(layer.bias, first.flatten(0, 1), layer.weight.T, out=second).relu_()
-            torch.mm(users.dot[rows], items.dot.T, out=scores[rows]).view(-1).addmv_(second, weights)
-        return scores
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, len(scores), block):
+                rows = slice(start, start + block)
+                torch.add(tower.hidden[rows].unsqueeze(1), items.hidden, out=first).relu_()
+                torch.addmm(layer.bias, first.flatten(0, 1), layer.weight.T, out=second).relu_()
+                torch.mm(tower.dot[rows], items.dot.T, out=scores[rows]).view(-1).addmv_(second, weights)
+        return scores[:count]
 
     @torch.no_grad()
     def score_pairs(self, users: Tensor, items: Tensor) -> Tensor:
@@ -115,10 +112,6 @@ class PairScorer:
         user, item = self.users.select(users.to(device)), self.items.select(items.to(device))
         with torch.autocast(device.type, enabled=False):
             return self.score.dot(user, item) + self.score.mlp(user, item)
-
-    def _users_per_block(self) -> int:
-        budget = BLOCK_BYTES.get(self.users.hidden.device.type, BLOCK_BYTES["other"])
-        return max(1, budget // self.items.hidden.nbytes)
 
 
 def gather_rows(table: Tensor, rows: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""``Recommender``, the base of the recommendation models with their loss and scores; and ``NCF``, by ids alone.
-
-`pair_scoring` has the score of a pair, `gpt2_recommender` the models that read texts.
-"""
+"""``Recommender``, the base of the recommendation models with their loss and scores; and ``NCF``, by ids alone."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from torch.nn.functional import softplus
 
 import duoka
 from duoka.recipes.models.pair_scoring import PairScore, PairScorer, TowerOutput
+from duoka.utils.modules import preserve_train_modes
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.validation import check_integer, check_number, invalid_option
 
@@ -56,8 +54,6 @@ class Recommender(nn.Module):
         """Return the vectors ``(count, width)`` of ``users`` and ``items``, distinct and ascending int64 ids each."""
         raise NotImplementedError
 
-    # -- training ------------------------------------------------------------------------------------------------------
-
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the batch mean of the BPR loss plus ``contrast`` times InfoNCE.
 
@@ -79,13 +75,13 @@ class Recommender(nn.Module):
     def loss_from_vectors(
         self, users: Tensor, items: Tensor, user_rows: Tensor, item_rows: Tensor, positives: Tensor
     ) -> Tensor:
-        """Return the loss for the vectors ``users`` and ``items``, ``(any, width)`` each.
+        """Return the loss of samples whose vectors are rows of ``users`` and ``items``, ``(any, width)`` each.
 
-        Each sample has a row in ``users``, ``user_rows (batch,)``, two in ``items`` for its positive and
-        negative item, ``item_rows (2, batch)``, and the id of its positive item, ``positives (batch,)``.
+        ``user_rows (batch,)`` are rows of users, ``item_rows (2, batch)`` those of positive and negative
+        items, and ``positives (batch,)`` the ids of the positive items.
         """
         user, tower = self.score.user_tower(users).select(user_rows), self.score.item_tower(items)
-        positive, negative = tower.select(item_rows[0]), tower.select(item_rows[1])
+        positive, negative = map(tower.select, item_rows)
         products = self.score.dot(user, positive)
         # With one MLP call per item, the gradient of what moves both scores alike is exactly 0, so AdamW makes no step.
         difference = self.score.dot(user, negative) + self.score.mlp(user, negative)
@@ -113,17 +109,13 @@ class Recommender(nn.Module):
         is_candidate = _mark(ids, self.n_items, torch.bool)[positives]
         return torch.where(is_candidate, log_sums - own, softplus(log_sums - own))
 
-    # -- recommending --------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def scorer(self) -> PairScorer:
         """Return the scorer of the present weights, with the towers of all users and items."""
-        was_training = self.training
-        self.eval()
-        ids = (torch.arange(count, device=self._device) for count in (self.n_users, self.n_items))
-        users, items = self.vectors(*ids)
-        towers = self.score.user_tower(users), self.score.item_tower(items)
-        self.train(was_training)
+        with preserve_train_modes(self):
+            self.eval()
+            users, items = self.vectors(*(torch.arange(n, device=self._device) for n in (self.n_users, self.n_items)))
+            towers = self.score.user_tower(users), self.score.item_tower(items)
         return PairScorer(self.score, *(TowerOutput(tower.dot.float(), tower.hidden.float()) for tower in towers))
 
     def score_all(self, users: Tensor) -> Tensor:
@@ -145,11 +137,10 @@ class Recommender(nn.Module):
             raise invalid_option("user", user, f"from 0 to {self.n_users - 1}")
         check_integer("k", k, 1)
         scores = (scorer or self.scorer()).score_all(torch.tensor([user]))[0]
-        excluded = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=scores.device)
-        if len(excluded) and not 0 <= excluded[0] <= excluded[-1] < self.n_items:
-            wrong = int(excluded[0] if excluded[0] < 0 else excluded[-1])
+        excluded = sorted(set(seen))
+        for wrong in (item for item in excluded if not 0 <= item < self.n_items):
             raise invalid_option("seen item", wrong, f"from 0 to {self.n_items - 1}")
-        scores[excluded] = -torch.inf
+        scores[torch.tensor(excluded, dtype=torch.int64, device=scores.device)] = -torch.inf
         best = scores.topk(min(k, self.n_items - len(excluded)))
         return best.indices.cpu(), best.values.cpu()
 
