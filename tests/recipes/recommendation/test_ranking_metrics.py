@@ -21,6 +21,7 @@ from duoka.recipes.recommendation.ranking_metrics import (
     RankingModel,
     UserItemIndex,
     mean_metrics,
+    top_k,
 )
 
 N_USERS, N_ITEMS = 60, 90
@@ -107,7 +108,8 @@ def test_metrics_equal_torchmetrics(rows, evaluator, kind):
     for row, user in zip(found.tolist(), users.tolist(), strict=True):
         candidates = torch.tensor([item for item in range(N_ITEMS) if item not in rows[0][user]])
         target = torch.isin(candidates, torch.tensor(rows[1][user]))
-        _, items = evaluator.top_k(scores[user : user + 1], torch.tensor([user]), len(candidates))
+        keys = evaluator.sort_keys(scores[user : user + 1], torch.tensor([user]))
+        _, items = top_k(keys, len(candidates))
         order = torch.empty(N_ITEMS).index_put_((items[0],), torch.arange(len(candidates), 0, -1.0))[candidates]
         for k in CUTOFFS:
             expected = {f"ndcg@{k}": retrieval.retrieval_normalized_dcg(scores[user, candidates], target, top_k=k)}
@@ -132,13 +134,13 @@ def test_ndcg_is_the_mean_over_all_orders_of_ties():
 
 def test_the_list_has_unseen_items_with_ties_in_index_order(rows, evaluator):
     users = torch.arange(N_USERS)
-    keys, items = evaluator.top_k(scores_of("constant"), users, 20)
+    keys, items = top_k(evaluator.sort_keys(scores_of("constant"), users), 20)
     for user in range(N_USERS):
         candidates = [item for item in range(N_ITEMS) if item not in rows[0][user]]
         shown = items[user][keys[user] != EXCLUDED].tolist()
         assert shown == candidates[:20]
     negative = torch.where(torch.arange(N_ITEMS) % 2 == 0, -0.0, 0.0).expand(N_USERS, -1)
-    assert torch.equal(evaluator.top_k(negative, users, 20)[1], items)  # minus zero equals zero
+    assert torch.equal(top_k(evaluator.sort_keys(negative, users), 20)[1], items)  # minus zero equals zero
 
 
 def test_nan_scores_are_rejected(evaluator):
@@ -162,11 +164,8 @@ class Table(nn.Module):
         super().__init__()
         self.scores = nn.Parameter(scores)
 
-    def scorer(self) -> "Table":
-        assert not torch.is_autocast_enabled("cpu")
-        return self
-
     def score_all(self, users: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_autocast_enabled("cpu")
         return self.scores[users]
 
 
@@ -208,5 +207,5 @@ def test_earlier_parts_count_as_seen(tmp_path):
         RankingEvaluator.of(data, "train")
     cold = RankingEvaluator.of(ML1MDataset(tmp_path, split="cold-films"), "test", only_its_films=True)
     expected = set(cold.targets.indices.tolist())
-    keys, ranked = cold.top_k(torch.rand(40, 60), torch.arange(40), 60)
+    keys, ranked = top_k(cold.sort_keys(torch.rand(40, 60), torch.arange(40)), 60)
     assert set(ranked[keys != EXCLUDED].tolist()) == expected

@@ -390,7 +390,7 @@ def test_download_false_forbids_the_download(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"embedding_size": 30}, "embedding_size=30 does not suit heads=4"),
+        ({"embedding_size": 30}, "embedding_size=30 is not valid: it must be a multiple of heads=4"),
         ({"split_ratio": "0.8;0.2"}, "split_ratio='0.8;0.2' is not valid"),
         ({"split_ratio": "0.8,0.2"}, "the shares of training, validation and test"),
         ({"text_lr": 0.0}, "text_lr=0.0 is not valid: it must be a finite number, above 0"),

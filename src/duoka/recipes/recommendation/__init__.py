@@ -14,16 +14,21 @@ from typing import Any
 from duoka import current_world, devices, save
 from duoka.errors import ConfigError
 from duoka.recipes.common.config import config_of_run
-from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_dir_for
+from duoka.recipes.common.recipe_run import RecipeRun, run_dir_for
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
 from duoka.recipes.datasets.movielens import ML1MDataset
-from duoka.recipes.recommendation import inference
 from duoka.recipes.recommendation.baselines import ItemKNN, Popularity
 from duoka.recipes.recommendation.config import NAME, RecommendationConfig
-from duoka.recipes.recommendation.inference import RecommendationList
-from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator
+from duoka.recipes.recommendation.inference import load_data, load_model, recommend
 from duoka.recipes.recommendation.results import MetricTable, draw_comparison, format_table, headline
-from duoka.recipes.recommendation.training import BEST_METRIC, StageResult, evaluate_model, train_ncf, train_stages
+from duoka.recipes.recommendation.training import (
+    BEST_METRIC,
+    StageResult,
+    evaluate_model,
+    evaluator_of,
+    train_ncf,
+    train_stages,
+)
 
 __all__ = ["RecommendationConfig", "evaluate", "predict", "recommend", "train"]
 
@@ -36,7 +41,7 @@ def train(config: RecommendationConfig) -> RecipeOutcome:
     config = config.resolved()
     devices.resolve(config.device)  # reports a missing device before any download
     _check_stage1_options(config)
-    data = _load_data(config, RecipeRun.at(config.resume) if config.resume else None)
+    data = load_data(config, RecipeRun.at(config.resume) if config.resume else None, is_same=True)
     run = run_dir_for(NAME, config, config.device)
     with run.resumable(NAME):
         stages = train_stages(config, data, run)
@@ -52,36 +57,23 @@ def evaluate(run: RecipeRun, config: RecommendationConfig) -> RecipeOutcome:
     """Test the model of a finished run again, and write ``evaluation.json`` into its folder."""
     config = config.resolved()
     run.finished_model()  # raises for an unfinished run
-    data = _load_data(config, run)
-    metrics = evaluate_model(inference.load_model(run, config, data), _test_evaluator(config, data), config)
+    data = load_data(config, run, is_same=True)
+    metrics = evaluate_model(load_model(run, config, data), evaluator_of(config, data, "test"), config)
     if current_world().is_main:
         run.write_results({"test": metrics}, "evaluation.json")
     return RecipeOutcome(run, {f"test_{name}": value for name, value in metrics.items()}, _next_step(run, data))
 
 
-def predict(
-    run: RecipeRun,
-    config: RecommendationConfig,  # noqa: ARG001
-    sources: Sequence[str],  # noqa: ARG001
-    *,
-    invert: bool = False,  # noqa: ARG001
-) -> list[Prediction]:
+def predict(run: RecipeRun, config: Any, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:  # noqa: ARG001
     """Raise ``ConfigError``: this recipe has ``recommend`` instead."""
     raise ConfigError(f"a run of {NAME} recommends films to a user: duoka recommend {run.folder} --user NUMBER")
 
 
-def recommend(run: RecipeRun, config: RecommendationConfig, user: int, k: int) -> RecommendationList:
-    """Return the best ``k`` films for the user with the number ``user`` in ``users.dat``, with reasons."""
-    return inference.recommend(run, config.resolved(), user, k)
-
-
 def _check_stage1_options(config: RecommendationConfig) -> None:
     """Refuse to change stage 1 of a run whose stage 2 started from its result."""
-    if not config.resume:
+    if not config.resume or not (RecipeRun.at(config.resume).folder / "stage-2" / "checkpoint").is_dir():
         return
     run = RecipeRun.at(config.resume)
-    if not (run.folder / "stage-2" / "checkpoint").is_dir():
-        return
     original = config_of_run(RecommendationConfig, run)
     for option in ("epochs", "patience", "eval_every_epochs"):
         before, now = getattr(original, option), getattr(config, option)
@@ -92,23 +84,11 @@ def _check_stage1_options(config: RecommendationConfig) -> None:
             )
 
 
-def _load_data(config: RecommendationConfig, run: RecipeRun | None) -> ML1MDataset:
-    """Return the data set; for an existing run, it must be the one of its start."""
-    data = inference.load_data(config, run)
-    if run is not None:
-        refuse_other_data(run, data.metadata(), f"--root {data.folder}")
-    return data
-
-
-def _test_evaluator(config: RecommendationConfig, data: ML1MDataset) -> RankingEvaluator:
-    return RankingEvaluator.of(data, "test", only_its_films=config.split == "cold-films")
-
-
 def _test(
     config: RecommendationConfig, data: ML1MDataset, stages: Sequence[StageResult], best: StageResult
 ) -> MetricTable:
     """Return the test metrics of the run's model, of its other stage, and of the baselines."""
-    evaluator = _test_evaluator(config, data)
+    evaluator = evaluator_of(config, data, "test")
     models = {f"{config.model} (stage {stage.number})": stage.model for stage in (best, *stages)}
     table = {name: evaluate_model(model, evaluator, config) for name, model in models.items()}
     if config.baselines:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +19,6 @@ class Popularity(nn.Module):
     def __init__(self, seen: UserItemIndex, n_items: int) -> None:
         super().__init__()
         self.register_buffer("counts", torch.bincount(seen.indices, minlength=n_items).float())
-
-    def scorer(self) -> Self:
-        """Return the object that has ``score_all``."""
-        return self
 
     def score_all(self, users: Tensor) -> Tensor:
         """Return the scores of all items for ``users``, ``(users, items)``."""
@@ -52,27 +46,17 @@ class ItemKNN(nn.Module):
     def __init__(self, seen: UserItemIndex, n_items: int, neighbors: int = NEIGHBORS, shrink: float = SHRINK) -> None:
         super().__init__()
         self.seen, self.n_items = seen, n_items
-        similarity = _cosines(seen, n_items, shrink)
+        common = torch.zeros(n_items, n_items)
+        for users in torch.split(torch.arange(len(seen.indptr) - 1), 1024):
+            matrix = seen.matrix(users, n_items)
+            common.addmm_(matrix.T, matrix)
+        size = common.diagonal().sqrt()
+        similarity = (common / (size[:, None] * size + shrink).clamp(min=1e-12)).fill_diagonal_(0)
         if neighbors < n_items:
             least = similarity.topk(neighbors, dim=1).values[:, -1:]
             similarity = similarity * (similarity >= least)
         self.register_buffer("similarity", similarity.T.contiguous())  # (seen item, scored item)
 
-    def scorer(self) -> Self:
-        """Return the object that has ``score_all``."""
-        return self
-
     def score_all(self, users: Tensor) -> Tensor:
         """Return the scores of all items for ``users``, ``(users, items)``."""
-        return self.seen.to(users.device).matrix(users, self.n_items, torch.float32) @ self.similarity
-
-
-def _cosines(seen: UserItemIndex, n_items: int, shrink: float, batch_size: int = 1024) -> Tensor:
-    """Return the shrunk cosines of all pairs of items, float32 ``(items, items)``, 0 on the diagonal."""
-    common = torch.zeros(n_items, n_items)
-    for users in torch.split(torch.arange(len(seen.indptr) - 1), batch_size):
-        matrix = seen.matrix(users, n_items, torch.float32)
-        common.addmm_(matrix.T, matrix)
-    size = common.diagonal().sqrt()
-    similarity = common / (size[:, None] * size + shrink).clamp(min=1e-12)
-    return similarity.fill_diagonal_(0)
+        return self.seen.to(users.device).matrix(users, self.n_items) @ self.similarity

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from duoka.errors import ConfigError
 from duoka.recipes.common.config import RunOptions
 from duoka.recipes.datasets.movielens_split import check_ratio
 from duoka.utils.validation import invalid_option
@@ -80,27 +79,12 @@ class RecommendationConfig(RunOptions):
     name: str | None = None
     """Default: made of model, GPT-2 and split."""
 
-    FIXED = (
-        "model",
-        "pretrained",
-        "embedding_size",
-        "heads",
-        "split",
-        "split_ratio",
-        "split_seed",
-        "train_text",
-        "lora_rank",
-        "lora_alpha",
-        "seed",  # it makes the small GPT-2 that stage 1 has read the texts with
-        "contrast",
-        "id_dropout",
-        "lr",  # a stage that goes on has its optimiser's state, rates and all
-        "dynamic_lr",
-        "text_lr",
-        "weight_decay",
-    )
+    FIXED = (  # `seed` makes the small GPT-2 that stage 1 reads with; a checkpoint's optimizer has its learning rates
+        "model", "pretrained", "embedding_size", "heads", "split", "split_ratio", "split_seed", "train_text", "lora_rank",
+        "lora_alpha", "seed", "contrast", "id_dropout", "lr", "dynamic_lr", "text_lr", "weight_decay",
+    )  # fmt: skip
     PLANNED = ()
-    scheduler = None  # rates stay as they are
+    scheduler = None  # learning rates are constant
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,9 +93,7 @@ class RecommendationConfig(RunOptions):
         self.check_numbers("clip", "dynamic_lr", "text_lr", "lora_alpha", least=0, exclusive=True)
         self.check_numbers("id_dropout", least=0, below=1)
         if self.embedding_size % self.heads:
-            raise ConfigError(
-                f"embedding_size={self.embedding_size} does not suit heads={self.heads}: it must be a multiple of the heads"
-            )
+            raise invalid_option("embedding_size", self.embedding_size, f"a multiple of heads={self.heads}")
         check_ratio(self.ratio)
 
     def resolved(self) -> RecommendationConfig:
@@ -128,6 +110,5 @@ class RecommendationConfig(RunOptions):
         try:
             return tuple(float(share) for share in self.split_ratio.split(","))
         except ValueError:
-            raise invalid_option(
-                "split_ratio", self.split_ratio, "three shares with commas between them, such as 0.8,0.1,0.1"
-            ) from None
+            expected = "three shares with commas between them, such as 0.8,0.1,0.1"
+            raise invalid_option("split_ratio", self.split_ratio, expected) from None

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from duoka import devices, load
+from duoka import load
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data
 from duoka.recipes.datasets.movielens import ML1MDataset
 from duoka.recipes.datasets.movielens_split import PARTS
 from duoka.recipes.models.recommender import Recommender
 from duoka.recipes.recommendation.config import RecommendationConfig
-from duoka.recipes.recommendation.training import build_model, load_texts
+from duoka.recipes.recommendation.training import build_model, first_device, load_texts
 from duoka.utils.validation import check_integer
 
 USER_FIELDS, FILM_FIELDS = ("id", "gender", "age", "occupation"), ("id", "genres", "title")
@@ -53,16 +53,20 @@ class RecommendationList:
     films: tuple[Recommendation, ...]
 
 
-def load_data(config: RecommendationConfig, run: RecipeRun | None = None) -> ML1MDataset:
-    """Return the data set of ``config``; for an existing ``run`` its folder must exist.
+def load_data(config: RecommendationConfig, run: RecipeRun | None, *, is_same: bool) -> ML1MDataset:
+    """Return the data set of ``config``.
 
-    A run's data may be any set, so MovieLens-1M is not downloaded in its place.
+    For an existing ``run`` its folder must exist: the run's data may be any set, so MovieLens-1M is not
+    downloaded in its place. With ``is_same`` the data must also be those that the run began with.
     """
     if run is not None and not Path(config.root).exists():
         raise DataError(
             f"root={config.root}, the data folder of the run {run.folder}, does not exist: pass it as --root"
         )
-    return ML1MDataset(config.root, config.ratio, config.split, config.split_seed, download=config.download)
+    data = ML1MDataset(config.root, config.ratio, config.split, config.split_seed, download=config.download)
+    if run is not None and is_same:
+        refuse_other_data(run, data.metadata(), f"--root {data.folder}")
+    return data
 
 
 def load_model(run: RecipeRun, config: RecommendationConfig, data: ML1MDataset) -> Recommender:
@@ -80,13 +84,14 @@ def load_model(run: RecipeRun, config: RecommendationConfig, data: ML1MDataset) 
         raise ConfigError(f"{error} (option `pretrained` in {run.config})") from error
     model = build_model(config, data, texts, run.read_results("stage")["stage"])
     load(path, into=model)
-    return model.to(devices.resolve(config.device).devices[0]).eval()
+    return model.to(first_device(config)).eval()
 
 
 def recommend(run: RecipeRun, config: RecommendationConfig, user: int, k: int) -> RecommendationList:
     """Return the best ``k`` films for the user with the number ``user`` in ``users.dat``; fewer if fewer are left."""
     check_integer("k", k, 1)
-    data = load_data(config, run)
+    config = config.resolved()
+    data = load_data(config, run, is_same=False)
     index = data.user_index(user)
     model = load_model(run, config, data)
     seen = data.seen(*PARTS).items_of(index)

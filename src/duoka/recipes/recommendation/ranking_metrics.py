@@ -4,8 +4,7 @@
 HR and MRR look at this list, which is also what a user gets.
 
 **Ties in NDCG.** NDCG is the mean over all orders of items with equal scores, as in scikit-learn and
-torchmetrics. (torchmetrics' other metrics take ties in the order of an unstable sort, and it has no
-full ranking on the device; tests compare all metrics with torchmetrics'.)
+torchmetrics. (torchmetrics' other metrics sort ties unstably, and it has no full ranking on the device.)
 
 For a user with target items ``T``, and ``top`` the first ``k`` of the list:
 
@@ -22,12 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import ML1MDataset, SeenItems
@@ -43,8 +42,7 @@ ScoreFunction = Callable[[Tensor], Tensor]
 """Indices of users, int64 ``(batch,)``, to their scores of all items ``(batch, items)``."""
 
 
-@dataclass(frozen=True)
-class UserItemIndex:
+class UserItemIndex(NamedTuple):
     """The items of each user, as ``SeenItems``, in tensors on any device."""
 
     indptr: Tensor
@@ -57,7 +55,7 @@ class UserItemIndex:
 
     def to(self, device: torch.device) -> UserItemIndex:
         """Return the same index on ``device``."""
-        return UserItemIndex(self.indptr.to(device), self.indices.to(device))
+        return UserItemIndex(*(part.to(device) for part in self))
 
     def pairs(self, users: Tensor) -> tuple[Tensor, Tensor]:
         """Return all items of ``users``, ``(pairs,)``, after the row in ``users`` of each."""
@@ -70,9 +68,9 @@ class UserItemIndex:
         """Return the number of items of each of ``users``, ``(users,)``."""
         return self.indptr[users + 1] - self.indptr[users]
 
-    def matrix(self, users: Tensor, n_items: int, dtype: torch.dtype = torch.bool) -> Tensor:
-        """Return ``(users, n_items)``, 1 at each user's items and 0 elsewhere."""
-        marked = torch.zeros(len(users), n_items, dtype=dtype, device=users.device)
+    def matrix(self, users: Tensor, n_items: int) -> Tensor:
+        """Return ``(users, n_items)``, 1.0 at each user's items and 0.0 elsewhere."""
+        marked = torch.zeros(len(users), n_items, device=users.device)
         marked[self.pairs(users)] = 1
         return marked
 
@@ -129,27 +127,13 @@ class RankingEvaluator:
                 total += evaluator.ranking_metrics(score(some), some).sum(0)
         return dict(zip(METRICS, (total / len(users)).tolist(), strict=True))
 
-    def top_k(self, scores: Tensor, users: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return sort keys and indices of the first ``k`` items of each user's list, int64 ``(users, k)`` each.
-
-        Args:
-            scores: of all items ``(users, items)``; used as float32 and not modified.
-            users: indices ``(users,)``.
-            k: number of items; fewer columns are returned if there are fewer items.
-
-        Returns:
-            Keys, descending, whose upper half is the score (``EXCLUDED`` is no item); and items.
-
-        """
-        return _top(self._sort_keys(scores, users), k)
-
     def ranking_metrics(self, scores: Tensor, users: Tensor) -> Tensor:
         """Return the metrics of each user's list, float64 ``(users, len(METRICS))``.
 
         ``scores`` of all items ``(users, items)`` are on the evaluator's device; all ``users`` have a target.
         """
-        keys = self._sort_keys(scores, users)
-        best, items = _top(keys, max(CUTOFFS))
+        keys = self.sort_keys(scores, users)
+        best, items = top_k(keys, max(CUTOFFS))
         rows, targets = self.targets.pairs(users)
         is_target = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
         is_target[rows, targets] = True
@@ -159,8 +143,11 @@ class RankingEvaluator:
         hits, gains = (nn.functional.pad(part.double(), padding) for part in (hits, gains))
         return _metrics(hits, gains, self.targets.counts(users).double())
 
-    def _sort_keys(self, scores: Tensor, users: Tensor) -> Tensor:
-        """Return int64 keys in the order of the list: the score's bits above, the index below, counted from the end."""
+    def sort_keys(self, scores: Tensor, users: Tensor) -> Tensor:
+        """Return int64 keys ``(users, items)`` that fall along each user's list; ``EXCLUDED`` is no item of it.
+
+        The upper half is the score as float32, the lower the index, counted from the end.
+        """
         bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 turns minus zero into zero
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # now integers in the order of the floats
         if bool(torch.isnan(scores).any()):
@@ -172,7 +159,7 @@ class RankingEvaluator:
         return keys
 
 
-def _top(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the largest ``k`` keys of each row, descending, and their items; keys differ, so the order is unique."""
     best = keys.topk(min(k, keys.shape[1]), dim=1).values
     return best, keys.shape[1] - 1 - (best & 0xFFFFFFFF)
@@ -215,28 +202,20 @@ def _metrics(hits: Tensor, gains: Tensor, counts: Tensor) -> Tensor:
     return torch.stack([columns[name] for name in METRICS], dim=1)
 
 
-class UserMean(Metric):
+class UserMean(MeanMetric):
     """The mean over users of one column of a ``RankingModel``'s metrics."""
 
-    higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    users: Tensor
+    higher_is_better = True  # type: ignore[assignment]
 
-    def __init__(self, column: int, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, column: int) -> None:
+        super().__init__()
         self.column = column
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("users", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
 
-    def update(self, metrics: Tensor, target: object = None) -> None:  # noqa: ARG002
-        """Add the metrics of some users, ``(users, len(METRICS))``."""
-        self.total = self.total + metrics[:, self.column].sum()
-        self.users = self.users + len(metrics)
-
-    def compute(self) -> Tensor:
-        """Return the mean."""
-        return self.total / self.users
+    def update(self, metrics: Tensor, target: object = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Add the metrics of some users, ``(users, len(METRICS))``, without ``MeanMetric``'s search for NaN."""
+        self.mean_value = self.mean_value + metrics[:, self.column].sum()
+        self.weight = self.weight + len(metrics)
 
 
 def mean_metrics(names: Sequence[str] = METRICS) -> MetricCollection:
@@ -252,8 +231,8 @@ class RankingModel(nn.Module):
     """A recommender as a Trainer evaluates it: a batch of users in, the metrics of their lists out.
 
     Args:
-        model: its ``scorer()`` returns an object whose ``score_all(users)`` is a ``ScoreFunction``.
-        evaluator: what is ranked, and what should come first.
+        model: its ``score_all(users)``, or that of its ``scorer()`` if it has one, is a ``ScoreFunction``.
+        evaluator: the items to rank, and those that should come first.
 
     """
 
@@ -278,12 +257,8 @@ class RankingModel(nn.Module):
         if evaluator is None:
             evaluator = self._on_device[users.device] = self.evaluator.to(users.device)
         with torch.autocast(users.device.type, enabled=False):
-            score = self._score or self._make_scorer()
+            model: Any = self.model
+            score = self._score or (model.scorer() if hasattr(model, "scorer") else model).score_all
             if not self.training:  # the weights stay the same
                 self._score = score
             return {"prediction": evaluator.ranking_metrics(score(users), users)}
-
-    def _make_scorer(self) -> ScoreFunction:
-        scorer: Any = self.model.scorer()  # type: ignore[operator]
-        score: ScoreFunction = scorer.score_all
-        return score

@@ -55,7 +55,6 @@ class StageResult:
     validation: dict[str, float]
     """Metrics of these weights."""
     epochs: int
-    """Number of epochs that were trained."""
 
 
 def load_texts(config: RecommendationConfig, data: ML1MDataset) -> TokenizedTexts | None:
@@ -82,16 +81,12 @@ def build_model(
         contrast=config.contrast,
         id_dropout=config.id_dropout,
         seed=config.seed,
-        device=devices.resolve(config.device).devices[0],
+        device=first_device(config),
     )
-    users, items = _ids_without(data.train.users, data.n_users), _ids_without(data.train.items, data.n_items)
-    model.hide_ids(users=users, items=items)
+    rated = (data.train.users, data.n_users), (data.train.items, data.n_items)
+    users, items = (np.flatnonzero(np.bincount(ids, minlength=count) == 0) for ids, count in rated)
+    model.hide_ids(users=torch.from_numpy(users), items=torch.from_numpy(items))  # their embeddings stay untrained
     return model
-
-
-def _ids_without(rated: Any, count: int) -> Tensor:
-    """Return the ids without training ratings, whose embeddings stay untrained."""
-    return (torch.bincount(torch.from_numpy(rated), minlength=count) == 0).nonzero().flatten()
 
 
 def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun) -> list[StageResult]:
@@ -142,8 +137,15 @@ def training_samples(config: RecommendationConfig, data: ML1MDataset) -> negativ
     return negative_sampling.TripletDataset(data.train.pairs, seen, data.n_items, config.seed, data.user_ids, items)
 
 
+def evaluator_of(config: RecommendationConfig, data: ML1MDataset, part: str) -> RankingEvaluator:
+    """Return the evaluator of ``part``; with cold films it ranks the films of the part only."""
+    return RankingEvaluator.of(data, part, only_its_films=config.split == "cold-films")
+
+
 def _trainer(model: Recommender, config: RecommendationConfig, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
-    evaluator = RankingEvaluator.of(data, "validation", only_its_films=config.split == "cold-films")
+    evaluator, precision = evaluator_of(config, data, "validation"), str(config.precision)
+    if precision == "auto":
+        precision = "fp32" if first_device(config).type == "cpu" else "bf16"
     return Trainer(
         RankingModelWithLoss(model, evaluator),
         negative_sampling.loader(training_samples(config, data), config.batch_size),
@@ -151,7 +153,7 @@ def _trainer(model: Recommender, config: RecommendationConfig, data: ML1MDataset
         metrics=mean_metrics(VALIDATION_METRICS),
         device=config.device,
         batch_size_means=config.batch_size_means,
-        precision=_precision(config),
+        precision=precision,
         optimizer=two_lr_groups(model, lr=lr, text_lr=config.text_lr, weight_decay=config.weight_decay),
         max_grad_norm=config.clip,
         eval_every_epochs=config.eval_every_epochs,
@@ -171,7 +173,6 @@ def evaluate_model(
     return metrics
 
 
-def _precision(config: RecommendationConfig) -> str:
-    if config.precision != "auto":
-        return config.precision
-    return "fp32" if devices.resolve(config.device).devices[0].type == "cpu" else "bf16"
+def first_device(config: RecommendationConfig) -> torch.device:
+    """Return the first of the configured devices."""
+    return devices.resolve(config.device).devices[0]
