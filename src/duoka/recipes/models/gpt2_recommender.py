@@ -235,7 +235,7 @@ def two_lr_groups(
     return build_adamw
 
 
-def copy_stage1_weights(source: GPT2Recommender, target: GPT2Recommender) -> None:
+def copy_stage1_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy all weights but the text encoder's from ``source``, of the cached stage, to ``target``, of the dynamic one."""
     weights, expected = (
         {name: value for name, value in model.state_dict().items() if {"encoder", "cache"}.isdisjoint(name.split("."))}

@@ -62,7 +62,9 @@ def pack_prefix_tree(tokens: Integers, starts: Integers, ends: Integers, row_len
 
     """
     position, longest = np.arange(tokens.shape[1]), tokens.shape[1]
-    shared = _shared_lengths(tokens, ends)
+    shared = np.zeros_like(ends)  # number of tokens that each text shares with the one before it
+    equal = np.logical_and.accumulate(tokens[1:] == tokens[:-1], axis=1).sum(axis=1)
+    shared[1:] = np.minimum(equal, np.minimum(ends[1:], ends[:-1]))
     new = ends - shared
     nodes = _number_tokens(shared, longest, np.cumsum(new) - new - shared)
     before_end = position < ends[:, None]
@@ -84,14 +86,6 @@ def pack_prefix_tree(tokens: Integers, starts: Integers, ends: Integers, row_len
         span_nodes=torch.from_numpy(nodes[(position >= starts[:, None]) & before_end]),
         span_offsets=torch.from_numpy(np.cumsum(lengths) - lengths),
     )
-
-
-def _shared_lengths(tokens: Integers, ends: Integers) -> Integers:
-    """Return the number of tokens that each text shares with the one before it, ``(spans,)``."""
-    shared = np.zeros(len(tokens), dtype=np.int64)
-    equal = np.logical_and.accumulate(tokens[1:] == tokens[:-1], axis=1).sum(axis=1)
-    shared[1:] = np.minimum(equal, np.minimum(ends[1:], ends[:-1]))
-    return shared
 
 
 def _number_tokens(shared: Integers, longest: int, offsets: Integers) -> Integers:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duoka import Trainer, devices
 from duoka.recipes.common.recipe_run import ConfigWriter, RecipeRun
@@ -90,34 +90,29 @@ def build_model(
 
 
 def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun) -> list[StageResult]:
-    """Train both stages; with ``config.resume`` each continues from its checkpoint, if it has one."""
+    """Train each stage in its own folder within the run's; with ``config.resume`` from its checkpoint, if it has one."""
     texts = load_texts(config, data)
-    first = build_model(config, data, texts, 1)
-    results = [_train_stage(first, config, data, run, 1)]
+    stages = [(1, config.lr, config.epochs)]
     if config.dynamic_epochs and texts is not None:
-        second = build_model(config, data, texts, 2)
-        copy_stage1_weights(first, second)  # type: ignore[arg-type]
-        results.append(_train_stage(second, config, data, run, 2))
+        stages.append((2, config.dynamic_lr, config.dynamic_epochs))
+    results: list[StageResult] = []
+    for number, lr, epochs in stages:
+        model = build_model(config, data, texts, number)
+        if results:
+            copy_stage1_weights(results[0].model, model)
+        trainer = _trainer(
+            model,
+            config,
+            data,
+            lr,
+            epochs=epochs,
+            out_dir=run.folder / f"stage-{number}",
+            resume="auto" if config.resume else False,
+            callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None), data.metadata())],
+        )
+        validation, _ = trainer.fit(save_model=True)
+        results.append(StageResult(number, model, validation, len(trainer.history)))
     return results
-
-
-def _train_stage(
-    model: Recommender, config: RecommendationConfig, data: ML1MDataset, run: RecipeRun, number: int
-) -> StageResult:
-    """Train one stage in its own folder within the run's."""
-    lr, epochs = (config.lr, config.epochs) if number == 1 else (config.dynamic_lr, config.dynamic_epochs)
-    trainer = _trainer(
-        model,
-        config,
-        data,
-        lr,
-        epochs=epochs,
-        out_dir=run.folder / f"stage-{number}",
-        resume="auto" if config.resume else False,
-        callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None), data.metadata())],
-    )
-    validation, _ = trainer.fit(save_model=True)
-    return StageResult(number, model, validation, len(trainer.history))
 
 
 def train_ncf(config: RecommendationConfig, data: ML1MDataset) -> Recommender:
@@ -164,9 +159,7 @@ def _trainer(model: Recommender, config: RecommendationConfig, data: ML1MDataset
     )
 
 
-def evaluate_model(
-    model: torch.nn.Module, evaluator: RankingEvaluator, config: RecommendationConfig
-) -> dict[str, float]:
+def evaluate_model(model: nn.Module, evaluator: RankingEvaluator, config: RecommendationConfig) -> dict[str, float]:
     """Return the metrics of ``model``, averaged over the users, on all devices."""
     trainer = Trainer(RankingModel(model, evaluator), metrics=mean_metrics(), device=config.device, verbose=False)
     metrics: dict[str, float] = trainer.evaluate(evaluator.loader())
