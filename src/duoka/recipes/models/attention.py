@@ -15,7 +15,7 @@ from duoka.utils.validation import invalid_option
 def prob_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, sample: Tensor, top: int, *, causal: bool
 ) -> Tensor:
-    """Return ProbSparse attention (Zhou et al., AAAI 2021, https://arxiv.org/abs/2012.07436, section 3).
+    """Return ProbSparse attention, shaped as ``query`` (Zhou et al., https://arxiv.org/abs/2012.07436, section 3).
 
     The ``top`` queries whose largest score stands out most from their mean score get full
     attention. All other queries get the mean of the values; causal ones the mean so far, where the
@@ -28,9 +28,6 @@ def prob_sparse_attention(
         sample: positions of the keys to measure scores on, ``(sampled,)``, the same for all queries.
         top: number of queries that get full attention.
         causal: query ``i`` sees keys ``0 .. i`` only; requires as many queries as keys.
-
-    Returns:
-        As ``query``.
 
     """
     scores = query @ key[:, :, sample].transpose(-2, -1)

@@ -18,7 +18,7 @@ from duoka.utils.text import first_line
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 """Lines of text to the tokens of each."""
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2_OPTIONS = {"attn_implementation": "sdpa", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def load_gpt2(pretrained: str, texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
@@ -41,17 +41,8 @@ def load_gpt2(pretrained: str, texts: Iterable[str], seed: int) -> tuple[Tokeniz
 def _build_small(transformers: Any, texts: Iterable[str], seed: int) -> tuple[Tokenize, Any]:
     tokenizer = import_optional("tokenizers", "recommend").ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(sorted(set(texts)), vocab_size=2048, min_frequency=2, show_progress=False)
-    config = transformers.GPT2Config(
-        vocab_size=tokenizer.get_vocab_size(),
-        n_positions=256,
-        n_embd=128,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-        **NO_DROPOUT,
-    )
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "n_positions": 256, "n_embd": 128, "n_layer": 2, "n_head": 4}
+    config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None, **GPT2_OPTIONS)
     with preserve_rng_state():
         torch.default_generator.manual_seed(seed)
         network = transformers.GPT2Model(config)
@@ -65,9 +56,7 @@ def _load_pretrained(transformers: Any, name: str) -> tuple[Tokenize, Any]:
         model_type = transformers.AutoConfig.from_pretrained(name).model_type
         if model_type != "gpt2":
             raise ConfigError(f"pretrained={name!r} is a {model_type!r} model; give a GPT-2, or 'none' for a small one")
-        network, info = transformers.GPT2Model.from_pretrained(
-            name, attn_implementation="sdpa", output_loading_info=True, **NO_DROPOUT
-        )
+        network, info = transformers.GPT2Model.from_pretrained(name, output_loading_info=True, **GPT2_OPTIONS)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except ConfigError:
         raise

@@ -1,6 +1,6 @@
-"""A GPT-2's hidden states over a packed prefix tree: the modules of `transformers` and `peft`, in duoka's order.
+"""A GPT-2's hidden states over a packed prefix tree, computed with the modules of `transformers` and `peft`.
 
-The formulas are GPT-2's, in fewer passes over memory. LoRA is merged into its projection once per
+The formulas are GPT-2's, in fewer passes over memory: LoRA is merged into its projection once per
 step, the activation is one kernel, and all layers share one mask. This is the only file that reads
 submodules of these libraries (seen on transformers 5.23 and peft 0.21); a test compares the results.
 """
@@ -16,8 +16,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from duoka.recipes.models.pair_scoring import gather_rows
 from duoka.recipes.models.prefix_packing import PackedTree
 
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
-"""Names of the same activation."""
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the same activation
 
 
 def hidden_states(network: Any, packed: PackedTree) -> Tensor:
@@ -38,9 +37,8 @@ def hidden_states(network: Any, packed: PackedTree) -> Tensor:
         hidden = hidden + _project(block.attn.c_proj, gather_rows(attended, packed.slot_of_node))
         inner = _project(block.mlp.c_fc, block.ln_2(hidden))
         is_tanh = network.config.activation_function in TANH_GELU
-        hidden = hidden + _project(
-            block.mlp.c_proj, gelu(inner, approximate="tanh") if is_tanh else block.mlp.act(inner)
-        )
+        inner = gelu(inner, approximate="tanh") if is_tanh else block.mlp.act(inner)
+        hidden = hidden + _project(block.mlp.c_proj, inner)
     return network.ln_f(hidden)  # type: ignore[no-any-return]
 
 

@@ -73,12 +73,9 @@ class Informer(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(size.width), nn.Linear(size.width, outputs))
 
     def forward(self, history: Tensor, marks: Tensor) -> Tensor:
-        """Return the forecast ``(batch, horizon, outputs)``.
+        """Return the forecast ``(batch, horizon, outputs)`` for the known past, ``history (batch, length, inputs)``.
 
-        Args:
-            history: the known past, ``(batch, length, inputs)``.
-            marks: calendar features of past and future, ``(batch, length + horizon, marks)``.
-
+        ``marks (batch, length + horizon, marks)`` are calendar features of past and future.
         """
         length = history.shape[1]
         if length < self.label_length or marks.shape[1] != length + self.horizon:

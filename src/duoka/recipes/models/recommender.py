@@ -57,15 +57,11 @@ class Recommender(nn.Module):
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the batch mean of the BPR loss plus ``contrast`` times InfoNCE.
 
-        BPR (Rendle et al., UAI 2009, https://arxiv.org/abs/1205.2618) compares the scores of the
-        positive and the negative item. InfoNCE (van den Oord et al., 2018,
-        https://arxiv.org/abs/1807.03748) compares the cosine of user and positive item with those of
-        the candidates: the distinct positive items of the first ``candidates`` samples of the global
-        batch, the same on any number of devices.
-
-        Args:
-            batch: ``users``, ``positives`` and ``negatives``, int64 ``(batch,)`` each.
-
+        ``batch`` has ``users``, ``positives`` and ``negatives``, int64 ``(batch,)`` each. BPR (Rendle et
+        al., 2009, https://arxiv.org/abs/1205.2618) compares the scores of the positive and the negative
+        item. InfoNCE (van den Oord et al., 2018, https://arxiv.org/abs/1807.03748) compares the cosine
+        of user and positive item with those of the candidates: the distinct positive items of the first
+        ``candidates`` samples of the global batch, the same on any number of devices.
         """
         items = torch.stack([batch["positives"], batch["negatives"]])
         user_ids, user_rows = compact_ids(batch["users"], self.n_users)
@@ -160,8 +156,7 @@ class Recommender(nn.Module):
 class NCF(Recommender):
     """Neural collaborative filtering (He et al., WWW 2017, https://arxiv.org/abs/1708.05031), by ids alone.
 
-    As in NeuMF, the product and the MLP have separate embeddings. The product has no weights of its
-    own, since the lengths of the embeddings can express them.
+    As in NeuMF, the product and the MLP have separate embeddings; the product has no weights.
     """
 
     def __init__(self, users: int, items: int, *, embedding_size: int = 64, seed: int = 0) -> None:

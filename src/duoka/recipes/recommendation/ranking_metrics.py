@@ -95,10 +95,7 @@ class RankingEvaluator:
         check_choice("part", part, ("validation", "test"))
         earlier = ("train",) if part == "validation" else ("train", "validation")
         targets = UserItemIndex.of(data.seen(part))
-        excluded = None
-        if only_its_films:
-            excluded = torch.ones(data.n_items, dtype=torch.bool)
-            excluded[targets.indices] = False
+        excluded = torch.bincount(targets.indices, minlength=data.n_items) == 0 if only_its_films else None
         return cls(UserItemIndex.of(data.seen(*earlier)), targets, excluded)
 
     def to(self, device: torch.device) -> RankingEvaluator:
@@ -115,17 +112,13 @@ class RankingEvaluator:
         """Return batches of these users, as evaluation data of a Trainer."""
         return DataLoader(TensorDataset(self.users), batch_size=batch_size)
 
-    def evaluate(
-        self, score: ScoreFunction, *, device: torch.device | str = "cpu", batch_size: int = USERS_PER_BATCH
-    ) -> dict[str, float]:
+    def evaluate(self, score: ScoreFunction, *, batch_size: int = USERS_PER_BATCH) -> dict[str, float]:
         """Return the metrics of ``score``, averaged over the users, on one device; a Trainer uses several."""
-        evaluator = self.to(torch.device(device))
-        users = evaluator.users
-        total = torch.zeros(len(METRICS), dtype=torch.float64, device=users.device)
+        total = torch.zeros(len(METRICS), dtype=torch.float64, device=self.targets.indptr.device)
         with torch.inference_mode():
-            for some in torch.split(users, batch_size):
-                total += evaluator.ranking_metrics(score(some), some).sum(0)
-        return dict(zip(METRICS, (total / len(users)).tolist(), strict=True))
+            for users in torch.split(self.users, batch_size):
+                total += self.ranking_metrics(score(users), users).sum(0)
+        return dict(zip(METRICS, (total / len(self.users)).tolist(), strict=True))
 
     def ranking_metrics(self, scores: Tensor, users: Tensor) -> Tensor:
         """Return the metrics of each user's list, float64 ``(users, len(METRICS))``.
