@@ -285,3 +285,27 @@ def test_another_bit_generator_of_numpys_is_noticed() -> None:
         assert augmented(loader) == augmented(loader, 2)
     finally:
         np.random.set_bit_generator(found)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_users_draws_between_batches_continue_as_without_loading(late: bool) -> None:
+    def draws(batches: Any) -> list[float]:
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        drawn: list[float] = []
+        for number, _ in enumerate(batches):
+            if number >= 5 or not late:  # odd numbers of draws reach every place of a generator's state
+                drawn += [random.getrandbits(32) for _ in range(number % 50)]
+                drawn += [torch.rand(()).item(), np.random.randn(), random.gauss(0, 1), np.random.rand()]
+        return drawn
+
+    loader: DataLoader[Any] = DataLoader(range(64), batch_size=1)  # type: ignore[arg-type]
+    assert draws(shard(loader, rank=0, world_size=1, seed=0)) == draws(range(64))
+
+
+def test_data_set_that_holds_a_global_generator_keeps_its_state() -> None:
+    for held in (torch.default_generator, np.random.mtrand._rand):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        expected = torch.rand(2).tolist(), random.random(), np.random.rand()
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        list(shard(DataLoader(Holding(held), batch_size=4), rank=0, world_size=1, seed=0))
+        assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected

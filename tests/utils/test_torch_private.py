@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -205,3 +206,19 @@ def test_merged_states_of_a_torchmetrics_metric_are_those_of_all_updates():
         torch_private.merge_metric_states(parts[0], [torch_private.metric_states(metric) for metric in parts])
         assert parts[0].update_count == 2
         assert torch.allclose(parts[0].compute(), whole.compute(), atol=1e-5)
+
+
+def test_spare_gaussian_of_numpy_is_seen_and_kept():
+    before = np.random.get_state()
+    try:
+        np.random.seed(0)
+        expected = [*np.random.randn(3), np.random.rand()]
+        np.random.seed(0)
+        assert not torch_private.numpy_has_spare_gaussian()
+        drawn = [np.random.randn()]
+        assert torch_private.numpy_has_spare_gaussian()
+        drawn.append(np.random.randn())
+        assert not torch_private.numpy_has_spare_gaussian()
+        assert [*drawn, np.random.randn(), np.random.rand()] == expected
+    finally:
+        np.random.set_state(before)

@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MASK = (1 << 64) - 1
 _GOLDEN = 0x9E37_79B9_7F4A_7C15
 _FACTORS = ((30, 0xBF58_476D_1CE4_E5B9), (27, 0x94D0_49BB_1331_11EB))
+
+
+def seed_at(stream: int, index: int) -> int:
+    """Return seed ``index`` of ``stream``, 64 bits of splitmix64: cheap enough for each sample."""
+    bits = (stream + (index + 1) * _GOLDEN) & _MASK
+    for shift, factor in _FACTORS:
+        bits = ((bits ^ (bits >> shift)) * factor) & _MASK
+    return bits ^ (bits >> 31)
 
 
 def counter_uniform(stream: int, places: Tensor, count: int) -> Tensor:
@@ -37,5 +46,5 @@ def _shift_right(bits: Tensor, by: int) -> Tensor:
 
 def _signed(value: int) -> int:
     """Return the signed integer with the same 64 bits."""
-    value &= (1 << 64) - 1
+    value &= _MASK
     return value - (1 << 64) if value >> 63 else value

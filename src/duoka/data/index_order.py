@@ -18,7 +18,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from duoka.data.rng import GLOBAL, TORCH, IsolatedRng, Rng, generators_of
+from duoka.data.rng import GLOBAL, TORCH, IsolatedRng, Rng
+from duoka.data.user_generators import generators_of
 from duoka.errors import ConfigError
 from duoka.log import logger
 

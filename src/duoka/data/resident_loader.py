@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from duoka.data.counter_rng import counter_uniform
+from duoka.data.counter_rng import counter_uniform, seed_at
 from duoka.data.position import LocalBatch
-from duoka.data.rng import ACCELERATOR, TORCH, IsolatedRng, derive_seed
+from duoka.data.rng import ACCELERATOR, TORCH, IsolatedRng
 from duoka.data.sources.base import ShardSpec, order_seed, samples_seed
 from duoka.data.transforms import BatchTransform, apply
 from duoka.errors import ConfigError, DataError
@@ -163,7 +163,7 @@ class ResidentSource:
         if self._loader.mix is not None and self._spec.training:
             before = start - 1 if start > first else end - 1  # the mix partner; the first sample's is the last
             places = torch.cat([torch.tensor([before]), places])
-            seed = derive_seed(~stream, first)
+            seed = seed_at(~stream, first)
         return LocalBatch(self._loader.batch(order[places], places, stream, seed), count, total)
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
+from duoka.data.counter_rng import seed_at
 from duoka.data.index_order import set_epoch
-from duoka.data.rng import RandomUseDetector, derive_seed, generators_of
+from duoka.data.rng import RandomUseDetector
+from duoka.data.user_generators import generators_of
 from duoka.data.worker_pickle import PickledByValue, wrap_result
 from duoka.utils.torch_private import set_worker_dataset
 
@@ -134,7 +136,7 @@ class _SeededFetcher(SampleFetcher):
 
     def _load(self, request: FetchRequest) -> Any:
         if self._dataset_collates:
-            self._detector.seed(derive_seed(request.stream, request.first))
+            self._detector.seed(seed_at(request.stream, request.first))
             return self.dataset[request.indices]
         dataset = self.dataset
         if not self._detector.used:  # if this draws, the detector calls again
@@ -142,7 +144,7 @@ class _SeededFetcher(SampleFetcher):
         return [self._one(index, request.stream, place) for place, index in enumerate(request.indices, request.first)]
 
     def _one(self, index: Any, stream: int, place: int) -> Any:
-        self._detector.seed(derive_seed(stream, place))
+        self._detector.seed(seed_at(stream, place))
         return self.dataset.__getitems__([index])[0] if self._loads_many else self.dataset[index]
 
 
@@ -157,7 +159,7 @@ class SeededCollate:
         """Return the collated ``samples``; ``stream`` and ``first`` are those of a ``FetchRequest``."""
         if self._collate is default_collate:
             return _collate_tensors(samples)
-        return self._detector.run(lambda: self._seeded(samples, derive_seed(~stream, first)))
+        return self._detector.run(lambda: self._seeded(samples, seed_at(~stream, first)))
 
     def _seeded(self, samples: Any, seed: int) -> Any:
         self._detector.seed(seed)

@@ -84,13 +84,18 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002 - user code draws from it
 
 
+def hash_seed(*parts: object) -> int:
+    """Return a 64-bit seed that is a hash of ``parts`` (numbers and strings), the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
 def derive_seed(*parts: object) -> int:
-    """Return a 63-bit seed that is a hash of ``parts``, the same in every process.
+    """Return a 63-bit seed, which fits into an int64: ``hash_seed`` without its last bit.
 
     >>> derive_seed(0, "epoch", 3) == derive_seed(0, "epoch", 3) != derive_seed(0, "epoch", 4)
     True
     """
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    return hash_seed(*parts) >> 1
 
 
 def _accelerator_state() -> dict[str, Any] | None:

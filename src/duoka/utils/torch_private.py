@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -260,3 +261,26 @@ def merge_metric_states(metric: Any, ranks: Sequence[tuple[int, dict[str, Any]]]
             merged = torch.stack([state.to(metric.device) for state in states])
             merged = reduction(merged) if callable(reduction) else merged
         setattr(metric, name, merged)
+
+
+# numpy
+
+
+class _NoBitGenerator:
+    state = {"bit_generator": ""}  # noqa: RUF012 - ``get_state`` writes into it and returns it
+
+
+def numpy_has_spare_gaussian() -> bool:
+    """Return whether the next legacy Gaussian of ``numpy.random`` is a spare one; true if unknown.
+
+    ``numpy.random.get_state`` takes 100 times as long, because it also copies the bit generator's state. Seen in NumPy
+    1.26 to 2.4.
+    """
+    generator: Any = getattr(np.random.mtrand, "_rand", None)
+    if not isinstance(bits := getattr(generator, "_bit_generator", None), np.random.BitGenerator):
+        return True
+    generator._bit_generator = _NoBitGenerator
+    try:
+        return bool(generator.get_state(legacy=False)["has_gauss"])
+    finally:
+        generator._bit_generator = bits

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from duoka.data.position import LocalBatch
-from duoka.data.rng import hash_seed
 from duoka.data.stream_fingerprint import StreamFingerprint
 from duoka.utils.partition import chunk_bounds
+from duoka.utils.rng_state import hash_seed
 from duoka.utils.validation import check_integer, invalid_option
 
 

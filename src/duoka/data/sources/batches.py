@@ -12,10 +12,11 @@ from typing import Any
 from duoka.data.batch_ops import batch_length, concat_batches, slice_batch
 from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
-from duoka.data.rng import GLOBAL, IsolatedRng, generators_of
+from duoka.data.rng import GLOBAL, IsolatedRng
 from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import ShardSpec, order_seed
 from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
+from duoka.data.user_generators import generators_of
 from duoka.utils.torch_private import stop_dataloader_workers, take_dataloader_iterator
 
 SizedBatch = tuple[Any, int]

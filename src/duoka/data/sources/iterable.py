@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, default_collate, get_worker_info
 
+from duoka.data.counter_rng import seed_at
 from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
-from duoka.data.rng import GLOBAL, IsolatedRng, derive_seed, generators_of
+from duoka.data.rng import GLOBAL, IsolatedRng
 from duoka.data.sample_fetch import SeededCollate, WorkerInit, identity_collate
 from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import BatchSource, ShardSpec, order_seed, samples_seed
 from duoka.data.sources.batches import BatchIterableSource
 from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
+from duoka.data.user_generators import generators_of
 from duoka.data.worker_pickle import PickledByValue, wrap_exception, wrap_result
 from duoka.errors import ConfigError
 from duoka.utils.torch_private import exception_wrapper
@@ -183,7 +185,7 @@ class _SeededStream(PickledByValue, IterableDataset[Any]):
         info: Any = get_worker_info()
         seed, epoch = self.plan.tolist()
         for rng in GLOBAL:
-            rng.seed(derive_seed(seed, info.id))
+            rng.seed(seed_at(seed, info.id))
         for rng in self._held:
             rng.seed(seed)
         set_epoch(epoch, self.dataset)
