@@ -6,8 +6,10 @@ Each rank keeps all data on its device, and makes its own shard of each global b
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -31,26 +33,21 @@ MEMORY_FRACTION = 0.5
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@dataclass(eq=False, repr=False)
 class DeviceResidentLoader:
     """A loader that keeps its data on the device; built by ``resident``. One iteration yields one epoch's batches."""
 
-    def __init__(
-        self,
-        tensors: tuple[Tensor, ...],
-        *,
-        batch_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        transforms: tuple[BatchTransform, ...],
-        mix: Mix | None,
-        seed: int,
-        device: torch.device | None,
-    ) -> None:
-        self.tensors, self.batch_size, self.shuffle, self.drop_last = tensors, batch_size, shuffle, drop_last
-        self.transforms, self.mix, self.seed, self.device = transforms, mix, seed, device
-        self.epoch = 0
-        """The epoch of the next iteration; only iterating without a Trainer increases it."""
-        self._copies: dict[torch.device, tuple[Tensor, ...]] = {}
+    tensors: tuple[Tensor, ...]
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    transforms: tuple[BatchTransform, ...]
+    mix: Mix | None
+    seed: int
+    device: torch.device | None
+    epoch: int = field(default=0, init=False)
+    """The epoch of the next iteration; only iterating without a Trainer increases it."""
+    _copies: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
 
     @property
     def dataset(self) -> TensorDataset:
@@ -217,15 +214,13 @@ def resident(
     if isinstance(tensors, str):
         logger.warning("%s: a DataLoader with num_workers=%d reads them in every epoch", tensors, num_workers)
         dataset = TransformedDataset(data, tuple(transforms))
-        collate = default_collate if mix is None else MixCollate(mix)
+        collate = default_collate if mix is None else functools.partial(_mix_collate, mix)
         return DataLoader(
             dataset, batch_size, shuffle, num_workers=num_workers, collate_fn=collate, drop_last=drop_last,
             persistent_workers=num_workers > 0,
         )  # fmt: skip
-    return DeviceResidentLoader(
-        tensors, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, transforms=tuple(transforms), mix=mix, seed=seed,
-        device=None if device is None else torch.device(device),
-    )  # fmt: skip
+    place = None if device is None else torch.device(device)
+    return DeviceResidentLoader(tensors, batch_size, shuffle, drop_last, tuple(transforms), mix, seed, place)
 
 
 class TransformedDataset(torch.utils.data.Dataset[Any]):
@@ -244,15 +239,8 @@ class TransformedDataset(torch.utils.data.Dataset[Any]):
         return (inputs, *others)
 
 
-class MixCollate:
-    """A collation that mixes the batch at its end."""
-
-    def __init__(self, mix: Mix) -> None:
-        self.mix = mix
-
-    def __call__(self, samples: Any) -> tuple[Tensor, Tensor]:
-        """Return the mixed batch of ``samples``."""
-        return self.mix(*default_collate(samples))
+def _mix_collate(mix: Mix, samples: Any) -> tuple[Tensor, Tensor]:
+    return mix(*default_collate(samples))
 
 
 def _transform(transforms: Sequence[BatchTransform], inputs: Tensor, uniform: Callable[[int], Tensor]) -> Tensor:
