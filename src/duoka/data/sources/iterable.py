@@ -42,16 +42,24 @@ def iterable_source(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
     return _source_with_workers(loader, spec)
 
 
-class _InProcessSource:
+class _InProcessSource(IterableDataset[LocalBatch]):
     """Local batches of a stream that this process reads; a rank collates its own samples."""
 
     def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
-        self._stream = _LocalBatchStream(loader, spec)
-        self._spec = spec
+        assert loader.batch_size is not None
+        self.fingerprint: StreamFingerprint | None = None
         self._dataset: Any = loader.dataset
-        # the DataLoader only pins memory; it returns named tuples as their class
+        self._spec = spec
+        self._length = loader.batch_size * spec.batches_per_step
+        """The number of samples in a global batch."""
+        self._unit = (self._length if spec.training else loader.batch_size) if loader.drop_last else 1
+        self._collate = SeededCollate(loader.collate_fn)
+        self._generators = (*GLOBAL, *generators_of(loader, loader.dataset))
+        self._plan = (0, 0, 0)
+        """Seed, epoch and samples to skip of the next iteration."""
+        # this DataLoader only pins memory; it returns named tuples as their class
         self._loader: DataLoader[Any] = DataLoader(
-            self._stream,
+            self,
             batch_size=None,
             collate_fn=identity_collate,
             pin_memory=loader.pin_memory,
@@ -62,52 +70,30 @@ class _InProcessSource:
     def samples(self) -> int | None:
         """The number of samples in an epoch, if the data set has a length."""
         try:
-            return self._stream.without_incomplete(len(self._dataset))
+            return self._without_incomplete(len(self._dataset))
         except (TypeError, NotImplementedError):
             return None
 
-    @property
-    def fingerprint(self) -> StreamFingerprint | None:
-        """The first samples read in the epoch."""
-        return self._stream.fingerprint
+    def _without_incomplete(self, length: int) -> int:
+        """Return how many of ``length`` samples ``drop_last`` leaves."""
+        return length // self._unit * self._unit
 
     def __len__(self) -> int:
-        return -(-self._stream.without_incomplete(len(self._dataset)) // self._stream.length)
+        return -(-self._without_incomplete(len(self._dataset)) // self._length)
 
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
         """Yield the local batches of ``epoch``; the first ``skip`` samples are read and dropped."""
         if self._spec.training:
             set_epoch(epoch, self._dataset)
-        self._stream.plan = (seed, self._spec.random_epoch(epoch), skip)
+        self._plan = (seed, self._spec.random_epoch(epoch), skip)
         with restore_shuffled_lists(self._dataset):
             yield from self._loader
 
     def close(self) -> None:
         """Do nothing: there are no worker processes."""
 
-
-class _LocalBatchStream(IterableDataset[LocalBatch]):
-    """The stream as local batches of one rank."""
-
-    def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
-        assert loader.batch_size is not None
-        self.plan = (0, 0, 0)
-        """Seed, epoch and samples to skip of the next iteration."""
-        self.fingerprint: StreamFingerprint | None = None
-        self.length = loader.batch_size * spec.batches_per_step
-        """The number of samples in a global batch."""
-        self._unit = (self.length if spec.training else loader.batch_size) if loader.drop_last else 1
-        self._spec = spec
-        self._dataset: Any = loader.dataset
-        self._collate = SeededCollate(loader.collate_fn)
-        self._generators = (*GLOBAL, *generators_of(loader, loader.dataset))
-
-    def without_incomplete(self, length: int) -> int:
-        """Return how many of ``length`` samples ``drop_last`` leaves."""
-        return length // self._unit * self._unit
-
     def __iter__(self) -> Iterator[LocalBatch]:
-        seed, epoch, first = self.plan
+        seed, epoch, first = self._plan
         stream, self.fingerprint = samples_seed(seed, epoch), None
         for group in self._read(IsolatedRng(order_seed(seed, epoch), self._generators), first):
             if self.fingerprint is None and self._spec.world_size > 1:
@@ -128,10 +114,10 @@ class _LocalBatchStream(IterableDataset[LocalBatch]):
                 pass
         while True:
             with isolated:
-                group = list(itertools.islice(samples, self.length))
-            if count := self.without_incomplete(len(group)):
+                group = list(itertools.islice(samples, self._length))
+            if count := self._without_incomplete(len(group)):
                 yield group[:count]
-            if len(group) < self.length:
+            if len(group) < self._length:
                 return
 
 
