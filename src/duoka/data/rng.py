@@ -11,14 +11,13 @@ import functools
 import pickle
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from duoka.utils.torch_private import numpy_has_spare_gaussian
 
-T = TypeVar("T")
 _PROBE_SEED = 0x6A09_E667
 
 
@@ -43,10 +42,9 @@ class Rng:
 
     def was_drawn_from(self, isolated: Any) -> bool:
         """Whether the generator was used since ``isolate`` returned ``isolated``; to be called once."""
-        state = self.get()
-        if isinstance(state, torch.Tensor):
-            return not torch.equal(state, isolated)
-        return pickle.dumps(state) != pickle.dumps(isolated)
+        if isinstance(isolated, torch.Tensor):
+            return not torch.equal(self.get(), isolated)
+        return isolated is not None and pickle.dumps(self.get()) != pickle.dumps(isolated)
 
     def restore(self, isolated: Any) -> None:
         """Restore the state before ``isolate``."""
@@ -177,9 +175,6 @@ class _AcceleratorRng(Rng):
         if state is not None and (module := _initialized_accelerator()) is not None:
             module.set_rng_state(state)
 
-    def was_drawn_from(self, isolated: Any) -> bool:
-        return isolated is not None and super().was_drawn_from(isolated)
-
 
 def _initialized_accelerator() -> Any:
     module, is_initialized = _accelerator()
@@ -195,7 +190,14 @@ def _accelerator() -> tuple[Any, Callable[[], bool]]:
 
 TORCH: Rng = _TorchRng()
 ACCELERATOR: Rng = _AcceleratorRng()
-GLOBAL: tuple[Rng, ...] = (TORCH, _PythonRng(), _NumpyRng(), ACCELERATOR)
+
+
+def global_rngs() -> tuple[Rng, ...]:
+    """Return the process's generators of torch, Python, NumPy and the accelerator, for one detector of draws."""
+    return TORCH, _PythonRng(), _NumpyRng(), ACCELERATOR
+
+
+GLOBAL = global_rngs()
 
 
 class IsolatedRng(contextlib.AbstractContextManager[None]):
@@ -225,39 +227,3 @@ class IsolatedRng(contextlib.AbstractContextManager[None]):
             for rng, state in zip(self._generators, states, strict=True):
                 rng.set(state)
         return before
-
-
-class RandomUseDetector:
-    """Runs a function that may draw random numbers, and seeds only the generators that it draws from.
-
-    Seeding all generators for each sample would take longer than loading many a sample. So a generator is only watched
-    until the function draws from it; then the function runs again, and seeds that generator from then on. The user's
-    states are restored afterwards.
-    """
-
-    def __init__(self, held: Sequence[Rng] = ()) -> None:
-        """Watch the global generators, and ``held``, which the user's own objects hold."""
-        self.used: list[Rng] = []
-        """The generators that were drawn from, which ``seed`` seeds."""
-        self._unused: list[Rng] = [TORCH, _PythonRng(), _NumpyRng(), ACCELERATOR, *held]
-
-    def run(self, function: Callable[[], T]) -> T:
-        """Return ``function()``; it is called again if it drew from a generator that was not seeded."""
-        while True:
-            used = [(rng, rng.isolate()) for rng in self.used]
-            unused = [(rng, rng.isolate()) for rng in self._unused]
-            try:
-                result = function()
-            finally:
-                drawn_from = [rng for rng, isolated in unused if rng.was_drawn_from(isolated)]
-                self.used += drawn_from
-                self._unused = [rng for rng in self._unused if rng not in drawn_from]
-                for rng, isolated in reversed(used + unused):  # the user may hold a global generator, too
-                    rng.restore(isolated)
-            if not drawn_from:
-                return result
-
-    def seed(self, seed: int) -> None:
-        """Seed the generators that were drawn from so far."""
-        for rng in self.used:
-            rng.seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,11 +11,12 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, defa
 
 from duoka.data.counter_rng import seed_at
 from duoka.data.index_order import set_epoch
-from duoka.data.rng import RandomUseDetector
+from duoka.data.rng import Rng, global_rngs
 from duoka.data.user_generators import generators_of
 from duoka.data.worker_pickle import PickledByValue, wrap_result
 from duoka.utils.torch_private import set_worker_dataset
 
+T = TypeVar("T")
 Collate = Callable[[Any], Any]
 
 
@@ -181,3 +182,39 @@ def _loads_many(dataset: Any) -> bool:
     if type(dataset) is Subset:
         return _loads_many(dataset.dataset)
     return callable(getattr(dataset, "__getitems__", None))
+
+
+class RandomUseDetector:
+    """Runs a function that may draw random numbers, and seeds only the generators that it draws from.
+
+    Seeding all generators for each sample would take longer than loading many a sample. So a generator is only watched
+    until the function draws from it; then the function runs again, and seeds that generator from then on. The user's
+    states are restored afterwards.
+    """
+
+    def __init__(self, held: Sequence[Rng] = ()) -> None:
+        """Watch the global generators, and ``held``, which the user's own objects hold."""
+        self.used: list[Rng] = []
+        """The generators that were drawn from, which ``seed`` seeds."""
+        self._unused: list[Rng] = [*global_rngs(), *held]
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Return ``function()``; it is called again if it drew from a generator that was not seeded."""
+        while True:
+            used = [(rng, rng.isolate()) for rng in self.used]
+            unused = [(rng, rng.isolate()) for rng in self._unused]
+            try:
+                result = function()
+            finally:
+                drawn_from = [rng for rng, isolated in unused if rng.was_drawn_from(isolated)]
+                self.used += drawn_from
+                self._unused = [rng for rng in self._unused if rng not in drawn_from]
+                for rng, isolated in reversed(used + unused):  # the user may hold a global generator, too
+                    rng.restore(isolated)
+            if not drawn_from:
+                return result
+
+    def seed(self, seed: int) -> None:
+        """Seed the generators that were drawn from so far."""
+        for rng in self.used:
+            rng.seed(seed)
