@@ -274,7 +274,7 @@ def numpy_has_spare_gaussian() -> bool:
     """Return whether the next legacy Gaussian of ``numpy.random`` is a spare one; true if unknown.
 
     ``numpy.random.get_state`` takes 100 times as long, because it also copies the bit generator's state. Seen in NumPy
-    1.26 to 2.4.
+    1.26 and 2.4.
     """
     generator: Any = getattr(np.random.mtrand, "_rand", None)
     if not isinstance(bits := getattr(generator, "_bit_generator", None), np.random.BitGenerator):
