@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import duoka
-from duoka.data_parallel.group_registry import COLLECTIVE_ON_CPU
+from duoka.data_parallel.worker_group import COLLECTIVE_ON_CPU
 from support.transports import TRANSPORTS
 
 

@@ -21,10 +21,10 @@ from torch.optim import optimizer as optimizer_hooks
 
 import duoka
 from duoka import errors
-from duoka.data_parallel.group_registry import COLLECTIVE_ON_CPU
 from duoka.data_parallel.messages import ReceiveWeights
 from duoka.data_parallel.transport.buckets import BucketChecksum, gradient_buckets, value_buckets
 from duoka.data_parallel.transport.process_group import PrivateProcessGroup
+from duoka.data_parallel.worker_group import COLLECTIVE_ON_CPU
 from support.comparison import assert_same_gradients
 from support.waiting import wait_until
 

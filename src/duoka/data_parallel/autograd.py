@@ -9,7 +9,6 @@ workers' gradients when rank 0 has finished its own backward.
 from __future__ import annotations
 
 import contextlib
-import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -52,9 +51,9 @@ class ParallelCall:
         self._group, self._model = group, model
         self._generation = group.generation
         self._call_id = group.new_call_id()
-        self._weights = weights
-        self._placements, self._gradient_layout = weights.placements, weights.gradient_layout
-        self.parameter_indices = [n for n, parameter in enumerate(weights.parameters) if parameter.requires_grad]
+        self._parameters, self._placements = weights.parameters, weights.placements
+        self._gradient_layout = weights.gradient_layout
+        self.parameter_indices = [n for n, parameter in enumerate(self._parameters) if parameter.requires_grad]
         self._inputs: list[list[tuple[TensorSpec, bool]]] = []
         self._allocations: list[Allocation] = []
         self._is_gathered = self._is_graph_freed = False
@@ -69,7 +68,7 @@ class ParallelCall:
         Workers compute inside ``context()`` if given. Returns a token that connects the workers'
         graphs to the user's, ``None`` without a graph.
         """
-        parameters = [self._weights.parameters[index] for index in self.parameter_indices]
+        parameters = [self._parameters[index] for index in self.parameter_indices]
         inputs = [tensor for chunk in chunks for tensor in chunk if tensor.requires_grad]
         keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         device = self._group.devices[0]
@@ -82,52 +81,40 @@ class ParallelCall:
         with contextlib.closing(payload):
             for index, chunk in enumerate(chunks):
                 rank = index + 1
-                allocation, specs = self._write_inputs(chunk, keep_graph)
+                specs, size = pack_layout(chunk)
+                allocation = self._group.transport.allocate(size)
+                copy_to_layout(allocation.base, specs, chunk, non_blocking=True)
+                needs_gradient = [keep_graph and tensor.requires_grad for tensor in chunk]
+                self._inputs.append(list(zip(specs, needs_gradient, strict=True)))
                 request = ForwardRequest(
                     self._call_id,
                     self._model,
                     rank,
                     allocation.location,
-                    len(allocation.base),
-                    tuple(specs),
+                    size,
+                    tuple(self._inputs[-1]),
                     Pickled.of(payload),
                     modes,
                     (seed + rank * _SEED_STEP) % 2**63,
                     keep_graph,
-                    (),
                 )
                 self._group.request(index, request, allocation, payload.fd)
-                self._inputs.append(specs)
                 self._allocations.append(allocation)
         return ReduceGradients.apply(self, *parameters, *inputs) if keep_graph else None
-
-    def _write_inputs(
-        self, chunk: Sequence[torch.Tensor], keep_graph: bool
-    ) -> tuple[Allocation, list[tuple[TensorSpec, bool]]]:
-        specs, size = pack_layout(chunk)
-        allocation = self._group.transport.allocate(size)
-        copy_to_layout(allocation.base, specs, chunk, non_blocking=True)
-        needs_gradient = [keep_graph and tensor.requires_grad for tensor in chunk]
-        return allocation, list(zip(specs, needs_gradient, strict=True))
 
     def gather_outputs(self) -> list[tuple[list[torch.Tensor], Any]]:
         """Return each worker's output tensors, and its value with placeholders for them."""
         self._is_gathered = True
-        values: list[tuple[list[torch.Tensor], Pickled, int | None]] = []
-        results, error = self._group.wait_results([(index, self._call_id) for index in range(len(self._allocations))])
-        for index, (result, fd) in results.items():
-            assert isinstance(result, ForwardResult)
-            with self._group.stop_on_error():
-                tensors = self._group.transport.receive_outputs(index, result)
-            self.writes_parameters = self.writes_parameters or result.writes_parameters
-            self.has_graph.append([has_graph for _, has_graph in result.outputs])
-            values.append((tensors, result.structure, fd))
-        if error is not None:
-            for _, _, fd in values:
-                if fd is not None:
-                    os.close(fd)
-            raise error
-        return [(tensors, unpickle(structure, fd, self._group.devices[0])) for tensors, structure, fd in values]
+        tensors: list[list[torch.Tensor]] = []
+
+        def receive(index: int, result: ForwardResult) -> None:
+            tensors.append(self._group.transport.receive_outputs(index, result))
+
+        results = self._group.results([(index, self._call_id) for index in range(len(self._allocations))], receive)
+        self.has_graph = [[has_graph for _, has_graph in result.outputs] for result, _ in results]
+        self.writes_parameters = any(result.writes_parameters for result, _ in results)
+        values = [unpickle(result.structure, fd, self._group.devices[0]) for result, fd in results]
+        return list(zip(tensors, values, strict=True))
 
     def cancel(self) -> None:
         """Receive outputs that would block the next transfer, because rank 0's own part has failed."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
-from duoka.data_parallel.group_registry import get_worker_group
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import REGISTRIES, ModelSnapshot
 from duoka.data_parallel.pickling import Pickled, pickle_without_tensors
@@ -28,8 +29,7 @@ from duoka.data_parallel.scatter_gather import (
 )
 from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import WeightSync
-from duoka.data_parallel.transport.optimizer_hook import OptimizerStepHook
-from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef
+from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef, get_worker_group
 from duoka.errors import LaunchError
 from duoka.workers.serialization import Payload
 
@@ -47,11 +47,7 @@ class Controller:
         self._compiler = compiler or MaybeCompiled(None)
         self._generation = 0
         self._copies_all = False
-        self._snapshot: ModelSnapshot | None = None
         self._weights: WeightSync | None = None
-        self._step_hook: OptimizerStepHook | None = (
-            OptimizerStepHook(self._push_async) if self.group.transport.is_collective else None
-        )
         self._async_error: Exception | None = None
 
     def start(self) -> None:
@@ -61,8 +57,7 @@ class Controller:
     def close(self) -> None:
         """Release the workers if no other model uses them."""
         reference, self._group_ref = self._group_ref, None
-        if self._step_hook is not None:
-            self._step_hook.remove()
+        _optimizer_hook.discard(self)
         if reference is not None:
             reference.end()
 
@@ -72,7 +67,7 @@ class Controller:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute ``module(*args, **kwargs)``, each device its chunk of the batch."""
-        if not self.group.is_owned or (self._snapshot is None and _is_lazy(module)):
+        if not self.group.is_owned or (self._weights is None and _is_lazy(module)):
             return module(*args, **kwargs)
         with self.group.lock:
             if self.group.in_forward:  # inside another wrapped model's chunk, which has this device only
@@ -113,7 +108,7 @@ class Controller:
             self.group.thread_limit.release()
             self.group.in_forward = False
 
-    def _push_async(self) -> None:
+    def push_async(self) -> None:
         """Start pushing parameters after an optimizer step, while the user's program does other things."""
         if self._weights is None or not self.group.is_owned or not self.group.lock.acquire(blocking=False):
             return
@@ -178,19 +173,18 @@ class Controller:
         """Bring the workers' replicas to the model's current state."""
         self.group.start()
         weights = self._send_changes() or self._send_model(module)
-        assert self._snapshot is not None
-        weights.push(self._snapshot.buffers(), training=training)
+        weights.push(training=training)
         return weights
 
     def _send_changes(self) -> WeightSync | None:
         """Send what has changed in the model; ``None`` if the workers need the whole model."""
-        snapshot, weights = self._snapshot, self._weights
-        if snapshot is None or weights is None or self._generation != self.group.generation:
+        weights = self._weights
+        if weights is None or self._generation != self.group.generation:
             return None
-        if weights.copies_all != self._copies_all or not snapshot.structure_unchanged():
+        if weights.copies_all != self._copies_all or not weights.snapshot.structure_unchanged():
             return None
-        changes = snapshot.diff()
-        if changes is None or (changes and not self._send_attributes(changes, snapshot)):
+        changes = weights.snapshot.diff()
+        if changes is None or (changes and not self._send_attributes(changes, weights.snapshot)):
             return None
         if changed := weights.detect_changes():
             if not weights.shapes_unchanged(changed):
@@ -202,7 +196,7 @@ class Controller:
     def _send_model(self, module: nn.Module) -> WeightSync:
         snapshot = ModelSnapshot(module)
         weights = self.group.transport.create_weight_sync(
-            self.group, self.model_id, snapshot.parameters, snapshot.buffers(), copies_all=self._copies_all
+            self.group, self.model_id, snapshot, copies_all=self._copies_all
         )
         with contextlib.closing(_pickle_model(module, self._compiler.options, snapshot.tensors())) as payload:
             message = CreateReplica(
@@ -214,9 +208,9 @@ class Controller:
                 list(sys.path),
             )
             self.group.post(message, payload.fd)
-        self._snapshot, self._weights, self._generation = snapshot, weights, self.group.generation
-        if self._step_hook is not None:
-            self._step_hook.watch(snapshot.parameters)
+        self._weights, self._generation = weights, self.group.generation
+        if self.group.transport.is_collective:
+            _optimizer_hook.add(self, snapshot.parameters)
         return weights
 
     def _send_attributes(self, changes: dict[int, dict[str, Any]], snapshot: ModelSnapshot) -> bool:
@@ -228,6 +222,42 @@ class Controller:
         with contextlib.closing(payload):
             self.group.post(UpdateAttributes(self.model_id, Pickled.of(payload)), payload.fd)
         return True
+
+
+class _OptimizerHook:
+    """One global hook of torch that calls ``push_async`` after steps of a controller's optimizers.
+
+    Optimizers may be created later, so the hook is global. Any other optimizer costs a look at its
+    list of parameters. torch iterates over its hooks while it calls them, and garbage collection
+    may run then. So a collected controller leaves torch's list alone; ``discard`` removes the hook
+    with the last controller.
+    """
+
+    def __init__(self) -> None:
+        self._parameters: weakref.WeakKeyDictionary[Controller, frozenset[int]] = weakref.WeakKeyDictionary()
+        """Addresses of parameters, which the controller keeps alive."""
+        self._handle: Any = None
+
+    def add(self, controller: Controller, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters[controller] = frozenset(map(id, parameters))
+        if self._handle is None:
+            self._handle = register_optimizer_step_post_hook(self._after_step)
+
+    def discard(self, controller: Controller) -> None:
+        self._parameters.pop(controller, None)
+        if self._handle is not None and not self._parameters:
+            self._handle.remove()
+            self._handle = None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for controller, known in list(self._parameters.items()):
+            if any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
+                controller.push_async()
+
+
+_optimizer_hook = _OptimizerHook()
 
 
 @contextlib.contextmanager

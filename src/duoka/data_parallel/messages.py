@@ -90,7 +90,7 @@ class ForwardRequest(NamedTuple):
     modes: TorchModes
     seed: int
     keep_graph: bool
-    released_calls: tuple[int, ...]
+    released_calls: tuple[int, ...] = ()
     """Earlier forward calls whose graphs rank 0 has released."""
 
 
@@ -121,10 +121,10 @@ class BackwardRequest(NamedTuple):
     nbytes: int
     outputs: tuple[TensorSpec | None, ...]
     inputs: tuple[TensorSpec | None, ...]
-    buckets: tuple[tuple[int, torch.dtype], ...]
-    input_nbytes: int
     keep_graph: bool
-    released_calls: tuple[int, ...]
+    buckets: tuple[tuple[int, torch.dtype], ...] = ()
+    input_nbytes: int = 0
+    released_calls: tuple[int, ...] = ()
 
 
 class BackwardResult(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -27,6 +27,9 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
 
+SpecT = TypeVar("SpecT", TensorSpec, TensorSpec | None)
+
+
 class Allocation(NamedTuple):
     """An allocated block; ``base`` is its bytes, ``(nbytes,)``, and keeps the block allocated."""
 
@@ -43,17 +46,28 @@ def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def pack_layout(tensors: Iterable[torch.Tensor], start: int = 0) -> tuple[list[TensorSpec], int]:
     """Return the specs of tensors that follow each other from byte ``start``, and the end in bytes."""
-    specs = [TensorSpec(0, tuple(tensor.shape), dense_stride(tensor), tensor.dtype) for tensor in tensors]
-    return repack_layout(specs, start)
+    return repack_layout([_spec_of(tensor) for tensor in tensors], start)
 
 
-def repack_layout(specs: Iterable[TensorSpec], start: int = 0) -> tuple[list[TensorSpec], int]:
+def pack_present(tensors: Iterable[torch.Tensor | None], start: int = 0) -> tuple[list[TensorSpec | None], int]:
+    """Do the same as ``pack_layout``, with ``None`` for ``None``."""
+    return repack_layout([None if tensor is None else _spec_of(tensor) for tensor in tensors], start)
+
+
+def repack_layout(specs: Iterable[SpecT], start: int = 0) -> tuple[list[SpecT], int]:
     """Return the same specs, one after the other from byte ``start``, and the end in bytes."""
-    packed, end = [], start
+    packed: list[SpecT] = []
+    end = start
     for spec in specs:
-        packed.append(spec._replace(offset=end))
-        end += -(-math.prod(spec.shape) * spec.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        if spec is not None:
+            spec = spec._replace(offset=end)
+            end += -(-math.prod(spec.shape) * spec.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        packed.append(spec)
     return packed, end
+
+
+def _spec_of(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(0, tuple(tensor.shape), dense_stride(tensor), tensor.dtype)
 
 
 def tensor_at(base: torch.Tensor, spec: TensorSpec, start: int = 0) -> torch.Tensor:
@@ -64,9 +78,14 @@ def tensor_at(base: torch.Tensor, spec: TensorSpec, start: int = 0) -> torch.Ten
 
 
 def copy_to_layout(
-    base: torch.Tensor, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor], *, non_blocking: bool = False
+    base: torch.Tensor,
+    specs: Sequence[TensorSpec | None],
+    tensors: Iterable[torch.Tensor | None],
+    *,
+    non_blocking: bool = False,
 ) -> None:
-    """Copy each tensor to its place in ``base``."""
+    """Copy each tensor that is not ``None`` to its place in ``base``."""
     with torch.no_grad():
         for spec, tensor in zip(specs, tensors, strict=True):
-            tensor_at(base, spec).copy_(tensor, non_blocking=non_blocking)
+            if spec is not None and tensor is not None:
+                tensor_at(base, spec).copy_(tensor, non_blocking=non_blocking)

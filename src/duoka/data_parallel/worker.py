@@ -30,7 +30,7 @@ def worker_loop(config: WorkerConfig, channel: WorkerChannel) -> Iterator[None]:
     torch.set_num_threads(config.num_threads)
     if config.device.type != "cpu":
         torch.accelerator.set_device_index(config.device)
-    handler = _RequestHandler(channel, _new_transport(config, channel))
+    handler = _RequestHandler(config, channel)
     while (message := channel.receive()).kind != "finish":
         handler.handle(message)
     handler.close()
@@ -38,10 +38,18 @@ def worker_loop(config: WorkerConfig, channel: WorkerChannel) -> Iterator[None]:
     yield
 
 
-def _new_transport(config: WorkerConfig, channel: WorkerChannel) -> WorkerTransport:
-    if config.rendezvous is None:
-        return SharedWorkerTransport(config.device, channel)
-    return CollectiveWorkerTransport(config.device, channel, config.rendezvous)
+class _UserError(Exception):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+@contextlib.contextmanager
+def _capture_user_errors() -> Iterator[None]:
+    """Raise ``_UserError`` with what the decorated function raises."""
+    try:
+        yield
+    except BaseException as error:
+        raise _UserError(error) from None
 
 
 class _SavedGraph(NamedTuple):
@@ -54,8 +62,13 @@ class _SavedGraph(NamedTuple):
 
 
 class _RequestHandler:
-    def __init__(self, channel: WorkerChannel, transport: WorkerTransport) -> None:
-        self._channel, self._transport = channel, transport
+    def __init__(self, config: WorkerConfig, channel: WorkerChannel) -> None:
+        self._channel = channel
+        self._transport: WorkerTransport = (
+            SharedWorkerTransport(config.device, channel)
+            if config.rendezvous is None
+            else CollectiveWorkerTransport(config.device, channel, config.rendezvous)
+        )
         self._replicas: dict[int, Replica] = {}
         self._graphs: dict[int, _SavedGraph] = {}
         self._errors: dict[int, BaseException] = {}
@@ -107,10 +120,16 @@ class _RequestHandler:
         """
         for call_id in request.released_calls:
             self._graphs.pop(call_id, None)
+        result: messages.ForwardResult | messages.BackwardResult
         try:
-            result, payload = (
-                self._forward(request, fd) if isinstance(request, messages.ForwardRequest) else self._backward(request)
-            )
+            if isinstance(request, messages.ForwardRequest):
+                result, payload = self._forward(request, self._transport.receive_inputs(request), fd)
+            else:
+                task = self._transport.start_backward(request)
+                try:
+                    result, payload = self._backward(request, task)
+                finally:
+                    task.finish()
         except _UserError as failed:
             self._channel.send(f"error:{request.call_id}", exceptions.serialize_exception(failed.error))
             self._transport.flush(succeeded=False)
@@ -119,12 +138,8 @@ class _RequestHandler:
         payload.close()
         self._transport.flush(succeeded=True)
 
-    def _forward(self, request: messages.ForwardRequest, fd: int | None) -> tuple[messages.ForwardResult, Payload]:
-        inputs = self._transport.receive_inputs(request)
-        with _capture_user_errors():
-            return self._run_forward(request, inputs, fd)
-
-    def _run_forward(
+    @_capture_user_errors()
+    def _forward(
         self, request: messages.ForwardRequest, inputs: list[torch.Tensor], fd: int | None
     ) -> tuple[messages.ForwardResult, Payload]:
         if request.model in self._errors:
@@ -147,15 +162,8 @@ class _RequestHandler:
         writes = replica.detect_parameter_writes()
         return messages.ForwardResult(location, nbytes, output_specs, Pickled.of(payload), writes), payload
 
-    def _backward(self, request: messages.BackwardRequest) -> tuple[messages.BackwardResult, Payload]:
-        task = self._transport.start_backward(request)
-        try:
-            with _capture_user_errors():
-                return self._run_backward(request, task)
-        finally:
-            task.finish()
-
-    def _run_backward(
+    @_capture_user_errors()
+    def _backward(
         self, request: messages.BackwardRequest, task: BackwardTask
     ) -> tuple[messages.BackwardResult, Payload]:
         wanted = [index for index, spec in enumerate(request.outputs) if spec is not None]
@@ -182,17 +190,3 @@ class _RequestHandler:
                 del self._graphs[request.forward_call_id]
         payload = dumps(task.inlined) if task.inlined else Payload(b"")
         return messages.BackwardResult(tuple(task.accepted), inputs, Pickled.of(payload)), payload
-
-
-class _UserError(Exception):
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-@contextlib.contextmanager
-def _capture_user_errors() -> Iterator[None]:
-    """Raise ``_UserError`` with what the ``with`` block raises."""
-    try:
-        yield
-    except BaseException as error:
-        raise _UserError(error) from None

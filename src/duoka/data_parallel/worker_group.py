@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import pickle
@@ -11,7 +12,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,10 +21,17 @@ from duoka.data_parallel.messages import DeleteReplica, Notification, Request
 from duoka.data_parallel.tensor_layout import Allocation
 from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import OwnerTransport, PendingWork
+from duoka.data_parallel.transport.collective import CollectiveOwnerTransport
+from duoka.data_parallel.transport.shared import SharedOwnerTransport
+from duoka.data_parallel.transport.shared_memory import SharedArena
+from duoka.data_parallel.worker import worker_loop
 from duoka.devices.cpu import threads_per_rank
 from duoka.workers import WorkerSession, exceptions
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload
+
+COLLECTIVE_ON_CPU = "DUOKA_COLLECTIVE_TRANSPORT"
+"""Environment variable for tests: if set, CPU workers use the collective transport, over gloo."""
 
 
 class WorkerGroup:
@@ -34,11 +41,9 @@ class WorkerGroup:
         self,
         devices: Sequence[torch.device],
         transport: OwnerTransport,
-        entry_point: Callable[..., AbstractContextManager[Any]],
     ) -> None:
         self.devices = tuple(devices)
         self.transport = transport
-        self._entry_point = entry_point
         self._worker_threads = min(torch.get_num_threads(), threads_per_rank(len(devices)))
         self.thread_limit = ThreadLimit(self._worker_threads if devices[0].type == "cpu" else torch.get_num_threads())
         self.lock = threading.RLock()
@@ -48,7 +53,7 @@ class WorkerGroup:
         self._pid = os.getpid()
         self._call_ids = itertools.count(1)
         self._session: WorkerSession | None = None
-        self._num_models = 0
+        self.num_models = 0
         self._arrived: dict[tuple[int, int], Message] = {}
         """Results to be fetched, by worker index and call ID."""
         self._requested: dict[tuple[int, int], tuple[Any, Sequence[PendingWork]]] = {}
@@ -64,18 +69,14 @@ class WorkerGroup:
         """Whether this process started the workers; a forked child did not."""
         return os.getpid() == self._pid
 
-    def add_model(self) -> None:
-        """Count one more model that uses the workers."""
-        self._num_models += 1
-
     def remove_model(self, model: int) -> None:
         """Delete a model's replicas; release the workers with the last model."""
         if not self.is_owned:
             return
         with self.lock:
             self._to_delete.append(model)
-            self._num_models -= 1
-            if self._num_models == 0:
+            self.num_models -= 1
+            if self.num_models == 0:
                 self._end()
 
     def new_call_id(self) -> int:
@@ -90,9 +91,7 @@ class WorkerGroup:
         self._released_calls = [[] for _ in self.devices[1:]]
         configs = self.transport.worker_configs(self._worker_threads)
         try:
-            self._session = WorkerSession(
-                self._entry_point, configs, (), self.devices[1:], temp_dir=self.transport.temp_dir
-            )
+            self._session = WorkerSession(worker_loop, configs, (), self.devices[1:], temp_dir=self.transport.temp_dir)
             self.transport.connect(self._session)
         except BaseException:
             self.stop()
@@ -115,44 +114,40 @@ class WorkerGroup:
                 if (pending := self.transport.send_inputs(index, allocation)) is not None:
                     self._requested[index, request.call_id] = allocation, [pending]
 
-    def results(self, requests: Sequence[tuple[int, int]]) -> list[tuple[Any, int | None]]:
+    def results(
+        self, requests: Sequence[tuple[int, int]], receive: Callable[[int, Any], None] | None = None
+    ) -> list[tuple[Any, int | None]]:
         """Wait for all results, and return each with its memory file.
+
+        ``receive(index, result)`` receives the tensors that follow a result, also if another worker
+        has failed.
 
         Raises:
             WorkerDied: a worker has died. What a worker raised is raised as its own type.
 
         """
-        results, error = self.wait_results(requests)
-        if error is not None:
-            for _, fd in results.values():
-                if fd is not None:
-                    os.close(fd)
-            raise error
-        return list(results.values())
-
-    def wait_results(
-        self, requests: Sequence[tuple[int, int]]
-    ) -> tuple[dict[int, tuple[Any, int | None]], BaseException | None]:
-        """Wait for all results; return them by worker, and the first worker's exception.
-
-        Raises:
-            WorkerDied: a worker has died.
-
-        """
         with self.lock, TIMERS.wait():
             self._process_discards()
             messages = [(index, self._receive((index, call_id))) for index, call_id in requests]
-        results: dict[int, tuple[Any, int | None]] = {}
+        results: list[tuple[Any, int | None]] = []
         error: BaseException | None = None
         for index, message in messages:
             if not message.kind.startswith("error"):
-                results[index] = pickle.loads(message.payload.data), message.payload.fd
+                results.append((pickle.loads(message.payload.data), message.payload.fd))
+                if receive is not None:
+                    with self.stop_on_error():
+                        receive(index, results[-1][0])
             elif error is None:
                 worker = self._running_session().workers[index]
                 error = exceptions.deserialize_exception(message.payload, worker.rank, worker.label, self.devices[0])
             else:
                 message.payload.close()
-        return results, error
+        if error is not None:
+            for _, fd in results:
+                if fd is not None:
+                    os.close(fd)
+            raise error
+        return results
 
     def release_graph(self, call_id: int) -> None:
         """Note that a forward's graph is not needed. Safe during garbage collection: only appends."""
@@ -278,7 +273,7 @@ class WorkerGroupRef:
     """A model's claim on a worker group, held by its controller and each of its calls."""
 
     def __init__(self, group: WorkerGroup, model: int) -> None:
-        group.add_model()
+        group.num_models += 1
         self._finalizer = weakref.finalize(self, _remove_model_later, group, model)
         self._finalizer.atexit = False
         self._group, self._model = group, model
@@ -298,3 +293,23 @@ def _remove_model_later(group: WorkerGroup, model: int) -> None:
     if group.is_owned and threading.main_thread().is_alive():
         with contextlib.suppress(RuntimeError):  # the interpreter is exiting
             threading.Thread(target=group.remove_model, args=(model,), name="duoka-close", daemon=False).start()
+
+
+def get_worker_group(devices: Sequence[torch.device]) -> WorkerGroup:
+    """Return this process's worker group of a device list; it lives as long as a model uses it."""
+    groups, weights = _process_state(os.getpid())
+    is_collective = devices[0].type != "cpu" or bool(os.environ.get(COLLECTIVE_ON_CPU))
+    key = (str(is_collective), *map(str, devices))
+    group = groups.get(key)
+    if group is None:
+        transport = CollectiveOwnerTransport(devices) if is_collective else SharedOwnerTransport(devices, weights)
+        group = groups[key] = WorkerGroup(devices, transport)
+    return group
+
+
+@functools.lru_cache(maxsize=1)
+def _process_state(pid: int) -> tuple[weakref.WeakValueDictionary[tuple[str, ...], WorkerGroup], SharedArena]:  # noqa: ARG001
+    """Return the groups of process ``pid``, and the memory of its parameters; a fork has its own."""
+    weights = SharedArena("weights")
+    weights.isolate_on_fork()
+    return weakref.WeakValueDictionary(), weights

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from duoka.data_parallel import messages
-from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec
+from duoka.data_parallel.model_diff import ModelSnapshot
+from duoka.data_parallel.pickling import unpickle
+from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, tensor_at
 from duoka.utils.torch_private import add_in_place
 from duoka.workers import WorkerSession
 from duoka.workers.channel import Message
@@ -76,14 +78,9 @@ class BackwardContext(NamedTuple):
     """``WeightSync.gradient_layout`` at the time of the forward."""
     keep_graph: bool
 
-    def wanted_inputs(self, index: int) -> list[TensorSpec]:
-        """Return the specs of the inputs of worker ``index`` that need a gradient."""
-        return [spec for spec, needs_gradient in self.inputs[index] if needs_gradient]
-
-    def input_slots(self, index: int, specs: Sequence[TensorSpec]) -> list[TensorSpec | None]:
-        """Return the given specs at the inputs that need a gradient, ``None`` at the others."""
-        rest = iter(specs)
-        return [next(rest) if needs_gradient else None for _, needs_gradient in self.inputs[index]]
+    def wanted_inputs(self, index: int) -> list[TensorSpec | None]:
+        """Return the inputs' specs for worker ``index``, ``None`` where no gradient is needed."""
+        return [spec if needs_gradient else None for spec, needs_gradient in self.inputs[index]]
 
 
 class WeightSync:
@@ -96,9 +93,10 @@ class WeightSync:
     gradient_layout: Any
     buffer_placements: tuple[messages.BufferPlacement | None, ...]
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self._shapes = [(parameter.shape, parameter.dtype) for parameter in parameters]
+    def __init__(self, snapshot: ModelSnapshot) -> None:
+        self.snapshot = snapshot
+        self.parameters = snapshot.parameters
+        self._shapes = [(parameter.shape, parameter.dtype) for parameter in self.parameters]
 
     @property
     def parameter_placements(self) -> tuple[messages.ParameterPlacement, ...]:
@@ -114,7 +112,7 @@ class WeightSync:
         parameters = self.parameters
         return all(self._shapes[index] == (parameters[index].shape, parameters[index].dtype) for index in indices)
 
-    def push(self, buffers: Sequence[torch.Tensor | None], *, training: bool) -> None:
+    def push(self, *, training: bool) -> None:
         """Push current parameter and buffer values to the workers."""
         raise NotImplementedError
 
@@ -128,14 +126,52 @@ class WeightSync:
         """Assume that workers' copies are wrong, because a call has failed."""
 
 
-class GradientExchange(Protocol):
-    """One backward that runs on the workers."""
+class GradientExchange:
+    """One backward that runs on the workers; subclasses send the requests when they are created."""
+
+    def __init__(self, group: GroupChannel, context: BackwardContext) -> None:
+        self._group, self._context = group, context
+        self._requests: list[tuple[int, int]] = []
+        self._inputs: dict[int, tuple[torch.Tensor, list[TensorSpec | None]]] = {}
+        """Memory of each worker's input gradients, and the specs there."""
 
     def wait(self) -> Gradients:
-        """Wait for the gradients."""
+        """Wait for the results, and return the gradients."""
+        results = self._group.results(self._requests)
+        sums = self._sum_parameters([result for result, _ in results])
+        inputs: dict[int, dict[int, torch.Tensor]] = {}
+        for (index, _), (result, fd) in zip(self._requests, results, strict=True):
+            if result.inlined.data:
+                add_gradients(sums, unpickle(result.inlined, fd, self._group.devices[0]))
+            base, specs = self._inputs[index]
+            inputs[index] = {n: tensor_at(base, spec) for n in result.inputs if (spec := specs[n]) is not None}
+        return sums, inputs
 
     def discard(self) -> None:
         """Drop the gradients when they arrive."""
+        for index, call_id in self._requests:
+            self._group.discard_result(index, call_id)
+
+    def _request(
+        self, index: int, allocation: Allocation, outputs: Sequence[TensorSpec | None], **collective: Any
+    ) -> None:
+        """Run the backward on one worker; output gradients lie in ``allocation``."""
+        request = messages.BackwardRequest(
+            self._group.new_call_id(),
+            self._context.call_id,
+            allocation.location,
+            len(allocation.base),
+            tuple(outputs),
+            tuple(self._inputs[index][1]),
+            self._context.keep_graph,
+            **collective,
+        )
+        self._group.request(index, request, allocation)
+        self._requests.append((index, request.call_id))
+
+    def _sum_parameters(self, results: Sequence[messages.BackwardResult]) -> dict[int, torch.Tensor]:
+        """Return the sums of the parameter gradients that are not inside the results."""
+        raise NotImplementedError
 
 
 class OwnerTransport:
@@ -169,13 +205,7 @@ class OwnerTransport:
         return False
 
     def create_weight_sync(
-        self,
-        group: GroupChannel,
-        model: int,
-        parameters: Sequence[nn.Parameter],
-        buffers: Sequence[torch.Tensor | None],
-        *,
-        copies_all: bool,
+        self, group: GroupChannel, model: int, snapshot: ModelSnapshot, *, copies_all: bool
     ) -> WeightSync:
         """Return the ``WeightSync`` of one model."""
         raise NotImplementedError
@@ -244,11 +274,14 @@ class BackwardTask:
 
 
 class ModelMemory:
-    """Memory of a model's parameters or buffers in a worker."""
+    """Memory of a model's parameters or buffers in a worker, in segments or buckets."""
+
+    def __init__(self, bases: list[torch.Tensor]) -> None:
+        self.bases = bases
 
     def tensor(self, location: Location, spec: TensorSpec) -> torch.Tensor:
         """Return one tensor of a block, with its own version counter."""
-        raise NotImplementedError
+        return tensor_at(self.bases[location.segment], spec, location.offset).data
 
     def discard_writes(self) -> None:
         """Undo this worker's writes, if they hide rank 0's values."""

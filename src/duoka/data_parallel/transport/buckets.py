@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from duoka.data_parallel.tensor_layout import Location, TensorSpec, pack_layout, tensor_at
-from duoka.data_parallel.transport.base import ModelMemory
+from duoka.data_parallel.tensor_layout import TensorSpec, pack_layout, tensor_at
 from duoka.utils.torch_private import copy_in_place
 
 _BYTES = 25 << 20
@@ -98,14 +97,3 @@ class BucketChecksum:
         for part in torch.split(base.view(torch.int32), _CHECKSUM_CHUNK):
             total = total * 1_000_003 + (part * self._factors[: len(part)]).sum(dtype=torch.int64)
         return total
-
-
-class BucketMemory(ModelMemory):
-    """A worker's memory for one model, one block per bucket; broadcasts overwrite its writes."""
-
-    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.bases = [allocate_bytes(size, device) for size in sizes]
-
-    def tensor(self, location: Location, spec: TensorSpec) -> torch.Tensor:
-        """Return one tensor of a bucket, with its own version counter."""
-        return tensor_at(self.bases[location.segment], spec, location.offset).data

@@ -21,16 +21,18 @@ import torch
 from torch import nn
 
 from duoka.data_parallel.messages import BackwardRequest, CreateReplica, ForwardRequest, ForwardResult, ReceiveWeights
+from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, copy_to_layout, pack_layout, tensor_at
 from duoka.data_parallel.transport.base import (
     BackwardContext,
     GroupChannel,
+    ModelMemory,
     OutputGradients,
     OwnerTransport,
     WorkerConfig,
     WorkerTransport,
 )
-from duoka.data_parallel.transport.buckets import Bucket, BucketMemory, allocate_bytes, gradient_buckets
+from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes, gradient_buckets
 from duoka.data_parallel.transport.collective_weights import CollectiveWeightSync
 from duoka.data_parallel.transport.gradient_reduction import NOWHERE, CollectiveBackwardTask, CollectiveGradientExchange
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup, select_backend
@@ -100,13 +102,12 @@ class CollectiveOwnerTransport(OwnerTransport):
         self,
         group: GroupChannel,
         model: int,
-        parameters: Sequence[nn.Parameter],
-        buffers: Sequence[torch.Tensor | None],
+        snapshot: ModelSnapshot,
         *,
         copies_all: bool,  # noqa: ARG002 - workers always have copies
     ) -> CollectiveWeightSync:
         """Return the ``WeightSync`` of one model."""
-        return CollectiveWeightSync(group, self._connected(), model, parameters, buffers)
+        return CollectiveWeightSync(group, self._connected(), model, snapshot)
 
     def allocate(self, nbytes: int) -> Allocation:
         """Return memory on the first device."""
@@ -165,13 +166,14 @@ class CollectiveWorkerTransport(WorkerTransport):
         channel.send(READY_FOR_RENDEZVOUS, Payload(b""))
         channel.receive()  # ENTER_RENDEZVOUS, when all workers are ready
         self._group = PrivateProcessGroup(*rendezvous)
-        self._models: dict[int, BucketMemory] = {}
+        self._models: dict[int, ModelMemory] = {}
         self._staged: torch.Tensor | None = None
         self._task: CollectiveBackwardTask | None = None
 
-    def model_memory(self, request: CreateReplica) -> tuple[BucketMemory, BucketMemory]:
-        """Return new memory for copies of a model's parameters and buffers."""
-        memory = self._models[request.model] = BucketMemory(request.bucket_nbytes, self.device)
+    def model_memory(self, request: CreateReplica) -> tuple[ModelMemory, ModelMemory]:
+        """Return new memory for copies of a model's parameters and buffers; broadcasts overwrite its writes."""
+        memory = ModelMemory([allocate_bytes(size, self.device) for size in request.bucket_nbytes])
+        self._models[request.model] = memory
         return memory, memory
 
     def receive_weights(self, request: ReceiveWeights) -> None:

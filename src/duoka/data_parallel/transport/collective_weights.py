@@ -18,9 +18,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from duoka.data_parallel.messages import ParameterPlacement, ReceiveWeights
+from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.tensor_layout import Location
 from duoka.data_parallel.transport.base import GroupChannel, WeightSync
 from duoka.data_parallel.transport.buckets import Bucket, BucketChecksum, gradient_buckets, pack_bucket, value_buckets
@@ -35,18 +35,13 @@ class CollectiveWeightSync(WeightSync):
     """Tracks which buckets of one model workers have, and broadcasts the others."""
 
     def __init__(
-        self,
-        group: GroupChannel,
-        process_group: PrivateProcessGroup,
-        model: int,
-        parameters: Sequence[nn.Parameter],
-        buffers: Sequence[torch.Tensor | None],
+        self, group: GroupChannel, process_group: PrivateProcessGroup, model: int, snapshot: ModelSnapshot
     ) -> None:
-        super().__init__(parameters)
+        super().__init__(snapshot)
         self._group, self._process_group, self._model = group, process_group, model
         self._device = group.devices[0]
         self._check_devices()
-        self._lay_out(buffers)
+        self._lay_out()
         self._versions: list[list[Any]] = [[] for _ in self._buckets]
         self._checksums: list[torch.Tensor | None] = [None] * len(self._buckets)
         """Checksum of the values that workers have; ``None`` where unknown."""
@@ -57,9 +52,9 @@ class CollectiveWeightSync(WeightSync):
         self._pause, self._next_pause = 0, 0
         self._classify_buckets()
 
-    def _lay_out(self, buffers: Sequence[torch.Tensor | None]) -> None:
+    def _lay_out(self) -> None:
         """Assign trained parameters, frozen parameters and buffers to buckets of their own."""
-        tensors = self._tensors(buffers)
+        tensors = self.snapshot.tensors()
         count = len(self.parameters)
         trained = [n for n, parameter in enumerate(self.parameters) if parameter.requires_grad]
         frozen = [n for n, parameter in enumerate(self.parameters) if not parameter.requires_grad]
@@ -69,7 +64,9 @@ class CollectiveWeightSync(WeightSync):
         }
         self._placements = [placements[n] for n in range(count)]
         rest = iter(range(count, len(tensors)))
-        self.buffer_placements = tuple(None if buffer is None else placements[next(rest)] for buffer in buffers)
+        self.buffer_placements = tuple(
+            None if buffer is None else placements[next(rest)] for buffer in self.snapshot.buffers()
+        )
         self.bucket_nbytes = tuple(bucket.nbytes for bucket in self._buckets)
 
     @property
@@ -90,9 +87,9 @@ class CollectiveWeightSync(WeightSync):
             self._classify_buckets()
         return changed
 
-    def push(self, buffers: Sequence[torch.Tensor | None], *, training: bool) -> None:
+    def push(self, *, training: bool) -> None:
         """Broadcast what may have changed."""
-        tensors = self._tensors(buffers)
+        tensors = self.snapshot.tensors()
         versions = self._current_versions(tensors)
         early = self._completed_early()
         unchecked = self._volatile - early if training else set()
@@ -182,9 +179,6 @@ class CollectiveWeightSync(WeightSync):
             b for b, bucket in enumerate(self._buckets) if b in self._trained or max(bucket.specs) >= count
         }
         self.gradient_layout = gradient_buckets(self.parameters)
-
-    def _tensors(self, buffers: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        return [*self.parameters, *(buffer for buffer in buffers if buffer is not None)]
 
     def _check_devices(self) -> None:
         for parameter in self.parameters:

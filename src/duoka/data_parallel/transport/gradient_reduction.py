@@ -12,23 +12,21 @@ from typing import Any
 import torch
 
 from duoka.data_parallel.messages import BackwardRequest, BackwardResult
-from duoka.data_parallel.pickling import unpickle
 from duoka.data_parallel.tensor_layout import (
     Allocation,
     Location,
     TensorSpec,
     copy_to_layout,
-    pack_layout,
+    pack_present,
     repack_layout,
     tensor_at,
 )
 from duoka.data_parallel.transport.base import (
     BackwardContext,
     BackwardTask,
-    Gradients,
+    GradientExchange,
     GroupChannel,
     OutputGradients,
-    add_gradients,
 )
 from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
@@ -37,7 +35,7 @@ NOWHERE = Location(0, 0)
 """Location in messages whose tensors are sent."""
 
 
-class CollectiveGradientExchange:
+class CollectiveGradientExchange(GradientExchange):
     """A backward on workers, whose gradients are reduced while rank 0 computes its own."""
 
     def __init__(
@@ -47,81 +45,41 @@ class CollectiveGradientExchange:
         context: BackwardContext,
         gradients: OutputGradients,
     ) -> None:
-        self._group, self._context = group, context
-        self._buckets: list[Bucket] = context.gradient_layout
-        self._requests: list[tuple[int, int]] = []
+        super().__init__(group, context)
         device = group.devices[0]
-        returned: list[tuple[list[TensorSpec | None], int]] = []
+        self._buckets: list[Bucket] = context.gradient_layout
+        buckets = tuple((bucket.nbytes, bucket.dtype) for bucket in self._buckets)
         for index in range(process_group.size - 1):
             given = gradients[index] if index < len(gradients) else ()
-            slots, size = self._input_layout(index, given)
-            returned.append((slots, size))
-            if slots or self._buckets:
-                self._request(index, given, slots, size)
+            is_used = any(gradient is not None for gradient in given)
+            inputs, input_nbytes = repack_layout(context.wanted_inputs(index) if is_used else [])
+            self._inputs[index] = allocate_bytes(input_nbytes, device), inputs
+            if is_used or buckets:
+                outputs, size = pack_present(given)
+                allocation = Allocation(NOWHERE, allocate_bytes(size, device))
+                copy_to_layout(allocation.base, outputs, given)
+                self._request(index, allocation, outputs, buckets=buckets, input_nbytes=input_nbytes)
         self._sums = [allocate_bytes(bucket.nbytes, device) for bucket in self._buckets]
         self._pending = [
             process_group.reduce_sum(base.view(bucket.dtype))
             for base, bucket in zip(self._sums, self._buckets, strict=True)
             if len(base)
         ]
-        self._inputs: list[tuple[torch.Tensor, list[TensorSpec | None]]] = []
-        for index, (slots, size) in enumerate(returned):
-            base = allocate_bytes(size, device)
-            self._inputs.append((base, slots))
-            if size:
+        for index, (base, _) in self._inputs.items():
+            if len(base):
                 self._pending.append(process_group.receive(base, index + 1))
 
-    def _input_layout(self, index: int, given: Sequence[torch.Tensor | None]) -> tuple[list[TensorSpec | None], int]:
-        """Return the layout of the input gradients that a worker returns, and its size."""
-        if all(gradient is None for gradient in given):
-            return [], 0
-        specs, size = repack_layout(self._context.wanted_inputs(index))
-        return self._context.input_slots(index, specs), size
-
-    def _request(
-        self, index: int, given: Sequence[torch.Tensor | None], slots: list[TensorSpec | None], input_nbytes: int
-    ) -> None:
-        present = [gradient for gradient in given if gradient is not None]
-        specs, size = pack_layout(present)
-        allocation = Allocation(NOWHERE, allocate_bytes(size, self._group.devices[0]))
-        copy_to_layout(allocation.base, specs, present)
-        rest = iter(specs)
-        request = BackwardRequest(
-            self._group.new_call_id(),
-            self._context.call_id,
-            NOWHERE,
-            size,
-            tuple(None if gradient is None else next(rest) for gradient in given),
-            tuple(slots),
-            tuple((bucket.nbytes, bucket.dtype) for bucket in self._buckets),
-            input_nbytes,
-            self._context.keep_graph,
-            (),
-        )
-        self._group.request(index, request, allocation)
-        self._requests.append((index, request.call_id))
-
-    def wait(self) -> Gradients:
-        """Wait for the results in Python; the sums have then arrived, or soon will."""
-        results = self._group.results(self._requests)
+    def _sum_parameters(self, results: Sequence[BackwardResult]) -> dict[int, torch.Tensor]:
+        """Wait for the sums, which have arrived or soon will."""
         with self._group.stop_on_error():
             for pending in self._pending:
                 pending.wait()
-        received = {n for result, _ in results for n in result.parameters}
         slots = {
             n: (base, spec)
             for base, bucket in zip(self._sums, self._buckets, strict=True)
             for n, spec in bucket.specs.items()
         }
-        sums = {n: tensor_at(*slots[n]) for n in sorted(received)}
-        inputs: dict[int, dict[int, torch.Tensor]] = {}
-        for (index, _), (result, fd) in zip(self._requests, results, strict=True):
-            assert isinstance(result, BackwardResult)
-            if result.inlined.data:
-                add_gradients(sums, unpickle(result.inlined, fd, self._group.devices[0]))
-            base, specs = self._inputs[index]
-            inputs[index] = {n: tensor_at(base, spec) for n in result.inputs if (spec := specs[n]) is not None}
-        return sums, inputs
+        return {n: tensor_at(*slots[n]) for n in sorted({n for result in results for n in result.parameters})}
 
     def discard(self) -> None:
         """Keep the memory of transfers under way until they are complete."""

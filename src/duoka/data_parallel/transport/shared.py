@@ -10,20 +10,21 @@ import torch
 from torch import nn
 
 from duoka.data_parallel.messages import BackwardRequest, BackwardResult, CreateReplica, ForwardRequest, ForwardResult
-from duoka.data_parallel.pickling import unpickle
+from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.tensor_layout import (
     Allocation,
     Location,
     TensorSpec,
     copy_to_layout,
     pack_layout,
+    pack_present,
     repack_layout,
     tensor_at,
 )
 from duoka.data_parallel.transport.base import (
     BackwardContext,
     BackwardTask,
-    Gradients,
+    GradientExchange,
     GroupChannel,
     OutputGradients,
     OwnerTransport,
@@ -81,13 +82,12 @@ class SharedOwnerTransport(OwnerTransport):
         self,
         group: GroupChannel,  # noqa: ARG002 - workers read the memory without a message
         model: int,  # noqa: ARG002
-        parameters: Sequence[nn.Parameter],
-        buffers: Sequence[torch.Tensor | None],
+        snapshot: ModelSnapshot,
         *,
         copies_all: bool,
     ) -> SharedWeightSync:
         """Return the ``WeightSync`` of one model."""
-        return SharedWeightSync(parameters, buffers, self._weights, self.traffic, copies_all=copies_all)
+        return SharedWeightSync(snapshot, self._weights, self.traffic, copies_all=copies_all)
 
     def allocate(self, nbytes: int) -> Allocation:
         """Return shared memory for the tensors of a request."""
@@ -101,57 +101,33 @@ class SharedOwnerTransport(OwnerTransport):
         self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients
     ) -> _SharedGradientExchange:
         """Run the backward on the workers that have any output gradient."""
-        exchange = _SharedGradientExchange(group, context)
-        for index, given in enumerate(gradients):
-            if any(gradient is not None for gradient in given):
-                exchange.request(index, given, self.traffic)
-        return exchange
+        return _SharedGradientExchange(group, context, gradients, self.traffic)
 
 
-class _SharedGradientExchange:
+class _SharedGradientExchange(GradientExchange):
     """A backward on workers, one block each: gradients of parameters, then of outputs, then of inputs."""
 
-    def __init__(self, group: GroupChannel, context: BackwardContext) -> None:
-        self._group, self._context = group, context
-        self._requests: list[tuple[int, int, Allocation, list[TensorSpec | None]]] = []
+    def __init__(
+        self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients, arena: SharedArena
+    ) -> None:
+        super().__init__(group, context)
+        for index, given in enumerate(gradients):
+            if all(gradient is None for gradient in given):
+                continue
+            outputs, size = pack_present(given, context.gradient_layout[1])
+            inputs, size = repack_layout(context.wanted_inputs(index), size)
+            allocation = arena.allocate(size)
+            copy_to_layout(allocation.base, outputs, given)
+            self._inputs[index] = allocation.base, inputs
+            self._request(index, allocation, outputs)
 
-    def request(self, index: int, given: Sequence[torch.Tensor | None], arena: SharedArena) -> None:
-        """Run the backward on one worker."""
-        present = [gradient for gradient in given if gradient is not None]
-        output_specs, size = pack_layout(present, self._context.gradient_layout[1])
-        input_specs, size = repack_layout(self._context.wanted_inputs(index), size)
-        allocation = arena.allocate(size)
-        copy_to_layout(allocation.base, output_specs, present)
-        rest = iter(output_specs)
-        slots = self._context.input_slots(index, input_specs)
-        call_id = self._group.new_call_id()
-        outputs = tuple(None if gradient is None else next(rest) for gradient in given)
-        forward, keep_graph = self._context.call_id, self._context.keep_graph
-        request = BackwardRequest(
-            call_id, forward, allocation.location, size, outputs, tuple(slots), (), 0, keep_graph, ()
-        )
-        self._group.request(index, request, allocation)
-        self._requests.append((index, call_id, allocation, slots))
-
-    def wait(self) -> Gradients:
-        """Wait for all workers, and sum their gradients."""
+    def _sum_parameters(self, results: Sequence[BackwardResult]) -> dict[int, torch.Tensor]:
         sums: dict[int, torch.Tensor] = {}
-        inputs: dict[int, dict[int, torch.Tensor]] = {}
         specs = self._context.gradient_layout[0]
-        results = self._group.results([(index, call_id) for index, call_id, *_ in self._requests])
-        for (index, _, allocation, slots), (result, fd) in zip(self._requests, results, strict=True):
-            assert isinstance(result, BackwardResult)
-            base = allocation.base
+        for (index, _), result in zip(self._requests, results, strict=True):
+            base = self._inputs[index][0]
             add_gradients(sums, {n: tensor_at(base, specs[n]) for n in result.parameters})
-            if result.inlined.data:
-                add_gradients(sums, unpickle(result.inlined, fd))
-            inputs[index] = {n: tensor_at(base, spec) for n in result.inputs if (spec := slots[n]) is not None}
-        return sums, inputs
-
-    def discard(self) -> None:
-        """Free the memory when the results arrive."""
-        for index, call_id, *_ in self._requests:
-            self._group.discard_result(index, call_id)
+        return sums
 
 
 class SharedWorkerTransport(WorkerTransport):

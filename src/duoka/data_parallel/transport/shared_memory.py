@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, tensor_at
+from duoka.data_parallel.tensor_layout import Allocation, Location
 from duoka.data_parallel.transport.base import ModelMemory
 from duoka.workers.serialization import memory_file
 
@@ -127,7 +127,7 @@ class SharedView(ModelMemory):
 
     def __init__(self, *, is_private: bool = False) -> None:
         """Create an empty view; other processes do not see writes to a private one."""
-        self._bases: list[torch.Tensor] = []
+        super().__init__([])
         self._mappings: list[mmap.mmap] = []
         self._access = mmap.ACCESS_COPY if is_private else mmap.ACCESS_WRITE
 
@@ -138,7 +138,7 @@ class SharedView(ModelMemory):
         finally:
             os.close(fd)
         self._mappings.append(mapping)
-        self._bases.append(torch.frombuffer(mapping, dtype=torch.uint8))
+        self.bases.append(torch.frombuffer(mapping, dtype=torch.uint8))
 
     def discard_writes(self) -> None:
         """Undo writes to a private view, so that it shows the other process's values (Linux)."""
@@ -147,7 +147,7 @@ class SharedView(ModelMemory):
 
     def is_written_to(self) -> bool:
         """Return whether a private view was written to (Linux counts such pages as anonymous)."""
-        addresses = {f"{base.data_ptr():x}" for base in self._bases}
+        addresses = {f"{base.data_ptr():x}" for base in self.bases}
         inside = False
         for line in Path("/proc/self/smaps").read_text().splitlines():
             name, _, rest = line.partition(" ")
@@ -156,10 +156,6 @@ class SharedView(ModelMemory):
             elif inside and name == "Anonymous:" and rest.split()[0] != "0":
                 return True
         return False
-
-    def tensor(self, location: Location, spec: TensorSpec) -> torch.Tensor:
-        """Return one tensor of a block, with its own version counter."""
-        return tensor_at(self._bases[location.segment], spec, location.offset).data
 
 
 def _size_class(nbytes: int) -> int:

@@ -10,12 +10,14 @@ workers still read them; so are all parameters of a model whose forward writes t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from duoka.data_parallel.messages import ParameterPlacement
-from duoka.data_parallel.tensor_layout import Location, TensorSpec, dense_stride, pack_layout, tensor_at
+from duoka.data_parallel.model_diff import ModelSnapshot
+from duoka.data_parallel.tensor_layout import Location, TensorSpec, dense_stride, pack_layout, pack_present, tensor_at
 from duoka.data_parallel.transport.base import WeightSync
 from duoka.data_parallel.transport.shared_memory import SharedArena
 from duoka.errors import DeviceError
@@ -29,26 +31,17 @@ class SharedWeightSync(WeightSync):
     """Replaced, never modified: a call that holds them keeps the memory that it uses."""
 
     def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        buffers: Sequence[torch.Tensor | None],
-        weights: SharedArena,
-        traffic: SharedArena,
-        *,
-        copies_all: bool,
+        self, snapshot: ModelSnapshot, weights: SharedArena, traffic: SharedArena, *, copies_all: bool
     ) -> None:
-        super().__init__(parameters)
+        super().__init__(snapshot)
         self.copies_all = copies_all
         self._weights = weights
-        self.placements = tuple(self._place(parameter) for parameter in parameters)
-        self.gradient_layout = shared_gradient_layout(parameters)
-        specs, size = pack_layout(buffer for buffer in buffers if buffer is not None)
+        self.placements = tuple(self._place(parameter) for parameter in self.parameters)
+        self.gradient_layout = shared_gradient_layout(self.parameters)
+        specs, size = pack_present(snapshot.buffers())
         allocation = traffic.allocate(size)
-        self._buffer_copies = [tensor_at(allocation.base, spec) for spec in specs]
-        rest = iter(specs)
-        self.buffer_placements = tuple(
-            None if buffer is None else (allocation.location, next(rest)) for buffer in buffers
-        )
+        self._buffer_copies = [tensor_at(allocation.base, spec) for spec in specs if spec is not None]
+        self.buffer_placements = tuple(None if spec is None else (allocation.location, spec) for spec in specs)
 
     @property
     def parameter_placements(self) -> tuple[ParameterPlacement, ...]:
@@ -64,9 +57,9 @@ class SharedWeightSync(WeightSync):
             self.gradient_layout = shared_gradient_layout(self.parameters)
         return changed
 
-    def push(self, buffers: Sequence[torch.Tensor | None], *, training: bool) -> None:  # noqa: ARG002
+    def push(self, *, training: bool) -> None:  # noqa: ARG002
         """Copy buffers, and parameters that stay in place, to shared memory."""
-        sources = [buffer for buffer in buffers if buffer is not None]
+        sources = [buffer for buffer in self.snapshot.buffers() if buffer is not None]
         targets = list(self._buffer_copies)
         for parameter, placement in zip(self.parameters, self.placements, strict=True):
             if placement.copy is not None:
@@ -87,9 +80,10 @@ class SharedWeightSync(WeightSync):
             if location is None and _has_own_storage(parameter):
                 location = self._move(parameter, spec)
             if location is not None:
-                return _Placement(parameter, location, spec._replace(stride=parameter.stride()), None)
-        allocation = self._weights.allocate(size)
-        return _Placement(parameter, allocation.location, spec, tensor_at(allocation.base, spec))
+                spec = spec._replace(stride=parameter.stride())
+                return _Placement(location, spec, parameter.requires_grad, parameter.data, parameter.data_ptr(), None)
+        location, base = self._weights.allocate(size)
+        return _Placement(location, spec, parameter.requires_grad, parameter.data, 0, tensor_at(base, spec))
 
     def _move(self, parameter: nn.Parameter, spec: TensorSpec) -> Location:
         allocation = self._weights.allocate(parameter.untyped_storage().nbytes())
@@ -101,31 +95,27 @@ class SharedWeightSync(WeightSync):
 
 def shared_gradient_layout(parameters: Sequence[nn.Parameter]) -> tuple[list[TensorSpec | None], int]:
     """Return where the gradients of parameters that require one lie, and their total size."""
-    specs, size = pack_layout(parameter for parameter in parameters if parameter.requires_grad)
-    rest = iter(specs)
-    return [next(rest) if parameter.requires_grad else None for parameter in parameters], size
+    return pack_present(parameter if parameter.requires_grad else None for parameter in parameters)
 
 
-class _Placement:
+class _Placement(NamedTuple):
     """Where workers find one parameter, and what identifies the parameter as the same tensor."""
 
-    __slots__ = ("_data", "_dtype", "_pointer", "_shape", "copy", "location", "requires_grad", "spec")
-
-    def __init__(
-        self, parameter: nn.Parameter, location: Location, spec: TensorSpec, copy: torch.Tensor | None
-    ) -> None:
-        self.location, self.spec, self.copy = location, spec, copy
-        self.requires_grad = parameter.requires_grad
-        self._data = parameter.data  # keeps the memory allocated while a worker may read it
-        self._shape, self._dtype, self._pointer = parameter.shape, parameter.dtype, parameter.data_ptr()
+    location: Location
+    spec: TensorSpec
+    requires_grad: bool
+    data: torch.Tensor
+    """Keeps the memory allocated while a worker may read it."""
+    pointer: int
+    copy: torch.Tensor | None
 
     def fits(self, parameter: nn.Parameter) -> bool:
         """Return whether shape, dtype, ``requires_grad`` and, if shared, the memory are unchanged."""
         return (
-            (self.copy is not None or parameter.data_ptr() == self._pointer)
+            (self.copy is not None or parameter.data_ptr() == self.pointer)
             and parameter.requires_grad == self.requires_grad
-            and parameter.shape == self._shape
-            and parameter.dtype == self._dtype
+            and parameter.shape == self.spec.shape
+            and parameter.dtype == self.spec.dtype
         )
 
 
