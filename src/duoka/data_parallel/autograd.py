@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from duoka.data_parallel.call_context import capture_modes, draw_seed
+from duoka.data_parallel.call_context import capture_modes, capture_settings, draw_seed
 from duoka.data_parallel.messages import ContextFactory, ForwardRequest, ForwardResult
 from duoka.data_parallel.pickling import Pickled, unpickle
 from duoka.data_parallel.scatter_gather import OutputSpec, gather_tensors
@@ -72,8 +72,7 @@ class ParallelCall:
         inputs = [tensor for chunk in chunks for tensor in chunk if tensor.requires_grad]
         keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         device = self._group.devices[0]
-        modes = capture_modes(device, context)
-        payload, seed = dumps(arguments), draw_seed(device)
+        settings, payload, seed = capture_settings(), dumps(arguments), draw_seed(device)
         finalizer = weakref.finalize(
             self, _release_graph, self._group, self._generation, self._call_id, len(chunks), self._exchanges
         )
@@ -94,7 +93,8 @@ class ParallelCall:
                     size,
                     tuple(self._inputs[-1]),
                     Pickled.of(payload),
-                    modes,
+                    settings,
+                    capture_modes(self._group.devices[rank], context),
                     (seed + rank * _SEED_STEP) % 2**63,
                     keep_graph,
                 )

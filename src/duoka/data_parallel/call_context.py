@@ -1,51 +1,38 @@
-"""Context of a call: rank 0's torch modes and seed, applied in workers; and rank 0's thread limit."""
+"""Context of a call: torch modes, settings and seed for workers, and rank 0's thread limit."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
 from duoka.data_parallel.device_remap import RemapCuda, is_remapping
-from duoka.data_parallel.messages import ContextFactory, TorchModes
-from duoka.utils.torch_settings import apply_torch_settings, capture_torch_settings
-
-_SETTINGS = ("default_dtype", "deterministic", "float32_matmul_precision")
+from duoka.data_parallel.messages import ContextFactory
+from duoka.utils.torch_settings import capture_torch_settings
 
 
-def capture_modes(device: torch.device, context: ContextFactory | None = None) -> TorchModes:
-    """Return the current modes; workers also enter ``context()``."""
-    return TorchModes(
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        tuple(
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in sorted({"cpu", device.type})
-        ),
-        torch.is_autocast_cache_enabled(),
-        capture_torch_settings(_SETTINGS),
-        is_remapping(),
-        context,
-    )
+def capture_settings() -> dict[str, Any]:
+    """Return the process-wide settings that decide a call's result."""
+    return capture_torch_settings(("default_dtype", "deterministic", "float32_matmul_precision"))
 
 
-@contextlib.contextmanager
-def apply_modes(modes: TorchModes, device: torch.device) -> Iterator[None]:
-    """Apply the modes inside the ``with`` block, in a worker; process-wide settings stay."""
-    apply_torch_settings(modes.settings)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(modes.inference))
-        stack.enter_context(torch.set_grad_enabled(modes.grad))
-        for kind, is_enabled, dtype in modes.autocast:
-            if is_enabled:
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=modes.autocast_cache))
-        if modes.remap_cuda:
-            stack.enter_context(RemapCuda(device))
-        if modes.context is not None:
-            stack.enter_context(modes.context())
-        yield
+def capture_modes(device: torch.device, context: ContextFactory | None = None) -> tuple[ContextFactory, ...]:
+    """Return contexts that repeat the current modes in the worker of ``device``; ``context`` is innermost."""
+    modes: list[ContextFactory] = [
+        partial(torch.inference_mode, torch.is_inference_mode_enabled()),
+        partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+    ]
+    for kind in sorted({"cpu", device.type}):
+        if torch.is_autocast_enabled(kind):
+            dtype, cache = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+            modes.append(partial(torch.autocast, kind, dtype, cache_enabled=cache))
+    if is_remapping():
+        modes.append(partial(RemapCuda, device))
+    if context is not None:
+        modes.append(context)
+    return tuple(modes)
 
 
 def draw_seed(device: torch.device) -> int:

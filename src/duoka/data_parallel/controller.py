@@ -13,20 +13,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from duoka.data_parallel import scatter_gather
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import REGISTRIES, ModelSnapshot
 from duoka.data_parallel.pickling import Pickled, pickle_without_tensors
 from duoka.data_parallel.replica import MaybeCompiled
-from duoka.data_parallel.scatter_gather import (
-    batch_size,
-    extract_tensors,
-    gather_structures,
-    gather_tensors,
-    insert_tensors,
-    scatter,
-    scatter_sizes,
-)
 from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import WeightSync
 from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef, get_worker_group
@@ -128,8 +120,8 @@ class Controller:
         tensors, arguments, sizes = self._extract(args, kwargs)
         if len(sizes) == 1:
             if self.group.devices[0].type != "cpu":
-                args, kwargs = insert_tensors(arguments, self._to_first_device(tensors))
-            own = extract_tensors(self._compiler.function(module)(*args, **kwargs))
+                args, kwargs = scatter_gather.insert_tensors(arguments, self._to_first_device(tensors))
+            own = scatter_gather.extract_tensors(self._compiler.function(module)(*args, **kwargs))
             return _merge_outputs([own], sizes, self._dim, None, None)
         with TIMERS.transfer():
             training = torch.is_grad_enabled()
@@ -140,8 +132,8 @@ class Controller:
         with _cancel_on_error(call, weights):
             with TIMERS.transfer():
                 token = call.scatter_inputs(chunks[1:], arguments)
-                args, kwargs = insert_tensors(arguments, self._to_first_device(chunks[0]))
-            own = extract_tensors(self._compiler.function(module)(*args, **kwargs))
+                args, kwargs = scatter_gather.insert_tensors(arguments, self._to_first_device(chunks[0]))
+            own = scatter_gather.extract_tensors(self._compiler.function(module)(*args, **kwargs))
             with TIMERS.transfer():
                 others = self._gather_outputs(call, weights)
         with TIMERS.transfer():
@@ -150,14 +142,15 @@ class Controller:
 
     def _extract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Any, list[int]]:
         """Return the arguments' tensors, the arguments without them, and each device's batch size."""
-        tensors, arguments = extract_tensors((args, kwargs))
-        return tensors, arguments, scatter_sizes(batch_size(tensors, self._dim), len(self.group.devices))
+        tensors, arguments = scatter_gather.extract_tensors((args, kwargs))
+        batch = scatter_gather.batch_size(tensors, self._dim)
+        return tensors, arguments, scatter_gather.scatter_sizes(batch, len(self.group.devices))
 
     def _new_call(
         self, weights: WeightSync, tensors: Sequence[torch.Tensor], sizes: Sequence[int]
     ) -> tuple[ParallelCall, list[tuple[torch.Tensor, ...]]]:
         call = ParallelCall(self.group, self.model_id, weights, sizes, self._dim, self._group_ref)
-        return call, list(zip(*(scatter(tensor, sizes, self._dim) for tensor in tensors), strict=True))
+        return call, list(zip(*(scatter_gather.scatter(tensor, sizes, self._dim) for tensor in tensors), strict=True))
 
     def _gather_outputs(self, call: ParallelCall, weights: WeightSync) -> list[tuple[list[torch.Tensor], Any]]:
         values = call.gather_outputs()
@@ -195,9 +188,7 @@ class Controller:
 
     def _send_model(self, module: nn.Module) -> WeightSync:
         snapshot = ModelSnapshot(module)
-        weights = self.group.transport.create_weight_sync(
-            self.group, self.model_id, snapshot, copies_all=self._copies_all
-        )
+        weights = self.group.transport.create_weight_sync(self.group, self.model_id, snapshot, self._copies_all)
         with contextlib.closing(_pickle_model(module, self._compiler.options, snapshot.tensors())) as payload:
             message = CreateReplica(
                 self.model_id,
@@ -307,8 +298,10 @@ def _merge_outputs(
     token: torch.Tensor | None,
 ) -> Any:
     """Return one value from all devices' outputs, with a graph if the call has one."""
-    structure, specs = gather_structures([structure for _, structure in outputs], sizes)
+    structure, specs = scatter_gather.gather_structures([structure for _, structure in outputs], sizes)
     tensors = [list(chunk) for chunk, _ in outputs]
     if token is None or call is None or not specs:
-        return insert_tensors(structure, [gather_tensors(spec, tensors, dim) for spec in specs])
-    return insert_tensors(structure, GatherOutputs.apply(call, specs, tensors[1:], token, *tensors[0]))
+        return scatter_gather.insert_tensors(
+            structure, [scatter_gather.gather_tensors(spec, tensors, dim) for spec in specs]
+        )
+    return scatter_gather.insert_tensors(structure, GatherOutputs.apply(call, specs, tensors[1:], token, *tensors[0]))

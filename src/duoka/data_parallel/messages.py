@@ -21,21 +21,6 @@ ContextFactory: TypeAlias = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager; workers find the function by name in its module."""
 
 
-class TorchModes(NamedTuple):
-    """Modes of torch around a call that decide its result."""
-
-    grad: bool
-    inference: bool
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-    autocast_cache: bool
-    settings: dict[str, Any]
-    """Process-wide settings, see ``utils.torch_settings``."""
-    remap_cuda: bool
-    """Whether a CUDA device named in the model's code means the worker's own device."""
-    context: ContextFactory | None = None
-    """A further context to enter around the call."""
-
-
 class CreateReplica(NamedTuple):
     """Create a replica of a model: its structure without tensors, and where the tensors are."""
 
@@ -87,7 +72,10 @@ class ForwardRequest(NamedTuple):
     inputs: tuple[tuple[TensorSpec, bool], ...]
     """Spec of each input, and whether it needs a gradient."""
     arguments: Pickled
-    modes: TorchModes
+    settings: dict[str, Any]
+    """Process-wide settings, see ``utils.torch_settings``."""
+    modes: tuple[ContextFactory, ...]
+    """Contexts to enter around the call, outermost first."""
     seed: int
     keep_graph: bool
     released_calls: tuple[int, ...] = ()

@@ -102,7 +102,8 @@ class ModelSnapshot:
             self._update(changes)
         if any(n in REGISTRIES or isinstance(v, nn.Module) for new in changes.values() for n, v in new.items()):
             return None
-        return {index: new for index, values in changes.items() if (new := _without_results(values))}
+        state = {index: {k: v for k, v in new.items() if not _is_result(v)} for index, new in changes.items()}
+        return {index: values for index, values in state.items() if values}
 
     def _add_filled(self, changes: dict[int, dict[str, Any]]) -> None:
         """Add the containers that were empty and no longer are."""
@@ -119,9 +120,9 @@ class ModelSnapshot:
         self._all_empty = list(chain.from_iterable(self._empty))
 
 
-def _without_results(values: dict[str, Any]) -> dict[str, Any]:
-    """Drop tensors with a graph: they are results of the last call, not state."""
-    return {k: v for k, v in values.items() if not (isinstance(v, torch.Tensor) and v.grad_fn is not None)}
+def _is_result(value: Any) -> bool:
+    """Return whether a value is a tensor with a graph: a result of the last call, not state."""
+    return isinstance(value, torch.Tensor) and value.grad_fn is not None
 
 
 def _buffer_spec(buffer: torch.Tensor | None) -> Any:

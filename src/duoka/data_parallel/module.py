@@ -136,7 +136,8 @@ class DataParallel(nn.DataParallel[nn.Module]):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load a state without ``module.`` into a wrapped part of a model."""
-        _add_module_prefix(state_dict, prefix)
+        for name in [n for n in state_dict if n.startswith(prefix) and not n.startswith(f"{prefix}module.")]:
+            state_dict[f"{prefix}module.{name.removeprefix(prefix)}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getattr__(self, name: str) -> Any:
@@ -273,8 +274,3 @@ def _strip_module_prefix(state: Mapping[str, Any], module: nn.Module) -> Mapping
     if not state or any(name in names for name in state) or not all(name.startswith("module.") for name in state):
         return state
     return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def _add_module_prefix(state: dict[str, Any], prefix: str) -> None:
-    for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}module.")]:
-        state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

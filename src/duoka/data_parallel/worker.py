@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 
 from duoka.data_parallel import messages
-from duoka.data_parallel.call_context import apply_modes
 from duoka.data_parallel.pickling import Pickled, unpickle
 from duoka.data_parallel.replica import Replica
 from duoka.data_parallel.scatter_gather import extract_tensors, insert_tensors
@@ -19,6 +18,7 @@ from duoka.data_parallel.transport.base import BackwardTask, WorkerConfig, Worke
 from duoka.data_parallel.transport.collective import CollectiveWorkerTransport
 from duoka.data_parallel.transport.shared import SharedWorkerTransport
 from duoka.utils.rng_state import seed_all
+from duoka.utils.torch_settings import apply_torch_settings
 from duoka.workers import WorkerChannel, exceptions
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload, dumps
@@ -78,38 +78,33 @@ class _RequestHandler:
         if self._transport.try_handle(message):
             return
         request = pickle.loads(message.payload.data)
-        if isinstance(request, messages.CreateReplica):
-            self._create_replica(request, message.payload.fd)
-        elif isinstance(request, messages.DeleteReplica):
+        if isinstance(request, messages.DeleteReplica):
             self._replicas.pop(request.model, None)
             self._transport.delete_model(request.model)
         elif isinstance(request, messages.ReceiveWeights):
             self._transport.receive_weights(request)
-        elif isinstance(request, messages.UpdateAttributes | messages.RebindParameters):
-            self._update_replica(request, message.payload.fd)
-        else:
+        elif isinstance(request, messages.ForwardRequest | messages.BackwardRequest):
             self._compute(request, message.payload.fd)
+        else:
+            self._update(request, message.payload.fd)
 
     def close(self) -> None:
         self._replicas.clear()
         self._graphs.clear()
         self._transport.close()
 
-    def _create_replica(self, request: messages.CreateReplica, fd: int | None) -> None:
-        self._errors.pop(request.model, None)
-        sys.path[:] = request.sys_path
+    def _update(
+        self, request: messages.CreateReplica | messages.UpdateAttributes | messages.RebindParameters, fd: int | None
+    ) -> None:
         try:
-            self._replicas[request.model] = Replica(request, fd, self._transport)
-        except Exception as error:
-            self._errors[request.model] = error
-
-    def _update_replica(self, request: messages.UpdateAttributes | messages.RebindParameters, fd: int | None) -> None:
-        try:
-            replica = self._replicas[request.model]
-            if isinstance(request, messages.UpdateAttributes):
-                replica.update_attributes(request.values, fd)
+            if isinstance(request, messages.CreateReplica):
+                self._errors.pop(request.model, None)
+                sys.path[:] = request.sys_path
+                self._replicas[request.model] = Replica(request, fd, self._transport)
+            elif isinstance(request, messages.UpdateAttributes):
+                self._replicas[request.model].update_attributes(request.values, fd)
             else:
-                replica.rebind_parameters(request)
+                self._replicas[request.model].rebind_parameters(request)
         except Exception as error:
             self._errors.setdefault(request.model, error)
 
@@ -150,7 +145,10 @@ class _RequestHandler:
             tensor.requires_grad_(needs_gradient)
         args, kwargs = insert_tensors(unpickle(request.arguments, fd, self._transport.device), inputs)
         seed_all(request.seed)
-        with apply_modes(request.modes, self._transport.device):
+        apply_torch_settings(request.settings)  # process-wide, also after the call
+        with contextlib.ExitStack() as stack:
+            for mode in request.modes:
+                stack.enter_context(mode())
             value = exceptions.call_user_code(replica.forward, *args, **kwargs)
         outputs, structure = extract_tensors(value, request.rank)
         with_graph = {i: t for i, t in enumerate(outputs) if t.requires_grad} if request.keep_graph else {}

@@ -37,11 +37,7 @@ COLLECTIVE_ON_CPU = "DUOKA_COLLECTIVE_TRANSPORT"
 class WorkerGroup:
     """Workers for all devices but the first. The first request starts them, also after a failure."""
 
-    def __init__(
-        self,
-        devices: Sequence[torch.device],
-        transport: OwnerTransport,
-    ) -> None:
+    def __init__(self, devices: Sequence[torch.device], transport: OwnerTransport) -> None:
         self.devices = tuple(devices)
         self.transport = transport
         self._worker_threads = min(torch.get_num_threads(), threads_per_rank(len(devices)))

@@ -205,7 +205,7 @@ class OwnerTransport:
         return False
 
     def create_weight_sync(
-        self, group: GroupChannel, model: int, snapshot: ModelSnapshot, *, copies_all: bool
+        self, group: GroupChannel, model: int, snapshot: ModelSnapshot, copies_all: bool
     ) -> WeightSync:
         """Return the ``WeightSync`` of one model."""
         raise NotImplementedError
@@ -231,9 +231,10 @@ class OwnerTransport:
 class BackwardTask:
     """One backward in a worker: its output gradients, and where its results go."""
 
-    def __init__(self, request: messages.BackwardRequest, output_gradients: list[torch.Tensor]) -> None:
+    def __init__(self, request: messages.BackwardRequest, block: torch.Tensor, input_block: torch.Tensor) -> None:
         self.request = request
-        self.output_gradients = output_gradients
+        self.output_gradients = [tensor_at(block, spec).data for spec in request.outputs if spec is not None]
+        self._input_block = input_block
         self.accepted: set[int] = set()
         self.inlined: dict[int, torch.Tensor] = {}
         """Gradients that travel inside the result message."""
@@ -258,7 +259,7 @@ class BackwardTask:
         written = []
         for index, (gradient, spec) in enumerate(zip(gradients, self.request.inputs, strict=True)):
             if gradient is not None and spec is not None:
-                self._input_slot(spec).copy_(gradient)
+                tensor_at(self._input_block, spec).copy_(gradient)
                 written.append(index)
         return tuple(written)
 
@@ -267,9 +268,6 @@ class BackwardTask:
 
     def _parameter_slot(self, index: int) -> torch.Tensor | None:
         """Return where a gradient belongs; ``None`` if that memory has been sent."""
-        raise NotImplementedError
-
-    def _input_slot(self, spec: TensorSpec) -> torch.Tensor:
         raise NotImplementedError
 
 

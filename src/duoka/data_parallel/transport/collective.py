@@ -99,14 +99,9 @@ class CollectiveOwnerTransport(OwnerTransport):
             self._remove_temp_dir = self.temp_dir = None
 
     def create_weight_sync(
-        self,
-        group: GroupChannel,
-        model: int,
-        snapshot: ModelSnapshot,
-        *,
-        copies_all: bool,  # noqa: ARG002 - workers always have copies
+        self, group: GroupChannel, model: int, snapshot: ModelSnapshot, _copies_all: bool
     ) -> CollectiveWeightSync:
-        """Return the ``WeightSync`` of one model."""
+        """Return the ``WeightSync`` of one model; workers always have copies."""
         return CollectiveWeightSync(group, self._connected(), model, snapshot)
 
     def allocate(self, nbytes: int) -> Allocation:
@@ -213,9 +208,7 @@ class CollectiveWorkerTransport(WorkerTransport):
 
     def start_backward(self, request: BackwardRequest) -> CollectiveBackwardTask:
         """Receive the output gradients of a backward."""
-        base = self._receive(request.nbytes)
-        given = [tensor_at(base, spec).data for spec in request.outputs if spec is not None]
-        self._task = CollectiveBackwardTask(request, given, self._group, self.device)
+        self._task = CollectiveBackwardTask(request, self._receive(request.nbytes), self._group)
         return self._task
 
     def close(self) -> None:

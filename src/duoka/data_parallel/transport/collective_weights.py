@@ -1,20 +1,13 @@
 """Copies of parameters and buffers in accelerator workers; rank 0 broadcasts what may have changed.
 
-Before each forward that keeps a graph, rank 0 broadcasts every bucket with a trained parameter or a
-buffer: such a bucket has nearly always changed, and a check would block the host on its device. Any
-other bucket, and every bucket before a forward without a graph, is broadcast if a version counter or
-an address has changed. If neither has, rank 0 compares a checksum computed on the device, because
-edits through ``.data`` change neither.
-
-After an optimizer step, rank 0 also starts to broadcast trained parameters early, while the user's
-program does other things. If these broadcasts are complete when the next forward begins, the device
-is idle, so rank 0 can afford the checksum and sends again only what was edited meanwhile. If they
-are not, the early broadcast gained nothing, and rank 0 tries it at ever longer intervals.
+``docs/design.md`` describes the rules, under "The collective transport": version counters, checksums
+and early broadcasts decide which buckets rank 0 sends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +38,6 @@ class CollectiveWeightSync(WeightSync):
         self._versions: list[list[Any]] = [[] for _ in self._buckets]
         self._checksums: list[torch.Tensor | None] = [None] * len(self._buckets)
         """Checksum of the values that workers have; ``None`` where unknown."""
-        self._checksum: BucketChecksum | None = None
         self._pending: list[PendingCollective] = []
         self._early: dict[int, Callable[[], bool]] = {}
         """Completion tests of early broadcasts, by bucket."""
@@ -152,7 +144,7 @@ class CollectiveWeightSync(WeightSync):
                 base = pack_bucket(self._buckets[n], tensors, self._device)
                 pending[n] = self._process_group.broadcast(base)
                 self._versions[n] = [_version(tensors[index]) for index in self._buckets[n].specs]
-                self._checksums[n] = None if n in unchecked else self._compute_checksum(base)
+                self._checksums[n] = None if n in unchecked else self._checksum(base)
         return pending
 
     def _find_edited(self, buckets: Sequence[int], tensors: Sequence[torch.Tensor]) -> set[int]:
@@ -160,14 +152,13 @@ class CollectiveWeightSync(WeightSync):
         known = [checksum for n in buckets if (checksum := self._checksums[n]) is not None]
         if not known:
             return set()
-        current = [self._compute_checksum(pack_bucket(self._buckets[n], tensors, self._device)) for n in buckets]
+        current = [self._checksum(pack_bucket(self._buckets[n], tensors, self._device)) for n in buckets]
         differs = (torch.stack(current) != torch.stack(known)).tolist()
         return {n for n, is_edited in zip(buckets, differs, strict=True) if is_edited}
 
-    def _compute_checksum(self, base: torch.Tensor) -> torch.Tensor:
-        if self._checksum is None:
-            self._checksum = BucketChecksum(self._device)
-        return self._checksum(base)
+    @cached_property
+    def _checksum(self) -> BucketChecksum:
+        return BucketChecksum(self._device)
 
     def _classify_buckets(self) -> None:
         """Find the buckets of trained parameters, and the volatile ones: these, and those of buffers."""

@@ -105,21 +105,14 @@ class _AbandonedTransfers:
 class CollectiveBackwardTask(BackwardTask):
     """A backward that reduces each bucket as soon as it and all buckets before it are full."""
 
-    def __init__(
-        self,
-        request: BackwardRequest,
-        output_gradients: list[torch.Tensor],
-        group: PrivateProcessGroup,
-        device: torch.device,
-    ) -> None:
-        super().__init__(request, output_gradients)
-        self._group, self._device = group, device
+    def __init__(self, request: BackwardRequest, block: torch.Tensor, group: PrivateProcessGroup) -> None:
+        super().__init__(request, block, allocate_bytes(request.input_nbytes, block.device))
+        self._group, self._device = group, block.device
         self._bases: list[torch.Tensor | None] = [None] * len(request.buckets)
         self._missing: list[set[int]] = []
         self._slots: dict[int, tuple[int, TensorSpec]] = {}
         self._num_sent = 0
         self._pending: list[PendingCollective] = []
-        self._inputs = allocate_bytes(request.input_nbytes, device)
 
     def use_layout(self, gradient_layout: Any) -> None:
         """Use the buckets of the forward."""
@@ -137,8 +130,8 @@ class CollectiveBackwardTask(BackwardTask):
         """Send what remains, zeros where no gradient came: the other ranks wait for it."""
         while self._num_sent < len(self._bases):
             self._send_next()
-        if len(self._inputs):
-            self._pending.append(self._group.send(self._inputs, 0))
+        if len(self._input_block):
+            self._pending.append(self._group.send(self._input_block, 0))
 
     def wait(self) -> None:
         """Wait for all transfers."""
@@ -148,9 +141,6 @@ class CollectiveBackwardTask(BackwardTask):
     def _parameter_slot(self, index: int) -> torch.Tensor | None:
         bucket, spec = self._slots[index]
         return None if bucket < self._num_sent else tensor_at(self._base(bucket), spec)
-
-    def _input_slot(self, spec: TensorSpec) -> torch.Tensor:
-        return tensor_at(self._inputs, spec)
 
     def _base(self, bucket: int) -> torch.Tensor:
         base = self._bases[bucket]

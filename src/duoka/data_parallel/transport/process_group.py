@@ -74,10 +74,15 @@ class PrivateProcessGroup:
 
     def __init__(self, directory: str, rank: int, size: int, device: torch.device, backend: str) -> None:
         self.rank, self.size = rank, size
-        self._device = device
         self._is_nccl = backend == "nccl"
         self._timeout = None if self._is_nccl else _NO_TIMEOUT
-        self._group: Any = self._new_group(directory)
+        store = file_store(directory, size)
+        self._group: Any
+        if self._is_nccl:
+            with environment_variables(_ENVIRONMENT if rank else _OWNER_ENVIRONMENT):
+                self._group = nccl_process_group(store, rank, size, device, _NO_TIMEOUT)
+        else:
+            self._group = gloo_process_group(store, rank, size, LOOPBACK, CONNECT_TIMEOUT)
         _groups.add(self)
 
     def broadcast(self, tensor: torch.Tensor) -> PendingCollective:
@@ -119,13 +124,6 @@ class PrivateProcessGroup:
         if not self._is_nccl and tensor.device.type != "cpu":
             host = tensor.cpu() if reads else torch.empty_like(tensor, device="cpu")
         return PendingCollective(operation(host), self._timeout, tensor, host)
-
-    def _new_group(self, directory: str) -> Any:
-        store = file_store(directory, self.size)
-        if not self._is_nccl:
-            return gloo_process_group(store, self.rank, self.size, LOOPBACK, CONNECT_TIMEOUT)
-        with environment_variables(_ENVIRONMENT if self.rank else _OWNER_ENVIRONMENT):
-            return nccl_process_group(store, self.rank, self.size, self._device, _NO_TIMEOUT)
 
 
 _groups: weakref.WeakSet[PrivateProcessGroup] = weakref.WeakSet()

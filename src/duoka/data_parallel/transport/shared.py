@@ -79,14 +79,9 @@ class SharedOwnerTransport(OwnerTransport):
         return True
 
     def create_weight_sync(
-        self,
-        group: GroupChannel,  # noqa: ARG002 - workers read the memory without a message
-        model: int,  # noqa: ARG002
-        snapshot: ModelSnapshot,
-        *,
-        copies_all: bool,
+        self, _group: GroupChannel, _model: int, snapshot: ModelSnapshot, copies_all: bool
     ) -> SharedWeightSync:
-        """Return the ``WeightSync`` of one model."""
+        """Return the ``WeightSync`` of one model; workers read the memory without a message."""
         return SharedWeightSync(snapshot, self._weights, self.traffic, copies_all=copies_all)
 
     def allocate(self, nbytes: int) -> Allocation:
@@ -174,26 +169,20 @@ class SharedWorkerTransport(WorkerTransport):
 
     def start_backward(self, request: BackwardRequest) -> _SharedBackwardTask:
         """Begin a backward."""
-        return _SharedBackwardTask(request, self._views["traffic"])
+        location = request.location
+        return _SharedBackwardTask(request, self._views["traffic"].bases[location.segment][location.offset :])
 
 
 class _SharedBackwardTask(BackwardTask):
     """A backward that writes each gradient to rank 0's memory while it is still in the cache."""
 
-    def __init__(self, request: BackwardRequest, view: SharedView) -> None:
-        super().__init__(request, [view.tensor(request.location, spec) for spec in request.outputs if spec is not None])
-        self._view = view
-        self._slots: Sequence[torch.Tensor | None] = ()
+    def __init__(self, request: BackwardRequest, block: torch.Tensor) -> None:
+        super().__init__(request, block, block)
+        self._specs: Sequence[TensorSpec] = ()
 
     def use_layout(self, gradient_layout: Any) -> None:
         """Use the gradient layout of the forward."""
-        location = self.request.location
-        self._slots = [None if spec is None else self._view.tensor(location, spec) for spec in gradient_layout[0]]
+        self._specs = gradient_layout[0]
 
-    def _parameter_slot(self, index: int) -> torch.Tensor | None:
-        slot = self._slots[index]
-        assert slot is not None, "only parameters that require a gradient have a hook"
-        return slot
-
-    def _input_slot(self, spec: TensorSpec) -> torch.Tensor:
-        return self._view.tensor(self.request.location, spec)
+    def _parameter_slot(self, index: int) -> torch.Tensor:
+        return tensor_at(self._input_block, self._specs[index])

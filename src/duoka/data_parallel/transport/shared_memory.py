@@ -50,7 +50,9 @@ class SharedArena:
     def allocate(self, nbytes: int) -> Allocation:
         """Return a block whose base has exactly ``nbytes`` uninitialized bytes."""
         size = _size_class(nbytes)
-        self._reclaim()
+        while self._returned:
+            freed, place = self._returned.popleft()
+            self._free.setdefault(freed, []).append(place)
         free = self._free.get(size)
         location = free.pop() if free else self._extend(size)
         mapping = self.segments[location.segment].mapping
@@ -81,25 +83,17 @@ class SharedArena:
         self._returned = deque()  # blocks in use now return to the old queue, which nothing reads
         self._unused = 0
 
-    def _reclaim(self) -> None:
-        while self._returned:
-            size, location = self._returned.popleft()
-            self._free.setdefault(size, []).append(location)
-
     def _extend(self, size: int) -> Location:
         if self._unused < size:
-            self._add_segment(max(_SEGMENT_BYTES, size))
+            fd, nbytes = memory_file(f"duoka-{self.name}"), max(_SEGMENT_BYTES, size)
+            os.ftruncate(fd, nbytes)
+            mapping = mmap.mmap(fd, nbytes)
+            self.segments.append(Segment(fd, mapping, torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()))
+            self._unused = nbytes
         segment = len(self.segments) - 1
         offset = len(self.segments[segment].mapping) - self._unused
         self._unused -= size
         return Location(segment, offset)
-
-    def _add_segment(self, nbytes: int) -> None:
-        fd = memory_file(f"duoka-{self.name}")
-        os.ftruncate(fd, nbytes)
-        mapping = mmap.mmap(fd, nbytes)
-        self.segments.append(Segment(fd, mapping, torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()))
-        self._unused = nbytes
 
 
 @functools.cache
