@@ -41,10 +41,10 @@ def new_broadcasts(model) -> list[tuple[int, ...]]:
     if not hasattr(group, "recorded"):
         group.recorded, post = [], group.post
 
-        def record_and_post(message, fd=None):
+        def record_and_post(message):
             if isinstance(message, ReceiveWeights):
                 group.recorded.append(message.buckets)
-            post(message, fd)
+            post(message)
 
         group.post = record_and_post
     recorded, group.recorded = group.recorded, []

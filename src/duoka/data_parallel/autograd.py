@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from duoka.data_parallel.call_context import capture_modes, capture_settings, draw_seed
 from duoka.data_parallel.messages import ContextFactory, ForwardRequest, ForwardResult
-from duoka.data_parallel.pickling import Pickled, unpickle
+from duoka.data_parallel.pickling import unpickle
 from duoka.data_parallel.scatter_gather import OutputSpec, gather_tensors
 from duoka.data_parallel.tensor_layout import Allocation, TensorSpec, copy_to_layout, pack_layout
 from duoka.data_parallel.timers import TIMERS
@@ -92,13 +92,13 @@ class ParallelCall:
                     allocation.location,
                     size,
                     tuple(self._inputs[-1]),
-                    Pickled.of(payload),
+                    payload,
                     settings,
                     capture_modes(self._group.devices[rank], context),
                     (seed + rank * _SEED_STEP) % 2**63,
                     keep_graph,
                 )
-                self._group.request(index, request, allocation, payload.fd)
+                self._group.request(index, request, allocation)
                 self._allocations.append(allocation)
         return ReduceGradients.apply(self, *parameters, *inputs) if keep_graph else None
 
@@ -111,9 +111,9 @@ class ParallelCall:
             tensors.append(self._group.transport.receive_outputs(index, result))
 
         results = self._group.results([(index, self._call_id) for index in range(len(self._allocations))], receive)
-        self.has_graph = [[has_graph for _, has_graph in result.outputs] for result, _ in results]
-        self.writes_parameters = any(result.writes_parameters for result, _ in results)
-        values = [unpickle(result.structure, fd, self._group.devices[0]) for result, fd in results]
+        self.has_graph = [[has_graph for _, has_graph in result.outputs] for result in results]
+        self.writes_parameters = any(result.writes_parameters for result in results)
+        values = [unpickle(result.payload, self._group.devices[0]) for result in results]
         return list(zip(tensors, values, strict=True))
 
     def cancel(self) -> None:
@@ -137,9 +137,9 @@ class ParallelCall:
             for given, graphs in zip(gradients, self.has_graph, strict=True)
             for gradient, has_graph in zip(given, graphs, strict=True)
         )
-        context = BackwardContext(self._call_id, self._inputs, self._gradient_layout, keep_graph)
+        context = BackwardContext(self._call_id, gradients, self._inputs, self._gradient_layout, keep_graph)
         with self._group.lock:
-            self._exchanges.append(self._group.transport.start_backward(self._group, context, gradients))
+            self._exchanges.append(self._group.transport.start_backward(self._group, context))
 
     def wait_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
         """Return the workers' gradients: sums by parameter index, and of inputs in order."""

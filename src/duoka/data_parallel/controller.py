@@ -17,7 +17,7 @@ from duoka.data_parallel import scatter_gather
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import REGISTRIES, ModelSnapshot
-from duoka.data_parallel.pickling import Pickled, pickle_without_tensors
+from duoka.data_parallel.pickling import pickle_without_tensors
 from duoka.data_parallel.replica import MaybeCompiled
 from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import WeightSync
@@ -192,13 +192,13 @@ class Controller:
         with contextlib.closing(_pickle_model(module, self._compiler.options, snapshot.tensors())) as payload:
             message = CreateReplica(
                 self.model_id,
-                Pickled.of(payload),
+                payload,
                 weights.parameter_placements,
                 weights.buffer_placements,
                 weights.bucket_nbytes,
                 list(sys.path),
             )
-            self.group.post(message, payload.fd)
+            self.group.post(message)
         self._weights, self._generation = weights, self.group.generation
         if self.group.transport.is_collective:
             _optimizer_hook.add(self, snapshot.parameters)
@@ -211,7 +211,7 @@ class Controller:
         except Exception:
             return False  # pickling the whole model names the attribute
         with contextlib.closing(payload):
-            self.group.post(UpdateAttributes(self.model_id, Pickled.of(payload)), payload.fd)
+            self.group.post(UpdateAttributes(self.model_id, payload))
         return True
 
 

@@ -5,14 +5,16 @@ A ``Location`` is a place in shared memory, or a bucket where parameters and buf
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from duoka.data_parallel.pickling import Pickled
 from duoka.data_parallel.tensor_layout import Location, TensorSpec
+from duoka.workers.serialization import Payload
 
 BufferPlacement: TypeAlias = tuple[Location, TensorSpec]
 ParameterPlacement: TypeAlias = tuple[Location, TensorSpec, bool]
@@ -25,7 +27,7 @@ class CreateReplica(NamedTuple):
     """Create a replica of a model: its structure without tensors, and where the tensors are."""
 
     model: int
-    structure: Pickled
+    payload: Payload
     """The model, and the options of ``torch.compile``."""
     parameters: tuple[ParameterPlacement, ...]
     buffers: tuple[BufferPlacement | None, ...]
@@ -35,10 +37,10 @@ class CreateReplica(NamedTuple):
 
 
 class UpdateAttributes(NamedTuple):
-    """Set attributes; ``values`` maps a module's index to names and values."""
+    """Set attributes; ``payload`` maps a module's index to names and values."""
 
     model: int
-    values: Pickled
+    payload: Payload
 
 
 class RebindParameters(NamedTuple):
@@ -71,7 +73,8 @@ class ForwardRequest(NamedTuple):
     nbytes: int
     inputs: tuple[tuple[TensorSpec, bool], ...]
     """Spec of each input, and whether it needs a gradient."""
-    arguments: Pickled
+    payload: Payload
+    """The arguments, with placeholders for the inputs."""
     settings: dict[str, Any]
     """Process-wide settings, see ``utils.torch_settings``."""
     modes: tuple[ContextFactory, ...]
@@ -89,7 +92,7 @@ class ForwardResult(NamedTuple):
     nbytes: int
     outputs: tuple[tuple[TensorSpec, bool], ...]
     """Spec of each output, and whether it has a graph."""
-    structure: Pickled
+    payload: Payload
     """The output value, with placeholders for its tensors."""
     writes_parameters: bool
     """Whether the model's forward writes to its parameters."""
@@ -120,7 +123,7 @@ class BackwardResult(NamedTuple):
 
     parameters: tuple[int, ...]
     inputs: tuple[int, ...]
-    inlined: Pickled
+    payload: Payload
     """Gradients of parameters inside the message, by index: sparse ones, and late ones."""
 
 
@@ -128,3 +131,17 @@ Notification: TypeAlias = CreateReplica | UpdateAttributes | RebindParameters | 
 """A message without a result, for every worker."""
 Request: TypeAlias = ForwardRequest | BackwardRequest
 """A message with a result, for one worker."""
+
+
+def encode(message: Any) -> Payload:
+    """Pickle a message; the memory file of its payload accompanies it."""
+    payload: Payload | None = getattr(message, "payload", None)
+    if payload is None or payload.fd is None:
+        return Payload(pickle.dumps(message))
+    return Payload(pickle.dumps(message._replace(payload=replace(payload, fd=None))), fd=payload.fd)
+
+
+def decode(encoded: Payload) -> Any:
+    """Return the message that ``encode`` has pickled."""
+    message = pickle.loads(encoded.data)
+    return message if encoded.fd is None else message._replace(payload=replace(message.payload, fd=encoded.fd))

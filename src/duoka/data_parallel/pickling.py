@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,20 +14,7 @@ from torch.nn.utils import parametrize
 from duoka.utils.torch_private import inject_parametrized_class
 from duoka.workers.serialization import Payload, dumps, loads
 
-_CPU = torch.device("cpu")
 _tensors: ContextVar[Sequence[torch.Tensor]] = ContextVar("duoka_placeholder_tensors")
-
-
-class Pickled(NamedTuple):
-    """A pickled object; its large buffers lie in the memory file that accompanies the message."""
-
-    data: bytes
-    sizes: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, payload: Payload) -> Pickled:
-        """Return the part of ``payload`` that a message holds, without its file."""
-        return cls(payload.data, payload.sizes)
 
 
 def pickle_without_tensors(value: Any, tensors: Sequence[torch.Tensor]) -> Payload:
@@ -51,9 +38,8 @@ def pickle_without_tensors(value: Any, tensors: Sequence[torch.Tensor]) -> Paylo
     return dumps(value, replace)
 
 
-def unpickle(pickled: Pickled, fd: int | None, device: torch.device = _CPU) -> Any:
+def unpickle(payload: Payload, device: torch.device) -> Any:
     """Rebuild a pickled object on ``device``, and close its memory file."""
-    payload = Payload(pickled.data, pickled.sizes, fd)
     try:
         return loads(payload, device)
     finally:

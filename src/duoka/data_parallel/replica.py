@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoka.data_parallel.messages import CreateReplica, RebindParameters
+from duoka.data_parallel.messages import CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import unwrapped_modules
-from duoka.data_parallel.pickling import Pickled, placeholder_tensors, unpickle
+from duoka.data_parallel.pickling import placeholder_tensors, unpickle
 from duoka.data_parallel.transport.base import BackwardTask, WorkerTransport
 
 
@@ -39,7 +39,7 @@ class MaybeCompiled:
 class Replica:
     """One model on a worker's device, with parameters of rank 0 or copies, and its own gradients."""
 
-    def __init__(self, message: CreateReplica, fd: int | None, transport: WorkerTransport) -> None:
+    def __init__(self, message: CreateReplica, transport: WorkerTransport) -> None:
         self._transport = transport
         self._weights, buffer_memory = transport.model_memory(message)
         self._num_calls, self.writes_parameters = 0, False
@@ -51,7 +51,7 @@ class Replica:
         slots = [None if place is None else buffer_memory.tensor(*place) for place in message.buffers]
         self._tensors = [*self.parameters, *(slot for slot in slots if slot is not None)]
         with placeholder_tensors(self._tensors):
-            module, compile_options = unpickle(message.structure, fd, transport.device)
+            module, compile_options = unpickle(message.payload, transport.device)
         _register_with_transformers(module)
         self.forward = MaybeCompiled(compile_options).function(module)
         self._modules = unwrapped_modules(module)
@@ -75,10 +75,10 @@ class Replica:
             self._add_hook(index, self.parameters[index])
         self.gradient_layout = self._transport.gradient_layout(self.parameters)
 
-    def update_attributes(self, pickled: Pickled, fd: int | None) -> None:
+    def update_attributes(self, message: UpdateAttributes) -> None:
         """Set new values of attributes."""
         with placeholder_tensors(self._tensors):
-            changes: dict[int, dict[str, Any]] = unpickle(pickled, fd, self._transport.device)
+            changes: dict[int, dict[str, Any]] = unpickle(message.payload, self._transport.device)
         for index, values in changes.items():
             self._attributes[index].update(values)
 

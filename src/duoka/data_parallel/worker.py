@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from duoka.data_parallel import messages
-from duoka.data_parallel.pickling import Pickled, unpickle
+from duoka.data_parallel.pickling import unpickle
 from duoka.data_parallel.replica import Replica
 from duoka.data_parallel.scatter_gather import extract_tensors, insert_tensors
 from duoka.data_parallel.transport.base import BackwardTask, WorkerConfig, WorkerTransport
@@ -77,38 +76,36 @@ class _RequestHandler:
     def handle(self, message: Message) -> None:
         if self._transport.try_handle(message):
             return
-        request = pickle.loads(message.payload.data)
+        request = messages.decode(message.payload)
         if isinstance(request, messages.DeleteReplica):
             self._replicas.pop(request.model, None)
             self._transport.delete_model(request.model)
         elif isinstance(request, messages.ReceiveWeights):
             self._transport.receive_weights(request)
         elif isinstance(request, messages.ForwardRequest | messages.BackwardRequest):
-            self._compute(request, message.payload.fd)
+            self._compute(request)
         else:
-            self._update(request, message.payload.fd)
+            self._update(request)
 
     def close(self) -> None:
         self._replicas.clear()
         self._graphs.clear()
         self._transport.close()
 
-    def _update(
-        self, request: messages.CreateReplica | messages.UpdateAttributes | messages.RebindParameters, fd: int | None
-    ) -> None:
+    def _update(self, request: messages.CreateReplica | messages.UpdateAttributes | messages.RebindParameters) -> None:
         try:
             if isinstance(request, messages.CreateReplica):
                 self._errors.pop(request.model, None)
                 sys.path[:] = request.sys_path
-                self._replicas[request.model] = Replica(request, fd, self._transport)
+                self._replicas[request.model] = Replica(request, self._transport)
             elif isinstance(request, messages.UpdateAttributes):
-                self._replicas[request.model].update_attributes(request.values, fd)
+                self._replicas[request.model].update_attributes(request)
             else:
                 self._replicas[request.model].rebind_parameters(request)
         except Exception as error:
             self._errors.setdefault(request.model, error)
 
-    def _compute(self, request: messages.ForwardRequest | messages.BackwardRequest, fd: int | None) -> None:
+    def _compute(self, request: messages.Request) -> None:
         """Run a request and send the result.
 
         An exception of user code is sent to rank 0; one of the transport ends the worker.
@@ -118,32 +115,30 @@ class _RequestHandler:
         result: messages.ForwardResult | messages.BackwardResult
         try:
             if isinstance(request, messages.ForwardRequest):
-                result, payload = self._forward(request, self._transport.receive_inputs(request), fd)
+                result = self._forward(request, self._transport.receive_inputs(request))
             else:
                 task = self._transport.start_backward(request)
                 try:
-                    result, payload = self._backward(request, task)
+                    result = self._backward(request, task)
                 finally:
                     task.finish()
         except _UserError as failed:
             self._channel.send(f"error:{request.call_id}", exceptions.serialize_exception(failed.error))
             self._transport.flush(succeeded=False)
             return
-        self._channel.send(f"result:{request.call_id}", Payload(pickle.dumps(result), fd=payload.fd))
-        payload.close()
+        self._channel.send(f"result:{request.call_id}", messages.encode(result))
+        result.payload.close()
         self._transport.flush(succeeded=True)
 
     @_capture_user_errors()
-    def _forward(
-        self, request: messages.ForwardRequest, inputs: list[torch.Tensor], fd: int | None
-    ) -> tuple[messages.ForwardResult, Payload]:
+    def _forward(self, request: messages.ForwardRequest, inputs: list[torch.Tensor]) -> messages.ForwardResult:
         if request.model in self._errors:
             raise self._errors[request.model]
         replica = self._replicas[request.model]
         replica.reset_to_owner_state()
         for tensor, (_, needs_gradient) in zip(inputs, request.inputs, strict=True):
             tensor.requires_grad_(needs_gradient)
-        args, kwargs = insert_tensors(unpickle(request.arguments, fd, self._transport.device), inputs)
+        args, kwargs = insert_tensors(unpickle(request.payload, self._transport.device), inputs)
         seed_all(request.seed)
         apply_torch_settings(request.settings)  # process-wide, also after the call
         with contextlib.ExitStack() as stack:
@@ -158,15 +153,13 @@ class _RequestHandler:
         location, nbytes, specs = self._transport.stage_outputs(outputs)
         output_specs = tuple((spec, index in with_graph) for index, spec in enumerate(specs))
         writes = replica.detect_parameter_writes()
-        return messages.ForwardResult(location, nbytes, output_specs, Pickled.of(payload), writes), payload
+        return messages.ForwardResult(location, nbytes, output_specs, payload, writes)
 
     @_capture_user_errors()
-    def _backward(
-        self, request: messages.BackwardRequest, task: BackwardTask
-    ) -> tuple[messages.BackwardResult, Payload]:
+    def _backward(self, request: messages.BackwardRequest, task: BackwardTask) -> messages.BackwardResult:
         wanted = [index for index, spec in enumerate(request.outputs) if spec is not None]
         if not wanted:  # this worker had no chunk, or the loss does not use its outputs
-            return messages.BackwardResult((), (), Pickled(b"")), Payload(b"")
+            return messages.BackwardResult((), (), Payload(b""))
         graph = self._graphs.get(request.forward_call_id)
         if graph is None or not graph.outputs.keys() >= set(wanted):
             raise RuntimeError(
@@ -187,4 +180,4 @@ class _RequestHandler:
             if not graph.outputs:
                 del self._graphs[request.forward_call_id]
         payload = dumps(task.inlined) if task.inlined else Payload(b"")
-        return messages.BackwardResult(tuple(task.accepted), inputs, Pickled.of(payload)), payload
+        return messages.BackwardResult(tuple(task.accepted), inputs, payload)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import os
-import pickle
 import threading
 import time
 import weakref
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from duoka.data_parallel.call_context import ThreadLimit
-from duoka.data_parallel.messages import DeleteReplica, Notification, Request
+from duoka.data_parallel.messages import DeleteReplica, Notification, Request, decode, encode
 from duoka.data_parallel.tensor_layout import Allocation
 from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import OwnerTransport, PendingWork
@@ -93,27 +92,27 @@ class WorkerGroup:
             self.stop()
             raise
 
-    def post(self, message: Notification, fd: int | None = None) -> None:
+    def post(self, message: Notification) -> None:
         """Send a message without a result to every worker."""
+        encoded = encode(message)
         for index in range(len(self.devices) - 1):
-            self._send(index, "post", Payload(pickle.dumps(message), fd=fd))
+            self._send(index, "post", encoded)
 
-    def request(self, index: int, request: Request, allocation: Allocation, fd: int | None = None) -> None:
+    def request(self, index: int, request: Request, allocation: Allocation) -> None:
         """Send a request to worker ``index``; ``allocation`` is kept until the result arrives."""
         with self.lock:
             self._process_discards()
             released, self._released_calls[index] = self._released_calls[index], []
             self._requested[index, request.call_id] = allocation, ()
-            body = pickle.dumps(request._replace(released_calls=tuple(released)))
-            self._send(index, "request", Payload(body, fd=fd))
+            self._send(index, "request", encode(request._replace(released_calls=tuple(released))))
             with self.stop_on_error():
                 if (pending := self.transport.send_inputs(index, allocation)) is not None:
                     self._requested[index, request.call_id] = allocation, [pending]
 
     def results(
         self, requests: Sequence[tuple[int, int]], receive: Callable[[int, Any], None] | None = None
-    ) -> list[tuple[Any, int | None]]:
-        """Wait for all results, and return each with its memory file.
+    ) -> list[Any]:
+        """Wait for all results, and return them.
 
         ``receive(index, result)`` receives the tensors that follow a result, also if another worker
         has failed.
@@ -125,23 +124,22 @@ class WorkerGroup:
         with self.lock, TIMERS.wait():
             self._process_discards()
             messages = [(index, self._receive((index, call_id))) for index, call_id in requests]
-        results: list[tuple[Any, int | None]] = []
+        results: list[Any] = []
         error: BaseException | None = None
         for index, message in messages:
             if not message.kind.startswith("error"):
-                results.append((pickle.loads(message.payload.data), message.payload.fd))
+                results.append(decode(message.payload))
                 if receive is not None:
                     with self.stop_on_error():
-                        receive(index, results[-1][0])
+                        receive(index, results[-1])
             elif error is None:
                 worker = self._running_session().workers[index]
                 error = exceptions.deserialize_exception(message.payload, worker.rank, worker.label, self.devices[0])
             else:
                 message.payload.close()
         if error is not None:
-            for _, fd in results:
-                if fd is not None:
-                    os.close(fd)
+            for result in results:
+                result.payload.close()
             raise error
         return results
 
@@ -240,7 +238,7 @@ class WorkerGroup:
             for released in self._released_calls:
                 released.append(call_id)
         while self._to_delete:
-            message = Payload(pickle.dumps(DeleteReplica(self._to_delete.popleft())))
+            message = encode(DeleteReplica(self._to_delete.popleft()))
             for other in range(len(self.devices) - 1):
                 session.send(other, "post", message)
 

@@ -52,13 +52,13 @@ class GroupChannel(Protocol):
     def new_call_id(self) -> int:
         """Return a number that no other request has."""
 
-    def post(self, message: messages.Notification, fd: int | None = None) -> None:
+    def post(self, message: messages.Notification) -> None:
         """Send a message without a result to every worker."""
 
-    def request(self, index: int, request: messages.Request, allocation: Allocation, fd: int | None = None) -> None:
+    def request(self, index: int, request: messages.Request, allocation: Allocation) -> None:
         """Send a request and its tensors to worker ``index``."""
 
-    def results(self, requests: Sequence[tuple[int, int]]) -> list[tuple[Any, int | None]]:
+    def results(self, requests: Sequence[tuple[int, int]]) -> list[Any]:
         """Wait for the results of requests, given as (worker index, call ID)."""
 
     def discard_result(self, index: int, call_id: int, pending: PendingWork | None = None) -> None:
@@ -69,9 +69,10 @@ class GroupChannel(Protocol):
 
 
 class BackwardContext(NamedTuple):
-    """What a backward knows of its forward."""
+    """Output gradients of a backward, and what it knows of its forward."""
 
     call_id: int
+    gradients: OutputGradients
     inputs: Sequence[Sequence[tuple[TensorSpec, bool]]]
     """For each worker with a chunk: spec of each input, and whether it needs a gradient."""
     gradient_layout: Any
@@ -138,11 +139,11 @@ class GradientExchange:
     def wait(self) -> Gradients:
         """Wait for the results, and return the gradients."""
         results = self._group.results(self._requests)
-        sums = self._sum_parameters([result for result, _ in results])
+        sums = self._sum_parameters(results)
         inputs: dict[int, dict[int, torch.Tensor]] = {}
-        for (index, _), (result, fd) in zip(self._requests, results, strict=True):
-            if result.inlined.data:
-                add_gradients(sums, unpickle(result.inlined, fd, self._group.devices[0]))
+        for (index, _), result in zip(self._requests, results, strict=True):
+            if result.payload.data:
+                add_gradients(sums, unpickle(result.payload, self._group.devices[0]))
             base, specs = self._inputs[index]
             inputs[index] = {n: tensor_at(base, spec) for n in result.inputs if (spec := specs[n]) is not None}
         return sums, inputs
@@ -221,9 +222,7 @@ class OwnerTransport:
         """Return the output tensors of worker ``index``."""
         raise NotImplementedError
 
-    def start_backward(
-        self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients
-    ) -> GradientExchange:
+    def start_backward(self, group: GroupChannel, context: BackwardContext) -> GradientExchange:
         """Run the backward on the workers, from the gradients of each worker's outputs."""
         raise NotImplementedError
 

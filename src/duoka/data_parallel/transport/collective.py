@@ -27,7 +27,6 @@ from duoka.data_parallel.transport.base import (
     BackwardContext,
     GroupChannel,
     ModelMemory,
-    OutputGradients,
     OwnerTransport,
     WorkerConfig,
     WorkerTransport,
@@ -119,12 +118,10 @@ class CollectiveOwnerTransport(OwnerTransport):
             self._connected().receive(base, index + 1).wait()
         return [tensor_at(base, spec) for spec, _ in result.outputs]
 
-    def start_backward(
-        self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients
-    ) -> CollectiveGradientExchange:
+    def start_backward(self, group: GroupChannel, context: BackwardContext) -> CollectiveGradientExchange:
         """Run the backward on all workers; those without a chunk join the reduction."""
         with group.stop_on_error():
-            return CollectiveGradientExchange(group, self._connected(), context, gradients)
+            return CollectiveGradientExchange(group, self._connected(), context)
 
     def _connected(self) -> PrivateProcessGroup:
         assert self._group is not None, "connect() comes first"

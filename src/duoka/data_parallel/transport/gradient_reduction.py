@@ -26,7 +26,6 @@ from duoka.data_parallel.transport.base import (
     BackwardTask,
     GradientExchange,
     GroupChannel,
-    OutputGradients,
 )
 from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
@@ -38,19 +37,13 @@ NOWHERE = Location(0, 0)
 class CollectiveGradientExchange(GradientExchange):
     """A backward on workers, whose gradients are reduced while rank 0 computes its own."""
 
-    def __init__(
-        self,
-        group: GroupChannel,
-        process_group: PrivateProcessGroup,
-        context: BackwardContext,
-        gradients: OutputGradients,
-    ) -> None:
+    def __init__(self, group: GroupChannel, process_group: PrivateProcessGroup, context: BackwardContext) -> None:
         super().__init__(group, context)
         device = group.devices[0]
         self._buckets: list[Bucket] = context.gradient_layout
         buckets = tuple((bucket.nbytes, bucket.dtype) for bucket in self._buckets)
         for index in range(process_group.size - 1):
-            given = gradients[index] if index < len(gradients) else ()
+            given = context.gradients[index] if index < len(context.gradients) else ()
             is_used = any(gradient is not None for gradient in given)
             inputs, input_nbytes = repack_layout(context.wanted_inputs(index) if is_used else [])
             self._inputs[index] = allocate_bytes(input_nbytes, device), inputs

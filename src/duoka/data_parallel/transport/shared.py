@@ -26,7 +26,6 @@ from duoka.data_parallel.transport.base import (
     BackwardTask,
     GradientExchange,
     GroupChannel,
-    OutputGradients,
     OwnerTransport,
     WorkerConfig,
     WorkerTransport,
@@ -92,21 +91,17 @@ class SharedOwnerTransport(OwnerTransport):
         """Return the output tensors in the worker's own memory."""
         return [self._views[index].tensor(result.location, spec) for spec, _ in result.outputs]
 
-    def start_backward(
-        self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients
-    ) -> _SharedGradientExchange:
+    def start_backward(self, group: GroupChannel, context: BackwardContext) -> _SharedGradientExchange:
         """Run the backward on the workers that have any output gradient."""
-        return _SharedGradientExchange(group, context, gradients, self.traffic)
+        return _SharedGradientExchange(group, context, self.traffic)
 
 
 class _SharedGradientExchange(GradientExchange):
     """A backward on workers, one block each: gradients of parameters, then of outputs, then of inputs."""
 
-    def __init__(
-        self, group: GroupChannel, context: BackwardContext, gradients: OutputGradients, arena: SharedArena
-    ) -> None:
+    def __init__(self, group: GroupChannel, context: BackwardContext, arena: SharedArena) -> None:
         super().__init__(group, context)
-        for index, given in enumerate(gradients):
+        for index, given in enumerate(context.gradients):
             if all(gradient is None for gradient in given):
                 continue
             outputs, size = pack_present(given, context.gradient_layout[1])
