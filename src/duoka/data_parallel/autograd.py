@@ -54,7 +54,7 @@ class ParallelCall:
         self._parameters, self._placements = weights.parameters, weights.placements
         self._gradient_layout = weights.gradient_layout
         self.parameter_indices = [n for n, parameter in enumerate(self._parameters) if parameter.requires_grad]
-        self._inputs: list[list[tuple[TensorSpec, bool]]] = []
+        self._inputs: list[list[TensorSpec | None]] = []
         self._allocations: list[Allocation] = []
         self._is_gathered = self._is_graph_freed = False
         self._exchanges: list[GradientExchange] = []
@@ -84,14 +84,16 @@ class ParallelCall:
                 allocation = self._group.transport.allocate(size)
                 copy_to_layout(allocation.base, specs, chunk, non_blocking=True)
                 needs_gradient = [keep_graph and tensor.requires_grad for tensor in chunk]
-                self._inputs.append(list(zip(specs, needs_gradient, strict=True)))
+                self._inputs.append(
+                    [spec if needed else None for spec, needed in zip(specs, needs_gradient, strict=True)]
+                )
                 request = ForwardRequest(
                     self._call_id,
                     self._model,
                     rank,
                     allocation.location,
                     size,
-                    tuple(self._inputs[-1]),
+                    tuple(zip(specs, needs_gradient, strict=True)),
                     payload,
                     settings,
                     capture_modes(self._group.devices[rank], context),
@@ -151,7 +153,9 @@ class ParallelCall:
         if self._is_graph_freed:
             self._allocations.clear()  # a loss kept until the next step keeps no inputs
         self._group.thread_limit.release()
-        wanted = [(index, n) for index, specs in enumerate(self._inputs) for n, (_, needs) in enumerate(specs) if needs]
+        wanted = [
+            (index, n) for index, specs in enumerate(self._inputs) for n, spec in enumerate(specs) if spec is not None
+        ]
         return sums, [inputs.get(index, {}).get(n) for index, n in wanted]
 
 

@@ -19,7 +19,7 @@ from duoka.data_parallel.call_context import ThreadLimit
 from duoka.data_parallel.messages import DeleteReplica, Notification, Request, decode, encode
 from duoka.data_parallel.tensor_layout import Allocation
 from duoka.data_parallel.timers import TIMERS
-from duoka.data_parallel.transport.base import OwnerTransport, PendingWork
+from duoka.data_parallel.transport.base import Completion, OwnerTransport
 from duoka.data_parallel.transport.collective import CollectiveOwnerTransport
 from duoka.data_parallel.transport.shared import SharedOwnerTransport
 from duoka.data_parallel.transport.shared_memory import SharedArena
@@ -51,10 +51,10 @@ class WorkerGroup:
         self.num_models = 0
         self._arrived: dict[tuple[int, int], Message] = {}
         """Results to be fetched, by worker index and call ID."""
-        self._requested: dict[tuple[int, int], tuple[Any, Sequence[PendingWork]]] = {}
+        self._requested: dict[tuple[int, int], tuple[Any, Sequence[Completion]]] = {}
         """Memory of open requests, and the transfers to wait for when the result arrives."""
         self._unwanted: set[tuple[int, int]] = set()
-        self._to_discard: deque[tuple[int, int, PendingWork | None]] = deque()
+        self._to_discard: deque[tuple[int, int, Completion | None]] = deque()
         self._to_release: deque[int] = deque()
         self._to_delete: deque[int] = deque()
         self._released_calls: list[list[int]] = []
@@ -106,8 +106,8 @@ class WorkerGroup:
             self._requested[index, request.call_id] = allocation, ()
             self._send(index, "request", encode(request._replace(released_calls=tuple(released))))
             with self.stop_on_error():
-                if (pending := self.transport.send_inputs(index, allocation)) is not None:
-                    self._requested[index, request.call_id] = allocation, [pending]
+                if (wait := self.transport.send_inputs(index, allocation)) is not None:
+                    self._requested[index, request.call_id] = allocation, [wait]
 
     def results(
         self, requests: Sequence[tuple[int, int]], receive: Callable[[int, Any], None] | None = None
@@ -147,12 +147,12 @@ class WorkerGroup:
         """Note that a forward's graph is not needed. Safe during garbage collection: only appends."""
         self._to_release.append(call_id)
 
-    def discard_result(self, index: int, call_id: int, pending: PendingWork | None = None) -> None:
-        """Note that a result is not needed; ``pending`` is waited for when it arrives.
+    def discard_result(self, index: int, call_id: int, wait: Completion | None = None) -> None:
+        """Note that a result is not needed; ``wait`` is called when it arrives.
 
         Safe during garbage collection: only appends.
         """
-        self._to_discard.append((index, call_id, pending))
+        self._to_discard.append((index, call_id, wait))
 
     @contextlib.contextmanager
     def stop_on_error(self) -> Iterator[None]:
@@ -193,18 +193,18 @@ class WorkerGroup:
     def _process_discards(self) -> None:
         """Drop discarded results. Until one arrives, the worker may use its request's memory."""
         while self._to_discard:
-            index, call_id, transfer = self._to_discard.popleft()
+            index, call_id, wait = self._to_discard.popleft()
             key = index, call_id
             if key in self._requested:
                 self._unwanted.add(key)
                 allocation, pending = self._requested[key]
-                self._requested[key] = allocation, [*pending, *([transfer] if transfer is not None else [])]
+                self._requested[key] = allocation, [*pending, *([wait] if wait is not None else [])]
                 continue
             if (message := self._arrived.pop(key, None)) is not None:
                 message.payload.close()
-            if transfer is not None:
+            if wait is not None:
                 with self.stop_on_error():
-                    transfer.wait()
+                    wait()
 
     def _find_death(self) -> BaseException | None:
         """Return the death of a worker that is dead or about to die."""
@@ -253,14 +253,14 @@ class WorkerGroup:
         if self.transport.try_handle(index, message):
             return
         key = index, int(message.kind.partition(":")[2])
-        _, transfers = self._requested.pop(key, (None, ()))
+        _, pending = self._requested.pop(key, (None, ()))
         if key in self._unwanted:
             self._unwanted.discard(key)
             message.payload.close()
         else:
             self._arrived[key] = message
-        for transfer in transfers:  # complete, because the worker has replied
-            transfer.wait()
+        for wait in pending:  # complete, because the worker has replied
+            wait()
 
 
 class WorkerGroupRef:

@@ -6,7 +6,7 @@ accelerators: devices exchange tensors in the order of the messages that announc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -24,15 +24,8 @@ from duoka.workers.serialization import Payload
 
 OutputGradients: TypeAlias = Sequence[Sequence[torch.Tensor | None]]
 """Gradients of each worker's outputs."""
-Gradients: TypeAlias = tuple[dict[int, torch.Tensor], dict[int, dict[int, torch.Tensor]]]
-"""Sums of parameter gradients by parameter, and input gradients by worker and input."""
-
-
-class PendingWork(Protocol):
-    """A transfer that has begun."""
-
-    def wait(self) -> None:
-        """Make later work see its result."""
+Completion: TypeAlias = Callable[[], None]
+"""Waits for a transfer that has begun, so that later work sees its result."""
 
 
 class WorkerConfig(NamedTuple):
@@ -61,8 +54,8 @@ class GroupChannel(Protocol):
     def results(self, requests: Sequence[tuple[int, int]]) -> list[Any]:
         """Wait for the results of requests, given as (worker index, call ID)."""
 
-    def discard_result(self, index: int, call_id: int, pending: PendingWork | None = None) -> None:
-        """Drop a result when it arrives, then wait for ``pending``."""
+    def discard_result(self, index: int, call_id: int, wait: Completion | None = None) -> None:
+        """Drop a result when it arrives, then call ``wait``."""
 
     def stop_on_error(self) -> AbstractContextManager[None]:
         """Stop the workers if the ``with`` block fails."""
@@ -73,23 +66,19 @@ class BackwardContext(NamedTuple):
 
     call_id: int
     gradients: OutputGradients
-    inputs: Sequence[Sequence[tuple[TensorSpec, bool]]]
-    """For each worker with a chunk: spec of each input, and whether it needs a gradient."""
+    inputs: Sequence[Sequence[TensorSpec | None]]
+    """For each worker with a chunk: spec of each input, ``None`` where no gradient is needed."""
     gradient_layout: Any
     """``WeightSync.gradient_layout`` at the time of the forward."""
     keep_graph: bool
-
-    def wanted_inputs(self, index: int) -> list[TensorSpec | None]:
-        """Return the inputs' specs for worker ``index``, ``None`` where no gradient is needed."""
-        return [spec if needs_gradient else None for spec, needs_gradient in self.inputs[index]]
 
 
 class WeightSync:
     """Keeps the workers' view of one model's parameters and buffers up to date."""
 
     copies_all = False
-    placements: Any = ()
-    """Holds the memory that workers read; keep it as long as they may."""
+    placements: tuple[Any, ...]
+    """Tuples of one parameter each: location, spec, and what else keeps the memory that workers read."""
     bucket_nbytes: tuple[int, ...] = ()
     gradient_layout: Any
     buffer_placements: tuple[messages.BufferPlacement | None, ...]
@@ -102,7 +91,8 @@ class WeightSync:
     @property
     def parameter_placements(self) -> tuple[messages.ParameterPlacement, ...]:
         """Location, spec and ``requires_grad`` of each parameter."""
-        raise NotImplementedError
+        pairs = zip(self.placements, self.parameters, strict=True)
+        return tuple((*placement[:2], parameter.requires_grad) for placement, parameter in pairs)
 
     def detect_changes(self) -> list[int]:
         """Return the indices of parameters that workers must rebind before the next call."""
@@ -131,13 +121,13 @@ class GradientExchange:
     """One backward that runs on the workers; subclasses send the requests when they are created."""
 
     def __init__(self, group: GroupChannel, context: BackwardContext) -> None:
-        self._group, self._context = group, context
+        self._group, self._context = group, context._replace(gradients=())  # frees them after the request
         self._requests: list[tuple[int, int]] = []
         self._inputs: dict[int, tuple[torch.Tensor, list[TensorSpec | None]]] = {}
         """Memory of each worker's input gradients, and the specs there."""
 
-    def wait(self) -> Gradients:
-        """Wait for the results, and return the gradients."""
+    def wait(self) -> tuple[dict[int, torch.Tensor], dict[int, dict[int, torch.Tensor]]]:
+        """Return sums of gradients by parameter, and input gradients by worker and input."""
         results = self._group.results(self._requests)
         sums = self._sum_parameters(results)
         inputs: dict[int, dict[int, torch.Tensor]] = {}
@@ -215,7 +205,7 @@ class OwnerTransport:
         """Return memory for the tensors of a request."""
         raise NotImplementedError
 
-    def send_inputs(self, index: int, allocation: Allocation) -> PendingWork | None:
+    def send_inputs(self, index: int, allocation: Allocation) -> Completion | None:
         """Send a request's tensors to worker ``index``, right after the request."""
 
     def receive_outputs(self, index: int, result: messages.ForwardResult) -> list[torch.Tensor]:

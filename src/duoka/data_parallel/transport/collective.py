@@ -25,6 +25,7 @@ from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, copy_to_layout, pack_layout, tensor_at
 from duoka.data_parallel.transport.base import (
     BackwardContext,
+    Completion,
     GroupChannel,
     ModelMemory,
     OwnerTransport,
@@ -34,7 +35,7 @@ from duoka.data_parallel.transport.base import (
 from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes, gradient_buckets
 from duoka.data_parallel.transport.collective_weights import CollectiveWeightSync
 from duoka.data_parallel.transport.gradient_reduction import NOWHERE, CollectiveBackwardTask, CollectiveGradientExchange
-from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup, select_backend
+from duoka.data_parallel.transport.process_group import PrivateProcessGroup, select_backend
 from duoka.errors import LaunchError
 from duoka.workers import WorkerChannel, WorkerSession
 from duoka.workers.handle import WorkerHandle
@@ -107,9 +108,9 @@ class CollectiveOwnerTransport(OwnerTransport):
         """Return memory on the first device."""
         return Allocation(NOWHERE, allocate_bytes(nbytes, self._devices[0]))
 
-    def send_inputs(self, index: int, allocation: Allocation) -> PendingCollective | None:
+    def send_inputs(self, index: int, allocation: Allocation) -> Completion | None:
         """Send a request's tensors to worker ``index``, right after the request."""
-        return self._connected().send(allocation.base, index + 1) if len(allocation.base) else None
+        return self._connected().send(allocation.base, index + 1).wait if len(allocation.base) else None
 
     def receive_outputs(self, index: int, result: ForwardResult) -> list[torch.Tensor]:
         """Receive the output tensors of worker ``index``."""

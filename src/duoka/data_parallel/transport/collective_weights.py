@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from duoka.data_parallel.messages import ParameterPlacement, ReceiveWeights
+from duoka.data_parallel.messages import ReceiveWeights
 from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.tensor_layout import Location
 from duoka.data_parallel.transport.base import GroupChannel, WeightSync
@@ -54,18 +54,12 @@ class CollectiveWeightSync(WeightSync):
         placements = {
             n: (Location(b, 0), spec) for b, bucket in enumerate(self._buckets) for n, spec in bucket.specs.items()
         }
-        self._placements = [placements[n] for n in range(count)]
+        self.placements = tuple(placements[n] for n in range(count))
         rest = iter(range(count, len(tensors)))
         self.buffer_placements = tuple(
             None if buffer is None else placements[next(rest)] for buffer in self.snapshot.buffers()
         )
         self.bucket_nbytes = tuple(bucket.nbytes for bucket in self._buckets)
-
-    @property
-    def parameter_placements(self) -> tuple[ParameterPlacement, ...]:
-        """Bucket, spec and ``requires_grad`` of each parameter."""
-        pairs = zip(self._placements, self._requires_grad, strict=True)
-        return tuple((*placement, requires_grad) for placement, requires_grad in pairs)
 
     def detect_changes(self) -> list[int]:
         """Return the indices of parameters with another ``requires_grad``, shape or dtype."""

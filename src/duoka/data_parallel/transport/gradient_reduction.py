@@ -45,7 +45,7 @@ class CollectiveGradientExchange(GradientExchange):
         for index in range(process_group.size - 1):
             given = context.gradients[index] if index < len(context.gradients) else ()
             is_used = any(gradient is not None for gradient in given)
-            inputs, input_nbytes = repack_layout(context.wanted_inputs(index) if is_used else [])
+            inputs, input_nbytes = repack_layout(context.inputs[index] if is_used else [])
             self._inputs[index] = allocate_bytes(input_nbytes, device), inputs
             if is_used or buckets:
                 outputs, size = pack_present(given)
@@ -65,8 +65,7 @@ class CollectiveGradientExchange(GradientExchange):
     def _sum_parameters(self, results: Sequence[BackwardResult]) -> dict[int, torch.Tensor]:
         """Wait for the sums, which have arrived or soon will."""
         with self._group.stop_on_error():
-            for pending in self._pending:
-                pending.wait()
+            self._wait_transfers()
         slots = {
             n: (base, spec)
             for base, bucket in zip(self._sums, self._buckets, strict=True)
@@ -76,23 +75,18 @@ class CollectiveGradientExchange(GradientExchange):
 
     def discard(self) -> None:
         """Keep the memory of transfers under way until they are complete."""
-        transfers = _AbandonedTransfers(len(self._requests), self._pending)
+        replies = iter(range(len(self._requests) - 1, -1, -1))
+
+        def wait_after_last() -> None:
+            if next(replies) == 0:
+                self._wait_transfers()
+
         for index, call_id in self._requests:
-            self._group.discard_result(index, call_id, transfers)
+            self._group.discard_result(index, call_id, wait_after_last)
 
-
-class _AbandonedTransfers:
-    """Transfers of a discarded backward; rank 0 completes them when all workers have replied."""
-
-    def __init__(self, num_results: int, pending: Sequence[PendingCollective]) -> None:
-        self._num_results, self._pending = num_results, pending
-
-    def wait(self) -> None:
-        """Count one more result; wait for the transfers after the last."""
-        self._num_results -= 1
-        if self._num_results == 0:
-            for pending in self._pending:
-                pending.wait()
+    def _wait_transfers(self) -> None:
+        for pending in self._pending:
+            pending.wait()
 
 
 class CollectiveBackwardTask(BackwardTask):
