@@ -40,11 +40,11 @@ class ParallelCall:
         group: WorkerGroup,
         model: int,
         weights: WeightSync,
-        sizes: Sequence[int],
+        sizes: list[int],
         dim: int,
-        group_ref: WorkerGroupRef | None,
+        ref: WorkerGroupRef | None,
     ) -> None:
-        self._group_ref = group_ref  # keeps the workers as long as this graph
+        self._group_ref = ref  # keeps the workers as long as this graph
         self.sizes, self.dim = sizes, dim
         self.has_graph: list[list[bool]] = []
         self.writes_parameters = False

@@ -147,7 +147,7 @@ class Controller:
         return tensors, arguments, scatter_gather.scatter_sizes(batch, len(self.group.devices))
 
     def _new_call(
-        self, weights: WeightSync, tensors: Sequence[torch.Tensor], sizes: Sequence[int]
+        self, weights: WeightSync, tensors: Sequence[torch.Tensor], sizes: list[int]
     ) -> tuple[ParallelCall, list[tuple[torch.Tensor, ...]]]:
         call = ParallelCall(self.group, self.model_id, weights, sizes, self._dim, self._group_ref)
         return call, list(zip(*(scatter_gather.scatter(tensor, sizes, self._dim) for tensor in tensors), strict=True))

@@ -113,9 +113,8 @@ class Replica:
                 parameter.data = source
 
     @contextmanager
-    def gradients_to(self, task: BackwardTask, gradient_layout: Any) -> Iterator[None]:
+    def gradients_to(self, task: BackwardTask) -> Iterator[None]:
         """Pass each parameter's gradient to ``task`` as soon as the ``with`` block computes it."""
-        task.use_layout(gradient_layout)
         self._task = task
         try:
             yield

@@ -89,17 +89,22 @@ def gather_tensors(spec: OutputSpec, tensors: Sequence[Sequence[torch.Tensor]], 
 
 
 def _merge(values: Sequence[Any], sizes: Sequence[int], add: Callable[[OutputSpec], Placeholder]) -> Any:
+    def keep_single(leaf: Any) -> Any:
+        return add(OutputSpec((leaf,), is_concatenated=False)) if _is_placeholder(leaf) else leaf
+
     first = values[0]
     if _is_placeholder(first):
         if not all(map(_is_placeholder, values)):
             raise _different_types(values)
         return add(OutputSpec(tuple(values)))
     if isinstance(first, list) and _is_per_sample(values, sizes):
-        return [map_values(lambda leaf: _keep_single(leaf, add), item) for value in values for item in value]
+        return [map_values(keep_single, item) for value in values for item in value]
     container = open_container(first)
     if container is None:
         return first
-    _check_lengths(values)
+    if isinstance(first, list | tuple) and len({len(value) for value in values}) > 1:
+        lengths = [len(value) for value in values]
+        raise ValueError(f"the model returned a {type(first).__name__} of different lengths per device: {lengths}")
     if isinstance(first, Mapping):
         columns = [[value[key] for value in values] for key in first]
     else:
@@ -117,16 +122,6 @@ def _children(value: Any, values: Sequence[Any]) -> list[Any]:
 def _different_types(values: Sequence[Any]) -> ValueError:
     names = {"Tensor" if _is_placeholder(value) else type(value).__name__ for value in values}
     return ValueError(f"the model returned different types on different devices: {', '.join(sorted(names))}")
-
-
-def _keep_single(leaf: Any, add: Callable[[OutputSpec], Placeholder]) -> Any:
-    return add(OutputSpec((leaf,), is_concatenated=False)) if _is_placeholder(leaf) else leaf
-
-
-def _check_lengths(values: Sequence[Any]) -> None:
-    if isinstance(values[0], list | tuple) and len({len(value) for value in values}) > 1:
-        lengths = [len(value) for value in values]
-        raise ValueError(f"the model returned a {type(values[0]).__name__} of different lengths per device: {lengths}")
 
 
 def _is_per_sample(values: Sequence[Any], sizes: Sequence[int]) -> bool:

@@ -117,9 +117,10 @@ class _RequestHandler:
             if isinstance(request, messages.ForwardRequest):
                 result = self._forward(request, self._transport.receive_inputs(request))
             else:
-                task = self._transport.start_backward(request)
+                graph = self._graphs.get(request.forward_call_id)
+                task = self._transport.start_backward(request, graph and graph.gradient_layout)
                 try:
-                    result = self._backward(request, task)
+                    result = self._backward(request, graph, task)
                 finally:
                     task.finish()
         except _UserError as failed:
@@ -156,17 +157,18 @@ class _RequestHandler:
         return messages.ForwardResult(location, nbytes, output_specs, payload, writes)
 
     @_capture_user_errors()
-    def _backward(self, request: messages.BackwardRequest, task: BackwardTask) -> messages.BackwardResult:
+    def _backward(
+        self, request: messages.BackwardRequest, graph: _SavedGraph | None, task: BackwardTask
+    ) -> messages.BackwardResult:
         wanted = [index for index, spec in enumerate(request.outputs) if spec is not None]
         if not wanted:  # this worker had no chunk, or the loss does not use its outputs
             return messages.BackwardResult((), (), Payload(b""))
-        graph = self._graphs.get(request.forward_call_id)
         if graph is None or not graph.outputs.keys() >= set(wanted):
             raise RuntimeError(
                 "Trying to backward through the graph a second time: the first backward has freed its tensors. "
                 "Specify retain_graph=True if you need to backward through the graph again."
             )
-        with graph.replica.gradients_to(task, graph.gradient_layout):
+        with graph.replica.gradients_to(task):
             outputs = [graph.outputs[index] for index in wanted]
             exceptions.call_user_code(
                 torch.autograd.backward, outputs, task.output_gradients, retain_graph=request.keep_graph

@@ -228,10 +228,6 @@ class BackwardTask:
         self.inlined: dict[int, torch.Tensor] = {}
         """Gradients that travel inside the result message."""
 
-    def use_layout(self, gradient_layout: Any) -> None:
-        """Use the gradient layout of the forward."""
-        raise NotImplementedError
-
     def accept_gradient(self, index: int, gradient: torch.Tensor) -> None:
         """Take one parameter's gradient; activation checkpointing may produce several for one parameter."""
         slot = self._parameter_slot(index)
@@ -313,8 +309,8 @@ class WorkerTransport:
     def flush(self, *, succeeded: bool) -> None:
         """Send staged outputs after a result message; drop them after a failure."""
 
-    def start_backward(self, request: messages.BackwardRequest) -> BackwardTask:
-        """Begin a backward."""
+    def start_backward(self, request: messages.BackwardRequest, gradient_layout: Any) -> BackwardTask:
+        """Begin a backward, with the layout at its forward; ``None`` if nothing will be computed."""
         raise NotImplementedError
 
     def close(self) -> None:

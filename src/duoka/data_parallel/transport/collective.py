@@ -53,14 +53,14 @@ class CollectiveOwnerTransport(OwnerTransport):
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
         self._backend = select_backend(devices)
-        self._remove_temp_dir: weakref.finalize[..., Any] | None = None
+        self._connection = contextlib.ExitStack()
+        """Undoes ``worker_configs`` and ``connect``."""
         self._group: PrivateProcessGroup | None = None
-        self._monitor: DeathMonitor | None = None
 
     def worker_configs(self, num_threads: int) -> list[WorkerConfig]:
         """Create a private directory for the rendezvous, and return each worker's configuration."""
         directory = self.temp_dir = tempfile.mkdtemp(prefix="duoka-")
-        self._remove_temp_dir = weakref.finalize(self, _remove, directory, os.getpid())
+        self._connection.callback(weakref.finalize(self, _remove, directory, os.getpid()))
         size = len(self._devices)
         return [
             WorkerConfig(num_threads, device, (directory, rank, size, device, self._backend))
@@ -80,7 +80,8 @@ class CollectiveOwnerTransport(OwnerTransport):
             session.send(index, ENTER_RENDEZVOUS, Payload(b""))
         assert self.temp_dir is not None
         self._group = PrivateProcessGroup(self.temp_dir, 0, count + 1, self._devices[0], self._backend)
-        self._monitor = DeathMonitor(session.workers, self._group.abort)
+        self._connection.callback(self._group.close)
+        self._connection.callback(_monitor_deaths(session.workers, self._group.abort))
 
     def synchronize(self) -> None:
         """Wait for the device: leaving the group would abort transfers under way."""
@@ -88,15 +89,8 @@ class CollectiveOwnerTransport(OwnerTransport):
 
     def close(self) -> None:
         """Leave the group, and remove the directory."""
-        if self._monitor is not None:
-            self._monitor.stop()
-            self._monitor = None
-        if self._group is not None:
-            self._group.close()
-            self._group = None
-        if self._remove_temp_dir is not None:
-            self._remove_temp_dir()
-            self._remove_temp_dir = self.temp_dir = None
+        self._connection.close()
+        self._group = self.temp_dir = None
 
     def create_weight_sync(
         self, group: GroupChannel, model: int, snapshot: ModelSnapshot, _copies_all: bool
@@ -129,26 +123,24 @@ class CollectiveOwnerTransport(OwnerTransport):
         return self._group
 
 
-class DeathMonitor:
-    """A thread that calls ``on_death`` when a worker dies, even if rank 0 is blocked in torch."""
+def _monitor_deaths(workers: Sequence[WorkerHandle], on_death: Callable[[], None]) -> Callable[[], None]:
+    """Start a thread that calls ``on_death`` when a worker dies; return a function that stops it."""
+    stopped = threading.Event()
 
-    def __init__(self, workers: Sequence[WorkerHandle], on_death: Callable[[], None]) -> None:
-        self._workers, self._on_death = workers, on_death
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="duoka-watch", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop the thread."""
-        self._stopped.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._stopped.wait(_DEATH_POLL_S):
-            if not all(worker.is_alive() for worker in self._workers):
-                self._on_death()
+    def poll() -> None:
+        while not stopped.wait(_DEATH_POLL_S):
+            if not all(worker.is_alive() for worker in workers):
+                on_death()
                 return
+
+    def stop() -> None:
+        stopped.set()
+        if threading.current_thread() is not thread:
+            thread.join()
+
+    thread = threading.Thread(target=poll, name="duoka-watch", daemon=True)
+    thread.start()
+    return stop
 
 
 class CollectiveWorkerTransport(WorkerTransport):
@@ -204,9 +196,9 @@ class CollectiveWorkerTransport(WorkerTransport):
         if task is not None:
             task.wait()
 
-    def start_backward(self, request: BackwardRequest) -> CollectiveBackwardTask:
+    def start_backward(self, request: BackwardRequest, gradient_layout: Any) -> CollectiveBackwardTask:
         """Receive the output gradients of a backward."""
-        self._task = CollectiveBackwardTask(request, self._receive(request.nbytes), self._group)
+        self._task = CollectiveBackwardTask(request, self._receive(request.nbytes), self._group, gradient_layout)
         return self._task
 
     def close(self) -> None:

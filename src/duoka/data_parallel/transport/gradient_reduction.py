@@ -7,26 +7,13 @@ gradient at the forward. Results name the parameters that received one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from duoka.data_parallel import tensor_layout as layout
 from duoka.data_parallel.messages import BackwardRequest, BackwardResult
-from duoka.data_parallel.tensor_layout import (
-    Allocation,
-    Location,
-    TensorSpec,
-    copy_to_layout,
-    pack_present,
-    repack_layout,
-    tensor_at,
-)
-from duoka.data_parallel.transport.base import (
-    BackwardContext,
-    BackwardTask,
-    GradientExchange,
-    GroupChannel,
-)
+from duoka.data_parallel.tensor_layout import Allocation, Location
+from duoka.data_parallel.transport.base import BackwardContext, BackwardTask, GradientExchange, GroupChannel
 from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
 
@@ -45,12 +32,12 @@ class CollectiveGradientExchange(GradientExchange):
         for index in range(process_group.size - 1):
             given = context.gradients[index] if index < len(context.gradients) else ()
             is_used = any(gradient is not None for gradient in given)
-            inputs, input_nbytes = repack_layout(context.inputs[index] if is_used else [])
+            inputs, input_nbytes = layout.repack_layout(context.inputs[index] if is_used else [])
             self._inputs[index] = allocate_bytes(input_nbytes, device), inputs
             if is_used or buckets:
-                outputs, size = pack_present(given)
+                outputs, size = layout.pack_present(given)
                 allocation = Allocation(NOWHERE, allocate_bytes(size, device))
-                copy_to_layout(allocation.base, outputs, given)
+                layout.copy_to_layout(allocation.base, outputs, given)
                 self._request(index, allocation, outputs, buckets=buckets, input_nbytes=input_nbytes)
         self._sums = [allocate_bytes(bucket.nbytes, device) for bucket in self._buckets]
         self._pending = [
@@ -71,7 +58,7 @@ class CollectiveGradientExchange(GradientExchange):
             for base, bucket in zip(self._sums, self._buckets, strict=True)
             for n, spec in bucket.specs.items()
         }
-        return {n: tensor_at(*slots[n]) for n in sorted({n for result in results for n in result.parameters})}
+        return {n: layout.tensor_at(*slots[n]) for n in sorted({n for result in results for n in result.parameters})}
 
     def discard(self) -> None:
         """Keep the memory of transfers under way until they are complete."""
@@ -92,19 +79,21 @@ class CollectiveGradientExchange(GradientExchange):
 class CollectiveBackwardTask(BackwardTask):
     """A backward that reduces each bucket as soon as it and all buckets before it are full."""
 
-    def __init__(self, request: BackwardRequest, block: torch.Tensor, group: PrivateProcessGroup) -> None:
+    def __init__(
+        self,
+        request: BackwardRequest,
+        block: torch.Tensor,
+        group: PrivateProcessGroup,
+        buckets: Sequence[Bucket] | None,
+    ) -> None:
         super().__init__(request, block, allocate_bytes(request.input_nbytes, block.device))
         self._group, self._device = group, block.device
         self._bases: list[torch.Tensor | None] = [None] * len(request.buckets)
-        self._missing: list[set[int]] = []
-        self._slots: dict[int, tuple[int, TensorSpec]] = {}
+        buckets = buckets or ()
+        self._missing = [set(bucket.specs) for bucket in buckets]
+        self._slots = {n: (b, spec) for b, bucket in enumerate(buckets) for n, spec in bucket.specs.items()}
         self._num_sent = 0
         self._pending: list[PendingCollective] = []
-
-    def use_layout(self, gradient_layout: Any) -> None:
-        """Use the buckets of the forward."""
-        self._missing = [set(bucket.specs) for bucket in gradient_layout]
-        self._slots = {n: (b, spec) for b, bucket in enumerate(gradient_layout) for n, spec in bucket.specs.items()}
 
     def accept_gradient(self, index: int, gradient: torch.Tensor) -> None:
         """Take one parameter's gradient, and reduce the buckets that are full."""
@@ -127,7 +116,7 @@ class CollectiveBackwardTask(BackwardTask):
 
     def _parameter_slot(self, index: int) -> torch.Tensor | None:
         bucket, spec = self._slots[index]
-        return None if bucket < self._num_sent else tensor_at(self._base(bucket), spec)
+        return None if bucket < self._num_sent else layout.tensor_at(self._base(bucket), spec)
 
     def _base(self, bucket: int) -> torch.Tensor:
         base = self._bases[bucket]

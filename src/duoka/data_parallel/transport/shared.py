@@ -9,19 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from duoka.data_parallel import tensor_layout as layout
 from duoka.data_parallel.messages import BackwardRequest, BackwardResult, CreateReplica, ForwardRequest, ForwardResult
 from duoka.data_parallel.model_diff import ModelSnapshot
-from duoka.data_parallel.tensor_layout import (
-    Allocation,
-    Location,
-    TensorSpec,
-    copy_to_layout,
-    dense_stride,
-    pack_layout,
-    pack_present,
-    repack_layout,
-    tensor_at,
-)
+from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec
 from duoka.data_parallel.transport.base import (
     BackwardContext,
     BackwardTask,
@@ -120,9 +111,9 @@ class _SharedWeightSync(WeightSync):
         self._weights = weights
         self.placements = tuple(self._place(parameter) for parameter in self.parameters)
         self.gradient_layout = _gradient_layout(self.parameters)
-        specs, size = pack_present(snapshot.buffers())
+        specs, size = layout.pack_present(snapshot.buffers())
         allocation = traffic.allocate(size)
-        self._buffer_copies = [tensor_at(allocation.base, spec) for spec in specs if spec is not None]
+        self._buffer_copies = [layout.tensor_at(allocation.base, spec) for spec in specs if spec is not None]
         self.buffer_placements = tuple(None if spec is None else (allocation.location, spec) for spec in specs)
 
     def detect_changes(self) -> list[int]:
@@ -151,7 +142,7 @@ class _SharedWeightSync(WeightSync):
                 f"devices are CPU workers, but a parameter of shape {tuple(parameter.shape)} is on {parameter.device}. "
                 "Move the model to the CPU, or give duoka.DataParallel the model's devices."
             )
-        (spec,), size = pack_layout([parameter])
+        (spec,), size = layout.pack_layout([parameter])
         if not self.copies_all:
             location = self._weights.find(parameter)
             if location is None and _has_own_storage(parameter):
@@ -160,11 +151,11 @@ class _SharedWeightSync(WeightSync):
                 spec = spec._replace(stride=parameter.stride())
                 return _Placement(location, spec, parameter.requires_grad, parameter.data, parameter.data_ptr(), None)
         location, base = self._weights.allocate(size)
-        return _Placement(location, spec, parameter.requires_grad, parameter.data, 0, tensor_at(base, spec))
+        return _Placement(location, spec, parameter.requires_grad, parameter.data, 0, layout.tensor_at(base, spec))
 
     def _move(self, parameter: nn.Parameter, spec: TensorSpec) -> Location:
         allocation = self._weights.allocate(parameter.untyped_storage().nbytes())
-        view = tensor_at(allocation.base, spec)
+        view = layout.tensor_at(allocation.base, spec)
         view.copy_(parameter.data)
         parameter.data = view
         return allocation.location
@@ -172,7 +163,7 @@ class _SharedWeightSync(WeightSync):
 
 def _gradient_layout(parameters: Sequence[nn.Parameter]) -> tuple[list[TensorSpec | None], int]:
     """Return where the gradients of parameters that require one lie, and their total size."""
-    return pack_present(parameter if parameter.requires_grad else None for parameter in parameters)
+    return layout.pack_present(parameter if parameter.requires_grad else None for parameter in parameters)
 
 
 class _Placement(NamedTuple):
@@ -201,7 +192,7 @@ def _has_own_storage(parameter: nn.Parameter) -> bool:
     storage = parameter.untyped_storage()
     if storage.nbytes() != parameter.numel() * parameter.element_size() or storage.nbytes() == 0:
         return False
-    if parameter.stride() != dense_stride(parameter):
+    if parameter.stride() != layout.dense_stride(parameter):
         return False
     return storage_use_count(storage) <= 2  # the parameter, and the name `storage` here
 
@@ -214,10 +205,10 @@ class _SharedGradientExchange(GradientExchange):
         for index, given in enumerate(context.gradients):
             if all(gradient is None for gradient in given):
                 continue
-            outputs, size = pack_present(given, context.gradient_layout[1])
-            inputs, size = repack_layout(context.inputs[index], size)
+            outputs, size = layout.pack_present(given, context.gradient_layout[1])
+            inputs, size = layout.repack_layout(context.inputs[index], size)
             allocation = arena.allocate(size)
-            copy_to_layout(allocation.base, outputs, given)
+            layout.copy_to_layout(allocation.base, outputs, given)
             self._inputs[index] = allocation.base, inputs
             self._request(index, allocation, outputs)
 
@@ -226,7 +217,7 @@ class _SharedGradientExchange(GradientExchange):
         specs = self._context.gradient_layout[0]
         for (index, _), result in zip(self._requests, results, strict=True):
             base = self._inputs[index][0]
-            add_gradients(sums, {n: tensor_at(base, specs[n]) for n in result.parameters})
+            add_gradients(sums, {n: layout.tensor_at(base, specs[n]) for n in result.parameters})
         return sums
 
 
@@ -264,30 +255,27 @@ class SharedWorkerTransport(WorkerTransport):
     def stage_outputs(self, outputs: Sequence[torch.Tensor]) -> tuple[Location, int, list[TensorSpec]]:
         """Copy outputs to shared memory; rank 0 reads them before its next forward request."""
         self._outputs = None
-        specs, size = pack_layout(outputs)
+        specs, size = layout.pack_layout(outputs)
         self._outputs = self._arena.allocate(size)
         for segment in self._arena.segments[self._announced :]:
             self._channel.send("segment", Payload(b"", fd=segment.fd))
         self._announced = len(self._arena.segments)
-        copy_to_layout(self._outputs.base, specs, outputs)
+        layout.copy_to_layout(self._outputs.base, specs, outputs)
         return self._outputs.location, size, specs
 
-    def start_backward(self, request: BackwardRequest) -> _SharedBackwardTask:
+    def start_backward(self, request: BackwardRequest, gradient_layout: Any) -> _SharedBackwardTask:
         """Begin a backward."""
         location = request.location
-        return _SharedBackwardTask(request, self._views["traffic"].bases[location.segment][location.offset :])
+        block = self._views["traffic"].bases[location.segment][location.offset :]
+        return _SharedBackwardTask(request, block, gradient_layout)
 
 
 class _SharedBackwardTask(BackwardTask):
     """A backward that writes each gradient to rank 0's memory while it is still in the cache."""
 
-    def __init__(self, request: BackwardRequest, block: torch.Tensor) -> None:
+    def __init__(self, request: BackwardRequest, block: torch.Tensor, gradient_layout: Any) -> None:
         super().__init__(request, block, block)
-        self._specs: Sequence[TensorSpec] = ()
-
-    def use_layout(self, gradient_layout: Any) -> None:
-        """Use the gradient layout of the forward."""
-        self._specs = gradient_layout[0]
+        self._gradient_layout = gradient_layout
 
     def _parameter_slot(self, index: int) -> torch.Tensor:
-        return tensor_at(self._input_block, self._specs[index])
+        return layout.tensor_at(self._input_block, self._gradient_layout[0][index])
