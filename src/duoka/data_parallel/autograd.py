@@ -2,8 +2,7 @@
 
 Two autograd nodes surround the part that rank 0 computes itself. ``ReduceGradients`` is created
 before that part, so its backward runs last; ``GatherOutputs`` is created after it, so its backward
-runs first. The first sends each worker its slice of the gradient at once; the last collects the
-workers' gradients when rank 0 has finished its own backward.
+runs first (``docs/design.md``).
 """
 
 from __future__ import annotations
@@ -63,11 +62,7 @@ class ParallelCall:
     def scatter_inputs(
         self, chunks: Sequence[Sequence[torch.Tensor]], arguments: Any, context: ContextFactory | None = None
     ) -> torch.Tensor | None:
-        """Send each worker its chunk.
-
-        Workers compute inside ``context()`` if given. Returns a token that connects the workers'
-        graphs to the user's, ``None`` without a graph.
-        """
+        """Send each worker its chunk, and return a token that connects the workers' graphs to the user's."""
         parameters = [self._parameters[index] for index in self.parameter_indices]
         inputs = [tensor for chunk in chunks for tensor in chunk if tensor.requires_grad]
         keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
@@ -145,18 +140,17 @@ class ParallelCall:
 
     def wait_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
         """Return the workers' gradients: sums by parameter index, and of inputs in order."""
-        sums: dict[int, torch.Tensor] = {}
-        inputs: dict[int, dict[int, torch.Tensor]] = {}
-        for exchange in self._exchanges:
-            sums, inputs = exchange.wait()
+        sums, inputs = self._exchanges[0].wait() if self._exchanges else ({}, {})
         self._exchanges.clear()
         if self._is_graph_freed:
             self._allocations.clear()  # a loss kept until the next step keeps no inputs
         self._group.thread_limit.release()
-        wanted = [
-            (index, n) for index, specs in enumerate(self._inputs) for n, spec in enumerate(specs) if spec is not None
+        return sums, [
+            inputs.get(index, {}).get(n)
+            for index, specs in enumerate(self._inputs)
+            for n, spec in enumerate(specs)
+            if spec is not None
         ]
-        return sums, [inputs.get(index, {}).get(n) for index, n in wanted]
 
 
 class ReduceGradients(Function):

@@ -218,10 +218,8 @@ class Controller:
 class _OptimizerHook:
     """One global hook of torch that calls ``push_async`` after steps of a controller's optimizers.
 
-    Optimizers may be created later, so the hook is global. Any other optimizer costs a look at its
-    list of parameters. torch iterates over its hooks while it calls them, and garbage collection
-    may run then. So a collected controller leaves torch's list alone; ``discard`` removes the hook
-    with the last controller.
+    torch iterates over its hooks while it calls them, and garbage collection may run then. So a
+    collected controller does not change torch's list; only ``discard`` removes the hook.
     """
 
     def __init__(self) -> None:

@@ -101,9 +101,9 @@ class ForwardResult(NamedTuple):
 class BackwardRequest(NamedTuple):
     """Run the backward of one chunk from the gradients of its outputs.
 
-    In shared memory one block holds everything: gradients of parameters, outputs, then inputs. With
-    collectives, ``nbytes`` of output gradients are sent, gradients of parameters are reduced in
-    ``buckets`` (size, dtype), and ``input_nbytes`` of input gradients are sent back.
+    In shared memory one block holds gradients of parameters, outputs, then inputs. With collectives,
+    rank 0 sends ``nbytes`` of output gradients; workers reduce gradients of parameters in ``buckets``
+    (size, dtype), and send back ``input_nbytes`` of input gradients.
     """
 
     call_id: int

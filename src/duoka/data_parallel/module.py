@@ -35,9 +35,8 @@ class DataParallel(nn.DataParallel[nn.Module]):
     device has a worker process, which the first call starts and all wrapped models share.
 
     Inputs whose size along ``dim`` is the batch size are split; every device gets all others whole.
-    A batch smaller than the number of devices uses fewer devices. Outputs are concatenated along
-    ``dim``; scalars become a vector with one item per device, as with ``torch.nn.DataParallel``.
-    Buffers are those of the first device's chunk.
+    A small batch uses fewer devices. Outputs are concatenated along ``dim``; scalars become a vector
+    with one item per device, as with ``torch.nn.DataParallel``. Buffers are those of the first chunk.
 
     Args:
         module: the model. Its parameters stay the same objects; for CPU workers their values move
@@ -86,7 +85,9 @@ class DataParallel(nn.DataParallel[nn.Module]):
         **others: Any,
     ) -> None:
         nn.Module.__init__(self)
-        _check_options(others)
+        for name, value in others.items():
+            hint = did_you_mean(name, _OPTIONS) or f"it takes {join_names(_OPTIONS)}"
+            raise ConfigError(f"{name}={value!r} is not an option of DataParallel; {hint}")
         _check_module(module)
         resolved = _resolve_devices(device_ids, reconcile(device, devices, None))
         if len(resolved) > 1:
@@ -178,16 +179,13 @@ def state_of(wrapper: DataParallel) -> dict[str, Any]:
 
 
 def restore_from_state(
-    wrapper: DataParallel,
-    devices: tuple[torch.device, ...],
-    compile_options: Mapping[str, Any] | None,
-    state: dict[str, Any],
+    wrapper: DataParallel, devices: tuple[torch.device, ...], options: Mapping[str, Any] | None, state: dict[str, Any]
 ) -> DataParallel:
-    """Fill an empty wrapper from what ``state_of`` returned."""
+    """Fill an empty wrapper from what ``state_of`` returned, and the options of ``torch.compile``."""
     wrapper.__dict__.update(state)
     wrapper.__dict__.update(
         _duoka_devices=devices,
-        _duoka_compiler=MaybeCompiled(compile_options),
+        _duoka_compiler=MaybeCompiled(options),
         _duoka_controller=None,
         _duoka_finalizer=None,
     )
@@ -201,13 +199,10 @@ def overridden_steps(cls: type) -> list[str]:
 
 
 def _rebuild(
-    cls: type[DataParallel],
-    devices: tuple[torch.device, ...],
-    compile_options: Mapping[str, Any] | None,
-    state: dict[str, Any],
+    cls: type[DataParallel], devices: tuple[torch.device, ...], options: Mapping[str, Any] | None, state: dict[str, Any]
 ) -> DataParallel:
     """Return an unpickled wrapper; its devices must exist here."""
-    wrapper = restore_from_state(cls.__new__(cls), resolve(list(devices)).devices, compile_options, state)
+    wrapper = restore_from_state(cls.__new__(cls), resolve(list(devices)).devices, options, state)
     if devices[0].type != "cpu":
         wrapper.module.to(devices[0])
     return wrapper
@@ -225,12 +220,6 @@ def _resolve_devices(device_ids: DeviceSpec, devices: DeviceSpec) -> tuple[torch
             "devices='0,1' for two devices"
         )
     return resolve(device_ids if isinstance(device_ids, str | torch.device) else list(device_ids)).devices
-
-
-def _check_options(others: Mapping[str, Any]) -> None:
-    for name, value in others.items():
-        hint = did_you_mean(name, _OPTIONS) or f"it takes {join_names(_OPTIONS)}"
-        raise ConfigError(f"{name}={value!r} is not an option of DataParallel; {hint}")
 
 
 def _check_module(module: Any) -> None:

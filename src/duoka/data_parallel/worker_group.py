@@ -112,14 +112,9 @@ class WorkerGroup:
     def results(
         self, requests: Sequence[tuple[int, int]], receive: Callable[[int, Any], None] | None = None
     ) -> list[Any]:
-        """Wait for all results, and return them.
+        """Wait for all results, and return them, or raise what a worker has raised.
 
-        ``receive(index, result)`` receives the tensors that follow a result, also if another worker
-        has failed.
-
-        Raises:
-            WorkerDied: a worker has died. What a worker raised is raised as its own type.
-
+        ``receive(index, result)`` receives the tensors that follow a result, after failures too.
         """
         with self.lock, TIMERS.wait():
             self._process_discards()
@@ -148,10 +143,7 @@ class WorkerGroup:
         self._to_release.append(call_id)
 
     def discard_result(self, index: int, call_id: int, wait: Completion | None = None) -> None:
-        """Note that a result is not needed; ``wait`` is called when it arrives.
-
-        Safe during garbage collection: only appends.
-        """
+        """Drop a result when it arrives, then call ``wait``. Safe during garbage collection, too."""
         self._to_discard.append((index, call_id, wait))
 
     @contextlib.contextmanager

@@ -1,9 +1,7 @@
 """Collective transport for accelerators: messages announce tensors, then devices exchange them.
 
-Every member performs the same transfers in the order of the messages. No user code runs between an
-announcement and its transfer: inputs follow their request, outputs follow their result, and a
-backward completes its announced transfers after a failure too, with zeros. So no member waits for a
-transfer that never comes.
+All ranks perform the same transfers in the order of the messages, and no user code runs between an
+announcement and its transfer (``docs/design.md``, "The collective transport").
 """
 
 from __future__ import annotations

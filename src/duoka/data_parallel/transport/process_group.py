@@ -28,7 +28,6 @@ from duoka.workers.rendezvous import (
 
 _NO_TIMEOUT = datetime.timedelta(days=365)
 """A worker may compute for hours. The death of a member breaks gloo's connections without a timeout."""
-_TAG = 0
 _ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": LOOPBACK,
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -47,7 +46,9 @@ def select_backend(devices: Sequence[torch.device]) -> str:
 class PendingCollective:
     """A transfer under way. Keep it until ``wait``, or until its group is closed."""
 
-    def __init__(self, work: Any, timeout: datetime.timedelta | None, target: torch.Tensor, host: torch.Tensor) -> None:
+    def __init__(
+        self, work: Any, timeout: tuple[datetime.timedelta, ...], target: torch.Tensor, host: torch.Tensor
+    ) -> None:
         self._work, self._timeout, self._target, self._host = work, timeout, target, host
 
     def completion_test(self) -> Callable[[], bool]:
@@ -57,10 +58,7 @@ class PendingCollective:
 
     def wait(self) -> None:
         """Make later work see the result: NCCL blocks the device's stream, gloo blocks this thread."""
-        if self._timeout is None:
-            self._work.wait()
-        else:
-            self._work.wait(self._timeout)
+        self._work.wait(*self._timeout)
         if self._host is not self._target:
             self._target.copy_(self._host)
 
@@ -75,7 +73,7 @@ class PrivateProcessGroup:
     def __init__(self, directory: str, rank: int, size: int, device: torch.device, backend: str) -> None:
         self.rank, self.size = rank, size
         self._is_nccl = backend == "nccl"
-        self._timeout = None if self._is_nccl else _NO_TIMEOUT
+        self._timeout = () if self._is_nccl else (_NO_TIMEOUT,)
         store = file_store(directory, size)
         self._group: Any
         if self._is_nccl:
@@ -101,11 +99,11 @@ class PrivateProcessGroup:
 
     def send(self, tensor: torch.Tensor, target: int) -> PendingCollective:
         """Send to one rank."""
-        return self._start(tensor, lambda host: self._group.send([host], target, _TAG), reads=True)
+        return self._start(tensor, lambda host: self._group.send([host], target, 0), reads=True)
 
     def receive(self, tensor: torch.Tensor, source: int) -> PendingCollective:
         """Receive from one rank."""
-        return self._start(tensor, lambda host: self._group.recv([host], source, _TAG), reads=False)
+        return self._start(tensor, lambda host: self._group.recv([host], source, 0), reads=False)
 
     def close(self) -> None:
         """Leave the group; transfers under way are aborted."""
