@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from duoka.data_parallel.timers import Timers
+from duoka.data_parallel.call_context import Timers
 from duoka.script_runner.report import report_lines, suggestion
 from duoka.script_runner.run_stats import RunStats, StepTiming
 

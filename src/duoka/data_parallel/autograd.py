@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from duoka.data_parallel.call_context import capture_modes, capture_settings, draw_seed
+from duoka.data_parallel.call_context import TIMERS, capture_modes, draw_seed
 from duoka.data_parallel.messages import ContextFactory, ForwardRequest, ForwardResult
 from duoka.data_parallel.pickling import unpickle
 from duoka.data_parallel.scatter_gather import OutputSpec, gather_tensors
 from duoka.data_parallel.tensor_layout import Allocation, TensorSpec, copy_to_layout, pack_layout
-from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import BackwardContext, GradientExchange, OutputGradients, WeightSync
 from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef
 from duoka.errors import UnsupportedError
 from duoka.utils.torch_private import backward_keeps_graph, run_after_backward
+from duoka.utils.torch_settings import capture_torch_settings
 from duoka.workers.serialization import dumps
 
+_SETTINGS = ("default_dtype", "deterministic", "float32_matmul_precision")
 _SEED_STEP = 0x9E3779B97F4A7C15
 """Distance of two ranks' seeds."""
 
@@ -67,7 +68,7 @@ class ParallelCall:
         inputs = [tensor for chunk in chunks for tensor in chunk if tensor.requires_grad]
         keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         device = self._group.devices[0]
-        settings, payload, seed = capture_settings(), dumps(arguments), draw_seed(device)
+        settings, payload, seed = capture_torch_settings(_SETTINGS), dumps(arguments), draw_seed(device)
         finalizer = weakref.finalize(
             self, _release_graph, self._group, self._generation, self._call_id, len(chunks), self._exchanges
         )

@@ -1,21 +1,17 @@
-"""Context of a call: torch modes, settings and seed for workers, and rank 0's thread limit."""
+"""Context of a call: torch modes and seed for workers; rank 0's thread limit and timers."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import time
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
 from duoka.data_parallel.device_remap import RemapCuda, is_remapping
 from duoka.data_parallel.messages import ContextFactory
-from duoka.utils.torch_settings import capture_torch_settings
-
-
-def capture_settings() -> dict[str, Any]:
-    """Return the process-wide settings that decide a call's result."""
-    return capture_torch_settings(("default_dtype", "deterministic", "float32_matmul_precision"))
 
 
 def capture_modes(device: torch.device, context: ContextFactory | None = None) -> tuple[ContextFactory, ...]:
@@ -38,8 +34,7 @@ def capture_modes(device: torch.device, context: ContextFactory | None = None) -
 def draw_seed(device: torch.device) -> int:
     """Return a seed that depends on the user's CPU and device generators, without advancing them.
 
-    A model that draws random numbers advances one of them in rank 0, so the next call has another
-    seed. Both states are in host memory; the host does not wait for the device.
+    Both states are in host memory, so the host does not wait for the device.
     """
     generator = torch.Generator()
     generator.set_state(torch.get_rng_state())
@@ -69,3 +64,32 @@ class ThreadLimit:
             if torch.get_num_threads() == self.num_threads:
                 torch.set_num_threads(self._user_threads)
             self._user_threads = None
+
+
+class Timers:
+    """Seconds that rank 0 has spent on moving tensors and messages, and on waiting for workers."""
+
+    def __init__(self) -> None:
+        self.transfer_s = 0.0
+        self.wait_s = 0.0
+
+    @contextlib.contextmanager
+    def transfer(self) -> Iterator[None]:
+        """Count the ``with`` block as transfer; waits inside it count as waits."""
+        begun, waited = time.perf_counter(), self.wait_s
+        try:
+            yield
+        finally:
+            self.transfer_s += time.perf_counter() - begun - (self.wait_s - waited)
+
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        """Count the ``with`` block as a wait for workers."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait_s += time.perf_counter() - begun
+
+
+TIMERS = Timers()

@@ -15,11 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.data_parallel import scatter_gather
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
+from duoka.data_parallel.call_context import TIMERS
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import REGISTRIES, ModelSnapshot
 from duoka.data_parallel.pickling import pickle_without_tensors
 from duoka.data_parallel.replica import MaybeCompiled
-from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import WeightSync
 from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef, get_worker_group
 from duoka.errors import LaunchError

@@ -1,8 +1,7 @@
 """Snapshot of a model's structure and attributes, and the changes since.
 
-A comparison costs some microseconds a module. Attributes are compared by identity; only values that
-can change in place (lists, dictionaries, plain objects, tensors that are not buffers) are compared
-by content.
+A comparison costs some microseconds a module: it compares attributes by identity, and by content
+only what can change in place (lists, dictionaries, plain objects, tensors that are not buffers).
 """
 
 from __future__ import annotations

@@ -63,11 +63,8 @@ class _SavedGraph(NamedTuple):
 class _RequestHandler:
     def __init__(self, config: WorkerConfig, channel: WorkerChannel) -> None:
         self._channel = channel
-        self._transport: WorkerTransport = (
-            SharedWorkerTransport(config.device, channel)
-            if config.rendezvous is None
-            else CollectiveWorkerTransport(config.device, channel, config.rendezvous)
-        )
+        transport = CollectiveWorkerTransport if config.rendezvous else SharedWorkerTransport
+        self._transport: WorkerTransport = transport(config, channel)
         self._replicas: dict[int, Replica] = {}
         self._graphs: dict[int, _SavedGraph] = {}
         self._errors: dict[int, BaseException] = {}

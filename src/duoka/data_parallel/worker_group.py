@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from duoka.data_parallel.call_context import ThreadLimit
+from duoka.data_parallel.call_context import TIMERS, ThreadLimit
 from duoka.data_parallel.messages import DeleteReplica, Notification, Request, decode, encode
 from duoka.data_parallel.tensor_layout import Allocation
-from duoka.data_parallel.timers import TIMERS
 from duoka.data_parallel.transport.base import Completion, OwnerTransport
 from duoka.data_parallel.transport.collective import CollectiveOwnerTransport
 from duoka.data_parallel.transport.shared import SharedOwnerTransport
@@ -271,10 +270,9 @@ class WorkerGroupRef:
 
 
 def _remove_model_later(group: WorkerGroup, model: int) -> None:
-    """Remove the model in a thread: the garbage collector may run in the middle of anything.
+    """Remove the model in a thread, because the garbage collector may run in the middle of anything.
 
-    The interpreter waits for the thread at exit, as it must not stop a thread inside torch. During
-    exit no thread starts; the workers end with the process.
+    The interpreter waits for it at exit. During exit no thread starts; workers end with the process.
     """
     if group.is_owned and threading.main_thread().is_alive():
         with contextlib.suppress(RuntimeError):  # the interpreter is exiting

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from duoka.data_parallel.timers import Timers
+from duoka.data_parallel.call_context import Timers
 
 _NEIGHBORS = 8
 """A step on one device is compared with so many steps before it and after it."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from duoka.data_parallel.call_context import TIMERS
 from duoka.data_parallel.device_remap import remap_cuda
-from duoka.data_parallel.timers import TIMERS
 from duoka.script_runner.cuda_emulation import emulate_cuda
 from duoka.script_runner.dataloader_hooks import install_loader_hooks
 from duoka.script_runner.model_discovery import DOUBLE_BACKWARD, ModelFinder

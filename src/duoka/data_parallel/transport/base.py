@@ -18,7 +18,7 @@ from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.pickling import unpickle
 from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, tensor_at
 from duoka.utils.torch_private import add_in_place
-from duoka.workers import WorkerSession
+from duoka.workers import WorkerChannel, WorkerSession
 from duoka.workers.channel import Message
 from duoka.workers.serialization import Payload
 
@@ -33,7 +33,7 @@ class WorkerConfig(NamedTuple):
 
     num_threads: int
     device: torch.device
-    rendezvous: tuple[Any, ...] | None
+    rendezvous: tuple[Any, ...] = ()
     """Arguments of its ``PrivateProcessGroup``, where the transport is collective."""
 
 
@@ -277,8 +277,8 @@ class ModelMemory:
 class WorkerTransport:
     """A worker's side of a transport."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, config: WorkerConfig, channel: WorkerChannel) -> None:
+        self.device, self._channel = config.device, channel
 
     def try_handle(self, message: Message) -> bool:  # noqa: ARG002
         """Handle a message that is for the transport; return whether it was."""

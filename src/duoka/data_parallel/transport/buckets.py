@@ -80,10 +80,9 @@ def pack_bucket(bucket: Bucket, tensors: Sequence[torch.Tensor], device: torch.d
 
 
 class BucketChecksum:
-    """Computes a 64-bit checksum of a bucket on its device.
+    """Computes a 64-bit checksum of a bucket on its device: each 32-bit word times its own odd number.
 
-    The checksum multiplies each 32-bit word by its own odd number, which loses no bit and makes
-    order count. One changed word always changes it; several do with near certainty.
+    So order counts, and one changed word always changes it; several do with near certainty.
     """
 
     def __init__(self, device: torch.device) -> None:

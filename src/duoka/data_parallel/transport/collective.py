@@ -144,11 +144,11 @@ def _monitor_deaths(workers: Sequence[WorkerHandle], on_death: Callable[[], None
 class CollectiveWorkerTransport(WorkerTransport):
     """A worker as a member of the private process group."""
 
-    def __init__(self, device: torch.device, channel: WorkerChannel, rendezvous: tuple[Any, ...]) -> None:
-        super().__init__(device)
+    def __init__(self, config: WorkerConfig, channel: WorkerChannel) -> None:
+        super().__init__(config, channel)
         channel.send(READY_FOR_RENDEZVOUS, Payload(b""))
         channel.receive()  # ENTER_RENDEZVOUS, when all workers are ready
-        self._group = PrivateProcessGroup(*rendezvous)
+        self._group = PrivateProcessGroup(*config.rendezvous)
         self._models: dict[int, ModelMemory] = {}
         self._staged: torch.Tensor | None = None
         self._task: CollectiveBackwardTask | None = None

@@ -1,8 +1,4 @@
-"""Gradient reduction of the collective transport: sums bucket by bucket during the backward.
-
-Rank 0 and workers know the buckets and their order: those of the parameters that required a
-gradient at the forward. Results name the parameters that received one.
-"""
+"""Gradient reduction of the collective transport: sums bucket by bucket during the backward."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class SharedOwnerTransport(OwnerTransport):
         count = len(self._devices) - 1
         self._views = [SharedView() for _ in range(count)]
         self._announced = [{} for _ in range(count)]
-        return [WorkerConfig(num_threads, _CPU, None)] * count
+        return [WorkerConfig(num_threads, _CPU)] * count
 
     def close(self) -> None:
         """Free the memory that no tensor holds."""
@@ -146,19 +146,15 @@ class _SharedWeightSync(WeightSync):
         if not self.copies_all:
             location = self._weights.find(parameter)
             if location is None and _has_own_storage(parameter):
-                location = self._move(parameter, spec)
+                location, base = self._weights.allocate(parameter.untyped_storage().nbytes())
+                moved = layout.tensor_at(base, spec)
+                moved.copy_(parameter.data)
+                parameter.data = moved
             if location is not None:
                 spec = spec._replace(stride=parameter.stride())
                 return _Placement(location, spec, parameter.requires_grad, parameter.data, parameter.data_ptr(), None)
         location, base = self._weights.allocate(size)
         return _Placement(location, spec, parameter.requires_grad, parameter.data, 0, layout.tensor_at(base, spec))
-
-    def _move(self, parameter: nn.Parameter, spec: TensorSpec) -> Location:
-        allocation = self._weights.allocate(parameter.untyped_storage().nbytes())
-        view = layout.tensor_at(allocation.base, spec)
-        view.copy_(parameter.data)
-        parameter.data = view
-        return allocation.location
 
 
 def _gradient_layout(parameters: Sequence[nn.Parameter]) -> tuple[list[TensorSpec | None], int]:
@@ -224,9 +220,8 @@ class _SharedGradientExchange(GradientExchange):
 class SharedWorkerTransport(WorkerTransport):
     """A worker's view of rank 0's memory, and the memory of its own outputs."""
 
-    def __init__(self, device: torch.device, channel: WorkerChannel) -> None:
-        super().__init__(device)
-        self._channel = channel
+    def __init__(self, config: WorkerConfig, channel: WorkerChannel) -> None:
+        super().__init__(config, channel)
         self._views = {"weights": SharedView(is_private=sys.platform == "linux"), "traffic": SharedView()}
         self._arena = SharedArena("outputs")
         self._announced = 0

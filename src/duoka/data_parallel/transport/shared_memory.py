@@ -1,8 +1,7 @@
 """Shared memory: a ``SharedArena`` allocates blocks, a ``SharedView`` maps another process's arena.
 
-A block stays allocated for as long as a tensor over it exists, views and aliases included, so
-memory in use is never overwritten. The arena reuses freed blocks: a training loop soon allocates
-nothing new.
+A block stays allocated for as long as a tensor over it exists, views and aliases included. The arena
+reuses freed blocks: a training loop soon allocates nothing new.
 """
 
 from __future__ import annotations
