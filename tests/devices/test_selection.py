@@ -179,7 +179,7 @@ def test_idle_without_nvml_is_an_error_with_a_remedy() -> None:
 
 def test_resolve_agrees_with_torch() -> None:
     count = torch.accelerator.device_count()
-    assert len(detect().names()) == count
+    assert len(detect().devices()) == count
     assert len(resolve("auto").devices) == max(1, count)
     with pytest.raises(DeviceError):
         resolve(count)
@@ -188,9 +188,7 @@ def test_resolve_agrees_with_torch() -> None:
 def test_hidden_accelerators_do_not_exist() -> None:
     program = "from duoka.devices import resolve; print(*resolve('auto').devices)"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(
-        [sys.executable, "-c", program], env=environment, check=True, timeout=120, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
     assert ran.stdout.strip() == "cpu"
 
 

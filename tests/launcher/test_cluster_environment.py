@@ -56,7 +56,7 @@ def test_slurm_tasks_form_one_group_from_slurms_variables(tmp_path: Path) -> Non
         )
         for rank in range(2)
     ]
-    assert [task.wait(120) for task in tasks] == [0, 0]
+    assert [task.wait() for task in tasks] == [0, 0]
     assert (tmp_path / "out1").read_text() == "[(30.0, 0, 2), (30.0, 1, 2)] (3.0, 0, 2) 0"
 
 

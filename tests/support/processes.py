@@ -60,9 +60,9 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], timeout_s: float = 30) -> None:
+def wait_until_gone(pids: list[int]) -> None:
     """Wait until none of these processes runs; raises AssertionError when one still does."""
-    wait_until(lambda: not any(map(is_running, pids)), timeout_s)
+    wait_until(lambda: not any(map(is_running, pids)))
 
 
 def wait_for_exit(pid: int) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(predicate: Callable[[], T], timeout_s: float = 30, interval_s: float = 0.02) -> T:
+def wait_until(predicate: Callable[[], T], timeout_s: float = 120, interval_s: float = 0.02) -> T:
     """Call ``predicate`` until it returns something true, and return that; raises AssertionError after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while not (value := predicate()):

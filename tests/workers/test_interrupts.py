@@ -29,7 +29,7 @@ def test_a_stop_during_clean_up_is_replaced_by_the_workers_failure(monkeypatch) 
     def work(rank, barrier):
         if rank:
             raise KeyError("of rank 1")
-        threading.Event().wait(30)
+        threading.Event().wait(600)
         yield
 
     monkeypatch.setattr(InterruptHandler, "close", close)
