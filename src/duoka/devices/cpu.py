@@ -89,18 +89,13 @@ def core_limits(root: Path = Path("/"), affinity: int | None = None) -> Cores:
     Source: Linux kernel documentation, "Control Group v2" (``cpu.max``) and "CFS Bandwidth Control".
 
     """
-    allowed = affinity or _affinity()
+    if affinity is None:
+        affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = min(_quotas(root), default=math.inf)
-    if quota < allowed:
+    if quota < affinity:
         count = max(1, math.floor(quota))
-        return Cores(count, f"{plural(count, 'core')} (the container's quota is {quota:g} of {allowed})")
-    return Cores(allowed, plural(allowed, "core"))
-
-
-def _affinity() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return Cores(count, f"{plural(count, 'core')} (the container's quota is {quota:g} of {affinity})")
+    return Cores(affinity, plural(affinity, "core"))
 
 
 def _quotas(root: Path) -> Iterable[float]:
@@ -116,11 +111,10 @@ def _quotas(root: Path) -> Iterable[float]:
                     yield from _quota([_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")])
 
 
-def _with_parents(mount: Path, group: str) -> Iterable[Path]:
-    """Yield the folder of a control group and of all above it; in a container it may be ``mount`` itself."""
+def _with_parents(mount: Path, group: str) -> list[Path]:
+    """Return the folder of a control group and all above it; in a container it may be ``mount`` itself."""
     parts = [part for part in group.split("/") if part not in ("", "..")]
-    for length in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:length])
+    return [mount.joinpath(*parts[:length]) for length in range(len(parts), -1, -1)]
 
 
 def _quota(fields: Sequence[str]) -> Iterable[float]:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import torch
 from duoka.devices import cuda_uuids, nvml
 from duoka.devices.info import DeviceInfo
 
+_HIDING_VARIABLES = {
+    "cuda": ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+    "xpu": ("ZE_AFFINITY_MASK",),
+}
+"""Environment variables that may hide devices of a type from this process."""
 _DRIVER_TIMEOUT_S = 60.0
 """A machine with many GPUs and no persistence mode takes seconds for each GPU."""
 
@@ -28,9 +34,9 @@ class Inventory:
     note: str = ""
     """Known reason why some or all of the machine's accelerators are missing; half a sentence."""
 
-    def names(self) -> tuple[str, ...]:
-        """Return all names: ``("cuda:0", "cuda:1")``."""
-        return tuple(f"{self.type}:{index}" for index in range(self.count))
+    def devices(self, indices: Sequence[int] | None = None) -> tuple[torch.device, ...]:
+        """Return the devices with these indices; all by default."""
+        return tuple(torch.device(str(self.type), i) for i in (range(self.count) if indices is None else indices))
 
 
 def detect() -> Inventory:
@@ -39,18 +45,9 @@ def detect() -> Inventory:
     if accelerator is None:
         return Inventory(note=f"torch {torch.__version__} is built for the CPU alone")
     count = torch.accelerator.device_count()
-    note = _hidden(accelerator.type)
+    set_variables = [name for name in _HIDING_VARIABLES.get(accelerator.type, ()) if name in os.environ]
+    note = f"{set_variables[0]}={os.environ[set_variables[0]]!r} is set" if set_variables else ""
     return Inventory(accelerator.type, count, note) if count else Inventory(note=note)
-
-
-def _hidden(kind: str) -> str:
-    """Return the variable that may hide devices from this process, as half a sentence, or ``""``."""
-    names = {
-        "cuda": ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"],
-        "xpu": ["ZE_AFFINITY_MASK"],
-    }
-    variables = [name for name in names.get(kind, []) if name in os.environ]
-    return f"{variables[0]}={os.environ[variables[0]]!r} is set" if variables else ""
 
 
 def describe() -> list[DeviceInfo]:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from duoka.devices.info import DeviceInfo, DeviceProcess, Link
@@ -29,21 +29,12 @@ def read(nvml: Any, uuids: Sequence[str]) -> list[DeviceInfo] | None:
 
     ``uuids`` are in CUDA's order, without the prefix ``GPU-`` or ``MIG-``.
     """
-    try:
-        with _session(nvml):
-            handles = [_handle(nvml, uuid) for uuid in uuids]
-            return [_device_info(nvml, index, uuids[index], handles) for index in range(len(handles))]
-    except nvml.NVMLError:
-        return None
-
-
-@contextmanager
-def _session(nvml: Any) -> Iterator[None]:
-    nvml.nvmlInit()
-    try:
-        yield
-    finally:
-        nvml.nvmlShutdown()
+    with contextlib.suppress(nvml.NVMLError), contextlib.ExitStack() as session:
+        nvml.nvmlInit()
+        session.callback(nvml.nvmlShutdown)
+        handles = [_handle(nvml, uuid) for uuid in uuids]
+        return [_device_info(nvml, index, uuids[index], handles) for index in range(len(handles))]
+    return None
 
 
 def _handle(nvml: Any, uuid: str) -> Any:
@@ -86,21 +77,16 @@ def _processes(nvml: Any, handle: Any) -> tuple[DeviceProcess, ...]:
     drawing = _query(nvml, "nvmlDeviceGetGraphicsRunningProcesses", handle) or []
     if not computing and not drawing:
         return ()
-    own = _own_pids()
+    import psutil
+
+    this = psutil.Process()
+    own = {this.pid, *(child.pid for child in this.children(recursive=True))}
     found = {entry.pid: _process(entry, own, graphics=True) for entry in drawing}
     found.update({entry.pid: _process(entry, own, graphics=False) for entry in computing})
     return tuple(sorted(found.values(), key=lambda process: (-(process.memory_bytes or 0), process.pid)))
 
 
-def _own_pids() -> frozenset[int]:
-    """Return the ids of this process and its descendants."""
-    import psutil
-
-    this = psutil.Process()
-    return frozenset({this.pid, *(child.pid for child in this.children(recursive=True))})
-
-
-def _process(entry: Any, own: frozenset[int], graphics: bool) -> DeviceProcess:
+def _process(entry: Any, own: set[int], graphics: bool) -> DeviceProcess:
     import psutil
 
     try:
@@ -114,7 +100,9 @@ def _process(entry: Any, own: frozenset[int], graphics: bool) -> DeviceProcess:
 def _link(nvml: Any, handle: Any, other: Any, to: int) -> Link | None:
     """Return the connection of two GPUs: NVLink if there is one, else the path through PCIe."""
     status = _query(nvml, "nvmlDeviceGetP2PStatus", handle, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
-    if status == nvml.NVML_P2P_STATUS_OK and (lanes := _nvlinks(nvml, handle, other)):
+    address = _pci_address(_query(nvml, "nvmlDeviceGetPciInfo", other))
+    links = range(nvml.NVML_NVLINK_MAX_LINKS) if status == nvml.NVML_P2P_STATUS_OK else []
+    if lanes := sum(_leads_to(nvml, handle, number, address) for number in links):
         return Link(to, f"NV{lanes}", plural(lanes, "NVLink"))
     level = _query(nvml, "nvmlDeviceGetTopologyCommonAncestor", handle, other)
     if level is None:
@@ -131,13 +119,8 @@ def _link(nvml: Any, handle: Any, other: Any, to: int) -> Link | None:
     return Link(to, kind, description)
 
 
-def _nvlinks(nvml: Any, handle: Any, other: Any) -> int:
-    """Return the number of active NVLinks from a GPU to another one, direct or through a switch."""
-    address = _pci_address(_query(nvml, "nvmlDeviceGetPciInfo", other))
-    return sum(_leads_to(nvml, handle, number, address) for number in range(nvml.NVML_NVLINK_MAX_LINKS))
-
-
 def _leads_to(nvml: Any, handle: Any, number: int, address: tuple[int, int, int] | None) -> bool:
+    """Return whether an NVLink is active and leads to the GPU at ``address``, direct or through a switch."""
     if not _query(nvml, "nvmlDeviceGetNvLinkState", handle, number):
         return False
     if _query(nvml, "nvmlDeviceGetNvLinkRemoteDeviceType", handle, number) == nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH:

@@ -64,39 +64,20 @@ def resolve(spec: DeviceSpec = "auto") -> DeviceSelection:
 def select(request: DeviceRequest, inventory: Inventory, get_usage: GetUsage) -> DeviceSelection:
     """Resolve a request on a machine with these accelerators; ``get_usage`` returns their use by other programs."""
     if request.kind == "cpu":
-        return _cpu(request.count or 1)
+        count = request.count or 1
+        reason = "cpu was requested." if count == 1 else f"{count} CPU workers were requested."
+        return DeviceSelection((torch.device("cpu"),) * count, reason)
     if request.kind == "index":
         return _by_index(request, inventory)
     if request.kind == "idle" and (inventory.count or request.count):
         return _idle(request, inventory, get_usage)
     if inventory.count and request.type in (None, inventory.type):
-        reason = f"{request.text} selects {_every(inventory)}."
-        return DeviceSelection(_devices(inventory, range(inventory.count)), reason)
-    if inventory.count:
-        raise DeviceError(_not_there(request, inventory, str(request.type)))
-    if request.type or request.text.lower() == "gpu":  # not the CPU because of a broken driver
-        raise DeviceError(_not_there(request, inventory, request.text))
-    return _fall_back(request, inventory)
-
-
-def _devices(inventory: Inventory, indices: Sequence[int]) -> tuple[torch.device, ...]:
-    return tuple(torch.device(str(inventory.type), index) for index in indices)
-
-
-def _every(inventory: Inventory) -> str:
-    names = join_names(inventory.names())
-    return f"the one accelerator, {names}" if inventory.count == 1 else f"all {inventory.count} accelerators: {names}"
-
-
-def _cpu(count: int) -> DeviceSelection:
-    reason = "cpu was requested." if count == 1 else f"{count} CPU workers were requested."
-    return DeviceSelection((torch.device("cpu"),) * count, reason)
-
-
-def _fall_back(request: DeviceRequest, inventory: Inventory) -> DeviceSelection:
-    """Select the CPU if ``auto``, ``all`` or ``idle`` finds no accelerator; only ``auto`` does so without a warning."""
-    cause = f" ({inventory.note})" if inventory.note else ""
-    reason = f"{request.text} selects the CPU, because no accelerator was found{cause}."
+        devices = inventory.devices()
+        which = "the one accelerator, " if len(devices) == 1 else f"all {len(devices)} accelerators: "
+        return DeviceSelection(devices, f"{request.text} selects {which}{join_names(devices)}.")
+    if inventory.count or request.type or request.text.lower() == "gpu":  # not the CPU because of a broken driver
+        raise _not_there(request, inventory, request.type if inventory.count else request.text)
+    reason = f"{request.text} selects the CPU, because no accelerator was found{_note(inventory)}."
     if request.kind != "auto":
         logger.warning("device %s", reason)
     return DeviceSelection((torch.device("cpu"),), reason)
@@ -108,42 +89,39 @@ def _by_index(request: DeviceRequest, inventory: Inventory) -> DeviceSelection:
     if missing:
         kind = request.type or inventory.type
         absent = [f"{kind}:{index}" if kind else str(index) for index in dict.fromkeys(missing)]
-        raise DeviceError(_not_there(request, inventory, join_names(_shortened(absent))))
-    names = [f"{inventory.type}:{index}" for index in request.indices]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+        more = [f"{len(absent) - _MAX_LISTED} more"] if len(absent) > _MAX_LISTED else []
+        raise _not_there(request, inventory, join_names([*absent[:_MAX_LISTED], *more]))
+    devices = inventory.devices(request.indices)
+    if repeated := sorted({str(device) for device in devices if devices.count(device) > 1}):
         logger.warning(
             "device %r names %s more than once: several ranks share it, over gloo. Use this for tests only; it is slower.",
             request.text,
             join_names(repeated),
         )
-    verb = "was" if len(names) == 1 else "were"
-    return DeviceSelection(_devices(inventory, request.indices), f"{join_names(names)} {verb} requested.")
+    return DeviceSelection(devices, f"{join_names(devices)} {'was' if len(devices) == 1 else 'were'} requested.")
 
 
-def _shortened(names: list[str]) -> list[str]:
-    more = len(names) - _MAX_LISTED
-    return [*names[:_MAX_LISTED], f"{more} more"] if more > 0 else names
+def _note(inventory: Inventory) -> str:
+    return f" ({inventory.note})" if inventory.note else ""
 
 
-def _not_there(request: DeviceRequest, inventory: Inventory, names: str) -> str:
-    """Return the message for devices that do not exist."""
-    note = f" ({inventory.note})" if inventory.note else ""
+def _not_there(request: DeviceRequest, inventory: Inventory, names: str | None) -> DeviceError:
+    """Return the error for devices that do not exist."""
     if inventory.count:
-        existing = f"this machine has {join_names(inventory.names())}"
+        existing = f"this machine has {join_names(inventory.devices())}"
         remedy = f"0 to {inventory.count - 1}" if inventory.count > 1 else "'0'"
     else:
         existing, remedy = "this machine has no accelerator", "'cpu', 'cpu:2' for practice"
     missing = "" if request.text == names else f": {names}"
-    return (
-        f"device {request.text!r} does not exist{missing}; {existing}{note}. "
+    return DeviceError(
+        f"device {request.text!r} does not exist{missing}; {existing}{_note(inventory)}. "
         f"Write {remedy}, or 'auto'; `duoka devices` lists the devices."
     )
 
 
 def _idle(request: DeviceRequest, inventory: Inventory, get_usage: GetUsage) -> DeviceSelection:
+    existing = join_names(inventory.devices()) if inventory.count else "no accelerator"
     if request.count and request.count > inventory.count:
-        existing = join_names(inventory.names()) if inventory.count else "no accelerator"
         raise DeviceError(
             f"device {request.text!r} needs {request.count}, but this machine has {existing}. "
             "Write a smaller number or 'auto'."
@@ -151,39 +129,28 @@ def _idle(request: DeviceRequest, inventory: Inventory, get_usage: GetUsage) -> 
     facts = get_usage()
     if facts is None:
         raise DeviceError(
-            f"device {request.text!r} needs NVML, which knows the processes on {join_names(inventory.names())}. "
+            f"device {request.text!r} needs NVML, which knows the processes on {existing}. "
             "Install nvidia-ml-py and an NVIDIA driver, or name the devices by number."
         )
-    return _least_used(request, inventory, facts) if request.count else _all_idle(request, inventory, facts)
-
-
-def _all_idle(request: DeviceRequest, inventory: Inventory, facts: Sequence[DeviceInfo]) -> DeviceSelection:
     uses = {fact.index or 0: _use(fact) for fact in facts}
-    free = [index for index, use in uses.items() if use is None]
-    busy = [f"{inventory.type}:{index} {use}" for index, use in uses.items() if use is not None]
-    if not free:
-        raise DeviceError(
-            f"device {request.text!r}: no accelerator is idle: {'; '.join(busy)}. "
-            "Write 'idle:1' for the least used, name devices by number, or wait."
-        )
-    rest = f" ({'; '.join(busy)})" if busy else ""
-    names = join_names([f"{inventory.type}:{index}" for index in free])
-    return DeviceSelection(
-        _devices(inventory, free), f"{request.text} selects {names}, which no other program uses{rest}."
-    )
-
-
-def _least_used(request: DeviceRequest, inventory: Inventory, facts: Sequence[DeviceInfo]) -> DeviceSelection:
-    ranked = sorted(facts, key=_load)[: request.count]
-    chosen = sorted(ranked, key=lambda fact: fact.index or 0)
-    shared = [f"{fact.device} {use}" for fact in chosen if (use := _use(fact)) is not None]
-    if shared:
-        logger.warning("device %r selects devices that are in use: %s.", request.text, "; ".join(shared))
-    rest = f", although {'; '.join(shared)}" if shared else ", which no other program uses"
-    names = join_names([fact.device for fact in chosen])
-    return DeviceSelection(
-        _devices(inventory, [fact.index or 0 for fact in chosen]), f"{request.text} selects {names}{rest}."
-    )
+    in_use = {index: f"{inventory.type}:{index} {use}" for index, use in uses.items() if use is not None}
+    if not request.count:
+        chosen = [index for index in uses if index not in in_use]
+        others = "; ".join(in_use.values())
+        if not chosen:
+            raise DeviceError(
+                f"device {request.text!r}: no accelerator is idle: {others}. "
+                "Write 'idle:1' for the least used, name devices by number, or wait."
+            )
+        rest = f", which no other program uses{f' ({others})' if others else ''}"
+    else:
+        chosen = sorted(fact.index or 0 for fact in sorted(facts, key=_load)[: request.count])
+        shared = "; ".join(in_use[index] for index in chosen if index in in_use)
+        if shared:
+            logger.warning("device %r selects devices that are in use: %s.", request.text, shared)
+        rest = f", although {shared}" if shared else ", which no other program uses"
+    devices = inventory.devices(chosen)
+    return DeviceSelection(devices, f"{request.text} selects {join_names(devices)}{rest}.")
 
 
 def _load(fact: DeviceInfo) -> tuple[bool, int, float, int]:

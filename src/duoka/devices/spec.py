@@ -20,10 +20,13 @@ GRAMMAR = "'auto', 'all', '0', '0,1', '0-3', 'cuda:1', 'cpu', 'cpu:4', 'idle', '
 
 Kind = Literal["auto", "all", "index", "cpu", "idle"]
 
-_ANY_ACCELERATOR = frozenset({"all", "gpu"})
-_ACCELERATORS = frozenset({"cuda", "hpu", "mps", "mtia", "npu", "xpu"})
-_ALIASES = {"hip": "cuda", "rocm": "cuda"}  # torch names an AMD GPU "cuda"
-_NAMES = sorted({"auto", "cpu", "idle"} | _ANY_ACCELERATOR | _ACCELERATORS)
+_ACCELERATORS: dict[str, str | None] = {
+    **{name: name for name in ("cuda", "hpu", "mps", "mtia", "npu", "xpu")},
+    **dict.fromkeys(("hip", "rocm"), "cuda"),
+    **dict.fromkeys(("all", "gpu"), None),
+}
+"""Names of accelerators, and their type in torch, which names an AMD GPU "cuda"; ``None`` for any type."""
+_NAMES = sorted({"auto", "cpu", "idle", *_ACCELERATORS} - {"hip", "rocm"})
 _MAX_DEVICES = 1024
 """Limit for typing errors such as ``0-999999999``."""
 
@@ -105,26 +108,19 @@ def _parse_item(item: str, text: str) -> DeviceRequest:
     item = item.strip()
     if numbers := re.fullmatch(r"(?:([a-z]+):)?([0-9]{1,4})(?:-([0-9]{1,4}))?", item):
         name, first, last = numbers.groups()
-        if name is None or _is_accelerator(name):
-            return DeviceRequest(text, "index", _type(name), _range(int(first), int(last or first), text))
+        if name is None or name in _ACCELERATORS:
+            kind = _ACCELERATORS[name] if name else None
+            return DeviceRequest(text, "index", kind, _range(int(first), int(last or first), text))
         if name in ("cpu", "idle") and last is None:
             return DeviceRequest(text, "cpu" if name == "cpu" else "idle", count=_count(name, int(first), text))
     if item in ("auto", "idle"):
         return DeviceRequest(text, "auto" if item == "auto" else "idle")
     if item == "cpu":
         return DeviceRequest(text, "cpu", count=1)
-    if _is_accelerator(item):
-        return DeviceRequest(text, "all", _type(item))
-    raise _syntax_error(item, text)
-
-
-def _is_accelerator(name: str) -> bool:
-    return name in _ANY_ACCELERATOR | _ACCELERATORS | _ALIASES.keys()
-
-
-def _type(name: str | None) -> str | None:
-    """Return torch's name of an accelerator type; ``None`` for any."""
-    return None if name is None or name in _ANY_ACCELERATOR else _ALIASES.get(name, name)
+    if item in _ACCELERATORS:
+        return DeviceRequest(text, "all", _ACCELERATORS[item])
+    where = f"device {text!r}" if item == text.lower() else f"device {text!r}, entry {item!r},"
+    raise DeviceError(f"{where} is not valid{_hint(item)} Write {GRAMMAR}.")
 
 
 def _range(first: int, last: int, text: str) -> tuple[int, ...]:
@@ -159,13 +155,8 @@ def _join(parts: list[DeviceRequest], text: str) -> DeviceRequest:
     return DeviceRequest(text, "index", next(iter(types), None), tuple(i for part in parts for i in part.indices))
 
 
-def _syntax_error(item: str, text: str) -> DeviceError:
-    """Return the error for an entry that is not of the grammar, with a suggestion."""
-    where = f"device {text!r}" if item == text.lower() else f"device {text!r}, entry {item!r},"
-    return DeviceError(f"{where} is not valid{_hint(item)} Write {GRAMMAR}.")
-
-
 def _hint(item: str) -> str:
+    """Return the suggestion for an entry that is not of the grammar."""
     if not item:
         return ": a name is empty."
     if re.fullmatch(r"(?:[a-z]+:)?-[0-9]+", item):
@@ -174,7 +165,7 @@ def _hint(item: str) -> str:
         return f": a range has two ends. Did you mean '{incomplete[1]}'?"
     if joined := re.fullmatch(r"([a-z]+)[ _-]?([0-9]{1,4})s?", item):
         name, number = joined.groups()
-        if _is_accelerator(name):
+        if name in _ACCELERATORS:
             return f": did you mean '{number}'?"
         if name in ("cpu", "idle"):
             return f": did you mean '{name}:{number}'?"
