@@ -91,15 +91,18 @@ def read_experiment(
         raise ConfigError(f"unknown key `{unknown[0]}` in {where}: there is {', '.join(KEYS)}")
     if not isinstance(document.get("recipe"), str):
         raise ConfigError(f"{where} does not say which recipe it compares: add the line `recipe: tiny-imagenet`")
-    registry.find_recipe(document["recipe"])
-    base = _base(document, where, changes or {})
+    recipe = document["recipe"]
+    kind = registry.find_recipe(recipe).Config
+    base: dict[str, Any] = {}
+    for options, place in ((_mapping(document, "base", where), f"`base` of {where}"), (changes or {}, COMMAND_LINE)):
+        _reject_reserved(options, place)
+        base |= parse_options(kind, options, place, recipe=recipe)
     variants = _apply_sweeps(_variants(document, where, bool(sweep)), sweep)
     baseline = str(document.get("baseline", next(iter(variants))))
     if baseline not in variants:
         raise ConfigError(f"`baseline` is {baseline!r} in {where}: it must be a variant: {', '.join(variants)}")
     name = str(document.get("name", Path(source).stem))
     folder = Path(out) / "compare" / _safe(name)
-    kind, recipe = registry.find_recipe(document["recipe"]).Config, document["recipe"]
     parsed = {name: parse_options(kind, own, f"the variant {name!r}", recipe=recipe) for name, own in variants.items()}
     trials = tuple(
         Trial(recipe, variant, seed, {**base, **options}, folder / f"{_safe(variant)}-seed{seed}")
@@ -110,24 +113,11 @@ def read_experiment(
         raise ConfigError(f"two variants in {where} have names that differ by punctuation only: rename one")
     for trial in trials:
         _check_trial(trial)
-    metric, better = document.get("metric", "accuracy"), document.get("better")
+    metric, better = str(document.get("metric", "accuracy")), document.get("better")
     if better not in (None, "higher", "lower"):
         raise ConfigError(f"`better` is {better!r} in {where}: it must be higher or lower")
-    return ExperimentSpec(
-        name, folder, trials, baseline, str(metric), "loss" not in str(metric) if better is None else better == "higher"
-    )
-
-
-def _base(document: Mapping[str, Any], where: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of all variants; those of the command line override the file's."""
-    kind, base = registry.find_recipe(document["recipe"]).Config, _mapping(document, "base", where)
-    for options, place in ((base, f"`base` of {where}"), (changes, COMMAND_LINE)):
-        _reject_reserved(options, place)
-    recipe = document["recipe"]
-    return {
-        **parse_options(kind, base, f"`base` of {where}", recipe=recipe),
-        **parse_options(kind, changes, COMMAND_LINE, recipe=recipe),
-    }
+    higher = "loss" not in metric if better is None else better == "higher"
+    return ExperimentSpec(name, folder, trials, baseline, metric, higher)
 
 
 def _reject_reserved(options: Mapping[str, Any], where: str) -> None:

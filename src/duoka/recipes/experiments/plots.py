@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from duoka.utils.figures import BLUE, GREY, ORANGE, figure_file
+from duoka.utils.figures import BLUE, GREY, ORANGE, figure_file, hide_frame
 
 Named = Sequence[tuple[str, Sequence[float]]]
 """Variants and their values, one per seed."""
@@ -58,7 +58,7 @@ def plot_curves(path: Path, metric: str, named: Sequence[tuple[str, Sequence[Seq
         axes.set(xlabel="epoch", ylabel=metric, title=f"{metric} in evaluation")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(visible=True, alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        hide_frame(axes)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
 
 
@@ -107,4 +107,4 @@ def _seeds(named: Named) -> str:
 def _label_axes(axes: Any, names: Sequence[str], title: str, label: str) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label, title=title)
-    axes.spines[["top", "right"]].set_visible(False)
+    hide_frame(axes)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from duoka.recipes.experiments import plots
-from duoka.recipes.experiments.experiment_spec import ExperimentSpec, Trial
+from duoka.recipes.experiments.experiment_spec import ExperimentSpec
 from duoka.recipes.experiments.trial_run import finished_run, read_history
 from duoka.utils.files import atomic_write
 from duoka.utils.text import format_duration
@@ -36,23 +36,19 @@ class ResultRow:
 
 def result_rows(spec: ExperimentSpec) -> list[ResultRow]:
     """Return a row for each variant that has a finished run."""
-    rows = []
-    for variant in spec.variants:
-        trials = [trial for trial in spec.trials if trial.variant == variant]
-        if row := _result_row(spec, variant, trials):
-            rows.append(row)
-    return rows
+    rows = (_result_row(spec, variant) for variant in spec.variants)
+    return [row for row in rows if row is not None]
 
 
-def _result_row(spec: ExperimentSpec, variant: str, trials: Sequence[Trial]) -> ResultRow | None:
+def _result_row(spec: ExperimentSpec, variant: str) -> ResultRow | None:
     key = f"val_{spec.metric}"
+    trials = [trial for trial in spec.trials if trial.variant == variant]
     histories = [history for trial in trials if (history := read_history(trial))]
     curves = [[(r["epoch"], float(r[key])) for r in history if key in r] for history in histories]
     curves = [curve for curve in curves if curve]
     if not curves:
         return None
-    runs = (finished_run(trial) for trial in trials)
-    run = next(run for run in runs if run is not None)
+    run = next(run for trial in trials if (run := finished_run(trial)))
     return ResultRow(
         variant,
         [(max if spec.higher else min)(value for _, value in curve) for curve in curves],
@@ -100,6 +96,5 @@ def write_summary(spec: ExperimentSpec, rows: Sequence[ResultRow]) -> Path:
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
