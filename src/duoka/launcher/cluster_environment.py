@@ -10,11 +10,11 @@ import subprocess
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # first imported while a group exists, it would keep that group for good
 
 from duoka.devices.selection import resolve
 from duoka.devices.spec import DeviceSpec, parse
 from duoka.errors import LaunchError
+from duoka.launcher.rank_context import backend_for
 from duoka.log import logger
 from duoka.utils.text import plural
 from duoka.world import World
@@ -50,12 +50,7 @@ def join_process_group(spec: DeviceSpec, timeout_s: float) -> World:
         torch.accelerator.set_device_index(device)
     if not dist.is_initialized():
         logger.info("joining a job as rank %s of %s", os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
-        dist.init_process_group(
-            "gloo"
-            if device.type == "cpu"
-            else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}",
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        dist.init_process_group(backend_for([device]), timeout=datetime.timedelta(seconds=timeout_s))
         atexit.register(_leave_process_group)
     return World(dist.get_rank(), dist.get_world_size(), device, local_rank, local_size)
 
@@ -83,12 +78,12 @@ def _device(spec: DeviceSpec, local_rank: int, local_size: int) -> torch.device:
     chosen = resolve(spec).devices
     if one_for_all or chosen[0].type == "cpu":
         return chosen[0]
-    if local_rank >= len(chosen):
-        raise LaunchError(
-            f"this process has local rank {local_rank}, but its machine has {plural(len(chosen), 'accelerator')}. "
-            f"Start at most {len(chosen)} processes on it (torchrun --nproc-per-node {len(chosen)})"
-        )
-    return chosen[local_rank]
+    if local_rank < len(chosen):
+        return chosen[local_rank]
+    raise LaunchError(
+        f"this process has local rank {local_rank}, but its machine has {plural(len(chosen), 'accelerator')}. "
+        f"Start at most {len(chosen)} processes on it (torchrun --nproc-per-node {len(chosen)})"
+    )
 
 
 def _slurm_tasks() -> int:

@@ -19,6 +19,7 @@ from duoka.devices.cpu import threads_per_rank
 from duoka.utils.rng_state import rng_state, seed_all, set_rng_state
 from duoka.utils.torch_private import abort_default_process_group, set_default_group_timeout
 from duoka.workers.exceptions import call_user_code
+from duoka.workers.process_context import restore_environment
 from duoka.workers.rendezvous import CONNECT_TIMEOUT, LOOPBACK_ENVIRONMENT, NO_WATCHDOG_ENVIRONMENT, file_store
 from duoka.world import World, use_world
 
@@ -44,20 +45,13 @@ def rank_contexts(devices: Sequence[torch.device], timeout_s: float) -> Iterator
     The ranks exchange addresses in a file of that folder, which takes no port and which other users cannot read. Each
     launch has a new path, because torch's store opens its path again when it is freed, at any later time.
     """
-    size, backend, seed = len(devices), _backend(devices), _base_seed()
+    size, seed = len(devices), _base_seed()
     threads = threads_per_rank(size) if size > 1 else torch.get_num_threads()
-    with _rendezvous_dir() if size > 1 else contextlib.nullcontext() as folder:
-        yield [
-            RankContext(
-                World(rank, size, device, rank, size),
-                folder,
-                backend,
-                timeout_s,
-                threads,
-                seed + rank if rank else None,
-            )
-            for rank, device in enumerate(devices)
-        ]
+    private_dir = tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True) if size > 1 else None
+    with private_dir or contextlib.nullcontext() as folder:
+        worlds = [World(rank, size, device, rank, size) for rank, device in enumerate(devices)]
+        shared = (folder, backend_for(devices), timeout_s, threads)
+        yield [RankContext(world, *shared, seed + world.rank if world.rank else None) for world in worlds]
 
 
 @contextlib.contextmanager
@@ -94,7 +88,7 @@ def preserve_process_state(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        _restore_environment(environment)
+        restore_environment(environment)
         sys.excepthook = excepthook
         torch.set_num_threads(threads)
         _set_current_device(device)
@@ -110,18 +104,18 @@ def _set_current_device(device: torch.device) -> None:
         torch.empty(0, device=device)
 
 
-def _restore_environment(environment: dict[str, str]) -> None:
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
-    for name, value in environment.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
-
-
 @contextlib.contextmanager
 def _process_group(context: RankContext) -> Iterator[None]:
+    """Create the group, with the variables that code written for torchrun reads and connections on loopback."""
     world = context.world
-    os.environ.update(_variables(world))
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(world.local_rank),
+        LOCAL_WORLD_SIZE=str(world.local_size),
+        **LOOPBACK_ENVIRONMENT,
+        **NO_WATCHDOG_ENVIRONMENT,
+    )
     dist.init_process_group(
         context.backend,
         store=file_store(context.rendezvous_dir, world.size),
@@ -141,28 +135,12 @@ def _process_group(context: RankContext) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _variables(world: World) -> dict[str, str]:
-    """Return the variables that code written for torchrun reads, and those that keep connections on loopback."""
-    return {
-        "RANK": str(world.rank),
-        "WORLD_SIZE": str(world.size),
-        "LOCAL_RANK": str(world.local_rank),
-        "LOCAL_WORLD_SIZE": str(world.local_size),
-        **LOOPBACK_ENVIRONMENT,
-        **NO_WATCHDOG_ENVIRONMENT,
-    }
-
-
-def _backend(devices: Sequence[torch.device]) -> str:
+def backend_for(devices: Sequence[torch.device]) -> str:
     """Return gloo for CPU tensors, with the accelerator's own backend unless NCCL would refuse a repeated device."""
     kind = devices[0].type
     if kind in ("cpu", "mps") or len(set(devices)) < len(devices):
         return "gloo"
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-
-
-def _rendezvous_dir() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True)
 
 
 def _base_seed() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from duoka.workers.pool import close_workers
 from duoka.workers.run_on_all import run_on_all
-from duoka.workers.worker_session import WorkerChannel, WorkerSession
+from duoka.workers.worker_main import WorkerChannel
+from duoka.workers.worker_session import WorkerSession
 
 __all__ = ["WorkerChannel", "WorkerSession", "close_workers", "run_on_all"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from duoka.errors import DuokaError
-from duoka.workers.serialization import Payload, dumps, loads
+from duoka.workers.serialization import Payload, dumps, load_and_close, loads
 
 T = TypeVar("T")
 
@@ -36,13 +37,18 @@ class RemoteError(DuokaError):
 def serialize_exception(error: BaseException) -> Payload:
     """Pickle ``error`` and the text of its traceback and of those of its causes."""
     text = "".join(traceback.format_exception(type(error), error, strip_internal_frames(error.__traceback__)))
-    for candidate in (error, _ByParts(error), RemoteError(f"{type(error).__qualname__}: {error}")):
-        try:
-            payload = dumps((candidate, text))
+
+    def by_parts(obj: Any) -> Any:  # for a class whose constructor has other arguments than the exception
+        return (_from_parts, (type(obj), obj.args, obj.__dict__)) if obj is error else NotImplemented
+
+    text_only = RemoteError(f"{type(error).__qualname__}: {error}")
+    for candidate, replace in ((error, None), (error, by_parts), (text_only, None)):
+        with contextlib.suppress(Exception), contextlib.ExitStack() as unless_returned:
+            payload = dumps((candidate, text), replace)
+            unless_returned.callback(payload.close)
             loads(payload, torch.device("cpu"))
-        except Exception:
-            continue
-        return payload
+            unless_returned.pop_all()
+            return payload
     raise AssertionError("text can always be pickled")
 
 
@@ -50,11 +56,9 @@ def deserialize_exception(payload: Payload, rank: int, device: str, receiver: to
     """Rebuild the exception, with the worker's traceback as its cause."""
     error: BaseException
     try:
-        error, text = loads(payload, receiver)
+        error, text = load_and_close(payload, receiver)
     except Exception as failure:  # the sender can rebuild the class, and this process cannot
         error, text = RemoteError(f"an exception that cannot be rebuilt in this process: {failure}"), ""
-    finally:
-        payload.close()
     error.__cause__ = RemoteTraceback(f"Traceback of rank {rank} ({device}):\n{text}")
     return error
 
@@ -78,16 +82,6 @@ def is_secondary_failure(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "closed by peer"))
-
-
-class _ByParts:
-    """Pickles an exception by class, arguments and attributes, for a class whose constructor has other arguments."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _from_parts, (type(self.error), self.error.args, self.error.__dict__)
 
 
 def _from_parts(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:

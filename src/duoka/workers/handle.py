@@ -1,15 +1,17 @@
-"""The owner's handle of one worker process: start, channel, output, death and end."""
+"""The owner's handle of one worker process: start, channel, output, death and end; and the events of several."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +19,9 @@ from duoka.errors import LaunchError, WorkerDied
 from duoka.malloc import with_large_pages
 from duoka.workers.channel import Channel, Message
 
+Event = Literal["signal", "output", "message", "death"]
+_EVENT_ORDER: tuple[Event, ...] = ("signal", "output", "message", "death")
+"""Deaths come last, because a worker may have sent a message before it died."""
 _KEPT_OUTPUT_BYTES = 1 << 16
 _SHOWN_LINES = 20
 _END_TIMEOUT_S = 5.0
@@ -33,6 +38,7 @@ class WorkerHandle:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rank = -1  # the pool sets it for each use
+        self.start_key: tuple[str, ...] = ()  # the pool's: device and variables with which the worker started
         self._output = bytearray()
         own_end, worker_end = socket.socketpair()
         reading, writing = os.pipe()
@@ -120,6 +126,33 @@ class WorkerHandle:
         with contextlib.suppress(IndexError):  # pop() gives each descriptor to one thread, should two close at once
             while True:
                 os.close(self._open_fds.pop())
+
+
+class EventSelector:
+    """Waits for events of workers, and of a ``signal_source`` if there is one."""
+
+    def __init__(self, workers: Sequence[WorkerHandle], signal_source: Any = None) -> None:
+        self._workers = workers
+        self._selector = selectors.DefaultSelector()
+        sources: list[tuple[Any, Event, WorkerHandle | None]] = [(signal_source, "signal", None)]
+        for worker in workers:
+            sources.append((worker.channel, "message", worker))
+            sources.append((worker.output_fd, "output", worker))
+            sources.append((worker.death_fd, "death", worker))
+        for source, event, owner in sources:
+            if source is not None:
+                self._selector.register(source, selectors.EVENT_READ, (event, owner))
+
+    def select(self, timeout_s: float) -> list[tuple[Event, Any]]:
+        """Return the events that are ready, each with its worker; an empty list after ``timeout_s``."""
+        ready = [key.data for key, _ in self._selector.select(timeout_s)]
+        if not ready:  # systems without pidfd do not announce a death
+            ready = [("death", worker) for worker in self._workers if not worker.is_alive()]
+        return sorted(ready, key=lambda event: _EVENT_ORDER.index(event[0]))
+
+    def close(self) -> None:
+        """Stop selecting; the workers stay open."""
+        self._selector.close()
 
 
 def _spawn(channel_fd: int, output_fd: int) -> subprocess.Popen[bytes]:

@@ -35,13 +35,11 @@ class InterruptHandler:
         self._stopped = False
         self._previous: Any = None
         self._previous_wakeup = -1
-        self._reader: socket.socket | None = None
-        self._writer: socket.socket | None = None
-
-    def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
+
+    def __enter__(self) -> Self:
         self._open = True
         previous = signal.getsignal(signal.SIGINT)
         is_python_handler = callable(previous) or previous is signal.SIG_IGN
@@ -56,11 +54,9 @@ class InterruptHandler:
         self.close()
         _active.discard(self)
         if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            signal.set_wakeup_fd(self._previous_wakeup)
-        for end in (self._reader, self._writer):
-            if end is not None:
-                end.close()
+            self.restore_signals()
+        self._reader.close()
+        self._writer.close()
 
     def close(self) -> None:
         """Raise nothing in the caller's thread from now on; signals are noted only."""
@@ -69,20 +65,18 @@ class InterruptHandler:
             if self._stopped and self._previous is None:  # cancel an exception that has not been raised yet
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
 
-    def restore_in_child(self) -> None:
-        """Restore the signal handler in a forked child, whose signals the parent would read otherwise."""
-        with contextlib.suppress(ValueError):  # not the child's main thread
+    def restore_signals(self) -> None:
+        """Restore the earlier signal handler, in a forked child too: the parent would read its signals otherwise."""
+        with contextlib.suppress(ValueError):  # a child's main thread may be another one
             signal.signal(signal.SIGINT, self._previous)
             signal.set_wakeup_fd(self._previous_wakeup)
 
     def fileno(self) -> int:
         """Return the descriptor that is readable after a signal."""
-        assert self._reader is not None
         return self._reader.fileno()
 
     def read_signals(self) -> bool:
         """Forward the signals to an earlier wake-up descriptor; return whether Ctrl-C raises KeyboardInterrupt."""
-        assert self._reader is not None
         with contextlib.suppress(BlockingIOError):
             numbers = self._reader.recv(4096)
             if self._previous_wakeup >= 0:
@@ -119,9 +113,8 @@ _active: weakref.WeakSet[InterruptHandler] = weakref.WeakSet()
 
 @functools.cache
 def _register_fork_hook() -> None:
-    os.register_at_fork(after_in_child=_restore_all_in_child)
+    def restore_all() -> None:
+        for handler in list(_active):
+            handler.restore_signals()
 
-
-def _restore_all_in_child() -> None:
-    for handler in list(_active):
-        handler.restore_in_child()
+    os.register_at_fork(after_in_child=restore_all)

@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from duoka.workers.channel import Message
-from duoka.workers.event_selector import EventSelector
 from duoka.workers.exceptions import SECONDARY_FAILURE_WAIT_S, deserialize_exception
-from duoka.workers.handle import WorkerHandle
+from duoka.workers.handle import EventSelector, WorkerHandle
 from duoka.workers.interrupts import InterruptHandler
 from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload
@@ -41,7 +39,7 @@ class WorkerMonitor:
         self._show_output = show_output
         self._received: dict[str, dict[int, Payload]] = {READY_FOR_RENDEZVOUS: {}, "done": {}, "idle": {}}
         self._unread: list[Payload] = []
-        self._secondary: tuple[WorkerHandle, Message, float] | None = None
+        self._secondary: tuple[BaseException, float] | None = None
         self._ended = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="duoka-monitor", daemon=True)
@@ -111,7 +109,8 @@ class WorkerMonitor:
                     self._fail(worker.death())
             if self._ended:
                 return
-            self._check_timeouts()
+            if self._secondary is not None and time.monotonic() > self._secondary[1]:
+                self._fail(self._secondary[0])
 
     def _on_signal(self) -> None:
         if self._interrupts.read_signals():
@@ -124,13 +123,14 @@ class WorkerMonitor:
         except EOFError:
             self._fail(worker.death())
             return
-        if message.kind == "failed":
-            self._fail(self._exception(worker, message))
+        if message.kind in ("failed", "secondary_failure"):
+            error = deserialize_exception(message.payload, worker.rank, worker.label, self._receiver)
+            if message.kind == "failed":
+                self._fail(error)
+            else:
+                self._secondary = self._secondary or (error, time.monotonic() + SECONDARY_FAILURE_WAIT_S)
             return
         self._unread.append(message.payload)
-        if message.kind == "secondary_failure":
-            self._secondary = self._secondary or (worker, message, time.monotonic() + SECONDARY_FAILURE_WAIT_S)
-            return
         self._received[message.kind][worker.rank] = message.payload
         self._notify()
 
@@ -139,15 +139,6 @@ class WorkerMonitor:
         if self._show_output:
             label = f"[rank {worker.rank} {worker.label}]"
             _write("".join(f"{label} {line}\n" for line in text.splitlines()))
-
-    def _check_timeouts(self) -> None:
-        if self._secondary is not None and time.monotonic() > self._secondary[2]:
-            worker, message, _ = self._secondary
-            self._unread.remove(message.payload)
-            self._fail(self._exception(worker, message))
-
-    def _exception(self, worker: WorkerHandle, message: Message) -> BaseException:
-        return deserialize_exception(message.payload, worker.rank, worker.label, self._receiver)
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure, kill the workers, and stop rank 0 in any state."""

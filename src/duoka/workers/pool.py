@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -28,19 +27,14 @@ _READ_AT_START = (
 """Environment variables that a process reads once: a worker that started with other values is not reused."""
 
 
-class _Idle(NamedTuple):
-    key: tuple[str, ...]
-    sources: dict[str, int]
-    worker: WorkerHandle
-
-
 class _Pool:
     """Idle and acquired workers. A process has one pool, which registers nothing before its first worker."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[_Idle] = []
-        self._acquired: dict[WorkerHandle, tuple[str, ...]] = {}
+        self._acquired: set[WorkerHandle] = set()
+        self._idle: dict[WorkerHandle, dict[str, int]] = {}
+        """Each worker, with the user's source files and their write times when its last task ended."""
         self._is_registered = False
 
     def acquire(self, devices: Sequence[torch.device]) -> list[WorkerHandle]:
@@ -62,11 +56,11 @@ class _Pool:
         sources = _user_sources() if reusable else {}
         with self._lock:
             for worker in workers:
-                key = self._acquired.pop(worker, None)
-                if reusable and key is not None and worker.is_alive():
-                    self._idle.append(_Idle(key, sources, worker))
+                if reusable and worker in self._acquired and worker.is_alive():
+                    self._idle[worker] = sources
                 else:
                     worker.close()
+                self._acquired.discard(worker)
 
     def close(self) -> None:
         """Kill every worker, acquired ones too."""
@@ -75,14 +69,14 @@ class _Pool:
                 worker.close()
 
     def _reuse(self, device: torch.device) -> WorkerHandle | None:
-        key = _key(device)
+        key = _start_key(device)
         with self._lock:
-            for entry in [entry for entry in self._idle if entry.key == key]:
-                self._idle.remove(entry)
-                if entry.worker.is_alive() and not _have_changed(entry.sources):
-                    self._acquired[entry.worker] = key
-                    return entry.worker
-                entry.worker.close()
+            for worker in [worker for worker in self._idle if worker.start_key == key]:
+                sources = self._idle.pop(worker)
+                if worker.is_alive() and all(_write_time_ns(file) == time for file, time in sources.items()):
+                    self._acquired.add(worker)
+                    return worker
+                worker.close()
         return None
 
     def _start(self, device: torch.device) -> WorkerHandle:
@@ -92,7 +86,8 @@ class _Pool:
                 os.register_at_fork(after_in_child=self._detach_in_child)
                 self._is_registered = True
             worker = WorkerHandle(device)
-            self._acquired[worker] = _key(device)
+            worker.start_key = _start_key(device)
+            self._acquired.add(worker)
             return worker
 
     def _close_at_exit(self) -> None:
@@ -111,13 +106,13 @@ class _Pool:
             worker.detach()
 
     def _take_all(self) -> list[WorkerHandle]:
-        workers = [*(entry.worker for entry in self._idle), *self._acquired]
+        workers = [*self._idle, *self._acquired]
         self._idle.clear()
         self._acquired.clear()
         return workers
 
 
-def _key(device: torch.device) -> tuple[str, ...]:
+def _start_key(device: torch.device) -> tuple[str, ...]:
     return (str(device), *(os.environ.get(name, "") for name in _READ_AT_START))
 
 
@@ -126,10 +121,6 @@ def _user_sources() -> dict[str, int]:
     installed = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     return {file: _write_time_ns(file) for file in files if isinstance(file, str) and not file.startswith(installed)}
-
-
-def _have_changed(sources: dict[str, int]) -> bool:
-    return any(_write_time_ns(file) != written for file, written in sources.items())
 
 
 def _write_time_ns(file: str) -> int:

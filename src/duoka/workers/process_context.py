@@ -15,6 +15,15 @@ from duoka.workers.handle import WorkerHandle
 from duoka.workers.serialization import Payload, dumps
 
 
+def restore_environment(environment: Mapping[str, str]) -> None:
+    """Give this process exactly these environment variables."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
 @dataclass(frozen=True)
 class ProcessContext:
     """Environment, working directory, module search path, arguments and torch settings of a process."""
@@ -36,9 +45,7 @@ class ProcessContext:
 
     def apply(self) -> None:
         """Give this process the context."""
-        for name in os.environ.keys() - self.environment.keys():
-            del os.environ[name]
-        os.environ.update(self.environment)
+        restore_environment(self.environment)
         os.chdir(self.working_directory)
         sys.path[:] = self.sys_path
         sys.argv[:] = self.argv

@@ -18,7 +18,7 @@ from duoka.workers.interrupts import InterruptHandler, PeerFailed
 from duoka.workers.monitor import WorkerMonitor
 from duoka.workers.process_context import WorkItem
 from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
-from duoka.workers.serialization import Payload, dumps, loads
+from duoka.workers.serialization import Payload, dumps, load_and_close
 
 
 def run_on_all(
@@ -60,7 +60,10 @@ def run_on_all(
                     with _peer_failure(monitor):
                         WorkItem.send(worker, packed, configs[worker.rank], temp_dir, is_session=False)
                 result = _run_rank_zero(function, configs[0], arguments, monitor, workers)
-                results = [result, *(_unpack(monitor.take_result(worker.rank), devices[0]) for worker in workers)]
+                results = [
+                    result,
+                    *(load_and_close(monitor.take_result(worker.rank), devices[0]) for worker in workers),
+                ]
             except BaseException as error:
                 interrupts.close()
                 failure = _root_cause(error, monitor, interrupts)
@@ -89,13 +92,6 @@ def _pack(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Payload:
             f"the function and its arguments cannot be sent to worker processes: {error}. Open files, locks, sockets and "
             "generators cannot leave their process: create such an object inside the launched function."
         ) from error
-
-
-def _unpack(result: Payload, device: torch.device) -> Any:
-    try:
-        return loads(result, device)
-    finally:
-        result.close()
 
 
 def _run_rank_zero(

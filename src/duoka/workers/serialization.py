@@ -7,9 +7,11 @@ a data set of 2 GB takes 2 GB more for all workers together.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import io
+import itertools
 import mmap
 import os
 import pickle
@@ -27,7 +29,6 @@ from torch.utils.data import DataLoader
 
 from duoka.utils.torch_private import forget_loaded_sparse_tensors, storage_id, take_dataloader_iterator
 
-_ALIGNMENT = mmap.PAGESIZE
 _MAPPED_FROM_BYTES = 1 << 20
 _receiver: ContextVar[torch.device] = ContextVar("duoka_receiver", default=torch.device("cpu"))
 
@@ -68,6 +69,12 @@ def loads(payload: Payload, device: torch.device) -> Any:
     finally:
         _receiver.reset(token)
         forget_loaded_sparse_tensors()
+
+
+def load_and_close(payload: Payload, device: torch.device) -> Any:
+    """Rebuild the object as ``loads`` does, and close the payload, even if the object cannot be rebuilt."""
+    with contextlib.closing(payload):
+        return loads(payload, device)
 
 
 def memory_file(name: str) -> int:
@@ -173,20 +180,20 @@ def _generator(device: torch.device, state: torch.Tensor) -> torch.Generator:
     return torch.Generator(device if device.type == "cpu" else _receiver.get()).set_state(state)
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def _page_offsets(sizes: Iterable[int]) -> list[int]:
+    """Return the offset of each buffer in the memory file, and the end of the last; each begins on a page."""
+    return list(itertools.accumulate((-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes), initial=0))
 
 
 def _write(views: Sequence[memoryview]) -> int:
     fd = memory_file("duoka-payload")
     try:
-        os.ftruncate(fd, sum(_aligned(view.nbytes) for view in views))
-        offset = 0
-        for view in views:
-            done = 0
-            while done < view.nbytes:
-                done += os.pwrite(fd, view[done:], offset + done)
-            offset += _aligned(view.nbytes)
+        *offsets, end = _page_offsets(view.nbytes for view in views)
+        os.ftruncate(fd, end)
+        with os.fdopen(fd, "wb", closefd=False) as file:
+            for view, offset in zip(views, offsets, strict=True):
+                file.seek(offset)
+                file.write(view)
     except BaseException:
         os.close(fd)
         raise
@@ -197,8 +204,5 @@ def _map(payload: Payload) -> Iterable[memoryview]:
     if payload.fd is None:
         return []
     view = memoryview(mmap.mmap(payload.fd, 0, access=mmap.ACCESS_COPY))
-    offset, views = 0, []
-    for size in payload.sizes:
-        views.append(view[offset : offset + size])
-        offset += _aligned(size)
-    return views
+    offsets = _page_offsets(payload.sizes)
+    return [view[offset : offset + size] for offset, size in zip(offsets, payload.sizes, strict=False)]

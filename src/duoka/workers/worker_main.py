@@ -24,7 +24,7 @@ from duoka.workers.channel import Channel, Message
 from duoka.workers.exceptions import is_secondary_failure, serialize_exception
 from duoka.workers.process_context import WorkItem
 from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
-from duoka.workers.serialization import Payload, dumps, loads
+from duoka.workers.serialization import Payload, dumps, load_and_close, loads
 
 
 def main() -> None:
@@ -32,14 +32,17 @@ def main() -> None:
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     os.register_at_fork(after_in_child=channel.close)  # a DataLoader process must not keep the channel open
     gc.freeze()  # collections after each task then skip the objects that torch's import created
-    owner = _OwnerChannel(channel)
+    owner = WorkerChannel(channel)
     owner.send("ready", Payload(b""))
     while True:
         _run_task(owner)
 
 
-class _OwnerChannel:
-    """The channel to the owner, read by a thread that ends this process's session when the owner has ended."""
+class WorkerChannel:
+    """A worker's end of the channel to its owner; the message ``"finish"`` ends a session.
+
+    A thread reads the channel, and ends the worker and its descendants when the owner has ended.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.send = channel.send
@@ -49,6 +52,7 @@ class _OwnerChannel:
         threading.Thread(target=self._listen, name="duoka-listen", daemon=True).start()
 
     def receive(self) -> Message:
+        """Wait for the owner's next message."""
         return self._inbox.get()
 
     def barrier(self) -> None:
@@ -66,7 +70,7 @@ class _OwnerChannel:
             os.killpg(0, signal.SIGKILL)
 
 
-def _run_task(owner: _OwnerChannel) -> None:
+def _run_task(owner: WorkerChannel) -> None:
     """Run one task and send its result; leave its context when the owner says that every rank has a result."""
     message = owner.receive()
     try:
@@ -95,15 +99,11 @@ def _serialize_result(value: Any) -> Payload:
         ) from error
 
 
-def _start(payload: Payload, owner: _OwnerChannel) -> contextlib.AbstractContextManager[Any]:
+def _start(payload: Payload, owner: WorkerChannel) -> contextlib.AbstractContextManager[Any]:
     item: WorkItem = loads(Payload(payload.data), torch.device("cpu"))
     owner.temp_dir = item.temp_dir
     item.context.apply()
-    work = Payload(item.data, item.sizes, payload.fd)
-    try:
-        function, arguments = loads(work, item.device)
-    finally:
-        work.close()
+    function, arguments = load_and_close(Payload(item.data, item.sizes, payload.fd), item.device)
     connection = owner if item.is_session else owner.barrier
     context: contextlib.AbstractContextManager[Any] = function(item.config, connection, *arguments)
     return context

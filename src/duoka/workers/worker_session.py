@@ -10,31 +10,20 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from duoka.workers import pool
 from duoka.workers.channel import Message
-from duoka.workers.event_selector import EventSelector
 from duoka.workers.exceptions import deserialize_exception
-from duoka.workers.handle import WorkerHandle
+from duoka.workers.handle import EventSelector, WorkerHandle
 from duoka.workers.process_context import WorkItem
 from duoka.workers.serialization import Payload, dumps
 
 _POLL_S = 0.5
 _CLOSE_TIMEOUT_S = 2.0
 """How long workers may take to leave the session before they are killed."""
-
-
-class WorkerChannel(Protocol):
-    """A worker's end of a session: messages of any kind but ``"finish"``, which ends the session."""
-
-    def send(self, kind: str, payload: Payload) -> None:
-        """Send one message to the owner."""
-
-    def receive(self) -> Message:
-        """Wait for the owner's next message."""
 
 
 class WorkerSession:
@@ -99,16 +88,13 @@ class WorkerSession:
             if event == "output":
                 worker.read_output()
             elif event == "message":
-                return self.workers.index(worker), self._receive_from(worker)
+                message = worker.receive()
+                if message.kind in ("failed", "secondary_failure"):
+                    raise deserialize_exception(message.payload, worker.rank, worker.label, torch.device("cpu"))
+                return self.workers.index(worker), message
             else:
                 raise worker.death()
         return None
-
-    def _receive_from(self, worker: WorkerHandle) -> Message:
-        message = worker.receive()
-        if message.kind in ("failed", "secondary_failure"):
-            raise deserialize_exception(message.payload, worker.rank, worker.label, torch.device("cpu"))
-        return message
 
     def _wait_for_all(self, kind: str) -> None:
         deadline, waiting = time.monotonic() + _CLOSE_TIMEOUT_S, set(range(len(self.workers)))
