@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -94,14 +95,8 @@ def _from_torch(kind: str, index: int) -> DeviceInfo:
 def _cpu() -> DeviceInfo:
     import psutil
 
-    memory = psutil.virtual_memory()
-    return DeviceInfo("cpu", None, _cpu_name(), memory.total, memory.total - memory.available)
-
-
-def _cpu_name() -> str:
-    try:
+    name, memory = platform.processor() or platform.machine(), psutil.virtual_memory()
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return DeviceInfo("cpu", None, name, memory.total, memory.total - memory.available)

@@ -72,21 +72,12 @@ def parse(spec: DeviceSpec) -> DeviceRequest:
     """
     if spec is None:
         return DeviceRequest("auto", "auto")
-    text, items = _items(spec)
-    parts = [_parse_item(item, text) for item in items]
+    entries = spec if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    if not entries:
+        raise DeviceError(f"an empty list names no device. Write {GRAMMAR}.")
+    text = ",".join(_write(entry) for entry in entries)
+    parts = [_parse_item(item, text) for item in text.lower().split(",")]
     return parts[0] if len(parts) == 1 else _join(parts, text)
-
-
-def _items(spec: DeviceSpec) -> tuple[str, list[str]]:
-    """Return ``spec`` as the user would write it, and its entries."""
-    if isinstance(spec, Sequence) and not isinstance(spec, str):
-        if not spec:
-            raise DeviceError(f"an empty list names no device. Write {GRAMMAR}.")
-        written = [_write(entry) for entry in spec]
-    else:
-        written = [_write(spec)]
-    text = ",".join(written)
-    return text, text.lower().split(",")
 
 
 def _write(entry: object) -> str:

@@ -59,11 +59,8 @@ def run_on_all(
                 for worker in workers:
                     with _peer_failure(monitor):
                         WorkItem.send(worker, packed, configs[worker.rank], temp_dir, is_session=False)
-                result = _run_rank_zero(function, configs[0], arguments, monitor, workers)
-                results = [
-                    result,
-                    *(load_and_close(monitor.take_result(worker.rank), devices[0]) for worker in workers),
-                ]
+                results = [_run_rank_zero(function, configs[0], arguments, monitor, workers)]
+                results += [load_and_close(monitor.take_result(worker.rank), devices[0]) for worker in workers]
             except BaseException as error:
                 interrupts.close()
                 failure = _root_cause(error, monitor, interrupts)

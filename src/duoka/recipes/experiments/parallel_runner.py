@@ -60,16 +60,12 @@ class _TrialWorkers:
             try:
                 errors = list(executor.map(self._run_on_free_device, trials))
             except BaseException:
-                self._stop()
+                with self._lock:
+                    self._stopped = True
+                    for session in self._sessions:
+                        session.workers[0].kill()  # its thread then sees the death and closes the session
                 raise
         return {trial.title: error for trial, error in zip(trials, errors, strict=True) if error}
-
-    def _stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            for session in self._sessions:
-                for worker in session.workers:
-                    worker.kill()  # its thread then sees the death and closes the session
 
     def _run_on_free_device(self, trial: Trial) -> str:
         device = self._free.get()

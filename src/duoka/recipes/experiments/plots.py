@@ -75,9 +75,7 @@ def plot_differences(path: Path, metric: str, baseline: str, named: Named, *, hi
     with figure_file(path, 7.5, 1.3 + 0.42 * len(others)) as figure:
         axes = figure.add_subplot()
         colors = [BLUE if (value >= 0) == higher else ORANGE for value in means]
-        axes.barh(
-            range(len(others)), means, color=colors, height=0.65, xerr=_deviations(others), ecolor="black", alpha=0.75
-        )
+        axes.barh(range(len(others)), means, 0.65, color=colors, xerr=_deviations(others), ecolor="black", alpha=0.75)
         axes.axvline(0, color=GREY, linewidth=1)
         for y, (value, (_, values)) in enumerate(zip(means, others, strict=True)):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -44,19 +45,17 @@ def run_trial(trial: Trial, **changes: Any) -> str:
 def finished_run(trial: Trial) -> RecipeRun | None:
     """Return the trial's run if it is complete and has the trial's options."""
     run = _latest_run(trial)
-    if run is None or not run.model.is_file() or _recorded_options(trial) != _options(trial):
-        return None
-    try:
-        run.read_results()
-    except DataError:
-        return None
-    return run
+    if run is not None and run.model.is_file() and _recorded_options(trial) == _options(trial):
+        with contextlib.suppress(DataError):
+            run.read_results()
+            return run
+    return None
 
 
 def read_history(trial: Trial) -> list[dict[str, Any]]:
     """Return the metrics of each epoch of a finished run; nothing for another."""
     run = finished_run(trial)
-    path = None if run is None else run.folder / "metrics.jsonl"
+    path = run.folder / "metrics.jsonl" if run is not None else None
     if path is None or not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
