@@ -21,6 +21,7 @@ import torch.distributed as dist
 import duoka
 from duoka import errors
 from duoka.workers.exceptions import RemoteTraceback
+from duoka.workers.rendezvous import CONNECT_TIMEOUT
 from support.processes import children, descendants, wait_for_exit, wait_until_gone
 from support.waiting import wait_until
 
@@ -86,6 +87,32 @@ def test_an_error_of_rank_zero_is_not_hidden_by_its_consequences(error: Exceptio
     for _ in range(3):
         with pytest.raises(type(error), match=str(error.args[-1])):
             duoka.launch(fail, devices="cpu:2")
+
+
+def test_no_function_starts_before_all_ranks_are_connected(monkeypatch, tmp_path: Path) -> None:
+    """Else a function that fails at once ends its rank, and rank 0 reports that it cannot connect."""
+    connect, connected = dist.init_process_group, tmp_path / "connected"
+
+    def connect_slowly(*args, **kwargs) -> None:
+        connect(*args, **kwargs)
+        time.sleep(0.5)
+        connected.touch()
+
+    monkeypatch.setattr(dist, "init_process_group", connect_slowly)
+    assert duoka.launch(connected.exists, devices="cpu:3", returns="all") == [True] * 3
+
+
+def test_ranks_that_cannot_connect_in_time_are_an_error_with_a_remedy(monkeypatch) -> None:
+    connect = dist.init_process_group
+
+    def connect_late(*args, **kwargs) -> None:
+        time.sleep(CONNECT_TIMEOUT.seconds + 2)
+        connect(*args, **kwargs)
+
+    monkeypatch.setattr(dist, "init_process_group", connect_late)
+    with pytest.raises(errors.LaunchError, match=r"could not connect .* within 4 s.*overloaded"):
+        duoka.launch(rank, devices="cpu:2")
+    assert not children()
 
 
 def test_the_traceback_begins_at_the_users_function() -> None:

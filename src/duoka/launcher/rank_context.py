@@ -18,7 +18,7 @@ import torch.distributed.nn.functional  # first imported while a group exists, i
 from duoka.devices.cpu import threads_per_rank
 from duoka.utils.rng_state import rng_state, seed_all, set_rng_state
 from duoka.utils.torch_private import abort_default_process_group, set_default_group_timeout
-from duoka.workers.exceptions import call_user_code
+from duoka.workers.exceptions import RendezvousError, call_user_code
 from duoka.workers.process_context import restore_environment
 from duoka.workers.rendezvous import CONNECT_TIMEOUT, LOOPBACK_ENVIRONMENT, NO_WATCHDOG_ENVIRONMENT, file_store
 from duoka.world import World, use_world
@@ -66,6 +66,7 @@ def run_rank(
         seed_all(context.seed)
     barrier()  # torch's rendezvous cannot be interrupted, so all ranks must be ready for it
     with _process_group(context), use_world(context.world):
+        barrier()  # a function that fails at once must not end its rank while others still connect to it
         value = call_user_code(fn, *args)
         yield value if return_all or context.world.is_main else None
 
@@ -116,14 +117,20 @@ def _process_group(context: RankContext) -> Iterator[None]:
         **LOOPBACK_ENVIRONMENT,
         **NO_WATCHDOG_ENVIRONMENT,
     )
-    dist.init_process_group(
-        context.backend,
-        store=file_store(context.rendezvous_dir, world.size),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=CONNECT_TIMEOUT,
-        device_id=world.device if "nccl" in context.backend else None,
-    )
+    try:
+        dist.init_process_group(
+            context.backend,
+            store=file_store(context.rendezvous_dir, world.size),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=CONNECT_TIMEOUT,
+            device_id=world.device if "nccl" in context.backend else None,
+        )
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"rank {world.rank} of {world.size} could not connect to the others within "
+            f"{CONNECT_TIMEOUT.seconds} s: {error}. If the machine is overloaded, use fewer devices or launch again"
+        ) from error
     try:
         set_default_group_timeout(timedelta(seconds=context.timeout_s))
         yield

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from duoka.errors import DuokaError
+from duoka.errors import DuokaError, LaunchError
 from duoka.workers.serialization import Payload, dumps, load_and_close, loads
 
 T = TypeVar("T")
@@ -32,6 +32,10 @@ class RemoteTraceback(Exception):  # noqa: N818 - a cause, shown above the user'
 
 class RemoteError(DuokaError):
     """Stands for an exception whose class or contents cannot be pickled."""
+
+
+class RendezvousError(LaunchError):
+    """A rank could not connect to the others in time: one of them has ended, or waits for a busy machine."""
 
 
 def serialize_exception(error: BaseException) -> Payload:
@@ -78,7 +82,7 @@ def strip_internal_frames(frames: TracebackType | None) -> TracebackType | None:
 
 def is_secondary_failure(error: BaseException) -> bool:
     """Return whether ``error`` only reports a lost connection, so that another rank's failure is its cause."""
-    if isinstance(error, torch.distributed.DistError):
+    if isinstance(error, torch.distributed.DistError | RendezvousError):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "closed by peer"))

@@ -51,6 +51,8 @@ class WorkerMonitor:
     def wait_for_all(self, kind: str) -> None:
         """Wait until every worker has sent a message of this kind; returns early after a failure."""
         self._wait(lambda: len(self._received[kind]) == len(self._workers))
+        if kind == READY_FOR_RENDEZVOUS:
+            self._received[kind] = {}  # the next barrier counts anew
 
     def take_result(self, rank: int) -> Payload:
         """Return the payload of the "done" message of ``rank``; the caller closes it."""

@@ -35,7 +35,7 @@ def run_on_all(
 
     Args:
         function: returns a context manager whose value is the rank's result; each rank leaves it when all have a result.
-            It calls ``barrier()`` exactly once, before it first waits for other ranks outside Python.
+            It calls ``barrier()`` before it waits for other ranks outside Python, equally often on every rank.
         configs: one a rank.
         arguments: the same for every rank; workers get copies.
         devices: one a rank.
