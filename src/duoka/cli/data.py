@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from jsonargparse import Namespace
+
+from duoka.cli.arguments import command_parser
 from duoka.cli.console import console
-from duoka.cli.main import command_parser
 from duoka.errors import ConfigError
+from duoka.utils.argument_parser import ArgumentParser
+from duoka.utils.text import duoka_command
 from duoka.utils.validation import check_number, invalid_option
 
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
-    from duoka.utils.argument_parser import ArgumentParser
-
-
-SIZES = {"datatry": ("rows",), "movielens": ("users", "films", "ratings")}
-"""Options for the size of each example."""
+SIZES = {"datatry": {"rows": 10_000}, "movielens": {"users": 1000, "films": 800, "ratings": 60_000}}
+"""Options for the size of each example, and their defaults."""
 MAX_ROWS = 10_000_000
 
 
@@ -30,11 +27,11 @@ def run(argv: Sequence[str]) -> int:
         add_subcommands(whole)
         whole.parse(argv)  # prints the help, or raises
     options = make_parser().parse(argv[1:])
-    for name, sizes in SIZES.items():
-        for size in sizes:
-            if name != options.name and options[size] is not None:
-                own = ", ".join(f"--{own}" for own in SIZES[options.name])
-                raise ConfigError(f"--{size} is no size of {options.name}; its sizes are {own}")
+    own = SIZES[options.name]
+    for size in (size for sizes in SIZES.values() for size in sizes if size not in own):
+        if options[size] is not None:
+            names = ", ".join(f"--{name}" for name in own)
+            raise ConfigError(f"--{size} is no size of {options.name}; its sizes are {names}")
     return _movielens(options) if options.name == "movielens" else _datatry(options)
 
 
@@ -63,24 +60,19 @@ def make_parser() -> ArgumentParser:
         "--to", default=None, metavar="PATH", help="the file (default: datatry.csv), or the folder (default: movielens)"
     )
     make.add_argument("--overwrite", action="store_true", help="replace existing files")
-    for size, count, example in (
-        ("rows", 10_000, "datatry"),
-        ("users", 1000, "movielens"),
-        ("films", 800, "movielens"),
-        ("ratings", 60_000, "movielens"),
-    ):
-        text = f"{example}: number of {size} (default: {count})"
-        make.add_argument(f"--{size}", type=int, default=None, metavar="N", help=text)
-    make.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="other data by the same law (default: %(default)s)"
-    )
+    for example, sizes in SIZES.items():
+        for size, count in sizes.items():
+            text = f"{example}: number of {size} (default: {count})"
+            make.add_argument(f"--{size}", type=int, default=None, metavar="N", help=text)
+    text = "other data by the same law (default: %(default)s)"
+    make.add_argument("--seed", type=int, default=0, metavar="N", help=text)
     return make
 
 
 def _datatry(options: Namespace) -> int:
     from duoka.recipes.datasets import synthetic_table
 
-    rows = 10_000 if options.rows is None else options.rows
+    rows = SIZES["datatry"]["rows"] if options.rows is None else options.rows
     if not 2 <= rows <= MAX_ROWS:
         raise invalid_option("--rows", rows, f"2 to {MAX_ROWS:,}")
     check_number("--seed", options.seed, 0, below=2**63)
@@ -89,10 +81,10 @@ def _datatry(options: Namespace) -> int:
     example = synthetic_table.make(rows, options.seed)
     synthetic_table.write(path, example)
     out = console()
-    out.print(f"wrote {path}: {rows:,} rows, 10 features, then {' and '.join(synthetic_table.TARGETS)}", soft_wrap=True)
+    out.print(f"wrote {path}: {rows:,} rows, 10 features, then {' and '.join(synthetic_table.TARGETS)}")
     for name, value in example.best_r2().items():
         out.print(f"best reachable R² of {name}: {value:.4f} (noise of deviation {synthetic_table.NOISE[name]:g})")
-    out.print(f"next: duoka train informer --task regress --csv {shlex.quote(str(path))}", soft_wrap=True)
+    out.print(f"next: {duoka_command('train', 'informer', '--task', 'regress', '--csv', path)}")
     return 0
 
 
@@ -108,21 +100,20 @@ def _movielens(options: Namespace) -> int:
     sizes = {key: value for key in SIZES["movielens"] if (value := getattr(options, key)) is not None}
     folder = Path(options.to or "movielens")
     _refuse_to_lose([folder / name for name in NAMES], options)
-    _refuse_to_hide(folder)
+    for official in (folder / "ml-1m", folder / "ml-1m.zip"):
+        if official.exists():  # the recipe would read it instead of the example
+            raise ConfigError(f"{official} is there, which --root {folder} reads: give another path with --to")
     example = synthetic_movielens.make(**sizes, seed=options.seed)
     synthetic_movielens.write(folder, example, options.seed)
     out = console()
     counts = f"{len(example.genders):,} users, {len(example.titles):,} films, {len(example.users):,} ratings"
-    out.print(f"wrote {folder}: {counts}, in the format of MovieLens-1M", soft_wrap=True)
+    out.print(f"wrote {folder}: {counts}, in the format of MovieLens-1M")
     data = ML1MDataset(folder)
     task, law = RankingEvaluator.of(data, "test"), torch.from_numpy(example.utility).float()
-    found = {
-        "the law itself, the best reachable": law.__getitem__,
-        "popularity": Popularity(task.seen, data.n_items).score_all,
-    }
-    for name, score in found.items():
+    popularity = Popularity(task.seen, data.n_items).score_all
+    for name, score in (("the law itself, the best reachable", law.__getitem__), ("popularity", popularity)):
         out.print(f"test ndcg@10 of {name}: {task.evaluate(score)['ndcg@10']:.4f}")
-    out.print(f"next: duoka train movielens --root {folder} --pretrained none", soft_wrap=True)
+    out.print(f"next: {duoka_command('train', 'movielens', '--root', folder, '--pretrained', 'none')}")
     return 0
 
 
@@ -131,10 +122,3 @@ def _refuse_to_lose(files: Sequence[Path], options: Namespace) -> None:
     there = next((file for file in files if file.is_file()), None)
     if there is not None and not options.overwrite:
         raise ConfigError(f"{there} exists already: give another path with --to, or --overwrite to replace it")
-
-
-def _refuse_to_hide(folder: Path) -> None:
-    """Refuse a folder that also holds the official data: the recipe would read the example instead."""
-    there = next((place for name in ("ml-1m", "ml-1m.zip") if (place := folder / name).exists()), None)
-    if there is not None:
-        raise ConfigError(f"{there} is there, which --root {folder} reads: give another path with --to")

@@ -99,7 +99,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 raise self._unknown(str(key))
             if isinstance(value, list | dict):
                 raise self._invalid(key, value)
-        self._words = [f"--{key}={_as_word(value)}" for key, value in options.items()]
+        self._words = [f"--{key}={format_value(value)}" for key, value in options.items()]
         return self.parse_args(self._words, defaults=False).as_dict()
 
     def _with_underscores(self, word: str) -> str:
@@ -182,7 +182,7 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
 def help_text(doc: str, default: object) -> str:
     """Return the help of an option: its docstring and its default."""
     text = doc.replace("``", "").replace("%", "%%")
-    return text if default is None else f"{text} Default: {_as_word(default)}."
+    return text if default is None else f"{text} Default: {format_value(default)}."
 
 
 def _metavar(hint: Any) -> str:
@@ -199,6 +199,6 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _as_word(value: object) -> str:
+def format_value(value: object) -> str:
     """Return a value as it is written on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,9 +1,13 @@
-"""Numbers, names and suggestions as text for messages."""
+"""Numbers, names, suggestions and commands as text for messages."""
 
 from __future__ import annotations
 
 import difflib
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def did_you_mean(word: object, choices: Iterable[object], cutoff: float = 0.6) -> str:
@@ -66,3 +70,21 @@ def first_line(text: object) -> str:
     """Return the first line of a text or of an exception's message that is not empty."""
     lines: Sequence[str] = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0] if lines else type(text).__name__ if isinstance(text, BaseException) else ""
+
+
+def duoka_command(*words: object) -> str:
+    """Return a command line of this installation's ``duoka``, to paste into a shell in the current folder.
+
+    >>> duoka_command("eval", "runs/a run").endswith("duoka eval 'runs/a run'")
+    True
+    """
+    script = Path(sys.argv[0]) if Path(sys.argv[0]).name == "duoka" else Path(sys.executable).with_name("duoka")
+    found = shutil.which("duoka")
+    if not script.is_file():
+        command = [sys.executable, "-m", "duoka"]
+    elif found and script.samefile(found):
+        command = ["duoka"]
+    else:
+        script, here = script.absolute(), Path.cwd()
+        command = [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+    return shlex.join([*command, *map(str, words)])

@@ -16,7 +16,8 @@ import yaml
 
 from duoka.errors import ConfigError
 from duoka.recipes.common.recipe_run import RecipeRun, config_text
-from duoka.utils.argument_parser import ArgumentParser
+from duoka.utils.argument_parser import ArgumentParser, format_value
+from duoka.utils.text import duoka_command
 from duoka.utils.validation import check_field_types, check_number
 
 C = TypeVar("C", bound="RunOptions")
@@ -144,13 +145,17 @@ def refuse_changes(run: RecipeRun, recipe: str, before: Any, now: Any) -> None:
 
     """
     before, now = before.resolved(), now.resolved()
-    fresh = f"or begin a new run with it: duoka train {recipe} -c {run.config}"
+
+    def remedy(key: str, value: object) -> str:
+        new_run = duoka_command("train", recipe, "-c", run.config, f"--{key}", format_value(value))
+        return f"leave --{key} out to continue, or begin a new run with it: {new_run}"
+
     for key in now.FIXED:
         was, wanted = getattr(before, key), getattr(now, key)
         if was != wanted:
             raise ConfigError(
-                f"{key}={_shown(wanted)} does not fit the checkpoint of this run, which has {key}={_shown(was)}: "
-                f"leave --{key} out to continue, {fresh} --{key} {_shown(wanted)}"
+                f"{key}={format_value(wanted)} does not fit the checkpoint of this run, which has "
+                f"{key}={format_value(was)}: {remedy(key, wanted)}"
             )
     if now.scheduler not in now.PLANNED:
         return
@@ -161,13 +166,8 @@ def refuse_changes(run: RecipeRun, recipe: str, before: Any, now: Any) -> None:
             was, wanted = getattr(before, key), getattr(now, key)
             raise ConfigError(
                 f"{key}={wanted} needs more steps than this run's schedule {now.scheduler!r} was planned for with "
-                f"{key}={was}: leave --{key} out to continue, {fresh} --{key} {wanted}"
+                f"{key}={was}: {remedy(key, wanted)}"
             )
-
-
-def _shown(value: Any) -> str:
-    """Return a value as it is written on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def make_config(kind: type[C], options: Mapping[str, Any], where: str, *, recipe: str) -> C:
@@ -179,7 +179,7 @@ def parse_options(kind: Any, options: Mapping[str, Any], where: str | Path, *, r
     """Return ``options``, which are written in ``where``, under their own names and with the types of their fields."""
     named = options.get("recipe", recipe)
     if named != recipe:
-        raise ConfigError(f"{where} is for the recipe {named!r}: use `duoka train {named} -c {where}`")
+        raise ConfigError(f"{where} is for the recipe {named!r}: use `{duoka_command('train', named, '-c', where)}`")
     own = {key: value for key, value in options.items() if key != "recipe"}
     return recipe_parser(kind, recipe).parse_file(own, where)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -20,13 +21,13 @@ from duoka.launcher import launch
 from duoka.log import logger
 from duoka.trainer import Callback, State
 from duoka.utils.files import atomic_write
+from duoka.utils.text import duoka_command
 from duoka.world import current_world
 
 DATA = "data.json"
 """File of a run that describes its data."""
-SHORT = 60
+_LONGEST = 60
 """Largest number of characters of a value in a message."""
-
 _created: list[Path] = []
 """Folders that were created within ``remove_empty_run_dir``, each before its parent."""
 
@@ -67,21 +68,22 @@ class RecipeRun:
 
         """
         stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-        number = 1
         absent = [parent for parent in stem.parents if not parent.exists()]
-        while True:
+        for number in itertools.count(1):
             folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
             try:
                 folder.mkdir(parents=True)
-            except FileExistsError:
-                if not folder.is_dir():
-                    raise StorageError(_cannot_create(folder, "a file is in its place")) from None
-                number += 1
+                break
             except OSError as error:
-                raise StorageError(_cannot_create(folder, error.strerror or str(error))) from error
-            else:
-                _created.extend((folder, *absent))
-                return cls(folder)
+                if isinstance(error, FileExistsError) and folder.is_dir():
+                    continue  # another run of this second
+                files = [place for place in (*folder.parents, folder) if place.is_file()]
+                reason = f"{files[-1]} is a file" if files else error.strerror or str(error)
+                raise StorageError(
+                    f"cannot create the run's folder {folder}: {reason}: choose another --out"
+                ) from error
+        _created.extend((folder, *absent))
+        return cls(folder)
 
     @classmethod
     def at(cls, folder: str | Path) -> RecipeRun:
@@ -130,9 +132,8 @@ class RecipeRun:
         try:
             yield
         except KeyboardInterrupt:
-            if not self.config.is_file():
-                raise  # nothing has been written
-            logger.warning("stopped; continue with: duoka train %s --resume %s", recipe, self.folder)
+            if self.config.is_file():  # else nothing has been written
+                logger.warning("stopped; continue with: %s", duoka_command("train", recipe, "--resume", self.folder))
             raise
 
     def recipe(self) -> str:
@@ -142,6 +143,9 @@ class RecipeRun:
                 return line.partition(":")[2].strip()
         raise ConfigError(f"{self.config} does not say which recipe made the run: add the line `recipe: NAME`")
 
+    def _resume_command(self) -> str:
+        return duoka_command("train", self.recipe(), "--resume", self.folder)
+
     def finished_model(self) -> Path:
         """Return the trained weights' file.
 
@@ -150,8 +154,9 @@ class RecipeRun:
 
         """
         if not self.model.is_file():
-            remedy = f"finish it with `duoka train {self.recipe()} --resume {self.folder}`"
-            raise DataError(f"the run {self.folder} has no {self.model.name}: it was stopped; {remedy}")
+            raise DataError(
+                f"the run {self.folder} has no {self.model.name}: it was stopped; finish it with `{self._resume_command()}`"
+            )
         return self.model
 
     def write_config(self, recipe: str, config: Any) -> None:
@@ -178,21 +183,22 @@ class RecipeRun:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            remedy = f"`duoka train {self.recipe()} --resume {self.folder}` writes it"
-            raise DataError(f"cannot read {path}: {error}: {remedy}") from error
+            raise DataError(f"cannot read {path}: {error}: `{self._resume_command()}` writes it") from error
         if not isinstance(results, dict):
             raise DataError(f"{path} holds a {type(results).__name__}, not the results of a run")
         if missing := [name for name in needed if name not in results]:
-            remedy = f"`duoka train {self.recipe()} --resume {self.folder}` writes it anew"
-            raise DataError(f"{path} lacks {', '.join(missing)}: {remedy}")
+            raise DataError(f"{path} lacks {', '.join(missing)}: `{self._resume_command()}` writes it anew")
         return results
 
 
+@dataclass
 class ConfigWriter(Callback):
     """Writes a run's ``config.yml`` when training begins, so that a refused checkpoint leaves the old file."""
 
-    def __init__(self, run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] | None = None) -> None:
-        self.run, self.recipe, self.config, self.facts = run, recipe, config, facts
+    run: RecipeRun
+    recipe: str
+    config: Any
+    facts: dict[str, Any] | None = None
 
     def on_fit_start(self, state: State) -> None:  # noqa: ARG002
         """Write the options, and a description of the data that ``refuse_other_data`` reads."""
@@ -226,7 +232,7 @@ def run_options(run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] 
 
 
 def refuse_other_data(run: RecipeRun, facts: dict[str, Any], source: str) -> None:
-    """Refuse to continue ``run`` if the data of ``source`` differ, except for rounding, from those that it began with.
+    """Refuse to use ``run`` with the data of ``source`` if they differ, except for rounding, from its training data.
 
     Raises:
         DataError: the value that differs, then and now.
@@ -237,10 +243,10 @@ def refuse_other_data(run: RecipeRun, facts: dict[str, Any], source: str) -> Non
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for name, now in facts.items():
-        if not _alike(before.get(name), now):
+        if not _alike(was := before.get(name), now):
             raise DataError(
                 f"{source} differs from the data that the run {run.folder} began with: {name} is {_short(now)} now and was "
-                f"{_short(before.get(name))}; give the same file as then, or begin a new run without --resume"
+                f"{_short(was)}; give the same data as then, or train a new run with these"
             )
 
 
@@ -254,24 +260,17 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _short(value: Any) -> str:
     text = ", ".join(f"{one:.4g}" for one in value) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= SHORT else f"{text[: SHORT - 4]} ..."
-
-
-def _cannot_create(folder: Path, why: str) -> str:
-    """Return the message for a run's folder that cannot be created; it names a file in the way."""
-    for place in (*folder.parents, folder):
-        if place.is_file():
-            why = f"{place} is a file"
-    return f"cannot create the run's folder {folder}: {why}: choose another --out"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 def _what_there_is(path: Path) -> str:
     """Return what is at ``path`` instead of a run, and what to do."""
+    name_one = "give a folder that `duoka train` has named"
     if path.is_file():
         runs = [folder for folder in path.absolute().parents if (folder / "config.yml").is_file()]
         return f"it is a file of the run {runs[0]}: give that folder" if runs else "it is a file; give a run's folder"
     if not path.is_dir():
-        return "the folder does not exist; give a folder that `duoka train` has named"
+        return f"the folder does not exist; {name_one}"
     if (path / "trainer.yml").is_file():
         return (
             "the folder is of a Trainer of your own, and only `duoka train` saves model and data with a run; load the "
@@ -279,4 +278,4 @@ def _what_there_is(path: Path) -> str:
         )
     if not any(path.iterdir()):
         return "the folder is empty: the run was stopped before it began; start it again"
-    return "the folder holds no config.yml; give a folder that `duoka train` has named"
+    return f"the folder holds no config.yml; {name_one}"

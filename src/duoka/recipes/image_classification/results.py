@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from duoka.recipes.common.registry import RecipeOutcome
 from duoka.recipes.datasets.images import ImageSet, Statistics, channel_statistics, write_image
 from duoka.recipes.image_classification import plots
 from duoka.trainer import Trainer
+from duoka.utils.text import duoka_command
 from duoka.world import current_world
 
 
@@ -79,7 +79,7 @@ def test_results(trainer: Trainer) -> dict[str, float]:
 def next_step(run: RecipeRun, images: ImageSet) -> str:
     """Return a prediction command for a sample image of the run."""
     sample = run.sample(images.classes[int(images.test.labels.min())])
-    return shlex.join(("duoka", "predict", str(run.folder), str(sample)))
+    return duoka_command("predict", run.folder, sample)
 
 
 def _draw(run: RecipeRun, images: ImageSet, counts: Tensor, probabilities: Tensor) -> None:

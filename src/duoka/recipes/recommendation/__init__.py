@@ -29,6 +29,7 @@ from duoka.recipes.recommendation.training import (
     train_ncf,
     train_stages,
 )
+from duoka.utils.text import duoka_command
 
 __all__ = ["RecommendationConfig", "evaluate", "predict", "recommend", "train"]
 
@@ -77,10 +78,11 @@ def _check_stage1_options(config: RecommendationConfig) -> None:
     original = config_of_run(RecommendationConfig, run)
     for option in ("epochs", "patience", "eval_every_epochs"):
         before, now = getattr(original, option), getattr(config, option)
+        new_run = duoka_command("train", NAME, "-c", run.config, f"--{option}", now)
         if before != now:
             raise ConfigError(
                 f"{option}={now} is not valid: it was {before} in this run, whose stage 2 has started from stage 1's result; "
-                f"leave out --{option} to resume, or start a new run: duoka train {NAME} -c {run.config} --{option} {now}"
+                f"leave out --{option} to resume, or start a new run: {new_run}"
             )
 
 
@@ -128,4 +130,4 @@ def _write_results(
 
 
 def _next_step(run: RecipeRun, data: ML1MDataset) -> str:
-    return f"duoka recommend {run.folder} --user {data.user_ids[0]} -k 10"
+    return duoka_command("recommend", run.folder, "--user", data.user_ids[0], "-k", 10)

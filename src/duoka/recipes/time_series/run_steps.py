@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from duoka.errors import DataError
 from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_dir_for, run_options
 from duoka.recipes.common.registry import RecipeOutcome
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
+from duoka.utils.text import duoka_command
 
 PREDICT_BATCH = 4096
 
@@ -69,7 +69,7 @@ def check_finite(predicted: Tensor) -> None:
 
 def outcome(run: RecipeRun, results: dict[str, float], source: str) -> RecipeOutcome:
     """Return the outcome of a run, with the command that predicts with it."""
-    return RecipeOutcome(run, results, shlex.join(("duoka", "predict", str(run.folder), "--from", source)))
+    return RecipeOutcome(run, results, duoka_command("predict", run.folder, "--from", source))
 
 
 def prediction_path(run: RecipeRun, source: str, ending: str) -> Path:
