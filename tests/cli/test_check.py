@@ -25,7 +25,7 @@ def test_the_devices_really_reach_each_other(capsys):
 
 
 def test_a_device_that_computes_wrongly_fails_with_its_remedy_and_the_others_are_checked(monkeypatch, capsys):
-    real, calls = checking._small, []
+    real, calls = checking._small_model, []
 
     def small():
         model = real()
@@ -34,7 +34,7 @@ def test_a_device_that_computes_wrongly_fails_with_its_remedy_and_the_others_are
             torch.nn.init.ones_(model[0].weight)
         return model
 
-    monkeypatch.setattr(checking, "_small", small)
+    monkeypatch.setattr(checking, "_small_model", small)
     assert main(["check", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
     (failed,) = [place for place, line in enumerate(lines) if line.startswith("FAIL")]

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from duoka.cli.arguments import command_parser
 from duoka.cli.console import console, print_error
-from duoka.cli.main import command_parser
 from duoka.errors import ConfigError
-
-if TYPE_CHECKING:
-    from duoka.utils.argument_parser import ArgumentParser
-
+from duoka.utils.argument_parser import ArgumentParser
 
 OWN = ("source", "sweep", "parallel", "out")
 
@@ -32,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
     )
     out = console()
     parallel = options.get("parallel", False)
-    failed = run_all(plan, parallel=parallel, report=lambda text: out.print(f"== {text}", soft_wrap=True))
+    failed = run_all(plan, parallel=parallel, report=lambda text: out.print(f"== {text}"))
     rows = result_rows(plan)
     if rows:
         from rich.table import Table
@@ -40,8 +36,8 @@ def run(argv: Sequence[str]) -> int:
         table = Table(*HEADINGS, title=f"{plan.name}: {plan.metric}")
         for line in format_rows(plan, rows):
             table.add_row(*line)
-        out.print(table)
-        out.print(f"pictures: {write_summary(plan, rows)}", soft_wrap=True)
+        out.print(table, soft_wrap=False)
+        out.print(f"pictures: {write_summary(plan, rows)}")
     for title, error in failed.items():
         print_error(f"{title} failed: {error.rstrip('.')}; the same command tries it again")
     return 1 if failed else 0

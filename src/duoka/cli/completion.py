@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from duoka.cli.main import COMMANDS, command_parser
-
-if TYPE_CHECKING:
-    from duoka.utils.argument_parser import ArgumentParser
+from duoka.cli.arguments import command_parser
+from duoka.cli.main import COMMANDS
+from duoka.utils.argument_parser import ArgumentParser
 
 
 def run(argv: Sequence[str]) -> int:
@@ -22,19 +21,17 @@ def run(argv: Sequence[str]) -> int:
 
 def parser() -> ArgumentParser:
     """Return the command's parser."""
-    parser = command_parser("completion")
-    parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], metavar="{bash,zsh,tcsh}", help="the shell")
-    parser.epilog = (
+    epilog = (
         "bash: duoka completion bash > ~/.local/share/bash-completion/completions/duoka; zsh: duoka completion zsh > _duoka, "
-        "in a folder of $fpath"
+        "in a folder of $fpath. The command takes some seconds, as it imports every recipe to read its options."
     )
+    parser = command_parser("completion", epilog=epilog)
+    parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], metavar="{bash,zsh,tcsh}", help="the shell")
     return parser
 
 
 def whole_parser() -> ArgumentParser:
     """Return the parser of the whole command, with every subcommand and recipe."""
-    from duoka.utils.argument_parser import ArgumentParser
-
     whole = ArgumentParser("duoka", "Train a PyTorch model on every device you have.")
     commands = whole.add_subcommands(metavar="COMMAND")
     for name, command in COMMANDS.items():

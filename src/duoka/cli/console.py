@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -16,19 +17,17 @@ _PIPED_WIDTH = 160
 
 
 def console() -> Console:
-    """Return a console on standard output, with colors on a terminal and wide lines in a pipe."""
+    """Return a console on standard output, with colors on a terminal; it wraps tables, printed with ``soft_wrap=False``."""
     from rich.console import Console
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding without some letters must not raise
         sys.stdout.reconfigure(errors="replace")
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    return Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_json(value: object) -> None:
     """Print a value as JSON, for programs."""
-    import json
-
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from duoka.cli.arguments import add_device, add_json, command_parser
 from duoka.cli.console import console, gibibytes, print_json
-from duoka.cli.main import command_parser
 from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, describe, resolve
 from duoka.devices.cpu import Cores, core_limits
+from duoka.utils.argument_parser import ArgumentParser
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from duoka.utils.argument_parser import ArgumentParser
 
 
 _LISTED = 8
@@ -30,7 +29,9 @@ def run(argv: Sequence[str]) -> int:
     spec = options.spec or options.device
     choice, facts, cores = resolve(spec), describe(), core_limits()
     if options.json:
-        print_json(_as_json(spec, choice, facts, cores))
+        chosen = {"devices": [str(device) for device in choice.devices], "reason": choice.reason}
+        rows = [dataclasses.asdict(fact) for fact in facts]
+        print_json({"devices": rows, "cores": cores.count, "spec": spec, "choice": chosen})
     else:
         print_devices(spec, choice, facts, cores)
     return 0
@@ -41,30 +42,15 @@ def parser() -> ArgumentParser:
     parser = command_parser("devices")
     specs = "auto, all, 0, 0,1, 0-3, cuda:1, cpu, cpu:4, idle, idle:2, mps"
     parser.add_argument("spec", nargs="?", default=None, metavar="SPEC", help="the same as --device SPEC")
-    parser.add_argument(
-        "--device",
-        "--devices",
-        default="auto",
-        metavar="SPEC",
-        help=f"devices to choose: {specs} (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs; bytes and percent")
+    add_device(parser, f"devices to choose: {specs} (default: %(default)s)")
+    add_json(parser, "; bytes and percent")
     return parser
-
-
-def _as_json(spec: str, choice: DeviceSelection, facts: Sequence[DeviceInfo], cores: Cores) -> dict[str, Any]:
-    return {
-        "devices": [dataclasses.asdict(fact) for fact in facts],
-        "cores": cores.count,
-        "spec": spec,
-        "choice": {"devices": [str(device) for device in choice.devices], "reason": choice.reason},
-    }
 
 
 def print_devices(spec: str, choice: DeviceSelection, facts: Sequence[DeviceInfo], cores: Cores) -> None:
     """Print the table of devices, and the ones that ``spec`` chooses."""
     out = console()
-    out.print(_table(facts, cores))
+    out.print(_table(facts, cores), soft_wrap=False)
     links = {link.kind: link.description for fact in facts for link in fact.links}
     for kind, words in sorted(links.items()):
         out.print(f"{kind}: {words}")
@@ -86,20 +72,19 @@ def _table(facts: Sequence[DeviceInfo], cores: Cores) -> Table:
 
     table = Table()
     only_cpu = all(fact.index is None for fact in facts)
-    for heading in ("device", "name", "memory used / total", "cores" if only_cpu else "busy"):
+    for heading in (
+        "device",
+        "name",
+        "memory used / total",
+        *(("cores",) if only_cpu else ("busy", "used by", "links")),
+    ):
         table.add_column(heading, overflow="fold")
-    if not only_cpu:
-        table.add_column("used by", overflow="fold")
-        table.add_column("links", overflow="fold")
     for fact in facts:
         memory = f"{gibibytes(fact.memory_used_bytes)} / {gibibytes(fact.memory_total_bytes)}"
-        rest = (cores.reason,) if only_cpu else (_percent(fact), _users(fact), _links(fact))
-        table.add_row(fact.device, fact.name, memory, *rest)
+        busy = "-" if fact.utilization_percent is None else f"{fact.utilization_percent} %"
+        links = "\n".join(f"{link.to}: {link.kind}" for link in fact.links) or "-"
+        table.add_row(fact.device, fact.name, memory, *((cores.reason,) if only_cpu else (busy, _users(fact), links)))
     return table
-
-
-def _percent(fact: DeviceInfo) -> str:
-    return "-" if fact.utilization_percent is None else f"{fact.utilization_percent} %"
 
 
 def _users(fact: DeviceInfo) -> str:
@@ -116,7 +101,3 @@ def _process(process: DeviceProcess) -> str:
     shown = command if len(command) <= _COMMAND_LENGTH else f"{command[: _COMMAND_LENGTH - 3]}..."
     memory = "" if process.memory_bytes is None else f", {gibibytes(process.memory_bytes)}"
     return f"{process.user or 'another container'}: {shown} (process {process.pid}{memory})"
-
-
-def _links(fact: DeviceInfo) -> str:
-    return "\n".join(f"{link.to}: {link.kind}" for link in fact.links) or "-"

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from duoka.cli.finished_run import add_run_arguments, load_run
-from duoka.cli.main import command_parser
+from duoka.cli.arguments import add_run, command_parser, load_run
 from duoka.cli.train import print_outcome
-
-if TYPE_CHECKING:
-    from duoka.utils.argument_parser import ArgumentParser
+from duoka.utils.argument_parser import ArgumentParser
 
 
 def run(argv: Sequence[str]) -> int:
@@ -23,5 +19,5 @@ def run(argv: Sequence[str]) -> int:
 def parser() -> ArgumentParser:
     """Return the command's parser."""
     parser = command_parser("eval")
-    add_run_arguments(parser)
+    add_run(parser)
     return parser

@@ -14,21 +14,25 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from duoka.cli.console import print_error
 from duoka.errors import ConfigError, DuokaError
 from duoka.malloc import keep_freed_memory
 from duoka.utils.text import did_you_mean
 
-if TYPE_CHECKING:
-    from duoka.utils.argument_parser import ArgumentParser
-
-
 USAGE_ERROR = 2
 INTERRUPTED = 130
 """128 + SIGINT, as in shells."""
 OPTIONS = ("--help", "--version", "--debug")
+_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full. Free some space",
+    errno.EDQUOT: "your disk quota is used up. Free some space",
+    errno.EACCES: "access is not permitted. Change its permissions",
+    errno.EPERM: "this is not permitted. Change its permissions",
+    errno.EROFS: "the file system is read-only. Make it writable",
+}
+"""Errors of the operating system that users can mend, and the remedy."""
 
 
 class Command(NamedTuple):
@@ -63,24 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _dispatch(words)
         sys.stdout.flush()
-    except DuokaError as error:
-        return _print_usage_error(str(error), debug)
-    except KeyboardInterrupt:
-        return _print_interruption(debug)
-    except OSError as error:
-        return _print_os_error(error, debug)
-    except Exception:  # a bug of ours, or of the user's own code: the traceback is the message
-        traceback.print_exc()
-        return 1
-    return status
-
-
-def command_parser(name: str, summary: str = "", **options: Any) -> ArgumentParser:
-    """Return a parser for the subcommand ``name``, without arguments yet."""
-    from duoka.utils.argument_parser import ArgumentParser
-
-    summary = summary or COMMANDS[name].summary
-    return ArgumentParser(f"duoka {name}", f"{summary[0].upper()}{summary[1:]}.", **options)
+        return status
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            return 1
+        status, message = _explain(error)
+        if debug or not message:
+            traceback.print_exc()
+        if message:
+            print_error(message)
+        return status
 
 
 def _pop_debug_flag(words: list[str]) -> tuple[bool, list[str]]:
@@ -148,37 +144,16 @@ def _help() -> str:
     )
 
 
-def _print_usage_error(message: str, debug: bool) -> int:
-    """Print an error that the user can mend, with the traceback if ``debug``."""
-    if debug:
-        traceback.print_exc()
-    print_error(message)
-    return USAGE_ERROR
-
-
-def _print_interruption(debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print_error("interrupted")
-    return INTERRUPTED
-
-
-def _print_os_error(error: OSError, debug: bool) -> int:
-    """Print a full disk or an unwritable folder as one line; any other error is unexpected."""
-    if isinstance(error, BrokenPipeError) and _is_output_closed():
-        return 1
-    remedies = {
-        errno.ENOSPC: "the disk is full. Free some space, or choose another folder",
-        errno.EDQUOT: "your disk quota is used up. Free some space, or choose another folder",
-        errno.EACCES: "access is not permitted. Change its permissions, or choose another folder",
-        errno.EPERM: "this is not permitted. Change its permissions, or choose another folder",
-        errno.EROFS: "the file system is read-only. Choose another folder",
-    }
-    if error.errno not in remedies:
-        traceback.print_exc()
-        return 1
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Return the exit status and the message of an error; "" for an unexpected error, which needs its traceback."""
+    if isinstance(error, DuokaError):
+        return USAGE_ERROR, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if not isinstance(error, OSError) or error.errno not in _OS_ERRORS:
+        return 1, ""
     where = f"{os.fspath(error.filename)!r}: " if isinstance(error.filename, str | os.PathLike) else ""
-    return _print_usage_error(f"{where}{remedies[error.errno]}.", debug)
+    return USAGE_ERROR, f"{where}{_OS_ERRORS[error.errno]}, or choose another folder."
 
 
 def _is_output_closed() -> bool:

@@ -6,18 +6,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import Namespace
+
+from duoka.cli.arguments import add_json, add_run, command_parser, load_run
 from duoka.cli.console import console, print_json
-from duoka.cli.finished_run import add_run_arguments, load_run
-from duoka.cli.main import command_parser
 from duoka.errors import ConfigError
+from duoka.utils.argument_parser import ArgumentParser
 from duoka.utils.validation import check_integer
 
 if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
     from duoka.recipes.common.recipe_run import RecipeRun
     from duoka.recipes.common.registry import Prediction
-    from duoka.utils.argument_parser import ArgumentParser
 
 
 def run(argv: Sequence[str]) -> int:
@@ -35,17 +34,16 @@ def run(argv: Sequence[str]) -> int:
     if options.json:
         print_json([_as_json(prediction, options.top) for prediction in predictions])
         return 0
-    out = console()
     for prediction in predictions:
         answers = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.ranked[: options.top])
-        out.print(f"{prediction.source}: {answers}", soft_wrap=True)
+        console().print(f"{prediction.source}: {answers}")
     return 0
 
 
 def parser() -> ArgumentParser:
     """Return the command's parser."""
     parser = command_parser("predict")
-    add_run_arguments(parser, device="auto", root=False)
+    add_run(parser, device="auto", root=False)
     parser.add_argument(
         "inputs", metavar="IMAGE", nargs="*", default=[], help="an image of any size and kind, grey or color"
     )
@@ -63,7 +61,7 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--top", type=int, default=3, metavar="N", help="number of answers (default: %(default)s)")
     parser.add_argument("--invert", action="store_true", help="swap dark and light: for a dark digit on white paper")
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_json(parser)
     return parser
 
 
@@ -81,10 +79,7 @@ def _predict_table(recipe: Any, finished: RecipeRun, config: Any, options: Names
     if options.json:
         print_json({"input": options.table, "files": [str(path) for path in written.files], "summary": written.summary})
         return 0
-    out = console()
-    out.print(f"{options.table}: {written.summary}", soft_wrap=True)
-    for path in written.files:
-        out.print(f"wrote {path}", soft_wrap=True)
+    console().print("\n".join((f"{options.table}: {written.summary}", *(f"wrote {path}" for path in written.files))))
     return 0
 
 

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from duoka.cli.main import command_parser
+from duoka.cli.arguments import add_device, command_parser
 from duoka.errors import ConfigError
+from duoka.utils.argument_parser import ArgumentParser
 from duoka.utils.text import did_you_mean
 
 if TYPE_CHECKING:
     import torch
 
-    from duoka.script_runner import RunSession, Script
-    from duoka.utils.argument_parser import ArgumentParser
+    from duoka.script_runner import Script
+    from duoka.script_runner.run_stats import RunStats
 
 
 _VISIBLE_DEVICES = "DUOKA_RUN_DEVICES"
@@ -47,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     request = parse(argv)
     from duoka.devices import resolve
-    from duoka.script_runner import Script, explain
+    from duoka.script_runner import RunSession, Script, explain
 
     devices = resolve(os.environ.pop(_VISIBLE_DEVICES, request.device)).devices
     if request.target.endswith(".ipynb") and not request.is_module:
@@ -55,12 +56,14 @@ def run(argv: Sequence[str]) -> int:
     program = Script(request.target, request.arguments, is_module=request.is_module)
     _check_ambiguity(argv, request, program)
     if request.explain:
-        sys.stdout.write(
-            "\n".join(explain(program.source, program.target, devices, scale_batch=request.scale_batch)) + "\n"
-        )
+        lines = explain(program.source, program.target, devices, scale_batch=request.scale_batch)
+        sys.stdout.write("\n".join(lines) + "\n")
         return 0
     _restart_with_visible_devices(devices, argv)
-    return _run_program(program, request, devices)
+    with RunSession(devices, scale_batch=request.scale_batch, source=program.source) as session:
+        status = program.run()
+    _print_report(session.stats, completed=status == 0)
+    return status
 
 
 def _restart_with_visible_devices(devices: Sequence[torch.device], argv: Sequence[str]) -> None:
@@ -86,9 +89,7 @@ def parser() -> ArgumentParser:
     """Return the parser of duoka's own options."""
     usage = "duoka run [OPTION...] SCRIPT.py|NOTEBOOK.ipynb|-m MODULE [ARGUMENT...]"
     parser = command_parser("run", usage=usage, epilog=_RULE)
-    parser.add_argument(
-        *_DEVICE, default="auto", metavar="SPEC", help="auto, all, 0, 0,1, 0-3, cpu:4, idle:2, ... (default: auto)"
-    )
+    add_device(parser, "auto, all, 0, 0,1, 0-3, cpu:4, idle:2, ... (default: auto)")
     parser.add_argument(
         "--scale-batch",
         action="store_true",
@@ -165,23 +166,14 @@ def _check_ambiguity(argv: Sequence[str], request: RunArguments, program: Script
             )
 
 
-def _run_program(program: Script, request: RunArguments, devices: Sequence[torch.device]) -> int:
-    from duoka.script_runner import RunSession
-
-    with RunSession(devices, scale_batch=request.scale_batch, source=program.source) as session:
-        status = program.run()
-    _print_report(session, completed=status == 0)
-    return status
-
-
-def _print_report(session: RunSession, *, completed: bool) -> None:
-    from rich.console import Console
+def _print_report(stats: RunStats, *, completed: bool) -> None:
+    from rich.console import Console  # now, so that the script's own imports come first
 
     from duoka.script_runner.report import print_report
 
     width = None if sys.stderr.isatty() else 120
     out = Console(stderr=True, width=width, highlight=False, markup=False, emoji=False)
-    print_report(session.stats, out, completed=completed)
+    print_report(stats, out, completed=completed)
 
 
 def _run_notebook(request: RunArguments) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from duoka.cli.arguments import command_parser
 from duoka.cli.console import console
-from duoka.cli.main import command_parser
+from duoka.utils.argument_parser import ArgumentParser
 
 if TYPE_CHECKING:
     from duoka.recipes.common.registry import RecipeOutcome
-    from duoka.utils.argument_parser import ArgumentParser
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,8 +54,8 @@ def print_outcome(outcome: RecipeOutcome) -> None:
     out = console()
     for name, value in outcome.results.items():
         out.print(f"{name.replace('_', ' ')}: {_format_number(value)}")
-    out.print(f"run folder: {outcome.run.folder}", soft_wrap=True)
-    out.print(f"next: {outcome.next_step}", soft_wrap=True)
+    out.print(f"run folder: {outcome.run.folder}")
+    out.print(f"next: {outcome.next_step}")
 
 
 def _format_number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Arguments of the commands that use a finished run, and the run that they name."""
+"""Parsers of the commands, and the arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -6,20 +6,36 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import Namespace
+
+from duoka.cli.main import COMMANDS
+from duoka.utils.argument_parser import ArgumentParser
+
 if TYPE_CHECKING:
-    from jsonargparse import Namespace
-
     from duoka.recipes.common.recipe_run import RecipeRun
-    from duoka.utils.argument_parser import ArgumentParser
 
 
-def add_run_arguments(parser: ArgumentParser, *, device: str | None = None, root: bool = True) -> None:
+def command_parser(name: str, summary: str = "", **options: Any) -> ArgumentParser:
+    """Return a parser for the subcommand ``name``, without arguments yet."""
+    summary = summary or COMMANDS[name].summary
+    return ArgumentParser(f"duoka {name}", f"{summary[0].upper()}{summary[1:]}.", **options)
+
+
+def add_device(parser: ArgumentParser, help_text: str, default: str | None = "auto") -> None:
+    """Add ``--device``, also under its second name."""
+    parser.add_argument("--device", "--devices", default=default, metavar="SPEC", help=help_text)
+
+
+def add_json(parser: ArgumentParser, note: str = "") -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help=f"print JSON, for programs{note}")
+
+
+def add_run(parser: ArgumentParser, *, device: str | None = None, root: bool = True) -> None:
     """Add RUN, ``--device`` and ``--root``; a default of ``None`` is the run's own value."""
-    default = "the run's own" if device is None else device
     parser.add_argument("run", metavar="RUN", help="folder of the run, as `duoka train` has printed it")
-    parser.add_argument(
-        "--device", "--devices", default=device, metavar="SPEC", help=f"devices to compute on (default: {default})"
-    )
+    default = device or "the run's own"
+    add_device(parser, f"devices to compute on (default: {default})", device)
     if root:
         parser.add_argument("--root", default=None, metavar="DIR", help="folder of the data (default: the run's own)")
 
