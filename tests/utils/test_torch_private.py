@@ -164,7 +164,7 @@ def test_a_worker_sees_the_dataset_that_it_is_given():
     loader = DataLoader(Numbers(), num_workers=1, worker_init_fn=give_another_dataset, persistent_workers=True)
     assert list(loader) == [["another"]] * 3
     iterator = torch_private.take_dataloader_iterator(loader)
-    assert isinstance(iterator, torch_private.dataloader_iterator_class())
+    assert isinstance(iterator, torch_private.DataLoaderIterator)
     assert torch_private.take_dataloader_iterator(loader) is None
     torch_private.stop_dataloader_workers(iterator)
     torch_private.stop_dataloader_workers(iter([]))
@@ -176,7 +176,7 @@ class Failing(Numbers):
 
 
 def test_worker_exceptions_arrive_in_the_wrapper():
-    wrapper = torch_private.exception_wrapper()
+    wrapper = torch_private.DataLoaderException
     try:
         raise ValueError("broken")
     except ValueError:

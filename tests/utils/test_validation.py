@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from duoka.errors import ConfigError
-from duoka.utils.validation import check_field_types
+from duoka.utils.validation import check_field_types, check_number
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,9 @@ def test_values_of_the_annotated_types_are_valid():
 def test_a_value_of_another_type_is_an_error(options, message):
     with pytest.raises(ConfigError, match=message):
         Options(**options)
+
+
+@pytest.mark.parametrize(("value", "limits"), [(2**63, r"0 or more and below 2\*\*63"), (-1, r"below 2\*\*63")])
+def test_limits_of_a_number_are_in_the_message(value, limits):
+    with pytest.raises(ConfigError, match=rf"seed={value} .*{limits}"):
+        check_number("seed", value, 0, below=2**63)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import cloudpickle
 from torch.utils.data import get_worker_info
 
-from duoka.utils.torch_private import exception_wrapper
+from duoka.utils.torch_private import DataLoaderException
 
 
 class PickledByValue:
@@ -41,7 +41,7 @@ def wrap_result(function: Callable[[], Any]) -> Any:
 def wrap_exception() -> Any:
     """Return the exception being handled as torch sends it from a worker process, to be raised by the receiver."""
     info = get_worker_info()
-    return exception_wrapper()(where=f"in DataLoader worker process {info.id if info else 0}")
+    return DataLoaderException(where=f"in DataLoader worker process {info.id if info else 0}")
 
 
 class _Result:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from duoka.script_runner.patching import Patches
 from duoka.script_runner.run_stats import LoaderStats, RunStats
 from duoka.script_runner.source_scan import caller_location
-from duoka.utils.torch_private import dataloader_iterator_class
+from duoka.utils.torch_private import DataLoaderIterator
 
 
 def install_loader_hooks(patches: Patches, stats: RunStats, batch_factor: int) -> None:
@@ -39,7 +39,7 @@ def install_loader_hooks(patches: Patches, stats: RunStats, batch_factor: int) -
             stats.loading_s += time.perf_counter() - start
 
     patches.wrap(DataLoader, "__init__", init)
-    patches.wrap(dataloader_iterator_class(), "__next__", next_batch)
+    patches.wrap(DataLoaderIterator, "__next__", next_batch)
 
 
 def _is_for_training(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

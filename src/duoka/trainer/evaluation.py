@@ -12,7 +12,7 @@ from duoka.errors import DataError
 from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.metrics import Metrics, Results
 from duoka.trainer.model_with_loss import ModelWithLoss
-from duoka.utils.modules import preserve_train_modes
+from duoka.utils.torch_settings import preserve_train_modes
 from duoka.world import World
 
 

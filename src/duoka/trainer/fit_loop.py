@@ -28,8 +28,8 @@ from duoka.trainer.progress import Reporter, format_number, reporter_for
 from duoka.trainer.run_dir import RunDir
 from duoka.trainer.train_logger import TrainLogger, startup_summary
 from duoka.trainer.train_step import TrainStep, accumulation_windows
-from duoka.utils.modules import preserve_train_modes
 from duoka.utils.rng_state import preserve_rng_state, seed_all, set_rng_state
+from duoka.utils.torch_settings import preserve_train_modes
 from duoka.world import World, current_world
 
 

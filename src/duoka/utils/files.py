@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -49,7 +50,8 @@ def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = Non
         temporary, file = _open_temporary(target)
         with _remove_on_error(temporary, file):
             yield file
-            _flush_to_disk(file)
+            file.flush()
+            os.fsync(file.fileno())
             temporary.replace(target)
             file.close()
         _flush_folder(target.parent)
@@ -90,7 +92,7 @@ def _check_regular_file(target: Path) -> None:
 
 def _remove_stale_files(target: Path) -> None:
     """Remove temporary files without a lock, which killed writers left."""
-    for stale in target.parent.glob(f".{_escaped(target.name)}.*{_TEMPORARY}"):
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*{_TEMPORARY}"):
         with contextlib.suppress(OSError):
             descriptor = os.open(stale, os.O_RDWR | os.O_NOFOLLOW)
             try:
@@ -98,10 +100,6 @@ def _remove_stale_files(target: Path) -> None:
                 stale.unlink()
             finally:
                 os.close(descriptor)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
 def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
@@ -128,11 +126,6 @@ def _remove_on_error(temporary: Path, file: BinaryIO) -> Iterator[None]:
         raise
 
 
-def _flush_to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _flush_folder(folder: Path) -> None:
     """Make the rename durable where the file system supports it."""
     with contextlib.suppress(OSError):
@@ -155,21 +148,16 @@ def _find_os_error(error: BaseException | None) -> OSError | None:
 def _storage_message(target: Path, error: OSError, needed_bytes: int | None) -> str:
     reason = error.strerror or str(error)
     if error.errno in _FULL:
+        folder = next(parent for parent in target.parents if parent.exists())
         needed = "" if needed_bytes is None else f"{format_bytes(needed_bytes)} needed, "
         limit = " or raise the file-size limit (ulimit -f)" if error.errno == errno.EFBIG else ""
         return (
-            f"cannot write {target}: {reason} ({needed}{format_bytes(_free_bytes(target.parent))} free). "
+            f"cannot write {target}: {reason} ({needed}{format_bytes(shutil.disk_usage(folder).free)} free). "
             f"Free some space{limit}, or write to another disk; the previous content is untouched"
         )
     if error.errno in _FORBIDDEN:
         return f"cannot write {target}: {reason}. Make {target.parent} writable, or write to another folder"
     return f"cannot write {target}: {reason}. Check the path, or write to another folder"
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 @contextlib.contextmanager

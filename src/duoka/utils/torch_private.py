@@ -1,4 +1,4 @@
-"""Private torch interfaces that duoka uses, one function each, and nothing else of torch's private names elsewhere.
+"""Private torch interfaces that duoka uses, one name each; no other file uses torch's private names.
 
 Each was seen in torch 2.9 to 2.14. ``tests/utils/test_torch_private.py`` exercises every function, so that a torch release
 that changes one fails a test that names it. Where torch offers no public equivalent, the docstring says why one is needed.
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._utils import ExceptionWrapper
 from torch.autograd import Variable
 from torch.distributed import distributed_c10d
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,6 +26,10 @@ from duoka.errors import UnsupportedError
 
 BatchNorm: type[nn.Module] = _BatchNorm
 """Common base class of all batch norm layers."""
+DataLoaderIterator: type[Any] = _BaseDataLoaderIter
+"""Base class of all iterators of a DataLoader, whose ``__next__`` loads a batch."""
+DataLoaderException: type[Any] = ExceptionWrapper
+"""Class in which a DataLoader worker sends an exception."""
 
 
 # autograd
@@ -58,19 +63,12 @@ def storage_id(storage: torch.UntypedStorage) -> int:
     return int(storage._cdata)
 
 
-def copy_in_place(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source into its target with one fused kernel."""
-    torch._foreach_copy_(list(targets), list(sources))
-
-
-def add_in_place(targets: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
-    """Add each tensor to its target with one fused kernel."""
-    torch._foreach_add_(list(targets), list(others))
-
-
-def multiply_in_place(targets: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
-    """Multiply each target by a scalar tensor with one fused kernel."""
-    torch._foreach_mul_(list(targets), factor)
+copy_in_place = torch._foreach_copy_
+"""Copies each tensor of a second list into the one of the first list, with one fused kernel."""
+add_in_place = torch._foreach_add_
+"""Adds each tensor of a second list to the one of the first list, with one fused kernel."""
+multiply_in_place = torch._foreach_mul_
+"""Multiplies each tensor of a list by a scalar tensor, with one fused kernel."""
 
 
 def forget_loaded_sparse_tensors() -> None:
@@ -199,13 +197,6 @@ def broadcast_coalesced(tensors: Sequence[torch.Tensor], bytes_per_message: int)
 # torch.utils.data
 
 
-def exception_wrapper() -> type[Any]:
-    """Return the class in which a DataLoader worker sends an exception."""
-    from torch._utils import ExceptionWrapper
-
-    return ExceptionWrapper
-
-
 def stop_dataloader_workers(iterator: Any) -> None:
     """End the worker processes of a DataLoader's iterator now; other iterators have none."""
     shutdown = getattr(iterator, "_shutdown_workers", None)
@@ -224,11 +215,6 @@ def take_dataloader_iterator(loader: Any) -> Any:
 def set_worker_dataset(dataset: Any) -> None:
     """Set ``get_worker_info().dataset`` in a DataLoader worker; plain assignment is refused."""
     object.__setattr__(get_worker_info(), "dataset", dataset)
-
-
-def dataloader_iterator_class() -> type[Any]:
-    """Return the base class of all iterators of a DataLoader, whose ``__next__`` loads a batch."""
-    return _BaseDataLoaderIter
 
 
 # torchmetrics, seen in 1.6 to 1.9

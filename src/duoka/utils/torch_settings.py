@@ -1,11 +1,13 @@
-"""torch's process-wide settings: default dtype, matmul precision, determinism, anomaly mode, cuDNN."""
+"""Settings of torch that a block of code changes for a while: process-wide ones, and the train mode of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.backends import cudnn
 
 
@@ -22,19 +24,26 @@ def apply_torch_settings(settings: Mapping[str, Any]) -> None:
             put(value)
 
 
+@contextlib.contextmanager
+def preserve_train_modes(module: nn.Module) -> Iterator[None]:
+    """Restore ``training`` of ``module`` and of every submodule after the ``with`` block."""
+    modes = [(each, each.training) for each in module.modules()]
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training
+
+
 def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _set_anomaly(enabled: bool) -> None:
-    torch.autograd.set_detect_anomaly(enabled)
-
-
-SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "deterministic": (_deterministic, lambda both: torch.use_deterministic_algorithms(both[0], warn_only=both[1])),
-    "anomaly": (torch.is_anomaly_enabled, _set_anomaly),
+    "anomaly": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     "cudnn_benchmark": (lambda: cudnn.benchmark, lambda value: setattr(cudnn, "benchmark", value)),
     "cudnn_deterministic": (lambda: cudnn.deterministic, lambda value: setattr(cudnn, "deterministic", value)),
     "cudnn_allow_tf32": (lambda: cudnn.allow_tf32, lambda value: setattr(cudnn, "allow_tf32", value)),

@@ -42,7 +42,7 @@ def check_number(
     """Raise ``ConfigError`` unless ``value`` is a finite number in the range; ``exclusive`` shuts ``least`` out."""
     limits = f"above {least:g}" if exclusive else f"{least:g} or more"
     if below < math.inf:
-        limits += f" and below {below:g}"
+        limits += f" and below {'2**63' if below == 2**63 else f'{below:g}'}"
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not (least < value < below if exclusive else least <= value < below):  # type: ignore[operator]
         raise invalid_option(name, value, f"a finite number, {limits}")

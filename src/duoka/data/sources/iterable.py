@@ -25,7 +25,7 @@ from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
 from duoka.data.user_generators import generators_of
 from duoka.data.worker_pickle import PickledByValue, wrap_exception, wrap_result
 from duoka.errors import ConfigError
-from duoka.utils.torch_private import exception_wrapper
+from duoka.utils.torch_private import DataLoaderException
 
 
 def iterable_source(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
@@ -188,4 +188,4 @@ class _WorkerCollate(PickledByValue):
 
     def __call__(self, samples: Any) -> Any:
         last = samples[-1] if type(samples) is list and samples else samples
-        return wrap_result(lambda: last if isinstance(last, exception_wrapper()) else self._collate(samples))
+        return wrap_result(lambda: last if isinstance(last, DataLoaderException) else self._collate(samples))
