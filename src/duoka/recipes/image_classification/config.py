@@ -10,16 +10,11 @@ from duoka.utils.validation import invalid_option
 
 DEFAULTS_BY_DATASET: dict[str, dict[str, Any]] = {
     "digits": {
-        "model": "resnet10",
-        "width": 0.25,
-        "batch_size": 64,
-        "batch_size_means": "global",
-        "epochs": 12,
-        "lr": 0.01,
+        "model": "resnet10", "width": 0.25, "batch_size": 64, "batch_size_means": "global", "epochs": 12, "lr": 0.01,
         "num_workers": 0,
     },
     "others": {"model": "resnet18", "width": 1.0, "batch_size": 256, "batch_size_means": "per_device", "epochs": 50},
-}
+}  # fmt: skip
 DEFAULTS_BY_OPTIMIZER: dict[str, dict[str, float]] = {
     "sgd": {"lr": 0.1, "weight_decay": 5e-4},
     "adam": {"lr": 0.001, "weight_decay": 0.0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,24 +14,16 @@ from duoka.recipes.models.informer import SMALL_SIZE, InformerSize
 NAME = "informer"
 LENGTHS = {"M": (48, 48, 24), "MS": (96, 48, 24), "S": (720, 168, 24)}
 """seq_len, label_len and pred_len by ``features``: the authors' script for ETTh1, horizon 24; for MS their defaults."""
-FORECAST: dict[str, Any] = {
-    "batch_size": 32,
-    "epochs": 6,
-    "optimizer": "adam",
-    "lr": 1e-4,
-    "weight_decay": 0.0,
-    "scheduler": "halving",
-    "patience": 3,
-}
-REGRESS: dict[str, Any] = {
-    "batch_size": 1024,
-    "epochs": 300,
-    "optimizer": "adamw",
-    "lr": 1e-3,
-    "weight_decay": 1e-4,
-    "scheduler": "cosine",
-    "patience": 0,
-}
+DEFAULTS_BY_TASK: dict[str, dict[str, Any]] = {
+    "forecast": {
+        "batch_size": 32, "epochs": 6, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0, "scheduler": "halving",
+        "patience": 3,
+    },
+    "regress": {
+        "batch_size": 1024, "epochs": 300, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-4, "scheduler": "cosine",
+        "patience": 0,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,7 @@ class TimeSeriesConfig(RunOptions):
         """
         size = InformerSize() if self.task == "forecast" else SMALL_SIZE
         chosen: dict[str, Any] = {name: getattr(size, name) for name in ("width", "heads", "hidden", "dropout")}
-        chosen |= FORECAST if self.task == "forecast" else REGRESS
+        chosen |= DEFAULTS_BY_TASK[self.task]
         chosen |= zip(("seq_len", "label_len", "pred_len"), LENGTHS[self.features], strict=True)
         if self.seq_len is not None:
             chosen["label_len"] = min(chosen["label_len"], self.seq_len)
@@ -161,27 +154,13 @@ class TimeSeriesConfig(RunOptions):
 
     def size(self) -> InformerSize:
         """Return the model's widths and depths."""
-        assert self.width is not None
-        assert self.heads is not None
-        assert self.hidden is not None
-        assert self.dropout is not None
-        return InformerSize(
-            width=self.width,
-            heads=self.heads,
-            hidden=self.hidden,
-            encoder_layers=self.encoder_layers,
-            decoder_layers=self.decoder_layers,
-            factor=self.factor if self.attention == "prob" else None,
-            distil=self.distil,
-            dropout=self.dropout,
-        )
+        sizes: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(InformerSize)}
+        return InformerSize(**{**sizes, "factor": self.factor if self.attention == "prob" else None})
 
     @property
     def lengths(self) -> tuple[int, int, int]:
         """Steps of the past, of the decoder's start, and of the forecast."""
-        assert self.seq_len is not None
-        assert self.label_len is not None
-        assert self.pred_len is not None
+        assert self.seq_len is not None and self.label_len is not None and self.pred_len is not None  # noqa: PT018
         return self.seq_len, self.label_len, self.pred_len
 
     def _check_together(self) -> None:
