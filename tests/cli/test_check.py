@@ -1,4 +1,4 @@
-"""``duoka check``: every line passes here, and one that fails says so, with its remedy, beside the others."""
+"""``duoka check``: every check passes here; a failed one prints its remedy, and the others run too."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_the_devices_really_reach_each_other(capsys):
     assert line["words"] == "3 devices added up to 6, as they should"
 
 
-def test_a_device_that_computes_wrongly_fails_with_its_remedy_and_the_others_are_checked(monkeypatch, capsys):
+def test_a_wrong_computation_fails_with_its_remedy_and_other_checks_run(monkeypatch, capsys):
     real, calls = checking._small_model, []
 
     def small():
@@ -43,6 +43,6 @@ def test_a_device_that_computes_wrongly_fails_with_its_remedy_and_the_others_are
     assert sum(line.startswith("pass") for line in lines) == 4
 
 
-def test_a_device_that_is_not_there_is_said(capsys):
+def test_an_absent_device_is_an_error(capsys):
     assert main(["check", "--device", "cuda:77"]) == 2
     assert "77" in capsys.readouterr().err

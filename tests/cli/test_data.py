@@ -1,4 +1,4 @@
-"""``duoka data make``: the file, what is said of it, and mistakes."""
+"""``duoka data make``: the files, the printed results, and mistakes."""
 
 import shlex
 
@@ -8,7 +8,7 @@ from duoka.cli.main import main
 from duoka.recipes.datasets import csv_table
 
 
-def test_the_example_is_written_with_what_can_be_reached(tmp_path, monkeypatch, capsys):
+def test_example_data_are_written_with_the_best_reachable_result(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "make", "datatry", "--rows", "500"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -48,7 +48,7 @@ def test_a_mistake_is_one_message(tmp_path, monkeypatch, capfd, words, message):
         ("movielens", "data/ratings.dat", ["--users", "20", "--films", "30", "--ratings", "300"]),
     ],
 )
-def test_what_is_there_is_not_lost(tmp_path, monkeypatch, capsys, example, file, sizes):
+def test_existing_files_are_not_overwritten(tmp_path, monkeypatch, capsys, example, file, sizes):
     """It may be the real data: an example has their format."""
     monkeypatch.chdir(tmp_path)
     place = tmp_path / file
@@ -62,7 +62,7 @@ def test_what_is_there_is_not_lost(tmp_path, monkeypatch, capsys, example, file,
     assert len(place.read_text()) > 100
 
 
-def test_an_example_does_not_stand_in_for_the_real_data_beside_it(tmp_path, monkeypatch, capsys):
+def test_example_is_not_written_beside_the_official_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "ml-1m").mkdir(parents=True)
     assert main(["data", "make", "movielens", "--to", "data", "--overwrite"]) == 2

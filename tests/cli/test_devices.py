@@ -1,4 +1,4 @@
-"""``duoka devices``: the table, the JSON, and what it says of the choice."""
+"""``duoka devices``: the table, the JSON, and the reported choice."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ def test_the_table_shows_memory_use_users_links_and_the_choice(capsys: pytest.Ca
     output = capsys.readouterr().out
     first, second = (next(line for line in output.splitlines() if name in line) for name in ("│ cuda:0", "│ cuda:1"))
     assert [text for text in ("RTX 3090", "2.0 GiB / 24.0 GiB", "7 %", "none", "1: NV4") if text not in first] == []
-    told = ("12.0 GiB / 24.0 GiB", "99 %", "ann: python [train].py --多卡", "process 4711, 11.0 GiB", "0: NV4")
-    assert [text for text in told if text not in second] == []
+    expected = ("12.0 GiB / 24.0 GiB", "99 %", "ann: python [train].py --多卡", "process 4711, 11.0 GiB", "0: NV4")
+    assert [text for text in expected if text not in second] == []
     assert "another container: hidden process (process 5)" in output
     assert "NV4: 4 NVLinks" in output
     assert f"auto chooses: cuda:0, cuda:1\nwhy: {BOTH.reason}\n" in output
 
 
-def test_memory_that_no_visible_process_holds_is_not_said_to_be_nobodys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_of_hidden_processes_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     print_devices("auto", BOTH, [replace(TWO_GPUS[1], processes=())], Cores(1, "1 core"))
     output = capsys.readouterr().out
     assert "hidden processes" in output
     assert "none" not in output
 
 
-def test_what_is_not_known_is_a_dash_with_the_way_to_know(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_values_are_dashes_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     print_devices("all", BOTH, [DeviceInfo("xpu:0", 0, "Arc", source="torch")], Cores(1, "1 core"))
     output = capsys.readouterr().out
     assert "- / -" in output
@@ -78,12 +78,12 @@ def test_what_is_not_known_is_a_dash_with_the_way_to_know(capsys: pytest.Capture
 
 def test_json_holds_the_facts_and_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--device", "cpu:2", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["choice"] == {"devices": ["cpu", "cpu"], "reason": resolve("cpu:2").reason}
-    assert told["spec"] == "cpu:2"
-    assert told["cores"] == available_cores()
-    assert [fact["device"] for fact in told["devices"]] == [fact.device for fact in describe()]
-    assert all(fact["memory_total_bytes"] > 0 for fact in told["devices"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["choice"] == {"devices": ["cpu", "cpu"], "reason": resolve("cpu:2").reason}
+    assert printed["spec"] == "cpu:2"
+    assert printed["cores"] == available_cores()
+    assert [fact["device"] for fact in printed["devices"]] == [fact.device for fact in describe()]
+    assert all(fact["memory_total_bytes"] > 0 for fact in printed["devices"])
 
 
 @pytest.mark.parametrize("spec", ["99", "cpu:0", "gpu0", "-1"])
@@ -96,7 +96,7 @@ def test_a_bad_device_is_one_message_and_no_table(spec: str, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_piped_output_is_plain_text_on_unbroken_lines_and_imports_no_pictures(encoding: str) -> None:
+def test_piped_output_is_plain_unbroken_lines(encoding: str) -> None:
     program = (
         "import sys; from duoka.cli.main import main; status = main(['devices']);"
         "print(*{'torchmetrics', 'matplotlib', 'torchvision'} & set(sys.modules)); sys.exit(status)"
@@ -128,7 +128,7 @@ def test_devices_may_be_named_in_other_ways(words: list[str], capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["spec"] == "cpu:2"
 
 
-def test_many_workers_are_counted_and_too_many_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_workers_are_counted_and_too_many_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     print_devices("cpu:999", resolve("cpu:999"), describe(), Cores(2, "2 cores"))
     output = capsys.readouterr().out
     assert "cpu:999 chooses: 999 CPU workers\n" in output

@@ -1,4 +1,4 @@
-"""The ``duoka`` command: dispatch, exit statuses, and the border where errors become messages."""
+"""The ``duoka`` command: dispatch, exit statuses, and the place where errors become messages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_debug_may_stand_anywhere_and_shows_the_traceback(trial, words: tuple[st
     assert errors.endswith("duoka: bad\n")
 
 
-def test_words_after_two_dashes_are_not_ours(trial) -> None:
+def test_words_after_two_dashes_belong_to_the_subcommand(trial) -> None:
     status, output, _ = trial("print(argv); return 0", "try", "--", "--debug")
     assert (status, output) == (0, "['--', '--debug']\n")
 
@@ -62,24 +62,24 @@ def test_words_after_two_dashes_are_not_ours(trial) -> None:
 @pytest.mark.parametrize(
     "name", ["ConfigError", "DeviceError", "StorageError", "LaunchError", "MissingDependencyError"]
 )
-def test_what_duoka_raises_is_one_message_without_a_traceback(trial, name: str) -> None:
+def test_an_error_of_duoka_is_one_message_without_a_traceback(trial, name: str) -> None:
     body = f"from duoka.errors import {name}; raise {name}('what [bold]and[/] where') from ValueError('inner')"
     assert trial(body) == (2, "", "duoka: what [bold]and[/] where\n")
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [("ENOSPC", "disk is full"), ("EACCES", "not permitted"), ("EROFS", "read-only")]
+    ("number", "message"), [("ENOSPC", "disk is full"), ("EACCES", "not permitted"), ("EROFS", "read-only")]
 )
-def test_a_full_or_unwritable_folder_is_one_message_that_names_it(trial, number: str, said: str) -> None:
+def test_a_full_or_unwritable_folder_is_one_message_that_names_it(trial, number: str, message: str) -> None:
     status, _, errors = trial(f"import errno; raise OSError(errno.{number}, 'text', '/runs/a b')")
     assert status == 2
     assert errors.count("\n") == 1
     assert "'/runs/a b'" in errors
-    assert said in errors
+    assert message in errors
 
 
 @pytest.mark.parametrize("error", ["ValueError('own')", "OSError(5, 'own')", "BrokenPipeError(32, 'own')"])
-def test_the_unexpected_keeps_its_traceback(trial, error: str) -> None:
+def test_an_unexpected_error_keeps_its_traceback(trial, error: str) -> None:
     status, _, errors = trial(f"raise {error}")
     assert status == 1
     assert "Traceback" in errors
@@ -87,20 +87,20 @@ def test_the_unexpected_keeps_its_traceback(trial, error: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (["xyzzy"], "there is no command 'xyzzy'; `duoka --help`"),
         (["--versoin"], "there is no option '--versoin'; did you mean '--version'?"),
     ],
 )
-def test_an_unknown_word_is_an_error_with_what_was_meant(
-    words: list[str], said: str, capfd: pytest.CaptureFixture[str]
+def test_an_unknown_word_is_an_error_with_a_suggestion(
+    words: list[str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == 2
     output, errors = capfd.readouterr()
     assert output == ""
-    assert errors.startswith(f"duoka: {said}")
+    assert errors.startswith(f"duoka: {message}")
     assert errors.count("\n") == 1
 
 
@@ -200,7 +200,7 @@ def test_an_interruption_is_one_line_and_status_130(tmp_path: Path) -> None:
     assert process.returncode == cli.INTERRUPTED == 130
 
 
-def test_a_reader_that_went_away_is_no_error_message(tmp_path: Path) -> None:
+def test_closed_output_causes_no_error_message(tmp_path: Path) -> None:
     process = started(tmp_path, "for number in range(100_000):\n    print(number)\nreturn 0")
     with process:
         assert process.stdout is not None
@@ -225,5 +225,5 @@ def test_ctrl_c_while_libraries_are_imported_ends_the_command_at_once(tmp_path):
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (130, "duoka: interrupted\n")
+    _, message = process.communicate(timeout=20)
+    assert (process.returncode, message) == (130, "duoka: interrupted\n")

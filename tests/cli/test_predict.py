@@ -1,4 +1,4 @@
-"""``duoka predict``: what a finished run says of image files."""
+"""``duoka predict``: predictions of a finished run from image files."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def ask(run, capsys):
     return answers
 
 
-def test_files_of_the_test_images_are_answered_as_in_training(run, tmp_path):
+def test_predictions_from_image_files_equal_those_of_training(run, tmp_path):
     test = digits.load().test
     sources = []
     for number in range(len(test)):
@@ -80,7 +80,7 @@ def test_json_has_class_probability_and_the_next_ones(run, ask):
     assert answer["probability"] == values[0]
 
 
-def test_any_size_colour_and_kind_of_image_is_taken(run, ask, tmp_path):
+def test_images_of_any_size_color_and_kind_are_accepted(run, ask, tmp_path):
     with Image.open(run / "samples" / "0.png") as image:
         image.resize((80, 80)).convert("RGB").save(tmp_path / "big.jpg", quality=95)
         ImageOps.invert(image).save(tmp_path / "on-paper.png")
@@ -91,7 +91,7 @@ def test_any_size_colour_and_kind_of_image_is_taken(run, ask, tmp_path):
     assert inverted["probability"] == pytest.approx(plain["probability"], abs=1e-5)
 
 
-def test_an_answer_does_not_depend_on_the_images_beside_it(run, ask):
+def test_a_prediction_does_not_depend_on_other_images(run, ask):
     names = [str(run / "samples" / f"{digit}.png") for digit in range(10)]
     together = [answer["probability"] for answer in ask(*names)]
     alone = [ask(name)[0]["probability"] for name in names]
@@ -124,7 +124,7 @@ def test_results_without_what_prediction_needs_are_one_message(run, tmp_path, ca
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "x"])
-def test_a_number_of_answers_that_is_none_is_refused(run, capfd, top):
+def test_an_invalid_number_of_answers_is_refused(run, capfd, top):
     capfd.readouterr()
     assert main(["predict", str(run), "any.png", f"--top={top}"]) == 2
     message = capfd.readouterr().err
@@ -132,13 +132,13 @@ def test_a_number_of_answers_that_is_none_is_refused(run, capfd, top):
     assert "it must be an integer" in message
 
 
-def test_a_run_that_was_not_finished_says_how_to_finish_it(run, tmp_path, capfd):
+def test_predicting_with_an_unfinished_run_names_the_remedy(run, tmp_path, capfd):
     (tmp_path / "config.yml").write_bytes((run / "config.yml").read_bytes())
     assert main(["predict", str(tmp_path), "x.png"]) == 2
     assert f"duoka train cifar100 --resume {tmp_path}" in capfd.readouterr().err
 
 
-def test_weights_that_were_cut_short_are_refused(run, tmp_path, capfd):
+def test_truncated_weights_are_refused(run, tmp_path, capfd):
     for name in ("config.yml", "results.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     weights = (run / "model.safetensors").read_bytes()

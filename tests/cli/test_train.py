@@ -51,14 +51,14 @@ def lines_of(capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_train_alone_lists_the_recipes_and_what_to_type(capsys):
+def test_train_without_a_recipe_lists_the_recipes(capsys):
     assert main(["train"]) == 0
     shown = capsys.readouterr().out
     assert "cifar100       ResNets on CIFAR-100" in shown
     assert "duoka train cifar100 --dataset digits --device cpu:2" in shown
 
 
-def test_the_run_folder_has_everything_that_was_promised(run):
+def test_the_run_folder_has_every_documented_file(run):
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert {
         "config.yml",
@@ -161,7 +161,7 @@ def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad", "rmsprop"])
-def test_every_optimiser_trains_with_a_schedule_of_its_own(here, optimizer):
+def test_every_optimizer_trains_with_a_schedule(here, optimizer):
     schedule = {"sgd": "multistep", "adam": "cosine"}.get(optimizer, "onecycle")
     options = [*SHORT, "--optimizer", optimizer, "--scheduler", schedule, "--batch_size", "256"]
     assert main(["train", "cifar100", *options]) == 0
@@ -218,7 +218,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(run, here, capfd):
     assert main(["train", "cifar100", "--resume", str(copied)]) == 0
 
 
-def test_a_batch_of_more_than_all_images_is_said(here, caplog):
+def test_a_batch_larger_than_the_data_is_reported(here, caplog):
     assert main(["train", "cifar100", *SHORT, "--epochs", "1", "--batch_size", "100000"]) == 0
     assert "batch_size=100,000 is more than the 1,438 images" in caplog.text
 
@@ -233,7 +233,7 @@ def test_an_interruption_before_the_first_epoch_leaves_no_folder(here, monkeypat
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(tmp_path):
+def test_a_killed_and_resumed_run_is_bit_identical(tmp_path):
     command = [sys.executable, "-m", "duoka", "train", "cifar100", *SHORT, "--epochs", "3"]
     subprocess.run([*command, "--out", "whole"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL, env=ONE_THREAD)
     victim = subprocess.Popen([*command, "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, env=ONE_THREAD)

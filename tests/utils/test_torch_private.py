@@ -31,7 +31,7 @@ class KeepsGraph(torch.autograd.Function):
         return grad * 2, None
 
 
-def test_a_backward_knows_whether_it_keeps_its_graph_and_calls_back_at_its_end():
+def test_a_backward_knows_retain_graph_and_runs_its_callback_at_the_end():
     notes: list = []
     x = torch.ones(1, requires_grad=True)
     y = KeepsGraph.apply(x, notes)
@@ -185,7 +185,7 @@ def test_worker_exceptions_arrive_in_the_wrapper():
         wrapped.reraise()
 
 
-def test_torchs_list_of_loaded_sparse_tensors_is_emptied():
+def test_list_of_loaded_sparse_tensors_is_emptied():
     torch._utils._sparse_tensors_to_validate.append(torch.ones(1).to_sparse())
     torch_private.forget_loaded_sparse_tensors()
     assert torch._utils._sparse_tensors_to_validate == []

@@ -55,7 +55,7 @@ def small(*arguments: str) -> Small:
 
 
 @pytest.mark.parametrize(("text", "workers"), [(GUIDE, 8), (GUIDE_MULTI_GPU, 16)])
-def test_the_guides_files_work_as_they_are(file, text, workers):
+def test_configuration_files_of_the_guides_work_unchanged(file, text, workers):
     config = read_config(Cifar100Config, ["-c", file(text), "--device", "0,1"], recipe="cifar100").resolved()
     assert (config.dataset, config.model, config.device) == ("cifar100", "resnet18", "0,1")
     assert (config.root, config.num_workers, config.batch_size, config.epochs, config.lr) == (
@@ -72,14 +72,14 @@ def test_the_guides_files_work_as_they_are(file, text, workers):
     ("alias", "name", "value"),
     [("bsize", "batch_size", 8), ("workers", "num_workers", 2), ("devices", "device", "cpu")],
 )
-def test_an_option_with_a_second_name_takes_both(file, alias, name, value):
+def test_both_names_of_an_option_are_accepted(file, alias, name, value):
     for arguments in (["-c", file(f"{alias}: {value}")], [f"--{alias}", str(value)]):
         assert getattr(read_config(Cifar100Config, arguments, recipe="cifar100"), name) == value
     with pytest.raises(ConfigError, match=f"`{name}` is set in line 1 and in line 2"):
         read_config(Cifar100Config, ["-c", file(f"{name}: {value}\n{alias}: {value}")], recipe="cifar100")
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file):
+def test_command_line_overrides_file_and_file_overrides_defaults(file):
     path = file("lr: 0.5\ncount: 3\n")
     assert small() == Small(lr=0.1)
     assert small("-c", path) == Small(lr=0.5, count=3)
@@ -88,7 +88,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
 
 
 @pytest.mark.parametrize("written", ["1e-3", "0.001", "1.0e-3", "'1e-3'"])
-def test_numbers_are_read_as_people_write_them(file, written):
+def test_numbers_are_accepted_in_every_usual_notation(file, written):
     assert small("-c", file(f"lr: {written}\n")).lr == 0.001
 
 
@@ -167,7 +167,7 @@ def test_a_wrong_command_line_is_refused_with_the_remedy(file, arguments, messag
         ("scheduler", None), ("root", 3),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be_are_refused_however_they_come(option, value):
+def test_invalid_options_are_refused_from_every_source(option, value):
     with pytest.raises(ConfigError, match=f"{option}=.* is not valid"):
         Cifar100Config(**{option: value})
 
@@ -241,7 +241,7 @@ def test_resume_takes_the_runs_own_options_unless_others_are_given(tmp_path):
     assert (config.epochs, config.device, config.resume) == (7, "cpu:2", str(run.folder))
 
 
-def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
+def test_a_repeated_key_is_refused_with_both_lines(tmp_path):
     path = tmp_path / "config.yml"
     path.write_text("lr: 0.1\nepochs: 3\nlr: 0.2\n")
     with pytest.raises(ConfigError, match="`lr` is set in line 1 and in line 3; remove one"):
@@ -252,13 +252,13 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
     ("name", "meant"),
     [("learning-rate", "lr"), ("bs", "batch_size"), ("n_workers", "num_workers"), ("wd", "weight_decay")],
 )
-def test_what_other_programs_call_an_option_leads_to_it(name, meant):
+def test_names_of_other_programs_lead_to_the_option(name, meant):
     with pytest.raises(ConfigError, match=f"did you mean '--{meant}'"):
         read_config(Cifar100Config, [f"--{name}", "1"], recipe="cifar100")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--model", "resnet18"], "model=resnet18 .*model=resnet10.*leave --model out.*-c .*config.yml"),
         (["--optimizer", "sgd"], "optimizer=sgd .*optimizer=adamw"),
@@ -266,10 +266,10 @@ def test_what_other_programs_call_an_option_leads_to_it(name, meant):
         (["--batch_size", "32"], "batch_size=32 .*batch_size=64"),
     ],
 )
-def test_a_change_that_a_checkpoint_does_not_fit_is_refused_by_name(tmp_path, options, said):
+def test_an_option_that_does_not_fit_the_checkpoint_is_refused(tmp_path, options, message):
     run = RecipeRun(tmp_path)
     run.write_config("cifar100", Cifar100Config(dataset="digits").resolved())
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         read_config(Cifar100Config, ["--resume", str(tmp_path), *options], recipe="cifar100")
 
 
@@ -277,6 +277,6 @@ def test_a_change_that_a_checkpoint_does_not_fit_is_refused_by_name(tmp_path, op
     "options",
     [[], ["--model", "resnet10"], ["--device", "cpu"], ["--epochs", "10"], ["--epochs", "24", "--batch_size", "128"]],
 )
-def test_a_run_is_resumed_with_what_its_checkpoint_fits(tmp_path, options):
+def test_options_that_fit_the_checkpoint_can_change(tmp_path, options):
     RecipeRun(tmp_path).write_config("cifar100", Cifar100Config(dataset="digits").resolved())
     assert read_config(Cifar100Config, ["--resume", str(tmp_path), *options], recipe="cifar100").resume == str(tmp_path)

@@ -9,19 +9,19 @@ from duoka.recipes.common import registry
 from duoka.recipes.common.recipe_run import RecipeRun, remove_empty_run_dir
 
 
-def test_runs_of_the_same_second_and_name_have_folders_of_their_own(tmp_path):
+def test_runs_of_the_same_second_and_name_have_separate_folders(tmp_path):
     folders = {RecipeRun.new(tmp_path, "cifar100", "x").folder for _ in range(5)}
     assert len(folders) == 5
     assert all(folder.parent == tmp_path / "cifar100" for folder in folders)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(StorageError, match=r"cannot create the run's folder .*out/cifar100.*choose another --out"):
         RecipeRun.new(tmp_path / "out", "cifar100", "x")
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(DataError, match="the folder does not exist"):
         RecipeRun.at(tmp_path / "none")
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
@@ -43,7 +43,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         RecipeRun.at(tmp_path).recipe()
 
 
-def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
+def test_an_unfinished_run_names_the_command_that_finishes_it(tmp_path):
     (tmp_path / "config.yml").write_text("recipe: cifar100\n")
     run = RecipeRun.at(tmp_path)
     for question in (run.finished_model, run.read_results):
@@ -51,28 +51,28 @@ def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
             question()
 
 
-def test_results_come_back_as_they_were_and_leave_nothing_else(tmp_path):
+def test_results_are_read_as_written_and_leave_no_other_file(tmp_path):
     run = RecipeRun(tmp_path)
     run.write_results({"test_accuracy": 0.5, "名": [1]})
     assert run.read_results() == {"test_accuracy": 0.5, "名": [1]}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_every_recipe_of_the_table_offers_what_the_commands_call():
+def test_every_recipe_has_the_interface_of_the_commands():
     for name in registry.RECIPES:
         recipe = registry.find_recipe(name)
         for part in ("Config", "train", "evaluate", "predict"):
             assert callable(getattr(recipe, part)), (name, part)
 
 
-def test_an_unknown_recipe_is_answered_with_what_there_is():
+def test_an_unknown_recipe_is_an_error_with_a_suggestion():
     with pytest.raises(ConfigError, match=r"no recipe 'cifar-100'; did you mean 'cifar100'\?"):
         registry.find_recipe("cifar-100")
     with pytest.raises(ConfigError, match="the recipes are cifar100, "):
         registry.find_recipe("zzz")
 
 
-def test_a_run_that_is_interrupted_before_it_writes_leaves_no_folder(tmp_path):
+def test_a_run_interrupted_before_it_writes_leaves_no_folder(tmp_path):
     def interrupted(*, late: bool) -> None:
         with remove_empty_run_dir():
             run = RecipeRun.new(tmp_path / "made" / "runs", "cifar100", "x")
