@@ -12,10 +12,10 @@ import torch
 
 from duoka.cli.main import main
 from duoka.errors import ConfigError
-from duoka.recipes.common.label_metrics import LabelWeightedAccuracy
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.datasets.images import Images, ImageSet
 from duoka.recipes.image_classification.config import TinyImageNetConfig
+from duoka.recipes.image_classification.label_metrics import LabelWeightedAccuracy
 from duoka.recipes.image_classification.presets import TINY_IMAGENET
 from duoka.recipes.image_classification.results import DatasetMetadata
 from duoka.recipes.models import small_cnns

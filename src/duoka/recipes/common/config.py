@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, cast
 
 import yaml
 
@@ -146,33 +146,23 @@ def refuse_changes(run: RecipeRun, recipe: str, before: Any, now: Any) -> None:
     """
     before, now = before.resolved(), now.resolved()
 
-    def remedy(key: str, value: object) -> str:
-        new_run = duoka_command("train", recipe, "-c", run.config, f"--{key}", format_value(value))
-        return f"leave --{key} out to continue, or begin a new run with it: {new_run}"
+    def refuse(key: str, reason: str) -> NoReturn:
+        was, wanted = format_value(getattr(before, key)), format_value(getattr(now, key))
+        new_run = duoka_command("train", recipe, "-c", run.config, f"--{key}", wanted)
+        remedy = f"leave --{key} out to continue, or begin a new run with it: {new_run}"
+        raise ConfigError(f"{key}={wanted} {reason} {key}={was}: {remedy}")
 
     for key in now.FIXED:
-        was, wanted = getattr(before, key), getattr(now, key)
-        if was != wanted:
-            raise ConfigError(
-                f"{key}={format_value(wanted)} does not fit the checkpoint of this run, which has "
-                f"{key}={format_value(was)}: {remedy(key, wanted)}"
-            )
-    if now.scheduler not in now.PLANNED:
+        if getattr(before, key) != getattr(now, key):
+            refuse(key, "does not fit the checkpoint of this run, which has")
+    if now.scheduler not in now.PLANNED or before.epochs * now.batch_size >= now.epochs * before.batch_size:
         return
-    alike = (before.device, before.batch_size_means) == (now.device, now.batch_size_means)
-    shrinks = alike and now.batch_size < before.batch_size
-    for key, grows in (("epochs", now.epochs > before.epochs), ("batch_size", shrinks)):
-        if grows and before.epochs * now.batch_size < now.epochs * before.batch_size:
-            was, wanted = getattr(before, key), getattr(now, key)
-            raise ConfigError(
-                f"{key}={wanted} needs more steps than this run's schedule {now.scheduler!r} was planned for with "
-                f"{key}={was}: {remedy(key, wanted)}"
-            )
-
-
-def make_config(kind: type[C], options: Mapping[str, Any], where: str, *, recipe: str) -> C:
-    """Build the dataclass ``kind`` from ``options``, which are written in ``where``; raises ``ConfigError``."""
-    return kind(**parse_options(kind, options, where, recipe=recipe))
+    same_devices = (before.device, before.batch_size_means) == (now.device, now.batch_size_means)
+    more_steps = f"needs more steps than this run's schedule {now.scheduler!r} was planned for with"
+    if now.epochs > before.epochs:
+        refuse("epochs", more_steps)
+    if same_devices and now.batch_size < before.batch_size:
+        refuse("batch_size", more_steps)
 
 
 def parse_options(kind: Any, options: Mapping[str, Any], where: str | Path, *, recipe: str) -> dict[str, Any]:
@@ -186,7 +176,7 @@ def parse_options(kind: Any, options: Mapping[str, Any], where: str | Path, *, r
 
 def config_of_run(kind: type[C], run: RecipeRun) -> C:
     """Return the options that ``run`` was trained with."""
-    return make_config(kind, read_yaml(run.config), str(run.config), recipe=run.recipe())
+    return kind(**parse_options(kind, read_yaml(run.config), run.config, recipe=run.recipe()))
 
 
 @functools.cache
@@ -230,12 +220,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
         options = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}: write one `key: value` a line") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}: write one `key: value` a line") from error
     if options is None:
         return {}
     if not isinstance(options, dict):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from duoka.errors import ConfigError
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.utils.text import did_you_mean, join_names
 
 
-@dataclass(frozen=True)
-class RecipeOutcome:
+class RecipeOutcome(NamedTuple):
     """Result of a finished training or evaluation."""
 
     run: RecipeRun
@@ -25,8 +23,7 @@ class RecipeOutcome:
     """Command to continue with."""
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Answer of a trained model to one input."""
 
     source: str
@@ -35,14 +32,12 @@ class Prediction:
     """Answers and their probabilities, most likely first."""
 
 
-@dataclass(frozen=True)
-class PredictedTable:
+class PredictedTable(NamedTuple):
     """Files that a trained model has written for a table."""
 
     files: tuple[Path, ...]
-    """Files."""
     summary: str
-    """One line about them."""
+    """One line about the files."""
 
 
 class Recipe(Protocol):
@@ -65,8 +60,7 @@ class Recipe(Protocol):
         """Return the answers of a finished run's model to the inputs ``sources``."""
 
 
-@dataclass(frozen=True)
-class RecipeEntry:
+class RecipeEntry(NamedTuple):
     """Row of the table."""
 
     module: str
@@ -83,11 +77,9 @@ RECIPES = {
         "duoka.recipes.image_classification.presets:TINY_IMAGENET",
         "five networks on Tiny-ImageNet, CIFAR-10 or CIFAR-100: experiments for `duoka compare`",
     ),
-    "informer": RecipeEntry(
-        "duoka.recipes.time_series", "forecasts of series, and numbers from a table's other columns"
-    ),
+    "informer": RecipeEntry("duoka.recipes.time_series", "forecasts of series, and predictions of a table's columns"),
     "movielens": RecipeEntry(
-        "duoka.recipes.recommendation", "films for people, by what they have seen and what a GPT-2 reads"
+        "duoka.recipes.recommendation", "film recommendations from ratings and a GPT-2's text vectors"
     ),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from duoka.errors import ConfigError
 from duoka.recipes.common import registry
-from duoka.recipes.common.config import make_config, parse_options, read_yaml
+from duoka.recipes.common.config import parse_options, read_yaml
 
 COMMAND_LINE = "the command line"
 KEYS = ("recipe", "name", "base", "variants", "baseline", "seeds", "metric", "better")
@@ -40,7 +40,7 @@ class Trial:
         """Return the recipe's configuration."""
         kind = registry.find_recipe(self.recipe).Config
         options = {**self.options, "seed": self.seed, **changes}
-        return make_config(kind, options, f"the variant {self.variant!r}", recipe=self.recipe)
+        return kind(**parse_options(kind, options, f"the variant {self.variant!r}", recipe=self.recipe))
 
 
 @dataclass(frozen=True)

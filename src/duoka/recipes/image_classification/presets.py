@@ -143,7 +143,7 @@ class TinyImageNetPreset(ImageRecipe):
 
     def trainer_options(self, config: TinyImageNetConfig) -> dict[str, Any]:  # noqa: ARG002
         """Return the loss, and the accuracy on mixed labels."""
-        from duoka.recipes.common.label_metrics import LabelWeightedAccuracy  # imports torchmetrics
+        from duoka.recipes.image_classification.label_metrics import LabelWeightedAccuracy  # imports torchmetrics
 
         return {"loss": nn.functional.cross_entropy, "train_metrics": {"accuracy": LabelWeightedAccuracy()}}
 
