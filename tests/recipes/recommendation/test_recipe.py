@@ -383,7 +383,7 @@ def test_bad_files_are_rejected_before_anything_is_written(folder, tmp_path, cap
 def test_download_false_forbids_the_download(tmp_path, capsys):
     options = ["--root", str(tmp_path), "--download", "false", "--device", "cpu", "--out", str(tmp_path / "runs")]
     assert main(["train", "movielens", *options]) == 2
-    assert "make an example: duoka data make movielens" in capsys.readouterr().err
+    assert "duoka data make movielens" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

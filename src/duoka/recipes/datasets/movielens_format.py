@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from duoka.errors import DataError
 from duoka.utils.imports import import_optional
-from duoka.utils.text import plural
+from duoka.utils.text import duoka_command, plural
 
 Integers = NDArray[np.int64]
 
@@ -250,7 +250,7 @@ def _read_bytes(path: Path) -> bytes:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}: it belongs beside the other two files") from error
     if not data.strip():
-        raise DataError(f"{path} is empty: unpack the set again, or make an example: duoka data make movielens")
+        raise DataError(f"{path} is empty: unpack the set again, {example_hint()}")
     return data
 
 
@@ -264,3 +264,8 @@ def _lookup(code: Any, names: Mapping[Any, str], kind: str, where: str) -> str:
     if code not in names:
         raise DataError(f"{where}: the {kind} is {code!r}: choose one of {', '.join(map(str, names))}")
     return names[code]
+
+
+def example_hint() -> str:
+    """Return the end of a message about missing data: the command that makes an example."""
+    return f"or make an example: {duoka_command('data', 'make', 'movielens')}"
