@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from duoka.cli.arguments import command_parser
 from duoka.cli.console import console
 from duoka.utils.argument_parser import ArgumentParser
+from duoka.utils.text import duoka_command
 
 if TYPE_CHECKING:
     from duoka.recipes.common.registry import RecipeOutcome
@@ -79,6 +80,6 @@ def _recipes() -> str:
             *lines,
             "",
             f"`duoka train {example} --help` explains every option; this one needs no download:",
-            f"  duoka train {example} --dataset digits --device cpu:2",
+            f"  {duoka_command('train', example, '--dataset', 'digits', '--device', 'cpu:2')}",
         )
     )

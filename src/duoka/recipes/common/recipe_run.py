@@ -191,7 +191,7 @@ class RecipeRun:
         return results
 
 
-@dataclass
+@dataclass(eq=False)
 class ConfigWriter(Callback):
     """Writes a run's ``config.yml`` when training begins, so that a refused checkpoint leaves the old file."""
 
