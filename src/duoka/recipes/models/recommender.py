@@ -11,8 +11,8 @@ from torch.nn.functional import softplus
 
 import duoka
 from duoka.recipes.models.pair_scoring import PairScore, PairScorer, TowerOutput
-from duoka.utils.modules import preserve_train_modes
 from duoka.utils.rng_state import preserve_rng_state
+from duoka.utils.torch_settings import preserve_train_modes
 from duoka.utils.validation import check_integer, check_number, invalid_option
 
 MIN_TEMPERATURE = 0.05
