@@ -79,17 +79,15 @@ class ParallelCall:
                 specs, size = pack_layout(chunk)
                 allocation = self._group.transport.allocate(size)
                 copy_to_layout(allocation.base, specs, chunk, non_blocking=True)
-                needs_gradient = [keep_graph and tensor.requires_grad for tensor in chunk]
-                self._inputs.append(
-                    [spec if needed else None for spec, needed in zip(specs, needs_gradient, strict=True)]
-                )
+                needs = [keep_graph and tensor.requires_grad for tensor in chunk]
+                self._inputs.append([spec if needed else None for spec, needed in zip(specs, needs, strict=True)])
                 request = ForwardRequest(
                     self._call_id,
                     self._model,
                     rank,
                     allocation.location,
                     size,
-                    tuple(zip(specs, needs_gradient, strict=True)),
+                    tuple(zip(specs, needs, strict=True)),
                     payload,
                     settings,
                     capture_modes(self._group.devices[rank], context),

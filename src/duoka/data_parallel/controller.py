@@ -42,10 +42,6 @@ class Controller:
         self._weights: WeightSync | None = None
         self._async_error: Exception | None = None
 
-    def start(self) -> None:
-        """Start the workers if they are not running."""
-        self.group.start()
-
     def close(self) -> None:
         """Release the workers if no other model uses them."""
         reference, self._group_ref = self._group_ref, None

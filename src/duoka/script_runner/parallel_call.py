@@ -157,7 +157,7 @@ class ParallelizedCall:
             if self._controller is None:
                 with self._stats.run.startup():
                     self._controller = Controller(self._devices, 0)
-                    self._controller.start()
+                    self._controller.group.start()
             return self._controller
 
     def _split(

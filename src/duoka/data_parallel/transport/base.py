@@ -144,7 +144,12 @@ class GradientExchange:
             self._group.discard_result(index, call_id)
 
     def _request(
-        self, index: int, allocation: Allocation, outputs: Sequence[TensorSpec | None], **collective: Any
+        self,
+        index: int,
+        allocation: Allocation,
+        outputs: Sequence[TensorSpec | None],
+        buckets: tuple[tuple[int, torch.dtype], ...] = (),
+        input_nbytes: int = 0,
     ) -> None:
         """Run the backward on one worker; output gradients lie in ``allocation``."""
         request = messages.BackwardRequest(
@@ -155,7 +160,8 @@ class GradientExchange:
             tuple(outputs),
             tuple(self._inputs[index][1]),
             self._context.keep_graph,
-            **collective,
+            buckets,
+            input_nbytes,
         )
         self._group.request(index, request, allocation)
         self._requests.append((index, request.call_id))

@@ -196,7 +196,7 @@ class CollectiveWorkerTransport(WorkerTransport):
 
     def start_backward(self, request: BackwardRequest, gradient_layout: Any) -> CollectiveBackwardTask:
         """Receive the output gradients of a backward."""
-        self._task = CollectiveBackwardTask(request, self._receive(request.nbytes), self._group, gradient_layout)
+        self._task = CollectiveBackwardTask(request, self._receive(request.nbytes), self._group, gradient_layout or [])
         return self._task
 
     def close(self) -> None:

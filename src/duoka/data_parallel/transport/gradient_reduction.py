@@ -34,7 +34,7 @@ class CollectiveGradientExchange(GradientExchange):
                 outputs, size = layout.pack_present(given)
                 allocation = Allocation(NOWHERE, allocate_bytes(size, device))
                 layout.copy_to_layout(allocation.base, outputs, given)
-                self._request(index, allocation, outputs, buckets=buckets, input_nbytes=input_nbytes)
+                self._request(index, allocation, outputs, buckets, input_nbytes)
         self._sums = [allocate_bytes(bucket.nbytes, device) for bucket in self._buckets]
         self._pending = [
             process_group.reduce_sum(base.view(bucket.dtype))
@@ -76,16 +76,11 @@ class CollectiveBackwardTask(BackwardTask):
     """A backward that reduces each bucket as soon as it and all buckets before it are full."""
 
     def __init__(
-        self,
-        request: BackwardRequest,
-        block: torch.Tensor,
-        group: PrivateProcessGroup,
-        buckets: Sequence[Bucket] | None,
+        self, request: BackwardRequest, block: torch.Tensor, group: PrivateProcessGroup, buckets: Sequence[Bucket]
     ) -> None:
         super().__init__(request, block, allocate_bytes(request.input_nbytes, block.device))
         self._group, self._device = group, block.device
         self._bases: list[torch.Tensor | None] = [None] * len(request.buckets)
-        buckets = buckets or ()
         self._missing = [set(bucket.specs) for bucket in buckets]
         self._slots = {n: (b, spec) for b, bucket in enumerate(buckets) for n, spec in bucket.specs.items()}
         self._num_sent = 0
