@@ -6,15 +6,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Sequence
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
+import torch
+from torch import nn
+
+from duoka import current_world, devices
+from duoka import load as load_weights
 from duoka.errors import ConfigError
-from duoka.recipes.common.recipe_run import RecipeRun
+from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_dir_for, run_options
 from duoka.recipes.common.registry import PredictedTable, Prediction, RecipeOutcome
 from duoka.recipes.time_series import forecasting, regression
-from duoka.recipes.time_series.config import TimeSeriesConfig
+from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
 
 __all__ = ["TimeSeriesConfig", "evaluate", "load", "predict", "predict_table", "train"]
 
@@ -24,12 +31,32 @@ Config = TimeSeriesConfig
 
 def train(config: TimeSeriesConfig) -> RecipeOutcome:
     """Train, test, and write results and pictures into the run's folder."""
-    return cast("RecipeOutcome", _task(config).train(config.resolved()))
+    config, task = config.resolved(), _task(config)
+    devices.resolve(config.device)  # a device that does not exist is an error before any download
+    data = task.load(config)
+    run = run_dir_for(NAME, config, config.device)
+    if config.resume:
+        refuse_other_data(run, data.metadata, data.source)
+    torch.manual_seed(config.seed)
+    options = run_options(run, NAME, config, data.metadata)
+    trainer = task.build_trainer(task.build_model(config, data.description), config, data, options)
+    with run.resumable(NAME):
+        trainer.fit(save_model=True, model_path=run.model)
+        results = task.test(trainer, config, data)
+        if current_world().is_main:
+            task.write_results(run, config, data, results)
+    return _outcome(run, results.headline, data.source)
 
 
 def evaluate(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
     """Test the model of a finished run again, and write ``evaluation.json`` into its folder."""
-    return cast("RecipeOutcome", _task(config).evaluate_run(run, config.resolved()))
+    config, task = config.resolved(), _task(config)
+    model, saved = _load_finished_run(run, config, task)
+    data = task.load(config, saved)
+    results = task.test(task.build_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
+    if current_world().is_main:
+        run.write_results(results.summary, "evaluation.json")
+    return _outcome(run, results.headline, data.source)
 
 
 def predict(
@@ -46,7 +73,9 @@ def predict(
 
 def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> PredictedTable:
     """Write a forecast beyond the end of a CSV file, or a prediction for each of its rows."""
-    return cast("PredictedTable", _task(config).predict_table(run, config.resolved(), source))
+    config, task = config.resolved(), _task(config)
+    model, saved = _load_finished_run(run, config, task)
+    return cast("PredictedTable", task.predict_table(run, config, model, saved[task.DESCRIPTION], source))
 
 
 def load(config: TimeSeriesConfig) -> forecasting.ForecastData | regression.TableRows:
@@ -56,3 +85,15 @@ def load(config: TimeSeriesConfig) -> forecasting.ForecastData | regression.Tabl
 
 def _task(config: TimeSeriesConfig) -> ModuleType:
     return {"forecast": forecasting, "regress": regression}[config.task]
+
+
+def _load_finished_run(run: RecipeRun, config: TimeSeriesConfig, task: ModuleType) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the trained model of a run and its results, which describe its data."""
+    path, saved = run.finished_model(), run.read_results(task.DESCRIPTION)
+    model = task.build_model(config, saved[task.DESCRIPTION])
+    load_weights(path, into=model)
+    return model, saved
+
+
+def _outcome(run: RecipeRun, results: dict[str, float], source: str) -> RecipeOutcome:
+    return RecipeOutcome(run, results, shlex.join(("duoka", "predict", str(run.folder), "--from", source)))

@@ -5,26 +5,21 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from duoka.errors import ConfigError
 from duoka.recipes.common.config import RunOptions
 from duoka.recipes.models.informer import SMALL_SIZE, InformerSize
-from duoka.utils.text import duoka_command
 
 NAME = "informer"
 LENGTHS = {"M": (48, 48, 24), "MS": (96, 48, 24), "S": (720, 168, 24)}
 """seq_len, label_len and pred_len by ``features``: the authors' script for ETTh1, horizon 24; for MS their defaults."""
-DEFAULTS_BY_TASK: dict[str, dict[str, Any]] = {
-    "forecast": {
-        "batch_size": 32, "epochs": 6, "optimizer": "adam", "lr": 1e-4, "weight_decay": 0.0, "scheduler": "halving",
-        "patience": 3,
-    },
-    "regress": {
-        "batch_size": 1024, "epochs": 300, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-4, "scheduler": "cosine",
-        "patience": 0,
-    },
-}  # fmt: skip
+TASK_OPTIONS = ("batch_size", "epochs", "optimizer", "lr", "weight_decay", "scheduler", "patience")
+TASK_DEFAULTS = {
+    "forecast": (32, 6, "adam", 1e-4, 0.0, "halving", 3),
+    "regress": (1024, 300, "adamw", 1e-3, 1e-4, "cosine", 0),
+}
+"""Defaults of ``TASK_OPTIONS`` by ``task``."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +127,7 @@ class TimeSeriesConfig(RunOptions):
         if self.csv == "":
             raise ConfigError("csv is empty: name a file, or leave --csv out")
         if self.task == "regress" and self.csv is None:
-            example = duoka_command("data", "make", "datatry")
-            raise ConfigError(f"regress needs a table: --csv FILE.csv; `{example}` writes an example")
+            raise ConfigError("regress needs a table: --csv FILE.csv; `duoka data make datatry` writes an example")
 
     def resolved(self) -> TimeSeriesConfig:
         """Return a copy with a value for every option.
@@ -144,35 +138,31 @@ class TimeSeriesConfig(RunOptions):
         """
         size = InformerSize() if self.task == "forecast" else SMALL_SIZE
         chosen: dict[str, Any] = {name: getattr(size, name) for name in ("width", "heads", "hidden", "dropout")}
-        chosen |= DEFAULTS_BY_TASK[self.task]
+        chosen |= zip(TASK_OPTIONS, TASK_DEFAULTS[self.task], strict=True)
         chosen |= zip(("seq_len", "label_len", "pred_len"), LENGTHS[self.features], strict=True)
         if self.seq_len is not None:
             chosen["label_len"] = min(chosen["label_len"], self.seq_len)
         source = Path(self.csv).stem if self.csv else self.dataset
         chosen["name"] = f"{self.task}-{source}" + (f"-{self.features}" if self.task == "forecast" else "")
         resolved = self.fill_in(chosen)
-        resolved._check_together()
-        return resolved
-
-    def size(self) -> InformerSize:
-        """Return the model's widths and depths."""
-        sizes: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(InformerSize)}
-        return InformerSize(**{**sizes, "factor": self.factor if self.attention == "prob" else None})
-
-    @property
-    def lengths(self) -> tuple[int, int, int]:
-        """Steps of the past, of the decoder's start, and of the forecast."""
-        assert self.seq_len is not None and self.label_len is not None and self.pred_len is not None  # noqa: PT018
-        return self.seq_len, self.label_len, self.pred_len
-
-    def _check_together(self) -> None:
-        past, start, _ = self.lengths
+        past, start, _ = resolved.lengths
         if start > past:
             raise ConfigError(
                 f"label_len={start} is longer than seq_len={past}: the decoder starts from steps of the past, so at most {past}"
             )
-        size = self.size()
+        size = resolved.size()
         if size.width % size.heads or size.width % 2:
             raise ConfigError(
                 f"width={size.width} does not suit heads={size.heads}: give an even width that is a multiple of the heads"
             )
+        return resolved
+
+    def size(self) -> InformerSize:
+        """Return the model's widths and depths."""
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(InformerSize)}
+        return InformerSize(**sizes | {"factor": self.factor if self.attention == "prob" else None})
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Steps of the past, of the decoder's start, and of the forecast."""
+        return cast("tuple[int, int, int]", (self.seq_len, self.label_len, self.pred_len))

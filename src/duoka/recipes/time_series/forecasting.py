@@ -10,11 +10,10 @@ import torchmetrics
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from duoka import Trainer, current_world, devices
-from duoka import load as load_weights
+from duoka import Trainer
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.common.recipe_run import RecipeRun
-from duoka.recipes.common.registry import PredictedTable, RecipeOutcome
+from duoka.recipes.common.registry import PredictedTable
 from duoka.recipes.datasets import csv_table, ett
 from duoka.recipes.datasets.csv_table import CsvTable
 from duoka.recipes.datasets.sliding_windows import loader
@@ -24,14 +23,10 @@ from duoka.recipes.models.informer import Informer
 from duoka.recipes.time_series import baselines, plots
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
 from duoka.recipes.time_series.results import Forecasts, write_forecasts
-from duoka.recipes.time_series.run_steps import (
-    check_finite,
-    outcome,
-    predict_on_device,
-    prediction_path,
-    start_run,
-    trainer_options,
-)
+from duoka.recipes.time_series.run_steps import check_finite, predict_on_device, prediction_path, trainer_options
+
+DESCRIPTION = "series"
+"""Entry of ``results.json`` that describes the data."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,18 @@ class ForecastData:
         }
 
     @property
+    def description(self) -> dict[str, Any]:
+        """Values that ``results.json`` keeps, from which a finished run's model and data are built again."""
+        return {
+            "source": self.source,
+            "columns": self.series.columns,
+            "targets": self.target_names,
+            "frequency": self.series.frequency,
+            "marks": self.split.test.marks.shape[1],
+            **dataclasses.asdict(self.split.standardization),
+        }
+
+    @property
     def date_ranges(self) -> str:
         """First and last date of each part, as text."""
         split, dates = self.split, self.series.dates
@@ -77,41 +84,10 @@ class ForecastData:
         return "; ".join(f"{part}: {dates[start]} to {dates[end - 1]}" for part, start, end in ranges)
 
 
-def train(config: TimeSeriesConfig) -> RecipeOutcome:
-    """Train, test, and write the run's folder."""
-    devices.resolve(config.device)  # a device that does not exist is an error before any download
-    data = load(config)
-    run, options = start_run(config, data.source, data.metadata)
-    model = _build_model(config, len(data.series.columns), len(data.targets), data.split.test.marks.shape[1])
-    trainer = _build_trainer(model, config, data, options)
-    with run.resumable(NAME):
-        trainer.fit(save_model=True, model_path=run.model)
-        results = _test(trainer, config, data)
-        if current_world().is_main:
-            _write_results(run, config, data, results)
-    return outcome(run, results.headline(original=config.inverse), data.source)
-
-
-def evaluate_run(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
-    """Test the model of a finished run again."""
-    model, saved = _load_finished_run(run, config)
-    data = load(config, saved)
-    num_windows = run.read_results("windows")["windows"]
-    if data.num_windows != num_windows:
-        raise DataError(
-            f"{data.source} has other windows than in training ({data.num_windows} now, {num_windows} then), so the test may "
-            "contain training data: evaluate with the file of the training"
-        )
-    results = _test(_build_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
-    headline = results.headline(original=config.inverse)
-    if current_world().is_main:
-        run.write_results(headline, "evaluation.json")
-    return outcome(run, headline, data.source)
-
-
-def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> PredictedTable:
-    """Forecast beyond the end of a file with the columns and the step of the training data."""
-    model, saved = _load_finished_run(run, config)
+def predict_table(
+    run: RecipeRun, config: TimeSeriesConfig, model: Informer, saved: dict[str, Any], source: str
+) -> PredictedTable:
+    """Forecast beyond the end of a file with the columns and the step of the training data, which ``saved`` describes."""
     table = csv_table.read(source)
     indices = [table.find_name(name) for name in saved["columns"]]
     series = series_from_table(table, config.date, indices, fill=config.fill, frequency=saved["frequency"])
@@ -142,7 +118,7 @@ def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> Pred
 def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> ForecastData:
     """Return the series that ``config`` names, split into windows.
 
-    ``saved`` describes a finished run's series; its columns and standardization are used.
+    ``saved`` is the results of a finished run, whose columns and standardization are used.
     """
     source = config.csv or str(ett.locate(config.dataset, config.root, download=config.download))
     table = csv_table.read(source)
@@ -150,13 +126,20 @@ def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> Forec
         inputs, targets = _find_columns(table, config)
         frequency, standardization = None, None
     else:
-        inputs, targets = ([table.find_name(name) for name in saved[kind]] for kind in ("columns", "targets"))
-        frequency, standardization = saved["frequency"], Standardization.from_dict(saved)
+        series = saved[DESCRIPTION]
+        inputs, targets = ([table.find_name(name) for name in series[kind]] for kind in ("columns", "targets"))
+        frequency, standardization = series["frequency"], Standardization.from_dict(series)
     series = series_from_table(table, config.date, inputs, fill=config.fill, frequency=frequency)
     indices = tuple(inputs.index(target) for target in targets)
     past, _, horizon = config.lengths
     split = SeriesSplit.from_series(series, config.split, past, horizon, indices, standardization)
-    return ForecastData(source, series, indices, split)
+    data = ForecastData(source, series, indices, split)
+    if saved is not None and data.num_windows != (then := saved.get("windows")):
+        raise DataError(
+            f"{source} has other windows than in training ({data.num_windows} now, {then} then), so the test may contain "
+            "training data: evaluate with the file of the training"
+        )
+    return data
 
 
 def _find_columns(table: CsvTable, config: TimeSeriesConfig) -> tuple[list[int], list[int]]:
@@ -182,20 +165,15 @@ def _find_columns(table: CsvTable, config: TimeSeriesConfig) -> tuple[list[int],
     return targets, targets
 
 
-def _build_model(config: TimeSeriesConfig, inputs: int, outputs: int, marks: int) -> Informer:
+def build_model(config: TimeSeriesConfig, saved: dict[str, Any]) -> Informer:
+    """Return an Informer for the data that ``saved`` describes."""
     _, label_length, horizon = config.lengths
-    return Informer(inputs, outputs, marks, label_length=label_length, horizon=horizon, size=config.size())
+    inputs, outputs = len(saved["columns"]), len(saved["targets"])
+    return Informer(inputs, outputs, saved["marks"], label_length=label_length, horizon=horizon, size=config.size())
 
 
-def _load_finished_run(run: RecipeRun, config: TimeSeriesConfig) -> tuple[Informer, dict[str, Any]]:
-    """Return the trained model of a run and the description of its series."""
-    path, saved = run.finished_model(), run.read_results("series")["series"]
-    model = _build_model(config, len(saved["columns"]), len(saved["targets"]), saved["marks"])
-    load_weights(path, into=model)
-    return model, saved
-
-
-def _build_trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData, options: dict[str, Any]) -> Trainer:
+def build_trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData, options: dict[str, Any]) -> Trainer:
+    """Return the trainer of ``model`` on the windows of ``data``."""
     assert config.batch_size is not None
     return Trainer(
         model,
@@ -210,7 +188,7 @@ def _build_trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData
     )
 
 
-def _test(trainer: Trainer, config: TimeSeriesConfig, data: ForecastData) -> Forecasts:
+def test(trainer: Trainer, config: TimeSeriesConfig, data: ForecastData) -> Forecasts:
     """Forecast all windows of the test part with the model and the baselines."""
     test = data.split.test
     forecasts: dict[str, Tensor] = {"Informer": trainer.predict(loader(test, 256))}
@@ -220,22 +198,15 @@ def _test(trainer: Trainer, config: TimeSeriesConfig, data: ForecastData) -> For
         if (seasonal := baselines.last_season(test, data.series.season_length())) is not None:
             forecasts["last season"] = seasonal
         forecasts["DLinear"] = baselines.dlinear(data.split, config.device, config.seed)
-    return Forecasts(forecasts, test.futures, data.target_names, data.split.standardization.select(data.targets))
+    standardization = data.split.standardization.select(data.targets)
+    return Forecasts(forecasts, test.futures, data.target_names, standardization, original=config.inverse)
 
 
-def _write_results(run: RecipeRun, config: TimeSeriesConfig, data: ForecastData, results: Forecasts) -> None:
+def write_results(run: RecipeRun, config: TimeSeriesConfig, data: ForecastData, results: Forecasts) -> None:
     """Write errors, forecasts and pictures into the run's folder."""
     series, test = data.series, data.split.test
-    saved = {
-        "source": data.source,
-        "columns": series.columns,
-        "targets": data.target_names,
-        "frequency": series.frequency,
-        "marks": test.marks.shape[1],
-        **dataclasses.asdict(data.split.standardization),
-    }
-    errors = {**results.headline(original=config.inverse), **results.all_errors()}
-    run.write_results({"recipe": NAME, **errors, "windows": data.num_windows, "series": saved})
+    errors = {**results.headline, **results.all_errors()}
+    run.write_results({"recipe": NAME, **errors, "windows": data.num_windows, DESCRIPTION: data.description})
     notes = [data.date_ranges]
     if config.baselines and "last season" not in results.forecasts:
         notes.append(f"No last season: the past of {test.past} steps is shorter than one of {series.season_length()}.")

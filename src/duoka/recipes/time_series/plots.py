@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,7 @@ def plot_error_by_step(path: Path, results: Forecasts) -> None:
     """Draw the mean squared error of each step of the horizon for all models."""
     horizon = results.truth.shape[1]
     steps = range(1, horizon + 1)
-    with figure_file(path, 7.5, 4.2) as figure:
-        axes = figure.add_subplot()
+    with _single_axes(path, 7.5, 4.2) as axes:
         for model, color, marker in zip(results.forecasts, MODEL_COLORS, MARKERS, strict=False):
             look = {"color": color, "marker": marker, "markevery": max(1, horizon // 12), "markersize": 4}
             axes.plot(steps, results.errors(model)["mse_by_step"], label=model, **look)
@@ -86,15 +86,13 @@ def plot_error_by_step(path: Path, results: Forecasts) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         if horizon <= 12:
             axes.set_xticks(steps)
-        _style(axes)
         axes.legend(frameon=False)
 
 
 def plot_error_by_column(path: Path, results: Forecasts) -> None:
     """Draw the mean squared error of each column for all models, as bars."""
     models, shown = list(results.forecasts), results.names[:MAX_COLUMNS]
-    with figure_file(path, max(6.0, 1.8 + 0.35 * len(models) * len(shown)), 4.2) as figure:
-        axes = figure.add_subplot()
+    with _single_axes(path, max(6.0, 1.8 + 0.35 * len(models) * len(shown)), 4.2) as axes:
         for number, (model, color) in enumerate(zip(models, MODEL_COLORS, strict=False)):
             errors = results.errors(model)["by_column"]
             offset = (number - (len(models) - 1) / 2) * 0.8 / len(models)
@@ -106,15 +104,13 @@ def plot_error_by_column(path: Path, results: Forecasts) -> None:
         axes.set_xticks(range(len(shown)), [name if len(name) <= 32 else f"{name[:31]}…" for name in shown], **rotation)
         axes.set(ylabel="MSE, standardized")
         axes.set_title("Error by column")
-        _note_omitted(figure, len(shown), len(results.names))
-        _style(axes)
+        _note_omitted(axes.figure, len(shown), len(results.names))
         axes.legend(frameon=False)
 
 
 def plot_lines(path: Path, truth: Tensor, predicted: Tensor, name: str, *, rows: str = "test row") -> None:
     """Draw true and predicted values ``(rows,)`` of the first rows of a column; ``rows`` is the noun for the axis."""
-    with figure_file(path, 11.0, 3.6) as figure:
-        axes = figure.add_subplot()
+    with _single_axes(path, 11.0, 3.6) as axes:
         numbers = range(1, min(len(truth), MAX_ROWS) + 1)
         for values, color, style, label in ((truth, BLUE, "-", "true"), (predicted, ORANGE, "--", "predicted")):
             look = {"color": color, "linestyle": style, "linewidth": 1.2, "marker": _marker(numbers)}
@@ -122,20 +118,17 @@ def plot_lines(path: Path, truth: Tensor, predicted: Tensor, name: str, *, rows:
         axes.set(xlabel=rows, ylabel=name, xlim=(0.5, len(numbers) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(f"{name}: the first {len(numbers)} of {len(truth):,} {rows}s", loc="left")
-        _style(axes)
         axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def plot_scatter(path: Path, truth: Tensor, predicted: Tensor, name: str, r2: float) -> None:
     """Draw predicted against true values ``(rows,)`` of a column, with the diagonal."""
-    with figure_file(path, 5.2, 5.0) as figure:
-        axes = figure.add_subplot()
+    with _single_axes(path, 5.2, 5.0) as axes:
         ends = [float(torch.minimum(truth, predicted).min()), float(torch.maximum(truth, predicted).max())]
         axes.plot(ends, ends, color=GREY, linewidth=1)
         axes.scatter(truth.numpy(), predicted.numpy(), s=7, color=BLUE, alpha=0.35, linewidths=0)
         axes.set(xlabel=f"true {name}", ylabel=f"predicted {name}", aspect="equal")
         axes.set_title(f"{name}: R² {r2:.4f} on {len(truth):,} test rows")
-        _style(axes)
 
 
 def plot_residuals(path: Path, errors: Tensor, names: Sequence[str]) -> None:
@@ -154,6 +147,15 @@ def plot_residuals(path: Path, errors: Tensor, names: Sequence[str]) -> None:
             axes.set_title(f"mean {float(column.mean()):+.3g}, deviation {float(column.std(correction=0)):.3g}")
             _style(axes)
         _note_omitted(figure, len(shown), len(names))
+
+
+@contextlib.contextmanager
+def _single_axes(path: Path, width: float, height: float) -> Iterator[Any]:
+    """Yield the axes of a figure without other axes, and write the figure to ``path`` when the block ends."""
+    with figure_file(path, width, height) as figure:
+        axes = figure.add_subplot()
+        _style(axes)
+        yield axes
 
 
 def _marker(values: Any) -> str | None:

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from duoka import Trainer, current_world, devices
-from duoka import load as load_weights
+from duoka import Trainer
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun
-from duoka.recipes.common.registry import PredictedTable, RecipeOutcome
+from duoka.recipes.common.registry import PredictedTable
 from duoka.recipes.datasets import csv_table
 from duoka.recipes.datasets.csv_table import CsvTable
 from duoka.recipes.datasets.standardization import Standardization
@@ -27,14 +26,14 @@ from duoka.recipes.time_series.run_steps import (
     PREDICT_BATCH,
     check_finite,
     file_stems,
-    outcome,
     predict_on_device,
     prediction_path,
-    start_run,
     trainer_options,
 )
 from duoka.utils.text import plural
 
+DESCRIPTION = "table"
+"""Entry of ``results.json`` that describes the data."""
 TRAIN_ROWS, TRAIN_SHARE, NUM_TARGETS = 10_000, 0.8, 2
 """Defaults: training rows of a long table, their share of a short one, and the last columns that are targets."""
 EVALUATIONS = 30
@@ -66,40 +65,38 @@ class TableRows:
         }
 
     @property
+    def description(self) -> dict[str, Any]:
+        """Values that ``results.json`` keeps, from which a finished run's model and data are built again."""
+        standardizations = {key: dataclasses.asdict(getattr(self, key)) for key in ("of_inputs", "of_targets")}
+        rows = len(self.train) + len(self.test)
+        return {"inputs": self.inputs, "targets": self.targets, "rows": rows, **standardizations}
+
+    @property
     def truth(self) -> Tensor:
         """The targets of the test rows in their units, float64 ``(rows, targets)``."""
         return self.of_targets.inverse_transform(self.test.tensors[1])
 
 
-def train(config: TimeSeriesConfig) -> RecipeOutcome:
-    """Train, test, and write the run's folder."""
-    devices.resolve(config.device)
-    rows = load(config)
-    run, options = start_run(config, rows.source, rows.metadata)
-    model = TabularRegressor(len(rows.inputs), len(rows.targets), config.size())
-    trainer = _build_trainer(model, config, rows, options)
-    with run.resumable(NAME):
-        trainer.fit(save_model=True, model_path=run.model)
-        predicted = _test(trainer, rows)
-        metrics = regression_metrics(rows.truth, predicted, rows.targets)
-        if current_world().is_main:
-            _write_results(run, rows, predicted, metrics)
-    return outcome(run, _headline(metrics), rows.source)
+@dataclass(frozen=True)
+class TableResults:
+    """Predictions of the test rows, and their metrics."""
+
+    predicted: Tensor
+    """In the targets' units, float64 ``(rows, targets)``."""
+    summary: dict[str, Any]
+    """Content of ``evaluation.json``: what ``regression_metrics`` returns."""
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The numbers to print."""
+        overall = {f"test_{key}": value for key, value in self.summary["overall"].items()}
+        return overall | {f"{name} r2": values["r2"] for name, values in self.summary["targets"].items()}
 
 
-def evaluate_run(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
-    """Test the model of a finished run again."""
-    model, saved = _load_finished_run(run, config)
-    rows = load(config, saved)
-    metrics = regression_metrics(rows.truth, _test(_build_trainer(model, config, rows, {}), rows), rows.targets)
-    if current_world().is_main:
-        run.write_results(metrics, "evaluation.json")
-    return outcome(run, _headline(metrics), rows.source)
-
-
-def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> PredictedTable:
-    """Predict the targets of each row of a file that has the input columns of the training."""
-    model, saved = _load_finished_run(run, config)
+def predict_table(
+    run: RecipeRun, config: TimeSeriesConfig, model: TabularRegressor, saved: dict[str, Any], source: str
+) -> PredictedTable:
+    """Predict the targets of each row of a file that has the input columns of the training, which ``saved`` describes."""
     table = csv_table.read(source)
     values = table.numbers([table.find_name(name) for name in saved["inputs"]], fill=config.fill)
     of_inputs, of_targets = (Standardization.from_dict(saved[key]) for key in ("of_inputs", "of_targets"))
@@ -129,13 +126,14 @@ def _complete_column(table: CsvTable, name: str) -> Tensor | None:
 def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> TableRows:
     """Return the table that ``config`` names, split at random into training and test rows.
 
-    ``saved`` describes a finished run's table; its columns and standardization are used.
+    ``saved`` is the results of a finished run, whose columns and standardization are used.
     """
     assert config.csv is not None
     table = csv_table.read(config.csv)
     if saved is None:
         inputs, targets = _find_columns(table, config)
     else:
+        saved = saved[DESCRIPTION]
         inputs, targets = ([table.find_name(name) for name in saved[kind]] for kind in ("inputs", "targets"))
         if len(table) != saved["rows"]:
             raise DataError(
@@ -220,17 +218,15 @@ def _check_targets(table: CsvTable, values: Tensor, names: tuple[str, ...], part
             )
 
 
-def _load_finished_run(run: RecipeRun, config: TimeSeriesConfig) -> tuple[TabularRegressor, dict[str, Any]]:
-    """Return the trained model of a run and the description of its table."""
-    path, saved = run.finished_model(), run.read_results("table")["table"]
-    model = TabularRegressor(len(saved["inputs"]), len(saved["targets"]), config.size())
-    load_weights(path, into=model)
-    return model, saved
+def build_model(config: TimeSeriesConfig, saved: dict[str, Any]) -> TabularRegressor:
+    """Return a model for the table that ``saved`` describes."""
+    return TabularRegressor(len(saved["inputs"]), len(saved["targets"]), config.size())
 
 
-def _build_trainer(
+def build_trainer(
     model: TabularRegressor, config: TimeSeriesConfig, rows: TableRows, options: dict[str, Any]
 ) -> Trainer:
+    """Return the trainer of ``model`` on the training rows."""
     assert config.epochs is not None
     return Trainer(
         model,
@@ -243,24 +239,17 @@ def _build_trainer(
     )
 
 
-def _test(trainer: Trainer, rows: TableRows) -> Tensor:
-    """Return predictions of the test rows in the targets' units, float64 ``(rows, targets)``."""
+def test(trainer: Trainer, config: TimeSeriesConfig, rows: TableRows) -> TableResults:  # noqa: ARG001
+    """Predict the test rows."""
     predicted = rows.of_targets.inverse_transform(trainer.predict(DataLoader(rows.test, batch_size=PREDICT_BATCH)))
     check_finite(predicted)
-    return predicted
+    return TableResults(predicted, regression_metrics(rows.truth, predicted, rows.targets))
 
 
-def _headline(metrics: dict[str, Any]) -> dict[str, float]:
-    overall = {f"test_{key}": value for key, value in metrics["overall"].items()}
-    return {**overall, **{f"{name} r2": values["r2"] for name, values in metrics["targets"].items()}}
-
-
-def _write_results(run: RecipeRun, rows: TableRows, predicted: Tensor, metrics: dict[str, Any]) -> None:
+def write_results(run: RecipeRun, config: TimeSeriesConfig, rows: TableRows, results: TableResults) -> None:  # noqa: ARG001
     """Write metrics, predictions and pictures into the run's folder."""
-    standardizations = {key: dataclasses.asdict(getattr(rows, key)) for key in ("of_inputs", "of_targets")}
-    count = len(rows.train) + len(rows.test)
-    saved = {"inputs": rows.inputs, "targets": rows.targets, "rows": count, **standardizations}
-    run.write_results({"recipe": NAME, **metrics, "table": saved})
+    predicted, metrics = results.predicted, results.summary
+    run.write_results({"recipe": NAME, **metrics, DESCRIPTION: rows.description})
     text = _report(metrics, len(predicted))
     run.write_text("evaluation_results.txt", text)
     run.log(text)

@@ -27,6 +27,8 @@ class Forecasts:
     """The target columns."""
     standardization: Standardization
     """Statistics of the target columns."""
+    original: bool
+    """Whether ``headline`` is in the columns' units."""
 
     def errors(self, model: str, *, original: bool = False) -> dict[str, Any]:
         """Return ``mse`` and ``mae`` in total, by step and by column; ``original`` for the columns' units."""
@@ -50,14 +52,20 @@ class Forecasts:
             "original_units": {model: self.errors(model, original=True) for model in self.forecasts},
         }
 
-    def headline(self, *, original: bool) -> dict[str, float]:
-        """Return the errors to print; the Informer's are called ``test_mse`` and ``test_mae``."""
+    @property
+    def headline(self) -> dict[str, float]:
+        """The errors to print; the Informer's are called ``test_mse`` and ``test_mae``."""
         found: dict[str, float] = {}
         for model in self.forecasts:
-            errors = self.errors(model, original=original)
+            errors = self.errors(model, original=self.original)
             prefix = "test" if model == "Informer" else model.lower().replace(" ", "_")
             found |= {f"{prefix}_mse": errors["mse"], f"{prefix}_mae": errors["mae"]}
         return found
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Content of ``evaluation.json``."""
+        return self.headline
 
     def text(self, title: str, notes: Sequence[str] = ()) -> str:
         """Return a report with ``notes`` below its title."""

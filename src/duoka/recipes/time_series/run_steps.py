@@ -1,4 +1,4 @@
-"""Steps of a run that forecasting and regression share: options of the trainer, the run's folder, and file names."""
+"""Parts of a run that forecasting and regression share: the trainer's options, predictions, and file names."""
 
 from __future__ import annotations
 
@@ -13,24 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from duoka import devices
 from duoka.errors import DataError
-from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_dir_for, run_options
-from duoka.recipes.common.registry import RecipeOutcome
-from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
-from duoka.utils.text import duoka_command
+from duoka.recipes.common.recipe_run import RecipeRun
+from duoka.recipes.time_series.config import TimeSeriesConfig
 
 PREDICT_BATCH = 4096
-
-
-def start_run(config: TimeSeriesConfig, source: str, metadata: dict[str, Any]) -> tuple[RecipeRun, dict[str, Any]]:
-    """Return the run, new or resumed, and its trainer's options; seed torch.
-
-    ``metadata`` distinguishes the data of the file ``source`` from others, which a resumed run must not use.
-    """
-    run = run_dir_for(NAME, config, config.device)
-    if config.resume:
-        refuse_other_data(run, metadata, source)
-    torch.manual_seed(config.seed)
-    return run, run_options(run, NAME, config, metadata)
 
 
 def trainer_options(config: TimeSeriesConfig) -> dict[str, Any]:
@@ -59,17 +45,12 @@ def predict_on_device(model: nn.Module, config: TimeSeriesConfig, *inputs: Tenso
 
 
 def check_finite(predicted: Tensor) -> None:
-    """Check that predictions are finite. Raises DataError if a prediction is infinite or NaN."""
+    """Raise DataError if a prediction is infinite or NaN."""
     if not bool(predicted.isfinite().all()):
         raise DataError(
             "the model's predictions are not finite: if its training diverged, train again with a smaller --lr (and "
             "--precision fp32); otherwise its inputs are far from the training data"
         )
-
-
-def outcome(run: RecipeRun, results: dict[str, float], source: str) -> RecipeOutcome:
-    """Return the outcome of a run, with the command that predicts with it."""
-    return RecipeOutcome(run, results, duoka_command("predict", run.folder, "--from", source))
 
 
 def prediction_path(run: RecipeRun, source: str, ending: str) -> Path:
