@@ -7,7 +7,7 @@ import torch
 
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.datasets import csv_table
-from duoka.recipes.datasets.standardization import Standardization
+from duoka.recipes.datasets.csv_table import Standardization
 
 
 @pytest.fixture

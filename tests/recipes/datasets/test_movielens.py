@@ -111,7 +111,9 @@ def test_utf8_is_not_read_as_latin_1(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"neither users.dat, movies.dat, ratings.dat, nor ml-1m, nor ml-1m.zip: allow"):
+    with pytest.raises(
+        DataError, match=r"neither users.dat, movies.dat, ratings.dat, nor ml-1m, nor ml-1m.zip, .*: allow"
+    ):
         read(tmp_path)
     (write_files(tmp_path) / "movies.dat").unlink()
     with pytest.raises(DataError, match=r"lacks movies.dat: unpack"):

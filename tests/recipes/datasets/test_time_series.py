@@ -9,8 +9,14 @@ import torch
 
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.datasets import csv_table, ett
-from duoka.recipes.datasets.sliding_windows import SlidingWindows, loader
-from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries, calendar_features, series_from_table
+from duoka.recipes.datasets.time_series import (
+    SeriesSplit,
+    SlidingWindows,
+    TimeSeries,
+    calendar_features,
+    loader,
+    series_from_table,
+)
 from support.paths import ETTH1, needs_file
 
 
@@ -106,7 +112,7 @@ def test_missing_values_are_interpolated_over_time(file):
 
 
 @pytest.mark.parametrize("form", ["%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%Y/%m/%d", "%d-%m-%Y", "%Y年%m月%d日"])
-def test_day_and_month_are_told_apart_by_all_dates_together(file, form):
+def test_all_dates_together_distinguish_day_and_month(file, form):
     dates = pd.date_range("2020-01-01", periods=40, freq="h" if form == "%d.%m.%Y" else "24h")
     series = read(file([date.strftime(f"{form} %H:%M") for date in dates]))
     assert list(series.dates) == list(dates)

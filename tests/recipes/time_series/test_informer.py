@@ -21,8 +21,7 @@ from duoka import Trainer
 from duoka.cli.main import main
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.datasets import csv_table, synthetic_table
-from duoka.recipes.datasets.sliding_windows import SlidingWindows, loader
-from duoka.recipes.datasets.time_series import TimeSeries
+from duoka.recipes.datasets.time_series import SlidingWindows, TimeSeries, loader
 from duoka.recipes.models.informer import Informer, InformerSize
 from duoka.recipes.time_series import TimeSeriesConfig, forecasting, plots, regression
 from duoka.recipes.time_series.baselines import last_season, last_value
@@ -113,12 +112,12 @@ def test_errors_are_those_of_the_written_forecasts(run):
     )
     written = csv_table.read(run / "forecasts.csv")
     values = written.numbers(range(1, 7))
-    truth, said = values[:, 0::2], values[:, 1::2]
+    truth, forecast = values[:, 0::2], values[:, 1::2]
     expected = data.split.standardization.inverse_transform(data.split.test.futures[::6]).flatten(0, 1)
     assert torch.allclose(truth, expected, rtol=1e-5, atol=1e-5)
     assert [written.text(0)[0], written.text(0)[6]] == [str(data.series.dates[480]), str(data.series.dates[486])]
     units = found["original_units"]["Informer"]
-    assert float((said - truth).square().mean()) == pytest.approx(units["mse"], rel=0.2)  # every sixth window only
+    assert float((forecast - truth).square().mean()) == pytest.approx(units["mse"], rel=0.2)  # every sixth window only
     steps, columns = units["mse_by_step"], [column["mse"] for column in units["by_column"].values()]
     assert sum(steps) / 6 == pytest.approx(units["mse"])
     assert sum(columns) / 3 == pytest.approx(units["mse"])
@@ -262,11 +261,13 @@ def test_regression_metrics_are_those_of_scikit_learn():
     truth, predicted = torch.randn(50, 2).double() + 3, torch.randn(50, 2).double() + 3
     found = regression.regression_metrics(truth, predicted, ("a", "b"))
     for place, name in enumerate("ab"):
-        true, said = truth[:, place].numpy(), predicted[:, place].numpy()
-        assert found["targets"][name]["r2"] == pytest.approx(metrics.r2_score(true, said))
-        assert found["targets"][name]["rmse"] == pytest.approx(metrics.root_mean_squared_error(true, said))
-        assert found["targets"][name]["mae"] == pytest.approx(metrics.mean_absolute_error(true, said))
-        assert found["targets"][name]["l2"] == pytest.approx(((true - said) ** 2).sum() ** 0.5 / (true**2).sum() ** 0.5)
+        true, estimate = truth[:, place].numpy(), predicted[:, place].numpy()
+        assert found["targets"][name]["r2"] == pytest.approx(metrics.r2_score(true, estimate))
+        assert found["targets"][name]["rmse"] == pytest.approx(metrics.root_mean_squared_error(true, estimate))
+        assert found["targets"][name]["mae"] == pytest.approx(metrics.mean_absolute_error(true, estimate))
+        assert found["targets"][name]["l2"] == pytest.approx(
+            ((true - estimate) ** 2).sum() ** 0.5 / (true**2).sum() ** 0.5
+        )
     assert found["overall"]["r2"] == pytest.approx(metrics.r2_score(truth.numpy(), predicted.numpy()))
 
 
@@ -297,7 +298,7 @@ def test_default_lengths_are_the_papers():
         ({"dropout": 1.0}, "dropout=1.0 is not valid"),
         ({"csv": ""}, "csv is empty: name a file"),
         ({"seed": 2**63}, "seed=9223372036854775808 is not valid"),
-        ({"split_seed": 2**70}, "`split_seed` is"),
+        ({"split_seed": 2**70}, "split_seed=1180591620717411303424 is not valid"),
     ],
 )
 def test_options_that_do_not_fit_together_are_an_error(options, message):
@@ -465,11 +466,11 @@ def test_resume_with_other_rows_or_lengths_is_an_error(run, table_run, capfd):
         (table_run, "inputs", "1-5"),
     ):
         assert main(["train", "informer", "--resume", str(finished), f"--{option}", value]) == 2
-        assert f"`{option}` was" in capfd.readouterr().err
+        assert f"{option}={value} does not fit the checkpoint of this run" in capfd.readouterr().err
 
 
 def test_resume_with_other_data_is_an_error_but_not_with_moved_data(run, table_run, folder, tmp_path, capfd):
-    """Else the weights would be used with another scaling, and tested on what they have learnt."""
+    """Other data would give the weights another scaling, and a test on rows of the training."""
     for finished, csv in ((run, "waves.csv"), (table_run, "datatry.csv")):
         copied = shutil.copytree(finished, tmp_path / finished.name)
         moved = Path(shutil.copy(folder / csv, tmp_path / csv))
@@ -497,7 +498,7 @@ def test_run_without_a_checkpoint_warns_that_it_starts_again(run, tmp_path, capl
     copied = shutil.copytree(run, tmp_path / "copied")
     shutil.rmtree(copied / "checkpoint")
     assert main(["train", "informer", "--resume", str(copied)]) == 0
-    assert f"{copied} was stopped before anything was saved: it begins at its first epoch" in caplog.text
+    assert f"{copied} has no checkpoint" in caplog.text
 
 
 def test_column_names_that_no_file_can_have_are_replaced(folder, tmp_path, capsys):

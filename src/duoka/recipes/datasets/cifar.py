@@ -22,6 +22,7 @@ from duoka.recipes.datasets.download import RemoteFile, reject_archive, verify_m
 from duoka.recipes.datasets.images import Images, ImageSet
 from duoka.utils.imports import import_optional
 
+Batch = dict[str, Any]
 SHAPE = (3, 32, 32)
 ARCHIVE_BYTES = {"cifar10": 170_498_071, "cifar100": 169_001_437}
 
@@ -41,16 +42,26 @@ class CifarArchive(RemoteFile):
     names_key: str
     labels_key: str
 
+    @property
+    def files(self) -> tuple[tuple[str, str], ...]:
+        """Names and checksums of all files."""
+        return *self.train, *self.test, self.meta
+
 
 def official(name: str) -> CifarArchive:
     """Return the archive of ``"cifar10"`` or ``"cifar100"``, with torchvision's addresses and checksums."""
     known = getattr(import_optional("torchvision.datasets", extra="vision"), name.upper())
-    train, test = (tuple((file, md5) for file, md5 in files) for files in (known.train_list, known.test_list))
-    meta = (known.meta["filename"], known.meta["md5"])
-    labels_key = "fine_labels" if name == "cifar100" else "labels"
-    size, names_key = ARCHIVE_BYTES[name], known.meta["key"]
     return CifarArchive(
-        known.url, size, known.tgz_md5, name, known.base_folder, train, test, meta, names_key, labels_key
+        known.url,
+        ARCHIVE_BYTES[name],
+        known.tgz_md5,
+        name,
+        known.base_folder,
+        train=tuple(map(tuple, known.train_list)),
+        test=tuple(map(tuple, known.test_list)),
+        meta=(known.meta["filename"], known.meta["md5"]),
+        names_key=known.meta["key"],
+        labels_key="fine_labels" if name == "cifar100" else "labels",
     )
 
 
@@ -63,66 +74,55 @@ def load(source: CifarArchive, root: str | Path, *, download: bool = True, verif
     root = Path(root)
     reject_archive(root)
     folder = root / source.folder
-    contents = (
-        _read_folder(source, folder, verify) if folder.is_dir() else _read_archive(source, root, download, verify)
-    )
-    meta = folder / source.meta[0]
-    names = _unpickle(contents[source.meta[0]], meta).get(source.names_key)
+    if folder.is_dir():
+        batches = _read_folder(source, folder, verify)
+    else:
+        missing = f"neither {folder} nor {root / source.file_name} is there"
+        batches = _read_archive(source, source.locate(root, download=download, verify=verify, missing=missing))
+    names = batches[source.meta[0]].get(source.names_key)
     if not isinstance(names, list):
-        raise DataError(f"{meta} has no list {source.names_key!r}: it is not the official file")
+        raise DataError(f"{folder / source.meta[0]} has no list {source.names_key!r}: it is not the official file")
     classes = tuple(_text(name) for name in names)
     train, test = (
-        _join_batches(source, [(contents[name], folder / name) for name, _ in files], len(classes))
+        _join_batches(source, {folder / name: batches[name] for name, _ in files}, len(classes))
         for files in (source.train, source.test)
     )
     return ImageSet(source.name, classes, train, test)
 
 
-def _read_folder(source: CifarArchive, folder: Path, verify: bool) -> dict[str, bytes]:
-    """Return the bytes of each file of the unpacked folder."""
+def _read_folder(source: CifarArchive, folder: Path, verify: bool) -> dict[str, Batch]:
+    """Return the contents of each file of the unpacked folder."""
     remedy = f"unpack {source.file_name} again, or delete {folder} and start again; for other data, --verify false"
-    contents = {}
-    for name, md5 in (*source.train, *source.test, source.meta):
+    batches = {}
+    for name, md5 in source.files:
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path} is missing, the folder was not unpacked completely: {remedy}")
-        contents[name] = path.read_bytes()
+        data = path.read_bytes()
         if verify:
-            verify_md5(io.BytesIO(contents[name]), path, md5, remedy=remedy)
-    return contents
+            verify_md5(io.BytesIO(data), path, md5, remedy=remedy)
+        batches[name] = _unpickle(data, path)
+    return batches
 
 
-def _read_archive(source: CifarArchive, root: Path, download: bool, verify: bool) -> dict[str, bytes]:
-    """Return the bytes of each file in the archive, which is downloaded if it is missing."""
-    archive = root / source.file_name
-    if not archive.exists():
-        if not download:
-            remedy = f"allow it with --download true, or fetch {source.url}"
-            raise DataError(f"neither {root / source.folder} nor {archive} is there, and download is off: {remedy}")
-        source.download(root)
-    elif verify:
-        with archive.open("rb") as file:
-            verify_md5(file, archive, source.md5, size=source.size, remedy=source.refetch)
+def _read_archive(source: CifarArchive, archive: Path) -> dict[str, Batch]:
+    """Return the contents of each file in the archive."""
     try:
         with tarfile.open(archive, "r:gz") as tar:
             found = {entry.name: member.read() for entry in tar if (member := tar.extractfile(entry)) is not None}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         size = f"{archive.stat().st_size:,} bytes, the official one has {source.size:,}"
         raise DataError(f"{archive} ({size}) is truncated or no archive: {error}: {source.refetch}") from error
-    contents = {}
-    for name, _ in (*source.train, *source.test, source.meta):
-        path = f"{source.folder}/{name}"
-        if path not in found:
-            raise DataError(f"{archive} holds no {path}: is it {source.name}? {source.refetch}")
-        contents[name] = found[path]
-    return contents
+    paths = {name: f"{source.folder}/{name}" for name, _ in source.files}
+    if missing := [path for path in paths.values() if path not in found]:
+        raise DataError(f"{archive} holds no {missing[0]}: is it {source.name}? {source.refetch}")
+    return {name: _unpickle(found[path], archive / path) for name, path in paths.items()}
 
 
-def _join_batches(source: CifarArchive, batches: list[tuple[bytes, Path]], num_classes: int) -> Images:
+def _join_batches(source: CifarArchive, batches: dict[Path, Batch], num_classes: int) -> Images:
     """Join batches; each row of a batch's ``data`` is an image, channel by channel."""
     rows, labels = [], []
-    for data, path in batches:
-        batch = _unpickle(data, path)
+    for path, batch in batches.items():
         array, numbers = batch.get("data"), batch.get(source.labels_key)
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape[1:] != (3 * 32 * 32,):
             raise DataError(f"{path} has no 'data' of uint8 rows of 3,072 values: it is not in the official format")
@@ -139,7 +139,7 @@ def _text(name: str | bytes) -> str:
     return name.decode() if isinstance(name, bytes) else name
 
 
-def _unpickle(data: bytes, path: Path) -> dict[str, Any]:
+def _unpickle(data: bytes, path: Path) -> Batch:
     """Return a batch's dictionary with its keys as text, without running code that the pickle names."""
     try:
         batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()

@@ -1,4 +1,4 @@
-"""CSV files with a header line, as a pandas table of text that keeps each row's line number for messages."""
+"""CSV files with a header line, as text with each row's line for messages, and the standardization of their numbers."""
 
 from __future__ import annotations
 
@@ -152,6 +152,56 @@ class CsvTable:
 
     def _cell(self, row: int, index: int) -> str:
         return f"line {self.frame.index[row]}, column {index + 1} ({self.columns[index]})"
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """Mean and population standard deviation of each column."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, rows: Tensor, names: Sequence[str]) -> Standardization:
+        """Return the statistics of ``rows (rows, columns)``; a constant column is only shifted, with a warning.
+
+        Raises DataError if the squares of a column's numbers overflow.
+        """
+        std, mean = torch.std_mean(rows.double(), dim=0, correction=0)
+        for index in (~std.isfinite()).nonzero().flatten().tolist():
+            largest = float(rows[:, index].abs().max())
+            raise DataError(
+                f"column {names[index]!r} has numbers as large as {largest:.3g}, which overflow: use a larger unit"
+            )
+        constant = (rows == rows[0]).all(0) | (std == 0)
+        for index in constant.nonzero().flatten().tolist():
+            logger.warning("column %r is %g in every training row, and becomes 0", names[index], mean[index])
+        mean = torch.where(constant, rows[0].double(), mean)  # the computed mean may differ by rounding
+        return cls(tuple(mean.tolist()), tuple(std.masked_fill(constant, 1).tolist()))
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Standardization:
+        """Return the statistics saved in a JSON object under ``mean`` and ``std``."""
+        return cls(tuple(saved["mean"]), tuple(saved["std"]))
+
+    def transform(self, values: Tensor) -> Tensor:
+        """Return ``values (..., columns)`` standardized, as float32."""
+        mean, std = self._tensors()
+        return ((values.double() - mean) / std).float()
+
+    def inverse_transform(self, values: Tensor) -> Tensor:
+        """Return standardized ``values (..., columns)`` in their original units, as float64."""
+        mean, std = self._tensors()
+        return values.double() * std + mean
+
+    def select(self, indices: Sequence[int]) -> Standardization:
+        """Return the statistics of some columns."""
+        mean, std = (tuple(values[index] for index in indices) for values in (self.mean, self.std))
+        return Standardization(mean, std)
+
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation as float64; float32 would shift numbers that are far from 0."""
+        return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
 
 
 def read(path: str | Path) -> CsvTable:

@@ -8,7 +8,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO
@@ -30,6 +30,8 @@ class RemoteFile:
     size: int | None
     """Bytes; ``None`` is not checked."""
     md5: str
+    alternative: str = field(default="", kw_only=True)
+    """Another remedy if the file is missing or damaged, which begins with ``", or "``."""
 
     @property
     def file_name(self) -> str:
@@ -39,7 +41,23 @@ class RemoteFile:
     @property
     def refetch(self) -> str:
         """The remedy for a damaged file."""
-        return f"delete it and start again to download it anew, or fetch {self.url}"
+        return f"delete it and start again to download it anew, or fetch {self.url}{self.alternative}"
+
+    def locate(self, folder: Path, *, download: bool, verify: bool = True, missing: str = "") -> Path:
+        """Return the file in ``folder``, verified if it is there, otherwise downloaded.
+
+        Raises DataError if ``download`` is off and the file is missing, as the text ``missing`` says, or as ``download``
+        does.
+        """
+        path = folder / self.file_name
+        if path.exists():
+            if verify:
+                self._verify(path)
+            return path
+        if not download:
+            remedy = f"allow it with --download true, or fetch {self.url}{self.alternative}"
+            raise DataError(f"{missing or f'{path} is not there'}, and download is off: {remedy}")
+        return self.download(folder)
 
     def download(self, folder: Path) -> Path:
         """Download the file into ``folder`` unless it is there; other processes wait for the one that downloads.
@@ -60,20 +78,23 @@ class RemoteFile:
                     verify_md5(file, target, self.md5, size=self.size, remedy=remedy)
         return target
 
-    def unpack(self, root: Path, *, skip: str | None = None) -> Path:
+    def unpack(self, root: Path, *, download: bool, missing: str, skip: str = "") -> Path:
         """Verify and unpack the zip file in ``root`` into the folder of its name, unless that exists; return the folder.
 
-        The folder ``skip`` of the archive is not unpacked. Raises as ``download`` does.
+        The folder ``skip`` of the archive is not unpacked. A missing archive is downloaded. Raises as ``locate`` does.
         """
-        archive = root / self.file_name
+        archive = self.locate(root, download=download, verify=False, missing=missing)
         folder = root / archive.stem
         with locked_folder(root):
             if not folder.exists():
-                with archive.open("rb") as file:
-                    verify_md5(file, archive, self.md5, size=self.size, remedy=self.refetch)
+                self._verify(archive)
                 logger.info("unpacking %s", archive)
                 self._extract(archive, folder, skip)
         return folder
+
+    def _verify(self, path: Path) -> None:
+        with path.open("rb") as file:
+            verify_md5(file, path, self.md5, size=self.size, remedy=self.refetch)
 
     def _chunks(self, target: Path) -> Iterator[bytes]:
         """Yield the file's bytes with a progress bar."""
@@ -91,14 +112,14 @@ class RemoteFile:
             remedy = f"check the connection, or fetch it with a browser and put it at {target}"
             raise DataError(f"cannot download {self.url}: {error}: {remedy}") from error
 
-    def _extract(self, archive: Path, folder: Path, skip: str | None) -> None:
+    def _extract(self, archive: Path, folder: Path, skip: str) -> None:
         """Extract into a temporary folder, then rename it."""
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         try:
             with zipfile.ZipFile(archive) as opened:
-                names = [name for name in opened.namelist() if name.startswith(f"{folder.name}/")]
-                skipped = f"{folder.name}/{skip}/"
+                wanted, skipped = f"{folder.name}/", f"{folder.name}/{skip}/"
+                names = [name for name in opened.namelist() if name.startswith(wanted)]
                 opened.extractall(part, [name for name in names if not name.startswith(skipped)])
             (part / folder.name).rename(folder)
         except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:

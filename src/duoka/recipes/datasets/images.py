@@ -133,10 +133,8 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
 
     Raises DataError if the file is missing or not a readable image; the message names it.
     """
-    image_module, image_ops = (
-        import_optional("PIL.Image", extra="vision"),
-        import_optional("PIL.ImageOps", extra="vision"),
-    )
+    image_ops = import_optional("PIL.ImageOps", extra="vision")
+    image_module = image_ops.Image
     channels, height, width = shape
     try:
         with image_module.open(path) as file:

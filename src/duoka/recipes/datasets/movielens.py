@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 
 from duoka.errors import DataError
 from duoka.recipes.datasets.download import RemoteFile, reject_archive
-from duoka.recipes.datasets.movielens_format import NAMES, Ratings, example_hint, read_films, read_ratings, read_users
+from duoka.recipes.datasets.movielens_format import NAMES, Ratings, read_films, read_ratings, read_users
 from duoka.recipes.datasets.movielens_split import PARTS, split_ratings
 from duoka.utils.validation import check_choice
 
 Integers = NDArray[np.int64]
 ARCHIVE = RemoteFile(
-    "https://files.grouplens.org/datasets/movielens/ml-1m.zip", None, "c4d9eecfca2ab87c1945afe126590906"
+    "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+    None,
+    "c4d9eecfca2ab87c1945afe126590906",
+    alternative=", or make an example: duoka data make movielens",
 )
 """The official archive, 6 MB."""
 
@@ -151,14 +154,8 @@ def locate(root: str | Path, *, download: bool = False) -> Path:
     existed = (root / "ml-1m").exists()  # read before its files, because another process may unpack them now
     found = _find(root)
     if found is None and not existed:
-        if not (root / ARCHIVE.file_name).is_file():
-            if not download:
-                remedy = f"allow the download with --download true, or fetch {ARCHIVE.url}, {example_hint()}"
-                raise DataError(
-                    f"{root} holds neither {', '.join(NAMES)}, nor ml-1m, nor {ARCHIVE.file_name}: {remedy}"
-                )
-            ARCHIVE.download(root)
-        ARCHIVE.unpack(root)
+        missing = f"{root} holds neither {', '.join(NAMES)}, nor ml-1m, nor {ARCHIVE.file_name}"
+        ARCHIVE.unpack(root, download=download, missing=missing)
         found = _find(root)
     if found is None:
         raise DataError(
@@ -174,6 +171,6 @@ def _find(root: Path) -> Path | None:
         if not missing:
             return folder
         if len(missing) < len(NAMES):
-            remedy = f"unpack {ARCHIVE.url} again, {example_hint()}"
+            remedy = f"unpack {ARCHIVE.url} again{ARCHIVE.alternative}"
             raise DataError(f"{folder} lacks {' and '.join(missing)}: {remedy}")
     return None

@@ -1,4 +1,4 @@
-"""Time series with a regular step, read from a table with dates and split into training, validation and test windows."""
+"""Time series with a regular step: their reading from a table with dates, and their split into sliding windows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from duoka.data.sample_fetch import identity_collate
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger
-from duoka.recipes.datasets import ett
-from duoka.recipes.datasets.csv_table import CsvTable, join_first
-from duoka.recipes.datasets.sliding_windows import SlidingWindows
-from duoka.recipes.datasets.standardization import Standardization
+from duoka.recipes.datasets.csv_table import CsvTable, Standardization, join_first
 from duoka.utils.imports import import_optional
 
 HOUR_S, DAY_S = 3600, 86_400
@@ -65,58 +64,6 @@ class TimeSeries:
         """Return the next ``steps`` dates after the last one."""
         pandas = import_optional("pandas", extra="forecast")
         return pandas.date_range(self.dates[-1], periods=steps + 1, freq=self.dates.freq)[1:]
-
-
-@dataclass(frozen=True)
-class SeriesSplit:
-    """A standardized series in three parts; a window's history may reach into the part before."""
-
-    train: SlidingWindows
-    validation: SlidingWindows
-    test: SlidingWindows
-    standardization: Standardization
-    test_start: int
-    """The first step of the first test window's history."""
-
-    @classmethod
-    def from_series(
-        cls,
-        series: TimeSeries,
-        split: str,
-        past: int,
-        horizon: int,
-        targets: Sequence[int],
-        standardization: Standardization | None = None,
-    ) -> SeriesSplit:
-        """Split ``series``; the future of each part's first window starts where the part starts, as in the paper.
-
-        Args:
-            series: the series.
-            split: ``"paper"`` (12, 4 and 4 months of ETT), ``"ratio"`` (70, 10 and 20 %), or ``"auto"``: the paper's
-                if the file is called ETTh... or ETTm... and is long enough.
-            past, horizon, targets: as in ``SlidingWindows``.
-            standardization: statistics to apply; ``None`` computes those of the training part.
-
-        Raises:
-            ConfigError: the paper's split does not fit the series.
-            DataError: a part is too short for one window, or no target changes in the training part.
-
-        """
-        train, validation, test = _part_ends(series, split)
-        lengths = {"training": train, "validation": validation - train, "test": test - validation}
-        _check_lengths(series, lengths, past, horizon)
-        known = series.values[:train, list(targets)]
-        if bool((known == known[0]).all()):
-            raise DataError(
-                f"{series.name}: {join_first([series.columns[index] for index in targets])} never changes in the "
-                f"{train:,} training rows, so there is nothing to forecast: choose other --targets"
-            )
-        standardization = standardization or Standardization.fit(series.values[:train], series.columns)
-        values = standardization.transform(series.values)
-        marks = calendar_features(series.dates, series.step_s)
-        bounds = ((0, train), (train - past, validation), (validation - past, test))
-        parts = [SlidingWindows(values[start:end], marks[start:end], past, horizon, targets) for start, end in bounds]
-        return cls(parts[0], parts[1], parts[2], standardization, validation - past)
 
 
 def series_from_table(
@@ -264,14 +211,110 @@ def _most_common_step(dates: Any) -> Any:
     return dates.to_series().diff().mode()[0]
 
 
+class SlidingWindows(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Data set whose sample ``i`` is ``(history, marks, future)`` of the window that starts at step ``i``.
+
+    Args:
+        values: float32 ``(steps, columns)``.
+        marks: calendar features, float32 ``(steps, features)``.
+        past: steps of the history.
+        horizon: steps of the future.
+        targets: indices of the columns to forecast.
+
+    """
+
+    def __init__(self, values: Tensor, marks: Tensor, past: int, horizon: int, targets: Sequence[int]) -> None:
+        self.values, self.marks = values, marks
+        self.past, self.horizon, self.targets = past, horizon, list(targets)
+
+    def __len__(self) -> int:
+        return max(0, len(self.values) - self.past - self.horizon + 1)
+
+    @property
+    def views(self) -> tuple[Tensor, Tensor]:
+        """All windows of values and of marks, ``(windows, past + horizon, columns)``, in the memory of the series."""
+        length = self.past + self.horizon
+        return self.values.unfold(0, length, 1).transpose(1, 2), self.marks.unfold(0, length, 1).transpose(1, 2)
+
+    @property
+    def futures(self) -> Tensor:
+        """The true future of all windows, ``(windows, horizon, targets)``."""
+        return self.values[self.past :, self.targets].unfold(0, self.horizon, 1).transpose(1, 2)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        history, marks, future = self.__getitems__([index])
+        return history[0], marks[0], future[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a batch: ``(batch, past, columns)``, marks, ``(batch, horizon, targets)``."""
+        values, marks = (view[torch.as_tensor(indices)] for view in self.views)
+        return values[:, : self.past], marks, values[:, self.past :, self.targets].contiguous()
+
+
+@dataclass(frozen=True)
+class SeriesSplit:
+    """A standardized series in three parts; a window's history may reach into the part before."""
+
+    train: SlidingWindows
+    validation: SlidingWindows
+    test: SlidingWindows
+    standardization: Standardization
+    test_start: int
+    """The first step of the first test window's history."""
+
+    @classmethod
+    def from_series(
+        cls,
+        series: TimeSeries,
+        split: str,
+        past: int,
+        horizon: int,
+        targets: Sequence[int],
+        standardization: Standardization | None = None,
+    ) -> SeriesSplit:
+        """Split ``series``; the future of each part's first window starts where the part starts, as in the paper.
+
+        Args:
+            series: the series.
+            split: ``"paper"`` (12, 4 and 4 months of ETT), ``"ratio"`` (70, 10 and 20 %), or ``"auto"``: the paper's
+                if the file is called ETTh... or ETTm... and is long enough.
+            past, horizon, targets: as in ``SlidingWindows``.
+            standardization: statistics to apply; ``None`` computes those of the training part.
+
+        Raises:
+            ConfigError: the paper's split does not fit the series.
+            DataError: a part is too short for one window, or no target changes in the training part.
+
+        """
+        train, validation, test = _part_ends(series, split)
+        lengths = {"training": train, "validation": validation - train, "test": test - validation}
+        _check_lengths(series, lengths, past, horizon)
+        known = series.values[:train, list(targets)]
+        if bool((known == known[0]).all()):
+            raise DataError(
+                f"{series.name}: {join_first([series.columns[index] for index in targets])} never changes in the "
+                f"{train:,} training rows, so there is nothing to forecast: choose other --targets"
+            )
+        standardization = standardization or Standardization.fit(series.values[:train], series.columns)
+        values = standardization.transform(series.values)
+        marks = calendar_features(series.dates, series.step_s)
+        bounds = ((0, train), (train - past, validation), (validation - past, test))
+        parts = [SlidingWindows(values[start:end], marks[start:end], past, horizon, targets) for start, end in bounds]
+        return cls(parts[0], parts[1], parts[2], standardization, validation - past)
+
+
+def loader(samples: SlidingWindows, batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:
+    """Return a loader of ``samples``, whose ``__getitems__`` already returns whole batches."""
+    return DataLoader(samples, batch_size=batch_size, shuffle=shuffle, collate_fn=identity_collate)
+
+
 def _part_ends(series: TimeSeries, split: str) -> tuple[int, int, int]:
     """Return the ends of training, validation and test."""
     rows = len(series)
     if split == "paper" or (split == "auto" and series.name[:4].lower() in ("etth", "ettm")):
-        steps_per_hour = round(HOUR_S / series.step_s) if series.step_s <= HOUR_S else 0
-        ends = ett.part_ends(rows, steps_per_hour) if steps_per_hour else None
-        if ends is not None:
-            return ends
+        month = 30 * 24 * round(HOUR_S / series.step_s) if series.step_s <= HOUR_S else rows
+        if rows >= 20 * month:
+            return 12 * month, 16 * month, 20 * month
         if split == "paper":
             raise ConfigError(
                 f"split is 'paper', which takes 20 months of 30 days in steps of an hour or less; {series.name} has "

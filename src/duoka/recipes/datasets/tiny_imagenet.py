@@ -63,14 +63,10 @@ def _find(root: Path) -> Path | None:
 
 def _unpack(root: Path, archive: RemoteFile, download: bool) -> Path:
     """Unpack the archive, which is downloaded if it is missing."""
-    if not (root / archive.file_name).is_file():
-        if not download:
-            others = sorted(path for suffix in ("tar", "zip", "gz", "tgz") for path in root.glob(f"*.{suffix}"))
-            unpack = f"unpack {others[0].name} there if that is it, " if others else ""
-            remedy = f"{unpack}allow the download with --download true, or fetch {archive.url} and put it there"
-            raise DataError(f"{root} holds neither wnids.txt, nor a folder with it, nor {archive.file_name}: {remedy}")
-        archive.download(root)
-    folder = archive.unpack(root, skip="test")
+    missing = f"{root} holds neither wnids.txt, nor a folder with it, nor {archive.file_name}"
+    if others := sorted(path.name for suffix in ("tar", "zip", "gz", "tgz") for path in root.glob(f"*.{suffix}")):
+        missing += f" (unpack {others[0]} there if that is it)"
+    folder = archive.unpack(root, download=download, missing=missing, skip="test")
     if not (folder / "wnids.txt").is_file():
         raise DataError(f"{folder} has no wnids.txt: remove the folder, and {archive.file_name} is unpacked again")
     return folder

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from duoka import Trainer
-from duoka.recipes.datasets.sliding_windows import SlidingWindows, loader
-from duoka.recipes.datasets.time_series import SeriesSplit
+from duoka.recipes.datasets.time_series import SeriesSplit, SlidingWindows, loader
 from duoka.recipes.models.dlinear import DLinear
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE = 10, 0.005, 32

@@ -15,10 +15,8 @@ from duoka.errors import ConfigError, DataError
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import PredictedTable
 from duoka.recipes.datasets import csv_table, ett
-from duoka.recipes.datasets.csv_table import CsvTable
-from duoka.recipes.datasets.sliding_windows import loader
-from duoka.recipes.datasets.standardization import Standardization
-from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries, calendar_features, series_from_table
+from duoka.recipes.datasets.csv_table import CsvTable, Standardization
+from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries, calendar_features, loader, series_from_table
 from duoka.recipes.models.informer import Informer
 from duoka.recipes.time_series import baselines, plots
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig

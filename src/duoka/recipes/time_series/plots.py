@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duoka.recipes.datasets.sliding_windows import SlidingWindows
-from duoka.recipes.datasets.time_series import TimeSeries
+from duoka.recipes.datasets.time_series import SlidingWindows, TimeSeries
 from duoka.recipes.time_series.results import Forecasts
 from duoka.utils.figures import BLUE, GREEN, GREY, ORANGE, figure_file, hide_frame
 

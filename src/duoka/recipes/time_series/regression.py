@@ -17,8 +17,7 @@ from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import PredictedTable
 from duoka.recipes.datasets import csv_table
-from duoka.recipes.datasets.csv_table import CsvTable
-from duoka.recipes.datasets.standardization import Standardization
+from duoka.recipes.datasets.csv_table import CsvTable, Standardization
 from duoka.recipes.models.informer import TabularRegressor
 from duoka.recipes.time_series import plots
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from duoka.recipes.datasets import csv_table
-from duoka.recipes.datasets.sliding_windows import SlidingWindows
-from duoka.recipes.datasets.standardization import Standardization
+from duoka.recipes.datasets.csv_table import Standardization
+from duoka.recipes.datasets.time_series import SlidingWindows
 
 
 @dataclass(frozen=True)
