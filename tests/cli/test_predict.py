@@ -13,8 +13,7 @@ from PIL import Image, ImageOps
 from duoka.cli.main import main
 from duoka.recipes.common.config import config_of_run
 from duoka.recipes.common.recipe_run import RecipeRun
-from duoka.recipes.datasets import digits
-from duoka.recipes.datasets.images import write_image
+from duoka.recipes.datasets.images import load_digits, write_image
 from duoka.recipes.image_classification.config import Cifar100Config
 from duoka.recipes.image_classification.presets import CIFAR100
 
@@ -49,7 +48,7 @@ def ask(run, capsys):
 
 
 def test_predictions_from_image_files_equal_those_of_training(run, tmp_path):
-    test = digits.load().test
+    test = load_digits().test
     sources = []
     for number in range(len(test)):
         write_image(tmp_path / f"{number}.png", test.pixels[number])

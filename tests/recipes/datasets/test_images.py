@@ -10,9 +10,18 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from duoka.errors import DataError, MissingDependencyError
-from duoka.recipes.datasets import digits, image_folder
-from duoka.recipes.datasets.image_loader import Collate, ImageDataset, loader
-from duoka.recipes.datasets.images import ImageSet, channel_statistics, read_image, stratified_split, write_image
+from duoka.recipes.datasets import image_folder
+from duoka.recipes.datasets.images import (
+    Collate,
+    ImageDataset,
+    ImageSet,
+    channel_statistics,
+    load_digits,
+    loader,
+    read_image,
+    stratified_split,
+    write_image,
+)
 from duoka.recipes.image_classification.presets import CIFAR100
 from duoka.utils.imports import import_optional
 from support.paths import TINY_IMAGENET, needs_file
@@ -136,15 +145,15 @@ def test_real_photographs_in_class_folders_are_read(tmp_path):
 
 
 def test_digits_are_complete_and_split_by_seed_and_class():
-    images = digits.load()
+    images = load_digits()
     assert len(images.train) + len(images.test) == 1797
     assert images.shape == (1, 8, 8)
     assert (images.train.pixels.min(), images.train.pixels.max()) == (0, 255)
     counts = images.train.labels.bincount() + images.test.labels.bincount()
     share = images.test.labels.bincount() / counts
     assert ((share - 0.2).abs() < 0.01).all()
-    assert torch.equal(images.test.pixels, digits.load().test.pixels)
-    assert not torch.equal(images.test.labels, digits.load(split_seed=1).test.labels)
+    assert torch.equal(images.test.pixels, load_digits().test.pixels)
+    assert not torch.equal(images.test.labels, load_digits(split_seed=1).test.labels)
 
 
 def test_split_takes_each_index_once_and_trains_on_every_class():
@@ -165,7 +174,7 @@ def test_statistics_are_those_of_all_pixels():
 
 
 def test_batches_are_normalized_floats_and_labels():
-    images = digits.load()
+    images = load_digits()
     everything = next(
         iter(loader(images.train, Collate(channel_statistics(images.train.pixels)), len(images.train), 0))
     )
@@ -183,7 +192,7 @@ def augmentation(images: ImageSet) -> v2.Compose:
 def test_crop_shifts_by_the_border_and_digits_are_never_flipped():
     image = torch.zeros(1, 8, 8, dtype=torch.uint8)
     image[0, 3, 2] = 9
-    change = augmentation(digits.load())
+    change = augmentation(load_digits())
     places = {tuple(found.tolist()) for _ in range(200) for found in change(image)[0].nonzero()}
     assert places == {(row, column) for row in (2, 3, 4) for column in (1, 2, 3)}
 
@@ -198,7 +207,7 @@ def test_photographs_are_flipped_half_of_the_time(picture_folder):
 
 
 def test_evaluation_images_are_not_transformed():
-    images = digits.load().test
+    images = load_digits().test
     assert torch.equal(ImageDataset(images)[5][0], images.pixels[5])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from duoka.errors import ConfigError, DataError
-from duoka.recipes.datasets import csv_table, ett
+from duoka.recipes.datasets import csv_table, time_series
 from duoka.recipes.datasets.time_series import (
     SeriesSplit,
     SlidingWindows,
@@ -213,7 +213,7 @@ def test_too_few_rows_are_counted():
 
 @needs_file(ETTH1)
 def test_real_file_has_the_paper_split():
-    ett.locate("ETTh1", ETTH1.parent, download=False)
+    time_series.locate_ett("ETTh1", ETTH1.parent, download=False)
     contents = csv_table.read(ETTH1)
     assert contents.columns == ("date", "HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
     series = series_from_table(contents, "date", range(1, 8))
@@ -230,24 +230,24 @@ def test_real_file_has_the_paper_split():
 
 def test_missing_or_changed_set_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"ETTh2\.csv is not there, and download is off"):
-        ett.locate("ETTh2", tmp_path, download=False)
+        time_series.locate_ett("ETTh2", tmp_path, download=False)
     (tmp_path / "ETTh2.csv").write_text("date,x\n")
     with pytest.raises(DataError, match="has 7 bytes, not 2,417,960: delete it"):
-        ett.locate("ETTh2", tmp_path, download=False)
+        time_series.locate_ett("ETTh2", tmp_path, download=False)
 
 
 def test_set_is_downloaded_once_and_verified(tmp_path, monkeypatch):
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / "ETTh2.csv").write_bytes(b"date,OT\n2016-07-01,1\n")
-    monkeypatch.setattr(ett, "URL", (tmp_path / "server").as_uri() + "/")
+    monkeypatch.setattr(time_series, "ETT_URL", (tmp_path / "server").as_uri() + "/")
     with pytest.raises(DataError, match="has 21 bytes, not 2,417,960: the download of"):
-        ett.locate("ETTh2", tmp_path / "data")
-    monkeypatch.setitem(ett.FILES, "ETTh2", (21, "0" * 32))
+        time_series.locate_ett("ETTh2", tmp_path / "data")
+    monkeypatch.setitem(time_series.ETT_FILES, "ETTh2", (21, "0" * 32))
     with pytest.raises(DataError, match="has the MD5 checksum"):
-        ett.locate("ETTh2", tmp_path / "data")
+        time_series.locate_ett("ETTh2", tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
     digest = hashlib.md5(b"date,OT\n2016-07-01,1\n", usedforsecurity=False).hexdigest()
-    monkeypatch.setitem(ett.FILES, "ETTh2", (21, digest))
-    path = ett.locate("ETTh2", tmp_path / "data")
-    monkeypatch.setattr(ett, "URL", "file:///nowhere/")
-    assert ett.locate("ETTh2", tmp_path / "data") == path
+    monkeypatch.setitem(time_series.ETT_FILES, "ETTh2", (21, digest))
+    path = time_series.locate_ett("ETTh2", tmp_path / "data")
+    monkeypatch.setattr(time_series, "ETT_URL", "file:///nowhere/")
+    assert time_series.locate_ett("ETTh2", tmp_path / "data") == path

@@ -254,10 +254,8 @@ def _read_text(path: Path) -> str:
         names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, names, cutoff=0.8) or "check the path"
         raise DataError(f"there is no file {path}: {hint}") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder: give a CSV file") from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}: make it readable, or give another file") from error
+        raise DataError(f"cannot read {path}: {error.strerror}: give a CSV file that is readable") from error
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8 text: save it as CSV in UTF-8") from error
@@ -293,12 +291,12 @@ def _check_lengths(path: Path, names: list[str], rows: list[list[str]], lines: l
     if not rows:
         raise DataError(f"{path} has names of columns and no row below them: add rows of numbers")
     for row, line in zip(rows, lines, strict=True):
-        if len(row) == len(names):
-            continue
         if len(row) > len(names):
             fault = f"the first extra column is {len(names) + 1}, {row[len(names)]!r}"
-        else:
+        elif len(row) < len(names):
             fault = f"the first missing column is {len(row) + 1} ({names[len(row)]})"
+        else:
+            continue
         shown = "tab" if separator == "\t" else separator
         raise DataError(
             f"{path}, line {line}: {plural(len(row), 'column')} where the first line has {len(names)}; {fault}: correct "

@@ -1,9 +1,9 @@
-"""Labeled images of one size as uint8 tensors, their statistics and splits, and image files."""
+"""Labeled images of one size as uint8 tensors: statistics, splits, loaders, image files, and handwritten digits."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from duoka.errors import DataError, StorageError
 from duoka.utils.imports import import_optional
 
+Transform = Callable[[Tensor], Tensor]
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 DECODED_AT_ONCE = 512
 """Images between two steps of the progress bar."""
 
@@ -27,12 +30,6 @@ class Images:
     """uint8 ``(images, channels, height, width)``"""
     labels: Tensor
     """int64 ``(images,)``, indices into ``ImageSet.classes``"""
-
-    def __post_init__(self) -> None:
-        if len(self.pixels) != len(self.labels):
-            raise DataError(
-                f"there are {len(self.pixels)} images and {len(self.labels)} labels: give one label an image"
-            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,6 +92,63 @@ def stratified_split(labels: Tensor, test_share: float, seed: int) -> tuple[Tens
         test.append(indices[:count])
         train.append(indices[count:])
     return torch.cat(train).sort().values, torch.cat(test).sort().values
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """``Images`` as a map-style data set: sample ``i`` is ``(uint8 (channels, height, width), label)``."""
+
+    def __init__(self, images: Images, transform: Transform | None = None) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images.pixels[index]
+        label = int(self.images.labels[index])
+        return (image if self.transform is None else self.transform(image)), label
+
+
+class Collate:
+    """Joins samples into ``(float32 (batch, channels, height, width), int64 (batch,))``, normalized, then mixed."""
+
+    def __init__(self, statistics: Statistics, mix: Mix | None = None) -> None:
+        self.mix = mix
+        self.mean = torch.tensor(statistics.mean).view(-1, 1, 1) * 255
+        self.std = torch.tensor(statistics.std).view(-1, 1, 1) * 255
+
+    def __call__(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """Return the batch of these ``(image, label)`` samples."""
+        images, labels = zip(*samples, strict=True)
+        batch = torch.stack(images).float().sub_(self.mean).div_(self.std), torch.tensor(labels)
+        return batch if self.mix is None else self.mix(*batch)
+
+
+def loader(images: Images, collate: Collate, batch_size: int, workers: int, transform: Any = None) -> DataLoader[Any]:
+    """Return a loader of ``images``, shuffled and transformed if there is a ``transform``."""
+    return DataLoader(
+        ImageDataset(images, transform),
+        batch_size=batch_size,
+        shuffle=transform is not None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+    )
+
+
+def load_digits(*, test_share: float = 0.2, split_seed: int = 0) -> ImageSet:
+    """Return scikit-learn's 1,797 gray digits of 8x8 pixels, bright on a dark ground, with ``test_share`` of each class in
+    the test part.
+
+    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+    """
+    bunch = import_optional("sklearn.datasets", extra="vision").load_digits()
+    pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    images = Images(pixels, torch.from_numpy(bunch.target).long())
+    train, test = stratified_split(images.labels, test_share, split_seed)
+    classes = tuple(str(name) for name in bunch.target_names)
+    return ImageSet("digits", classes, images.select(train), images.select(test), flip_keeps_label=False)
 
 
 def read_images(paths: Sequence[Path], out: Tensor, *, description: str | None = None) -> None:

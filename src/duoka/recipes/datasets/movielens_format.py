@@ -1,8 +1,8 @@
 """Reader of MovieLens-1M's three files: users and films with their texts, and every rating.
 
 The format is the official one: `users.dat`, `movies.dat` and `ratings.dat` in ISO 8859-1, with fields separated by ``::``.
-A line that does not fit is an error with file and line. Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets,
-ACM TiiS 5(4), 2015, and the README of the archive.
+A line that does not fit is a DataError with file, line and remedy. Source: F. M. Harper and J. A. Konstan, The MovieLens
+Datasets, ACM TiiS 5(4), 2015, and the README of the archive.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ OCCUPATIONS = (
     "technician or engineer", "tradesman or craftsman", "unemployed", "writer",
 )  # fmt: skip
 """Occupations by code."""
-USER_FIELDS = "UserID::Gender::Age::Occupation::Zip-code"
-FILM_FIELDS = "MovieID::Title::Genres"
 RATING_FIELDS = "UserID::MovieID::Rating::Timestamp"
 MIN_STARS, MAX_STARS = 1, 5
 CONTROL_CHARACTER = re.compile(rb"[\x00-\x1f\x7f-\x9f]")
@@ -107,10 +105,7 @@ class Ratings:
 
 
 def read_users(path: Path) -> tuple[User, ...]:
-    """Return the users by ascending id.
-
-    Raises DataError if a line does not fit the format; the message names line and remedy.
-    """
+    """Return the users by ascending id."""
 
     def parse(fields: list[str], where: str) -> User:
         number = _integer(fields[0], "UserID", where)
@@ -119,15 +114,11 @@ def read_users(path: Path) -> tuple[User, ...]:
         occupation = _integer(fields[3], "occupation", where)
         return User(number, gender, age, _lookup(occupation, dict(enumerate(OCCUPATIONS)), "occupation", where))
 
-    return _read_entities(path, USER_FIELDS, "user", parse)
+    return _read_entities(path, "UserID::Gender::Age::Occupation::Zip-code", "user", parse)
 
 
 def read_films(path: Path) -> tuple[Film, ...]:
-    """Return the films by ascending id.
-
-    Raises DataError if a line does not fit the format, or a film has no title or genres; the message names line and
-    remedy.
-    """
+    """Return the films by ascending id, each with a title and genres."""
 
     def parse(fields: list[str], where: str) -> Film:
         number = _integer(fields[0], "MovieID", where)
@@ -137,15 +128,11 @@ def read_films(path: Path) -> tuple[Film, ...]:
             raise DataError(f"{where}: film {number} has no {lacking}: write MovieID::Title (year)::Genre|Genre")
         return Film(number, title, genres)
 
-    return _read_entities(path, FILM_FIELDS, "film", parse)
+    return _read_entities(path, "MovieID::Title::Genres", "film", parse)
 
 
 def read_ratings(path: Path, user_ids: Integers, film_ids: Integers) -> Ratings:
-    """Return the ratings; both lists of known ids are ascending.
-
-    Raises DataError if a line does not fit the format, or names an unknown user or film; the message names line and
-    remedy.
-    """
+    """Return the ratings of known users and films; both lists of ids are ascending."""
     pandas = import_optional("pandas", extra="recommend")
     numbers = _read_numbers(path, pandas)
     columns = []
@@ -198,15 +185,14 @@ def _read_entities(
     path: Path, format_: str, kind: str, parse: Callable[[list[str], str], Entity]
 ) -> tuple[Entity, ...]:
     """Return the parsed lines by ascending id, each id once."""
-    found: dict[int, Entity] = {}
-    lines: dict[int, str] = {}
+    found: dict[int, tuple[str, Entity]] = {}
     for where, fields in _lines(path, format_):
         entity = parse(fields, where)
-        if entity.id in found:
-            first = lines[entity.id].rpartition(", ")[2]
-            raise DataError(f"{where}: {kind} {entity.id} is in {first} already: keep one of the lines")
-        found[entity.id], lines[entity.id] = entity, where
-    return tuple(found[number] for number in sorted(found))
+        first, known = found.setdefault(entity.id, (where, entity))
+        if known is not entity:
+            line = first.rpartition(", ")[2]
+            raise DataError(f"{where}: {kind} {entity.id} is in {line} already: keep one of the lines")
+    return tuple(found[number][1] for number in sorted(found))
 
 
 def _lines(path: Path, format_: str) -> Iterator[tuple[str, list[str]]]:

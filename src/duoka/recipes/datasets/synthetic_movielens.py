@@ -69,7 +69,13 @@ def make(users: int = 1_000, films: int = 800, ratings: int = 60_000, seed: int 
 
     Raises ConfigError if the sizes do not fit together.
     """
-    _check(users, films, ratings, seed)
+    fewest = min(MIN_RATINGS, films // 2)
+    if users < 1 or films < 4 or seed < 0 or not users * fewest <= ratings <= users * films // 2:
+        raise ConfigError(
+            f"users={users}, films={films}, ratings={ratings} and seed={seed} do not fit together: use at least 1 user and "
+            f"4 films, a seed of 0 or more, and ratings from {fewest} a user to half of all pairs, {users * fewest:,} to "
+            f"{users * films // 2:,}"
+        )
     random = np.random.default_rng(seed)
     genders, ages = random.integers(0, 2, users), random.integers(0, len(AGES), users)
     occupations = random.integers(0, len(OCCUPATIONS), users)
@@ -81,8 +87,10 @@ def make(users: int = 1_000, films: int = 800, ratings: int = 60_000, seed: int 
     text_taste = text_taste + _normal(random, len(FIRST_WORDS))[first_words]
     affinity = user_taste @ _add_individual_taste(text_taste, random).T / np.sqrt(RANK)
     utility = AFFINITY * affinity + POPULARITY * random.standard_normal(films)
-    raters, items = _draw_ratings(utility, _draw_counts(users, films, ratings, random), random)
-    stars = _stars(affinity[raters, items] + NOISE * random.standard_normal(len(items)))
+    counts = _draw_counts(users, fewest, max(1, films * 3 // 4), ratings, random)
+    raters, items = _draw_ratings(utility, counts, random)
+    scores = affinity[raters, items] + NOISE * random.standard_normal(len(items))
+    stars = np.searchsorted(np.quantile(scores, (0.2, 0.4, 0.6, 0.8)), scores) + 1
     titles = tuple(
         f"{FIRST_WORDS[word]} {SECOND_WORDS[random.integers(len(SECOND_WORDS))]} ({random.integers(1930, 2001)})"
         for word in first_words.tolist()
@@ -113,16 +121,6 @@ def write(folder: Path, data: SyntheticRatings, seed: int = 0) -> None:
             file.write(("\n".join(lines) + "\n").encode("latin-1"))
 
 
-def _check(users: int, films: int, ratings: int, seed: int) -> None:
-    fewest = min(MIN_RATINGS, films // 2)
-    if users < 1 or films < 4 or seed < 0 or not users * fewest <= ratings <= users * films // 2:
-        raise ConfigError(
-            f"users={users}, films={films}, ratings={ratings} and seed={seed} do not fit together: use at least 1 user and "
-            f"4 films, a seed of 0 or more, and ratings from {fewest} a user to half of all pairs, {users * fewest:,} to "
-            f"{users * films // 2:,}"
-        )
-
-
 def _normal(random: np.random.Generator, rows: int) -> Numbers:
     return random.standard_normal((rows, RANK))
 
@@ -141,9 +139,8 @@ def _draw_genres(films: int, random: np.random.Generator) -> Numbers:
     return (ranks < random.integers(1, 4, (films, 1))).astype(np.float64)
 
 
-def _draw_counts(users: int, films: int, ratings: int, random: np.random.Generator) -> Integers:
+def _draw_counts(users: int, fewest: int, most: int, ratings: int, random: np.random.Generator) -> Integers:
     """Return the number of ratings of each user: log-normal within bounds, with the sum ``ratings``."""
-    fewest, most = min(MIN_RATINGS, films // 2), max(1, films * 3 // 4)
     weights = random.lognormal(0, 0.9, users)
     counts = np.full(users, fewest)
     while (left := ratings - int(counts.sum())) > 0:
@@ -162,8 +159,3 @@ def _draw_ratings(utility: Numbers, counts: Integers, random: np.random.Generato
         order = np.argpartition(-(utility[user] + random.gumbel(size=utility.shape[1])), count - 1)
         items.append(random.permutation(order[:count]))
     return np.repeat(np.arange(len(counts)), counts), np.concatenate(items)
-
-
-def _stars(scores: Numbers) -> Integers:
-    """Return 1 to 5 by the fifths of all scores."""
-    return np.searchsorted(np.quantile(scores, (0.2, 0.4, 0.6, 0.8)), scores) + 1

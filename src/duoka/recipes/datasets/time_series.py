@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,18 @@ from duoka.data.sample_fetch import identity_collate
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger
 from duoka.recipes.datasets.csv_table import CsvTable, Standardization, join_first
+from duoka.recipes.datasets.download import RemoteFile
 from duoka.utils.imports import import_optional
 
 HOUR_S, DAY_S = 3600, 86_400
+ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/"
+ETT_FILES = {
+    "ETTh1": (2_589_657, "8381763947c85f4be6ac456c508460d6"),
+    "ETTh2": (2_417_960, "51a229a3fc13579dd939364fefe9c7ab"),
+    "ETTm1": (10_360_719, "82d6bd89109c63d075d99c1077b33f38"),
+    "ETTm2": (9_677_236, "7687e47825335860bf58bccb31be0c56"),
+}
+"""Bytes and MD5 checksum of each file. Source: https://github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0)."""
 UNEQUAL_STEPS = ("MS", "ME", "2MS", "2ME", "3MS", "3ME", "6MS", "6ME", "12MS", "12ME", "B")
 """Regular steps of unequal length: one month to a year from first or last days, and working days."""
 DAY_AND_MONTH = re.compile(r"(\d{1,2})([./-])(\d{1,2})\2(\d{2}|\d{4})(?!\d)(.*)")
@@ -64,6 +74,15 @@ class TimeSeries:
         """Return the next ``steps`` dates after the last one."""
         pandas = import_optional("pandas", extra="forecast")
         return pandas.date_range(self.dates[-1], periods=steps + 1, freq=self.dates.freq)[1:]
+
+
+def locate_ett(name: str, root: str | Path, *, download: bool = True) -> Path:
+    """Return the file of the Electricity Transformer Temperature set ``name`` in ``root``, downloaded if it is missing.
+
+    Raises DataError if the file is missing and ``download`` is off, or its checksum is wrong.
+    """
+    remote = RemoteFile(f"{ETT_URL}{name}.csv", *ETT_FILES[name], alternative=", or give your own file with --csv")
+    return remote.locate(Path(root), download=download)
 
 
 def series_from_table(

@@ -13,8 +13,8 @@ from duoka import checkpoint
 from duoka.errors import ConfigError
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun
-from duoka.recipes.datasets import cifar, digits, image_folder, tiny_imagenet
-from duoka.recipes.datasets.images import ImageSet
+from duoka.recipes.datasets import cifar, image_folder, tiny_imagenet
+from duoka.recipes.datasets.images import ImageSet, load_digits
 from duoka.recipes.image_classification.config import Cifar100Config, TinyImageNetConfig
 from duoka.recipes.image_classification.results import DatasetMetadata
 from duoka.recipes.image_classification.train import ImageRecipe
@@ -44,7 +44,7 @@ class Cifar100Preset(ImageRecipe):
     def load(self, config: Cifar100Config) -> ImageSet:
         """Return the images that ``config`` names."""
         if config.dataset == "digits":
-            return digits.load(test_share=config.test_share, split_seed=config.split_seed)
+            return load_digits(test_share=config.test_share, split_seed=config.split_seed)
         if config.dataset == "folder":
             share, seed = config.test_share, config.split_seed
             return image_folder.load(config.root, size=config.image_size, test_share=share, split_seed=seed)

@@ -16,8 +16,7 @@ from duoka.devices.cpu import loader_workers
 from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun, run_dir_for, run_options
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
-from duoka.recipes.datasets.image_loader import Collate, loader
-from duoka.recipes.datasets.images import ImageSet, read_image
+from duoka.recipes.datasets.images import Collate, ImageSet, loader, read_image
 from duoka.recipes.image_classification.results import DatasetMetadata, next_step, test_and_write_results, test_results
 from duoka.trainer import Trainer
 from duoka.utils.imports import import_optional

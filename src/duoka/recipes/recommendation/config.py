@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from duoka.recipes.common.config import RunOptions
-from duoka.recipes.datasets.movielens_split import check_ratio
+from duoka.recipes.datasets.movielens import check_ratio
 from duoka.utils.validation import invalid_option
 
 NAME = "movielens"

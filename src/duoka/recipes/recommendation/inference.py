@@ -12,8 +12,7 @@ from torch.nn.functional import normalize
 from duoka import load
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data
-from duoka.recipes.datasets.movielens import ML1MDataset
-from duoka.recipes.datasets.movielens_split import PARTS
+from duoka.recipes.datasets.movielens import PARTS, ML1MDataset
 from duoka.recipes.models.recommender import Recommender
 from duoka.recipes.recommendation.config import RecommendationConfig
 from duoka.recipes.recommendation.training import build_model, first_device, load_texts

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, cast
@@ -22,6 +21,7 @@ from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_di
 from duoka.recipes.common.registry import PredictedTable, Prediction, RecipeOutcome
 from duoka.recipes.time_series import forecasting, regression
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
+from duoka.utils.text import duoka_command
 
 __all__ = ["TimeSeriesConfig", "evaluate", "load", "predict", "predict_table", "train"]
 
@@ -68,7 +68,7 @@ def predict(
 ) -> list[Prediction]:
     """Raise, because this recipe's predictions are tables, which ``predict_table`` writes."""
     example = sources[0] if sources and sources[0].lower().endswith((".csv", ".txt", ".tsv")) else "data.csv"
-    raise ConfigError(f"a run of the informer predicts from a table: duoka predict {run.folder} --from {example}")
+    raise ConfigError(f"a run of the informer predicts from a table: {duoka_command('predict', run.folder, '--from', example)}")
 
 
 def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> PredictedTable:
@@ -96,4 +96,4 @@ def _load_finished_run(run: RecipeRun, config: TimeSeriesConfig, task: ModuleTyp
 
 
 def _outcome(run: RecipeRun, results: dict[str, float], source: str) -> RecipeOutcome:
-    return RecipeOutcome(run, results, shlex.join(("duoka", "predict", str(run.folder), "--from", source)))
+    return RecipeOutcome(run, results, duoka_command("predict", run.folder, "--from", source))

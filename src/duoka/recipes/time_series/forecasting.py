@@ -14,9 +14,16 @@ from duoka import Trainer
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import PredictedTable
-from duoka.recipes.datasets import csv_table, ett
+from duoka.recipes.datasets import csv_table
 from duoka.recipes.datasets.csv_table import CsvTable, Standardization
-from duoka.recipes.datasets.time_series import SeriesSplit, TimeSeries, calendar_features, loader, series_from_table
+from duoka.recipes.datasets.time_series import (
+    SeriesSplit,
+    TimeSeries,
+    calendar_features,
+    loader,
+    locate_ett,
+    series_from_table,
+)
 from duoka.recipes.models.informer import Informer
 from duoka.recipes.time_series import baselines, plots
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
@@ -118,7 +125,7 @@ def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> Forec
 
     ``saved`` is the results of a finished run, whose columns and standardization are used.
     """
-    source = config.csv or str(ett.locate(config.dataset, config.root, download=config.download))
+    source = config.csv or str(locate_ett(config.dataset, config.root, download=config.download))
     table = csv_table.read(source)
     if saved is None:
         inputs, targets = _find_columns(table, config)

@@ -105,21 +105,16 @@ def predict_table(
     rows = [[line, *row] for line, row in zip(table.lines, predicted.tolist(), strict=True)]
     csv_table.write(written[0], ["line", *targets], rows)
     for column, (name, stem) in enumerate(zip(targets, file_stems(targets), strict=True)):
-        if (truth := _complete_column(table, name)) is not None:
-            written.append(prediction_path(run, source, f"-{stem}.png"))
-            plots.plot_lines(written[-1], truth, predicted[:, column], name, rows="row")
+        if name not in table.columns:
+            continue
+        try:
+            truth = table.numbers([table.find_name(name)])[:, 0]
+        except DataError as error:  # the true values are not complete
+            logger.info("no picture of %s: %s", name, error)
+            continue
+        written.append(prediction_path(run, source, f"-{stem}.png"))
+        plots.plot_lines(written[-1], truth, predicted[:, column], name, rows="row")
     return PredictedTable(tuple(written), plural(len(predicted), "row"))
-
-
-def _complete_column(table: CsvTable, name: str) -> Tensor | None:
-    """Return the true values of a target, if the file has all of them."""
-    if name not in table.columns:
-        return None
-    try:
-        return table.numbers([table.find_name(name)])[:, 0]
-    except DataError as error:
-        logger.info("no picture of %s: %s", name, error)
-        return None
 
 
 def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> TableRows:
