@@ -102,15 +102,10 @@ class CsvTable:
     def numbers(self, indices: Sequence[int], *, fill: bool = False, positions: np.ndarray | None = None) -> Tensor:
         """Return columns as float64 ``(rows, columns)``.
 
-        Args:
-            indices: the columns.
-            fill: whether to interpolate missing values linearly between rows; the first and the last known value
-                are repeated outward.
-            positions: rising positions of the rows for the interpolation; ``None`` is one apart.
+        ``fill`` interpolates missing values linearly between rows at the rising ``positions``, by default one apart, and
+        repeats the first and the last known value outward.
 
-        Raises:
-            DataError: a cell is not a number, or it is missing and ``fill`` is false; the message names line and column.
-
+        Raises DataError if a cell is not a number, or is missing without ``fill``; the message names line and column.
         """
         pandas = import_optional("pandas", extra="forecast")
         text = self.frame.iloc[:, list(indices)].apply(lambda column: column.str.strip())

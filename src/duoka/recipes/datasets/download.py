@@ -62,10 +62,8 @@ class RemoteFile:
     def download(self, folder: Path) -> Path:
         """Download the file into ``folder`` unless it is there; other processes wait for the one that downloads.
 
-        Raises:
-            DataError: the network fails, or size or checksum of the download are wrong.
-            StorageError: ``folder`` cannot be written.
-
+        Raises DataError if the network fails, or size or checksum of the download are wrong, and StorageError if ``folder``
+        cannot be written.
         """
         target = folder / self.file_name
         with locked_folder(folder):

@@ -1,8 +1,8 @@
 """MovieLens-1M for recommenders: users and films by consecutive index, their texts, and ratings in three parts.
 
 `movielens_format` reads the official files, `synthetic_movielens` makes an example, `negative_sampling` draws films that
-a user has not rated. Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets:
-History and Context, ACM TiiS 5(4), 2015, https://grouplens.org/datasets/movielens/1m/.
+a user has not rated. Source: F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and Context, ACM TiiS 5(4),
+2015, https://grouplens.org/datasets/movielens/1m/.
 """
 
 from __future__ import annotations
@@ -148,10 +148,8 @@ class ML1MDataset:
 def locate(root: str | Path, *, download: bool = False) -> Path:
     """Return the folder of the three files: ``root``, or ``ml-1m`` in it, unpacked or downloaded if it is missing.
 
-    Raises:
-        DataError: some of the files are missing, or the archive is damaged.
-        StorageError: the folder cannot be written.
-
+    Raises DataError if some of the files are missing or the archive is damaged, and StorageError if the folder cannot be
+    written.
     """
     root = Path(root)
     reject_archive(root)
@@ -201,10 +199,7 @@ def split_ratings(ratings: Ratings, ratio: Sequence[float], split: str, seed: in
       same second keep the order of the file.
     - ``cold-films``: films at random with all their ratings, so that training has no rating of the test's films.
 
-    Raises:
-        ConfigError: ``ratio`` or ``split`` is not valid.
-        DataError: a part has no rating.
-
+    Raises ConfigError if ``ratio`` or ``split`` is not valid, and DataError if a part has no rating.
     """
     shares = check_ratio(ratio)
     check_choice("split", split, SPLITS)

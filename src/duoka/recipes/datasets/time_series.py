@@ -88,19 +88,13 @@ def locate_ett(name: str, root: str | Path, *, download: bool = True) -> Path:
 def series_from_table(
     table: CsvTable, date: str, indices: Sequence[int], *, fill: bool = False, frequency: str | None = None
 ) -> TimeSeries:
-    """Return columns of ``table`` as a series over its column ``date``.
+    """Return the columns ``indices`` of ``table`` as a series over its column ``date``, a name or position.
 
-    Args:
-        table: the file's contents.
-        date: the column of dates, by name or position.
-        indices: the columns of values.
-        fill: whether to interpolate missing values and missing dates.
-        frequency: the pandas frequency to prefer if the dates fit several.
+    ``fill`` interpolates missing values and missing dates. ``frequency`` is the pandas frequency to prefer if the dates fit
+    several.
 
-    Raises:
-        ConfigError: there is no column ``date``.
-        DataError: a cell is not a date, dates do not rise or are not regular, or values are missing or not numbers.
-
+    Raises ConfigError if there is no column ``date``, and DataError if a cell is not a date, dates do not rise or are not
+    regular, or values are missing or not numbers.
     """
     dates = _read_dates(table, table.find_column(date))
     values = table.numbers(indices, fill=fill, positions=dates.asi8)
@@ -222,7 +216,7 @@ def _explain_irregular(table: CsvTable, dates: Any) -> str:
             f"{fault}, no whole number of the usual steps of {usual}: correct the dates; only missing rows are filled"
         )
     return (
-        f"{fault}, and the usual step is {usual}: more rows are missing than there are; correct the dates or drop rows"
+        f"{fault}, and the usual step is {usual}: more rows are missing than there are: correct the dates or drop rows"
     )
 
 
@@ -293,21 +287,22 @@ class SeriesSplit:
     ) -> SeriesSplit:
         """Split ``series``; the future of each part's first window starts where the part starts, as in the paper.
 
-        Args:
-            series: the series.
-            split: ``"paper"`` (12, 4 and 4 months of ETT), ``"ratio"`` (70, 10 and 20 %), or ``"auto"``: the paper's
-                if the file is called ETTh... or ETTm... and is long enough.
-            past, horizon, targets: as in ``SlidingWindows``.
-            standardization: statistics to apply; ``None`` computes those of the training part.
+        ``split`` is ``"paper"`` (12, 4 and 4 months of ETT), ``"ratio"`` (70, 10 and 20 %), or ``"auto"``: the paper's if
+        the file is called ETTh... or ETTm... and is long enough. ``past``, ``horizon`` and ``targets`` are those of
+        ``SlidingWindows``. Without ``standardization``, the training part's is computed.
 
-        Raises:
-            ConfigError: the paper's split does not fit the series.
-            DataError: a part is too short for one window, or no target changes in the training part.
-
+        Raises ConfigError if the paper's split does not fit the series, and DataError if a part is too short for one window
+        or no target changes in the training part.
         """
         train, validation, test = _part_ends(series, split)
-        lengths = {"training": train, "validation": validation - train, "test": test - validation}
-        _check_lengths(series, lengths, past, horizon)
+        lengths = (("training", train, past), ("validation", validation - train, 0), ("test", test - validation, 0))
+        for part, length, before in lengths:  # histories of validation and test windows start in the part before
+            if length < before + horizon:
+                raise DataError(
+                    f"{series.name} has {len(series):,} rows, {length:,} of them for {part}, which needs "
+                    f"{before + horizon:,} at least (seq_len {past}, pred_len {horizon}): use more rows, or a smaller "
+                    "--seq_len or --pred_len"
+                )
         known = series.values[:train, list(targets)]
         if bool((known == known[0]).all()):
             raise DataError(
@@ -331,8 +326,8 @@ def _part_ends(series: TimeSeries, split: str) -> tuple[int, int, int]:
     """Return the ends of training, validation and test."""
     rows = len(series)
     if split == "paper" or (split == "auto" and series.name[:4].lower() in ("etth", "ettm")):
-        month = 30 * 24 * round(HOUR_S / series.step_s) if series.step_s <= HOUR_S else rows
-        if rows >= 20 * month:
+        month = 30 * 24 * round(HOUR_S / series.step_s)
+        if series.step_s <= HOUR_S and rows >= 20 * month:
             return 12 * month, 16 * month, 20 * month
         if split == "paper":
             raise ConfigError(
@@ -341,14 +336,3 @@ def _part_ends(series: TimeSeries, split: str) -> tuple[int, int, int]:
             )
     train, test = int(rows * 0.7), int(rows * 0.2)
     return train, rows - test, rows
-
-
-def _check_lengths(series: TimeSeries, lengths: dict[str, int], past: int, horizon: int) -> None:
-    """Check that each part has a window; histories of validation and test windows start in the part before."""
-    needed = {"training": past + horizon, "validation": horizon, "test": horizon}
-    for part, length in lengths.items():
-        if length < needed[part]:
-            raise DataError(
-                f"{series.name} has {len(series):,} rows, {length:,} of them for {part}, which needs {needed[part]:,} at "
-                f"least (seq_len {past}, pred_len {horizon}): use more rows, or a smaller --seq_len or --pred_len"
-            )

@@ -31,10 +31,8 @@ def load(root: str | Path, *, download: bool = True, archive: RemoteFile = OFFIC
     The archive is downloaded to ``root`` if neither the archive nor its contents are found there. Images are scaled to
     ``size`` pixels a side.
 
-    Raises:
-        DataError: files are missing, damaged or contradict each other; the message names the remedy.
-        StorageError: the folder cannot be written.
-
+    Raises DataError if files are missing, damaged or contradict each other, and StorageError if the folder cannot be
+    written.
     """
     root = Path(root)
     reject_archive(root)

@@ -132,9 +132,7 @@ class TimeSeriesConfig(RunOptions):
     def resolved(self) -> TimeSeriesConfig:
         """Return a copy with a value for every option.
 
-        Raises:
-            ConfigError: lengths or widths that do not go together.
-
+        Raises ConfigError if lengths or widths do not fit together.
         """
         size = InformerSize() if self.task == "forecast" else SMALL_SIZE
         chosen: dict[str, Any] = {name: getattr(size, name) for name in ("width", "heads", "hidden", "dropout")}
