@@ -63,8 +63,16 @@ class CsvTable:
         """
         if columns in self.columns:
             return [self.columns.index(columns)]  # a name may contain commas
-        words = [word.strip() for word in columns.split(",") if word.strip()]
-        found = [index for word in words for index in self._indices(word)]
+        found: list[int] = []
+        for word in filter(None, map(str.strip, columns.split(","))):
+            span = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+            if word in self.columns or not span:
+                found.append(self.find_name(word))
+            else:
+                first, last = int(span[1]), int(span[2] or span[1])
+                if not 1 <= first <= last <= len(self.columns):
+                    raise ConfigError(f"{self.path} has no column {word!r}: {self._suggestion(word)}")
+                found += range(first - 1, last)
         if not found:
             raise ConfigError(f"{columns!r} names no column of {self.path}: {self._suggestion('')}")
         return list(dict.fromkeys(found))
@@ -84,15 +92,6 @@ class CsvTable:
         if name not in self.columns:
             raise ConfigError(f"{self.path} has no column {name!r}: {self._suggestion(name)}")
         return self.columns.index(name)
-
-    def _indices(self, word: str) -> list[int]:
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if word in self.columns or not span:
-            return [self.find_name(word)]
-        first, last = int(span[1]), int(span[2] or span[1])
-        if not 1 <= first <= last <= len(self.columns):
-            raise ConfigError(f"{self.path} has no column {word!r}: {self._suggestion(word)}")
-        return list(range(first - 1, last))
 
     def _suggestion(self, word: str) -> str:
         same = [name for name in self.columns if name.lower() == word.lower()]

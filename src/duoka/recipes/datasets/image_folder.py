@@ -31,18 +31,15 @@ def load(root: str | Path, *, size: int = 32, test_share: float = 0.2, split_see
         images = _read(root, classes, size)
         train, test = stratified_split(images.labels, test_share, split_seed)
         return ImageSet(name, classes, images.select(train), images.select(test))
-    classes, test_root = _classes(root / "train"), _test_folder(root)
+    classes = _classes(root / "train")
+    names = [name for name in ("test", "val", "valid", "validation") if _class_folders(root / name)]
+    if not names:
+        raise DataError(f"{root} has train/ and neither test/ nor val/ with class folders: add one of them")
+    test_root = root / names[0]
     if unknown := set(_class_folders(test_root)) - set(classes):
         raise DataError(f"{test_root} has classes that {root / 'train'} lacks: {', '.join(sorted(unknown)[:5])}")
     logger.info("%s: trains on train/, tests on %s/", root, test_root.name)
     return ImageSet(name, classes, _read(root / "train", classes, size), _read(test_root, classes, size))
-
-
-def _test_folder(root: Path) -> Path:
-    for name in ("test", "val", "valid", "validation"):
-        if any(child.is_dir() for child in root.glob(f"{name}/*")):
-            return root / name
-    raise DataError(f"{root} has train/ and neither test/ nor val/ with class folders: add one of them")
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -54,7 +51,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(child.name for child in folder.glob("[!.]*") if child.is_dir())
 
 
 def _read(folder: Path, classes: tuple[str, ...], size: int) -> Images:
