@@ -32,10 +32,10 @@ def load(root: str | Path, *, size: int = 32, test_share: float = 0.2, split_see
         train, test = stratified_split(images.labels, test_share, split_seed)
         return ImageSet(name, classes, images.select(train), images.select(test))
     classes = _classes(root / "train")
-    names = [name for name in ("test", "val", "valid", "validation") if _class_folders(root / name)]
-    if not names:
+    parts = [part for part in ("test", "val", "valid", "validation") if _class_folders(root / part)]
+    if not parts:
         raise DataError(f"{root} has train/ and neither test/ nor val/ with class folders: add one of them")
-    test_root = root / names[0]
+    test_root = root / parts[0]
     if unknown := set(_class_folders(test_root)) - set(classes):
         raise DataError(f"{test_root} has classes that {root / 'train'} lacks: {', '.join(sorted(unknown)[:5])}")
     logger.info("%s: trains on train/, tests on %s/", root, test_root.name)

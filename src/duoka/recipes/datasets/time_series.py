@@ -272,8 +272,8 @@ class SeriesSplit:
     validation: SlidingWindows
     test: SlidingWindows
     standardization: Standardization
-    test_start: int
-    """The first step of the first test window's history."""
+    ends: tuple[int, int, int]
+    """The steps at which the three parts end."""
 
     @classmethod
     def from_series(
@@ -294,27 +294,27 @@ class SeriesSplit:
         Raises ConfigError if the paper's split does not fit the series, and DataError if a part is too short for one window
         or no target changes in the training part.
         """
-        train, validation, test = _part_ends(series, split)
-        lengths = (("training", train, past), ("validation", validation - train, 0), ("test", test - validation, 0))
-        for part, length, before in lengths:  # histories of validation and test windows start in the part before
-            if length < before + horizon:
+        ends = _part_ends(series, split)
+        bounds = list(zip((0, *ends), ends, strict=False))
+        for part, (start, end) in zip(("training", "validation", "test"), bounds, strict=True):
+            needed = past + horizon if start == 0 else horizon  # later histories start in the part before
+            if end - start < needed:
                 raise DataError(
-                    f"{series.name} has {len(series):,} rows, {length:,} of them for {part}, which needs "
-                    f"{before + horizon:,} at least (seq_len {past}, pred_len {horizon}): use more rows, or a smaller "
-                    "--seq_len or --pred_len"
+                    f"{series.name} has {len(series):,} rows, {end - start:,} of them for {part}, which needs {needed:,} at "
+                    f"least (seq_len {past}, pred_len {horizon}): use more rows, or a smaller --seq_len or --pred_len"
                 )
-        known = series.values[:train, list(targets)]
+        training = series.values[: ends[0]]
+        known = training[:, list(targets)]
         if bool((known == known[0]).all()):
             raise DataError(
                 f"{series.name}: {join_first([series.columns[index] for index in targets])} never changes in the "
-                f"{train:,} training rows, so there is nothing to forecast: choose other --targets"
+                f"{len(training):,} training rows, so there is nothing to forecast: choose other --targets"
             )
-        standardization = standardization or Standardization.fit(series.values[:train], series.columns)
-        values = standardization.transform(series.values)
-        marks = calendar_features(series.dates, series.step_s)
-        bounds = ((0, train), (train - past, validation), (validation - past, test))
-        parts = [SlidingWindows(values[start:end], marks[start:end], past, horizon, targets) for start, end in bounds]
-        return cls(parts[0], parts[1], parts[2], standardization, validation - past)
+        standardization = standardization or Standardization.fit(training, series.columns)
+        values, marks = standardization.transform(series.values), calendar_features(series.dates, series.step_s)
+        slices = [slice(max(0, start - past), end) for start, end in bounds]
+        parts = [SlidingWindows(values[part], marks[part], past, horizon, targets) for part in slices]
+        return cls(parts[0], parts[1], parts[2], standardization, ends)
 
 
 def loader(samples: SlidingWindows, batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:

@@ -81,11 +81,8 @@ class ForecastData:
     @property
     def date_ranges(self) -> str:
         """First and last date of each part, as text."""
-        split, dates = self.split, self.series.dates
-        test = split.test_start + split.test.past
-        starts = 0, len(split.train.values), test
-        ends = len(split.train.values), test, split.test_start + len(split.test.values)
-        ranges = zip(("training", "validation", "test"), starts, ends, strict=True)
+        dates, ends = self.series.dates, self.split.ends
+        ranges = zip(self.num_windows, (0, *ends), ends, strict=False)
         return "; ".join(f"{part}: {dates[start]} to {dates[end - 1]}" for part, start, end in ranges)
 
 
@@ -218,7 +215,7 @@ def write_results(run: RecipeRun, config: TimeSeriesConfig, data: ForecastData, 
     text = results.text(f"{series.name}, {len(test):,} test windows, horizon {config.lengths[2]}", notes)
     run.write_text("evaluation_results.txt", text)
     run.log(text)
-    dates = series.dates[data.split.test_start :]
+    dates = series.dates[data.split.ends[1] - test.past :]  # from the first test window's history on
     write_forecasts(run.folder / "forecasts.csv", results, dates, test, config.date)
     plots.plot_examples(run.plots / "forecasts.png", results, dates, test)
     plots.plot_error_by_step(run.plots / "error_by_step.png", results)
