@@ -68,7 +68,9 @@ def predict(
 ) -> list[Prediction]:
     """Raise, because this recipe's predictions are tables, which ``predict_table`` writes."""
     example = sources[0] if sources and sources[0].lower().endswith((".csv", ".txt", ".tsv")) else "data.csv"
-    raise ConfigError(f"a run of the informer predicts from a table: {duoka_command('predict', run.folder, '--from', example)}")
+    raise ConfigError(
+        f"a run of the informer predicts from a table: {duoka_command('predict', run.folder, '--from', example)}"
+    )
 
 
 def predict_table(run: RecipeRun, config: TimeSeriesConfig, source: str) -> PredictedTable:
