@@ -7,6 +7,7 @@ a user has not rated. Source: F. M. Harper and J. A. Konstan, The MovieLens Data
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
@@ -19,15 +20,12 @@ from numpy.typing import NDArray
 
 from duoka.errors import DataError
 from duoka.recipes.datasets.download import RemoteFile, reject_archive
-from duoka.recipes.datasets.movielens_format import NAMES, Ratings, read_films, read_ratings, read_users
+from duoka.recipes.datasets.movielens_format import NAMES, Ratings, example_hint, read_films, read_ratings, read_users
 from duoka.utils.validation import check_choice, invalid_option
 
 Integers = NDArray[np.int64]
 ARCHIVE = RemoteFile(
-    "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
-    None,
-    "c4d9eecfca2ab87c1945afe126590906",
-    alternative=", or make an example: duoka data make movielens",
+    "https://files.grouplens.org/datasets/movielens/ml-1m.zip", None, "c4d9eecfca2ab87c1945afe126590906"
 )
 """The official archive, 6 MB."""
 PARTS = ("train", "validation", "test")
@@ -157,7 +155,8 @@ def locate(root: str | Path, *, download: bool = False) -> Path:
     found = _find(root)
     if found is None and not existed:
         missing = f"{root} holds neither {', '.join(NAMES)}, nor ml-1m, nor {ARCHIVE.file_name}"
-        ARCHIVE.unpack(root, download=download, missing=missing)
+        archive = dataclasses.replace(ARCHIVE, alternative=f", {example_hint()}")
+        archive.unpack(root, download=download, missing=missing)
         found = _find(root)
     if found is None:
         raise DataError(
@@ -173,7 +172,7 @@ def _find(root: Path) -> Path | None:
         if not missing:
             return folder
         if len(missing) < len(NAMES):
-            remedy = f"unpack {ARCHIVE.url} again{ARCHIVE.alternative}"
+            remedy = f"unpack {ARCHIVE.url} again, {example_hint()}"
             raise DataError(f"{folder} lacks {' and '.join(missing)}: {remedy}")
     return None
 

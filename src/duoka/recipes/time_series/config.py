@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from duoka.errors import ConfigError
 from duoka.recipes.common.config import RunOptions
 from duoka.recipes.models.informer import SMALL_SIZE, InformerSize
+from duoka.utils.text import duoka_command
 
 NAME = "informer"
 LENGTHS = {"M": (48, 48, 24), "MS": (96, 48, 24), "S": (720, 168, 24)}
@@ -127,7 +128,8 @@ class TimeSeriesConfig(RunOptions):
         if self.csv == "":
             raise ConfigError("csv is empty: name a file, or leave --csv out")
         if self.task == "regress" and self.csv is None:
-            raise ConfigError("regress needs a table: --csv FILE.csv; `duoka data make datatry` writes an example")
+            example = duoka_command("data", "make", "datatry")
+            raise ConfigError(f"regress needs a table: --csv FILE.csv; `{example}` writes an example")
 
     def resolved(self) -> TimeSeriesConfig:
         """Return a copy with a value for every option.
