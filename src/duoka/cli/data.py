@@ -53,7 +53,7 @@ def make_parser() -> ArgumentParser:
         "name",
         type=Literal["datatry", "movielens"],
         metavar="{datatry,movielens}",
-        help="datatry: a table of 10 features and 2 targets that follow a known law; movielens: people, films and ratings "
+        help="datatry: a table of 10 features and 2 targets that are a known function; movielens: people, films and ratings "
         "of known tastes in MovieLens-1M's format",
     )
     make.add_argument(
@@ -64,7 +64,7 @@ def make_parser() -> ArgumentParser:
         for size, count in sizes.items():
             text = f"{example}: number of {size} (default: {count})"
             make.add_argument(f"--{size}", type=int, default=None, metavar="N", help=text)
-    text = "other data by the same law (default: %(default)s)"
+    text = "other data of the same function (default: %(default)s)"
     make.add_argument("--seed", type=int, default=0, metavar="N", help=text)
     return make
 
@@ -109,9 +109,9 @@ def _movielens(options: Namespace) -> int:
     counts = f"{len(example.genders):,} users, {len(example.titles):,} films, {len(example.users):,} ratings"
     out.print(f"wrote {folder}: {counts}, in the format of MovieLens-1M")
     data = ML1MDataset(folder)
-    task, law = RankingEvaluator.of(data, "test"), torch.from_numpy(example.utility).float()
+    task, utility = RankingEvaluator.of(data, "test"), torch.from_numpy(example.utility).float()
     popularity = Popularity(task.seen, data.n_items).score_all
-    for name, score in (("the law itself, the best reachable", law.__getitem__), ("popularity", popularity)):
+    for name, score in (("the ground truth, the best reachable", utility.__getitem__), ("popularity", popularity)):
         out.print(f"test ndcg@10 of {name}: {task.evaluate(score)['ndcg@10']:.4f}")
     out.print(f"next: {duoka_command('train', 'movielens', '--root', folder, '--pretrained', 'none')}")
     return 0
