@@ -125,7 +125,7 @@ def test_an_empty_file_is_all_defaults(file):
         ("lr: 1\n\tcount: 2", "config.yml, line 2: not valid YAML"),
         ("- lr", "config.yml holds a list: write one `key: value` a line"),
         ("count: 0", "count=0 is not valid: it must be a finite number, 1 or more"),
-        ("recipe: other", "config.yml is for the recipe 'other': use `duoka train other -c config.yml`"),
+        ("recipe: other", "duoka train other -c config.yml"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_name_and_the_remedy(file, text, message):
