@@ -103,6 +103,7 @@ def test_no_function_starts_before_all_ranks_are_connected(monkeypatch, tmp_path
 
 
 def test_ranks_that_cannot_connect_in_time_are_an_error_with_a_remedy(monkeypatch) -> None:
+    duoka.close_workers()  # warm workers of earlier tests, which this launch would not use
     connect = dist.init_process_group
 
     def connect_late(*args, **kwargs) -> None:
