@@ -206,7 +206,7 @@ def _not_a_checkpoint(path: Path) -> str:
 def _code_message(path: Path, names: list[str]) -> str:
     return (
         f"{path} was not loaded: it names code to be run on loading ({', '.join(names)}), and a checkpoint needs only "
-        "numbers, strings and tensors. If you trust its author, convert it once, in a process of its own:\n"
+        "numbers, strings and tensors. If you trust its author, convert it once, in a separate process:\n"
         f'    state = torch.load("{path}", weights_only=False)\n'
         '    duoka.save(state, "converted.pt")  # a model, or a dict of state; for other objects, their state_dict()'
     )

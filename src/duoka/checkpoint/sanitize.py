@@ -100,7 +100,7 @@ class _Converter:
 
 
 def _with_own_storage(value: torch.Tensor) -> torch.Tensor:
-    """Return ``value`` on the CPU in a storage of its own size, because a file would hold a view's whole storage."""
+    """Return ``value`` on the CPU in a storage of exactly its size, because a file would hold a view's whole storage."""
     value = value.cpu().resolve_conj().resolve_neg()
     if type(value) is not torch.Tensor:
         value = value.as_subclass(torch.Tensor)

@@ -149,7 +149,7 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
 
 
 def is_parallel_wrapper(module: nn.Module) -> bool:
-    """Return whether the module is a wrapper that chooses devices; with one device of its own it is not."""
+    """Return whether the module is a wrapper that chooses devices; a wrapper with one device is not."""
     return isinstance(module, ScriptDataParallel) or (isinstance(module, DataParallel) and len(devices_of(module)) > 1)
 
 

@@ -1,6 +1,6 @@
 """Private process group of one worker group: broadcast, reduce, send and receive over NCCL or gloo.
 
-The group is an object of its own. torch.distributed does not know it, so the user's process groups
+torch.distributed does not know the group, so the user's process groups
 in the same process are independent of it.
 """
 

@@ -93,7 +93,7 @@ class SharedOwnerTransport(OwnerTransport):
 class _SharedWeightSync(WeightSync):
     """Places each parameter and buffer of one model in shared memory.
 
-    A parameter with a storage of its own moves there once; workers see every later change, edits
+    A parameter that owns its storage moves there once; workers see every later change, edits
     through ``.data`` included. A parameter whose storage is referenced elsewhere (a state dict, a
     view of a flat vector) stays in place, and rank 0 copies it before each call. So it does with
     buffers, because a call changes them while workers still read them, and with all parameters of a
@@ -218,7 +218,7 @@ class _SharedGradientExchange(GradientExchange):
 
 
 class SharedWorkerTransport(WorkerTransport):
-    """A worker's view of rank 0's memory, and the memory of its own outputs."""
+    """A worker's view of rank 0's memory, and the memory of the outputs."""
 
     def __init__(self, config: WorkerConfig, channel: WorkerChannel) -> None:
         super().__init__(config, channel)

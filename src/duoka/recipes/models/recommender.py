@@ -207,7 +207,7 @@ def _global_candidates(
 ) -> tuple[Tensor, Tensor]:
     """Return the vectors and ids of the distinct positive items of the global batch's first ``count`` samples.
 
-    Each rank has the vectors of its own shard; all-reduces bring the others' and their gradients.
+    Each rank has the vectors of one shard; all-reduces bring the others' and their gradients.
     """
     world = duoka.current_world()
     if world.size == 1 or not training:
