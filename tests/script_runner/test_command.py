@@ -363,7 +363,7 @@ def test_a_worker_that_fails_in_a_check_is_a_reason_and_no_error(tmp_path) -> No
 
 
 FAILS_ON_A_WORKER = """
-import os, torch
+import os, random, numpy, torch
 script = os.getpid()
 class Net(torch.nn.Module):
     def __init__(self):
@@ -371,6 +371,7 @@ class Net(torch.nn.Module):
         self.linear = torch.nn.Linear(4, 1)
     def forward(self, x):
         y = torch.nn.functional.dropout(self.linear(x), 0.5)
+        random.random(), numpy.random.rand()
         if x.mean() > 100 and os.getpid() != script:
             raise ValueError("not here")
         return y
@@ -378,11 +379,11 @@ torch.manual_seed(0)
 model = Net()
 optimizer = torch.optim.SGD(model.parameters(), 0.0)
 for number in range(5):
-    torch.manual_seed(number)
+    torch.manual_seed(number); random.seed(number); numpy.random.seed(number)
     x = torch.randn(16, 4) + (200 if number == 2 else 0)  # not in a call with a check: 1, 2, 4
     loss = model(x).square().mean()
     if number == 2:
-        print(f"{loss.item():.4f} {torch.rand(()).item():.4f}")
+        print(f"{loss.item():.4f} {torch.rand(()).item():.4f} {random.random():.4f} {numpy.random.rand():.4f}")
     optimizer.zero_grad(); loss.backward(); optimizer.step()
 """
 

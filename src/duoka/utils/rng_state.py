@@ -34,19 +34,23 @@ def rng_state() -> dict[str, Any]:
             "has_gauss": int(has_gauss),
             "cached": float(cached),
         },
-        **torch_rng_state(),
+        "torch": torch.get_rng_state(),
+        "accelerator": _accelerator_state(),
     }
 
 
-def torch_rng_state() -> dict[str, Any]:
-    """Return the states of torch's generators alone, which takes microseconds."""
-    return {"torch": torch.get_rng_state(), "accelerator": _accelerator_state()}
+def raw_rng_state() -> tuple[Any, ...]:
+    """Return the states of all global generators in their libraries' own form, which takes microseconds."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), _accelerator_state()  # noqa: NPY002
 
 
-def set_torch_rng_state(state: dict[str, Any]) -> None:
-    """Restore torch's generators alone, from what ``torch_rng_state`` or ``rng_state`` returned."""
-    torch.set_rng_state(state["torch"].cpu())
-    _set_accelerator_state(state["accelerator"])
+def set_raw_rng_state(state: tuple[Any, ...]) -> None:
+    """Restore what ``raw_rng_state`` returned."""
+    python, numpy, host, accelerator = state
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(host)
+    _set_accelerator_state(accelerator)
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
@@ -57,7 +61,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state(  # noqa: NPY002
         (numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"])
     )
-    set_torch_rng_state(state)
+    torch.set_rng_state(state["torch"].cpu())
+    _set_accelerator_state(state["accelerator"])
 
 
 @contextlib.contextmanager
