@@ -127,10 +127,8 @@ def test_the_refusal_of_a_whole_pickled_model_says_how_to_convert_it(tmp_path):
         checkpoint.load(tmp_path / "whole.pth")
     assert "torch.nn.modules.linear.Linear" in str(caught.value)
     assert "weights_only=False" in str(caught.value)
-    converting = str(caught.value).split("own:\n")[1]
-    (tmp_path / "converted").mkdir()
-    converting = converting.replace('"converted.pt"', f'"{tmp_path}/converted.pt"')
-    lines = "\n".join(line.strip() for line in converting.splitlines())
+    code = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
+    lines = "\n".join(code).replace('"converted.pt"', f'"{tmp_path}/converted.pt"')
     namespace = {"torch": torch, "duoka": checkpoint}
     exec(lines, namespace)
     assert checkpoint.load(tmp_path / "converted.pt", into=nn.Linear(1, 1)).weight.shape == (1, 1)
