@@ -29,8 +29,9 @@ from duoka.recipes.datasets.negative_sampling import TripletDataset, loader
 from duoka.recipes.models.recommender import Recommender
 from duoka.recipes.recommendation import Config
 from duoka.recipes.recommendation.baselines import Popularity
-from duoka.recipes.recommendation.ranking_metrics import METRICS, RankingEvaluator, RankingModel, mean_metrics
+from duoka.recipes.recommendation.ranking_metrics import METRICS, RankingEvaluator, RankingModel
 from duoka.recipes.recommendation.training import RankingModelWithLoss, build_model, load_texts
+from duoka.recipes.recommendation.user_means import mean_metrics
 
 
 def best_of(repeats: int, work: Callable[[], Any]) -> tuple[float, Any]:

@@ -20,9 +20,9 @@ from duoka.recipes.recommendation.ranking_metrics import (
     RankingEvaluator,
     RankingModel,
     UserItemIndex,
-    mean_metrics,
     top_k,
 )
+from duoka.recipes.recommendation.user_means import mean_metrics
 
 N_USERS, N_ITEMS = 60, 90
 

@@ -25,8 +25,9 @@ from duoka.recipes.datasets.movielens import ML1MDataset
 from duoka.recipes.models.gpt2_recommender import two_lr_groups
 from duoka.recipes.recommendation import RecommendationConfig
 from duoka.recipes.recommendation.inference import load_model
-from duoka.recipes.recommendation.ranking_metrics import METRICS, RankingEvaluator, mean_metrics
+from duoka.recipes.recommendation.ranking_metrics import METRICS, RankingEvaluator
 from duoka.recipes.recommendation.training import RankingModelWithLoss, build_model, load_texts, training_samples
+from duoka.recipes.recommendation.user_means import mean_metrics
 from support.waiting import wait_until
 
 pytest.importorskip("transformers")

@@ -19,14 +19,13 @@ the Presence of Tied Scores, ECIR 2008.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanMetric, MetricCollection
 
 from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import ML1MDataset, SeenItems
@@ -193,31 +192,6 @@ def _metrics(hits: Tensor, gains: Tensor, counts: Tensor) -> Tensor:
         columns[f"hr@{k}"] = (found > 0).double()
         columns[f"mrr@{k}"] = torch.where(first >= 1 / k - 1e-12, first, 0)
     return torch.stack([columns[name] for name in METRICS], dim=1)
-
-
-class UserMean(MeanMetric):
-    """The mean over users of one column of a ``RankingModel``'s metrics."""
-
-    higher_is_better = True  # type: ignore[assignment]
-
-    def __init__(self, column: int) -> None:
-        super().__init__()
-        self.column = column
-        self.set_dtype(torch.float64)
-
-    def update(self, metrics: Tensor, target: object = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Add the metrics of some users, ``(users, len(METRICS))``, without ``MeanMetric``'s search for NaN."""
-        self.mean_value = self.mean_value + metrics[:, self.column].sum()
-        self.weight = self.weight + len(metrics)
-
-
-def mean_metrics(names: Sequence[str] = METRICS) -> MetricCollection:
-    """Return a Trainer's metrics for a ``RankingModel``; ``names`` are some of ``METRICS``.
-
-    Without compute groups, which would merge columns that are equal in the first batch.
-    """
-    each: dict[str, Any] = {name: UserMean(METRICS.index(name)) for name in names}
-    return MetricCollection(each, compute_groups=False)
 
 
 class RankingModel(nn.Module):

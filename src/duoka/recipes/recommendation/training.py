@@ -23,7 +23,7 @@ from duoka.recipes.models.gpt2_recommender import (
 from duoka.recipes.models.gpt2_text_encoder import Lora, TokenizedTexts, tokenize_texts
 from duoka.recipes.models.recommender import NCF, Recommender
 from duoka.recipes.recommendation.config import NAME, RecommendationConfig
-from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator, RankingModel, mean_metrics
+from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator, RankingModel
 
 BEST_METRIC = "ndcg@10"
 """The validation metric that selects the best weights."""
@@ -138,6 +138,8 @@ def evaluator_of(config: RecommendationConfig, data: ML1MDataset, part: str) -> 
 
 
 def _trainer(model: Recommender, config: RecommendationConfig, data: ML1MDataset, lr: float, **options: Any) -> Trainer:
+    from duoka.recipes.recommendation.user_means import mean_metrics
+
     evaluator, precision = evaluator_of(config, data, "validation"), str(config.precision)
     if precision == "auto":
         precision = "fp32" if first_device(config).type == "cpu" else "bf16"
@@ -161,6 +163,8 @@ def _trainer(model: Recommender, config: RecommendationConfig, data: ML1MDataset
 
 def evaluate_model(model: nn.Module, evaluator: RankingEvaluator, config: RecommendationConfig) -> dict[str, float]:
     """Return the metrics of ``model``, averaged over the users, on all devices."""
+    from duoka.recipes.recommendation.user_means import mean_metrics
+
     trainer = Trainer(RankingModel(model, evaluator), metrics=mean_metrics(), device=config.device, verbose=False)
     metrics: dict[str, float] = trainer.evaluate(evaluator.loader())
     return metrics

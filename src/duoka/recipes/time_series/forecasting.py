@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torchmetrics
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -176,13 +175,15 @@ def build_model(config: TimeSeriesConfig, saved: dict[str, Any]) -> Informer:
 
 def build_trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData, options: dict[str, Any]) -> Trainer:
     """Return the trainer of ``model`` on the windows of ``data``."""
+    from torchmetrics import MeanAbsoluteError
+
     assert config.batch_size is not None
     return Trainer(
         model,
         loader(data.split.train, config.batch_size, shuffle=True),
         loader(data.split.validation, max(256, config.batch_size)),
         loss=mse_loss,
-        metrics={"mae": torchmetrics.MeanAbsoluteError()},
+        metrics={"mae": MeanAbsoluteError()},
         monitor="loss",
         early_stop_patience=config.patience or None,
         **trainer_options(config),
