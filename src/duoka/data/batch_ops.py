@@ -126,7 +126,8 @@ def _check_lists(node: Any, length: int, is_within: bool = False) -> None:
         return
     children = _children(node)
     is_list = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
-    if is_within and is_list and len(node) == length and any(True for _ in _arrays(node)) and _are_alike(children):
+    has_one_per_sample = is_within and is_list and len(node) == length and any(True for _ in _arrays(node))
+    if has_one_per_sample and all(_kind(child) == _kind(children[0]) for child in children):
         raise DataError(
             f"a batch of {length} samples holds a {type(node).__name__} of {length} entries whose tensors have {length} rows "
             "each: these may be one entry per sample or columns of the batch, which are cut in different ways. Name columns "
@@ -136,12 +137,8 @@ def _check_lists(node: Any, length: int, is_within: bool = False) -> None:
         _check_lists(child, length, is_within=True)
 
 
-def _are_alike(nodes: list[Any]) -> bool:
-    """Whether ``nodes`` have the same structure and kinds of tensors, as the entries of samples do."""
-    return all(_kind(node) == _kind(nodes[0]) for node in nodes)
-
-
 def _kind(node: Any) -> Any:
+    """Return the structure and the kinds of tensors, which are the same for the entries of all samples."""
     if _is_array(node):
         return type(node), node.dtype, node.shape[1:]
     keys = list(node) if isinstance(node, Mapping) else None

@@ -70,15 +70,6 @@ def _warn_of_distributed_sampler() -> None:
     )
 
 
-def checked_sampler(loader: DataLoader[Any]) -> Any:
-    """Return the sampler of a ``loader`` without batching; ``ConfigError`` if it divides the samples."""
-    if whole_sampler(loader.sampler, loader.dataset) is not loader.sampler:
-        raise ConfigError(
-            "a DataLoader with batch_size=None has a DistributedSampler; leave the sampler out, duoka divides the batches"
-        )
-    return loader.sampler
-
-
 def draw_isolated(batches: Iterable[Sequence[Any]], isolated: IsolatedRng) -> Iterator[Sequence[Any]]:
     """Yield ``batches``, which are drawn inside ``isolated``, in chunks that grow to 512 batches."""
     iterator: Iterator[Sequence[Any]] | None = None

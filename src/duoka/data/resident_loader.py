@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from duoka.data.counter_rng import counter_uniform, seed_at
 from duoka.data.position import LocalBatch
 from duoka.data.rng import ACCELERATOR, TORCH, IsolatedRng
-from duoka.data.sources.base import ShardSpec, order_seed, samples_seed
+from duoka.data.sources.base import BatchSource, ShardSpec, order_seed, samples_seed
 from duoka.data.transforms import BatchTransform, apply
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger
@@ -111,10 +111,8 @@ class DeviceResidentLoader:
         return self._copies[device]
 
 
-class ResidentSource:
+class ResidentSource(BatchSource):
     """Local batches of a ``DeviceResidentLoader``."""
-
-    fingerprint = None
 
     def __init__(self, loader: DeviceResidentLoader, spec: ShardSpec) -> None:
         self._loader, self._spec = loader, spec
@@ -122,7 +120,7 @@ class ResidentSource:
         length, unit = len(loader.tensors[0]), loader.batch_size
         self._length = length // unit * unit if loader.drop_last else length
         whole = unit * spec.batches_per_step
-        self.samples = self._length // whole * whole if self._drop_last else self._length
+        self.samples: int = self._length // whole * whole if self._drop_last else self._length
 
     def __len__(self) -> int:
         return -(-self.samples // (self._loader.batch_size * self._spec.batches_per_step))
@@ -136,9 +134,6 @@ class ResidentSource:
         stream = samples_seed(seed, epoch)
         for first, end in self._global_batches(skip):
             yield self._local_batch(order, first, end, stream)
-
-    def close(self) -> None:
-        """Do nothing: there are no worker processes."""
 
     def _global_batches(self, skip: int) -> Iterator[tuple[int, int]]:
         """Yield the first place of each global batch after ``skip`` samples, and the place after its last."""

@@ -24,17 +24,12 @@ _PROBE_SEED = 0x6A09_E667
 class Rng:
     """A generator with public state; subclasses detect draws faster than by comparing states."""
 
-    def seed(self, seed: int) -> None:
-        """Restart from ``seed``."""
-        raise NotImplementedError
-
-    def get(self) -> Any:
-        """Return the state."""
-        raise NotImplementedError
-
-    def set(self, state: Any) -> None:
-        """Restore a state that ``get`` returned."""
-        raise NotImplementedError
+    seed: Callable[[int], Any]
+    """Restarts from a seed."""
+    get: Callable[[], Any]
+    """Returns the state."""
+    set: Callable[[Any], Any]
+    """Restores a state that ``get`` returned."""
 
     def isolate(self) -> Any:
         """Return what ``restore`` needs to undo all draws from here on; the state may change."""
@@ -54,14 +49,9 @@ class Rng:
 class _TorchRng(Rng):
     """torch's CPU generator, used directly because ``torch.manual_seed`` takes 100 times as long."""
 
-    def seed(self, seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-
-    def get(self) -> Any:
-        return torch.default_generator.get_state()
-
-    def set(self, state: Any) -> None:
-        torch.default_generator.set_state(state)
+    seed = staticmethod(torch.default_generator.manual_seed)
+    get = staticmethod(torch.default_generator.get_state)
+    set = staticmethod(torch.default_generator.set_state)
 
     def isolate(self) -> Any:
         state = self.get()
@@ -89,18 +79,9 @@ class _PythonRng(Rng):
     detect a draw by the data set.
     """
 
-    def __init__(self) -> None:
-        self._state: Any = None
-        self._following = (0, 0)
-
-    def seed(self, seed: int) -> None:
-        random.seed(seed)
-
-    def get(self) -> Any:
-        return random.getstate()
-
-    def set(self, state: Any) -> None:
-        random.setstate(state)
+    seed, get, set = staticmethod(random.seed), staticmethod(random.getstate), staticmethod(random.setstate)
+    _state: Any = None
+    _following = (0, 0)
 
     def isolate(self) -> Any:
         if self._state is None or self._state[2] is not None:  # taking a spare Gaussian number draws no bits
@@ -129,6 +110,9 @@ class _NumpyRng(Rng):
     state is read and restored.
     """
 
+    get = staticmethod(functools.partial(np.random.get_state, legacy=False))
+    set = staticmethod(np.random.set_state)
+
     def __init__(self) -> None:
         self._private, self._twin = np.random.MT19937(_PROBE_SEED), np.random.MT19937(_PROBE_SEED)
 
@@ -138,12 +122,6 @@ class _NumpyRng(Rng):
             np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002 - the global generator is what users draw from
         else:
             self.set({**type(bits)(seed).state, "has_gauss": 0, "gauss": 0.0})
-
-    def get(self) -> Any:
-        return np.random.get_state(legacy=False)  # noqa: NPY002
-
-    def set(self, state: Any) -> None:
-        np.random.set_state(state)  # noqa: NPY002
 
     def isolate(self) -> Any:
         bits = np.random.get_bit_generator()  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from duoka.data.counter_rng import seed_at
 from duoka.data.index_order import set_epoch
@@ -36,8 +36,25 @@ class FetchRequest(NamedTuple):
 def make_fetcher(dataset: Any, collate: Collate, dataset_collates: bool) -> SampleFetcher:
     """Return the fetcher for ``dataset``; with ``dataset_collates``, ``dataset[indices]`` is a ready-made batch."""
     if not dataset_collates and collate is default_collate and _draws_nothing(dataset):
-        return _TensorFetcher(dataset) if _has_plain_rows(dataset) else _PlainFetcher(dataset)
+        return _TensorFetcher(dataset) if _has_plain_rows(dataset) else SampleFetcher(dataset)
     return _SeededFetcher(dataset, collate, dataset_collates)
+
+
+def loader_like(loader: DataLoader[Any], dataset: Any, generator: torch.Generator, **options: Any) -> DataLoader[Any]:
+    """Return a DataLoader over ``dataset`` with the workers of ``loader``, which ``generator`` seeds, not the user's own."""
+    workers = loader.num_workers
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=WorkerInit(loader.worker_init_fn) if workers else None,
+        multiprocessing_context=loader.multiprocessing_context if workers else None,
+        generator=generator,
+        prefetch_factor=loader.prefetch_factor if workers else None,
+        persistent_workers=loader.persistent_workers,
+        **options,
+    )
 
 
 def identity_collate(batch: Any) -> Any:
@@ -78,7 +95,7 @@ def _has_plain_rows(dataset: Any) -> bool:
 
 
 class SampleFetcher(PickledByValue, Dataset[Any]):
-    """Base: a data set that returns the collated batch of a request."""
+    """A data set that returns the collated batch of a request, for samples without random numbers."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -89,7 +106,7 @@ class SampleFetcher(PickledByValue, Dataset[Any]):
 
     def load(self, request: FetchRequest) -> Any:
         """Return the collated batch."""
-        raise NotImplementedError
+        return default_collate([self.dataset[index] for index in request.indices])
 
 
 class _TensorFetcher(SampleFetcher):
@@ -103,13 +120,6 @@ class _TensorFetcher(SampleFetcher):
         is_numbers = type(indices[0]) is int  # through NumPy numbers are five times as fast, tensors slower
         rows = torch.from_numpy(np.array(indices)) if is_numbers else torch.tensor(indices)
         return [tensor[rows] for tensor in dataset.tensors]
-
-
-class _PlainFetcher(SampleFetcher):
-    """A data set that draws no random numbers."""
-
-    def load(self, request: FetchRequest) -> Any:
-        return default_collate([self.dataset[index] for index in request.indices])
 
 
 class _SeededFetcher(SampleFetcher):
@@ -160,11 +170,12 @@ class SeededCollate:
         """Return the collated ``samples``; ``stream`` and ``first`` are those of a ``FetchRequest``."""
         if self._collate is default_collate:
             return _collate_tensors(samples)
-        return self._detector.run(lambda: self._seeded(samples, seed_at(~stream, first)))
 
-    def _seeded(self, samples: Any, seed: int) -> Any:
-        self._detector.seed(seed)
-        return self._collate(samples)
+        def collate() -> Any:
+            self._detector.seed(seed_at(~stream, first))
+            return self._collate(samples)
+
+        return self._detector.run(collate)
 
 
 def _collate_tensors(samples: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from duoka.data.index_order import checked_sampler
+from duoka.data.index_order import whole_sampler
 from duoka.data.position import DataPosition, LocalBatch
 from duoka.data.resident_loader import DeviceResidentLoader, ResidentSource
 from duoka.data.sources.base import BatchSource, ShardSpec
@@ -139,7 +139,11 @@ def _source(loader: Any, spec: ShardSpec) -> BatchSource:
             return iterable_source(loader, spec)
         if has_index_batches(loader):
             return MapStyleSource(loader, spec)
-        return BatchIterableSource(loader, spec, (checked_sampler(loader), loader.dataset))
+        if whole_sampler(loader.sampler, loader.dataset) is not loader.sampler:
+            raise ConfigError(
+                "a DataLoader with batch_size=None has a DistributedSampler; leave the sampler out, duoka divides the batches"
+            )
+        return BatchIterableSource(loader, spec, (loader.sampler, loader.dataset))
     if not inspect.isgeneratorfunction(loader):
         _check_is_loader(loader)
     return BatchIterableSource(loader, spec)

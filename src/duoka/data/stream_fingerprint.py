@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,32 +26,24 @@ class StreamFingerprint(NamedTuple):
 
 def fingerprint(samples: Sequence[Any]) -> StreamFingerprint:
     """Return the fingerprint of the first of ``samples`` (or of the batches that hold them)."""
-    found = StreamFingerprint([], [])
+    words: list[str] = []
+    numbers: list[float] = []
     for leaf in iter_leaves(list(samples[:MAX_SAMPLES])):
-        _add(leaf, found)
-    return found
-
-
-def _add(leaf: Any, found: StreamFingerprint) -> None:
-    if isinstance(leaf, (torch.Tensor, np.ndarray, np.generic)):
-        array = torch.as_tensor(leaf) if not isinstance(leaf, torch.Tensor) and leaf.dtype.kind in "biufc" else leaf
-        found.words.append(f"{array.dtype} {tuple(array.shape)}")
-        if isinstance(array, torch.Tensor) and not array.is_sparse:
-            numbers = array.detach().flatten()[:MAX_NUMBERS].to("cpu")
-            found.numbers.extend((numbers.abs() if numbers.is_complex() else numbers).double().tolist())
-    elif isinstance(leaf, (bool, int, float)):
-        found.numbers.append(float(leaf))
-    elif isinstance(leaf, (str, bytes)):
-        found.words.append(repr(leaf[:MAX_NUMBERS]))
+        if isinstance(leaf, (torch.Tensor, np.ndarray, np.generic)):
+            array = torch.as_tensor(leaf) if not isinstance(leaf, torch.Tensor) and leaf.dtype.kind in "biufc" else leaf
+            words.append(f"{array.dtype} {tuple(array.shape)}")
+            if isinstance(array, torch.Tensor) and not array.is_sparse:
+                first = array.detach().flatten()[:MAX_NUMBERS].to("cpu")
+                numbers += (first.abs() if first.is_complex() else first).double().tolist()
+        elif isinstance(leaf, (bool, int, float)):
+            numbers.append(float(leaf))
+        elif isinstance(leaf, (str, bytes)):
+            words.append(repr(leaf[:MAX_NUMBERS]))
+    return StreamFingerprint(words, numbers)
 
 
 def same_stream(one: StreamFingerprint, other: StreamFingerprint) -> bool:
     """Whether both fingerprints are of the same samples, up to rounding."""
-    return (
-        one.words == other.words
-        and len(one.numbers) == len(other.numbers)
-        and all(
-            math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE**2) or (math.isnan(a) and math.isnan(b))
-            for a, b in zip(one.numbers, other.numbers, strict=True)
-        )
-    )
+    if one.words != other.words or len(one.numbers) != len(other.numbers):
+        return False
+    return np.allclose(one.numbers, other.numbers, rtol=TOLERANCE, atol=TOLERANCE**2, equal_nan=True)

@@ -111,11 +111,8 @@ class RandomResizedCrop:
     def __call__(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Return ``(batch, channels, size, size)``."""
         top, left, height, width = self.boxes(uniform, images.shape[-2], images.shape[-1])
-        rows, columns = (
-            _resampling(top, height, images.shape[-2], self.size),
-            _resampling(left, width, images.shape[-1], self.size),
-        )
-        batch, channels, inputs, _ = images.shape
+        batch, channels, inputs, across = images.shape
+        rows, columns = _resampling(top, height, inputs, self.size), _resampling(left, width, across, self.size)
         wide = torch.bmm(images.reshape(batch, channels * inputs, -1), columns.transpose(1, 2))
         wide = wide.view(batch, channels, inputs, self.size)
         return torch.stack([torch.bmm(rows, channel) for channel in wide.unbind(1)], dim=1)
@@ -178,18 +175,15 @@ class ColorJitter:
         low = (1 - limits).clamp_min(0)
         factors = low + uniform[:, 4:7] * (1 + limits - low)
         turns = (2 * uniform[:, 7] - 1) * self.hue
-        order = self._order(uniform[:, :4])
+        # the changes (0 to 3) in each image's order, ``(batch, changes)``, without those of size 0
+        used = [kind for kind, most in enumerate((self.brightness, self.contrast, self.saturation, self.hue)) if most]
+        order = torch.tensor(used, dtype=torch.int64, device=uniform.device)[uniform[:, : len(used)].argsort(dim=1)]
         for step in range(order.shape[1]):
             kind = order[:, step]
             images = _adjust_color(images, kind, factors.gather(1, kind.clamp_max(2)[:, None])[:, 0])
             if self.hue and images.shape[1] == 3:
                 images = torch.where((kind == 3)[:, None, None, None], _shift_hue(images, turns), images)
         return images
-
-    def _order(self, uniform: Tensor) -> Tensor:
-        """Return the changes (0 to 3) in each image's order, ``(batch, changes)``, without those of size 0."""
-        used = [kind for kind, most in enumerate((self.brightness, self.contrast, self.saturation, self.hue)) if most]
-        return torch.tensor(used, dtype=torch.int64, device=uniform.device)[uniform[:, : len(used)].argsort(dim=1)]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from duoka.data.position import LocalBatch
 from duoka.data.stream_fingerprint import StreamFingerprint
@@ -38,28 +38,23 @@ class ShardSpec:
         return epoch if self.training else 0
 
 
-class BatchSource(Protocol):
+class BatchSource(ABC):
     """A user's loader as a source of one rank's local batches."""
 
-    @property
-    def fingerprint(self) -> StreamFingerprint | None:
-        """The first samples that this rank read of a stream; ``None`` if it loads its own samples only, or none yet."""
-        ...
+    fingerprint: StreamFingerprint | None = None
+    """The first samples that this rank read of a stream; ``None`` if it loads its own samples only, or none yet."""
+    samples: int | None = None
+    """The number of samples in an epoch over all ranks; ``None`` if unknown."""
 
-    @property
-    def samples(self) -> int | None:
-        """The number of samples in an epoch over all ranks; ``None`` if unknown."""
-        ...
-
+    @abstractmethod
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
         """Yield the local batches of ``epoch`` after its first ``skip`` samples; closing it stops worker processes."""
-        ...
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most sources have no worker processes
         """Stop persistent worker processes."""
-        ...
 
 
 def order_seed(seed: int, epoch: int) -> int:

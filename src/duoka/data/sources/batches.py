@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 from duoka.data.batch_ops import batch_length, concat_batches, slice_batch
 from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
 from duoka.data.rng import GLOBAL, IsolatedRng
 from duoka.data.shuffle_reset import restore_shuffled_lists
-from duoka.data.sources.base import ShardSpec, order_seed
-from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
+from duoka.data.sources.base import BatchSource, ShardSpec, order_seed
+from duoka.data.stream_fingerprint import fingerprint
 from duoka.data.user_generators import generators_of
 from duoka.utils.torch_private import stop_dataloader_workers, take_dataloader_iterator
 
@@ -24,7 +25,7 @@ SizedBatch = tuple[Any, int]
 _END: Any = object()
 
 
-class BatchIterableSource:
+class BatchIterableSource(BatchSource):
     """Local batches of any iterable of batches; the iterable draws random numbers in isolation."""
 
     def __init__(
@@ -48,9 +49,8 @@ class BatchIterableSource:
         self._has_columns = has_columns
         self._is_list = isinstance(loader, (list, tuple))
         self._drop_last = spec.training and getattr(loader, "drop_last", False) is True
-        self._iterator: weakref.ref[Any] | None = None
-        self.fingerprint: StreamFingerprint | None = None
-        self.samples: int | None = sum(map(batch_length, loader)) if self._is_list else None
+        if self._is_list:
+            self.samples = sum(map(batch_length, loader))
 
     def __len__(self) -> int:
         batches, per_step = len(self._loader), self._spec.batches_per_step
@@ -71,17 +71,13 @@ class BatchIterableSource:
 
     def close(self) -> None:
         """Stop worker processes that the loader kept."""
-        iterator = self._iterator() if self._iterator is not None else None
-        if iterator is not None and getattr(self._loader, "_iterator", None) is iterator:
-            take_dataloader_iterator(self._loader)  # the next epoch would wait for the stopped workers
-        stop_dataloader_workers(iterator)
+        if isinstance(self._loader, DataLoader):
+            stop_dataloader_workers(take_dataloader_iterator(self._loader))
 
     def _read(self, isolated: contextlib.AbstractContextManager[None]) -> Any:
         """Yield the loader's batches; its code runs inside ``isolated``."""
         with isolated:
             iterator = iter(self._loader() if inspect.isgeneratorfunction(self._loader) else self._loader)
-        with contextlib.suppress(TypeError):  # built-in iterators take no weak reference, and have no workers
-            self._iterator = weakref.ref(iterator)
         try:
             while True:
                 with isolated:

@@ -6,6 +6,7 @@ are cut, so ``collate_fn`` must return a structure of tensors.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,11 +18,11 @@ from duoka.data.counter_rng import seed_at
 from duoka.data.index_order import set_epoch
 from duoka.data.position import LocalBatch
 from duoka.data.rng import GLOBAL, IsolatedRng
-from duoka.data.sample_fetch import SeededCollate, WorkerInit, identity_collate
+from duoka.data.sample_fetch import SeededCollate, identity_collate, loader_like
 from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import BatchSource, ShardSpec, order_seed, samples_seed
 from duoka.data.sources.batches import BatchIterableSource
-from duoka.data.stream_fingerprint import StreamFingerprint, fingerprint
+from duoka.data.stream_fingerprint import fingerprint
 from duoka.data.user_generators import generators_of
 from duoka.data.worker_pickle import PickledByValue, wrap_exception, wrap_result
 from duoka.errors import ConfigError
@@ -42,12 +43,11 @@ def iterable_source(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
     return _source_with_workers(loader, spec)
 
 
-class _InProcessSource(IterableDataset[LocalBatch]):
+class _InProcessSource(BatchSource, IterableDataset[LocalBatch]):
     """Local batches of a stream that this process reads; a rank collates its own samples."""
 
     def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
         assert loader.batch_size is not None
-        self.fingerprint: StreamFingerprint | None = None
         self._dataset: Any = loader.dataset
         self._spec = spec
         self._length = loader.batch_size * spec.batches_per_step
@@ -58,21 +58,9 @@ class _InProcessSource(IterableDataset[LocalBatch]):
         self._plan = (0, 0, 0)
         """Seed, epoch and samples to skip of the next iteration."""
         # this DataLoader only pins memory; it returns named tuples as their class
-        self._loader: DataLoader[Any] = DataLoader(
-            self,
-            batch_size=None,
-            collate_fn=identity_collate,
-            pin_memory=loader.pin_memory,
-            generator=torch.Generator(),
-        )
-
-    @property
-    def samples(self) -> int | None:
-        """The number of samples in an epoch, if the data set has a length."""
-        try:
-            return self._without_incomplete(len(self._dataset))
-        except (TypeError, NotImplementedError):
-            return None
+        self._loader = loader_like(loader, self, torch.Generator(), batch_size=None, collate_fn=identity_collate)
+        with contextlib.suppress(TypeError, NotImplementedError):  # a data set without length
+            self.samples = self._without_incomplete(len(self._dataset))  # type: ignore[arg-type]
 
     def _without_incomplete(self, length: int) -> int:
         """Return how many of ``length`` samples ``drop_last`` leaves."""
@@ -88,9 +76,6 @@ class _InProcessSource(IterableDataset[LocalBatch]):
         self._plan = (seed, self._spec.random_epoch(epoch), skip)
         with restore_shuffled_lists(self._dataset):
             yield from self._loader
-
-    def close(self) -> None:
-        """Do nothing: there are no worker processes."""
 
     def __iter__(self) -> Iterator[LocalBatch]:
         seed, epoch, first = self._plan
@@ -124,20 +109,8 @@ class _InProcessSource(IterableDataset[LocalBatch]):
 def _source_with_workers(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
     stream = _SeededStream(loader.dataset)
     generator = torch.Generator()
-    seeded_loader: DataLoader[Any] = DataLoader(
-        stream,
-        batch_size=loader.batch_size,
-        drop_last=loader.drop_last,
-        collate_fn=_WorkerCollate(loader.collate_fn),
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=WorkerInit(loader.worker_init_fn),
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
+    batching = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    seeded_loader = loader_like(loader, stream, generator, collate_fn=_WorkerCollate(loader.collate_fn), **batching)
 
     def begin(seed: int, epoch: int) -> None:
         generator.manual_seed(samples_seed(seed, epoch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,67 +19,15 @@ from duoka.data.index_order import (
 )
 from duoka.data.position import LocalBatch
 from duoka.data.rng import IsolatedRng
-from duoka.data.sample_fetch import FetchRequest, WorkerInit, identity_collate, make_fetcher
+from duoka.data.sample_fetch import FetchRequest, identity_collate, loader_like, make_fetcher
 from duoka.data.shuffle_reset import restore_shuffled_lists
-from duoka.data.sources.base import ShardSpec, order_seed, samples_seed
+from duoka.data.sources.base import BatchSource, ShardSpec, order_seed, samples_seed
 from duoka.utils.torch_private import stop_dataloader_workers, take_dataloader_iterator
 
 
 def has_index_batches(loader: DataLoader[Any]) -> bool:
     """Whether ``loader`` draws batches of indices; without batching, an index stands for a ready-made batch."""
     return loader.batch_sampler is not None or isinstance(loader.sampler, BatchSampler)
-
-
-class MapStyleSource:
-    """Local batches of a map-style ``loader``, loaded by a new DataLoader with the user's options."""
-
-    fingerprint = None
-
-    def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
-        self._requests = _RequestSampler(loader, spec)
-        self._generator = torch.Generator()
-        dataset_collates = loader.batch_sampler is None  # the sampler yields lists; dataset[list] is a ready-made batch
-        workers = loader.num_workers
-        self._fetcher = make_fetcher(loader.dataset, loader.collate_fn, dataset_collates)
-        self._is_direct = not workers and not loader.pin_memory
-        self._loader: DataLoader[Any] = DataLoader(
-            self._fetcher,
-            batch_sampler=self._requests,  # type: ignore[arg-type]
-            collate_fn=identity_collate,
-            num_workers=workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=WorkerInit(loader.worker_init_fn) if workers else None,
-            multiprocessing_context=loader.multiprocessing_context if workers else None,
-            generator=self._generator,  # seeds the workers instead of the user's global generator
-            prefetch_factor=loader.prefetch_factor if workers else None,
-            persistent_workers=loader.persistent_workers,
-        )
-        self.samples = self._requests.samples()
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
-        """Yield the local batches of ``epoch``, without loading the first ``skip`` samples."""
-        self._generator.manual_seed(samples_seed(seed, epoch))
-        sizes = self._requests.begin(seed, epoch, skip)
-        # without workers and pinning, the fetcher is called directly, which saves the DataLoader's overhead
-        batches = map(self._fetcher.load, self._requests) if self._is_direct else iter(self._loader)
-        try:
-            for batch in batches:
-                while not (size := sizes.popleft()).is_loaded:
-                    yield LocalBatch(None, 0, size.global_count)
-                yield LocalBatch(batch, size.count, size.global_count)
-            while sizes:
-                yield LocalBatch(None, 0, sizes.popleft().global_count)
-        finally:
-            if not self._loader.persistent_workers:
-                stop_dataloader_workers(batches)
-
-    def close(self) -> None:
-        """Stop persistent worker processes."""
-        stop_dataloader_workers(take_dataloader_iterator(self._loader))
 
 
 class _Size(NamedTuple):
@@ -91,27 +39,74 @@ class _Size(NamedTuple):
 
 
 class _RequestSampler(Sampler[FetchRequest]):
-    """A batch sampler that yields this rank's requests, and notes the size of every global batch."""
+    """A batch sampler that yields the requests of the current epoch."""
+
+    requests: Iterator[FetchRequest]
+
+    def __iter__(self) -> Iterator[FetchRequest]:
+        return self.requests
+
+
+class MapStyleSource(BatchSource):
+    """Local batches of a map-style ``loader``, loaded by a new DataLoader with the user's options."""
 
     def __init__(self, loader: DataLoader[Any], spec: ShardSpec) -> None:
-        self._batches = index_batches(loader)
         self._spec = spec
+        self._batches: Any = index_batches(loader)
         self._drop_last = spec.training and (loader.drop_last or getattr(self._batches, "drop_last", False) is True)
         self._owners = (loader, self._batches, getattr(self._batches, "sampler", None))
         self._generators = generators_used_by(self._batches)
         self._dataset = loader.dataset
-        self._plan = (0, 0, 0)
-        self._sizes: deque[_Size] = deque()
+        dataset_collates = loader.batch_sampler is None  # the sampler yields lists; dataset[list] is a ready-made batch
+        self._fetcher = make_fetcher(loader.dataset, loader.collate_fn, dataset_collates)
+        self._is_direct = not loader.num_workers and not loader.pin_memory
+        self._sampler, self._generator = _RequestSampler(), torch.Generator()
+        self._loader = loader_like(
+            loader, self._fetcher, self._generator, batch_sampler=self._sampler, collate_fn=identity_collate
+        )
+        self.samples = self._count_samples()
 
-    def begin(self, seed: int, epoch: int, skip: int) -> deque[_Size]:
-        """Prepare for ``epoch``; return the queue of sizes that iterating fills."""
-        self._plan = (seed, epoch, skip)
-        self._sizes = deque()
-        return self._sizes
+    def _count_samples(self) -> int | None:
+        """Return the number of samples in an epoch, if it is known without drawing."""
+        if type(self._batches) is not BatchSampler:
+            return None
+        try:
+            length = len(self._batches.sampler)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None
+        unit = self._batches.batch_size * (self._spec.batches_per_step if self._drop_last else 1)
+        return length // unit * unit if self._batches.drop_last else length
 
-    def __iter__(self) -> Iterator[FetchRequest]:
-        (seed, epoch, skip), sizes, spec = self._plan, self._sizes, self._spec
-        random_epoch = spec.random_epoch(epoch)
+    def __len__(self) -> int:
+        batches, per_step = len(self._batches), self._spec.batches_per_step
+        return batches // per_step if self._drop_last else -(-batches // per_step)
+
+    def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
+        """Yield the local batches of ``epoch``, without loading the first ``skip`` samples."""
+        self._generator.manual_seed(samples_seed(seed, epoch))
+        sizes: deque[_Size] = deque()
+        requests = self._sampler.requests = self._requests(seed, epoch, skip, sizes)
+        # without workers and pinning, the fetcher is called directly, which saves the DataLoader's overhead
+        batches = map(self._fetcher.load, requests) if self._is_direct else iter(self._loader)
+        try:
+            for batch in batches:
+                while not (size := sizes.popleft()).is_loaded:
+                    yield LocalBatch(None, 0, size.global_count)
+                yield LocalBatch(batch, size.count, size.global_count)
+            while sizes:
+                yield LocalBatch(None, 0, sizes.popleft().global_count)
+        finally:
+            if not self._loader.persistent_workers:
+                stop_dataloader_workers(batches)
+            requests.close()
+
+    def close(self) -> None:
+        """Stop persistent worker processes."""
+        stop_dataloader_workers(take_dataloader_iterator(self._loader))
+
+    def _requests(self, seed: int, epoch: int, skip: int, sizes: deque[_Size]) -> Generator[FetchRequest, None, None]:
+        """Yield this rank's requests, and add the size of every global batch to ``sizes``."""
+        spec, random_epoch = self._spec, self._spec.random_epoch(epoch)
         if spec.training:
             set_epoch(epoch, *self._owners, self._dataset)
         batches = draw_isolated(self._batches, IsolatedRng(order_seed(seed, random_epoch), self._generators))
@@ -129,18 +124,3 @@ class _RequestSampler(Sampler[FetchRequest]):
                 elif spec.training:
                     yield FetchRequest(indices[:1], first, stream, dataset_epoch)
                 first += length
-
-    def __len__(self) -> int:
-        batches, per_step = len(self._batches), self._spec.batches_per_step  # type: ignore[arg-type]
-        return batches // per_step if self._drop_last else -(-batches // per_step)
-
-    def samples(self) -> int | None:
-        """Return the number of samples in an epoch, if it is known without drawing."""
-        if type(self._batches) is not BatchSampler:
-            return None
-        try:
-            length = len(self._batches.sampler)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            return None
-        unit = self._batches.batch_size * (self._spec.batches_per_step if self._drop_last else 1)
-        return length // unit * unit if self._batches.drop_last else length
