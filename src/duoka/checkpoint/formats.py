@@ -6,6 +6,7 @@ metadata; other programs ignore it. Archives without it are checked by the CRC-3
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -23,8 +24,8 @@ from duoka.utils.text import first_line
 
 _COMMENT = re.compile(rb"duoka crc32=([0-9a-f]{8})\Z")
 _COMMENT_BYTES = len("duoka crc32=00000000")
-_KEY = "duoka.crc32"
-_BLANK = "00000000"
+_KEY, _BLANK = "duoka.crc32", "00000000"
+_IN_HEADER = re.compile(rb'"duoka\.crc32":"(.{8})', re.DOTALL)
 _CHUNK_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100_000_000
 _FOLDER = 0x10
@@ -50,10 +51,11 @@ def write_safetensors(state: Mapping[str, Any], file: BinaryIO) -> None:
     """
     tensors, aliases = _separate_ties(state)
     content = memoryview(safetensors.torch.save(tensors, {"format": "pt", **aliases, _KEY: _BLANK}))
-    place = _checksum_place(bytes(content[: 8 + int.from_bytes(content[:8], "little")]))
-    file.write(content[:place])
+    place = _IN_HEADER.search(content)
+    assert place is not None  # the metadata have it
+    file.write(content[: place.start(1)])
     file.write(b"%08x" % zlib.crc32(content))
-    file.write(content[place + len(_BLANK) :])
+    file.write(content[place.end(1) :])
 
 
 def _separate_ties(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -75,22 +77,14 @@ def _separate_ties(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], d
 
 
 def _check_storable(name: Any, value: Any) -> None:
-    if not isinstance(name, str) or name == "__metadata__" or not isinstance(value, torch.Tensor):
-        found = f"{name!r} holds a {type(value).__name__}"
-    else:
+    found = f"{name!r} holds a {type(value).__name__}"
+    if isinstance(name, str) and name != "__metadata__" and isinstance(value, torch.Tensor):
         found = f"{name!r} is a tensor of {value.dtype}, {str(value.layout).removeprefix('torch.')}"
         if value.layout is torch.strided and not value.is_quantized:
-            try:
+            with contextlib.suppress(KeyError, ValueError, safetensors.SafetensorError):  # the dtype
                 safetensors.torch.save({name: torch.empty(0, dtype=value.dtype)})
                 return
-            except (KeyError, ValueError, safetensors.SafetensorError):  # the dtype
-                pass
     raise CheckpointError(f"a .safetensors file holds only named dense tensors of common types, and {found}; use .pt")
-
-
-def _checksum_place(header: bytes) -> int:
-    key = f'"{_KEY}":"'.encode()
-    return header.index(key) + len(key)
 
 
 def read_file(path: Path, map_location: str | torch.device = "cpu") -> tuple[Any, bool]:
@@ -127,12 +121,12 @@ def _verify_safetensors(path: Path, file: BinaryIO) -> bool:
     file.seek(0)
     length = file.read(8)
     header = length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
-    if f'"{_KEY}":"'.encode() not in header:
+    place = _IN_HEADER.search(header)
+    if place is None:
         return False
-    place = _checksum_place(header)
-    blank = header[:place] + _BLANK.encode() + header[place + len(_BLANK) :]
+    blank = header[: place.start(1)] + _BLANK.encode() + header[place.end(1) :]
     rest = file.seek(0, os.SEEK_END) - len(header)
-    if header[place : place + len(_BLANK)] != b"%08x" % _crc32(file, rest, zlib.crc32(blank), len(header)):
+    if place[1] != b"%08x" % _crc32(file, rest, zlib.crc32(blank), len(header)):
         raise _damaged(path)
     return True
 
@@ -154,7 +148,7 @@ def _verify_archive(path: Path, file: BinaryIO) -> bool:
     file.seek(body_bytes)
     comment = _COMMENT.match(file.read())
     if comment is None:
-        _verify_records(path)
+        _verify_records(path, file)
         return False
     empty_comment = b"\0\0"  # what preceded the comment when the checksum was computed
     if zlib.crc32(empty_comment, _crc32(file, body_bytes - len(empty_comment))) != int(comment[1], 16):
@@ -162,13 +156,16 @@ def _verify_archive(path: Path, file: BinaryIO) -> bool:
     return True
 
 
-def _verify_records(path: Path) -> None:
+def _verify_records(path: Path, file: BinaryIO) -> None:
     """Check each record of another program's archive; a CRC of 0 means that the program stored none."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # torch's own criterion
                 raise CheckpointError(f"{path} is a TorchScript program, which is code; save its state_dict() instead")
-            _check_comment_is_whole(path, archive.comment)
+            file.seek(-2 - len(archive.comment), os.SEEK_END)
+            declared = int.from_bytes(file.read(2), "little")
+            if declared != len(archive.comment):  # zipfile accepts a part of duoka's comment, whose end is cut off
+                raise zipfile.BadZipFile(f"{len(archive.comment)} of the last {declared} bytes are there")
             for record in archive.infolist():
                 if record.external_attr & _FOLDER:  # torch would read a folder's bytes from uninitialized memory
                     raise zipfile.BadZipFile(f"{record.filename} is marked as a folder")
@@ -180,36 +177,23 @@ def _verify_records(path: Path) -> None:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); use another copy of it") from error
 
 
-def _check_comment_is_whole(path: Path, comment: bytes) -> None:
-    """Refuse an archive of duoka's whose end is cut off: ``zipfile`` accepts the rest of the comment."""
-    with path.open("rb") as file:
-        file.seek(-2 - len(comment), os.SEEK_END)
-        declared = int.from_bytes(file.read(2), "little")
-    if declared != len(comment):
-        raise zipfile.BadZipFile(f"{len(comment)} of the last {declared} bytes are there")
-
-
 def _read_archive(path: Path, map_location: str | torch.device) -> Any:
+    unknown = (
+        f"{path} is damaged, or is no checkpoint of PyTorch; give a file that duoka.save or torch.save has written"
+    )
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         names = _code_named_in(path, str(error))
-        raise CheckpointError(_code_message(path, names) if names else _not_a_checkpoint(path)) from error
+        code = (
+            f"{path} was not loaded: it names code to be run on loading ({', '.join(names)}), and a checkpoint needs only "
+            "numbers, strings and tensors. If you trust its author, convert it once, in a separate process:\n"
+            f'    state = torch.load("{path}", weights_only=False)\n'
+            '    duoka.save(state, "converted.pt")  # a model, or a dict of state; for other objects, their state_dict()'
+        )
+        raise CheckpointError(code if names else unknown) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{_not_a_checkpoint(path)} ({first_line(error)})") from error
-
-
-def _not_a_checkpoint(path: Path) -> str:
-    return f"{path} is damaged, or is no checkpoint of PyTorch; give a file that duoka.save or torch.save has written"
-
-
-def _code_message(path: Path, names: list[str]) -> str:
-    return (
-        f"{path} was not loaded: it names code to be run on loading ({', '.join(names)}), and a checkpoint needs only "
-        "numbers, strings and tensors. If you trust its author, convert it once, in a separate process:\n"
-        f'    state = torch.load("{path}", weights_only=False)\n'
-        '    duoka.save(state, "converted.pt")  # a model, or a dict of state; for other objects, their state_dict()'
-    )
+        raise CheckpointError(f"{unknown} ({first_line(error)})") from error
 
 
 def _code_named_in(path: Path, message: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -56,16 +56,17 @@ def clean_state(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     if not state or not all(isinstance(key, str) for key in state):
         return state
     depth = min(_leading_wrappers(_without_compiled(key)) for key in state)
-    names = {key: _without_compiled(key)[depth:] for key in state}
-    if all(key == ".".join(parts) for key, parts in names.items()) or not all(names.values()):
-        return state
-    cleaned = OrderedDict((".".join(names[key]), value) for key, value in state.items())
-    if len(cleaned) < len(state):
-        return state
-    if hasattr(state, "_metadata"):  # the modules' versions, which some modules need to load
-        versions = {".".join(_without_compiled(key)[depth:]): value for key, value in state._metadata.items()}
-        cleaned._metadata = versions  # type: ignore[attr-defined]
-    return cleaned
+    cleaned = rename_keys(state, lambda key: ".".join(_without_compiled(key)[depth:]))
+    is_clear = "" not in cleaned and len(cleaned) == len(state)
+    return cleaned if is_clear and list(cleaned) != list(state) else state
+
+
+def rename_keys(state: Mapping[Any, Any], rename: Callable[[str], str]) -> OrderedDict[str, Any]:
+    """Return ``state`` by other names, and the modules' versions in it, which some modules need to load."""
+    renamed = OrderedDict((rename(key), value) for key, value in state.items())
+    if hasattr(state, "_metadata"):
+        renamed._metadata = {rename(key): value for key, value in state._metadata.items()}  # type: ignore[attr-defined]
+    return renamed
 
 
 def _without_compiled(name: str) -> list[str]:

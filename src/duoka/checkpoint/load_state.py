@@ -38,9 +38,14 @@ def load_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool = Tru
     values = {matched[str(name)]: value for name, value in state.items() if str(name) in matched}
     wanted = {name: current[actual] for name, actual in actual_names.items()}
     _fill_omitted(values, wanted)
-    _compare(source, inner, values, wanted, [str(name) for name in state if str(name) not in matched], strict=strict)
+    unexpected = [name for name in map(str, state) if name not in matched]
+    _compare(source, type(inner).__name__, values, wanted, unexpected, strict=strict)
     ready = OrderedDict((actual_names[name], value) for name, value in values.items())
-    ready._metadata = _versions(inner, state, current)  # type: ignore[attr-defined]
+    versions: dict[str, Any] = dict(getattr(current, "_metadata", {}))
+    saved_versions: Mapping[str, Any] = getattr(state, "_metadata", {})
+    clean = {clean_name(inner, name): name for name in versions}
+    versions |= {clean[name]: saved_versions[found] for found, name in match_names(saved_versions, clean).items()}
+    ready._metadata = versions  # type: ignore[attr-defined]  # the file's where it has them, else the model's
     try:
         inner.load_state_dict(ready, strict=strict)
     except RuntimeError as error:
@@ -65,33 +70,20 @@ def _memory_of(tensor: torch.Tensor) -> Any:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _versions(inner: nn.Module, state: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the modules' versions by the model's names: the file's where it has them, else the model's."""
-    versions: dict[str, Any] = dict(getattr(current, "_metadata", {}))
-    saved: Mapping[str, Any] = getattr(state, "_metadata", {})
-    clean = {clean_name(inner, name): name for name in versions}
-    matched = match_names(saved, clean)
-    return versions | {clean[name]: saved[found] for found, name in matched.items()}
-
-
 def _compare(
-    source: str,
-    inner: nn.Module,
-    values: dict[str, Any],
-    wanted: dict[str, Any],
-    unexpected: list[str],
-    *,
-    strict: bool,
+    source: str, kind: str, values: dict[str, Any], wanted: dict[str, Any], unexpected: list[str], *, strict: bool
 ) -> None:
     unfit = [line for name in wanted if name in values and (line := _difference(name, values[name], wanted[name]))]
-    missing = [name for name in wanted if name not in values]
-    lines = [_missing(name, wanted[name], unexpected) for name in missing]
+    lines = []
+    for name in [name for name in wanted if name not in values]:
+        hint = did_you_mean(name, unexpected, cutoff=0.75)
+        lines.append(f"missing: {name} {_shape(wanted[name])}{hint and f'; {hint}'}")
     lines += [f"unexpected: {name}" for name in unexpected]
     if unfit or (strict and lines) or (wanted and not values):
-        heading = f"{source} does not fit {type(inner).__name__}; nothing was loaded. The differences:"
+        heading = f"{source} does not fit {kind}; nothing was loaded. The differences:"
         raise CheckpointError(_with_heading(heading, [*unfit, *lines]))
     if lines:
-        logger.warning("%s", _with_heading(f"{source} was loaded in part into {type(inner).__name__}:", lines))
+        logger.warning("%s", _with_heading(f"{source} was loaded in part into {kind}:", lines))
 
 
 def _difference(name: str, value: Any, wanted: Any) -> str | None:
@@ -105,11 +97,6 @@ def _difference(name: str, value: Any, wanted: Any) -> str | None:
     if value.is_complex() and not wanted.is_complex():
         return f"type: {name} is {value.dtype} in the file, {wanted.dtype} in the model"
     return None
-
-
-def _missing(name: str, value: Any, unexpected: list[str]) -> str:
-    hint = did_you_mean(name, unexpected, cutoff=0.75)
-    return f"missing: {name} {_shape(value)}{hint and f'; {hint}'}"
 
 
 def _shape(value: Any) -> str:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from duoka import errors
 from duoka.errors import CheckpointError, ConfigError, StorageError
 from duoka.utils.torch_private import default_store
 from duoka.world import World, current_world
@@ -34,10 +33,17 @@ def write_on_rank_zero(path: str, write: Callable[[], None]) -> None:
         return
     count = store.add(f"duoka/save/{path}/calls of {world.rank}", 1)
     key = f"duoka/save/{path}/{count}"
-    if world.is_main:
-        _write_and_publish(store, key, write)
-    else:
+    if not world.is_main:
         _wait(store, key, path, world.rank)
+        return
+    store.set(key, _WRITING)
+    try:
+        write()
+    except BaseException as error:
+        # text, because a pickle would let any process that reaches the store's port run code here
+        store.set(key, json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
+        raise
+    store.set(key, _DONE)
 
 
 def _write_and_broadcast(world: World, write: Callable[[], None]) -> None:
@@ -51,25 +57,6 @@ def _write_and_broadcast(world: World, write: Callable[[], None]) -> None:
     failure = world.broadcast_object(failure)
     if failure is not None:
         raise failure
-
-
-def _write_and_publish(store: Any, key: str, write: Callable[[], None]) -> None:
-    store.set(key, _WRITING)
-    try:
-        write()
-    except BaseException as error:
-        # text, because a pickle would let any process that reaches the store's port run code here
-        store.set(key, json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
-        raise
-    store.set(key, _DONE)
-
-
-def _error_from(outcome: bytes) -> Exception:
-    failure = json.loads(outcome)
-    kind = getattr(errors, failure["type"], None)
-    if kind in (CheckpointError, StorageError, ConfigError):
-        return kind(failure["message"])  # type: ignore[no-any-return]
-    return CheckpointError(f"rank 0 could not save: {failure['type']}: {failure['message']}")
 
 
 def _wait(store: Any, key: str, path: str, rank: int) -> None:
@@ -87,5 +74,10 @@ def _wait(store: Any, key: str, path: str, rank: int) -> None:
             )
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-    if outcome != _DONE:
-        raise _error_from(outcome)
+    if outcome == _DONE:
+        return
+    kind, message = json.loads(outcome).values()
+    for own in (CheckpointError, StorageError, ConfigError):
+        if kind == own.__name__:
+            raise own(message)
+    raise CheckpointError(f"rank 0 could not save: {kind}: {message}")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from duoka.checkpoint.formats import read_file, write_archive, write_safetensors
-from duoka.checkpoint.key_names import clean_name, clean_state, unwrap
+from duoka.checkpoint.key_names import clean_name, clean_state, rename_keys, unwrap
 from duoka.checkpoint.load_state import load_state
 from duoka.checkpoint.rank_zero_write import write_on_rank_zero
 from duoka.checkpoint.sanitize import tensor_bytes, to_plain_types
@@ -96,12 +96,7 @@ def clean_nested(state: Any) -> Any:
 def model_state(model: nn.Module) -> dict[str, Any]:
     """Return the state dict of ``model`` by the names that it has without wrappers around it or its parts."""
     inner = unwrap(model)
-    state = inner.state_dict()
-    cleaned = OrderedDict((clean_name(inner, name), value) for name, value in state.items())
-    if hasattr(state, "_metadata"):
-        versions = {clean_name(inner, name): version for name, version in state._metadata.items()}
-        cleaned._metadata = versions  # type: ignore[attr-defined]
-    return cleaned
+    return rename_keys(inner.state_dict(), lambda name: clean_name(inner, name))
 
 
 @overload
