@@ -82,10 +82,7 @@ class DeviceResidentLoader:
         device = current_world().device if self.device is None else self.device
         tensors = self._on(device)
         inputs, *others = (tensor[samples.to(tensor.device)].to(device) for tensor in tensors)
-        if self.transforms:
-            inputs = _transform(
-                self.transforms, inputs, lambda count: counter_uniform(stream, places.to(device), count)
-            )
+        inputs = _transform(self.transforms, inputs, lambda count: counter_uniform(stream, places.to(device), count))
         if mix_seed is None:
             return (inputs, *others)
         assert self.mix is not None
@@ -133,7 +130,16 @@ class ResidentSource(BatchSource):
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(order_seed(seed, epoch)))
         stream = samples_seed(seed, epoch)
         for first, end in self._global_batches(skip):
-            yield self._local_batch(order, first, end, stream)
+            start, stop, count = self._spec.shard(end - first)
+            if start == stop:
+                yield LocalBatch(None, 0, end - first)
+                continue
+            places, mix_seed = torch.arange(first + start, first + stop), None
+            if loader.mix is not None and self._spec.training:
+                before = (first + start if start else end) - 1  # the mix partner; the first sample's is the last
+                places = torch.cat([torch.tensor([before]), places])
+                mix_seed = seed_at(~stream, first)
+            yield LocalBatch(loader.batch(order[places], places, stream, mix_seed), count, end - first)
 
     def _global_batches(self, skip: int) -> Iterator[tuple[int, int]]:
         """Yield the first place of each global batch after ``skip`` samples, and the place after its last."""
@@ -143,20 +149,6 @@ class ResidentSource(BatchSource):
         for first, following in zip(starts, [*starts[1:], self._length], strict=True):
             if not self._drop_last or following - first > size * (per_step - 1):
                 yield first, following
-
-    def _local_batch(self, order: Tensor, first: int, end: int, stream: int) -> LocalBatch:
-        start, stop = (first + bound for bound in self._spec.bounds(end - first))
-        count, total = stop - start, end - first
-        if not count:
-            if not self._spec.training:
-                return LocalBatch(None, 0, total)
-            start, stop = first, first + 1
-        places, seed = torch.arange(start, stop), None
-        if self._loader.mix is not None and self._spec.training:
-            before = start - 1 if start > first else end - 1  # the mix partner; the first sample's is the last
-            places = torch.cat([torch.tensor([before]), places])
-            seed = seed_at(~stream, first)
-        return LocalBatch(self._loader.batch(order[places], places, stream, seed), count, total)
 
 
 def resident(
@@ -239,6 +231,8 @@ def _mix_collate(mix: Mix, samples: Any) -> tuple[Tensor, Tensor]:
 
 
 def _transform(transforms: Sequence[BatchTransform], inputs: Tensor, uniform: Callable[[int], Tensor]) -> Tensor:
+    if not transforms:
+        return inputs
     images = inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs
     return apply(transforms, images, uniform(sum(transform.num_random for transform in transforms)))
 

@@ -152,11 +152,11 @@ class _SeededFetcher(SampleFetcher):
         dataset = self.dataset
         if not self._detector.used:  # if this draws, the detector calls again
             return dataset.__getitems__(request.indices) if self._loads_many else [dataset[i] for i in request.indices]
-        return [self._one(index, request.stream, place) for place, index in enumerate(request.indices, request.first)]
-
-    def _one(self, index: Any, stream: int, place: int) -> Any:
-        self._detector.seed(seed_at(stream, place))
-        return self.dataset.__getitems__([index])[0] if self._loads_many else self.dataset[index]
+        samples = []
+        for place, index in enumerate(request.indices, request.first):
+            self._detector.seed(seed_at(request.stream, place))
+            samples.append(dataset.__getitems__([index])[0] if self._loads_many else dataset[index])
+        return samples
 
 
 class SeededCollate:

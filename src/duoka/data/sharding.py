@@ -144,12 +144,8 @@ def _source(loader: Any, spec: ShardSpec) -> BatchSource:
                 "a DataLoader with batch_size=None has a DistributedSampler; leave the sampler out, duoka divides the batches"
             )
         return BatchIterableSource(loader, spec, (loader.sampler, loader.dataset))
-    if not inspect.isgeneratorfunction(loader):
-        _check_is_loader(loader)
-    return BatchIterableSource(loader, spec)
-
-
-def _check_is_loader(loader: Any) -> None:
+    if inspect.isgeneratorfunction(loader):
+        return BatchIterableSource(loader, spec)
     name = type(loader).__name__
     if isinstance(loader, Dataset):
         raise ConfigError(
@@ -165,3 +161,4 @@ def _check_is_loader(loader: Any) -> None:
         raise ConfigError(
             f"{name} is no loader; pass a torch.utils.data.DataLoader, or an iterable that yields batches of tensors"
         )
+    return BatchIterableSource(loader, spec)

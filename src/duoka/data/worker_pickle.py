@@ -25,7 +25,10 @@ class PickledByValue:
     """Base of objects that workers get; their attributes are pickled by value where a name may not be importable."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), _dumps(_WorkerPickler, self.__dict__))
+        return object.__new__, (type(self),), _dumps(_WorkerPickler, self.__dict__)
+
+    def __setstate__(self, attributes: bytes) -> None:
+        self.__dict__.update(pickle.loads(attributes))
 
 
 def wrap_result(function: Callable[[], Any]) -> Any:
@@ -72,9 +75,3 @@ def _dumps(pickler: type[_WorkerPickler], value: Any) -> bytes:
     file = io.BytesIO()
     pickler(file).dump(value)
     return file.getvalue()
-
-
-def _restore(kind: type[PickledByValue], attributes: bytes) -> PickledByValue:
-    instance = object.__new__(kind)
-    instance.__dict__.update(pickle.loads(attributes))
-    return instance

@@ -29,9 +29,13 @@ class ShardSpec:
         if not 0 <= self.rank < self.world_size:
             raise invalid_option("rank", self.rank, f"from 0 to {self.world_size - 1}, as world_size={self.world_size}")
 
-    def bounds(self, length: int) -> tuple[int, int]:
-        """Return where this rank's shard of ``length`` samples begins and ends; equal numbers for an empty shard."""
-        return (0, length) if self.world_size == 1 else chunk_bounds(length, self.rank, self.world_size)
+    def shard(self, length: int) -> tuple[int, int, int]:
+        """Return where this rank's shard of ``length`` samples begins and ends, and how many of them count.
+
+        An empty shard has a filler in training: the first sample, which does not count.
+        """
+        start, stop = (0, length) if self.world_size == 1 else chunk_bounds(length, self.rank, self.world_size)
+        return (0, 1, 0) if start == stop and self.training else (start, stop, stop - start)
 
     def random_epoch(self, epoch: int) -> int:
         """Return the epoch that random numbers depend on; it is always 0 in evaluation."""

@@ -98,11 +98,8 @@ class BatchIterableSource(BatchSource):
             if self.fingerprint is None and spec.world_size > 1:
                 self.fingerprint = fingerprint([batch for batch, _ in group])
             total = sum(length for _, length in group)
-            start, stop = spec.bounds(total)
-            if start < stop:
-                yield LocalBatch(_take(group, start, stop, self._has_columns), stop - start, total)
-            else:
-                yield LocalBatch(_take(group, 0, 1, self._has_columns) if spec.training else None, 0, total)
+            start, stop, count = spec.shard(total)
+            yield LocalBatch(_take(group, start, stop, self._has_columns) if start < stop else None, count, total)
 
 
 def _skip_samples(batches: Iterable[Any], skip: int, has_columns: bool) -> Iterator[SizedBatch]:

@@ -40,7 +40,15 @@ def iterable_source(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
             f"the data pipe {type(loader.dataset).__name__} has num_workers={loader.num_workers}: torch divides it over the "
             "processes of a group, so that ranks would read different streams; set num_workers=0"
         )
-    return _source_with_workers(loader, spec)
+    stream, generator = _SeededStream(loader.dataset), torch.Generator()
+    batching = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    seeded_loader = loader_like(loader, stream, generator, collate_fn=_WorkerCollate(loader.collate_fn), **batching)
+
+    def begin(seed: int, epoch: int) -> None:
+        generator.manual_seed(samples_seed(seed, epoch))
+        stream.plan.copy_(torch.tensor([order_seed(seed, epoch) >> 1, epoch], device="cpu"))
+
+    return BatchIterableSource(seeded_loader, spec, (loader.dataset,), begin, loader.collate_fn is default_collate)
 
 
 class _InProcessSource(BatchSource, IterableDataset[LocalBatch]):
@@ -83,13 +91,9 @@ class _InProcessSource(BatchSource, IterableDataset[LocalBatch]):
         for group in self._read(IsolatedRng(order_seed(seed, epoch), self._generators), first):
             if self.fingerprint is None and self._spec.world_size > 1:
                 self.fingerprint = fingerprint(group)
-            start, stop = self._spec.bounds(len(group))
-            if start == stop and not self._spec.training:
-                yield LocalBatch(None, 0, len(group))
-            else:
-                samples = group[start:stop] or group[:1]
-                batch = self._collate(samples, stream, first + start if start < stop else first)
-                yield LocalBatch(batch, stop - start, len(group))
+            start, stop, count = self._spec.shard(len(group))
+            batch = self._collate(group[start:stop], stream, first + start) if start < stop else None
+            yield LocalBatch(batch, count, len(group))
             first += len(group)
 
     def _read(self, isolated: IsolatedRng, skip: int) -> Iterator[list[Any]]:
@@ -104,19 +108,6 @@ class _InProcessSource(BatchSource, IterableDataset[LocalBatch]):
                 yield group[:count]
             if len(group) < self._length:
                 return
-
-
-def _source_with_workers(loader: DataLoader[Any], spec: ShardSpec) -> BatchSource:
-    stream = _SeededStream(loader.dataset)
-    generator = torch.Generator()
-    batching = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    seeded_loader = loader_like(loader, stream, generator, collate_fn=_WorkerCollate(loader.collate_fn), **batching)
-
-    def begin(seed: int, epoch: int) -> None:
-        generator.manual_seed(samples_seed(seed, epoch))
-        stream.plan.copy_(torch.tensor([order_seed(seed, epoch) >> 1, epoch], device="cpu"))
-
-    return BatchIterableSource(seeded_loader, spec, (loader.dataset,), begin, loader.collate_fn is default_collate)
 
 
 class _SeededStream(PickledByValue, IterableDataset[Any]):
@@ -134,20 +125,17 @@ class _SeededStream(PickledByValue, IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            self._begin()
+            info: Any = get_worker_info()
+            seed, epoch = self.plan.tolist()
+            for rng in GLOBAL:
+                rng.seed(seed_at(seed, info.id))
+            for rng in self._held:
+                rng.seed(seed)
+            set_epoch(epoch, self.dataset)
             with restore_shuffled_lists(self.dataset):
                 yield from self.dataset
         except Exception:
             yield from itertools.repeat(wrap_exception())  # for the collation, which returns it
-
-    def _begin(self) -> None:
-        info: Any = get_worker_info()
-        seed, epoch = self.plan.tolist()
-        for rng in GLOBAL:
-            rng.seed(seed_at(seed, info.id))
-        for rng in self._held:
-            rng.seed(seed)
-        set_epoch(epoch, self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
@@ -28,14 +28,6 @@ from duoka.utils.torch_private import stop_dataloader_workers, take_dataloader_i
 def has_index_batches(loader: DataLoader[Any]) -> bool:
     """Whether ``loader`` draws batches of indices; without batching, an index stands for a ready-made batch."""
     return loader.batch_sampler is not None or isinstance(loader.sampler, BatchSampler)
-
-
-class _Size(NamedTuple):
-    """The size of a global batch, noted before this rank's shard of it is loaded."""
-
-    count: int  # type: ignore[assignment]  # not the method of tuples
-    global_count: int
-    is_loaded: bool
 
 
 class _RequestSampler(Sampler[FetchRequest]):
@@ -84,17 +76,16 @@ class MapStyleSource(BatchSource):
     def epoch(self, seed: int, epoch: int, skip: int) -> Iterator[LocalBatch]:
         """Yield the local batches of ``epoch``, without loading the first ``skip`` samples."""
         self._generator.manual_seed(samples_seed(seed, epoch))
-        sizes: deque[_Size] = deque()
+        sizes: deque[LocalBatch] = deque()  # without the samples, which are loaded later
         requests = self._sampler.requests = self._requests(seed, epoch, skip, sizes)
         # without workers and pinning, the fetcher is called directly, which saves the DataLoader's overhead
         batches = map(self._fetcher.load, requests) if self._is_direct else iter(self._loader)
         try:
             for batch in batches:
-                while not (size := sizes.popleft()).is_loaded:
-                    yield LocalBatch(None, 0, size.global_count)
+                while not (size := sizes.popleft()).count and not self._spec.training:
+                    yield size
                 yield LocalBatch(batch, size.count, size.global_count)
-            while sizes:
-                yield LocalBatch(None, 0, sizes.popleft().global_count)
+            yield from sizes
         finally:
             if not self._loader.persistent_workers:
                 stop_dataloader_workers(batches)
@@ -104,8 +95,10 @@ class MapStyleSource(BatchSource):
         """Stop persistent worker processes."""
         stop_dataloader_workers(take_dataloader_iterator(self._loader))
 
-    def _requests(self, seed: int, epoch: int, skip: int, sizes: deque[_Size]) -> Generator[FetchRequest, None, None]:
-        """Yield this rank's requests, and add the size of every global batch to ``sizes``."""
+    def _requests(
+        self, seed: int, epoch: int, skip: int, sizes: deque[LocalBatch]
+    ) -> Generator[FetchRequest, None, None]:
+        """Yield this rank's requests, and add the numbers of samples of every global batch to ``sizes``."""
         spec, random_epoch = self._spec, self._spec.random_epoch(epoch)
         if spec.training:
             set_epoch(epoch, *self._owners, self._dataset)
@@ -116,11 +109,9 @@ class MapStyleSource(BatchSource):
         with restore_shuffled_lists(*self._owners[1:]):
             for indices in merge_batches(skip_samples(batches, skip), spec.batches_per_step, self._drop_last):
                 length = len(indices)
-                start, stop = spec.bounds(length)
-                sizes.append(_Size(stop - start, length, start < stop or spec.training))
+                start, stop, count = spec.shard(length)
+                sizes.append(LocalBatch(None, count, length))
                 if start < stop:
                     local = indices if spec.world_size == 1 else indices[start:stop]
                     yield FetchRequest(local, first + start, stream, dataset_epoch)
-                elif spec.training:
-                    yield FetchRequest(indices[:1], first, stream, dataset_epoch)
                 first += length
