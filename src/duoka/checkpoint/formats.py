@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from duoka.errors import CheckpointError
-from duoka.utils.text import first_line
+from duoka.utils.text import did_you_mean, first_line
 
 _COMMENT = re.compile(rb"duoka crc32=([0-9a-f]{8})\Z")
 _COMMENT_BYTES = len("duoka crc32=00000000")
@@ -91,16 +91,25 @@ def read_file(path: Path, map_location: str | torch.device = "cpu") -> tuple[Any
     """Return the content of ``path`` and whether duoka wrote it; the content decides the format, not the suffix.
 
     Raises:
-        CheckpointError: the file is damaged, would run code, or holds more than numbers, strings and tensors.
+        CheckpointError: the file is missing or damaged, would run code, or holds more than numbers, strings and tensors.
 
     """
-    with path.open("rb") as file:
-        start = file.read(9)
-        if start[8:] == b"{" or (path.suffix == ".safetensors" and start[:2] != b"PK"):
-            is_ours = _verify_safetensors(path, file)
-            return _read_safetensors(path, map_location), is_ours
-        is_ours = start[:2] == b"PK" and _verify_archive(path, file)  # torch before 1.6 wrote no zip, and no checksum
-    return _read_archive(path, map_location), is_ours
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+            if start[8:] == b"{" or (path.suffix == ".safetensors" and start[:2] != b"PK"):
+                is_ours = _verify_safetensors(path, file)
+                return _read_safetensors(path, map_location), is_ours
+            is_ours = start[:2] == b"PK" and _verify_archive(
+                path, file
+            )  # torch before 1.6 wrote no zip, and no checksum
+        return _read_archive(path, map_location), is_ours
+    except FileNotFoundError as error:
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, names, cutoff=0.75) or "check the path"
+        raise CheckpointError(f"there is no file {path}; {hint}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; name a readable checkpoint") from error
 
 
 def _crc32(file: BinaryIO, count: int, crc: int = 0, start: int = 0) -> int:

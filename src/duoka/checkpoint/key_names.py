@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -55,7 +56,8 @@ def clean_state(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """
     if not state or not all(isinstance(key, str) for key in state):
         return state
-    depth = min(_leading_wrappers(_without_compiled(key)) for key in state)
+    parts = zip(*map(_without_compiled, state), strict=False)  # all first parts, all second parts, ...
+    depth = sum(1 for _ in itertools.takewhile(lambda names: set(names) == {WRAPPED}, parts))
     cleaned = rename_keys(state, lambda key: ".".join(_without_compiled(key)[depth:]))
     is_clear = "" not in cleaned and len(cleaned) == len(state)
     return cleaned if is_clear and list(cleaned) != list(state) else state
@@ -71,10 +73,6 @@ def rename_keys(state: Mapping[Any, Any], rename: Callable[[str], str]) -> Order
 
 def _without_compiled(name: str) -> list[str]:
     return [part for part in name.split(".") if part != COMPILED]
-
-
-def _leading_wrappers(parts: list[str]) -> int:
-    return next((index for index, part in enumerate(parts) if part != WRAPPED), len(parts))
 
 
 def match_names(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:

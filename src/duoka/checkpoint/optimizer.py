@@ -37,30 +37,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     saved = [name for group in state["param_groups"] for name in group["params"]]
     matched = match_names(saved, names.values())
     numbers = {name: number for number, name in names.items()}
-    current = [[names[number] for number in group["params"]] for group in optimizer.state_dict()["param_groups"]]
+    own = optimizer.state_dict()["param_groups"]
+    current = [[names[number] for number in group["params"]] for group in own]
     found = [[matched.get(name, name) for name in group["params"]] for group in state["param_groups"]]
-    _check_groups(type(optimizer).__name__, found, current)
-    _check_settings(type(optimizer).__name__, state["param_groups"], optimizer.param_groups)
-    groups = [
-        {**group, "params": [numbers[name] for name in members]}
-        for group, members in zip(state["param_groups"], current, strict=True)
-    ]
+    _check_groups(optimizer, state["param_groups"], found, current)
+    groups = [{**old, "params": new["params"]} for old, new in zip(state["param_groups"], own, strict=True)]
     values = {numbers[matched[name]]: value for name, value in state["state"].items()}
     try:
         optimizer.load_state_dict({**state, "state": values, "param_groups": groups})
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"the state of {type(optimizer).__name__} does not fit: {error}") from error
-
-
-def _check_settings(kind: str, saved: list[dict[str, Any]], current: list[dict[str, Any]]) -> None:
-    """Refuse the state of another optimizer class, which torch would load and the next step would fail on."""
-    added = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}  # by LR schedulers
-    for index, (old, new) in enumerate(zip(saved, current, strict=True)):
-        if missing := sorted(new.keys() - old.keys() - added):
-            raise CheckpointError(
-                f"the state is of another optimizer than {kind}: its group {index} has no {', '.join(missing)}; load it "
-                "into an optimizer of the class that it was saved from"
-            )
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, str]:
@@ -71,14 +57,23 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, str]
     return {number: known.get(id(parameter), f"#{number}") for number, parameter in enumerate(parameters)}
 
 
-def _check_groups(kind: str, found: list[list[str]], wanted: list[list[str]]) -> None:
-    if [sorted(group) for group in found] == [sorted(group) for group in wanted]:
-        return
+def _check_groups(
+    optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]], found: list[list[str]], wanted: list[list[str]]
+) -> None:
+    """Refuse other parameters, and another class's settings, which torch would load and the next step would fail on."""
+    kind = type(optimizer).__name__
     if len(found) != len(wanted):
         raise CheckpointError(f"the saved {kind} has {len(found)} parameter groups, this one {len(wanted)}")
-    for index, (saved, current) in enumerate(zip(found, wanted, strict=True)):
-        missing, unexpected = sorted(set(current) - set(saved)), sorted(set(saved) - set(current))
+    for index, (theirs, ours) in enumerate(zip(found, wanted, strict=True)):
+        missing, unexpected = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
         if missing or unexpected:
             raise CheckpointError(
                 f"group {index} of the saved {kind} has other parameters: without {missing[:10]}, with {unexpected[:10]}"
+            )
+    added = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}  # by LR schedulers
+    for index, (old, new) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
+        if missing := sorted(new.keys() - old.keys() - added):
+            raise CheckpointError(
+                f"the state is of another optimizer than {kind}: its group {index} has no {', '.join(missing)}; load it "
+                "into an optimizer of the class that it was saved from"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from duoka.errors import CheckpointError
 from duoka.utils.pytree import iter_tensors
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
-_SUBCLASSES: tuple[tuple[type, Callable[[Any], Any]], ...] = ((str, str), (int, int), (float, float), (dict, dict))
 
 
 def to_plain_types(state: Any, name: str = "state") -> Any:
@@ -43,17 +41,20 @@ class _Converter:
             return value
         if isinstance(value, torch.Tensor):
             return self.tensor(value, name)
-        if isinstance(value, np.ndarray | np.generic):
-            return self.numpy(value, name)
+        if isinstance(value, np.generic):
+            return self.convert(value.item(), name)
+        if isinstance(value, np.ndarray):
+            return self.array(value, name)
         if type(value) in (dict, OrderedDict, Counter, defaultdict):
             return self.mapping(value, name)
         if type(value) in (list, tuple):
             return type(value)(self.convert(item, f"{name}[{index}]") for index, item in enumerate(value))
         if type(value) is set:
             return {self.convert(item, f"{name}{{...}}") for item in value}
-        for base, plain in _SUBCLASSES:
+        bases: tuple[Any, ...] = (str, int, float, dict)
+        for base in bases:
             if isinstance(value, base):
-                return self.convert(plain(value), name)
+                return self.convert(base(value), name)
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         plain_types = "numbers, strings, tensors, or dicts and lists of them"
         hint = "its state_dict()" if hasattr(value, "state_dict") else plain_types
@@ -62,23 +63,16 @@ class _Converter:
         )
 
     def mapping(self, value: Any, name: str) -> Any:
-        pairs = ((self.key(key, name), self.convert(item, f"{name}[{key!r}]")) for key, item in value.items())
-        if type(value) is Counter:
-            return Counter(dict(pairs))
-        kind = OrderedDict if type(value) is OrderedDict else dict
-        converted: dict[Any, Any] = kind(pairs)
-        if isinstance(converted, OrderedDict) and hasattr(value, "_metadata"):
-            converted._metadata = self.convert(value._metadata, f"{name}._metadata")  # type: ignore[attr-defined]
+        converted: Any = type(value)() if type(value) in (OrderedDict, Counter) else {}
+        for key, item in value.items():
+            if isinstance(key, torch.Tensor):
+                raise CheckpointError(f"{name} has a tensor as a key, which no lookup finds; use a number or a string")
+            converted[self.convert(key, f"a key of {name}")] = self.convert(item, f"{name}[{key!r}]")
+        if type(value) is OrderedDict and hasattr(value, "_metadata"):
+            converted._metadata = self.convert(value._metadata, f"{name}._metadata")
         return converted
 
-    def key(self, key: Any, name: str) -> Any:
-        if isinstance(key, torch.Tensor):
-            raise CheckpointError(f"{name} has a tensor as a key, which no lookup finds; use a number or a string")
-        return self.convert(key, f"a key of {name}")
-
-    def numpy(self, value: np.ndarray[Any, Any] | np.generic, name: str) -> Any:
-        if isinstance(value, np.generic):
-            return self.convert(value.item(), name)
+    def array(self, value: np.ndarray[Any, Any], name: str) -> torch.Tensor:
         try:
             return torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape).clone()
         except TypeError as error:

@@ -18,7 +18,6 @@ from duoka.checkpoint.rank_zero_write import write_on_rank_zero
 from duoka.checkpoint.sanitize import tensor_bytes, to_plain_types
 from duoka.errors import CheckpointError, ConfigError
 from duoka.utils.files import atomic_write
-from duoka.utils.text import did_you_mean
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,7 +56,13 @@ def save(model_or_state: nn.Module | Mapping[Any, Any], path: str | os.PathLike[
         raise ConfigError(f"save takes the model first, then the path: duoka.save(model, {str(model_or_state)!r:.80})")
     path = Path(path)
     check_suffix(path)
-    write_on_rank_zero(str(path), lambda: write(_state_of(model_or_state), path))
+
+    def write_state() -> None:
+        if not isinstance(model_or_state, nn.Module | Mapping):
+            raise ConfigError(f"save takes a module or a dict of state, not a {type(model_or_state).__name__}")
+        write(clean_nested(model_or_state), path)
+
+    write_on_rank_zero(str(path), write_state)
 
 
 def write(state: Any, path: Path) -> None:
@@ -71,12 +76,6 @@ def check_suffix(path: Path) -> None:
     """Raise ``ConfigError`` if ``save`` does not know the suffix of ``path``."""
     if path.suffix not in (*_ARCHIVES, _SAFETENSORS):
         raise ConfigError(f"{path} has the suffix {path.suffix!r}; a model is saved as .pt, .pth or .safetensors")
-
-
-def _state_of(model_or_state: Any) -> Any:
-    if not isinstance(model_or_state, nn.Module | Mapping):
-        raise ConfigError(f"save takes a module or a dict of state, not a {type(model_or_state).__name__}")
-    return clean_nested(model_or_state)
 
 
 def clean_nested(state: Any) -> Any:
@@ -138,23 +137,11 @@ def load(
     if isinstance(path, nn.Module):
         raise ConfigError(f"load takes the path first, then the model: duoka.load({str(into)!r:.80}, into=model)")
     path = Path(path)
-    state, is_ours = read(path, map_location)
+    state, is_ours = read_file(path, map_location)
     if into is None:
         return state if is_ours else clean_nested(state)
     load_state(into, _model_state_in(state, path), strict=strict, source=str(path))
     return into
-
-
-def read(path: Path, map_location: str | torch.device = "cpu") -> tuple[Any, bool]:
-    """Return the content of ``path`` and whether duoka wrote it; ``CheckpointError`` if it cannot be read."""
-    try:
-        return read_file(path, map_location)
-    except FileNotFoundError as error:
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, names, cutoff=0.75) or "check the path"
-        raise CheckpointError(f"there is no file {path}; {hint}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; name a readable checkpoint") from error
 
 
 def _model_state_in(state: Any, path: Path) -> Mapping[str, Any]:

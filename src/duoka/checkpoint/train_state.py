@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from duoka.checkpoint.formats import read_file
 from duoka.checkpoint.rank_zero_write import write_on_rank_zero
-from duoka.checkpoint.save_load import model_state, read, write
+from duoka.checkpoint.save_load import model_state, write
 from duoka.errors import CheckpointError, ConfigError
 
 _FORMAT = "duoka.training"
@@ -59,7 +60,7 @@ def load_training(path: str | os.PathLike[str], *, map_location: str | torch.dev
 
     """
     path = Path(path)
-    document, _ = read(path, map_location)
+    document, _ = read_file(path, map_location)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no training checkpoint of duoka; load a file of weights with duoka.load")
     if not isinstance(version := document.get("version"), int) or version > TRAINING_VERSION:
