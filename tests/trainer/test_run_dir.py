@@ -119,6 +119,18 @@ def test_the_log_has_a_summary_and_one_line_per_epoch(capsys, tmp_path):
     assert (tmp_path / "log.txt").read_text() == shown
 
 
+@pytest.mark.parametrize(
+    ("means", "batch"),
+    [
+        ("per_device", "1 per device x 2 devices = 2 global"),
+        ("global", "1 global, fewer than devices x accumulated: some devices have no sample"),
+    ],
+)
+def test_the_log_shows_a_batch_of_one_sample_on_two_devices(means, batch, capsys):
+    trainer_of(train_data=loader(3, 1), batch_size_means=means, device="cpu:2", epochs=1, verbose=True).fit()
+    assert f"batch: {batch}\n" in capsys.readouterr().out
+
+
 def test_a_silent_fit_prints_nothing(capsys):
     trainer_of(device="cpu:2").fit()
     assert capsys.readouterr() == ("", "")

@@ -39,23 +39,19 @@ class CheckedLoader:
     def __iter__(self) -> Iterator[LocalBatch]:
         at_start = self.loader.position.samples == 0
         batches = iter(self.loader)
-        first = next(batches, None)
-        self._check_same_stream()
-        if first is not None:
-            yield first
-            yield from batches
-        elif at_start:
-            raise self.empty
-
-    def _check_same_stream(self) -> None:
-        """Compare the first samples that each rank has read from a stream, which every rank must read completely."""
-        first, *others = self.world.all_gather_object(self.loader.fingerprint)
-        if not all(first is other or (first and other and same_stream(other, first)) for other in others):
+        first = next(batches, None)  # every rank reads a stream completely, so the first samples must be the same
+        mine, *others = self.world.all_gather_object(self.loader.fingerprint)
+        if not all(mine is other or (mine and other and same_stream(other, mine)) for other in others):
             raise DataError(
                 f"{self.name} yields other samples on another rank: it splits itself by rank, or draws from a random generator "
                 "that duoka does not know. duoka splits every global batch, so samples would be lost. Yield all samples in "
                 "the same order on every rank: do not use torch.distributed.get_rank() or RANK in it"
             )
+        if first is not None:
+            yield first
+            yield from batches
+        elif at_start:
+            raise self.empty
 
 
 def build_loader(spec: FitSpec, name: str, strategy: Strategy) -> CheckedLoader:

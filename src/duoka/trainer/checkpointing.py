@@ -9,14 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from duoka.checkpoint import (
-    load_optimizer_state,
-    load_state,
-    load_training,
-    model_state,
-    optimizer_state,
-    save_training,
-)
+from duoka import checkpoint
 from duoka.errors import CheckpointError
 from duoka.log import logger
 from duoka.trainer.callbacks import State
@@ -43,12 +36,9 @@ def find_checkpoint(config: TrainerConfig) -> Path | None:
     """
     if config.resume is False:
         return None
-    if config.resume is True or config.resume == "auto":
-        assert config.out_dir is not None  # TrainerConfig has checked it
-        path = checkpoint_path(config.out_dir)
-    else:
-        path = Path(config.resume)
-        path = checkpoint_path(path) if path.is_dir() else path
+    is_own = config.resume is True or config.resume == "auto"
+    path = Path(config.out_dir if is_own else config.resume)  # type: ignore[arg-type]  # TrainerConfig has checked it
+    path = checkpoint_path(path) if is_own or path.is_dir() else path
     if path.exists():
         return path
     if config.resume == "auto":
@@ -95,7 +85,7 @@ class TrainCheckpoint:
         """Copy the model's current weights."""
         self.best_weights = {
             name: value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
-            for name, value in model_state(self.module.model).items()
+            for name, value in checkpoint.model_state(self.module.model).items()
         }
 
     def write(self, path: Path, position: Mapping[str, int]) -> None:
@@ -105,12 +95,12 @@ class TrainCheckpoint:
         if not self.world.is_main:
             return
         loss = module.loss
-        save_training(
+        checkpoint.save_training(
             path,
             {
-                "model": model_state(module.model),
-                "loss": model_state(loss) if isinstance(loss, torch.nn.Module) else {},
-                "optimizer": optimizer_state(step.optimizer, module),
+                "model": checkpoint.model_state(module.model),
+                "loss": checkpoint.model_state(loss) if isinstance(loss, torch.nn.Module) else {},
+                "optimizer": checkpoint.optimizer_state(step.optimizer, module),
                 "optimizer_name": type(step.optimizer).__name__,
                 "schedule": step.schedule.state_dict(),
                 "scaler": {} if step.scaler is None else step.scaler.state_dict(),
@@ -143,20 +133,27 @@ class TrainCheckpoint:
                 "duoka.load('model.safetensors', into=model)"
             )
         step.schedule.load_state_dict(saved["schedule"])
-        load_state(module.model, saved["model"], source=str(path))
+        checkpoint.load_state(module.model, saved["model"], source=str(path))
         if isinstance(module.loss, torch.nn.Module):
-            load_state(module.loss, saved["loss"], source=str(path))
-        load_optimizer_state(step.optimizer, module, saved["optimizer"])
+            checkpoint.load_state(module.loss, saved["loss"], source=str(path))
+        checkpoint.load_optimizer_state(step.optimizer, module, saved["optimizer"])
         if step.scaler is not None and saved["scaler"]:
             step.scaler.load_state_dict(saved["scaler"])
         self.state.restore(saved["state"])
         self.has_unused_parameters = saved["has_unused_parameters"]
         self._check_best(path, saved["monitor"], has_weights=saved["has_best"])
-        return saved["position"], self._restore_rank(saved["ranks"])
+        ranks, world = saved["ranks"], self.world
+        if len(ranks) == world.size:
+            step.loss_meter.restore(ranks[world.rank]["loss_meter"])
+            return saved["position"], ranks[world.rank]["rng"]
+        if world.is_main:
+            totals, weights = zip(*(rank["loss_meter"] for rank in ranks), strict=True)
+            step.loss_meter.restore((sum(totals), sum(weights)))
+        return saved["position"], None
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Read the file on rank 0, which keeps the best weights."""
-        saved = load_training(path)
+        saved = checkpoint.load_training(path)
         if missing := {"model", "optimizer", "schedule", "position", "state", "ranks"} - saved.keys():
             raise CheckpointError(
                 f"{path} is not a Trainer's checkpoint: it has {', '.join(map(str, saved)) or 'nothing'} and lacks "
@@ -175,13 +172,3 @@ class TrainCheckpoint:
                 logger.warning("%s: %s; the search for the best starts again with monitor=%r", path, why, self.monitor)
             state.best, state.evaluations_without_improvement = None, 0
             self.best_weights = {}
-
-    def _restore_rank(self, ranks: list[dict[str, Any]]) -> Any:
-        meter, world = self.train_step.loss_meter, self.world
-        if len(ranks) == world.size:
-            meter.restore(ranks[world.rank]["loss_meter"])
-            return ranks[world.rank]["rng"]
-        if world.is_main:
-            totals, weights = zip(*(rank["loss_meter"] for rank in ranks), strict=True)
-            meter.restore((sum(totals), sum(weights)))
-        return None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import optim
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -20,15 +21,10 @@ from duoka.utils.text import did_you_mean
 from duoka.utils.validation import check_choice, check_field_types, check_integer, check_number, invalid_option
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
+    kind.__name__.lower(): kind
+    for kind in (optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.NAdam, optim.RAdam)
 }
-"""Optimizers by name."""
+"""Optimizers by name: adam, adamw, sgd, rmsprop, ..."""
 
 SCHEDULERS = {"cosine": "T_max", "multistep": "milestones", "onecycle": "total_steps"}
 """Learning-rate schedules by name, each with its option that replaces the length of the run."""

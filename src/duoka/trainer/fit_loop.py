@@ -76,8 +76,7 @@ class FitLoop:
             self.steps_per_epoch = -(-len(self.train_loader) // config.gradient_accumulation_steps)
         seed_all((config.seed + 1_000_003 * world.rank) % 2**63)  # ranks differ, so that their dropout masks do
         self.train_step = self._build_train_step()
-        if not self.train_metrics.empty:
-            module.capture_outputs, self.train_step.after_backward = True, self._update_train_metrics
+        module.capture_outputs = not self.train_metrics.empty
         self.state = State(spec.model, self.train_step.optimizer, config.epochs, self.train_step.loss_meter)
         reporter: Reporter = reporter_for(config.verbose) if world.is_main else Reporter()
         stack.callback(reporter.close)
@@ -100,12 +99,6 @@ class FitLoop:
         for callback in self.callbacks:
             getattr(callback, event)(self.state)
 
-    def _update_train_metrics(self) -> None:
-        """Add the batch of the last backward to the training metrics."""
-        assert self.module.captured is not None  # its forward has set it
-        self.train_metrics.update(*self.module.captured)
-        self.module.captured = None
-
     def _build_train_step(self) -> TrainStep:
         config, factor = self.config, scaled_learning_rate(self.config, self.strategy.replicas).factor
         optimizer = build_optimizer(config, self.module, factor)
@@ -113,8 +106,8 @@ class FitLoop:
         is_plain = self.strategy.name == "single" and not config.compile
         self.module.single_batch_step = is_plain and config.gradient_accumulation_steps == 1
         scaler = torch.amp.GradScaler(self.world.device.type) if config.precision == "fp16" else None
-        meter, limit = LossMeter(self.world.device), config.max_grad_norm
-        return TrainStep(self.module, self.strategy, optimizer, schedule, meter, max_grad_norm=limit, scaler=scaler)
+        parts = self.module, self.strategy, optimizer, schedule, LossMeter(self.world.device), self.train_metrics
+        return TrainStep(*parts, max_grad_norm=config.max_grad_norm, scaler=scaler)
 
     def run(self) -> FitOutcome:
         """Train to the end, or until stopped, and return the results."""
@@ -142,7 +135,13 @@ class FitLoop:
         Nothing is written before the checkpoint has been accepted, so an error leaves the folder unchanged.
         """
         path = run_on_rank_zero(self.world, lambda: find_checkpoint(self.config))
-        epoch = 0 if path is None else self._resume(path)
+        epoch = 0
+        if path is not None:
+            position, self.resumed_rng = self.checkpoint.restore(path)
+            epoch, self.order_seed = int(position["epoch"]), int(position["seed"])
+            if self.order_seed != self.config.seed and self.world.is_main:
+                differs = f"seed={self.config.seed} differs from seed={self.order_seed} of {path}"
+                logger.warning("%s; the sample order continues with the checkpoint's seed", differs)
         self.best_tracker.check_patience(self.state)
         run_on_rank_zero(self.world, lambda: self._open_run_dir(resumed=path))
         if path is not None:
@@ -151,14 +150,6 @@ class FitLoop:
             optimizer, tracker = self.train_step.optimizer, self.best_tracker
             self.log.say(*startup_summary(self.spec, self.strategy, self.strategy_reason, optimizer, tracker.summary))
         return epoch
-
-    def _resume(self, path: Path) -> int:
-        position, self.resumed_rng = self.checkpoint.restore(path)
-        if position["seed"] != self.config.seed and self.world.is_main:
-            differs = f"seed={self.config.seed} differs from seed={position['seed']} of {path}"
-            logger.warning("%s; the sample order continues with the checkpoint's seed", differs)
-        self.order_seed = int(position["seed"])
-        return int(position["epoch"])
 
     def _open_run_dir(self, *, resumed: Path | None) -> None:
         """Prepare the folder; its run continues if ``resumed`` is its own checkpoint."""
@@ -211,7 +202,8 @@ class FitLoop:
         if self.config.compile:
             self.module.compile()
         wrapped = self.strategy.wrap(self.module, find_unused_parameters=find_unused_parameters)
-        self.train_step.use(wrapped, self.module, compiled=self.config.compile)
+        if self.config.compile or wrapped is not self.module:
+            self.train_step.call = wrapped
         self.is_wrapped = True
 
     def _after_step(self, epoch: int) -> bool:
@@ -236,7 +228,10 @@ class FitLoop:
             schedule.after_epoch()
             if self.eval_loader is None:
                 schedule.after_evaluation(record["train_loss"])
-        is_best = self._is_evaluation_due(epoch) and self._evaluate(record, end_of_epoch=is_complete)
+        is_last = epoch + 1 == self.config.epochs or self._is_last_step()
+        is_due = is_last or (epoch + 1) % self.config.eval_every_epochs == 0
+        is_due = self.eval_loader is not None and (is_due or self._should_stop())
+        is_best = is_due and self._evaluate(record, end_of_epoch=is_complete)
         if not is_complete:
             self._write_checkpoint(epoch, state.samples_in_epoch)
         meter.reset()
@@ -246,12 +241,6 @@ class FitLoop:
             state.samples_in_epoch = 0
             self._write_checkpoint(epoch + 1, 0)
         self.log.end_epoch(record, is_best=is_best)  # after the checkpoint: a user who reads this line may interrupt
-
-    def _is_evaluation_due(self, epoch: int) -> bool:
-        if self.eval_loader is None:
-            return False
-        is_last = epoch + 1 == self.config.epochs or self._is_last_step()
-        return is_last or (epoch + 1) % self.config.eval_every_epochs == 0 or self._should_stop()
 
     def _evaluate(self, record: dict[str, Any], *, end_of_epoch: bool) -> bool:
         """Evaluate, add the results to ``record`` and return whether they are the best so far."""
@@ -286,7 +275,7 @@ class FitLoop:
             test = evaluate(self.module, self.test_loader, self.metrics, self.world)
             self.log.results("test", test)
         if self.run_dir is not None:
-            self.run_dir.finish(state.history)
+            self.run_dir.draw(state.history)
         self._notify("on_fit_end")
         validation = state.validation if state.best is None else state.best.results
         return FitOutcome(validation, test, state.history, state.best, state.stop_reason)

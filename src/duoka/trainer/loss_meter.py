@@ -22,29 +22,26 @@ class LossMeter:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total = torch.zeros((), dtype=dtype, device=device)
         self.weight: Any = 0
-        self._means: list[torch.Tensor] = []
-        self._counts: list[int] = []
-        self._sums: list[torch.Tensor] = []
-        self._weights: list[torch.Tensor] = []
+        self._means: list[tuple[torch.Tensor, int]] = []
+        self._sums: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def reset(self) -> None:
         """Drop all values."""
         self.total.zero_()
         self.weight = 0
-        for waiting in (self._means, self._counts, self._sums, self._weights):
-            waiting.clear()
+        self._means.clear()
+        self._sums.clear()
 
     def add(self, mean: torch.Tensor, count: int) -> None:
         """Add the mean over ``count`` samples."""
-        self._means.append(mean.detach())
-        self._counts.append(count)
-        if len(self._counts) == FOLD_EVERY:
+        self._means.append((mean.detach(), count))
+        if len(self._means) == FOLD_EVERY:
             self._fold()
 
     def add_sum(self, total: torch.Tensor, weight: Any) -> None:
         """Add a sum and its weight, which is a number or a tensor on the device."""
-        self._sums.append(total.detach())
-        self._weights.append(torch.as_tensor(weight, dtype=self.total.dtype, device=self.total.device).detach())
+        weight = torch.as_tensor(weight, dtype=self.total.dtype, device=self.total.device)
+        self._sums.append((total.detach(), weight.detach()))
         if len(self._sums) == FOLD_EVERY:
             self._fold()
 
@@ -72,14 +69,14 @@ class LossMeter:
 
     def _fold(self) -> None:
         dtype, device = self.total.dtype, self.total.device
-        if self._counts:
-            counts = torch.tensor(self._counts, dtype=dtype, device="cpu").to(device, non_blocking=True)
-            self.total.add_((torch.stack(self._means).to(dtype) * counts).sum())
-            self.weight = self.weight + sum(self._counts)
+        if self._means:
+            means, numbers = zip(*self._means, strict=True)
+            counts = torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
+            self.total.add_((torch.stack(means).to(dtype) * counts).sum())
+            self.weight = self.weight + sum(numbers)
             self._means.clear()
-            self._counts.clear()
         if self._sums:
-            self.total.add_(torch.stack(self._sums).to(dtype).sum())
-            self.weight = self.weight + torch.stack(self._weights).sum()
+            sums, weights = zip(*self._sums, strict=True)
+            self.total.add_(torch.stack(sums).to(dtype).sum())
+            self.weight = self.weight + torch.stack(weights).sum()
             self._sums.clear()
-            self._weights.clear()

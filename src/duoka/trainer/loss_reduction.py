@@ -48,7 +48,8 @@ def own_loss(output: Any) -> Loss | None:
         return to_scalar(named)
     if isinstance(output, torch.Tensor):
         return output if output.ndim == 0 else None
-    return _pair_of_scalars(output) if _is_sum_and_weight(output) and output[0].ndim == 0 else None
+    pair = _sum_and_weight(output)
+    return pair if pair is not None and output[0].ndim == 0 else None
 
 
 def to_scalar(result: Any) -> Loss:
@@ -62,8 +63,8 @@ def to_scalar(result: Any) -> Loss:
             f"the loss has the shape {tuple(result.shape)}, but it must be one number, the mean over the batch "
             f'(reduction="mean"); if the model returns no loss, {GIVE_A_LOSS}'
         )
-    if _is_sum_and_weight(result) and result[0].numel() == 1:
-        return _pair_of_scalars(result)
+    if (pair := _sum_and_weight(result)) is not None:
+        return pair
     if isinstance(result, numbers.Number):
         raise ConfigError(
             f"the loss returned the number {result!r}, which has no gradient; return the tensor, without .item() or float()"
@@ -74,17 +75,16 @@ def to_scalar(result: Any) -> Loss:
     return loss
 
 
-def _pair_of_scalars(pair: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
-    total, weight = pair
-    return total.reshape(()), weight.reshape(()) if isinstance(weight, torch.Tensor) else weight
-
-
-def _is_sum_and_weight(output: Any) -> bool:
-    """Return whether ``output`` may be ``(sum, weight)``; a tuple of loss and logits is not."""
+def _sum_and_weight(output: Any) -> tuple[torch.Tensor, Any] | None:
+    """Return ``output`` as scalars if it may be ``(sum, weight)``, else ``None``: for a tuple of loss and logits."""
     if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], torch.Tensor)):
-        return False
-    weight = output[1]
-    return weight.numel() == 1 if isinstance(weight, torch.Tensor) else isinstance(weight, numbers.Real)
+        return None
+    total, weight = output
+    if isinstance(weight, torch.Tensor) and weight.numel() == 1:
+        weight = weight.reshape(())
+    elif not isinstance(weight, numbers.Real):
+        return None
+    return (total.reshape(()), weight) if total.numel() == 1 else None
 
 
 def reduce_loss(loss: Callable[..., Any], output: Any, target: Any, *, is_whole_step: bool = False) -> Any:

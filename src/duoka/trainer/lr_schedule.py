@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -40,25 +39,22 @@ class LRSchedule:
         self.every_step = self.interval == "step"
         self.steps = 0
         self.peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.changes_within_epoch = self.warmup_steps > 0 or (self.scheduler is not None and self.every_step)
+        self.signature = (
+            "no schedule" if self.scheduler is None else f"{type(self.scheduler).__name__} every {self.interval}"
+        )
+        """The scheduler's class and interval; both must match to resume."""
         self._set_warmup()
-
-    @property
-    def is_constant_within_epoch(self) -> bool:
-        """Whether ``after_step`` never changes the learning rate."""
-        return self.warmup_steps == 0 and (self.scheduler is None or not self.every_step)
 
     def after_step(self) -> None:
         """Advance by one optimizer step."""
         self.steps += 1
+        scheduler = self.scheduler  # a cycle may have no step left: data may yield more batches than their length says
+        has_ended = isinstance(scheduler, OneCycleLR) and scheduler.last_epoch + 1 >= scheduler.total_steps
         if self.steps <= self.warmup_steps:
             self._set_warmup()
-        elif self.every_step and self.scheduler is not None and not self._has_ended():
-            self.scheduler.step()
-
-    def _has_ended(self) -> bool:
-        """Return whether a cycle has no step left: data may yield more batches than their length says."""
-        scheduler = self.scheduler
-        return isinstance(scheduler, OneCycleLR) and scheduler.last_epoch + 1 >= scheduler.total_steps
+        elif self.every_step and scheduler is not None and not has_ended:
+            scheduler.step()
 
     def after_epoch(self) -> None:
         """Advance by one epoch, after the warm-up."""
@@ -71,11 +67,6 @@ class LRSchedule:
         """Pass the monitored value or the loss to ``ReduceLROnPlateau``."""
         if isinstance(self.scheduler, ReduceLROnPlateau) and value is not None:
             self.scheduler.step(value)
-
-    @property
-    def signature(self) -> str:
-        """The scheduler's class and interval; both must match to resume."""
-        return "no schedule" if self.scheduler is None else f"{type(self.scheduler).__name__} every {self.interval}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -123,7 +114,7 @@ class LRSchedule:
 
 
 def build_schedule(
-    config: TrainerConfig, optimizer: Optimizer, steps_per_epoch: int | None, lr_factor: float = 1.0
+    config: TrainerConfig, optimizer: Optimizer, steps_per_epoch: int | None, lr_factor: float
 ) -> LRSchedule:
     """Return the schedule of ``config``; ``lr_factor`` is the learning rate's growth for several devices.
 
@@ -140,12 +131,10 @@ def build_schedule(
     warmup = config.warmup_steps or math.ceil(config.warmup_epochs * (steps_per_epoch or 0))
     start = 1 / lr_factor if lr_factor > 1 else 0.0
     interval = config.scheduler_interval or ("step" if config.scheduler in ("onecycle", OneCycleLR) else "epoch")
-    if config.scheduler is None:
-        return LRSchedule(optimizer, None, interval, warmup, start)
     is_named = isinstance(config.scheduler, str)
     length = _length(config, interval, steps_per_epoch, warmup) if is_named else 0
     has_planned_length = is_named and SCHEDULERS[config.scheduler] not in config.scheduler_options
-    scheduler = _build_scheduler(config, optimizer, interval, length)
+    scheduler = None if config.scheduler is None else _build_scheduler(config, optimizer, interval, length)
     return LRSchedule(optimizer, scheduler, interval, warmup, start, length if has_planned_length else None)
 
 
@@ -154,8 +143,7 @@ def _build_scheduler(config: TrainerConfig, optimizer: Optimizer, interval: str,
     chosen, options = config.scheduler, dict(config.scheduler_options)
     if isinstance(chosen, (str, type)):  # a function takes no options
         try:
-            build = functools.partial(_from_name, chosen, length) if isinstance(chosen, str) else chosen
-            scheduler = build(optimizer, **options)
+            scheduler = _from_name_or_class(chosen, length, optimizer, options)
         except (TypeError, ValueError) as error:
             shown = getattr(chosen, "__name__", repr(chosen))
             raise ConfigError(f"scheduler={shown} with scheduler_options={options!r}: {error}") from error
@@ -184,10 +172,12 @@ def _length(config: TrainerConfig, interval: str, steps_per_epoch: int | None, w
     return max(1, total - warmup)
 
 
-def _from_name(name: str, length: int, optimizer: Optimizer, **options: Any) -> LRScheduler:
-    if name == "cosine":
+def _from_name_or_class(chosen: Any, length: int, optimizer: Optimizer, options: dict[str, Any]) -> LRScheduler:
+    if isinstance(chosen, type):
+        return chosen(optimizer, **options)  # type: ignore[no-any-return]
+    if chosen == "cosine":
         return CosineAnnealingLR(optimizer, **{"T_max": length, **options})
-    if name == "multistep":
+    if chosen == "multistep":
         milestones = sorted({max(1, length // 2), max(1, length * 3 // 4)})
         return MultiStepLR(optimizer, **{"milestones": milestones, **options})
     highest = [float(group["lr"]) for group in optimizer.param_groups]

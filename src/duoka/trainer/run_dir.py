@@ -75,23 +75,20 @@ class RunDir:
                 if isinstance(value, (int, float)) and name not in ("epoch", "step"):
                     self.events.add_scalar(name, value, latest["step"])
         if time.perf_counter() - self.drawn_at > CURVES_INTERVAL_S and self.drawn_at:
-            self._draw(history)
+            self.draw(history)
         self.drawn_at = self.drawn_at or time.perf_counter()
 
-    def finish(self, history: list[dict[str, Any]]) -> None:
-        """Draw the final curves."""
+    def draw(self, history: list[dict[str, Any]]) -> None:
+        """Draw the curves of the records."""
         if history:
-            self._draw(history)
+            draw_curves(self.path / "plots" / "curves.png", history)
+            self.drawn_at = time.perf_counter()
 
     def close(self) -> None:
         """Close the event file and its thread."""
         if self.events is not None:
             self.events.close()
             self.events = None
-
-    def _draw(self, history: list[dict[str, Any]]) -> None:
-        draw_curves(self.path / "plots" / "curves.png", history)
-        self.drawn_at = time.perf_counter()
 
     def _write(self, name: str, content: str) -> None:
         with atomic_write(self.path / name) as file:

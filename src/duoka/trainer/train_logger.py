@@ -131,30 +131,23 @@ def startup_summary(
     total = sum(parameter.numel() for parameter in spec.model.parameters())
     trained = sum(parameter.numel() for parameter in spec.model.parameters() if parameter.requires_grad)
     yield f"parameters: {_format_count(total)}" + ("" if trained == total else f", {_format_count(trained)} trained")
-    size = loader_batch_size(spec.train_data)
+    size, accumulated = loader_batch_size(spec.train_data), config.gradient_accumulation_steps
     if isinstance(size, int) and size > 0:
-        yield f"batch: {_batch_sizes(config, size, strategy.replicas)}"
-    yield f"optimizer: {type(optimizer).__name__}, {_learning_rates(config, optimizer, strategy.replicas)}"
+        is_global = config.batch_size_means == "global"
+        size *= accumulated if is_global else 1
+        if is_global and size < strategy.replicas * accumulated:
+            yield f"batch: {size} global, fewer than devices x accumulated: some devices have no sample"
+        else:
+            yield f"batch: {Batch(size, strategy.replicas, config.batch_size_means, accumulated).summary}"
+    rates = sorted({float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups})
+    lr = f"lr {', '.join(f'{rate:g}' for rate in rates)} (the optimizer's own)"
+    if config.lr is not None:
+        lr = scaled_learning_rate(config, strategy.replicas).summary
+    yield f"optimizer: {type(optimizer).__name__}, {lr}"
     if config.precision != "fp32":
         yield f"precision: {config.precision}"
     if monitors:
         yield monitors
-
-
-def _batch_sizes(config: TrainerConfig, size: int, replicas: int) -> str:
-    """Return the batch arithmetic; ``size`` is the loader's batch size."""
-    accumulate = config.gradient_accumulation_steps
-    factor = accumulate if config.batch_size_means == "global" else 1
-    if size * factor < replicas * accumulate:
-        return f"{size * accumulate} global, fewer than devices x accumulated: some devices have no sample"
-    return Batch(size * factor, replicas, config.batch_size_means, accumulate).summary
-
-
-def _learning_rates(config: TrainerConfig, optimizer: torch.optim.Optimizer, replicas: int) -> str:
-    if config.lr is not None:
-        return scaled_learning_rate(config, replicas).summary
-    rates = sorted({float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups})
-    return f"lr {', '.join(f'{rate:g}' for rate in rates)} (the optimizer's own)"
 
 
 def _device_names(devices: tuple[torch.device, ...]) -> str:

@@ -17,6 +17,8 @@ from duoka.strategy import Strategy
 from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.loss_reduction import MeanLoss
 from duoka.trainer.lr_schedule import LRSchedule
+from duoka.trainer.metrics import Metrics
+from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.utils.torch_private import BatchNorm
 
 
@@ -37,23 +39,22 @@ class TrainStep:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: ModelWithLoss,
         strategy: Strategy,
         optimizer: Optimizer,
         schedule: LRSchedule,
         loss_meter: LossMeter,
+        train_metrics: Metrics,
         *,
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        self.module, self.train_metrics = module, train_metrics
         self.call: Callable[[Any], Any] = module.forward
+        """Computes the loss of a batch. Without a wrapper this is ``forward`` itself, as ``ModelWithLoss`` has no hooks."""
         self._loss_share = strategy.loss_scale
-        self.strategy = strategy
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.loss_meter = loss_meter
-        self.max_grad_norm = max_grad_norm
-        self.scaler = scaler
+        self.strategy, self.optimizer, self.schedule = strategy, optimizer, schedule
+        self.loss_meter, self.max_grad_norm, self.scaler = loss_meter, max_grad_norm, scaler
         self.device = strategy.world.device
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.modules = list(module.modules())
@@ -65,10 +66,7 @@ class TrainStep:
         self._on_cpu = self.device.type == "cpu"  # loaders yield CPU tensors
         self._weight: torch.Tensor | None = None
         self._is_single_batch = True
-        self._has_step_schedule = not schedule.is_constant_within_epoch
         self._last_grad_scale: float | None = None
-        self.after_backward: Callable[[], None] | None = None
-        """Called after the backward of each batch with samples; updates training metrics."""
 
     def step(self, window: list[LocalBatch]) -> int:
         """Take one optimizer step and return its number of samples over all ranks."""
@@ -89,13 +87,6 @@ class TrainStep:
         self.strategy.all_reduce_gradients(used)
         self._update()
         return total, sorted(set.union(*by_rank))
-
-    def use(self, wrapped: nn.Module, module: nn.Module, *, compiled: bool) -> None:
-        """Call ``wrapped``, the strategy's wrapper around ``module``, in all further steps.
-
-        Without a wrapper, ``forward`` is called directly: ``ModelWithLoss`` has no hooks.
-        """
-        self.call = module.forward if wrapped is module and not compiled else wrapped
 
     def _accumulate(self, window: list[LocalBatch]) -> int:
         self._is_single_batch = len(window) == 1
@@ -138,8 +129,9 @@ class TrainStep:
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         loss.backward()
-        if self.after_backward is not None and count:
-            self.after_backward()
+        if count and self.module.captured is not None:
+            self.train_metrics.update(*self.module.captured)
+            self.module.captured = None
 
     def _reduce_sum(self, loss: tuple[torch.Tensor, Any], count: int) -> torch.Tensor:
         total, weight = loss
@@ -161,13 +153,11 @@ class TrainStep:
             scaler.unscale_(optimizer)
         if self.max_grad_norm is not None:
             self.strategy.clip(self.parameters, self.max_grad_norm)
-        stepped = True
         if scaler is None:
             optimizer.step()
-        else:
-            stepped = self._scaled_step(scaler)
+        stepped = scaler is None or self._scaled_step(scaler)
         self.zero_grad()
-        if self._has_step_schedule and stepped:
+        if stepped and self.schedule.changes_within_epoch:
             self.schedule.after_step()
 
     def zero_grad(self) -> None:
@@ -184,7 +174,7 @@ class TrainStep:
     def _scaled_step(self, scaler: torch.amp.GradScaler) -> bool:
         """Step unless a gradient overflowed; return whether it stepped. Only a schedule needs the answer: it is a wait."""
         before = self._last_grad_scale
-        if before is None and self._has_step_schedule:
+        if before is None and self.schedule.changes_within_epoch:
             before = scaler.get_scale()
         scaler.step(self.optimizer)
         scaler.update()
@@ -200,8 +190,8 @@ def _frozen_batch_norm(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     SyncBatchNorm communicates with the other ranks in training, so it keeps its mode.
     """
-    frozen = [layer for layer in modules if layer.training and isinstance(layer, BatchNorm)]
-    frozen = [layer for layer in frozen if not isinstance(layer, nn.SyncBatchNorm)]
+    layers = (layer for layer in modules if isinstance(layer, BatchNorm) and not isinstance(layer, nn.SyncBatchNorm))
+    frozen = [layer for layer in layers if layer.training]
     for layer in frozen:
         layer.training = False
     try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -114,15 +113,12 @@ class Trainer:
         """The best evaluation of the last ``fit``; ``None`` without ``monitor``."""
         self.stopped: str = ""
         """Reason why the last ``fit`` ended early; empty if it did not."""
-        self.devices, self.reason = self._choose_devices()
-
-    def _choose_devices(self) -> tuple[tuple[torch.device, ...], str]:
         choice = devices.resolve(self.config.device)
-        limit = "" if self.config.use_multi_gpu else "use_multi_gpu=False"
-        limit = limit or ("strategy='single'" if self.config.strategy == "single" else "")
-        if limit and len(choice.devices) > 1:
-            return choice.devices[:1], f"{choice.reason.rstrip('.')}; {limit} uses the first"
-        return choice.devices, choice.reason
+        self.devices, self.reason = choice.devices, choice.reason
+        limit = "strategy='single'" if self.config.use_multi_gpu else "use_multi_gpu=False"
+        is_limited = self.config.strategy == "single" or not self.config.use_multi_gpu
+        if is_limited and len(choice.devices) > 1:
+            self.devices, self.reason = choice.devices[:1], f"{choice.reason.rstrip('.')}; {limit} uses the first"
 
     def fit(self, save_model: bool = True, model_path: str | Path | None = None) -> FitResult:
         """Train, and return the results on ``eval_data`` and ``test_data``.
@@ -153,7 +149,8 @@ class Trainer:
         path = (default if model_path is None else Path(model_path)) if save_model else None
         if path is not None:
             checkpoint.check_suffix(path)
-        outcome: FitOutcome = self._launch(fit_on_rank, self._spec(weights_path=path))
+        data = {"train_data": self.train_data, "eval_data": self.eval_data, "test_data": self.test_data}
+        outcome: FitOutcome = self._launch(fit_on_rank, weights_path=path, **data)
         self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stop_reason
         return FitResult(outcome.validation, outcome.test)
 
@@ -162,7 +159,7 @@ class Trainer:
         data = self.eval_data if data is None else data
         if data is None:
             raise ConfigError("evaluate needs data: evaluate(data), or Trainer(..., eval_data=...)")
-        return self._launch(_evaluate_on_rank, self._spec(eval_data=data), False)  # type: ignore[no-any-return]
+        return self._launch(_evaluate_on_rank, False, eval_data=data)  # type: ignore[no-any-return]
 
     def predict(self, data: Any) -> Any:
         """Return the model's predictions for ``data`` on the CPU: in the order of the data set, each sample once.
@@ -173,18 +170,17 @@ class Trainer:
         A batch may hold a target, which the model does not get: a tuple longer than the required arguments of
         ``forward`` ends with one. ``Trainer(..., predict_fn=...)`` replaces this rule.
         """
-        return self._launch(_evaluate_on_rank, self._spec(eval_data=in_dataset_order(data)), True)
+        return self._launch(_evaluate_on_rank, True, eval_data=in_dataset_order(data))
 
-    def _spec(self, **changes: Any) -> FitSpec:
+    def _launch(self, function: Callable[..., Any], *arguments: Any, **data: Any) -> Any:
+        """Run ``function`` on every device: on this process's own inside ``duoka.launch`` or a cluster job."""
         lazy = [name for name, parameter in self.model.named_parameters() if is_lazy(parameter)]
         if lazy:
             raise ConfigError(
                 f"the model has lazy parameters without a shape ({', '.join(lazy[:5])}); call it once with a batch first: "
                 "model(inputs)"
             )
-        if "eval_data" not in changes:
-            changes.update(train_data=self.train_data, eval_data=self.eval_data, test_data=self.test_data)
-        return FitSpec(
+        spec = FitSpec(
             self.model,
             self.config,
             loss=self.loss,
@@ -193,11 +189,8 @@ class Trainer:
             devices=self.devices,
             reason=self.reason,
             rank_zero=RankZeroOnly(self.callbacks),
-            **changes,
+            **data,
         )
-
-    def _launch(self, function: Callable[..., Any], spec: FitSpec, *arguments: Any) -> Any:
-        """Run ``function`` on every device: on this process's own inside ``duoka.launch`` or a cluster job."""
         if has_current_world():
             return function(dataclasses.replace(spec, devices=(current_world().device,)), *arguments)
         if is_in_cluster_job(self.config.device):
@@ -227,10 +220,6 @@ def _checked_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     return given
 
 
-def _signature() -> inspect.Signature:
-    """Return the signature of ``Trainer`` with every field of ``TrainerConfig``, for ``help`` and editors."""
-    _, *own, _ = inspect.signature(Trainer.__init__).parameters.values()  # without self and options
-    return inspect.Signature([*own, *inspect.signature(TrainerConfig).parameters.values()])
-
-
-Trainer.__signature__ = _signature()  # type: ignore[attr-defined]
+# for ``help`` and editors, a signature with every field of TrainerConfig in place of ``options``
+_own = list(inspect.signature(Trainer.__init__).parameters.values())[1:-1]
+Trainer.__signature__ = inspect.Signature([*_own, *inspect.signature(TrainerConfig).parameters.values()])  # type: ignore[attr-defined]
