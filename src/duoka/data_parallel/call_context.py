@@ -12,6 +12,7 @@ import torch
 
 from duoka.data_parallel.device_remap import RemapCuda, is_remapping
 from duoka.data_parallel.messages import ContextFactory
+from duoka.utils.rng_state import draw_seed_from_copy
 
 
 def capture_modes(device: torch.device, context: ContextFactory | None = None) -> tuple[ContextFactory, ...]:
@@ -36,9 +37,7 @@ def draw_seed(device: torch.device) -> int:
 
     Both states are in host memory, so the host does not wait for the device.
     """
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = draw_seed_from_copy(2**62)
     if device.type == "cpu":
         return seed
     state = torch.get_device_module(device).get_rng_state(device)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # first imported while a group exists, it would keep that group for good
 
 from duoka.devices.cpu import threads_per_rank
-from duoka.utils.rng_state import rng_state, seed_all, set_rng_state
+from duoka.utils.rng_state import draw_seed_from_copy, rng_state, seed_all, set_rng_state
 from duoka.utils.torch_private import abort_default_process_group, set_default_group_timeout
 from duoka.workers.exceptions import RendezvousError, call_user_code
 from duoka.workers.process_context import restore_environment
@@ -45,7 +45,7 @@ def rank_contexts(devices: Sequence[torch.device], timeout_s: float) -> Iterator
     The ranks exchange addresses in a file of that folder, which takes no port and which other users cannot read. Each
     launch has a new path, because torch's store opens its path again when it is freed, at any later time.
     """
-    size, seed = len(devices), _base_seed()
+    size, seed = len(devices), draw_seed_from_copy(2**31)
     threads = threads_per_rank(size) if size > 1 else torch.get_num_threads()
     private_dir = tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True) if size > 1 else None
     with private_dir or contextlib.nullcontext() as folder:
@@ -148,10 +148,3 @@ def backend_for(devices: Sequence[torch.device]) -> str:
     if kind in ("cpu", "mps") or len(set(devices)) < len(devices):
         return "gloo"
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-
-
-def _base_seed() -> int:
-    """Draw from a copy of the user's generator: ``manual_seed`` makes it repeatable, and the user's draws do not change."""
-    generator = torch.Generator("cpu")
-    generator.set_state(torch.get_rng_state())
-    return int(torch.randint(2**31, (), generator=generator, device="cpu"))

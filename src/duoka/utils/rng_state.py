@@ -89,6 +89,13 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002 - user code draws from it
 
 
+def draw_seed_from_copy(high: int) -> int:
+    """Draw a seed below ``high`` from a copy of torch's CPU generator, so that the user's draws do not change."""
+    generator = torch.Generator("cpu")
+    generator.set_state(torch.get_rng_state())
+    return int(torch.randint(high, (), generator=generator, device="cpu"))
+
+
 def hash_seed(*parts: object) -> int:
     """Return a 64-bit seed that is a hash of ``parts`` (numbers and strings), the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
