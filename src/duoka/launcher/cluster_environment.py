@@ -31,7 +31,8 @@ def is_in_cluster_job(spec: DeviceSpec = None) -> bool:
         return True
     if all(name in os.environ for name in _TORCHRUN):
         return os.environ["WORLD_SIZE"] != "1" or _num_devices_named(spec) < 2
-    return _slurm_tasks() > 1
+    # Slurm's number counts the tasks that srun started together; a batch script without srun is one task
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def _num_devices_named(spec: DeviceSpec) -> int:
@@ -84,11 +85,6 @@ def _device(spec: DeviceSpec, local_rank: int, local_size: int) -> torch.device:
         f"this process has local rank {local_rank}, but its machine has {plural(len(chosen), 'accelerator')}. "
         f"Start at most {len(chosen)} processes on it (torchrun --nproc-per-node {len(chosen)})"
     )
-
-
-def _slurm_tasks() -> int:
-    """Return how many tasks ``srun`` started together; a batch script without srun is one task."""
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_PROCID" in os.environ else 1
 
 
 def _slurm_variables() -> dict[str, str]:
