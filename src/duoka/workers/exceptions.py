@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from duoka.errors import DuokaError, LaunchError
+from duoka.errors import DuokaError, LaunchError, WorkerDied
 from duoka.workers.serialization import Payload, dumps, load_and_close, loads
 
 T = TypeVar("T")
@@ -22,12 +22,8 @@ SECONDARY_FAILURE_WAIT_S = 1.0
 class RemoteTraceback(Exception):  # noqa: N818 - a cause, shown above the user's exception
     """The text of a worker's traceback; the cause of the exception that the user sees."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
     def __str__(self) -> str:
-        return f"\n{self.text.rstrip()}"
+        return f"\n{self.args[0].rstrip()}"
 
 
 class RemoteError(DuokaError):
@@ -84,8 +80,9 @@ def is_secondary_failure(error: BaseException) -> bool:
     """Return whether ``error`` only reports a lost connection, so that another rank's failure is its cause."""
     if isinstance(error, torch.distributed.DistError | RendezvousError):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "closed by peer"))
+    if isinstance(error, WorkerDied) or not isinstance(error, RuntimeError):
+        return False
+    return any(word in str(error).lower() for word in ("gloo", "nccl", "closed by peer"))
 
 
 def _from_parts(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:

@@ -9,18 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from duoka.errors import LaunchError, WorkerDied
 from duoka.malloc import with_large_pages
 from duoka.workers.channel import Channel, Message
+from duoka.workers.exceptions import deserialize_exception
 
-Event = Literal["signal", "output", "message", "death"]
-_EVENT_ORDER: tuple[Event, ...] = ("signal", "output", "message", "death")
+_EVENT_ORDER = ("signal", "output", "message", "death")
 """Deaths come last, because a worker may have sent a message before it died."""
 _KEPT_OUTPUT_BYTES = 1 << 16
 _SHOWN_LINES = 20
@@ -72,8 +72,7 @@ class WorkerHandle:
         """Wait for the first message; raises WorkerDied when the worker ends instead."""
         if not self._is_ready:
             message = self.receive()
-            if message.kind != "ready":
-                raise LaunchError(f"a worker process sent {message.kind!r} instead of 'ready'; this is a bug in duoka")
+            assert message.kind == "ready", message
             self._is_ready = True
 
     def receive(self) -> Message:
@@ -129,26 +128,45 @@ class WorkerHandle:
 
 
 class EventSelector:
-    """Waits for events of workers, and of a ``signal_source`` if there is one."""
+    """Waits for events of workers, and of a ``signal_source`` if there is one; rebuilds exceptions on ``receiver``."""
 
-    def __init__(self, workers: Sequence[WorkerHandle], signal_source: Any = None) -> None:
-        self._workers = workers
+    def __init__(self, workers: Sequence[WorkerHandle], receiver: torch.device, signal_source: Any = None) -> None:
+        self._workers, self._receiver = workers, receiver
         self._selector = selectors.DefaultSelector()
-        sources: list[tuple[Any, Event, WorkerHandle | None]] = [(signal_source, "signal", None)]
+        sources: list[tuple[Any, str, WorkerHandle | None]] = [(signal_source, "signal", None)]
         for worker in workers:
-            sources.append((worker.channel, "message", worker))
-            sources.append((worker.output_fd, "output", worker))
-            sources.append((worker.death_fd, "death", worker))
+            events = {"message": worker.channel, "output": worker.output_fd, "death": worker.death_fd}
+            sources += [(source, event, worker) for event, source in events.items()]
         for source, event, owner in sources:
             if source is not None:
                 self._selector.register(source, selectors.EVENT_READ, (event, owner))
 
-    def select(self, timeout_s: float) -> list[tuple[Event, Any]]:
-        """Return the events that are ready, each with its worker; an empty list after ``timeout_s``."""
+    def poll(self, timeout_s: float) -> Iterator[tuple[Any, bytes | Message | BaseException | None]]:
+        """Yield workers, each with its output, message or failure, and ``(None, None)`` for a signal, as they are ready.
+
+        The failure is WorkerDied, or the exception that ended the worker's task. After ``timeout_s`` nothing is yielded.
+        """
         ready = [key.data for key, _ in self._selector.select(timeout_s)]
         if not ready:  # systems without pidfd do not announce a death
             ready = [("death", worker) for worker in self._workers if not worker.is_alive()]
-        return sorted(ready, key=lambda event: _EVENT_ORDER.index(event[0]))
+        for event, worker in sorted(ready, key=lambda event: _EVENT_ORDER.index(event[0])):
+            if event == "signal":
+                yield None, None
+            elif event == "output":
+                yield worker, worker.read_output()
+            elif event == "death":
+                yield worker, worker.death()
+            else:
+                yield worker, self._receive(worker)
+
+    def _receive(self, worker: WorkerHandle) -> Message | BaseException:
+        try:
+            message = worker.receive()
+        except WorkerDied as death:
+            return death
+        if message.kind != "failed":
+            return message
+        return deserialize_exception(message.payload, worker.rank, worker.label, self._receiver)
 
     def close(self) -> None:
         """Stop selecting; the workers stay open."""
@@ -159,7 +177,7 @@ def _spawn(channel_fd: int, output_fd: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-u"]  # type: ignore[attr-defined]
     try:
         return subprocess.Popen(
-            [*command, "-c", _PROGRAM.format(path=_module_path(sys.path, sys.argv[:1])), str(channel_fd)],
+            [*command, "-c", _PROGRAM.format(path=_module_path()), str(channel_fd)],
             stdin=subprocess.DEVNULL,
             stdout=output_fd,
             stderr=output_fd,
@@ -174,12 +192,12 @@ def _spawn(channel_fd: int, output_fd: int) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _module_path(own: Sequence[str], script: Sequence[str]) -> list[str]:
+def _module_path() -> list[str]:
     """Return the owner's module search path, with the script's folder last.
 
     A file beside the user's script must not shadow a module that the worker itself imports before it has a task.
     """
-    script_folders = {str(Path(name).absolute().parent) for name in script}
-    path = sorted((entry for entry in own if entry and isinstance(entry, str)), key=script_folders.__contains__)
+    script_folders = {str(Path(name).absolute().parent) for name in sys.argv[:1]}
+    path = sorted((entry for entry in sys.path if entry and isinstance(entry, str)), key=script_folders.__contains__)
     package = str(Path(__file__).parents[2])
     return path if package in path else [*path, package]

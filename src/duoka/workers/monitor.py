@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 
-from duoka.workers.exceptions import SECONDARY_FAILURE_WAIT_S, deserialize_exception
+from duoka.workers.channel import Message
+from duoka.workers.exceptions import SECONDARY_FAILURE_WAIT_S, is_secondary_failure
 from duoka.workers.handle import EventSelector, WorkerHandle
 from duoka.workers.interrupts import InterruptHandler
 from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
@@ -38,7 +40,6 @@ class WorkerMonitor:
         self._receiver = receiver
         self._show_output = show_output
         self._received: dict[str, dict[int, Payload]] = {READY_FOR_RENDEZVOUS: {}, "done": {}, "idle": {}}
-        self._unread: list[Payload] = []
         self._secondary: tuple[BaseException, float] | None = None
         self._ended = False
         self._changed = threading.Condition()
@@ -56,9 +57,7 @@ class WorkerMonitor:
 
     def take_result(self, rank: int) -> Payload:
         """Return the payload of the "done" message of ``rank``; the caller closes it."""
-        payload = self._received["done"][rank]
-        self._unread.remove(payload)
-        return payload
+        return self._received["done"].pop(rank)
 
     def wait_for_failure(self, timeout_s: float) -> None:
         """Wait up to ``timeout_s`` for a failure."""
@@ -76,7 +75,7 @@ class WorkerMonitor:
         if not all_idle:
             self.kill_workers()
         self._thread.join()
-        for payload in self._unread:
+        for payload in chain.from_iterable(payloads.values() for payloads in self._received.values()):
             payload.close()
         return all_idle
 
@@ -90,7 +89,7 @@ class WorkerMonitor:
 
     def _run(self) -> None:
         try:
-            with contextlib.closing(EventSelector(self._workers, self._interrupts)) as selector:
+            with contextlib.closing(EventSelector(self._workers, self._receiver, self._interrupts)) as selector:
                 self._handle_events(selector)
         except BaseException as error:  # rank 0 must not wait for a thread that has ended
             self._fail(error)
@@ -98,49 +97,26 @@ class WorkerMonitor:
 
     def _handle_events(self, selector: EventSelector) -> None:
         while len(self._received["idle"]) < len(self._workers):
-            for event, worker in selector.select(_POLL_S):
+            for worker, event in selector.poll(_POLL_S):
                 if self._ended:
                     return
-                if event == "signal":
-                    self._on_signal()
-                elif event == "output":
-                    self._on_output(worker)
-                elif event == "message":
-                    self._on_message(worker)
+                if isinstance(event, Message):
+                    self._received[event.kind][worker.rank] = event.payload
+                    self._notify()
+                elif isinstance(event, bytes):
+                    self._show(worker, event.decode(errors="replace"))
+                elif event is None:
+                    if self._interrupts.read_signals():
+                        self.kill_workers()
+                        self._unblock()
+                elif is_secondary_failure(event):
+                    self._secondary = self._secondary or (event, time.monotonic() + SECONDARY_FAILURE_WAIT_S)
                 else:
-                    self._fail(worker.death())
+                    self._fail(event)
             if self._ended:
                 return
             if self._secondary is not None and time.monotonic() > self._secondary[1]:
                 self._fail(self._secondary[0])
-
-    def _on_signal(self) -> None:
-        if self._interrupts.read_signals():
-            self.kill_workers()
-            self._unblock()
-
-    def _on_message(self, worker: WorkerHandle) -> None:
-        try:
-            message = worker.channel.receive()
-        except EOFError:
-            self._fail(worker.death())
-            return
-        if message.kind in ("failed", "secondary_failure"):
-            error = deserialize_exception(message.payload, worker.rank, worker.label, self._receiver)
-            if message.kind == "failed":
-                self._fail(error)
-            else:
-                self._secondary = self._secondary or (error, time.monotonic() + SECONDARY_FAILURE_WAIT_S)
-            return
-        self._unread.append(message.payload)
-        self._received[message.kind][worker.rank] = message.payload
-        self._notify()
-
-    def _on_output(self, worker: WorkerHandle) -> None:
-        text = worker.read_output().decode(errors="replace")
-        if self._show_output:
-            label = f"[rank {worker.rank} {worker.label}]"
-            _write("".join(f"{label} {line}\n" for line in text.splitlines()))
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure, kill the workers, and stop rank 0 in any state."""
@@ -152,9 +128,11 @@ class WorkerMonitor:
         self._notify()
         self._interrupts.stop_caller()
 
-
-def _write(text: str) -> None:
-    """Print a worker's output; characters that the user's stdout cannot encode become question marks."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    with contextlib.suppress(OSError, ValueError):  # a closed pipe or file; rank 0's own output raises for it
-        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    def _show(self, worker: WorkerHandle, text: str) -> None:
+        """Print a worker's output; characters that the user's stdout cannot encode become question marks."""
+        if not self._show_output:
+            return
+        lines = "".join(f"[rank {worker.rank} {worker.label}] {line}\n" for line in text.splitlines())
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe or file; rank 0's own output raises for it
+            sys.stdout.write(lines.encode(encoding, errors="replace").decode(encoding))

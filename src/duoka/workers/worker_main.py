@@ -21,7 +21,7 @@ import torch
 
 from duoka.errors import LaunchError
 from duoka.workers.channel import Channel, Message
-from duoka.workers.exceptions import is_secondary_failure, serialize_exception
+from duoka.workers.exceptions import serialize_exception
 from duoka.workers.process_context import WorkItem
 from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload, dumps, load_and_close, loads
@@ -75,28 +75,23 @@ def _run_task(owner: WorkerChannel) -> None:
     message = owner.receive()
     try:
         with _start(message.payload, owner) as value:
-            result = _serialize_result(value)
+            try:
+                result = dumps(value)
+            except Exception as error:
+                raise LaunchError(
+                    f"this rank's return value, a {type(value).__name__}, cannot be sent to rank 0: {error}. "
+                    "Return numbers, tensors or a state_dict."
+                ) from error
             owner.send("done", result)
             result.close()
             owner.receive()
     except BaseException as error:  # SystemExit too ends the task, not the worker
-        kind = "secondary_failure" if is_secondary_failure(error) else "failed"
-        owner.send(kind, serialize_exception(error))
+        owner.send("failed", serialize_exception(error))
         return
     del value
     _free_memory()
     owner.temp_dir = None
     owner.send("idle", Payload(b""))
-
-
-def _serialize_result(value: Any) -> Payload:
-    try:
-        return dumps(value)
-    except Exception as error:
-        raise LaunchError(
-            f"this rank's return value, a {type(value).__name__}, cannot be sent to rank 0: {error}. "
-            "Return numbers, tensors or a state_dict."
-        ) from error
 
 
 def _start(payload: Payload, owner: WorkerChannel) -> contextlib.AbstractContextManager[Any]:

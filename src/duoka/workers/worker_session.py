@@ -16,7 +16,6 @@ import torch
 
 from duoka.workers import pool
 from duoka.workers.channel import Message
-from duoka.workers.exceptions import deserialize_exception
 from duoka.workers.handle import EventSelector, WorkerHandle
 from duoka.workers.process_context import WorkItem
 from duoka.workers.serialization import Payload, dumps
@@ -42,7 +41,7 @@ class WorkerSession:
         temp_dir: str | None = None,
     ) -> None:
         self.workers: list[WorkerHandle] = pool.acquire(devices)
-        self._selector = EventSelector(self.workers)
+        self._selector = EventSelector(self.workers, torch.device("cpu"))
         self._is_closed = False
         try:
             packed = dumps((function, arguments))
@@ -84,16 +83,11 @@ class WorkerSession:
         self._release(reusable=False)
 
     def _poll(self, timeout_s: float) -> tuple[int, Message] | None:
-        for event, worker in self._selector.select(timeout_s):
-            if event == "output":
-                worker.read_output()
-            elif event == "message":
-                message = worker.receive()
-                if message.kind in ("failed", "secondary_failure"):
-                    raise deserialize_exception(message.payload, worker.rank, worker.label, torch.device("cpu"))
-                return self.workers.index(worker), message
-            else:
-                raise worker.death()
+        for worker, event in self._selector.poll(timeout_s):
+            if isinstance(event, BaseException):
+                raise event
+            if isinstance(event, Message):
+                return self.workers.index(worker), event
         return None
 
     def _wait_for_all(self, kind: str) -> None:
