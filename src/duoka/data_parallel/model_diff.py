@@ -56,9 +56,11 @@ class ModelSnapshot:
             (space, name, _fingerprint(space[name], 1)) for space, name in _globals_used_by(map(type, self.modules))
         ]
         self._attributes = [dict(m.__dict__) for m in self.modules]
-        self._mutable = [list(_mutable_attributes(m)) for m in self.modules]
-        self._empty = [list(_empty_containers(m)) for m in self.modules]
-        self._all_empty = list(chain.from_iterable(self._empty))
+        self._mutable: dict[int, list[tuple[str, Any]]] = {}
+        """Attributes of each module that can change in place, and their fingerprints."""
+        self._empty: dict[int, list[Any]] = {}
+        """Empty containers of each module, mostly registries of hooks: ``any`` over all of them finds a change."""
+        self._note_values(range(len(self.modules)))
 
     def buffers(self) -> list[torch.Tensor | None]:
         """Return the current buffers in order, ``None`` included."""
@@ -96,27 +98,29 @@ class ModelSnapshot:
                 if name in current and _fingerprint(current[name], _MAX_DEPTH) != fingerprint:
                     changes.setdefault(index, {})[name] = current[name]
         if any(self._all_empty):
-            self._add_filled(changes)
+            for index, filled in self._empty.items():
+                for name, value in self.modules[index].__dict__.items():
+                    if any(value is container for container in filled if container):
+                        changes.setdefault(index, {})[name] = value
         if changes:
-            self._update(changes)
+            self._note_values(changes)
         if any(n in REGISTRIES or isinstance(v, nn.Module) for new in changes.values() for n, v in new.items()):
             return None
         state = {index: {k: v for k, v in new.items() if not _is_result(v)} for index, new in changes.items()}
         return {index: values for index, values in state.items() if values}
 
-    def _add_filled(self, changes: dict[int, dict[str, Any]]) -> None:
-        """Add the containers that were empty and no longer are."""
-        for index, module in enumerate(self.modules):
-            filled = [container for container in self._empty[index] if container]
-            for name, value in module.__dict__.items():
-                if any(value is container for container in filled):
-                    changes.setdefault(index, {})[name] = value
-
-    def _update(self, changes: dict[int, dict[str, Any]]) -> None:
-        for index in changes:
-            self._mutable[index] = list(_mutable_attributes(self.modules[index]))
-            self._empty[index] = list(_empty_containers(self.modules[index]))
-        self._all_empty = list(chain.from_iterable(self._empty))
+    def _note_values(self, indices: Iterable[int]) -> None:
+        """Note the values that can change in place, of the modules with these indices."""
+        for index in indices:
+            self._mutable[index], self._empty[index] = [], []
+            for name, value in self.modules[index].__dict__.items():
+                if name in REGISTRIES or isinstance(value, _IMMUTABLE):
+                    continue
+                if isinstance(value, dict | list | set) and not value:
+                    self._empty[index].append(value)
+                else:
+                    self._mutable[index].append((name, _fingerprint(value, _MAX_DEPTH)))
+        self._all_empty = list(chain.from_iterable(self._empty.values()))
 
 
 def _is_result(value: Any) -> bool:
@@ -133,55 +137,23 @@ def _code(module: nn.Module) -> tuple[type, Any]:
     return type(module), type(module).forward
 
 
-def _mutable_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that can change in place, and their fingerprints."""
-    for name, value in module.__dict__.items():
-        if name not in REGISTRIES and not isinstance(value, _IMMUTABLE) and not _is_empty(value):
-            yield name, _fingerprint(value, _MAX_DEPTH)
-
-
-def _empty_containers(module: nn.Module) -> Iterator[Any]:
-    """Yield the empty containers, mostly registries of hooks; ``any`` over all finds a change."""
-    return (value for name, value in module.__dict__.items() if name not in REGISTRIES and _is_empty(value))
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, dict | list | set) and not value
-
-
 def _fingerprint(value: Any, depth: int) -> Any:
     """Return a key for comparing a value; it keeps objects alive, so that their identities stay unique."""
     if isinstance(value, _IMMUTABLE):
         return type(value), value
+    identity = (id(value), value)  # tuples compare the objects only where the first items are equal
     if isinstance(value, torch.Tensor):
-        return _Identity(value), value._version, value.data_ptr() if value.layout is torch.strided else 0
+        return identity, value._version, value.data_ptr() if value.layout is torch.strided else 0
     if isinstance(value, nn.Module) or callable(value) or depth == 0:
-        return _Identity(value)
+        return identity
     if isinstance(value, dict):
         pairs = value.items() if len(value) <= _MAX_ITEMS else ()
-        return _Identity(value), len(value), [(k, _fingerprint(v, depth - 1)) for k, v in pairs]
+        return identity, len(value), [(k, _fingerprint(v, depth - 1)) for k, v in pairs]
     if isinstance(value, list | tuple | set | frozenset):
         items = value if len(value) <= _MAX_ITEMS else ()
-        return _Identity(value), len(value), [_fingerprint(v, depth - 1) for v in items]
+        return identity, len(value), [_fingerprint(v, depth - 1) for v in items]
     attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict):
-        return _Identity(value), _fingerprint(attributes, depth - 1)
-    return _Identity(value)
-
-
-class _Identity:
-    """Equal to another only if both hold the same object."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+    return (identity, _fingerprint(attributes, depth - 1)) if isinstance(attributes, dict) else identity
 
 
 def _globals_used_by(classes: Iterable[type]) -> list[tuple[dict[str, Any], str]]:
