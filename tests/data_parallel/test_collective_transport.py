@@ -21,7 +21,7 @@ from torch.optim import optimizer as optimizer_hooks
 
 import duoka
 from duoka import errors
-from duoka.data_parallel.messages import ReceiveWeights
+from duoka.data_parallel.messages import ReceiveWeights, decode
 from duoka.data_parallel.transport.buckets import BucketChecksum, gradient_buckets, value_buckets
 from duoka.data_parallel.transport.process_group import PrivateProcessGroup
 from duoka.data_parallel.worker_group import COLLECTIVE_ON_CPU
@@ -39,14 +39,14 @@ def new_broadcasts(model) -> list[tuple[int, ...]]:
     """Return the buckets of each broadcast since the last call of this function; the first call starts recording."""
     group = model._duoka_controller.group
     if not hasattr(group, "recorded"):
-        group.recorded, post = [], group.post
+        group.recorded, send = [], group._send
 
-        def record_and_post(message):
-            if isinstance(message, ReceiveWeights):
+        def record_and_send(index, kind, payload):
+            if index == 0 and isinstance(message := decode(payload), ReceiveWeights):
                 group.recorded.append(message.buckets)
-            post(message)
+            send(index, kind, payload)
 
-        group.post = record_and_post
+        group._send = record_and_send
     recorded, group.recorded = group.recorded, []
     return recorded
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import Function
 
 from duoka.data_parallel.call_context import TIMERS, capture_modes, draw_seed
+from duoka.data_parallel.gradient_exchange import GradientExchange
 from duoka.data_parallel.messages import ContextFactory, ForwardRequest, ForwardResult
-from duoka.data_parallel.pickling import unpickle
 from duoka.data_parallel.scatter_gather import OutputSpec, gather_tensors
 from duoka.data_parallel.tensor_layout import Allocation, TensorSpec, copy_to_layout, pack_layout
-from duoka.data_parallel.transport.base import BackwardContext, GradientExchange, OutputGradients, WeightSync
+from duoka.data_parallel.transport.base import WeightSync
 from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef
 from duoka.errors import UnsupportedError
 from duoka.utils.torch_private import backward_keeps_graph, run_after_backward
 from duoka.utils.torch_settings import capture_torch_settings
-from duoka.workers.serialization import dumps
+from duoka.workers.serialization import dumps, load_and_close
 
 _SETTINGS = ("default_dtype", "deterministic", "float32_matmul_precision")
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -109,16 +109,23 @@ class ParallelCall:
         results = self._group.results([(index, self._call_id) for index in range(len(self._allocations))], receive)
         self.has_graph = [[has_graph for _, has_graph in result.outputs] for result in results]
         self.writes_parameters = any(result.writes_parameters for result in results)
-        values = [unpickle(result.payload, self._group.devices[0]) for result in results]
+        values = [load_and_close(result.payload, self._group.devices[0]) for result in results]
         return list(zip(tensors, values, strict=True))
 
-    def cancel(self) -> None:
-        """Receive outputs that would block the next transfer, because rank 0's own part has failed."""
-        if not self._is_gathered and self._group.transport.is_collective and self._generation == self._group.generation:
-            with contextlib.suppress(Exception):
-                self.gather_outputs()
+    @contextlib.contextmanager
+    def cancel_on_error(self, weights: WeightSync) -> Iterator[None]:
+        """If rank 0's own part fails, receive outputs that would block the next transfer, and distrust workers' weights."""
+        try:
+            yield
+        except Exception:
+            is_running = not self._is_gathered and self._generation == self._group.generation
+            if is_running and self._group.transport.is_collective:
+                with contextlib.suppress(Exception):
+                    self.gather_outputs()
+            weights.invalidate()
+            raise
 
-    def start_backward(self, gradients: OutputGradients) -> None:
+    def start_backward(self, gradients: Sequence[Sequence[torch.Tensor | None]]) -> None:
         """Run the backward on the workers, from the gradients of each worker's outputs."""
         if self._generation != self._group.generation:
             raise RuntimeError(
@@ -133,9 +140,11 @@ class ParallelCall:
             for given, graphs in zip(gradients, self.has_graph, strict=True)
             for gradient, has_graph in zip(given, graphs, strict=True)
         )
-        context = BackwardContext(self._call_id, gradients, self._inputs, self._gradient_layout, keep_graph)
-        with self._group.lock:
-            self._exchanges.append(self._group.transport.start_backward(self._group, context))
+        with self._group.lock, self._group.stop_on_error():
+            exchange = GradientExchange(
+                self._group, self._call_id, gradients, self._inputs, self._gradient_layout, keep_graph=keep_graph
+            )
+            self._exchanges.append(exchange)
 
     def wait_gradients(self) -> tuple[dict[int, torch.Tensor], list[torch.Tensor | None]]:
         """Return the workers' gradients: sums by parameter index, and of inputs in order."""

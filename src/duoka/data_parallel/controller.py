@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.data_parallel import scatter_gather
@@ -55,8 +56,8 @@ class Controller:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute ``module(*args, **kwargs)``, each device its chunk of the batch."""
-        if not self.group.is_owned or (self._weights is None and _is_lazy(module)):
-            return module(*args, **kwargs)
+        if not self.group.is_owned or (self._weights is None and any(map(is_lazy, module.parameters()))):
+            return module(*args, **kwargs)  # the first call of lazy parameters, on one device, sets their shapes
         with self.group.lock:
             if self.group.in_forward:  # inside another wrapped model's chunk, which has this device only
                 return module(*args, **kwargs)
@@ -78,7 +79,7 @@ class Controller:
             with self._in_forward(), torch.inference_mode(False), torch.no_grad():
                 weights = self._sync_model(module, training=False)
                 call, chunks = self._new_call(weights, tensors, sizes)
-                with _cancel_on_error(call, weights):
+                with call.cancel_on_error(weights):
                     call.scatter_inputs(chunks[1:], arguments, context)
                     return self._gather_outputs(call, weights)
 
@@ -102,7 +103,7 @@ class Controller:
             return
         try:
             if not self.group.in_forward and self._generation == self.group.generation:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), self.group.stop_on_error():
                     self._weights.push_async()
         except Exception as error:
             self._async_error = error  # the step itself succeeded: the next forward raises this
@@ -116,7 +117,7 @@ class Controller:
         tensors, arguments, sizes = self._extract(args, kwargs)
         if len(sizes) == 1:
             if self.group.devices[0].type != "cpu":
-                args, kwargs = scatter_gather.insert_tensors(arguments, self._to_first_device(tensors))
+                args, kwargs = scatter_gather.insert_on_device(arguments, tensors, self.group.devices[0])
             own = scatter_gather.extract_tensors(self._compiler.function(module)(*args, **kwargs))
             return _merge_outputs([own], sizes, self._dim, None, None)
         with TIMERS.transfer():
@@ -125,10 +126,10 @@ class Controller:
                 weights = self._sync_model(module, training=training)
             call, chunks = self._new_call(weights, tensors, sizes)
             self.group.thread_limit.acquire()
-        with _cancel_on_error(call, weights):
+        with call.cancel_on_error(weights):
             with TIMERS.transfer():
                 token = call.scatter_inputs(chunks[1:], arguments)
-                args, kwargs = scatter_gather.insert_tensors(arguments, self._to_first_device(chunks[0]))
+                args, kwargs = scatter_gather.insert_on_device(arguments, chunks[0], self.group.devices[0])
             own = scatter_gather.extract_tensors(self._compiler.function(module)(*args, **kwargs))
             with TIMERS.transfer():
                 others = self._gather_outputs(call, weights)
@@ -150,19 +151,18 @@ class Controller:
 
     def _gather_outputs(self, call: ParallelCall, weights: WeightSync) -> list[tuple[list[torch.Tensor], Any]]:
         values = call.gather_outputs()
-        if len(call.sizes) == len(self.group.devices):  # a worker without a chunk has not replied
-            weights.acknowledge()
+        all_replied = len(call.sizes) == len(self.group.devices)  # a worker without a chunk has not
+        if all_replied and self.group.transport.is_collective:
+            with self.group.stop_on_error():
+                weights.acknowledge()
         return values
-
-    def _to_first_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the tensors on the first device, as ``torch.nn.DataParallel`` does."""
-        return [tensor.to(self.group.devices[0], non_blocking=True) for tensor in tensors]
 
     def _sync_model(self, module: nn.Module, *, training: bool) -> WeightSync:
         """Bring the workers' replicas to the model's current state."""
         self.group.start()
         weights = self._send_changes() or self._send_model(module)
-        weights.push(training=training)
+        with self.group.stop_on_error():
+            weights.push(training=training)
         return weights
 
     def _send_changes(self) -> WeightSync | None:
@@ -184,7 +184,7 @@ class Controller:
 
     def _send_model(self, module: nn.Module) -> WeightSync:
         snapshot = ModelSnapshot(module)
-        weights = self.group.transport.create_weight_sync(self.group, self.model_id, snapshot, self._copies_all)
+        weights = self.group.transport.create_weight_sync(self.group.post, self.model_id, snapshot, self._copies_all)
         with contextlib.closing(_pickle_model(module, self._compiler.options, snapshot.tensors())) as payload:
             message = CreateReplica(
                 self.model_id,
@@ -245,16 +245,6 @@ class _OptimizerHook:
 _optimizer_hook = _OptimizerHook()
 
 
-@contextlib.contextmanager
-def _cancel_on_error(call: ParallelCall, weights: WeightSync) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        call.cancel()
-        weights.invalidate()
-        raise
-
-
 def _pickle_model(module: nn.Module, options: dict[str, Any] | None, tensors: Sequence[torch.Tensor]) -> Payload:
     try:
         return pickle_without_tensors((module, options), tensors)
@@ -279,11 +269,6 @@ def _first_unpicklable(module: nn.Module) -> str:
     return "Its class"
 
 
-def _is_lazy(module: nn.Module) -> bool:
-    """Return whether a parameter has no shape yet: the first call, on one device, sets it."""
-    return any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters())
-
-
 def _merge_outputs(
     outputs: Sequence[tuple[Sequence[torch.Tensor], Any]],
     sizes: Sequence[int],
@@ -295,7 +280,7 @@ def _merge_outputs(
     structure, specs = scatter_gather.gather_structures([structure for _, structure in outputs], sizes)
     tensors = [list(chunk) for chunk, _ in outputs]
     if token is None or call is None or not specs:
-        return scatter_gather.insert_tensors(
-            structure, [scatter_gather.gather_tensors(spec, tensors, dim) for spec in specs]
-        )
-    return scatter_gather.insert_tensors(structure, GatherOutputs.apply(call, specs, tensors[1:], token, *tensors[0]))
+        gathered = [scatter_gather.gather_tensors(spec, tensors, dim) for spec in specs]
+    else:
+        gathered = GatherOutputs.apply(call, specs, tensors[1:], token, *tensors[0])
+    return scatter_gather.insert_tensors(structure, gathered)

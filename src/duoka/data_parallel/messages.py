@@ -101,9 +101,9 @@ class ForwardResult(NamedTuple):
 class BackwardRequest(NamedTuple):
     """Run the backward of one chunk from the gradients of its outputs.
 
-    In shared memory one block holds gradients of parameters, outputs, then inputs. With collectives,
-    rank 0 sends ``nbytes`` of output gradients; workers reduce gradients of parameters in ``buckets``
-    (size, dtype), and send back ``input_nbytes`` of input gradients.
+    One block holds gradients of parameters (in shared memory only), outputs, then inputs. With
+    collectives, rank 0 sends its first ``nbytes``; workers reduce gradients of parameters in ``buckets``
+    (size, dtype), and send back the last ``input_nbytes``.
     """
 
     call_id: int

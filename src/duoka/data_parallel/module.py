@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from duoka.data_parallel.controller import Controller
 from duoka.data_parallel.replica import MaybeCompiled
-from duoka.data_parallel.scatter_gather import extract_tensors, insert_tensors
+from duoka.data_parallel.scatter_gather import extract_tensors, insert_on_device
 from duoka.devices import resolve
 from duoka.devices.spec import DeviceSpec, reconcile
 from duoka.errors import ConfigError, UnsupportedError
@@ -90,8 +90,12 @@ class DataParallel(nn.DataParallel[nn.Module]):
             raise ConfigError(f"{name}={value!r} is not an option of DataParallel; {hint}")
         _check_module(module)
         resolved = _resolve_devices(device_ids, reconcile(device, devices, None))
-        if len(resolved) > 1:
-            _check_overridden_steps(type(self))
+        if len(resolved) > 1 and (names := overridden_steps(type(self))):
+            raise UnsupportedError(
+                f"{type(self).__name__} overrides {join_names(names)}, which nn.DataParallel's forward calls and duoka's "
+                "does not: it splits the batch nearly equally, and concatenates outputs. Remove the override (to change "
+                "inputs or outputs, override forward and call super().forward), or keep torch.nn.DataParallel"
+            )
         self.module = module
         self.dim = dim
         self.device_ids = [index if one.type == "cpu" else one.index for index, one in enumerate(resolved)]
@@ -182,8 +186,8 @@ def restore_from_state(
     wrapper: DataParallel, devices: tuple[torch.device, ...], options: Mapping[str, Any] | None, state: dict[str, Any]
 ) -> DataParallel:
     """Fill an empty wrapper from what ``state_of`` returned, and the options of ``torch.compile``."""
-    wrapper.__dict__.update(state)
     wrapper.__dict__.update(
+        state,
         _duoka_devices=devices,
         _duoka_compiler=MaybeCompiled(options),
         _duoka_controller=None,
@@ -236,15 +240,6 @@ def _check_module(module: Any) -> None:
         raise ConfigError(f"module={module!r:.80} is a {type(module).__name__}; it must be a torch.nn.Module")
 
 
-def _check_overridden_steps(cls: type) -> None:
-    if names := overridden_steps(cls):
-        raise UnsupportedError(
-            f"{cls.__name__} overrides {join_names(names)}, which nn.DataParallel's forward calls and duoka's does not: "
-            "it splits the batch nearly equally, and concatenates outputs. Remove the override (to change inputs or "
-            "outputs, override forward and call super().forward), or keep torch.nn.DataParallel"
-        )
-
-
 def _to_device(
     device: torch.device, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -252,8 +247,7 @@ def _to_device(
     if not kwargs and all(type(value) is torch.Tensor and value.device == device for value in inputs):
         return inputs, kwargs
     tensors, arguments = extract_tensors((inputs, kwargs))
-    moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
-    args, kwargs = insert_tensors(arguments, moved)
+    args, kwargs = insert_on_device(arguments, tensors, device)
     return args, kwargs
 
 

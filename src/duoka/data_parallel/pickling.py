@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from duoka.utils.torch_private import inject_parametrized_class
-from duoka.workers.serialization import Payload, dumps, loads
+from duoka.workers.serialization import Payload, dumps
 
 _tensors: ContextVar[Sequence[torch.Tensor]] = ContextVar("duoka_placeholder_tensors")
 
@@ -36,14 +36,6 @@ def pickle_without_tensors(value: Any, tensors: Sequence[torch.Tensor]) -> Paylo
         return NotImplemented
 
     return dumps(value, replace)
-
-
-def unpickle(payload: Payload, device: torch.device) -> Any:
-    """Rebuild a pickled object on ``device``, and close its memory file."""
-    try:
-        return loads(payload, device)
-    finally:
-        payload.close()
 
 
 @contextmanager

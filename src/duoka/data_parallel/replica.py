@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import nn
 
 from duoka.data_parallel.messages import CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import unwrapped_modules
-from duoka.data_parallel.pickling import placeholder_tensors, unpickle
-from duoka.data_parallel.transport.base import BackwardTask, WorkerTransport
+from duoka.data_parallel.pickling import placeholder_tensors
+from duoka.data_parallel.transport import WorkerTransport
+from duoka.data_parallel.transport.base import BackwardTask
+from duoka.workers.serialization import load_and_close
 
 
 class MaybeCompiled:
@@ -51,13 +52,14 @@ class Replica:
         slots = [None if place is None else buffer_memory.tensor(*place) for place in message.buffers]
         self._tensors = [*self.parameters, *(slot for slot in slots if slot is not None)]
         with placeholder_tensors(self._tensors):
-            module, compile_options = unpickle(message.payload, transport.device)
+            module, compile_options = load_and_close(message.payload, transport.device)
         _register_with_transformers(module)
         self.forward = MaybeCompiled(compile_options).function(module)
         self._modules = unwrapped_modules(module)
         names = [(m._buffers, name) for m in self._modules for name in m._buffers]
         self._buffers = [(*name, slot) for name, slot in zip(names, slots, strict=True) if slot is not None]
-        self._task: BackwardTask | None = None
+        self.task: BackwardTask | None = None
+        """The backward that runs: it takes each gradient as soon as autograd has computed it."""
         self._hooked: set[int] = set()
         for index, parameter in enumerate(self.parameters):
             self._add_hook(index, parameter)
@@ -78,7 +80,7 @@ class Replica:
     def update_attributes(self, message: UpdateAttributes) -> None:
         """Set new values of attributes."""
         with placeholder_tensors(self._tensors):
-            changes: dict[int, dict[str, Any]] = unpickle(message.payload, self._transport.device)
+            changes: dict[int, dict[str, Any]] = load_and_close(message.payload, self._transport.device)
         for index, values in changes.items():
             self._attributes[index].update(values)
 
@@ -112,15 +114,6 @@ class Replica:
             if parameter.data_ptr() != source.data_ptr():
                 parameter.data = source
 
-    @contextmanager
-    def gradients_to(self, task: BackwardTask) -> Iterator[None]:
-        """Pass each parameter's gradient to ``task`` as soon as the ``with`` block computes it."""
-        self._task = task
-        try:
-            yield
-        finally:
-            self._task = None
-
     def _add_hook(self, index: int, parameter: nn.Parameter) -> None:
         if parameter.requires_grad and index not in self._hooked:
             hook = partial(self._on_gradient, index)
@@ -130,8 +123,8 @@ class Replica:
     def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        assert self._task is not None
-        self._task.accept_gradient(index, gradient)
+        assert self.task is not None
+        self.task.accept_gradient(index, gradient)
 
 
 def _register_with_transformers(module: nn.Module) -> None:

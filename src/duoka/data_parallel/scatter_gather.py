@@ -43,6 +43,11 @@ def insert_tensors(structure: Any, tensors: Sequence[Any]) -> Any:
     return map_values(lambda leaf: tensors[leaf.position] if _is_placeholder(leaf) else leaf, structure)
 
 
+def insert_on_device(structure: Any, tensors: Sequence[torch.Tensor], device: torch.device) -> Any:
+    """Do the same with the tensors on ``device``, as ``torch.nn.DataParallel`` does."""
+    return insert_tensors(structure, [tensor.to(device, non_blocking=True) for tensor in tensors])
+
+
 def map_values(function: Callable[[Any], Any], value: Any) -> Any:
     """Return ``value`` with ``function(leaf)`` in place of each leaf; placeholders are leaves."""
     return map_leaves(function, value, _is_placeholder)

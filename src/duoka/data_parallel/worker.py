@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from duoka.data_parallel import messages
-from duoka.data_parallel.pickling import unpickle
 from duoka.data_parallel.replica import Replica
 from duoka.data_parallel.scatter_gather import extract_tensors, insert_tensors
-from duoka.data_parallel.transport.base import BackwardTask, WorkerConfig, WorkerTransport
+from duoka.data_parallel.transport import WorkerTransport
+from duoka.data_parallel.transport.base import BackwardTask, GradientLayout, WorkerConfig
 from duoka.data_parallel.transport.collective import CollectiveWorkerTransport
 from duoka.data_parallel.transport.shared import SharedWorkerTransport
 from duoka.utils.rng_state import seed_all
 from duoka.utils.torch_settings import apply_torch_settings
 from duoka.workers import WorkerChannel, exceptions
 from duoka.workers.channel import Message
-from duoka.workers.serialization import Payload, dumps
+from duoka.workers.serialization import Payload, dumps, load_and_close
 
 
 @contextlib.contextmanager
@@ -35,20 +36,6 @@ def worker_loop(config: WorkerConfig, channel: WorkerChannel) -> Iterator[None]:
     handler.close()
     del handler
     yield
-
-
-class _UserError(Exception):
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-@contextlib.contextmanager
-def _capture_user_errors() -> Iterator[None]:
-    """Raise ``_UserError`` with what the decorated function raises."""
-    try:
-        yield
-    except BaseException as error:
-        raise _UserError(error) from None
 
 
 class _SavedGraph(NamedTuple):
@@ -71,13 +58,15 @@ class _RequestHandler:
         """Failures to create or update a replica, by model; its next forward raises them."""
 
     def handle(self, message: Message) -> None:
-        if self._transport.try_handle(message):
+        if not self._transport.is_collective and self._transport.try_handle(message):
             return
         request = messages.decode(message.payload)
         if isinstance(request, messages.DeleteReplica):
             self._replicas.pop(request.model, None)
-            self._transport.delete_model(request.model)
+            if self._transport.is_collective:
+                self._transport.delete_model(request.model)
         elif isinstance(request, messages.ReceiveWeights):
+            assert self._transport.is_collective
             self._transport.receive_weights(request)
         elif isinstance(request, messages.ForwardRequest | messages.BackwardRequest):
             self._compute(request)
@@ -87,7 +76,8 @@ class _RequestHandler:
     def close(self) -> None:
         self._replicas.clear()
         self._graphs.clear()
-        self._transport.close()
+        if self._transport.is_collective:
+            self._transport.close()
 
     def _update(self, request: messages.CreateReplica | messages.UpdateAttributes | messages.RebindParameters) -> None:
         try:
@@ -109,26 +99,25 @@ class _RequestHandler:
         """
         for call_id in request.released_calls:
             self._graphs.pop(call_id, None)
-        result: messages.ForwardResult | messages.BackwardResult
+        run: Callable[[], messages.ForwardResult | messages.BackwardResult]
+        task: BackwardTask | None = None
+        if isinstance(request, messages.ForwardRequest):
+            run = partial(self._forward, request, self._transport.receive_inputs(request))
+        else:
+            graph = self._graphs.get(request.forward_call_id)
+            task = self._transport.start_backward(request, graph.gradient_layout if graph else GradientLayout())
+            run = partial(self._backward, request, graph, task)
         try:
-            if isinstance(request, messages.ForwardRequest):
-                result = self._forward(request, self._transport.receive_inputs(request))
-            else:
-                graph = self._graphs.get(request.forward_call_id)
-                task = self._transport.start_backward(request, graph and graph.gradient_layout)
-                try:
-                    result = self._backward(request, graph, task)
-                finally:
-                    task.finish()
-        except _UserError as failed:
-            self._channel.send(f"error:{request.call_id}", exceptions.serialize_exception(failed.error))
-            self._transport.flush(succeeded=False)
-            return
-        self._channel.send(f"result:{request.call_id}", messages.encode(result))
-        result.payload.close()
-        self._transport.flush(succeeded=True)
+            kind, reply = "result", messages.encode(run())
+        except BaseException as error:
+            kind, reply = "error", exceptions.serialize_exception(error)
+        if task is not None:
+            task.finish()
+        self._channel.send(f"{kind}:{request.call_id}", reply)
+        reply.close()
+        if self._transport.is_collective:
+            self._transport.flush(succeeded=kind == "result")
 
-    @_capture_user_errors()
     def _forward(self, request: messages.ForwardRequest, inputs: list[torch.Tensor]) -> messages.ForwardResult:
         if request.model in self._errors:
             raise self._errors[request.model]
@@ -136,7 +125,7 @@ class _RequestHandler:
         replica.reset_to_owner_state()
         for tensor, (_, needs_gradient) in zip(inputs, request.inputs, strict=True):
             tensor.requires_grad_(needs_gradient)
-        args, kwargs = insert_tensors(unpickle(request.payload, self._transport.device), inputs)
+        args, kwargs = insert_tensors(load_and_close(request.payload, self._transport.device), inputs)
         seed_all(request.seed)
         apply_torch_settings(request.settings)  # process-wide, also after the call
         with contextlib.ExitStack() as stack:
@@ -153,7 +142,6 @@ class _RequestHandler:
         writes = replica.detect_parameter_writes()
         return messages.ForwardResult(location, nbytes, output_specs, payload, writes)
 
-    @_capture_user_errors()
     def _backward(
         self, request: messages.BackwardRequest, graph: _SavedGraph | None, task: BackwardTask
     ) -> messages.BackwardResult:
@@ -165,11 +153,14 @@ class _RequestHandler:
                 "Trying to backward through the graph a second time: the first backward has freed its tensors. "
                 "Specify retain_graph=True if you need to backward through the graph again."
             )
-        with graph.replica.gradients_to(task):
-            outputs = [graph.outputs[index] for index in wanted]
+        outputs = [graph.outputs[index] for index in wanted]
+        graph.replica.task = task
+        try:
             exceptions.call_user_code(
                 torch.autograd.backward, outputs, task.output_gradients, retain_graph=request.keep_graph
             )
+        finally:
+            graph.replica.task = None
         inputs = task.return_input_gradients([tensor.grad for tensor in graph.inputs])
         for tensor in graph.inputs:
             tensor.grad = None

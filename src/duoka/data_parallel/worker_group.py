@@ -18,10 +18,11 @@ import torch
 from duoka.data_parallel.call_context import TIMERS, ThreadLimit
 from duoka.data_parallel.messages import DeleteReplica, Notification, Request, decode, encode
 from duoka.data_parallel.tensor_layout import Allocation
-from duoka.data_parallel.transport.base import Completion, OwnerTransport
-from duoka.data_parallel.transport.collective import CollectiveOwnerTransport
+from duoka.data_parallel.transport import OwnerTransport
+from duoka.data_parallel.transport.base import Completion
+from duoka.data_parallel.transport.collective import CollectiveOwnerTransport, synchronize
 from duoka.data_parallel.transport.shared import SharedOwnerTransport
-from duoka.data_parallel.transport.shared_memory import SharedArena
+from duoka.data_parallel.transport.shared_memory import SharedArena, isolated_arenas
 from duoka.data_parallel.worker import worker_loop
 from duoka.devices.cpu import threads_per_rank
 from duoka.workers import WorkerSession, exceptions
@@ -50,7 +51,7 @@ class WorkerGroup:
         self.num_models = 0
         self._arrived: dict[tuple[int, int], Message] = {}
         """Results to be fetched, by worker index and call ID."""
-        self._requested: dict[tuple[int, int], tuple[Any, Sequence[Completion]]] = {}
+        self._requested: dict[tuple[int, int], tuple[Allocation, list[Completion]]] = {}
         """Memory of open requests, and the transfers to wait for when the result arrives."""
         self._unwanted: set[tuple[int, int]] = set()
         self._to_discard: deque[tuple[int, int, Completion | None]] = deque()
@@ -71,7 +72,7 @@ class WorkerGroup:
             self._to_delete.append(model)
             self.num_models -= 1
             if self.num_models == 0:
-                self._end()
+                self.stop(in_good_order=True)
 
     def new_call_id(self) -> int:
         """Return a number that no other request has."""
@@ -86,7 +87,8 @@ class WorkerGroup:
         configs = self.transport.worker_configs(self._worker_threads)
         try:
             self._session = WorkerSession(worker_loop, configs, (), self.devices[1:], temp_dir=self.transport.temp_dir)
-            self.transport.connect(self._session)
+            if self.transport.is_collective:
+                self.transport.connect(self._session)
         except BaseException:
             self.stop()
             raise
@@ -102,11 +104,12 @@ class WorkerGroup:
         with self.lock:
             self._process_discards()
             released, self._released_calls[index] = self._released_calls[index], []
-            self._requested[index, request.call_id] = allocation, ()
+            completions: list[Completion] = []
+            self._requested[index, request.call_id] = allocation, completions
             self._send(index, "request", encode(request._replace(released_calls=tuple(released))))
-            with self.stop_on_error():
-                if (wait := self.transport.send_inputs(index, allocation)) is not None:
-                    self._requested[index, request.call_id] = allocation, [wait]
+            if self.transport.is_collective and request.nbytes:
+                with self.stop_on_error():
+                    completions.append(self.transport.send_inputs(index, allocation.base[: request.nbytes]))
 
     def results(
         self, requests: Sequence[tuple[int, int]], receive: Callable[[int, Any], None] | None = None
@@ -157,29 +160,21 @@ class WorkerGroup:
                 raise death from None
             raise
 
-    def stop(self) -> None:
-        """Kill the workers: their state is unknown, or the user has pressed Ctrl-C."""
-        session = self._reset()
-        if self.is_owned:
-            if session is not None:
-                session.kill()
-            self.transport.close()
-
-    def _end(self) -> None:
-        """Release the workers in good order, for later use."""
-        session = self._reset()
-        if session is not None:
-            self.transport.synchronize()
-            session.close()
-        self.transport.close()
-
-    def _reset(self) -> WorkerSession | None:
+    def stop(self, *, in_good_order: bool = False) -> None:
+        """Kill the workers, whose state is unknown; or release them ``in_good_order``, for later use."""
         session, self._session = self._session, None
         self.generation += 1
         self.thread_limit.release()
         for collection in (self._arrived, self._requested, self._unwanted, self._to_discard):
             collection.clear()
-        return session
+        if not self.is_owned:
+            return
+        if session is not None and in_good_order:
+            synchronize(self.devices[0])
+            session.close()
+        elif session is not None:
+            session.kill()
+        self.transport.close()
 
     def _process_discards(self) -> None:
         """Drop discarded results. Until one arrives, the worker may use its request's memory."""
@@ -188,8 +183,7 @@ class WorkerGroup:
             key = index, call_id
             if key in self._requested:
                 self._unwanted.add(key)
-                allocation, pending = self._requested[key]
-                self._requested[key] = allocation, [*pending, *([wait] if wait is not None else [])]
+                self._requested[key][1].extend([wait] if wait is not None else [])
                 continue
             if (message := self._arrived.pop(key, None)) is not None:
                 message.payload.close()
@@ -212,26 +206,24 @@ class WorkerGroup:
         return self._session
 
     def _send(self, index: int, kind: str, payload: Payload) -> None:
+        """Send a message, after what must precede it: new memory and deleted models."""
         try:
-            self._send_pending(index)
-            self._running_session().send(index, kind, payload)
+            session = self._running_session()
+            if not self.transport.is_collective:
+                for name, segment in self.transport.pending_messages(index):
+                    session.send(index, name, segment)
+            while self._to_release:
+                call_id = self._to_release.popleft()
+                for released in self._released_calls:
+                    released.append(call_id)
+            while self._to_delete:
+                message = encode(DeleteReplica(self._to_delete.popleft()))
+                for other in range(len(self.devices) - 1):
+                    session.send(other, "post", message)
+            session.send(index, kind, payload)
         except BaseException:
             self.stop()
             raise
-
-    def _send_pending(self, index: int) -> None:
-        """Send what must precede the next message: new memory and deleted models."""
-        session = self._running_session()
-        for kind, payload in self.transport.pending_messages(index):
-            session.send(index, kind, payload)
-        while self._to_release:
-            call_id = self._to_release.popleft()
-            for released in self._released_calls:
-                released.append(call_id)
-        while self._to_delete:
-            message = encode(DeleteReplica(self._to_delete.popleft()))
-            for other in range(len(self.devices) - 1):
-                session.send(other, "post", message)
 
     def _receive(self, key: tuple[int, int]) -> Message:
         while key not in self._arrived:
@@ -241,16 +233,16 @@ class WorkerGroup:
         return self._arrived.pop(key)
 
     def _dispatch(self, index: int, message: Message) -> None:
-        if self.transport.try_handle(index, message):
+        if not self.transport.is_collective and self.transport.try_handle(index, message):
             return
         key = index, int(message.kind.partition(":")[2])
-        _, pending = self._requested.pop(key, (None, ()))
+        _, completions = self._requested.pop(key)
         if key in self._unwanted:
             self._unwanted.discard(key)
             message.payload.close()
         else:
             self._arrived[key] = message
-        for wait in pending:  # complete, because the worker has replied
+        for wait in completions:  # complete, because the worker has replied
             wait()
 
 
@@ -295,5 +287,5 @@ def get_worker_group(devices: Sequence[torch.device]) -> WorkerGroup:
 def _process_state(pid: int) -> tuple[weakref.WeakValueDictionary[tuple[str, ...], WorkerGroup], SharedArena]:  # noqa: ARG001
     """Return the groups of process ``pid``, and the memory of its parameters; a fork has its own."""
     weights = SharedArena("weights")
-    weights.isolate_on_fork()
+    isolated_arenas().add(weights)
     return weakref.WeakValueDictionary(), weights

@@ -13,40 +13,43 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
 
-from duoka.data_parallel.messages import BackwardRequest, CreateReplica, ForwardRequest, ForwardResult, ReceiveWeights
+from duoka.data_parallel.messages import (
+    BackwardRequest,
+    CreateReplica,
+    ForwardRequest,
+    ForwardResult,
+    Notification,
+    ReceiveWeights,
+)
 from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec, copy_to_layout, pack_layout, tensor_at
-from duoka.data_parallel.transport.base import (
-    BackwardContext,
-    Completion,
-    GroupChannel,
-    ModelMemory,
-    OwnerTransport,
-    WorkerConfig,
-    WorkerTransport,
-)
+from duoka.data_parallel.transport.base import Completion, GradientLayout, ModelMemory, WorkerConfig
 from duoka.data_parallel.transport.buckets import Bucket, allocate_bytes, gradient_buckets
 from duoka.data_parallel.transport.collective_weights import CollectiveWeightSync
-from duoka.data_parallel.transport.gradient_reduction import NOWHERE, CollectiveBackwardTask, CollectiveGradientExchange
+from duoka.data_parallel.transport.gradient_reduction import CollectiveBackwardTask, GradientReduction
 from duoka.data_parallel.transport.process_group import PrivateProcessGroup, select_backend
-from duoka.errors import LaunchError
 from duoka.workers import WorkerChannel, WorkerSession
 from duoka.workers.handle import WorkerHandle
 from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload
 
 _DEATH_POLL_S = 0.5
+_NOWHERE = Location(0, 0)
+"""Location in messages whose tensors are sent."""
 
 
-class CollectiveOwnerTransport(OwnerTransport):
+class CollectiveOwnerTransport:
     """Rank 0 of a private process group; the workers are the other ranks."""
 
-    is_collective = True
+    is_collective: Literal[True] = True
+    """Transfers are ordered: rank 0 must fetch each result before its next request."""
+    temp_dir: str | None = None
+    """Private directory; workers remove it if rank 0 is killed."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
@@ -69,11 +72,8 @@ class CollectiveOwnerTransport(OwnerTransport):
         """Wait in Python until all workers are ready: torch's rendezvous blocks Ctrl-C."""
         count = len(self._devices) - 1
         for _ in range(count):
-            index, message = session.receive()
-            if message.kind != READY_FOR_RENDEZVOUS:
-                raise LaunchError(
-                    f"worker {index} sent {message.kind!r}, not {READY_FOR_RENDEZVOUS!r}; this is a bug in duoka"
-                )
+            _, message = session.receive()
+            assert message.kind == READY_FOR_RENDEZVOUS, message
         for index in range(count):
             session.send(index, ENTER_RENDEZVOUS, Payload(b""))
         assert self.temp_dir is not None
@@ -81,28 +81,24 @@ class CollectiveOwnerTransport(OwnerTransport):
         self._connection.callback(self._group.close)
         self._connection.callback(_monitor_deaths(session.workers, self._group.abort))
 
-    def synchronize(self) -> None:
-        """Wait for the device: leaving the group would abort transfers under way."""
-        _synchronize(self._devices[0])
-
     def close(self) -> None:
         """Leave the group, and remove the directory."""
         self._connection.close()
         self._group = self.temp_dir = None
 
     def create_weight_sync(
-        self, group: GroupChannel, model: int, snapshot: ModelSnapshot, _copies_all: bool
+        self, post: Callable[[Notification], None], model: int, snapshot: ModelSnapshot, _copies_all: bool
     ) -> CollectiveWeightSync:
         """Return the ``WeightSync`` of one model; workers always have copies."""
-        return CollectiveWeightSync(group, self._connected(), model, snapshot)
+        return CollectiveWeightSync(post, self._connected(), self._devices[0], model, snapshot)
 
     def allocate(self, nbytes: int) -> Allocation:
         """Return memory on the first device."""
-        return Allocation(NOWHERE, allocate_bytes(nbytes, self._devices[0]))
+        return Allocation(_NOWHERE, allocate_bytes(nbytes, self._devices[0]))
 
-    def send_inputs(self, index: int, allocation: Allocation) -> Completion | None:
+    def send_inputs(self, index: int, base: torch.Tensor) -> Completion:
         """Send a request's tensors to worker ``index``, right after the request."""
-        return self._connected().send(allocation.base, index + 1).wait if len(allocation.base) else None
+        return self._connected().send(base, index + 1).wait
 
     def receive_outputs(self, index: int, result: ForwardResult) -> list[torch.Tensor]:
         """Receive the output tensors of worker ``index``."""
@@ -111,10 +107,9 @@ class CollectiveOwnerTransport(OwnerTransport):
             self._connected().receive(base, index + 1).wait()
         return [tensor_at(base, spec) for spec, _ in result.outputs]
 
-    def start_backward(self, group: GroupChannel, context: BackwardContext) -> CollectiveGradientExchange:
-        """Run the backward on all workers; those without a chunk join the reduction."""
-        with group.stop_on_error():
-            return CollectiveGradientExchange(group, self._connected(), context)
+    def start_reduction(self, buckets: Sequence[Bucket], inputs: dict[int, torch.Tensor]) -> GradientReduction:
+        """Sum the workers' buckets, and receive the input gradients of each worker."""
+        return GradientReduction(self._connected(), buckets, self._devices[0], inputs)
 
     def _connected(self) -> PrivateProcessGroup:
         assert self._group is not None, "connect() comes first"
@@ -141,13 +136,14 @@ def _monitor_deaths(workers: Sequence[WorkerHandle], on_death: Callable[[], None
     return stop
 
 
-class CollectiveWorkerTransport(WorkerTransport):
+class CollectiveWorkerTransport:
     """A worker as a member of the private process group."""
 
+    is_collective: Literal[True] = True
+
     def __init__(self, config: WorkerConfig, channel: WorkerChannel) -> None:
-        super().__init__(config, channel)
-        channel.send(READY_FOR_RENDEZVOUS, Payload(b""))
-        channel.receive()  # ENTER_RENDEZVOUS, when all workers are ready
+        self.device = config.device
+        channel.barrier()
         self._group = PrivateProcessGroup(*config.rendezvous)
         self._models: dict[int, ModelMemory] = {}
         self._staged: torch.Tensor | None = None
@@ -169,9 +165,9 @@ class CollectiveWorkerTransport(WorkerTransport):
         """Free the memory of a model."""
         self._models.pop(model, None)
 
-    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> list[Bucket]:
+    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> GradientLayout:
         """Return the buckets in which gradients are reduced."""
-        return gradient_buckets(parameters)
+        return GradientLayout(buckets=gradient_buckets(parameters))
 
     def receive_inputs(self, request: ForwardRequest) -> list[torch.Tensor]:
         """Receive the input tensors of a request."""
@@ -183,7 +179,7 @@ class CollectiveWorkerTransport(WorkerTransport):
         specs, size = pack_layout(outputs)
         self._staged = allocate_bytes(size, self.device)
         copy_to_layout(self._staged, specs, outputs)
-        return NOWHERE, size, specs
+        return _NOWHERE, size, specs
 
     def flush(self, *, succeeded: bool) -> None:
         """Send staged outputs after a result message; wait for a backward's transfers."""
@@ -194,24 +190,26 @@ class CollectiveWorkerTransport(WorkerTransport):
         if task is not None:
             task.wait()
 
-    def start_backward(self, request: BackwardRequest, gradient_layout: Any) -> CollectiveBackwardTask:
+    def start_backward(self, request: BackwardRequest, gradient_layout: GradientLayout) -> CollectiveBackwardTask:
         """Receive the output gradients of a backward."""
-        self._task = CollectiveBackwardTask(request, self._receive(request.nbytes), self._group, gradient_layout or [])
+        block = self._receive(request.nbytes, request.input_nbytes)
+        self._task = CollectiveBackwardTask(request, block, self._group, gradient_layout.buckets)
         return self._task
 
     def close(self) -> None:
         """Leave the group, after all transfers."""
-        _synchronize(self.device)
+        synchronize(self.device)
         self._group.close()
 
-    def _receive(self, nbytes: int) -> torch.Tensor:
-        base = allocate_bytes(nbytes, self.device)
+    def _receive(self, nbytes: int, more_nbytes: int = 0) -> torch.Tensor:
+        base = allocate_bytes(nbytes + more_nbytes, self.device)
         if nbytes:
-            self._group.receive(base, 0).wait()
+            self._group.receive(base[:nbytes], 0).wait()
         return base
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator: leaving the group would abort transfers under way."""
     if device.type != "cpu":
         with contextlib.suppress(Exception):  # a failed device raises in the next operation of its user
             torch.accelerator.synchronize(device)

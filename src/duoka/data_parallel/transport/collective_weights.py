@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from duoka.data_parallel.messages import ReceiveWeights
+from duoka.data_parallel.messages import Notification, ReceiveWeights
 from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.tensor_layout import Location
-from duoka.data_parallel.transport.base import GroupChannel, WeightSync
+from duoka.data_parallel.transport.base import GradientLayout, WeightSync
 from duoka.data_parallel.transport.buckets import Bucket, BucketChecksum, gradient_buckets, pack_bucket, value_buckets
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
 from duoka.errors import DeviceError
@@ -28,11 +28,15 @@ class CollectiveWeightSync(WeightSync):
     """Tracks which buckets of one model workers have, and broadcasts the others."""
 
     def __init__(
-        self, group: GroupChannel, process_group: PrivateProcessGroup, model: int, snapshot: ModelSnapshot
+        self,
+        post: Callable[[Notification], None],
+        process_group: PrivateProcessGroup,
+        device: torch.device,
+        model: int,
+        snapshot: ModelSnapshot,
     ) -> None:
         super().__init__(snapshot)
-        self._group, self._process_group, self._model = group, process_group, model
-        self._device = group.devices[0]
+        self._post, self._process_group, self._device, self._model = post, process_group, device, model
         self._check_devices()
         self._lay_out()
         self._versions: list[list[Any]] = [[] for _ in self._buckets]
@@ -90,9 +94,8 @@ class CollectiveWeightSync(WeightSync):
     def acknowledge(self) -> None:
         """Free the memory of broadcasts: between steps, only the model itself uses memory."""
         pending, self._pending = self._pending, []
-        with self._group.stop_on_error():
-            for broadcast in pending:
-                broadcast.wait()
+        for broadcast in pending:
+            broadcast.wait()
 
     def invalidate(self) -> None:
         """Broadcast every bucket again: a failed call may have written to the workers' copies."""
@@ -111,14 +114,12 @@ class CollectiveWeightSync(WeightSync):
     def _completed_early(self) -> set[int]:
         """Return the early broadcast buckets if all are complete; if not, pause for longer."""
         early, self._early = self._early, {}
-        if not early:
+        if not all(is_complete() for is_complete in early.values()):
+            self._pause = self._next_pause = min(2 * self._next_pause + 1, _MAX_PAUSE)
             return set()
-        if all(is_complete() for is_complete in early.values()):
+        if early:
             self._next_pause = 0
-            return set(early)
-        self._next_pause = min(2 * self._next_pause + 1, _MAX_PAUSE)
-        self._pause = self._next_pause
-        return set()
+        return set(early)
 
     def _current_versions(self, tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
         """Return address and version counter of each given tensor, by bucket."""
@@ -132,13 +133,12 @@ class CollectiveWeightSync(WeightSync):
         if not stale:
             return {}
         pending = {}
-        self._group.post(ReceiveWeights(self._model, tuple(stale)))
-        with self._group.stop_on_error():
-            for n in stale:
-                base = pack_bucket(self._buckets[n], tensors, self._device)
-                pending[n] = self._process_group.broadcast(base)
-                self._versions[n] = [_version(tensors[index]) for index in self._buckets[n].specs]
-                self._checksums[n] = None if n in unchecked else self._checksum(base)
+        self._post(ReceiveWeights(self._model, tuple(stale)))
+        for n in stale:
+            base = pack_bucket(self._buckets[n], tensors, self._device)
+            pending[n] = self._process_group.broadcast(base)
+            self._versions[n] = [_version(tensors[index]) for index in self._buckets[n].specs]
+            self._checksums[n] = None if n in unchecked else self._checksum(base)
         return pending
 
     def _find_edited(self, buckets: Sequence[int], tensors: Sequence[torch.Tensor]) -> set[int]:
@@ -163,7 +163,7 @@ class CollectiveWeightSync(WeightSync):
         self._volatile = {
             b for b, bucket in enumerate(self._buckets) if b in self._trained or max(bucket.specs) >= count
         }
-        self.gradient_layout = gradient_buckets(self.parameters)
+        self.gradient_layout = GradientLayout(buckets=gradient_buckets(self.parameters))
 
     def _check_devices(self) -> None:
         for parameter in self.parameters:

@@ -12,7 +12,7 @@ import datetime
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,24 +43,24 @@ def select_backend(devices: Sequence[torch.device]) -> str:
     return "nccl" if is_nccl else "gloo"
 
 
-class PendingCollective:
+class PendingCollective(NamedTuple):
     """A transfer under way. Keep it until ``wait``, or until its group is closed."""
 
-    def __init__(
-        self, work: Any, timeout: tuple[datetime.timedelta, ...], target: torch.Tensor, host: torch.Tensor
-    ) -> None:
-        self._work, self._timeout, self._target, self._host = work, timeout, target, host
+    work: Any
+    timeout: tuple[datetime.timedelta, ...]
+    target: torch.Tensor
+    host: torch.Tensor
 
     def completion_test(self) -> Callable[[], bool]:
         """Return a function that tells whether the transfer is complete, and that holds no tensor."""
-        work = self._work
+        work = self.work
         return lambda: bool(work.is_completed())
 
     def wait(self) -> None:
         """Make later work see the result: NCCL blocks the device's stream, gloo blocks this thread."""
-        self._work.wait(*self._timeout)
-        if self._host is not self._target:
-            self._target.copy_(self._host)
+        self.work.wait(*self.timeout)
+        if self.host is not self.target:
+            self.target.copy_(self.host)
 
 
 class PrivateProcessGroup:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from duoka.data_parallel import tensor_layout as layout
-from duoka.data_parallel.messages import BackwardRequest, BackwardResult, CreateReplica, ForwardRequest, ForwardResult
+from duoka.data_parallel.messages import BackwardRequest, CreateReplica, ForwardRequest, ForwardResult
 from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.tensor_layout import Allocation, Location, TensorSpec
-from duoka.data_parallel.transport.base import (
-    BackwardContext,
-    BackwardTask,
-    GradientExchange,
-    GroupChannel,
-    OwnerTransport,
-    WeightSync,
-    WorkerConfig,
-    WorkerTransport,
-    add_gradients,
-)
+from duoka.data_parallel.transport.base import BackwardTask, GradientLayout, WeightSync, WorkerConfig
 from duoka.data_parallel.transport.shared_memory import SharedArena, SharedView
 from duoka.errors import DeviceError
 from duoka.utils.torch_private import storage_use_count
@@ -34,11 +24,15 @@ from duoka.workers.serialization import Payload
 _CPU = torch.device("cpu")
 
 
-class SharedOwnerTransport(OwnerTransport):
+class SharedOwnerTransport:
     """Rank 0's memory that the workers of one group map, and its view of theirs."""
+
+    is_collective: Literal[False] = False
+    temp_dir = None
 
     def __init__(self, devices: Sequence[torch.device], weights: SharedArena) -> None:
         self.traffic = SharedArena("traffic")
+        self.allocate = self.traffic.allocate
         self._devices, self._weights = devices, weights
         self._views: list[SharedView] = []
         self._announced: list[dict[str, int]] = []
@@ -72,22 +66,14 @@ class SharedOwnerTransport(OwnerTransport):
         return True
 
     def create_weight_sync(
-        self, _group: GroupChannel, _model: int, snapshot: ModelSnapshot, copies_all: bool
+        self, _post: Any, _model: int, snapshot: ModelSnapshot, copies_all: bool
     ) -> _SharedWeightSync:
         """Return the ``WeightSync`` of one model; workers read the memory without a message."""
         return _SharedWeightSync(snapshot, self._weights, self.traffic, copies_all=copies_all)
 
-    def allocate(self, nbytes: int) -> Allocation:
-        """Return shared memory for the tensors of a request."""
-        return self.traffic.allocate(nbytes)
-
     def receive_outputs(self, index: int, result: ForwardResult) -> list[torch.Tensor]:
         """Return the output tensors in the worker's own memory."""
         return [self._views[index].tensor(result.location, spec) for spec, _ in result.outputs]
-
-    def start_backward(self, group: GroupChannel, context: BackwardContext) -> _SharedGradientExchange:
-        """Run the backward on the workers that have any output gradient."""
-        return _SharedGradientExchange(group, context, self.traffic)
 
 
 class _SharedWeightSync(WeightSync):
@@ -157,9 +143,9 @@ class _SharedWeightSync(WeightSync):
         return _Placement(location, spec, parameter.requires_grad, parameter.data, 0, layout.tensor_at(base, spec))
 
 
-def _gradient_layout(parameters: Sequence[nn.Parameter]) -> tuple[list[TensorSpec | None], int]:
+def _gradient_layout(parameters: Sequence[nn.Parameter]) -> GradientLayout:
     """Return where the gradients of parameters that require one lie, and their total size."""
-    return layout.pack_present(parameter if parameter.requires_grad else None for parameter in parameters)
+    return GradientLayout(*layout.pack_present(one if one.requires_grad else None for one in parameters))
 
 
 class _Placement(NamedTuple):
@@ -193,35 +179,13 @@ def _has_own_storage(parameter: nn.Parameter) -> bool:
     return storage_use_count(storage) <= 2  # the parameter, and the name `storage` here
 
 
-class _SharedGradientExchange(GradientExchange):
-    """A backward on workers, one block each: gradients of parameters, then of outputs, then of inputs."""
-
-    def __init__(self, group: GroupChannel, context: BackwardContext, arena: SharedArena) -> None:
-        super().__init__(group, context)
-        for index, given in enumerate(context.gradients):
-            if all(gradient is None for gradient in given):
-                continue
-            outputs, size = layout.pack_present(given, context.gradient_layout[1])
-            inputs, size = layout.repack_layout(context.inputs[index], size)
-            allocation = arena.allocate(size)
-            layout.copy_to_layout(allocation.base, outputs, given)
-            self._inputs[index] = allocation.base, inputs
-            self._request(index, allocation, outputs)
-
-    def _sum_parameters(self, results: Sequence[BackwardResult]) -> dict[int, torch.Tensor]:
-        sums: dict[int, torch.Tensor] = {}
-        specs = self._context.gradient_layout[0]
-        for (index, _), result in zip(self._requests, results, strict=True):
-            base = self._inputs[index][0]
-            add_gradients(sums, {n: layout.tensor_at(base, specs[n]) for n in result.parameters})
-        return sums
-
-
-class SharedWorkerTransport(WorkerTransport):
+class SharedWorkerTransport:
     """A worker's view of rank 0's memory, and the memory of the outputs."""
 
+    is_collective: Literal[False] = False
+
     def __init__(self, config: WorkerConfig, channel: WorkerChannel) -> None:
-        super().__init__(config, channel)
+        self.device, self._channel = config.device, channel
         self._views = {"weights": SharedView(is_private=sys.platform == "linux"), "traffic": SharedView()}
         self._arena = SharedArena("outputs")
         self._announced = 0
@@ -239,7 +203,7 @@ class SharedWorkerTransport(WorkerTransport):
         """Return rank 0's memory, the same for all models."""
         return self._views["weights"], self._views["traffic"]
 
-    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> Any:
+    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> GradientLayout:
         """Return where gradients lie in the block of a backward."""
         return _gradient_layout(parameters)
 
@@ -258,7 +222,7 @@ class SharedWorkerTransport(WorkerTransport):
         layout.copy_to_layout(self._outputs.base, specs, outputs)
         return self._outputs.location, size, specs
 
-    def start_backward(self, request: BackwardRequest, gradient_layout: Any) -> _SharedBackwardTask:
+    def start_backward(self, request: BackwardRequest, gradient_layout: GradientLayout) -> _SharedBackwardTask:
         """Begin a backward."""
         location = request.location
         block = self._views["traffic"].bases[location.segment][location.offset :]
@@ -268,9 +232,10 @@ class SharedWorkerTransport(WorkerTransport):
 class _SharedBackwardTask(BackwardTask):
     """A backward that writes each gradient to rank 0's memory while it is still in the cache."""
 
-    def __init__(self, request: BackwardRequest, block: torch.Tensor, gradient_layout: Any) -> None:
-        super().__init__(request, block, block)
-        self._gradient_layout = gradient_layout
+    def __init__(self, request: BackwardRequest, block: torch.Tensor, gradient_layout: GradientLayout) -> None:
+        super().__init__(request, block)
+        self._specs = gradient_layout.specs
 
-    def _parameter_slot(self, index: int) -> torch.Tensor:
-        return layout.tensor_at(self._input_block, self._gradient_layout[0][index])
+    def _parameter_slot(self, index: int) -> torch.Tensor | None:
+        spec = self._specs[index]
+        return None if spec is None else layout.tensor_at(self._block, spec)

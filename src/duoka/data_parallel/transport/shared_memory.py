@@ -61,10 +61,6 @@ class SharedArena:
         weakref.finalize(view, self._returned.append, (size, location)).atexit = False
         return Allocation(location, base[:nbytes])
 
-    def isolate_on_fork(self) -> None:
-        """Give a forked child copy-on-write pages here, as in the rest of its parent's memory."""
-        _isolated_arenas().add(self)
-
     def find(self, tensor: torch.Tensor) -> Location | None:
         """Return where ``tensor`` begins, if it lies in this arena."""
         pointer = tensor.data_ptr()
@@ -96,11 +92,12 @@ class SharedArena:
 
 
 @functools.cache
-def _isolated_arenas() -> weakref.WeakSet[SharedArena]:
-    """Return the arenas that a forked child remaps; the first call registers the fork handler."""
+def isolated_arenas() -> weakref.WeakSet[SharedArena]:
+    """Return the arenas where a forked child gets copy-on-write pages, as in the rest of its parent's memory.
+
+    The first call registers the fork handler.
+    """
     arenas: weakref.WeakSet[SharedArena] = weakref.WeakSet()
-    if not hasattr(os, "register_at_fork"):
-        return arenas
     remap = ctypes.CDLL(None, use_errno=True).mmap
     remap.restype = ctypes.c_void_p
     remap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
