@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 def run(argv: Sequence[str]) -> int:
     """Train the recipe that ``argv`` names first, with the options that follow; return the exit status."""
     from duoka.recipes.common.config import read_config
-    from duoka.recipes.common.recipe_run import remove_empty_run_dir
     from duoka.recipes.common.registry import find_recipe
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -25,9 +24,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     name, *options = argv
     recipe = find_recipe(name)
-    with remove_empty_run_dir():
-        outcome = recipe.train(read_config(recipe.Config, options, recipe=name))
-    print_outcome(outcome)
+    print_outcome(recipe.train(read_config(recipe.Config, options, recipe=name)))
     return 0
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from duoka.errors import ConfigError, DataError, StorageError
 from duoka.recipes.common import registry
-from duoka.recipes.common.recipe_run import RecipeRun, remove_empty_run_dir
+from duoka.recipes.common.recipe_run import RecipeRun, recipe_run
+from duoka.recipes.image_classification.config import Cifar100Config
 
 
 def test_runs_of_the_same_second_and_name_have_separate_folders(tmp_path):
@@ -73,9 +74,10 @@ def test_an_unknown_recipe_is_an_error_with_a_suggestion():
 
 
 def test_a_run_interrupted_before_it_writes_leaves_no_folder(tmp_path):
+    config = Cifar100Config(out=str(tmp_path / "made" / "runs"), name="x", device="cpu")
+
     def interrupted(*, late: bool) -> None:
-        with remove_empty_run_dir():
-            run = RecipeRun.new(tmp_path / "made" / "runs", "cifar100", "x")
+        with recipe_run("cifar100", config) as run:
             if late:
                 run.log("begun")
             raise KeyboardInterrupt

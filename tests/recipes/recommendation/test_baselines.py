@@ -9,14 +9,14 @@ import torch
 from duoka.recipes.datasets import synthetic_movielens
 from duoka.recipes.datasets.movielens import ML1MDataset, SeenItems
 from duoka.recipes.recommendation.baselines import ItemKNN, Popularity
-from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator, UserItemIndex
+from duoka.recipes.recommendation.ranking_metrics import RankingEvaluator
 
 PAIRS = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [2, 0], [3, 3]], dtype=np.int64)
 
 
 @pytest.fixture
-def seen() -> UserItemIndex:
-    return UserItemIndex.of(SeenItems.from_pairs(PAIRS, 4, 5))
+def seen() -> SeenItems:
+    return SeenItems.from_pairs(PAIRS, 4, 5)
 
 
 def test_popularity_counts_the_users_of_an_item(seen):

@@ -19,7 +19,6 @@ from duoka.recipes.recommendation.ranking_metrics import (
     METRICS,
     RankingEvaluator,
     RankingModel,
-    UserItemIndex,
     top_k,
 )
 from duoka.recipes.recommendation.user_means import mean_metrics
@@ -48,7 +47,7 @@ def rows() -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def evaluator(rows) -> RankingEvaluator:
-    return RankingEvaluator(UserItemIndex.of(structure(rows[0])), UserItemIndex.of(structure(rows[1])))
+    return RankingEvaluator(structure(rows[0]), structure(rows[1]))
 
 
 def scores_of(kind: str) -> torch.Tensor:
@@ -120,8 +119,8 @@ def test_metrics_equal_torchmetrics(rows, evaluator, kind):
 
 def test_ndcg_is_the_mean_over_all_orders_of_ties():
     scores = torch.tensor([[3.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
-    nothing = UserItemIndex(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64))
-    evaluator = RankingEvaluator(nothing, UserItemIndex(torch.tensor([0, 2]), torch.tensor([2, 4])))
+    nothing = SeenItems(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64))
+    evaluator = RankingEvaluator(nothing, SeenItems(torch.tensor([0, 2]), torch.tensor([2, 4])))
     values = []
     for order in permutations(range(1, 5)):
         broken = scores.clone()
@@ -185,8 +184,8 @@ def test_one_and_two_devices_find_the_same_metrics(evaluator):
 
 def test_metrics_with_equal_first_batches_stay_separate():
     """In the first batch the one target comes first, so all metrics but precision are 1."""
-    seen = UserItemIndex.of(structure([[]] * 4))
-    evaluator = RankingEvaluator(seen, UserItemIndex.of(structure([[0], [0], [0, 1], [2]])))
+    seen = structure([[]] * 4)
+    evaluator = RankingEvaluator(seen, structure([[0], [0], [0, 1], [2]]))
     scores = torch.zeros(4, N_ITEMS)
     scores[:, 0] = 1
     trainer = Trainer(RankingModel(Table(scores), evaluator), metrics=mean_metrics(), device="cpu", verbose=False)
@@ -202,7 +201,7 @@ def test_earlier_parts_count_as_seen(tmp_path):
     validation, test = RankingEvaluator.of(data, "validation"), RankingEvaluator.of(data, "test")
     assert len(validation.seen.indices) == len(data.train)
     assert len(test.seen.indices) == len(data.train) + len(data.validation)
-    assert torch.equal(validation.targets.indices, torch.from_numpy(data.seen("validation").indices))
+    assert torch.equal(validation.targets.indices, data.seen("validation").indices)
     with pytest.raises(ConfigError, match="part='train'"):
         RankingEvaluator.of(data, "train")
     cold = RankingEvaluator.of(ML1MDataset(tmp_path, split="cold-films"), "test", only_its_films=True)

@@ -8,12 +8,11 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from duoka.errors import ConfigError, DataError, StorageError
@@ -28,23 +27,6 @@ DATA = "data.json"
 """File of a run that describes its data."""
 _LONGEST = 60
 """Largest number of characters of a value in a message."""
-_created: list[Path] = []
-"""Folders that were created within ``remove_empty_run_dir``, each before its parent."""
-
-
-@contextlib.contextmanager
-def remove_empty_run_dir() -> Iterator[None]:
-    """Remove the run's folder if the block fails, or is interrupted, before it has written anything."""
-    _created.clear()
-    try:
-        yield
-    except BaseException:
-        for folder in _created:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-        raise
-    finally:
-        _created.clear()
 
 
 def config_text(recipe: str, config: Any) -> str:
@@ -58,14 +40,14 @@ class RecipeRun:
     """The folder of one training run."""
 
     folder: Path
+    created: tuple[Path, ...] = ()
+    """The folder if this process has created it, and then the parents that it created, each before its own parent."""
 
     @classmethod
     def new(cls, out: str | Path, recipe: str, name: str) -> RecipeRun:
         """Create ``out/recipe/<time>-name``, with a number where another run has that name.
 
-        Raises:
-            StorageError: the folder cannot be created.
-
+        Raises StorageError if the folder cannot be created.
         """
         stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
         absent = [parent for parent in stem.parents if not parent.exists()]
@@ -82,17 +64,11 @@ class RecipeRun:
                 raise StorageError(
                     f"cannot create the run's folder {folder}: {reason}: choose another --out"
                 ) from error
-        _created.extend((folder, *absent))
-        return cls(folder)
+        return cls(folder, (folder, *absent))
 
     @classmethod
     def at(cls, folder: str | Path) -> RecipeRun:
-        """Return the run in ``folder``.
-
-        Raises:
-            DataError: there is no run.
-
-        """
+        """Return the run in ``folder``. Raises DataError if there is none."""
         path = Path(folder)
         if not (path / "config.yml").is_file():
             raise DataError(f"no run at {path}: {_what_there_is(path)}")
@@ -126,16 +102,6 @@ class RecipeRun:
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error}") from error
 
-    @contextlib.contextmanager
-    def resumable(self, recipe: str) -> Iterator[None]:
-        """Log the command that continues the run if the user interrupts the block."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self.config.is_file():  # else nothing has been written
-                logger.warning("stopped; continue with: %s", duoka_command("train", recipe, "--resume", self.folder))
-            raise
-
     def recipe(self) -> str:
         """Return the name of the recipe that made the run."""
         for line in self.config.read_text(encoding="utf-8").splitlines():
@@ -143,19 +109,15 @@ class RecipeRun:
                 return line.partition(":")[2].strip()
         raise ConfigError(f"{self.config} does not say which recipe made the run: add the line `recipe: NAME`")
 
-    def _resume_command(self) -> str:
+    def resume_command(self) -> str:
+        """Return the command that continues the run."""
         return duoka_command("train", self.recipe(), "--resume", self.folder)
 
     def finished_model(self) -> Path:
-        """Return the trained weights' file.
-
-        Raises:
-            DataError: the run is not finished.
-
-        """
+        """Return the trained weights' file. Raises DataError if the run is not finished."""
         if not self.model.is_file():
             raise DataError(
-                f"the run {self.folder} has no {self.model.name}: it was stopped; finish it with `{self._resume_command()}`"
+                f"the run {self.folder} has no {self.model.name}: it was stopped; finish it with `{self.resume_command()}`"
             )
         return self.model
 
@@ -175,19 +137,17 @@ class RecipeRun:
     def read_results(self, *needed: str) -> dict[str, Any]:
         """Return what ``write_results`` wrote.
 
-        Raises:
-            DataError: the file is missing or damaged, or lacks one of the entries ``needed``.
-
+        Raises DataError if the file is missing or damaged, or lacks one of the entries ``needed``.
         """
         path = self.folder / "results.json"
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}: `{self._resume_command()}` writes it") from error
+            raise DataError(f"cannot read {path}: {error}: `{self.resume_command()}` writes it") from error
         if not isinstance(results, dict):
             raise DataError(f"{path} holds a {type(results).__name__}, not the results of a run")
         if missing := [name for name in needed if name not in results]:
-            raise DataError(f"{path} lacks {', '.join(missing)}: `{self._resume_command()}` writes it anew")
+            raise DataError(f"{path} lacks {', '.join(missing)}: `{self.resume_command()}` writes it anew")
         return results
 
 
@@ -207,11 +167,29 @@ class ConfigWriter(Callback):
             self.run.write_results(self.facts, DATA)
 
 
-def run_dir_for(recipe: str, config: Any, devices: str | Sequence[torch.device]) -> RecipeRun:
-    """Return the folder of ``config``'s run, the same on every rank of a cluster job; rank 0 creates it if it is new."""
-    run = launch(_run_dir_on_rank_zero, recipe, config, devices=devices if isinstance(devices, str) else list(devices))
+@contextlib.contextmanager
+def recipe_run(recipe: str, config: Any, facts: dict[str, Any] | None = None, source: str = "") -> Iterator[RecipeRun]:
+    """Yield the folder of ``config``'s run, the same on every rank of a cluster job; rank 0 creates it if it is new.
+
+    A resumed run must have begun with the same ``facts`` about the data of ``source``. If the block fails, or the user
+    interrupts it, before it has written anything, the folder is removed. After a later interruption the log has the
+    command that continues the run.
+    """
+    run = launch(_run_dir_on_rank_zero, recipe, config, devices=config.device)
     assert run is not None  # rank 0 returns it
-    return run
+    if config.resume and facts is not None:
+        refuse_other_data(run, facts, source)
+    if config.resume and current_world().is_main and not any(run.folder.rglob("checkpoint/last.pt")):
+        logger.warning("%s has no checkpoint: training begins at the first epoch", run.folder)
+    try:
+        yield run
+    except BaseException as error:
+        for folder in run.created:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        if isinstance(error, KeyboardInterrupt) and run.config.is_file():  # else nothing has been written
+            logger.warning("stopped; continue with: %s", run.resume_command())
+        raise
 
 
 def _run_dir_on_rank_zero(recipe: str, config: Any) -> RecipeRun | None:
@@ -222,8 +200,6 @@ def _run_dir_on_rank_zero(recipe: str, config: Any) -> RecipeRun | None:
 
 def run_options(run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the trainer's options for the run's folder; ``facts`` describe the data, for ``refuse_other_data``."""
-    if config.resume and not (run.folder / "checkpoint" / "last.pt").exists() and current_world().is_main:
-        logger.warning("%s has no checkpoint: training begins at the first epoch", run.folder)
     return {
         "out_dir": run.folder,
         "resume": "auto" if config.resume else False,
@@ -234,9 +210,7 @@ def run_options(run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] 
 def refuse_other_data(run: RecipeRun, facts: dict[str, Any], source: str) -> None:
     """Refuse to use ``run`` with the data of ``source`` if they differ, except for rounding, from its training data.
 
-    Raises:
-        DataError: the value that differs, then and now.
-
+    Raises DataError with the value that differs, then and now.
     """
     path = run.folder / DATA
     if not path.is_file():

@@ -11,12 +11,13 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from duoka.errors import DataError
 from duoka.recipes.datasets.download import RemoteFile, reject_archive
@@ -34,25 +35,46 @@ MIN_RATINGS = 3
 """Ratings of a user below which a split by user puts all of them into training."""
 
 
-@dataclass(frozen=True)
-class SeenItems:
+class SeenItems(NamedTuple):
     """Films that each user has rated: those of user ``u`` are ``indices[indptr[u]:indptr[u + 1]]``, ascending."""
 
-    indptr: Integers
-    """``(users + 1,)``."""
-    indices: Integers
-    """``(pairs,)``."""
+    indptr: Tensor
+    """int64 ``(users + 1,)``."""
+    indices: Tensor
+    """int64 ``(pairs,)``."""
 
     @classmethod
     def from_pairs(cls, pairs: Integers, n_users: int, n_items: int) -> SeenItems:
-        """Return the structure of distinct ``pairs (pairs, 2)``."""
+        """Return the structure of distinct ``pairs (pairs, 2)``, on the CPU."""
         keys = np.sort(pairs[:, 0] * n_items + pairs[:, 1])
         counts = np.bincount(pairs[:, 0], minlength=n_users)
-        return cls(np.concatenate(([0], np.cumsum(counts))).astype(np.int64), keys % n_items)
+        indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        return cls(torch.from_numpy(indptr), torch.from_numpy(keys % n_items))
 
-    def items_of(self, user: int) -> Integers:
+    def to(self, device: torch.device) -> SeenItems:
+        """Return the same structure on ``device``."""
+        return SeenItems(*(part.to(device) for part in self))
+
+    def items_of(self, user: int) -> Tensor:
         """Return the films that ``user`` has rated."""
         return self.indices[self.indptr[user] : self.indptr[user + 1]]
+
+    def pairs(self, users: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all films of ``users``, ``(pairs,)``, after the row in ``users`` of each."""
+        starts, counts = self.indptr[users], self.counts(users)
+        rows = torch.arange(len(users), device=users.device).repeat_interleave(counts)
+        offsets = torch.arange(len(rows), device=users.device) - (counts.cumsum(0) - counts)[rows]
+        return rows, self.indices[starts[rows] + offsets]
+
+    def counts(self, users: Tensor) -> Tensor:
+        """Return the number of films of each of ``users``, ``(users,)``."""
+        return self.indptr[users + 1] - self.indptr[users]
+
+    def matrix(self, users: Tensor, n_items: int) -> Tensor:
+        """Return ``(users, n_items)``, 1.0 at each user's films and 0.0 elsewhere."""
+        marked = torch.zeros(len(users), n_items, device=users.device)
+        marked[self.pairs(users)] = 1
+        return marked
 
 
 class ML1MDataset:
@@ -72,10 +94,8 @@ class ML1MDataset:
         titles: titles of the films.
         train, validation, test: the ``Ratings`` of each part.
 
-    Raises:
-        ConfigError: the split is not possible.
-        DataError: files are missing, or a line does not fit the format; the message names file, line and remedy.
-
+    Raises ConfigError if the split is not possible, and DataError if files are missing or a line does not fit the format;
+    the message names file, line and remedy.
     """
 
     def __init__(

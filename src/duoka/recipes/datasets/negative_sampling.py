@@ -39,13 +39,13 @@ class NegativeSampler:
     ) -> None:
         self.n_items = n_items if candidates is None else len(candidates)
         self.user_ids, self.candidates = user_ids, candidates
-        self.indptr = seen.indptr
-        counts = np.diff(seen.indptr)
+        self.indptr, indices = seen.indptr.numpy(), seen.indices.numpy()
+        counts = np.diff(self.indptr)
         self.num_unrated = self.n_items - counts
         """The number of unrated films of each user ``(users,)``."""
         users = np.repeat(np.arange(len(counts)), counts)
-        rated = seen.indices if candidates is None else np.searchsorted(candidates, seen.indices)
-        unrated_before = rated - (np.arange(len(rated)) - seen.indptr[users])
+        rated = indices if candidates is None else np.searchsorted(candidates, indices)
+        unrated_before = rated - (np.arange(len(rated)) - self.indptr[users])
         self._keys = users * self.n_items + unrated_before
 
     def draw(self, users: Integers, random: np.random.Generator) -> Integers:

@@ -14,7 +14,7 @@ from typing import Any
 from duoka import current_world, devices, save
 from duoka.errors import ConfigError
 from duoka.recipes.common.config import config_of_run
-from duoka.recipes.common.recipe_run import RecipeRun, run_dir_for
+from duoka.recipes.common.recipe_run import RecipeRun, recipe_run, refuse_other_data
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
 from duoka.recipes.datasets.movielens import ML1MDataset
 from duoka.recipes.recommendation.baselines import ItemKNN, Popularity
@@ -42,9 +42,8 @@ def train(config: RecommendationConfig) -> RecipeOutcome:
     config = config.resolved()
     devices.resolve(config.device)  # reports a missing device before any download
     _check_stage1_options(config)
-    data = load_data(config, RecipeRun.at(config.resume) if config.resume else None, is_same=True)
-    run = run_dir_for(NAME, config, config.device)
-    with run.resumable(NAME):
+    data = load_data(config, RecipeRun.at(config.resume) if config.resume else None)
+    with recipe_run(NAME, config, data.metadata(), f"--root {data.folder}") as run:
         stages = train_stages(config, data, run)
         best = max(stages, key=lambda stage: stage.validation[BEST_METRIC])
         table = _test(config, data, stages, best)
@@ -58,7 +57,8 @@ def evaluate(run: RecipeRun, config: RecommendationConfig) -> RecipeOutcome:
     """Test the model of a finished run again, and write ``evaluation.json`` into its folder."""
     config = config.resolved()
     run.finished_model()  # raises for an unfinished run
-    data = load_data(config, run, is_same=True)
+    data = load_data(config, run)
+    refuse_other_data(run, data.metadata(), f"--root {data.folder}")
     metrics = evaluate_model(load_model(run, config, data), evaluator_of(config, data, "test"), config)
     if current_world().is_main:
         run.write_results({"test": metrics}, "evaluation.json")

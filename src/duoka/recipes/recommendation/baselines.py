@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duoka.recipes.recommendation.ranking_metrics import UserItemIndex
+from duoka.recipes.datasets.movielens import SeenItems
 
 NEIGHBORS, SHRINK = 100, 10.0
 """ItemKNN's similar items per item, and the term that damps similarities from few users."""
@@ -16,7 +16,7 @@ class Popularity(nn.Module):
 
     counts: Tensor
 
-    def __init__(self, seen: UserItemIndex, n_items: int) -> None:
+    def __init__(self, seen: SeenItems, n_items: int) -> None:
         super().__init__()
         self.register_buffer("counts", torch.bincount(seen.indices, minlength=n_items).float())
 
@@ -43,7 +43,7 @@ class ItemKNN(nn.Module):
 
     similarity: Tensor
 
-    def __init__(self, seen: UserItemIndex, n_items: int, neighbors: int = NEIGHBORS, shrink: float = SHRINK) -> None:
+    def __init__(self, seen: SeenItems, n_items: int, neighbors: int = NEIGHBORS, shrink: float = SHRINK) -> None:
         super().__init__()
         self.seen, self.n_items = seen, n_items
         common = torch.zeros(n_items, n_items)

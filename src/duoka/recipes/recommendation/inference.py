@@ -52,28 +52,23 @@ class RecommendationList:
     films: tuple[Recommendation, ...]
 
 
-def load_data(config: RecommendationConfig, run: RecipeRun | None, *, is_same: bool) -> ML1MDataset:
+def load_data(config: RecommendationConfig, run: RecipeRun | None) -> ML1MDataset:
     """Return the data set of ``config``.
 
     For an existing ``run`` its folder must exist: the run's data may be any set, so MovieLens-1M is not
-    downloaded in its place. With ``is_same`` the data must also be those that the run began with.
+    downloaded in its place.
     """
     if run is not None and not Path(config.root).exists():
         raise DataError(
             f"root={config.root}, the data folder of the run {run.folder}, does not exist: pass it as --root"
         )
-    data = ML1MDataset(config.root, config.ratio, config.split, config.split_seed, download=config.download)
-    if run is not None and is_same:
-        refuse_other_data(run, data.metadata(), f"--root {data.folder}")
-    return data
+    return ML1MDataset(config.root, config.ratio, config.split, config.split_seed, download=config.download)
 
 
 def load_model(run: RecipeRun, config: RecommendationConfig, data: ML1MDataset) -> Recommender:
     """Return the model of a finished run, on the first device.
 
-    Raises:
-        DataError: the run is not finished, or was trained on other users or films.
-
+    Raises DataError if the run is not finished, or was trained on other users or films.
     """
     path, metadata = run.finished_model(), data.metadata()
     refuse_other_data(run, {key: metadata[key] for key in ("users", "films", "entities")}, f"--root {data.folder}")
@@ -90,18 +85,18 @@ def recommend(run: RecipeRun, config: RecommendationConfig, user: int, k: int) -
     """Return the best ``k`` films for the user with the number ``user`` in ``users.dat``; fewer if fewer are left."""
     check_integer("k", k, 1)
     config = config.resolved()
-    data = load_data(config, run, is_same=False)
+    data = load_data(config, run)
     index = data.user_index(user)
     model = load_model(run, config, data)
     seen = data.seen(*PARTS).items_of(index)
     scorer = model.scorer()
     items, scores = model.recommend(index, k, seen.tolist(), scorer)
     vectors = normalize(scorer.items.dot.cpu())
-    best = (vectors[items] @ vectors[torch.from_numpy(seen)].T).topk(min(NUM_SIMILAR, len(seen)))
+    best = (vectors[items] @ vectors[seen].T).topk(min(NUM_SIMILAR, len(seen)))
     weights = _attention_weights(model, FILM_FIELDS, items=items)
     films = []
     for row, (item, score) in enumerate(zip(items.tolist(), scores.tolist(), strict=True)):
-        titles = [data.titles[at] for at in seen[best.indices[row].numpy()]]
+        titles = [data.titles[at] for at in seen[best.indices[row]].tolist()]
         similar = tuple(zip(titles, best.values[row].tolist(), strict=True))
         film = data.films[item]
         films.append(Recommendation(film.id, film.title, film.genres, score, weights[row], similar))

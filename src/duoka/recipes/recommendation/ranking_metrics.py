@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,46 +41,13 @@ ScoreFunction = Callable[[Tensor], Tensor]
 """Indices of users, int64 ``(batch,)``, to their scores of all items ``(batch, items)``."""
 
 
-class UserItemIndex(NamedTuple):
-    """The items of each user, as ``SeenItems``, in tensors on any device."""
-
-    indptr: Tensor
-    indices: Tensor
-
-    @classmethod
-    def of(cls, seen: SeenItems) -> UserItemIndex:
-        """Return ``seen`` as tensors on the CPU."""
-        return cls(torch.from_numpy(seen.indptr), torch.from_numpy(seen.indices))
-
-    def to(self, device: torch.device) -> UserItemIndex:
-        """Return the same index on ``device``."""
-        return UserItemIndex(*(part.to(device) for part in self))
-
-    def pairs(self, users: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all items of ``users``, ``(pairs,)``, after the row in ``users`` of each."""
-        starts, counts = self.indptr[users], self.counts(users)
-        rows = torch.arange(len(users), device=users.device).repeat_interleave(counts)
-        offsets = torch.arange(len(rows), device=users.device) - (counts.cumsum(0) - counts)[rows]
-        return rows, self.indices[starts[rows] + offsets]
-
-    def counts(self, users: Tensor) -> Tensor:
-        """Return the number of items of each of ``users``, ``(users,)``."""
-        return self.indptr[users + 1] - self.indptr[users]
-
-    def matrix(self, users: Tensor, n_items: int) -> Tensor:
-        """Return ``(users, n_items)``, 1.0 at each user's items and 0.0 elsewhere."""
-        marked = torch.zeros(len(users), n_items, device=users.device)
-        marked[self.pairs(users)] = 1
-        return marked
-
-
 @dataclass(frozen=True)
 class RankingEvaluator:
     """The metrics of score functions on one part of a data set."""
 
-    seen: UserItemIndex
+    seen: SeenItems
     """Items that are not ranked for a user."""
-    targets: UserItemIndex
+    targets: SeenItems
     """Items that should be ranked first."""
     excluded: Tensor | None = None
     """Items that are not ranked for any user, bool ``(items,)``."""
@@ -93,9 +60,9 @@ class RankingEvaluator:
         """
         check_choice("part", part, ("validation", "test"))
         earlier = ("train",) if part == "validation" else ("train", "validation")
-        targets = UserItemIndex.of(data.seen(part))
+        targets = data.seen(part)
         excluded = torch.bincount(targets.indices, minlength=data.n_items) == 0 if only_its_films else None
-        return cls(UserItemIndex.of(data.seen(*earlier)), targets, excluded)
+        return cls(data.seen(*earlier), targets, excluded)
 
     def to(self, device: torch.device) -> RankingEvaluator:
         """Return the same evaluator on ``device``."""

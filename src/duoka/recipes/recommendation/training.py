@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from duoka import Trainer, devices
-from duoka.recipes.common.recipe_run import ConfigWriter, RecipeRun
+from duoka.recipes.common.recipe_run import RecipeRun, run_options
 from duoka.recipes.datasets import negative_sampling
 from duoka.recipes.datasets.movielens import ML1MDataset
 from duoka.recipes.models.gpt2_recommender import (
@@ -95,6 +94,7 @@ def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun
     stages = [(1, config.lr, config.epochs)]
     if config.dynamic_epochs and texts is not None:
         stages.append((2, config.dynamic_lr, config.dynamic_epochs))
+    options = run_options(run, NAME, config, data.metadata())
     results: list[StageResult] = []
     for number, lr, epochs in stages:
         model = build_model(config, data, texts, number)
@@ -106,9 +106,7 @@ def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun
             data,
             lr,
             epochs=epochs,
-            out_dir=run.folder / f"stage-{number}",
-            resume="auto" if config.resume else False,
-            callbacks=[ConfigWriter(run, NAME, dataclasses.replace(config, resume=None), data.metadata())],
+            **options | {"out_dir": run.folder / f"stage-{number}"},
         )
         validation, _ = trainer.fit(save_model=True)
         results.append(StageResult(number, model, validation, len(trainer.history)))

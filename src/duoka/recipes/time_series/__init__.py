@@ -17,7 +17,7 @@ from torch import nn
 from duoka import current_world, devices
 from duoka import load as load_weights
 from duoka.errors import ConfigError
-from duoka.recipes.common.recipe_run import RecipeRun, refuse_other_data, run_dir_for, run_options
+from duoka.recipes.common.recipe_run import RecipeRun, recipe_run, run_options
 from duoka.recipes.common.registry import PredictedTable, Prediction, RecipeOutcome
 from duoka.recipes.time_series import forecasting, regression
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
@@ -34,13 +34,10 @@ def train(config: TimeSeriesConfig) -> RecipeOutcome:
     config, task = config.resolved(), _task(config)
     devices.resolve(config.device)  # a device that does not exist is an error before any download
     data = task.load(config)
-    run = run_dir_for(NAME, config, config.device)
-    if config.resume:
-        refuse_other_data(run, data.metadata, data.source)
-    torch.manual_seed(config.seed)
-    options = run_options(run, NAME, config, data.metadata)
-    trainer = task.build_trainer(task.build_model(config, data.description), config, data, options)
-    with run.resumable(NAME):
+    with recipe_run(NAME, config, data.metadata, data.source) as run:
+        torch.manual_seed(config.seed)
+        options = run_options(run, NAME, config, data.metadata)
+        trainer = task.build_trainer(task.build_model(config, data.description), config, data, options)
         trainer.fit(save_model=True, model_path=run.model)
         results = task.test(trainer, config, data)
         if current_world().is_main:
