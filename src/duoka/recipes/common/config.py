@@ -117,10 +117,8 @@ def read_config(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
 
     The command line wins over the file, and the file over the defaults. ``--resume RUN`` reads the run's own file.
 
-    Raises:
-        ConfigError: an unknown key, a wrong type or value, or a file that cannot be read.
-        SystemExit: ``--help`` or ``--print_config`` has been printed.
-
+    Raises ConfigError for an unknown key, a wrong type or value, or a file that cannot be read, and SystemExit after
+    ``--help`` or ``--print_config``.
     """
     given = recipe_parser(cast("Any", kind), recipe).parse(arguments, defaults=False).as_dict()
     path, is_printed = given.pop("config", None), given.pop("print_config", False)
@@ -140,9 +138,7 @@ def read_config(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
 def refuse_changes(run: RecipeRun, recipe: str, before: Any, now: Any) -> None:
     """Refuse to continue ``run`` with options that its checkpoint does not fit.
 
-    Raises:
-        ConfigError: the option, both values, and the remedy.
-
+    Raises ConfigError with the option, both values, and the remedy.
     """
     before, now = before.resolved(), now.resolved()
 
@@ -208,9 +204,7 @@ def add_options(parser: ArgumentParser, kind: type[Any], recipe: str, *, without
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
-    Raises:
-        ConfigError: the file is missing, is not YAML (with the line), or holds something other than ``key: value`` lines.
-
+    Raises ConfigError if it is missing, is not YAML (with the line), or holds something other than ``key: value`` lines.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

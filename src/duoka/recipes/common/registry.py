@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 from duoka.errors import ConfigError
 from duoka.recipes.common.recipe_run import RecipeRun
@@ -40,26 +39,6 @@ class PredictedTable(NamedTuple):
     """One line about the files."""
 
 
-class Recipe(Protocol):
-    """Interface of a recipe's module.
-
-    A recipe that reads tables also has ``predict_table(run, config, source) -> PredictedTable``. One that has
-    ``load(config)``, which reads its data, has them checked before a comparison begins.
-    """
-
-    Config: type[Any]
-    """Subclass of ``RunOptions``."""
-
-    def train(self, config: Any) -> RecipeOutcome:
-        """Train, evaluate and write the run's folder."""
-
-    def evaluate(self, run: RecipeRun, config: Any) -> RecipeOutcome:
-        """Evaluate the model of a finished run; ``config`` is the run's own, possibly with another device."""
-
-    def predict(self, run: RecipeRun, config: Any, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
-        """Return the answers of a finished run's model to the inputs ``sources``."""
-
-
 class RecipeEntry(NamedTuple):
     """Row of the table."""
 
@@ -84,11 +63,22 @@ RECIPES = {
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return the recipe ``name``; raises ``ConfigError`` if there is none."""
+def find_recipe(name: str) -> Any:
+    """Return the recipe ``name``, a module or an object with this interface:
+
+    - ``Config``: subclass of ``RunOptions``.
+    - ``train(config) -> RecipeOutcome`` trains, evaluates and writes the run's folder.
+    - ``evaluate(run, config) -> RecipeOutcome`` evaluates the model of a finished run; ``config`` is the run's own,
+      possibly with another device.
+    - ``predict(run, config, sources, *, invert=False) -> list[Prediction]`` returns the answers of a finished run's model.
+    - ``predict_table(run, config, source) -> PredictedTable``, only of a recipe that reads tables.
+    - ``load(config)`` reads the data; a recipe that has it gets them checked before a comparison begins.
+
+    Raises ConfigError if there is no such recipe.
+    """
     if name not in RECIPES:
         hint = did_you_mean(name, RECIPES) or f"the recipes are {join_names(RECIPES)}"
         raise ConfigError(f"there is no recipe {name!r}; {hint}")
     module, _, attribute = RECIPES[name].module.partition(":")
-    recipe: Any = importlib.import_module(module)
-    return cast("Recipe", getattr(recipe, attribute) if attribute else recipe)
+    recipe = importlib.import_module(module)
+    return getattr(recipe, attribute) if attribute else recipe

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from duoka.errors import DataError
-from duoka.recipes.datasets.download import RemoteFile, reject_archive, verify_md5
+from duoka.recipes.datasets.download import RemoteFile, data_folder, verify_md5
 from duoka.recipes.datasets.images import Images, ImageSet
 from duoka.utils.imports import import_optional
 
@@ -71,8 +71,7 @@ def load(source: CifarArchive, root: str | Path, *, download: bool = True, verif
     ``verify`` requires the official checksums; turn it off for other data in the same format. Raises DataError if a file
     is missing, truncated or changed.
     """
-    root = Path(root)
-    reject_archive(root)
+    root = data_folder(root)
     folder = root / source.folder
     if folder.is_dir():
         batches = _read_folder(source, folder, verify)

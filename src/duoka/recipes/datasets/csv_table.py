@@ -48,13 +48,11 @@ class CsvTable:
     @property
     def lines(self) -> list[int]:
         """The line of each row in the file."""
-        lines: list[int] = self.frame.index.tolist()
-        return lines
+        return list(self.frame.index)
 
     def text(self, index: int) -> list[str]:
         """Return the cells of column ``index`` without surrounding blanks."""
-        cells: list[str] = self.frame.iloc[:, index].str.strip().tolist()
-        return cells
+        return list(self.frame.iloc[:, index].str.strip())
 
     def find_columns(self, columns: str) -> list[int]:
         """Return the indices of columns given by name or by position from 1: ``"OT"``, ``"1-10"``, ``"HUFL,3"``.
@@ -179,23 +177,19 @@ class Standardization:
         return cls(tuple(saved["mean"]), tuple(saved["std"]))
 
     def transform(self, values: Tensor) -> Tensor:
-        """Return ``values (..., columns)`` standardized, as float32."""
-        mean, std = self._tensors()
+        """Return ``values (..., columns)`` standardized, as float32; the arithmetic is float64, for numbers far from 0."""
+        mean, std = torch.tensor((self.mean, self.std), dtype=torch.float64).unbind()
         return ((values.double() - mean) / std).float()
 
     def inverse_transform(self, values: Tensor) -> Tensor:
         """Return standardized ``values (..., columns)`` in their original units, as float64."""
-        mean, std = self._tensors()
+        mean, std = torch.tensor((self.mean, self.std), dtype=torch.float64).unbind()
         return values.double() * std + mean
 
     def select(self, indices: Sequence[int]) -> Standardization:
         """Return the statistics of some columns."""
         mean, std = (tuple(values[index] for index in indices) for values in (self.mean, self.std))
         return Standardization(mean, std)
-
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation as float64; float32 would shift numbers that are far from 0."""
-        return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
 
 
 def read(path: str | Path) -> CsvTable:

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO
@@ -137,21 +138,21 @@ def verify_md5(file: IO[bytes], path: Path, md5: str, *, size: int | None = None
     if size is not None and found != size:
         raise DataError(f"{path} has {found:,} bytes, not {size:,}: {remedy}")
     file.seek(0)
-    digest = hashlib.md5(usedforsecurity=False)
-    while chunk := file.read(CHUNK_BYTES):
-        digest.update(chunk)
-    if digest.hexdigest() != md5:
-        raise DataError(f"{path} ({found:,} bytes) has the MD5 checksum {digest.hexdigest()}, not {md5}: {remedy}")
+    digest = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()  # type: ignore[arg-type]
+    if digest != md5:
+        raise DataError(f"{path} ({found:,} bytes) has the MD5 checksum {digest}, not {md5}: {remedy}")
 
 
-def reject_archive(root: Path) -> None:
-    """Raise DataError if ``root`` is a file, most likely an archive, instead of the data's folder."""
+def data_folder(root: str | Path) -> Path:
+    """Return ``root`` as a path. Raises DataError if it is a file, most likely an archive, instead of the data's folder."""
+    root = Path(root)
     if root.is_file():
         remedy = f"give the folder of the data: --root {root.parent}"
         if root.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2"):
             command = "unzip" if root.suffix == ".zip" else "tar -xf"
             remedy = f"unpack it with `{command} {root}`, and give the folder with --root"
         raise DataError(f"{root} is a file, not a folder: {remedy}")
+    return root
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from duoka.errors import DataError
-from duoka.recipes.datasets.download import RemoteFile, reject_archive
+from duoka.recipes.datasets.download import RemoteFile, data_folder
 from duoka.recipes.datasets.movielens_format import NAMES, Ratings, example_hint, read_films, read_ratings, read_users
 from duoka.utils.validation import check_choice, invalid_option
 
@@ -169,8 +169,7 @@ def locate(root: str | Path, *, download: bool = False) -> Path:
     Raises DataError if some of the files are missing or the archive is damaged, and StorageError if the folder cannot be
     written.
     """
-    root = Path(root)
-    reject_archive(root)
+    root = data_folder(root)
     existed = (root / "ml-1m").exists()  # read before its files, because another process may unpack them now
     found = _find(root)
     if found is None and not existed:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from duoka.errors import DataError
 from duoka.recipes.datasets import image_cache
-from duoka.recipes.datasets.download import RemoteFile, reject_archive
+from duoka.recipes.datasets.download import RemoteFile, data_folder
 from duoka.recipes.datasets.image_cache import ImageFile
 from duoka.recipes.datasets.image_folder import EXTENSIONS
 from duoka.recipes.datasets.images import ImageSet
@@ -34,8 +34,7 @@ def load(root: str | Path, *, download: bool = True, archive: RemoteFile = OFFIC
     Raises DataError if files are missing, damaged or contradict each other, and StorageError if the folder cannot be
     written.
     """
-    root = Path(root)
-    reject_archive(root)
+    root = data_folder(root)
     folder = _find(root) or _unpack(root, archive, download)
     wnids = sorted(_read_lines(folder, "wnids.txt"))
     if len(wnids) < 2 or len(set(wnids)) < len(wnids):

@@ -75,9 +75,7 @@ def read_experiment(
         sweep: ``key=value,value``; every variant is combined with every value.
         changes: keys that override those of ``base``.
 
-    Raises:
-        ConfigError: an option that is not valid, with the variant that has it.
-
+    Raises ConfigError for an option that is not valid, with the variant that has it.
     """
     is_file = source.endswith((".yml", ".yaml"))
     if not is_file and not sweep:

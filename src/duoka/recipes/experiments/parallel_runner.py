@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 
@@ -27,9 +26,7 @@ from duoka.workers.serialization import dumps, loads
 def run_parallel(trials: Sequence[Trial], report: Callable[[str], None]) -> dict[str, str]:
     """Train as many trials at once as there are devices; return the failed ones by title, with the reason.
 
-    Raises:
-        ConfigError: the trials name different devices.
-
+    Raises ConfigError if the trials name different devices.
     """
     specs = {str(trial.options.get("device", "auto")) for trial in trials}
     if len(specs) > 1:
@@ -38,49 +35,44 @@ def run_parallel(trials: Sequence[Trial], report: Callable[[str], None]) -> dict
             "Name one list of devices for all"
         )
     devices = resolve(specs.pop()).devices if specs else ()
-    return _TrialWorkers(devices, report).run(trials) if devices else {}
+    return _TrialWorkers(trials, devices, report).run() if devices else {}
 
 
 class _TrialWorkers:
     """A worker process for each trial, at most one a device at a time."""
 
-    def __init__(self, devices: Sequence[torch.device], report: Callable[[str], None]) -> None:
-        self._report = report
-        self._num_devices = len(devices)
-        self._free: SimpleQueue[torch.device] = SimpleQueue()
-        for device in devices:
-            self._free.put(device)
+    def __init__(self, trials: Sequence[Trial], devices: Sequence[torch.device], report: Callable[[str], None]) -> None:
+        self._trials, self._devices, self._report = trials, devices, report
+        self._waiting = iter(trials)
+        self._errors: dict[str, str] = {}
         self._lock = threading.Lock()
         self._sessions: list[WorkerSession] = []
         self._stopped = False
 
-    def run(self, trials: Sequence[Trial]) -> dict[str, str]:
+    def run(self) -> dict[str, str]:
         """Train all trials; on Ctrl-C end those that run, and start no other."""
-        with ThreadPoolExecutor(self._num_devices) as executor:
+        with ThreadPoolExecutor(len(self._devices)) as executor:
             try:
-                errors = list(executor.map(self._run_on_free_device, trials))
+                list(executor.map(self._train_waiting, self._devices))
             except BaseException:
                 with self._lock:
                     self._stopped = True
                     for session in self._sessions:
                         session.workers[0].kill()  # its thread then sees the death and closes the session
                 raise
-        return {trial.title: error for trial, error in zip(trials, errors, strict=True) if error}
+        return {trial.title: self._errors[trial.title] for trial in self._trials if trial.title in self._errors}
 
-    def _run_on_free_device(self, trial: Trial) -> str:
-        device = self._free.get()
-        try:
+    def _train_waiting(self, device: torch.device) -> None:
+        for trial in self._waiting:  # an iterator that the threads of all devices share
             error = "" if self._stopped else self._run_in_worker(trial, device)
-        finally:
-            self._free.put(device)
-        if error and not self._stopped:
-            self._report(f"{trial.title}: failed: {error}")
-        return error
+            if error and not self._stopped:
+                self._errors[trial.title] = error
+                self._report(f"{trial.title}: failed: {error}")
 
     def _run_in_worker(self, trial: Trial, device: torch.device) -> str:
         output = trial.folder / "output.txt"
         self._report(f"{trial.title}: on {device}, output in {output}")
-        threads = threads_per_rank(self._num_devices)
+        threads = threads_per_rank(len(self._devices))
         session = WorkerSession(_train_trial, [device], (trial, threads), [device])
         with self._lock:
             self._sessions.append(session)

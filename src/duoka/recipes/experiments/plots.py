@@ -25,13 +25,11 @@ def plot_bars(path: Path, metric: str, named: Named) -> None:
     means = [statistics.fmean(values) for _, values in named]
     with figure_file(path, 7.5, 1.3 + 0.42 * len(named)) as figure:
         axes = figure.add_subplot()
-        axes.barh(range(len(named)), means, color="#9CC9E5", height=0.65, xerr=_deviations(named), ecolor=BLUE)
+        bars = axes.barh(range(len(named)), means, color="#9CC9E5", height=0.65, xerr=_deviations(named), ecolor=BLUE)
+        axes.bar_label(bars, fmt="%.4f", padding=8, fontsize=9)
         for y, (_, values) in enumerate(named):
             if len(values) > 1:
                 axes.plot(values, [y] * len(values), "o", color=BLUE, markersize=3.5)
-            axes.annotate(
-                f"{means[y]:.4f}", (max(0.0, *values), y), (8, 0), textcoords="offset points", va="center", fontsize=9
-            )
         axes.margins(x=0.16)
         _label_axes(axes, [name for name, _ in named], f"Best {metric} of each variant{_seeds(named)}", metric)
 
@@ -75,15 +73,10 @@ def plot_differences(path: Path, metric: str, baseline: str, named: Named, *, hi
     with figure_file(path, 7.5, 1.3 + 0.42 * len(others)) as figure:
         axes = figure.add_subplot()
         colors = [BLUE if (value >= 0) == higher else ORANGE for value in means]
-        axes.barh(range(len(others)), means, 0.65, color=colors, xerr=_deviations(others), ecolor="black", alpha=0.75)
+        look = {"color": colors, "ecolor": "black", "alpha": 0.75}
+        bars = axes.barh(range(len(others)), means, 0.65, xerr=_deviations(others), **look)
+        axes.bar_label(bars, fmt="%+.4f", padding=5, fontsize=9)
         axes.axvline(0, color=GREY, linewidth=1)
-        for y, (value, (_, values)) in enumerate(zip(means, others, strict=True)):
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            end = max(value + spread, *values, 0.0) if value >= 0 else min(value - spread, *values, 0.0)
-            shift, side = (5, "left") if value >= 0 else (-5, "right")
-            axes.annotate(
-                f"{value:+.4f}", (end, y), (shift, 0), textcoords="offset points", va="center", ha=side, fontsize=9
-            )
         axes.margins(x=0.22)
         if not any(value for _, values in others for value in values):
             axes.set_xlim(-0.01, 0.01)

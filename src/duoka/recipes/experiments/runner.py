@@ -23,9 +23,8 @@ def run_all(
         parallel: whether each device trains another trial, in a worker process, instead of all devices the same trial.
         report: called with a line of text for each trial that starts, fails, or is skipped.
 
-    Raises:
-        DuokaError: a device does not exist or data cannot be read, before any training; or no run has ``spec.metric``.
-
+    Raises DuokaError if a device does not exist or data cannot be read, before any training; or if no run has
+    ``spec.metric``.
     """
     _check_metric(spec)
     waiting = []

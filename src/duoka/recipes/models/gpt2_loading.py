@@ -27,9 +27,7 @@ def load_gpt2(pretrained: str, texts: Iterable[str], seed: int) -> tuple[Tokeniz
     ``pretrained`` is a name on the hub, a folder, or ``"none"`` for a small random GPT-2 with a
     byte-level vocabulary, both a function of ``texts`` and ``seed`` alone.
 
-    Raises:
-        ConfigError: there is no such GPT-2, or parts of it are missing.
-
+    Raises ConfigError if there is no such GPT-2, or parts of it are missing.
     """
     transformers = import_optional("transformers", "recommend")
     with _quiet(transformers):

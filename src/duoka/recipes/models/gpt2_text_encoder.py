@@ -33,8 +33,6 @@ ROW_LENGTH = 32
 """Tokens in a packed row; a longer text makes longer rows."""
 ROWS_PER_PASS = 64
 """Rows of a pass without gradients, which bounds the memory for encoding all texts."""
-
-
 Span = tuple[tuple[int, ...], int]
 """The tokens up to the end of a field, and the field's start in them."""
 
@@ -161,10 +159,8 @@ def tokenize_texts(
             for a small random one, made from the texts and ``seed`` alone.
         seed: seed of the small one's weights.
 
-    Raises:
-        DataError: a text or field is empty or too long, or texts differ in their number of fields.
-        ConfigError: there is no such GPT-2.
-
+    Raises DataError if a text or field is empty or too long, or texts differ in their number of fields, and ConfigError if
+    there is no such GPT-2.
     """
     tokenize, network = load_gpt2(str(pretrained), [*user_texts, *item_texts], seed)
     users, user_spans = _tokenize_side("user", user_texts, tokenize, network.config.n_positions)

@@ -94,8 +94,7 @@ def build(name: str, num_classes: int = 200, image_size: int = 64) -> nn.Sequent
 
     Only ``baseline`` and ``se_attention`` depend on ``image_size``, a multiple of 8.
 
-    Raises:
-        ValueError: there is no such network, or the size is no multiple of 8.
+    Raises ValueError if there is no such network, or the size is no multiple of 8.
 
     >>> build("residual", 200)(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 200])

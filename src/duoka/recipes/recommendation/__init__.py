@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from duoka import current_world, devices, save
@@ -65,14 +66,14 @@ def evaluate(run: RecipeRun, config: RecommendationConfig) -> RecipeOutcome:
     return RecipeOutcome(run, {f"test_{name}": value for name, value in metrics.items()}, _next_step(run, data))
 
 
-def predict(run: RecipeRun, config: Any, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:  # noqa: ARG001
+def predict(run: RecipeRun, *_: Any, **__: bool) -> list[Prediction]:
     """Raise ``ConfigError``: this recipe has ``recommend`` instead."""
     raise ConfigError(f"a run of {NAME} recommends films to a user: duoka recommend {run.folder} --user NUMBER")
 
 
 def _check_stage1_options(config: RecommendationConfig) -> None:
     """Refuse to change stage 1 of a run whose stage 2 started from its result."""
-    if not config.resume or not (RecipeRun.at(config.resume).folder / "stage-2" / "checkpoint").is_dir():
+    if not config.resume or not Path(config.resume, "stage-2", "checkpoint").is_dir():
         return
     run = RecipeRun.at(config.resume)
     original = config_of_run(RecommendationConfig, run)

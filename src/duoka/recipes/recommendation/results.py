@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from duoka.recipes.recommendation.ranking_metrics import CUTOFFS, METRICS
-from duoka.utils.figures import figure_file
+from duoka.utils.figures import BLUE, GREY, figure_file, hide_frame
 
 MetricTable = dict[str, dict[str, float]]
 """Recommender name to its metrics; the run's model is first."""
 SHOWN = ("ndcg@10", "recall@10", "precision@10", "hr@10", "mrr@10", "ndcg@50", "recall@50")
-BLUE, GRAY = "#0072B2", "#9A9A9A"
 
 
 def headline(table: MetricTable) -> dict[str, float]:
@@ -39,10 +38,10 @@ def draw_comparison(path: Path, table: MetricTable) -> None:
     with figure_file(path, 9.0, 1.4 + 0.45 * len(table)) as figure:
         for axes, title in zip(figure.subplots(1, 2, sharey=True), ("NDCG@10", "Recall@10"), strict=True):
             values = [row[title.lower()] for row in table.values()]
-            bars = axes.barh(range(len(table)), values, color=[BLUE, *[GRAY] * (len(table) - 1)])
+            bars = axes.barh(range(len(table)), values, color=[BLUE, *[GREY] * (len(table) - 1)])
             axes.bar_label(bars, fmt="%.4f", padding=3)
             axes.set_yticks(range(len(table)), list(table))
             axes.set(xlim=(0, 1.18 * max(*values, 1e-9)))
             axes.set_title(f"{title} on the test part", loc="left", fontsize=10)
-            axes.spines[["top", "right"]].set_visible(False)
+            hide_frame(axes)
         axes.invert_yaxis()

@@ -56,13 +56,7 @@ def evaluate(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
     return _outcome(run, results.headline, data.source)
 
 
-def predict(
-    run: RecipeRun,
-    config: TimeSeriesConfig,  # noqa: ARG001
-    sources: Sequence[str],
-    *,
-    invert: bool = False,  # noqa: ARG001
-) -> list[Prediction]:
+def predict(run: RecipeRun, _: TimeSeriesConfig, sources: Sequence[str], **__: bool) -> list[Prediction]:
     """Raise, because this recipe's predictions are tables, which ``predict_table`` writes."""
     example = sources[0] if sources and sources[0].lower().endswith((".csv", ".txt", ".tsv")) else "data.csv"
     raise ConfigError(
