@@ -9,7 +9,7 @@ import yaml
 
 from duoka.errors import ConfigError
 from duoka.recipes.common.config import RunOptions, read_config, read_yaml
-from duoka.recipes.common.recipe_run import RecipeRun
+from duoka.recipes.common.recipe_run import RecipeRun, config_text
 from duoka.recipes.common.registry import RECIPES, find_recipe
 from duoka.recipes.image_classification.config import Cifar100Config
 from duoka.utils.argument_parser import field_docs
@@ -229,14 +229,14 @@ def test_options_that_depend_on_others_are_filled_in():
 def test_a_runs_config_file_gives_the_same_options_again(tmp_path):
     config = Cifar100Config(dataset="digits", lr=1e-5, device="0", name="a name: with 字").resolved()
     run = RecipeRun.new(tmp_path, "cifar100", "x")
-    run.write_config("cifar100", config)
+    run.write_text("config.yml", config_text("cifar100", config))
     assert read_config(Cifar100Config, ["-c", str(run.config)], recipe="cifar100") == config
     assert run.recipe() == yaml.safe_load(run.config.read_text(encoding="utf-8"))["recipe"] == "cifar100"
 
 
 def test_resume_takes_the_runs_own_options_unless_others_are_given(tmp_path):
     run = RecipeRun.new(tmp_path, "cifar100", "x")
-    run.write_config("cifar100", Cifar100Config(dataset="digits", epochs=7).resolved())
+    run.write_text("config.yml", config_text("cifar100", Cifar100Config(dataset="digits", epochs=7).resolved()))
     config = read_config(Cifar100Config, ["--resume", str(run.folder), "--device", "cpu:2"], recipe="cifar100")
     assert (config.epochs, config.device, config.resume) == (7, "cpu:2", str(run.folder))
 
@@ -268,7 +268,7 @@ def test_names_of_other_programs_lead_to_the_option(name, meant):
 )
 def test_an_option_that_does_not_fit_the_checkpoint_is_refused(tmp_path, options, message):
     run = RecipeRun(tmp_path)
-    run.write_config("cifar100", Cifar100Config(dataset="digits").resolved())
+    run.write_text("config.yml", config_text("cifar100", Cifar100Config(dataset="digits").resolved()))
     with pytest.raises(ConfigError, match=message):
         read_config(Cifar100Config, ["--resume", str(tmp_path), *options], recipe="cifar100")
 
@@ -278,5 +278,5 @@ def test_an_option_that_does_not_fit_the_checkpoint_is_refused(tmp_path, options
     [[], ["--model", "resnet10"], ["--device", "cpu"], ["--epochs", "10"], ["--epochs", "24", "--batch_size", "128"]],
 )
 def test_options_that_fit_the_checkpoint_can_change(tmp_path, options):
-    RecipeRun(tmp_path).write_config("cifar100", Cifar100Config(dataset="digits").resolved())
+    RecipeRun(tmp_path).write_text("config.yml", config_text("cifar100", Cifar100Config(dataset="digits").resolved()))
     assert read_config(Cifar100Config, ["--resume", str(tmp_path), *options], recipe="cifar100").resume == str(tmp_path)

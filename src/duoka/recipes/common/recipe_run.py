@@ -121,16 +121,14 @@ class RecipeRun:
             )
         return self.model
 
-    def write_config(self, recipe: str, config: Any) -> None:
-        """Write every option of the dataclass ``config``."""
-        self.write_text("config.yml", config_text(recipe, config))
-
     def write_results(self, results: Any, name: str = "results.json") -> None:
-        """Write results as JSON."""
+        """Write results as JSON on rank 0."""
         self.write_text(name, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file, whole or not at all."""
+        """Write a text file on rank 0, whole or not at all."""
+        if not current_world().is_main:
+            return
         with atomic_write(self.folder / name) as file:
             file.write(text.encode())
 
@@ -162,7 +160,7 @@ class ConfigWriter(Callback):
 
     def on_fit_start(self, state: State) -> None:  # noqa: ARG002
         """Write the options, and a description of the data that ``refuse_other_data`` reads."""
-        self.run.write_config(self.recipe, self.config)
+        self.run.write_text("config.yml", config_text(self.recipe, self.config))
         if self.facts is not None:
             self.run.write_results(self.facts, DATA)
 

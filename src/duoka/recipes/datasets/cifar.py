@@ -90,7 +90,6 @@ def load(source: CifarArchive, root: str | Path, *, download: bool = True, verif
 
 
 def _read_folder(source: CifarArchive, folder: Path, verify: bool) -> dict[str, Batch]:
-    """Return the contents of each file of the unpacked folder."""
     remedy = f"unpack {source.file_name} again, or delete {folder} and start again; for other data, --verify false"
     batches = {}
     for name, md5 in source.files:
@@ -105,7 +104,6 @@ def _read_folder(source: CifarArchive, folder: Path, verify: bool) -> dict[str, 
 
 
 def _read_archive(source: CifarArchive, archive: Path) -> dict[str, Batch]:
-    """Return the contents of each file in the archive."""
     try:
         with tarfile.open(archive, "r:gz") as tar:
             found = {entry.name: member.read() for entry in tar if (member := tar.extractfile(entry)) is not None}

@@ -45,10 +45,10 @@ class RemoteFile:
         return f"delete it and start again to download it anew, or fetch {self.url}{self.alternative}"
 
     def locate(self, folder: Path, *, download: bool, verify: bool = True, missing: str = "") -> Path:
-        """Return the file in ``folder``, verified if it is there, otherwise downloaded.
+        """Return the file in ``folder``, verified if it is there, otherwise downloaded by one process at a time.
 
-        Raises DataError if ``download`` is off and the file is missing, as the text ``missing`` says, or as ``download``
-        does.
+        Raises DataError if ``download`` is off and the file is missing, as the text ``missing`` says, if the network fails,
+        or if size or checksum are wrong, and StorageError if ``folder`` cannot be written.
         """
         path = folder / self.file_name
         if path.exists():
@@ -58,24 +58,15 @@ class RemoteFile:
         if not download:
             remedy = f"allow it with --download true, or fetch {self.url}{self.alternative}"
             raise DataError(f"{missing or f'{path} is not there'}, and download is off: {remedy}")
-        return self.download(folder)
-
-    def download(self, folder: Path) -> Path:
-        """Download the file into ``folder`` unless it is there; other processes wait for the one that downloads.
-
-        Raises DataError if the network fails, or size or checksum of the download are wrong, and StorageError if ``folder``
-        cannot be written.
-        """
-        target = folder / self.file_name
         with locked_folder(folder):
-            if not target.exists():
+            if not path.exists():
                 logger.info("downloading %s to %s", self.url, folder)
-                with atomic_write(target, needed_bytes=self.size) as file:
-                    for chunk in self._chunks(target):
+                with atomic_write(path, needed_bytes=self.size) as file:
+                    for chunk in self._chunks(path):
                         file.write(chunk)
                     remedy = f"the download of {self.url} was cut short or changed: start again"
-                    verify_md5(file, target, self.md5, size=self.size, remedy=remedy)
-        return target
+                    verify_md5(file, path, self.md5, size=self.size, remedy=remedy)
+        return path
 
     def unpack(self, root: Path, *, download: bool, missing: str, skip: str = "") -> Path:
         """Verify and unpack the zip file in ``root`` into the folder of its name, unless that exists; return the folder.

@@ -185,7 +185,6 @@ def locate(root: str | Path, *, download: bool = False) -> Path:
 
 
 def _find(root: Path) -> Path | None:
-    """Return the folder of the three files."""
     for folder in (root, root / "ml-1m"):
         missing = [name for name in NAMES if not (folder / name).is_file()]
         if not missing:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,19 +43,12 @@ MIN_STARS, MAX_STARS = 1, 5
 CONTROL_CHARACTER = re.compile(rb"[\x00-\x1f\x7f-\x9f]")
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     """A line of ``users.dat``."""
 
     id: int
-    gender: str
-    age: str
-    occupation: str
-
-    @property
-    def text(self) -> str:
-        """Gender, age group and occupation, a line each."""
-        return f"{self.gender}\naged {self.age}\n{self.occupation}"
+    text: str
+    """Gender, age group and occupation, a line each."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +104,9 @@ def read_users(path: Path) -> tuple[User, ...]:
         number = _integer(fields[0], "UserID", where)
         gender = _lookup(fields[1], GENDERS, "gender", where)
         age = _lookup(_integer(fields[2], "age", where), AGES, "age group", where)
-        occupation = _integer(fields[3], "occupation", where)
-        return User(number, gender, age, _lookup(occupation, dict(enumerate(OCCUPATIONS)), "occupation", where))
+        code = _integer(fields[3], "occupation", where)
+        occupation = _lookup(code, dict(enumerate(OCCUPATIONS)), "occupation", where)
+        return User(number, f"{gender}\naged {age}\n{occupation}")
 
     return _read_entities(path, "UserID::Gender::Age::Occupation::Zip-code", "user", parse)
 

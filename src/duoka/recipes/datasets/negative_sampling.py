@@ -31,7 +31,6 @@ class NegativeSampler:
         n_items: the number of films.
         user_ids: ids of the users for messages; ``None`` names their indices.
         candidates: the films to draw from, ascending, with all rated films among them; ``None`` is every film.
-
     """
 
     def __init__(

@@ -82,7 +82,9 @@ def make(users: int = 1_000, films: int = 800, ratings: int = 60_000, seed: int 
     text_taste = _normal(random, 2)[genders] + _normal(random, len(AGES))[ages]
     text_taste = text_taste + _normal(random, len(OCCUPATIONS))[occupations]
     user_taste = _add_individual_taste(text_taste, random)
-    has_genre, first_words = _draw_genres(films, random), random.integers(0, len(FIRST_WORDS), films)
+    ranks = random.random((films, len(GENRES))).argsort(1).argsort(1)
+    has_genre = (ranks < random.integers(1, 4, (films, 1))).astype(np.float64)  # one to three genres a film
+    first_words = random.integers(0, len(FIRST_WORDS), films)
     text_taste = has_genre / has_genre.sum(1, keepdims=True) @ _normal(random, len(GENRES)) * 1.5
     text_taste = text_taste + _normal(random, len(FIRST_WORDS))[first_words]
     affinity = user_taste @ _add_individual_taste(text_taste, random).T / np.sqrt(RANK)
@@ -131,12 +133,6 @@ def _add_individual_taste(text_taste: Numbers, random: np.random.Generator) -> N
     individual = _normal(random, len(text_taste))
     taste: Numbers = np.sqrt(TEXT_VARIANCE) * text_taste + np.sqrt(1 - TEXT_VARIANCE) * individual
     return taste
-
-
-def _draw_genres(films: int, random: np.random.Generator) -> Numbers:
-    """Return 0 or 1 for each film and genre, ``(films, genres)``, with one to three genres a film."""
-    ranks = random.random((films, len(GENRES))).argsort(1).argsort(1)
-    return (ranks < random.integers(1, 4, (films, 1))).astype(np.float64)
 
 
 def _draw_counts(users: int, fewest: int, most: int, ratings: int, random: np.random.Generator) -> Integers:

@@ -120,7 +120,6 @@ def calendar_features(dates: Any, step_s: float) -> Tensor:
 
 
 def _read_dates(table: CsvTable, index: int) -> Any:
-    """Return a column of rising dates."""
     pandas = import_optional("pandas", extra="forecast")
     cells, lines = table.text(index), table.lines
     where = f"column {index + 1} ({table.columns[index]})"
@@ -233,7 +232,6 @@ class SlidingWindows(Dataset[tuple[Tensor, Tensor, Tensor]]):
         past: steps of the history.
         horizon: steps of the future.
         targets: indices of the columns to forecast.
-
     """
 
     def __init__(self, values: Tensor, marks: Tensor, past: int, horizon: int, targets: Sequence[int]) -> None:
@@ -323,7 +321,6 @@ def loader(samples: SlidingWindows, batch_size: int, *, shuffle: bool = False) -
 
 
 def _part_ends(series: TimeSeries, split: str) -> tuple[int, int, int]:
-    """Return the ends of training, validation and test."""
     rows = len(series)
     if split == "paper" or (split == "auto" and series.name[:4].lower() in ("etth", "ettm")):
         month = 30 * 24 * round(HOUR_S / series.step_s)

@@ -59,7 +59,6 @@ def _find(root: Path) -> Path | None:
 
 
 def _unpack(root: Path, archive: RemoteFile, download: bool) -> Path:
-    """Unpack the archive, which is downloaded if it is missing."""
     missing = f"{root} holds neither wnids.txt, nor a folder with it, nor {archive.file_name}"
     if others := sorted(path.name for suffix in ("tar", "zip", "gz", "tgz") for path in root.glob(f"*.{suffix}")):
         missing += f" (unpack {others[0]} there if that is it)"
@@ -70,7 +69,6 @@ def _unpack(root: Path, archive: RemoteFile, download: bool) -> Path:
 
 
 def _training_files(folder: Path, labels: dict[str, int]) -> list[ImageFile]:
-    """Return the files of ``train/<wnid>/images``."""
     found: list[ImageFile] = []
     for wnid, label in labels.items():
         below = f"train/{wnid}/images"

@@ -119,7 +119,6 @@ def read_experiment(
 
 
 def _reject_reserved(options: Mapping[str, Any], where: str) -> None:
-    """Raise for a key that the experiment sets."""
     if taken := [key for key in options if key in RESERVED_KEYS]:
         hint = "write `seeds: [0, 1]` beside `variants`" if taken[0] == "seed" else "leave it out"
         raise ConfigError(f"{where} has the key `{taken[0]}`, which `duoka compare` sets: {hint}")
@@ -152,7 +151,6 @@ def _variants(document: Mapping[str, Any], where: str, swept: bool) -> dict[str,
 
 
 def _apply_sweeps(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Combine ``variants`` with the values of each sweep."""
     columns = []
     for text in sweep:
         key, _, values = text.partition("=")

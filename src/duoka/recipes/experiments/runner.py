@@ -48,7 +48,6 @@ def run_all(
 
 
 def _check_metric(spec: ExperimentSpec) -> None:
-    """Raise ``ConfigError`` for a metric that the finished runs do not have."""
     records = [record for trial in spec.trials for record in read_history(trial)]
     names = {key.removeprefix("val_") for record in records for key in record if key.startswith("val_")}
     if names and spec.metric not in names:

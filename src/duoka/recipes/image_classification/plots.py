@@ -89,7 +89,6 @@ def _example(axes: Any, image: Tensor, truth: str, answer: str, confidence: floa
 
 
 def _bars(axes: Any, right: Tensor, total: Tensor, names: list[str], rows: int) -> None:
-    """Draw one column of up to ``rows`` bars."""
     accuracy = right / total.clamp_min(1)
     low, high = _wilson(right, total)
     indices = range(len(names))
@@ -104,7 +103,6 @@ def _bars(axes: Any, right: Tensor, total: Tensor, names: list[str], rows: int) 
 
 
 def _wilson(right: Tensor, total: Tensor, z: float = 1.96) -> tuple[Tensor, Tensor]:
-    """Return the bounds of the interval for the share ``right / total`` (Wilson, 1927)."""
     total = total.clamp_min(1)
     share = right / total
     center = (share + z**2 / (2 * total)) / (1 + z**2 / total)

@@ -76,8 +76,7 @@ class ImageRecipe(ABC):
         model, metadata = self.load_finished_run(run, config)
         images = self.load(config)
         results = test_results(self._trainer(model, config, images, metadata))
-        if current_world().is_main:
-            run.write_results(results, "evaluation.json")
+        run.write_results(results, "evaluation.json")
         return RecipeOutcome(run, results, next_step(run, images))
 
     def predict(self, run: RecipeRun, config: Any, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:

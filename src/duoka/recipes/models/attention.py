@@ -28,7 +28,6 @@ def prob_sparse_attention(
         sample: positions of the keys to measure scores on, ``(sampled,)``, the same for all queries.
         top: number of queries that get full attention.
         causal: query ``i`` sees keys ``0 .. i`` only; requires as many queries as keys.
-
     """
     scores = query @ key[:, :, sample].transpose(-2, -1)
     active = (scores.amax(-1) - scores.mean(-1)).topk(top, sorted=False).indices
@@ -74,7 +73,6 @@ class SelfAttention(nn.Module):
         causal: each position attends to itself and earlier ones only.
         dropout: dropout of the attention weights, used where ``factor`` is ``None`` only.
         salt: tells this layer's draws from another's.
-
     """
 
     def __init__(

@@ -19,7 +19,6 @@ class DLinear(nn.Module):
         past: steps of the history.
         horizon: steps to forecast.
         targets: indices of the columns to forecast.
-
     """
 
     def __init__(self, past: int, horizon: int, targets: Sequence[int]) -> None:

@@ -126,7 +126,6 @@ class GPT2Recommender(Recommender):
             hidden ids are a function of step and id, so they are the same on any number of devices.
         seed: seed of the initial weights.
         device: device that encodes texts for the cache.
-
     """
 
     fusion: type[nn.Module] = _ConcatFusion

@@ -58,7 +58,6 @@ class Informer(nn.Module):
         label_length: past steps given to the decoder.
         horizon: steps to forecast.
         size: widths and depths.
-
     """
 
     def __init__(

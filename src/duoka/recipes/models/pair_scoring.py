@@ -38,7 +38,6 @@ class PairScore(nn.Module):
         dot_width: width of ``a`` and ``b``.
         mlp_width: width of ``u`` and ``i``; ``None`` uses ``a`` and ``b`` for the MLP, too.
         hidden: widths of the MLP's two hidden layers.
-
     """
 
     def __init__(self, dot_width: int, mlp_width: int | None = None, hidden: tuple[int, int] = (64, 32)) -> None:

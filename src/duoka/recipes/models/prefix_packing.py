@@ -59,7 +59,6 @@ def pack_prefix_tree(tokens: Integers, starts: Integers, ends: Integers, row_len
     ([5, 6, 7, 8], [[0, 1, 2, 3]])
     >>> packed.span_nodes.tolist(), packed.span_offsets.tolist()
     ([0, 1, 2, 1, 3], [0, 3])
-
     """
     position, longest = np.arange(tokens.shape[1]), tokens.shape[1]
     shared = np.zeros_like(ends)  # number of tokens that each text shares with the one before it

@@ -29,7 +29,6 @@ class Recommender(nn.Module):
         score: the score of a pair.
         contrast: weight of the contrastive term in the loss.
         candidates: number of samples whose items are the contrastive term's candidates.
-
     """
 
     def __init__(self, users: int, items: int, score: PairScore, *, contrast: float, candidates: int = 256) -> None:

@@ -31,7 +31,6 @@ class ResNet(nn.Sequential):
         num_classes: length of the output.
         in_channels: 1 for gray images, 3 for color.
         width: factor on torchvision's 64, 128, 256 and 512 channels.
-
     """
 
     def __init__(

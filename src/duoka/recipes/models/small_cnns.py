@@ -98,7 +98,6 @@ def build(name: str, num_classes: int = 200, image_size: int = 64) -> nn.Sequent
 
     >>> build("residual", 200)(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 200])
-
     """
     if name not in MODELS:
         raise ValueError(f"model={name!r} is not valid: it must be one of {', '.join(MODELS)}")

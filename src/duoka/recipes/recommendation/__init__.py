@@ -61,8 +61,7 @@ def evaluate(run: RecipeRun, config: RecommendationConfig) -> RecipeOutcome:
     data = load_data(config, run)
     refuse_other_data(run, data.metadata(), f"--root {data.folder}")
     metrics = evaluate_model(load_model(run, config, data), evaluator_of(config, data, "test"), config)
-    if current_world().is_main:
-        run.write_results({"test": metrics}, "evaluation.json")
+    run.write_results({"test": metrics}, "evaluation.json")
     return RecipeOutcome(run, {f"test_{name}": value for name, value in metrics.items()}, _next_step(run, data))
 
 
@@ -105,7 +104,6 @@ def _test(
 def _write_results(
     run: RecipeRun, data: ML1MDataset, stages: Sequence[StageResult], best: StageResult, table: MetricTable
 ) -> None:
-    """Write numbers and pictures into the run's folder."""
     metadata = data.metadata()
     results: dict[str, Any] = {
         "recipe": NAME,

@@ -38,7 +38,6 @@ class ItemKNN(nn.Module):
         n_items: number of items.
         neighbors: similar items that are kept per item.
         shrink: 0 or more.
-
     """
 
     similarity: Tensor

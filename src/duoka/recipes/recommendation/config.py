@@ -83,7 +83,6 @@ class RecommendationConfig(RunOptions):
         "model", "pretrained", "embedding_size", "heads", "split", "split_ratio", "split_seed", "train_text", "lora_rank",
         "lora_alpha", "seed", "contrast", "id_dropout", "lr", "dynamic_lr", "text_lr", "weight_decay",
     )  # fmt: skip
-    PLANNED = ()
     scheduler = None  # learning rates are constant
 
     def __post_init__(self) -> None:

@@ -106,7 +106,6 @@ def recommend(run: RecipeRun, config: RecommendationConfig, user: int, k: int) -
 
 
 def _attention_weights(model: Any, names: tuple[str, ...], **ids: torch.Tensor) -> list[dict[str, float]]:
-    """Return the attention weights of the id and each field, for each of ``ids``."""
     try:
         return [dict(zip(names, row, strict=True)) for row in model.attention_weights(**ids).tolist()]
     except (AttributeError, ConfigError):  # a model without attention

@@ -167,7 +167,6 @@ class RankingModel(nn.Module):
     Args:
         model: its ``score_all(users)``, or that of its ``scorer()`` if it has one, is a ``ScoreFunction``.
         evaluator: the items to rank, and those that should come first.
-
     """
 
     def __init__(self, model: nn.Module, evaluator: RankingEvaluator) -> None:

@@ -51,8 +51,7 @@ def evaluate(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
     model, saved = _load_finished_run(run, config, task)
     data = task.load(config, saved)
     results = task.test(task.build_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
-    if current_world().is_main:
-        run.write_results(results.summary, "evaluation.json")
+    run.write_results(results.summary, "evaluation.json")
     return _outcome(run, results.headline, data.source)
 
 

@@ -163,7 +163,6 @@ def _marker(values: Any) -> str | None:
 
 
 def _note_omitted(figure: Any, shown: int, total: int) -> None:
-    """Write below a picture that it omits columns."""
     if shown < total:
         figure.supxlabel(f"the first {shown} of {total} columns", fontsize=9, color=GREY)
 

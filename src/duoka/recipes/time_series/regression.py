@@ -151,7 +151,6 @@ def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> Table
 
 
 def _find_columns(table: CsvTable, config: TimeSeriesConfig) -> tuple[list[int], list[int]]:
-    """Return the indices of the columns to learn from and of those to predict."""
     width = len(table.columns)
     if not config.targets and width <= NUM_TARGETS:
         raise ConfigError(
