@@ -49,7 +49,8 @@ def load(
     """
     digest = hashlib.blake2b(json.dumps([size, classes, train, test]).encode(), digest_size=16)
     paths = [folder / file.name for file in (*train, *test)]
-    cache = _ImageCache(folder / f".duoka-{size}px.npy", paths, size, len(train), digest.hexdigest())
+    shape = (len(paths), 3, size, size)
+    cache = _ImageCache(folder / f".duoka-{size}px.npy", paths, shape, len(train), digest.hexdigest())
     with locked_folder(folder):
         pixels, statistics = cache.open() or cache.build()
     first, second = (torch.tensor([file.label for file in part]) for part in (train, test))
@@ -64,17 +65,13 @@ class _ImageCache:
     path: Path
     """The ``.npy`` file; the header has the same name with ``.json``."""
     images: Sequence[Path]
-    size: int
+    shape: tuple[int, int, int, int]
     num_train: int
     fingerprint: str
 
     @property
     def header(self) -> Path:
         return self.path.with_suffix(".json")
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return len(self.images), 3, self.size, self.size
 
     def open(self) -> tuple[Tensor, Statistics] | None:
         """Return the mapped pixels, private to this process; ``None`` if there is no valid cache."""

@@ -60,9 +60,7 @@ def make(rows: int = 10_000, seed: int = 0) -> SyntheticTable:
     """
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(rows, len(FEATURES), generator=generator, dtype=torch.float64)
-    low, high = (
-        torch.tensor(ends, dtype=torch.float64) for ends in zip(*(feature[1:] for feature in FEATURES), strict=True)
-    )
+    low, high = torch.tensor([bounds for _, *bounds in FEATURES], dtype=torch.float64).unbind(1)
     features = low + share * (high - low)
     depth, porosity, permeability, _, _, _, injection, production, distance, days = share.unbind(1)
     pressure = 80 + 120 * depth + 45 * torch.tanh(3 * (injection - production)) * torch.exp(-distance)
@@ -71,9 +69,8 @@ def make(rows: int = 10_000, seed: int = 0) -> SyntheticTable:
     water = 0.15 + 0.7 * front - 0.08 * features[:, 4].log() / math.log(20)
     ground_truth = torch.stack((pressure, water), dim=1)
     noise = torch.randn(rows, len(TARGETS), generator=generator, dtype=torch.float64)
-    return SyntheticTable(
-        features, ground_truth, ground_truth + noise * torch.tensor(list(NOISE.values()), dtype=torch.float64)
-    )
+    noise *= torch.tensor(list(NOISE.values()), dtype=torch.float64)
+    return SyntheticTable(features, ground_truth, ground_truth + noise)
 
 
 def write(path: Path, table: SyntheticTable) -> None:

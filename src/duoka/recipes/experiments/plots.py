@@ -84,9 +84,7 @@ def plot_differences(path: Path, metric: str, baseline: str, named: Named, *, hi
         _label_axes(axes, [name for name, _ in others], title, f"change of {metric}")
 
 
-def _deviations(named: Named) -> list[float] | None:
-    if all(len(values) == 1 for _, values in named):
-        return None
+def _deviations(named: Named) -> list[float]:
     return [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in named]
 
 

@@ -18,18 +18,12 @@ from duoka.recipes.common.config import config_of_run
 from duoka.recipes.common.recipe_run import RecipeRun, recipe_run, refuse_other_data
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
 from duoka.recipes.datasets.movielens import ML1MDataset
+from duoka.recipes.recommendation import training
 from duoka.recipes.recommendation.baselines import ItemKNN, Popularity
 from duoka.recipes.recommendation.config import NAME, RecommendationConfig
 from duoka.recipes.recommendation.inference import load_data, load_model, recommend
 from duoka.recipes.recommendation.results import MetricTable, draw_comparison, format_table, headline
-from duoka.recipes.recommendation.training import (
-    BEST_METRIC,
-    StageResult,
-    evaluate_model,
-    evaluator_of,
-    train_ncf,
-    train_stages,
-)
+from duoka.recipes.recommendation.training import StageResult
 from duoka.utils.text import duoka_command
 
 __all__ = ["RecommendationConfig", "evaluate", "predict", "recommend", "train"]
@@ -45,8 +39,8 @@ def train(config: RecommendationConfig) -> RecipeOutcome:
     _check_stage1_options(config)
     data = load_data(config, RecipeRun.at(config.resume) if config.resume else None)
     with recipe_run(NAME, config, data.metadata(), f"--root {data.folder}") as run:
-        stages = train_stages(config, data, run)
-        best = max(stages, key=lambda stage: stage.validation[BEST_METRIC])
+        stages = training.train_stages(config, data, run)
+        best = max(stages, key=lambda stage: stage.validation[training.BEST_METRIC])
         table = _test(config, data, stages, best)
         if current_world().is_main:
             save(best.model, run.model)
@@ -60,7 +54,8 @@ def evaluate(run: RecipeRun, config: RecommendationConfig) -> RecipeOutcome:
     run.finished_model()  # raises for an unfinished run
     data = load_data(config, run)
     refuse_other_data(run, data.metadata(), f"--root {data.folder}")
-    metrics = evaluate_model(load_model(run, config, data), evaluator_of(config, data, "test"), config)
+    evaluator = training.evaluator_of(config, data, "test")
+    metrics = training.evaluate_model(load_model(run, config, data), evaluator, config)
     run.write_results({"test": metrics}, "evaluation.json")
     return RecipeOutcome(run, {f"test_{name}": value for name, value in metrics.items()}, _next_step(run, data))
 
@@ -90,14 +85,14 @@ def _test(
     config: RecommendationConfig, data: ML1MDataset, stages: Sequence[StageResult], best: StageResult
 ) -> MetricTable:
     """Return the test metrics of the run's model, of its other stage, and of the baselines."""
-    evaluator = evaluator_of(config, data, "test")
+    evaluator = training.evaluator_of(config, data, "test")
     models = {f"{config.model} (stage {stage.number})": stage.model for stage in (best, *stages)}
-    table = {name: evaluate_model(model, evaluator, config) for name, model in models.items()}
+    table = {name: training.evaluate_model(model, evaluator, config) for name, model in models.items()}
     if config.baselines:
         for name, kind in (("popularity", Popularity), ("itemknn", ItemKNN)):
-            table[name] = evaluate_model(kind(evaluator.seen, data.n_items), evaluator, config)
+            table[name] = training.evaluate_model(kind(evaluator.seen, data.n_items), evaluator, config)
         if config.model != "ncf":
-            table["ncf"] = evaluate_model(train_ncf(config, data), evaluator, config)
+            table["ncf"] = training.evaluate_model(training.train_ncf(config, data), evaluator, config)
     return table
 
 

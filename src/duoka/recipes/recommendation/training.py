@@ -101,12 +101,7 @@ def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun
         if results:
             copy_stage1_weights(results[0].model, model)
         trainer = _trainer(
-            model,
-            config,
-            data,
-            lr,
-            epochs=epochs,
-            **options | {"out_dir": run.folder / f"stage-{number}"},
+            model, config, data, lr, epochs=epochs, **options | {"out_dir": run.folder / f"stage-{number}"}
         )
         validation, _ = trainer.fit(save_model=True)
         results.append(StageResult(number, model, validation, len(trainer.history)))

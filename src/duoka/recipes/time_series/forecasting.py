@@ -13,21 +13,12 @@ from duoka import Trainer
 from duoka.errors import ConfigError, DataError
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import PredictedTable
-from duoka.recipes.datasets import csv_table
+from duoka.recipes.datasets import csv_table, time_series
 from duoka.recipes.datasets.csv_table import CsvTable, Standardization
-from duoka.recipes.datasets.time_series import (
-    SeriesSplit,
-    TimeSeries,
-    calendar_features,
-    loader,
-    locate_ett,
-    series_from_table,
-)
 from duoka.recipes.models.informer import Informer
-from duoka.recipes.time_series import baselines, plots
+from duoka.recipes.time_series import baselines, plots, run_steps
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
-from duoka.recipes.time_series.results import Forecasts, write_forecasts
-from duoka.recipes.time_series.run_steps import check_finite, predict_on_device, prediction_path, trainer_options
+from duoka.recipes.time_series.results import Forecasts
 
 DESCRIPTION = "series"
 """Entry of ``results.json`` that describes the data."""
@@ -39,10 +30,10 @@ class ForecastData:
 
     source: str
     """The file."""
-    series: TimeSeries
+    series: time_series.TimeSeries
     targets: tuple[int, ...]
     """Indices of the target columns in the series."""
-    split: SeriesSplit
+    split: time_series.SeriesSplit
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -91,7 +82,7 @@ def predict_table(
     """Forecast beyond the end of a file with the columns and the step of the training data, which ``saved`` describes."""
     table = csv_table.read(source)
     indices = [table.find_name(name) for name in saved["columns"]]
-    series = series_from_table(table, config.date, indices, fill=config.fill, frequency=saved["frequency"])
+    series = time_series.series_from_table(table, config.date, indices, fill=config.fill, frequency=saved["frequency"])
     past, _, horizon = config.lengths
     if len(series) < past:
         raise DataError(
@@ -104,12 +95,12 @@ def predict_table(
         )
     standardization = Standardization.from_dict(saved)
     dates = series.future_dates(horizon)
-    marks = calendar_features(series.dates[-past:].append(dates), series.step_s)
+    marks = time_series.calendar_features(series.dates[-past:].append(dates), series.step_s)
     history = standardization.transform(series.values[-past:])
-    forecast = predict_on_device(model, config, history[None], marks[None])[0]
+    forecast = run_steps.predict_on_device(model, config, history[None], marks[None])[0]
     targets = [saved["columns"].index(name) for name in saved["targets"]]
     forecast = standardization.select(targets).inverse_transform(forecast)
-    written = prediction_path(run, source, ".csv"), prediction_path(run, source, ".png")
+    written = run_steps.prediction_path(run, source, ".csv"), run_steps.prediction_path(run, source, ".png")
     rows = [[str(date), *values] for date, values in zip(dates, forecast.tolist(), strict=True)]
     csv_table.write(written[0], [table.columns[table.find_column(config.date)], *saved["targets"]], rows)
     plots.plot_future(written[1], series, targets, dates, forecast, history=max(past, 3 * horizon))
@@ -121,7 +112,7 @@ def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> Forec
 
     ``saved`` is the results of a finished run, whose columns and standardization are used.
     """
-    source = config.csv or str(locate_ett(config.dataset, config.root, download=config.download))
+    source = config.csv or str(time_series.locate_ett(config.dataset, config.root, download=config.download))
     table = csv_table.read(source)
     if saved is None:
         inputs, targets = _find_columns(table, config)
@@ -130,10 +121,10 @@ def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> Forec
         series = saved[DESCRIPTION]
         inputs, targets = ([table.find_name(name) for name in series[kind]] for kind in ("columns", "targets"))
         frequency, standardization = series["frequency"], Standardization.from_dict(series)
-    series = series_from_table(table, config.date, inputs, fill=config.fill, frequency=frequency)
+    series = time_series.series_from_table(table, config.date, inputs, fill=config.fill, frequency=frequency)
     indices = tuple(inputs.index(target) for target in targets)
     past, _, horizon = config.lengths
-    split = SeriesSplit.from_series(series, config.split, past, horizon, indices, standardization)
+    split = time_series.SeriesSplit.from_series(series, config.split, past, horizon, indices, standardization)
     data = ForecastData(source, series, indices, split)
     if saved is not None and data.num_windows != (then := saved.get("windows")):
         raise DataError(
@@ -180,13 +171,13 @@ def build_trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData,
     assert config.batch_size is not None
     return Trainer(
         model,
-        loader(data.split.train, config.batch_size, shuffle=True),
-        loader(data.split.validation, max(256, config.batch_size)),
+        time_series.loader(data.split.train, config.batch_size, shuffle=True),
+        time_series.loader(data.split.validation, max(256, config.batch_size)),
         loss=mse_loss,
         metrics={"mae": MeanAbsoluteError()},
         monitor="loss",
         early_stop_patience=config.patience or None,
-        **trainer_options(config),
+        **run_steps.trainer_options(config),
         **options,
     )
 
@@ -194,8 +185,8 @@ def build_trainer(model: Informer, config: TimeSeriesConfig, data: ForecastData,
 def test(trainer: Trainer, config: TimeSeriesConfig, data: ForecastData) -> Forecasts:
     """Forecast all windows of the test part with the model and the baselines."""
     test = data.split.test
-    forecasts: dict[str, Tensor] = {"Informer": trainer.predict(loader(test, 256))}
-    check_finite(forecasts["Informer"])
+    forecasts: dict[str, Tensor] = {"Informer": trainer.predict(time_series.loader(test, 256))}
+    run_steps.check_finite(forecasts["Informer"])
     if config.baselines:
         forecasts["last value"] = baselines.last_value(test)
         if (seasonal := baselines.last_season(test, data.series.season_length())) is not None:
@@ -217,7 +208,12 @@ def write_results(run: RecipeRun, config: TimeSeriesConfig, data: ForecastData, 
     run.write_text("evaluation_results.txt", text)
     run.log(text)
     dates = series.dates[data.split.ends[1] - test.past :]  # from the first test window's history on
-    write_forecasts(run.folder / "forecasts.csv", results, dates, test, config.date)
+    units, every = results.standardization, slice(0, len(test), test.horizon)  # consecutive windows
+    values = [
+        units.inverse_transform(each[every]).flatten(0, 1) for each in (results.truth, results.forecasts["Informer"])
+    ]
+    path = run.folder / "forecasts.csv"
+    run_steps.write_pairs(path, config.date, dates[test.past :], results.names, "forecast", *values)
     plots.plot_examples(run.plots / "forecasts.png", results, dates, test)
     plots.plot_error_by_step(run.plots / "error_by_step.png", results)
     plots.plot_error_by_column(run.plots / "error_by_column.png", results)

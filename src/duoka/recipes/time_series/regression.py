@@ -19,16 +19,8 @@ from duoka.recipes.common.registry import PredictedTable
 from duoka.recipes.datasets import csv_table
 from duoka.recipes.datasets.csv_table import CsvTable, Standardization
 from duoka.recipes.models.informer import TabularRegressor
-from duoka.recipes.time_series import plots
+from duoka.recipes.time_series import plots, run_steps
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
-from duoka.recipes.time_series.run_steps import (
-    PREDICT_BATCH,
-    check_finite,
-    file_stems,
-    predict_on_device,
-    prediction_path,
-    trainer_options,
-)
 from duoka.utils.text import plural
 
 DESCRIPTION = "table"
@@ -99,12 +91,12 @@ def predict_table(
     table = csv_table.read(source)
     values = table.numbers([table.find_name(name) for name in saved["inputs"]], fill=config.fill)
     of_inputs, of_targets = (Standardization.from_dict(saved[key]) for key in ("of_inputs", "of_targets"))
-    predicted = of_targets.inverse_transform(predict_on_device(model, config, of_inputs.transform(values)))
+    predicted = of_targets.inverse_transform(run_steps.predict_on_device(model, config, of_inputs.transform(values)))
     targets: list[str] = saved["targets"]
-    written = [prediction_path(run, source, ".csv")]
+    written = [run_steps.prediction_path(run, source, ".csv")]
     rows = [[line, *row] for line, row in zip(table.lines, predicted.tolist(), strict=True)]
     csv_table.write(written[0], ["line", *targets], rows)
-    for column, (name, stem) in enumerate(zip(targets, file_stems(targets), strict=True)):
+    for column, (name, stem) in enumerate(zip(targets, run_steps.file_stems(targets), strict=True)):
         if name not in table.columns:
             continue
         try:
@@ -112,7 +104,7 @@ def predict_table(
         except DataError as error:  # the true values are not complete
             logger.info("no picture of %s: %s", name, error)
             continue
-        written.append(prediction_path(run, source, f"-{stem}.png"))
+        written.append(run_steps.prediction_path(run, source, f"-{stem}.png"))
         plots.plot_lines(written[-1], truth, predicted[:, column], name, rows="row")
     return PredictedTable(tuple(written), plural(len(predicted), "row"))
 
@@ -224,18 +216,19 @@ def build_trainer(
     return Trainer(
         model,
         DataLoader(rows.train, batch_size=config.batch_size, shuffle=True),
-        DataLoader(rows.test, batch_size=PREDICT_BATCH),
+        DataLoader(rows.test, batch_size=run_steps.PREDICT_BATCH),
         loss=mse_loss,
         eval_every_epochs=max(1, config.epochs // EVALUATIONS),
-        **trainer_options(config),
+        **run_steps.trainer_options(config),
         **options,
     )
 
 
 def test(trainer: Trainer, config: TimeSeriesConfig, rows: TableRows) -> TableResults:  # noqa: ARG001
     """Predict the test rows."""
-    predicted = rows.of_targets.inverse_transform(trainer.predict(DataLoader(rows.test, batch_size=PREDICT_BATCH)))
-    check_finite(predicted)
+    standardized = trainer.predict(DataLoader(rows.test, batch_size=run_steps.PREDICT_BATCH))
+    predicted = rows.of_targets.inverse_transform(standardized)
+    run_steps.check_finite(predicted)
     return TableResults(predicted, regression_metrics(rows.truth, predicted, rows.targets))
 
 
@@ -247,11 +240,9 @@ def write_results(run: RecipeRun, config: TimeSeriesConfig, rows: TableRows, res
     run.write_text("evaluation_results.txt", text)
     run.log(text)
     truth = rows.truth
-    header = ["line", *(f"{name}{suffix}" for name in rows.targets for suffix in ("", " predicted"))]
-    pairs = torch.stack((truth, predicted), dim=2).flatten(1).tolist()
-    cells = [[line, *row] for line, row in zip(rows.test_lines, pairs, strict=True)]
-    csv_table.write(run.folder / "predictions.csv", header, cells)
-    for column, (name, stem) in enumerate(zip(rows.targets, file_stems(rows.targets), strict=True)):
+    path = run.folder / "predictions.csv"
+    run_steps.write_pairs(path, "line", rows.test_lines, rows.targets, "predicted", truth, predicted)
+    for column, (name, stem) in enumerate(zip(rows.targets, run_steps.file_stems(rows.targets), strict=True)):
         true, found, r2 = truth[:, column], predicted[:, column], metrics["targets"][name]["r2"]
         plots.plot_lines(run.plots / f"lines_{stem}.png", true, found, name)
         plots.plot_scatter(run.plots / f"scatter_{stem}.png", true, found, name, r2)

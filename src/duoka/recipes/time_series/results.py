@@ -1,18 +1,15 @@
-"""Errors of forecasts, standardized and in the columns' units, as JSON and as text, and the forecasts as CSV."""
+"""Errors of forecasts, standardized and in the columns' units, as JSON and as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from duoka.recipes.datasets import csv_table
 from duoka.recipes.datasets.csv_table import Standardization
-from duoka.recipes.datasets.time_series import SlidingWindows
 
 
 @dataclass(frozen=True)
@@ -86,16 +83,3 @@ class Forecasts:
         steps = zip(*(found["mse_by_step"] for found in errors.values()), strict=True)
         lines += [f"{step:<14}" + "".join(f"{value:13.4f}" for value in values) for step, values in enumerate(steps, 1)]
         return "\n".join(lines) + "\n"
-
-
-def write_forecasts(path: Path, results: Forecasts, dates: Any, windows: SlidingWindows, date: str) -> None:
-    """Write truth and the first model's forecast of consecutive test windows in the columns' units.
-
-    ``dates`` are those of all steps from the first window's history on; ``date`` is the name of their column.
-    """
-    every = slice(0, len(windows), windows.horizon)
-    first = next(iter(results.forecasts.values()))
-    columns = [results.standardization.inverse_transform(each[every]).flatten(0, 1) for each in (results.truth, first)]
-    header = [date, *(f"{name}{suffix}" for name in results.names for suffix in ("", " forecast"))]
-    pairs = torch.stack(columns, dim=2).flatten(1).tolist()
-    csv_table.write(path, header, [[str(day), *row] for day, row in zip(dates[windows.past :], pairs, strict=False)])

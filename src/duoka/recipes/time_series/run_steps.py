@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from duoka import devices
 from duoka.errors import DataError
 from duoka.recipes.common.recipe_run import RecipeRun
+from duoka.recipes.datasets import csv_table
 from duoka.recipes.time_series.config import TimeSeriesConfig
 
 PREDICT_BATCH = 4096
@@ -56,6 +57,15 @@ def check_finite(predicted: Tensor) -> None:
 def prediction_path(run: RecipeRun, source: str, ending: str) -> Path:
     """Return the file for predictions from the table ``source``."""
     return run.folder / "predictions" / f"{Path(source).stem}{ending}"
+
+
+def write_pairs(
+    path: Path, label: str, labels: Iterable[object], names: Sequence[str], kind: str, truth: Tensor, found: Tensor
+) -> None:
+    """Write true and found values ``(rows, columns)`` side by side as CSV, after a column ``label`` of ``labels``."""
+    header = [label, *(f"{name}{suffix}" for name in names for suffix in ("", f" {kind}"))]
+    pairs = torch.stack((truth, found), dim=2).flatten(1).tolist()
+    csv_table.write(path, header, [[first, *row] for first, row in zip(labels, pairs, strict=False)])
 
 
 def file_stems(names: Sequence[str]) -> list[str]:
