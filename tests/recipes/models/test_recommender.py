@@ -70,7 +70,7 @@ def test_the_loss_is_bpr_and_a_tenth_of_infonce(kind, texts):
     better, worse = model.predict(users, positives), model.predict(users, negatives)
     bpr = -logsigmoid(better - worse).mean()
     ids = positives[:16].unique()
-    vectors, item_vectors = model.user_vectors()[users], model.item_vectors()
+    vectors, item_vectors = model.scorer().users.dot[users], model.scorer().items.dot
     contrast = 0.0
     for user, positive in zip(vectors, positives, strict=True):
         candidates = item_vectors[torch.cat([positive.unsqueeze(0), ids[ids != positive]])]
@@ -191,11 +191,11 @@ def test_attention_weights_of_id_and_fields_sum_to_one(texts):
 @BOTH
 def test_a_hidden_item_depends_on_its_text_alone(kind, texts):
     model = kind(texts).eval()
-    before = model.item_vectors()
+    before = model.scorer().items.dot
     model.hide_ids(items=torch.tensor([3, 8]))
     with torch.no_grad():
         model.item.ids.weight[[3, 8]] += 1.0
-    after = model.item_vectors()
+    after = model.scorer().items.dot
     assert not torch.allclose(after[3], after[8])
     others = torch.ones(ITEMS, dtype=torch.bool)
     others[[3, 8]] = False
@@ -207,7 +207,7 @@ def test_a_hidden_item_depends_on_its_text_alone(kind, texts):
     assert found["item.ids.weight"][ITEMS].abs().sum() > 0
     again = kind(texts)
     again.load_state_dict(model.state_dict())
-    assert torch.equal(again.item_vectors(), after)
+    assert torch.equal(again.scorer().items.dot, after)
 
 
 def test_id_dropout_hides_new_ids_each_training_step_and_none_in_eval(texts):

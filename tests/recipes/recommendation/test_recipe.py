@@ -120,7 +120,7 @@ def ask(capsys, *arguments: str) -> tuple[int, str, str]:
 
 def test_recommendations_have_reasons_and_no_seen_film(run, data, capsys):
     model = load_model(RecipeRun.at(run), config_of_run(RecommendationConfig, RecipeRun.at(run)), data)
-    vectors = torch.nn.functional.normalize(model.item_vectors())
+    vectors = torch.nn.functional.normalize(model.scorer().items.dot)
     for user in (1, 42):
         status, out, _ = ask(capsys, str(run), "--user", str(user), "-k", "5", "--json")
         answer = json.loads(out)

@@ -21,10 +21,17 @@ from torch import Tensor
 
 from duoka.errors import DataError
 from duoka.recipes.datasets.download import RemoteFile, data_folder
-from duoka.recipes.datasets.movielens_format import NAMES, Ratings, example_hint, read_films, read_ratings, read_users
+from duoka.recipes.datasets.movielens_format import (
+    NAMES,
+    Integers,
+    Ratings,
+    example_hint,
+    read_films,
+    read_ratings,
+    read_users,
+)
 from duoka.utils.validation import check_choice, invalid_option
 
-Integers = NDArray[np.int64]
 ARCHIVE = RemoteFile(
     "https://files.grouplens.org/datasets/movielens/ml-1m.zip", None, "c4d9eecfca2ab87c1945afe126590906"
 )

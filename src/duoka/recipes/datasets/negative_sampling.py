@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from duoka.data.sample_fetch import identity_collate
 from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import SeenItems
-
-Integers = NDArray[np.int64]
+from duoka.recipes.datasets.movielens_format import Integers
 
 
 class NegativeSampler:

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duoka.errors import ConfigError
-from duoka.recipes.datasets.movielens_format import AGES, NAMES, OCCUPATIONS
+from duoka.recipes.datasets.movielens_format import AGES, NAMES, OCCUPATIONS, Integers
 from duoka.utils.files import atomic_write
 
 Numbers = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 GENRES = (
     "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",

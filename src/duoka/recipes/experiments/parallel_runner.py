@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from duoka.devices.selection import resolve
 from duoka.errors import ConfigError, WorkerDied
 from duoka.malloc import keep_freed_memory
 from duoka.recipes.experiments.experiment_spec import Trial
-from duoka.recipes.experiments.trial_run import run_trial
+from duoka.recipes.experiments.trial_run import prepare_folder, run_trial
 from duoka.utils.text import first_line
 from duoka.workers import WorkerChannel, WorkerSession
 from duoka.workers.serialization import dumps, loads
@@ -91,9 +90,6 @@ class _TrialWorkers:
             with self._lock:
                 self._sessions.remove(session)
                 session.kill()  # each trial gets a new process, which starts with free memory
-            if (written := _output_file(trial)).is_file():
-                output.parent.mkdir(parents=True, exist_ok=True)
-                written.replace(output)
         return error
 
 
@@ -102,14 +98,9 @@ def _train_trial(device: torch.device, channel: WorkerChannel, trial: Trial, thr
     """Train a trial in a worker process and send the reason of a failure; the output goes to ``output.txt``."""
     keep_freed_memory()
     torch.set_num_threads(threads)
-    _output_file(trial).parent.mkdir(parents=True, exist_ok=True)
-    with _output_file(trial).open("wb") as file:
+    prepare_folder(trial)
+    with (trial.folder / "output.txt").open("wb") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     channel.send("result", dumps(run_trial(trial, device=str(device))))
     yield
-
-
-def _output_file(trial: Trial) -> Path:
-    """Return the file for output during training, outside the trial's folder, which ``run_trial`` may rename."""
-    return trial.folder.with_name(f".{trial.folder.name}.output")

@@ -78,8 +78,6 @@ def plot_differences(path: Path, metric: str, baseline: str, named: Named, *, hi
         axes.bar_label(bars, fmt="%+.4f", padding=5, fontsize=9)
         axes.axvline(0, color=GREY, linewidth=1)
         axes.margins(x=0.22)
-        if not any(value for _, values in others for value in values):
-            axes.set_xlim(-0.01, 0.01)
         title = f"Change of {metric} against {baseline}{_seeds(others)}"
         _label_axes(axes, [name for name, _ in others], title, f"change of {metric}")
 

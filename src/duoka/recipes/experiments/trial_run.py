@@ -24,13 +24,9 @@ _NOT_COMPARED = ("device", "num_workers", "root", "download", *(key for key in R
 
 def run_trial(trial: Trial, **changes: Any) -> str:
     """Train one trial, or resume it; return the reason of a failure, or ``""``."""
+    prepare_folder(trial)
     error_file = trial.folder / "error.txt"
     error_file.unlink(missing_ok=True)
-    options = _options(trial)
-    if _recorded_options(trial) not in (None, options):
-        trial.folder.rename(trial.folder.with_name(f"{trial.folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
-    with atomic_write(trial.folder / "options.yml") as file:
-        file.write(yaml.safe_dump(options).encode())
     interrupted = _latest_run(trial)
     try:
         where = {"out": str(trial.folder), "resume": str(interrupted.folder) if interrupted else None}
@@ -40,6 +36,15 @@ def run_trial(trial: Trial, **changes: Any) -> str:
         error_file.write_text(f"{reason}\n\n{traceback.format_exc()}", encoding="utf-8")
         return reason
     return ""
+
+
+def prepare_folder(trial: Trial) -> None:
+    """Create the trial's folder; one that holds a run with other options gets another name."""
+    options = _options(trial)
+    if _recorded_options(trial) not in (None, options):
+        trial.folder.rename(trial.folder.with_name(f"{trial.folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
+    with atomic_write(trial.folder / "options.yml") as file:
+        file.write(yaml.safe_dump(options).encode())
 
 
 def finished_run(trial: Trial) -> RecipeRun | None:

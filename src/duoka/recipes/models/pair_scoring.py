@@ -80,6 +80,7 @@ class PairScorer:
     score: PairScore
     users: TowerOutput
     items: TowerOutput
+    """Their ``dot`` are the items' vectors, whose cosine measures how similar items are."""
 
     @torch.no_grad()
     def score_all(self, users: Tensor) -> Tensor:

@@ -129,14 +129,6 @@ class Recommender(nn.Module):
         best = scores.topk(min(k, self.n_items - len(excluded)))
         return best.indices.cpu(), best.values.cpu()
 
-    def user_vectors(self) -> Tensor:
-        """Return the vectors of all users, ``(users, width)``."""
-        return self.scorer().users.dot
-
-    def item_vectors(self) -> Tensor:
-        """Return the vectors of all items, ``(items, width)``; their cosine measures how similar items are."""
-        return self.scorer().items.dot
-
     @property
     def _device(self) -> torch.device:
         return self.score.out_layer.weight.device

@@ -42,7 +42,7 @@ def train(config: TimeSeriesConfig) -> RecipeOutcome:
         results = task.test(trainer, config, data)
         if current_world().is_main:
             task.write_results(run, config, data, results)
-    return _outcome(run, results.headline, data.source)
+    return RecipeOutcome(run, results.headline, duoka_command("predict", run.folder, "--from", data.source))
 
 
 def evaluate(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
@@ -52,7 +52,7 @@ def evaluate(run: RecipeRun, config: TimeSeriesConfig) -> RecipeOutcome:
     data = task.load(config, saved)
     results = task.test(task.build_trainer(model, config, data, {}), dataclasses.replace(config, baselines=False), data)
     run.write_results(results.summary, "evaluation.json")
-    return _outcome(run, results.headline, data.source)
+    return RecipeOutcome(run, results.headline, duoka_command("predict", run.folder, "--from", data.source))
 
 
 def predict(run: RecipeRun, _: TimeSeriesConfig, sources: Sequence[str], **__: bool) -> list[Prediction]:
@@ -85,7 +85,3 @@ def _load_finished_run(run: RecipeRun, config: TimeSeriesConfig, task: ModuleTyp
     model = task.build_model(config, saved[task.DESCRIPTION])
     load_weights(path, into=model)
     return model, saved
-
-
-def _outcome(run: RecipeRun, results: dict[str, float], source: str) -> RecipeOutcome:
-    return RecipeOutcome(run, results, duoka_command("predict", run.folder, "--from", source))

@@ -83,8 +83,6 @@ def plot_error_by_step(path: Path, results: Forecasts) -> None:
         axes.set(xlabel="step of the forecast", ylabel="MSE, standardized", ylim=(0, None), xlim=(0.5, horizon + 0.5))
         axes.set_title("Error by step")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if horizon <= 12:
-            axes.set_xticks(steps)
         axes.legend(frameon=False)
 
 
