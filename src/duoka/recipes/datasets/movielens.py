@@ -97,6 +97,7 @@ class ML1MDataset:
 
     Attributes:
         user_ids, item_ids: ids in the files by index, int64 ``(users,)`` and ``(films,)``.
+        n_users, n_items: numbers of users and of films, with those that have no rating.
         user_texts, item_texts: texts by index, a field a line: gender, age group and occupation, or genres and title.
         titles: titles of the films.
         train, validation, test: the ``Ratings`` of each part.
@@ -119,21 +120,12 @@ class ML1MDataset:
         self.users, self.films = read_users(users), read_films(films)
         self.user_ids = np.array([user.id for user in self.users], dtype=np.int64)
         self.item_ids = np.array([film.id for film in self.films], dtype=np.int64)
+        self.n_users, self.n_items = len(self.users), len(self.films)
         self.user_texts = [user.text for user in self.users]
         self.item_texts = [film.text for film in self.films]
         self.titles = [film.title for film in self.films]
         found = read_ratings(ratings, self.user_ids, self.item_ids)
         self.train, self.validation, self.test = map(found.select, split_ratings(found, split_ratio, split, seed))
-
-    @property
-    def n_users(self) -> int:
-        """Number of users."""
-        return len(self.user_ids)
-
-    @property
-    def n_items(self) -> int:
-        """Number of films, with those that have no rating."""
-        return len(self.item_ids)
 
     def part(self, name: str) -> Ratings:
         """Return the ratings of ``train``, ``validation`` or ``test``."""

@@ -84,17 +84,16 @@ class TripletDataset(Dataset[dict[str, Tensor]]):
         candidates: Integers | None = None,
     ) -> None:
         ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
-        self._users = np.ascontiguousarray(ordered[:, 0])
         self._sampler = NegativeSampler(seen, n_items, user_ids, candidates)
         self._seed, self._epoch = seed, -1
-        self.users = torch.from_numpy(self._users)
+        self.users = torch.from_numpy(np.ascontiguousarray(ordered[:, 0]))
         self.positives = torch.from_numpy(np.ascontiguousarray(ordered[:, 1]))
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the unrated films of ``epoch``."""
         if epoch != self._epoch:
-            drawn = self._sampler.draw(self._users, np.random.default_rng((self._seed, epoch)))
+            drawn = self._sampler.draw(self.users.numpy(), np.random.default_rng((self._seed, epoch)))
             self.negatives, self._epoch = torch.from_numpy(drawn), epoch
 
     def __len__(self) -> int:

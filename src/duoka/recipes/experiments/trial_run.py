@@ -9,13 +9,11 @@ import time
 import traceback
 from typing import Any
 
-import yaml
-
-from duoka.errors import DataError, DuokaError
+from duoka.errors import ConfigError, DataError, DuokaError
 from duoka.recipes.common import registry
+from duoka.recipes.common.config import config_of_run
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.experiments.experiment_spec import RESERVED_KEYS, Trial
-from duoka.utils.files import atomic_write
 from duoka.utils.text import first_line
 
 _NOT_COMPARED = ("device", "num_workers", "root", "download", *(key for key in RESERVED_KEYS if key != "seed"))
@@ -40,17 +38,16 @@ def run_trial(trial: Trial, **changes: Any) -> str:
 
 def prepare_folder(trial: Trial) -> None:
     """Create the trial's folder; one that holds a run with other options gets another name."""
-    options = _options(trial)
-    if _recorded_options(trial) not in (None, options):
+    run = _latest_run(trial)
+    if run is not None and not _has_options_of(trial, run):
         trial.folder.rename(trial.folder.with_name(f"{trial.folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
-    with atomic_write(trial.folder / "options.yml") as file:
-        file.write(yaml.safe_dump(options).encode())
+    trial.folder.mkdir(parents=True, exist_ok=True)
 
 
 def finished_run(trial: Trial) -> RecipeRun | None:
     """Return the trial's run if it is complete and has the trial's options."""
     run = _latest_run(trial)
-    if run is not None and run.model.is_file() and _recorded_options(trial) == _options(trial):
+    if run is not None and run.model.is_file() and _has_options_of(trial, run):
         with contextlib.suppress(DataError):
             run.read_results()
             return run
@@ -71,18 +68,12 @@ def _latest_run(trial: Trial) -> RecipeRun | None:
     return RecipeRun(found[-1].parent) if found else None
 
 
-def _options(trial: Trial) -> dict[str, Any]:
-    """Return the options that define the experiment: another value makes it another experiment."""
-    options = dataclasses.asdict(trial.config())
-    return {key: value for key, value in options.items() if key not in _NOT_COMPARED}
-
-
-def _recorded_options(trial: Trial) -> Any:
-    """Return the options with which the trial started, with defaults for newer options; ``None`` if it never started."""
-    path = trial.folder / "options.yml"
-    if not path.is_file():
-        return None
-    recorded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    current = _options(trial)
-    defaults = {field.name: field.default for field in dataclasses.fields(trial.config()) if field.name in current}
-    return {**defaults, **recorded}
+def _has_options_of(trial: Trial, run: RecipeRun) -> bool:
+    """Return whether the run has the options that define the trial: another value makes it another experiment."""
+    wanted = trial.config().resolved()
+    try:
+        recorded = config_of_run(type(wanted), run).resolved()
+    except ConfigError:
+        return False
+    names = (field.name for field in dataclasses.fields(wanted) if field.name not in _NOT_COMPARED)
+    return all(getattr(recorded, name) == getattr(wanted, name) for name in names)

@@ -59,10 +59,8 @@ class Forecasts:
             found |= {f"{prefix}_mse": errors["mse"], f"{prefix}_mae": errors["mae"]}
         return found
 
-    @property
-    def summary(self) -> dict[str, float]:
-        """Content of ``evaluation.json``."""
-        return self.headline
+    summary = headline
+    """Content of ``evaluation.json``."""
 
     def text(self, title: str, notes: Sequence[str] = ()) -> str:
         """Return a report with ``notes`` below its title."""
