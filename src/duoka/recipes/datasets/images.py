@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from duoka.errors import DataError, StorageError
+from duoka.errors import DataError
+from duoka.utils.files import atomic_write
 from duoka.utils.imports import import_optional
 
 Transform = Callable[[Tensor], Tensor]
@@ -206,13 +207,11 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
 
 
 def write_image(path: Path, pixels: Tensor) -> None:
-    """Write uint8 ``pixels (channels, height, width)`` in the format of the file's suffix."""
+    """Write uint8 ``pixels (channels, height, width)`` as PNG. Raises StorageError if the file cannot be written."""
     array = pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        import_optional("PIL.Image", extra="vision").fromarray(array).save(path)
-    except OSError as error:
-        raise StorageError(f"cannot write the image {path}: {error}") from error
+    image = import_optional("PIL.Image", extra="vision").fromarray(array)
+    with atomic_write(path) as file:
+        image.save(file, format="png")
 
 
 def _to_opaque_8_bit(image: Any, image_module: Any) -> Any:

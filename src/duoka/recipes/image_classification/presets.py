@@ -155,7 +155,7 @@ class TinyImageNetPreset(ImageRecipe):
         checkpoint.save(model, run.folder / "model.pth")
         size = metadata.shape[1]
         text = LOAD_WITHOUT_DUOKA.format(model=config.model, classes=len(metadata.classes), size=size)
-        (run.folder / "load.txt").write_text(text, encoding="utf-8")
+        run.write_text("load.txt", text)
 
 
 CIFAR100 = Cifar100Preset()
