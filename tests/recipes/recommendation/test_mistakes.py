@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from duoka.cli.main import main
-from duoka.recipes import recommendation
 from duoka.recipes.datasets import synthetic_movielens
+from duoka.recipes.recommendation import training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ["--model", "ncf", "--embedding_size", "8", "--epochs", "1", "--device", "cpu"]
@@ -117,7 +117,7 @@ def test_a_stop_during_baseline_training_prints_how_to_resume(data, tmp_path, mo
     options = ["--pretrained", "none", "--device", "cpu", "--dynamic_epochs", "0", "--epochs", "1"]
     options += ["--root", str(data), "--out", str(tmp_path), "--embedding_size", "8"]
     with monkeypatch.context() as patched:
-        patched.setattr(recommendation, "train_ncf", stop)
+        patched.setattr(training, "train_ncf", stop)
         assert main(["train", "movielens", *options]) == 130
     (stopped,) = (tmp_path / "movielens").iterdir()
     assert f"duoka train movielens --resume {stopped}" in caplog.text

@@ -121,7 +121,7 @@ class GPT2Recommender(Recommender):
         train_text: ``"frozen"``, ``"lora"`` or ``"full"``; ``None`` is frozen with ``use_cache``, else LoRA.
         lora: sizes of LoRA.
         heads: heads of the attention, where there is one.
-        contrast, candidates: see ``Recommender``.
+        contrast, candidates, temperature: see ``Recommender``.
         id_dropout: share of ids hidden in each training step, so that texts learn to stand alone. The
             hidden ids are a function of step and id, so they are the same on any number of devices.
         seed: seed of the initial weights.
@@ -141,6 +141,7 @@ class GPT2Recommender(Recommender):
         heads: int = 4,
         contrast: float = 0.1,
         candidates: int = 256,
+        temperature: float = 0.2,
         id_dropout: float = 0.1,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -157,7 +158,7 @@ class GPT2Recommender(Recommender):
         with preserve_rng_state():
             torch.default_generator.manual_seed(seed)
             counts, score = (len(users.span_ids), len(items.span_ids)), PairScore(embedding_size)
-            super().__init__(*counts, score, contrast=contrast, candidates=candidates)
+            super().__init__(*counts, score, contrast=contrast, candidates=candidates, temperature=temperature)
             self.id_dropout = id_dropout
             self.user = _EntityEncoder(users, texts.width, embedding_size, self.fusion, heads, salt=1)
             self.item = _EntityEncoder(items, texts.width, embedding_size, self.fusion, heads, salt=2)

@@ -15,9 +15,8 @@ from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.torch_settings import preserve_train_modes
 from duoka.utils.validation import check_integer, check_number, invalid_option
 
-TEMPERATURE = 0.2
-"""Divisor of the contrastive term's cosines; from 0.05 on, sums of a thousand exponentials stay far below the largest
-float32."""
+MIN_TEMPERATURE = 0.05
+"""Sums of a thousand exponentials of cosines divided by this stay far below the largest float32."""
 
 
 class Recommender(nn.Module):
@@ -29,14 +28,25 @@ class Recommender(nn.Module):
         score: the score of a pair.
         contrast: weight of the contrastive term in the loss.
         candidates: number of samples whose items are the contrastive term's candidates.
+        temperature: of the contrastive term.
     """
 
-    def __init__(self, users: int, items: int, score: PairScore, *, contrast: float, candidates: int = 256) -> None:
+    def __init__(
+        self,
+        users: int,
+        items: int,
+        score: PairScore,
+        *,
+        contrast: float,
+        candidates: int = 256,
+        temperature: float = 0.2,
+    ) -> None:
         super().__init__()
         check_number("contrast", contrast)
         check_integer("candidates", candidates, 1)
+        check_number("temperature", temperature, MIN_TEMPERATURE)
         self.n_users, self.n_items = users, items
-        self.contrast, self.candidates = contrast, candidates
+        self.contrast, self.candidates, self.temperature = contrast, candidates, temperature
         self.score = score
 
     def vectors(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,9 +98,9 @@ class Recommender(nn.Module):
         users, items = users.float(), items.float()
         user_norms, item_norms = _norms(users), _norms(items)
         candidates, ids = _global_candidates(items, item_rows, positives, self.candidates, self.training)
-        scaled = candidates / (_norms(candidates) * TEMPERATURE).unsqueeze(1)
+        scaled = candidates / (_norms(candidates) * self.temperature).unsqueeze(1)
         log_sums = ((users / user_norms.unsqueeze(1)) @ scaled.T).float().exp().sum(1).log()[user_rows]
-        own = products.float() / (user_norms[user_rows] * item_norms[item_rows] * TEMPERATURE)
+        own = products.float() / (user_norms[user_rows] * item_norms[item_rows] * self.temperature)
         is_candidate = _mark(ids, self.n_items, torch.bool)[positives]
         return torch.where(is_candidate, log_sums - own, softplus(log_sums - own))
 
