@@ -23,7 +23,7 @@ from duoka.errors import ConfigError, DataError
 from duoka.recipes.datasets import csv_table, synthetic_table
 from duoka.recipes.datasets.time_series import SlidingWindows, TimeSeries, loader
 from duoka.recipes.models.informer import Informer, InformerSize
-from duoka.recipes.time_series import TimeSeriesConfig, forecasting, plots, regression
+from duoka.recipes.time_series import TimeSeriesConfig, forecasting, plots, regression, run_steps
 from duoka.recipes.time_series.baselines import last_season, last_value
 from duoka.recipes.time_series.config import LENGTHS
 from duoka.recipes.time_series.run_steps import trainer_options
@@ -173,10 +173,8 @@ def test_eval_gives_the_numbers_of_training(run, table_run, kind, capsys):
 @pytest.mark.parametrize("task", ["forecast", "regress"])
 def test_two_devices_take_the_steps_of_one(folder, monkeypatch, task):
     """Adam would turn rounding in gradients near 0 into steps of full size, so the optimizer is SGD."""
-    module, csv, small = {"forecast": (forecasting, "waves.csv", SMALL), "regress": (regression, "datatry.csv", TINY)}[
-        task
-    ]
-    monkeypatch.setattr(module, "trainer_options", lambda config: {**trainer_options(config), "optimizer": "sgd"})
+    csv, small = {"forecast": ("waves.csv", SMALL), "regress": ("datatry.csv", TINY)}[task]
+    monkeypatch.setattr(run_steps, "trainer_options", lambda config: {**trainer_options(config), "optimizer": "sgd"})
     options = ["--task", task, "--csv", str(folder / csv), *small, "--lr", "0.1", "--epochs", "1", "--batch_size", "50"]
     options = [*options, "--dropout", "0", "--baselines", "false"]
     one = trained(folder, f"one-{task}", *options)
