@@ -161,9 +161,9 @@ def synchronized() -> tuple[float, float]:
     with torch.no_grad():
         module.layer.bias.fill_(world.rank)
         module.seen.fill_(world.rank)
-    strategy.synchronize_buffers(module)
+    strategy.broadcast(module.buffers())
     seen = float(module.seen)
-    strategy.broadcast_parameters(module)
+    strategy.broadcast([*module.parameters(), *module.buffers()])
     return seen, module.layer.bias.item()
 
 

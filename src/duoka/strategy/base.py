@@ -40,7 +40,7 @@ class Strategy:
 
     def loss_scale(self, count: int, global_count: int) -> float:
         """Return the factor for a mean loss over ``count`` of the step's ``global_count`` samples."""
-        return count / global_count
+        return count * self.gradient_divisor / global_count
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Synchronize the gradients of a step whose module was not wrapped yet."""
@@ -65,8 +65,5 @@ class Strategy:
         """Scale gradients down to a total norm of ``max_norm``; return the norm before."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def synchronize_buffers(self, module: nn.Module) -> None:
-        """Broadcast rank 0's buffers, such as the running statistics of batch norm."""
-
-    def broadcast_parameters(self, module: nn.Module) -> None:
-        """Broadcast rank 0's parameters and buffers."""
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite parameters or buffers of this rank with those of rank 0."""

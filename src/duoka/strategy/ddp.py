@@ -52,10 +52,6 @@ class DDP(Strategy):
         """Keep gradients local inside the block."""
         return contextlib.nullcontext() if self._wrapped is None else self._wrapped.no_sync()
 
-    def loss_scale(self, count: int, global_count: int) -> float:
-        """Return the local share of the global batch, times the world size by which DDP divides."""
-        return count * self.world.size / global_count
-
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average gradients as DDP does: divide, then sum; a gradient that this rank lacks counts as 0."""
         for parameter in parameters:
@@ -64,14 +60,8 @@ class DDP(Strategy):
             dist.all_reduce(gradient.mul_(1 / self.world.size))
             parameter.grad = gradient
 
-    def synchronize_buffers(self, module: nn.Module) -> None:
-        """Broadcast rank 0's buffers, coalesced."""
-        self._broadcast(list(module.buffers()))
-
-    def broadcast_parameters(self, module: nn.Module) -> None:
-        """Broadcast rank 0's parameters and buffers, coalesced."""
-        self._broadcast([*module.parameters(), *module.buffers()])
-
-    def _broadcast(self, tensors: list[torch.Tensor]) -> None:
-        if tensors and dist.group.WORLD is not None:
-            broadcast_coalesced([each.detach() for each in tensors], _MESSAGE_BYTES)
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite parameters or buffers of this rank with those of rank 0, several in one message."""
+        detached = [each.detach() for each in tensors]
+        if detached and dist.group.WORLD is not None:
+            broadcast_coalesced(detached, _MESSAGE_BYTES)

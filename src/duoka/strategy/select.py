@@ -36,7 +36,6 @@ def select_strategy(
     >>> strategy, reason = select_strategy("auto", World(0, 1, torch.device("cpu")))
     >>> strategy.name, reason
     ('single', 'one device')
-
     """
     check_choice("strategy", name, STRATEGIES)
     if world.size > 1:

@@ -190,7 +190,7 @@ class FitLoop:
         if unused is not None:
             self._wrap(unused)
             return self.train_step.step(window)
-        self.strategy.broadcast_parameters(self.module)
+        self.strategy.broadcast([*self.module.parameters(), *self.module.buffers()])
         samples, names = self.train_step.step_before_wrapping(window)
         if names:
             self.log.say(f"unused in the first step: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
@@ -245,7 +245,7 @@ class FitLoop:
     def _evaluate(self, record: dict[str, Any], *, end_of_epoch: bool) -> bool:
         """Evaluate, add the results to ``record`` and return whether they are the best so far."""
         state = self.state
-        self.strategy.synchronize_buffers(self.module)
+        self.strategy.broadcast(self.module.buffers())
         assert self.eval_loader is not None  # the callers have checked it
         state.validation = evaluate(self.module, self.eval_loader, self.metrics, self.world)
         self.log.checked_loss(state.validation.get("loss", 0.0), "evaluation's loss")
@@ -298,7 +298,7 @@ class FitLoop:
             checkpoint.load_state(model, self.checkpoint.best_weights)
         if path is not None and self.world.is_main:
             checkpoint.save(model, path)
-        self.strategy.broadcast_parameters(self.module)
+        self.strategy.broadcast([*self.module.parameters(), *self.module.buffers()])
         if best is not None:
             name, value = self.best_tracker.name, format_number(best.value)
             self.log.say(f"the model has the weights of epoch {best.epoch}, {name} {value}")
