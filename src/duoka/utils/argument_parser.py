@@ -32,7 +32,6 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         description: one or more paragraphs for the help.
         other_names: names of options in other programs, which messages lead to ours.
         options: further arguments of ``argparse.ArgumentParser``.
-
     """
 
     def __init__(
@@ -64,9 +63,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         """Add a group of options, one for each of the ``fields`` of the dataclass ``kind``, with its docstring as help."""
         group = self.add_argument_group(title)
         hints, docs = typing.get_type_hints(kind), field_docs(kind)
-        for field in dataclasses.fields(kind):
-            if field.name not in fields:
-                continue
+        for field in (field for field in dataclasses.fields(kind) if field.name in fields):
             hint = hints[field.name]
             names = [field.name, *(alias for alias, name in (aliases or {}).items() if name == field.name)]
             self._keys += names
@@ -127,7 +124,6 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         raise ConfigError(f"{first_line(message).rstrip('.')}; see `{self.prog} --help`") from ex
 
     def _invalid(self, key: str, value: object) -> ConfigError:
-        """Return the error for a value that does not fit its option's type."""
         hint = _without_none(self._hints.get(key, str))
         where, dashes = (f"{self._file}: ", "") if self._file else ("", "--" if self._flags_of(key) else "")
         return invalid_option(
@@ -139,12 +135,10 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         key, hidden = key.replace("-", "_"), ("help", "print_shtab")
         flags = [name[2:] for name in self._option_string_actions if name.startswith("--") and name[2:] not in hidden]
         known = self._keys if self._file else flags
-        meant = next(
-            (name for name, others in self._other_names.items() if key.lower() in others and name in known), None
-        )
+        meant = [name for name, others in self._other_names.items() if key.lower() in others and name in known]
         prefix = "" if self._file else "--"
         names = [f"{prefix}{name}" for name in known]
-        hint = did_you_mean(f"{prefix}{meant or key}", names) or f"there is {', '.join(names)}"
+        hint = did_you_mean(f"{prefix}{meant[0] if meant else key}", names) or f"there is {', '.join(names)}"
         kind = f"{self._file}: unknown key" if self._file else "unknown option"
         return ConfigError(f"{kind} {prefix}{key}; {hint}")
 

@@ -24,7 +24,6 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Any]:
 
     Raises:
         StorageError: the file cannot be written.
-
     """
     import matplotlib
     from matplotlib import font_manager

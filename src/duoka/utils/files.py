@@ -40,28 +40,17 @@ def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = Non
 
     >>> with atomic_write("notes.txt") as file:
     ...     _ = file.write(b"whole or not at all")
-
     """
     target = Path(os.path.realpath(path))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _check_regular_file(target)
+    with _storage_errors(target, needed_bytes):
         _remove_stale_files(target)
-        temporary, file = _open_temporary(target)
-        with _remove_on_error(temporary, file):
+        with _temporary_file(target) as (temporary, file):
             yield file
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(target)
             file.close()
         _flush_folder(target.parent)
-    except DuokaError:
-        raise
-    except Exception as error:
-        cause = _find_os_error(error)
-        if cause is None:
-            raise
-        raise StorageError(_storage_message(target, cause, needed_bytes)) from error
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -69,25 +58,28 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
     Raises:
         StorageError: the folder cannot be created or written.
-
     """
     target = Path(os.path.realpath(path))
+    with _storage_errors(target), tempfile.TemporaryFile(dir=target.parent):
+        pass
+
+
+@contextlib.contextmanager
+def _storage_errors(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Create the folder of ``target``, and raise ``StorageError`` if the system cannot write it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_regular_file(target)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except StorageError:
+        if target.exists() and not target.is_file():  # the rename would replace it
+            kind = "a folder" if target.is_dir() else "not a regular file"
+            raise StorageError(f"cannot write {target}: it is {kind}; name a file")
+        yield
+    except DuokaError:
         raise
-    except OSError as error:
-        raise StorageError(_storage_message(target, error, None)) from error
-
-
-def _check_regular_file(target: Path) -> None:
-    """Raise for a device, a pipe or a folder, which the rename would replace."""
-    if target.exists() and not target.is_file():
-        kind = "a folder" if target.is_dir() else "not a regular file"
-        raise StorageError(f"cannot write {target}: it is {kind}; name a file")
+    except Exception as error:
+        cause = _find_os_error(error)
+        if cause is None:
+            raise
+        raise StorageError(_storage_message(target, cause, needed_bytes)) from error
 
 
 def _remove_stale_files(target: Path) -> None:
@@ -102,22 +94,20 @@ def _remove_stale_files(target: Path) -> None:
                 os.close(descriptor)
 
 
-def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
-    """Create and lock a temporary file beside ``target``; retry if another writer removed it before the lock."""
+@contextlib.contextmanager
+def _temporary_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Create and lock a temporary file beside ``target``, and remove it if the ``with`` block raises."""
     while True:
         temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(4)}{_TEMPORARY}"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         with contextlib.suppress(OSError):  # a file system without locks; no file on it is ever seen as stale
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_nlink:
-            return temporary, os.fdopen(descriptor, "w+b")
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _remove_on_error(temporary: Path, file: BinaryIO) -> Iterator[None]:
+            break
+        os.close(descriptor)  # another writer removed it before the lock
+    file = os.fdopen(descriptor, "w+b")
     try:
-        yield
+        yield temporary, file
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -169,7 +159,6 @@ def file_lock(path: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         StorageError: ``path`` cannot be opened.
-
     """
     flags = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR | os.O_CREAT
     try:

@@ -13,7 +13,6 @@ def import_optional(module: str, extra: str) -> Any:
 
     Raises:
         MissingDependencyError: the package is not installed; the message names the command that installs it.
-
     """
     try:
         return importlib.import_module(module)

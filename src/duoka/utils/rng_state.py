@@ -23,8 +23,7 @@ def rng_state() -> dict[str, Any]:
     >>> bool((torch.rand(2) == first).all())
     True
     """
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - user code draws from it
+    (version, words, gauss), (kind, keys, position, has_gauss, cached), host, accelerator = raw_rng_state()
     return {
         "python": {"version": version, "words": torch.from_numpy(np.array(words)), "gauss": gauss},
         "numpy": {
@@ -34,8 +33,8 @@ def rng_state() -> dict[str, Any]:
             "has_gauss": int(has_gauss),
             "cached": float(cached),
         },
-        "torch": torch.get_rng_state(),
-        "accelerator": _accelerator_state(),
+        "torch": host,
+        "accelerator": accelerator,
     }
 
 
@@ -50,19 +49,18 @@ def set_raw_rng_state(state: tuple[Any, ...]) -> None:
     random.setstate(python)
     np.random.set_state(numpy)  # noqa: NPY002
     torch.set_rng_state(host)
-    _set_accelerator_state(accelerator)
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and present is not None and present.type == accelerator["type"]:
+        torch.get_device_module(present.type).set_rng_state(accelerator["state"].cpu())
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore what ``rng_state`` returned; an accelerator's state only if one of the same type is present."""
     python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    raw_python = python["version"], tuple(python["words"].tolist()), python["gauss"]
     keys = numpy["keys"].numpy().astype(np.uint32)
-    np.random.set_state(  # noqa: NPY002
-        (numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"])
-    )
-    torch.set_rng_state(state["torch"].cpu())
-    _set_accelerator_state(state["accelerator"])
+    raw_numpy = numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]
+    set_raw_rng_state((raw_python, raw_numpy, state["torch"].cpu(), state["accelerator"]))
 
 
 @contextlib.contextmanager
@@ -75,11 +73,11 @@ def preserve_rng_state() -> Iterator[None]:
     >>> torch.initial_seed() == before
     True
     """
-    state = rng_state()
+    state = raw_rng_state()
     try:
         yield
     finally:
-        set_rng_state(state)
+        set_raw_rng_state(state)
 
 
 def seed_all(seed: int) -> None:
@@ -117,9 +115,3 @@ def _accelerator_state() -> dict[str, Any] | None:
     module = torch.get_device_module(accelerator.type)
     is_used = getattr(module, "is_initialized", lambda: True)  # MPS lacks the function and needs no initialization
     return {"type": accelerator.type, "state": module.get_rng_state().cpu()} if is_used() else None
-
-
-def _set_accelerator_state(state: dict[str, Any] | None) -> None:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if state is not None and accelerator is not None and accelerator.type == state["type"]:
-        torch.get_device_module(accelerator.type).set_rng_state(state["state"].cpu())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,14 +125,13 @@ REPLICATE_METHOD = "_replicate_for_data_parallel"
 """Method with which ``nn.parallel.replicate`` copies a module; the copy keeps what ``replace_call`` has set."""
 
 
-def data_parallel_modules() -> tuple[Any, Any, Any]:
+def data_parallel_modules() -> tuple[Any, ...]:
     """Return the modules in which ``nn.parallel`` finds what its steps call.
 
     These are ``Scatter`` and ``Gather``; ``Broadcast``; and ``broadcast_coalesced``. All need CUDA devices.
     """
     names = ("scatter_gather", "_functions", "comm")
-    scatter_gather, functions, comm = (importlib.import_module(f"torch.nn.parallel.{name}") for name in names)
-    return scatter_gather, functions, comm
+    return tuple(importlib.import_module(f"torch.nn.parallel.{name}") for name in names)
 
 
 def is_in_functorch() -> bool:
@@ -252,10 +252,6 @@ def merge_metric_states(metric: Any, ranks: Sequence[tuple[int, dict[str, Any]]]
 # numpy
 
 
-class _NoBitGenerator:
-    state = {"bit_generator": ""}  # noqa: RUF012 - ``get_state`` writes into it and returns it
-
-
 def numpy_has_spare_gaussian() -> bool:
     """Return whether the next legacy Gaussian of ``numpy.random`` is a spare one; true if unknown.
 
@@ -265,7 +261,7 @@ def numpy_has_spare_gaussian() -> bool:
     generator: Any = getattr(np.random.mtrand, "_rand", None)
     if not isinstance(bits := getattr(generator, "_bit_generator", None), np.random.BitGenerator):
         return True
-    generator._bit_generator = _NoBitGenerator
+    generator._bit_generator = SimpleNamespace(state={"bit_generator": ""})  # ``get_state`` writes into it
     try:
         return bool(generator.get_state(legacy=False)["has_gauss"])
     finally:
