@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,6 @@ def loader_workers(devices: int, requested: int | None = None, cores: int | None
 
     >>> loader_workers(2, requested=16, cores=8).reason
     '3 per device: 16 requested, 8 cores minus 1 for each of 2 devices leave 6'
-
     """
     check_integer("devices", devices, 1)
     check_integer("cores", 1 if cores is None else cores, 1)
@@ -87,7 +87,6 @@ def core_limits(root: Path = Path("/"), affinity: int | None = None) -> Cores:
         affinity: cores that the scheduler allows; ``None`` asks the system.
 
     Source: Linux kernel documentation, "Control Group v2" (``cpu.max``) and "CFS Bandwidth Control".
-
     """
     if affinity is None:
         affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -102,25 +101,16 @@ def _quotas(root: Path) -> Iterable[float]:
     """Yield every CPU quota, in cores, of this process's control groups and those above them."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
-        if not controllers:
-            for folder in _with_parents(root / "sys/fs/cgroup", group):
-                yield from _quota(_read(folder / "cpu.max").split())
-        elif "cpu" in controllers.split(","):
-            for mount in ("cpu", controllers):
-                for folder in _with_parents(root / "sys/fs/cgroup" / mount, group):
-                    yield from _quota([_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")])
-
-
-def _with_parents(mount: Path, group: str) -> list[Path]:
-    """Return the folder of a control group and all above it; in a container it may be ``mount`` itself."""
-    parts = [part for part in group.split("/") if part not in ("", "..")]
-    return [mount.joinpath(*parts[:length]) for length in range(len(parts), -1, -1)]
-
-
-def _quota(fields: Sequence[str]) -> Iterable[float]:
-    """Yield time divided by period, in cores, if both are numbers: ``max`` and ``-1`` mean no limit."""
-    if len(fields) == 2 and all(field.isdecimal() and int(field) > 0 for field in fields):
-        yield int(fields[0]) / int(fields[1])
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounts = ("cpu", controllers) if controllers else ("",)  # of version 1, or of version 2
+        parts = [part for part in group.split("/") if part not in ("", "..")]
+        for mount, depth in itertools.product(mounts, range(len(parts), -1, -1)):
+            folder = (root / "sys/fs/cgroup" / mount).joinpath(*parts[:depth])
+            files = [folder / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+            fields = " ".join(map(_read, files)).split()  # version 2 has the first file, version 1 the other two
+            if len(fields) == 2 and all(field.isdecimal() and int(field) > 0 for field in fields):  # not "max", not -1
+                yield int(fields[0]) / int(fields[1])
 
 
 def _read(path: Path) -> str:

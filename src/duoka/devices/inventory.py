@@ -63,10 +63,12 @@ def device_usage(inventory: Inventory) -> list[DeviceInfo] | None:
     """Return the properties that NVML knows, with other processes, or ``None`` without NVML."""
     if inventory.type != "cuda" or torch.version.hip is not None:
         return None
-    library, uuids = nvml.library(), _uuids()
-    if library is None or uuids is None or len(uuids) != inventory.count:
+    try:
+        import pynvml
+    except ImportError:
         return None
-    return nvml.read(library, uuids)
+    uuids = _uuids()
+    return nvml.read(pynvml, uuids) if uuids is not None and len(uuids) == inventory.count else None
 
 
 def _uuids() -> list[str] | None:

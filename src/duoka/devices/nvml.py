@@ -15,15 +15,6 @@ from duoka.utils.text import plural
 _COMMAND_LENGTH = 200
 
 
-def library() -> Any | None:
-    """Return the ``pynvml`` module, or ``None`` if it is not installed."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    return pynvml
-
-
 def read(nvml: Any, uuids: Sequence[str]) -> list[DeviceInfo] | None:
     """Return the properties of the GPUs with these UUIDs, in this order, or ``None`` if NVML does not work.
 

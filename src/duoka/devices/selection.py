@@ -106,7 +106,6 @@ def _note(inventory: Inventory) -> str:
 
 
 def _not_there(request: DeviceRequest, inventory: Inventory, names: str | None) -> DeviceError:
-    """Return the error for devices that do not exist."""
     if inventory.count:
         existing = f"this machine has {join_names(inventory.devices())}"
         remedy = f"0 to {inventory.count - 1}" if inventory.count > 1 else "'0'"

@@ -81,7 +81,6 @@ def parse(spec: DeviceSpec) -> DeviceRequest:
 
 
 def _write(entry: object) -> str:
-    """Return one entry as text."""
     if isinstance(entry, str):
         return entry.strip()
     if isinstance(entry, torch.device):  # torch.device("cpu:0") is the CPU, but "cpu:0" would be zero workers
@@ -147,7 +146,6 @@ def _join(parts: list[DeviceRequest], text: str) -> DeviceRequest:
 
 
 def _hint(item: str) -> str:
-    """Return the suggestion for an entry that is not of the grammar."""
     if not item:
         return ": a name is empty."
     if re.fullmatch(r"(?:[a-z]+:)?-[0-9]+", item):
