@@ -35,27 +35,23 @@ __all__ = [
     "unwrap",
 ]
 
-_NAMES = {
-    "Callback": "duoka.trainer",
-    "DataParallel": "duoka.data_parallel",
-    "Trainer": "duoka.trainer",
-    "TrainerConfig": "duoka.trainer",
-    "World": "duoka.world",
-    "close_workers": "duoka.workers",
-    "current_world": "duoka.world",
-    "launch": "duoka.launcher",
-    "load": "duoka.checkpoint",
-    "save": "duoka.checkpoint",
-    "unwrap": "duoka.checkpoint",
+_PACKAGES = {
+    "checkpoint": ("load", "save", "unwrap"),
+    "data_parallel": ("DataParallel",),
+    "launcher": ("launch",),
+    "trainer": ("Callback", "Trainer", "TrainerConfig"),
+    "workers": ("close_workers",),
+    "world": ("World", "current_world"),
 }
+_PACKAGE_OF = {name: package for package, names in _PACKAGES.items() for name in names}
 _MODULES = frozenset({"checkpoint", "data", "devices", "errors", "scaling"})
 
 
 def __getattr__(name: str) -> Any:  # imports on first use, so that `import duoka` is fast
     if name in _MODULES:
         return importlib.import_module(f"duoka.{name}")
-    if name in _NAMES:
-        value = globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _PACKAGE_OF:
+        value = globals()[name] = getattr(importlib.import_module(f"duoka.{_PACKAGE_OF[name]}"), name)
         return value
     raise AttributeError(f"module 'duoka' has no attribute {name!r}; it has {', '.join(__all__)}")
 

@@ -14,17 +14,18 @@ import pytest
 
 import duoka
 from duoka.cli import main as cli
-from duoka.cli.main import COMMANDS, Command, main
+from duoka.cli.main import COMMANDS, main
 
 DUOKA = [sys.executable, "-m", "duoka"]
 
 
 def command(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Register a subcommand ``try`` whose ``run(argv)`` has this body."""
-    name = f"command_{tmp_path.name}".replace("-", "_")
-    (tmp_path / f"{name}.py").write_text(f"def run(argv):\n{textwrap.indent(textwrap.dedent(body), '    ')}")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(COMMANDS, "try", Command(name, "a test's own"))
+    (tmp_path / "try.py").write_text(f"def run(argv):\n{textwrap.indent(textwrap.dedent(body), '    ')}")
+    monkeypatch.setattr("duoka.cli.__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "duoka.cli.try", raising=False)
+    importlib.invalidate_caches()
+    monkeypatch.setitem(COMMANDS, "try", "a test's own")
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_an_unknown_word_is_an_error_with_a_suggestion(
 def test_help_lists_every_command_and_no_command_is_a_usage_error(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capfd.readouterr().out
-    assert [name for name, entry in COMMANDS.items() if f"  {name}" not in text or entry.summary not in text] == []
+    assert [name for name, summary in COMMANDS.items() if f"  {name}" not in text or summary not in text] == []
     assert main([]) == 2
     assert capfd.readouterr() == ("", text)
 
@@ -128,8 +129,8 @@ def test_help_of_a_command_is_the_same_in_both_forms(capfd: pytest.CaptureFixtur
 
 
 def test_every_command_is_a_module_with_run_and_parser() -> None:
-    for name, entry in COMMANDS.items():
-        module = importlib.import_module(entry.module)
+    for name in COMMANDS:
+        module = importlib.import_module(f"duoka.cli.{name}")
         assert callable(module.run)
         assert module.parser().prog == f"duoka {name}"
 
@@ -180,14 +181,12 @@ def test_the_module_is_the_command() -> None:
 
 def started(tmp_path: Path, body: str) -> subprocess.Popen[str]:
     """Start a process that runs a subcommand of this body."""
-    (tmp_path / "slow_command.py").write_text(f"def run(argv):\n{textwrap.indent(textwrap.dedent(body), '    ')}")
+    (tmp_path / "try.py").write_text(f"def run(argv):\n{textwrap.indent(textwrap.dedent(body), '    ')}")
     program = (
-        "import sys; from duoka.cli.main import COMMANDS, Command, main;"
-        "COMMANDS['try'] = Command('slow_command', ''); sys.exit(main(['try']))"
+        "import sys; import duoka.cli; from duoka.cli.main import COMMANDS, main;"
+        f"duoka.cli.__path__.append({str(tmp_path)!r}); COMMANDS['try'] = ''; sys.exit(main(['try']))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_an_interruption_is_one_line_and_status_130(tmp_path: Path) -> None:

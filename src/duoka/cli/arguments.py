@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def command_parser(name: str, summary: str = "", **options: Any) -> ArgumentParser:
     """Return a parser for the subcommand ``name``, without arguments yet."""
-    summary = summary or COMMANDS[name].summary
+    summary = summary or COMMANDS[name]
     return ArgumentParser(f"duoka {name}", f"{summary[0].upper()}{summary[1:]}.", **options)
 
 

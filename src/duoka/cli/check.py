@@ -94,17 +94,13 @@ def _remedy(device: torch.device) -> str:
 
 
 def _memory(devices: Sequence[torch.device]) -> str:
-    facts = {fact.device: fact for fact in duoka.devices.describe()}
-    found = []
-    for device in map(str, devices):
-        fact = facts.get(device)
-        found.append(f"{device} ({fact.name}, {gibibytes(fact.memory_total_bytes)})" if fact else device)
-    return ", ".join(found)
+    facts = duoka.devices.describe()
+    known = {fact.device: f" ({fact.name}, {gibibytes(fact.memory_total_bytes)})" for fact in facts}
+    return ", ".join(f"{device}{known.get(str(device), '')}" for device in devices)
 
 
 def _configuration(num_devices: int) -> str:
-    batch = Batch(BATCH, num_devices, "per_device", 1).summary
-    return f"batch {batch}; data-loader workers {loader_workers(num_devices, None).reason}"
+    return f"batch {Batch(BATCH, num_devices).summary}; data-loader workers {loader_workers(num_devices).reason}"
 
 
 def _small_model() -> nn.Sequential:

@@ -50,13 +50,8 @@ def parser(recipe: str | None = None) -> ArgumentParser:
         usage="duoka compare FILE.yml|RECIPE [--sweep KEY=VALUE,VALUE] [--parallel] [--out DIR] [--KEY VALUE] ...",
         epilog="`duoka compare RECIPE --help` lists the keys of a recipe.",
     )
-    parser.add_argument(
-        "source",
-        nargs="?",
-        default=None,
-        metavar="FILE.yml|RECIPE",
-        help="a file of variants, or a recipe with --sweep",
-    )
+    text = "a file of variants, or a recipe with --sweep"
+    parser.add_argument("source", nargs="?", default=None, metavar="FILE.yml|RECIPE", help=text)
     parser.add_argument(
         "--sweep", action="append", metavar="KEY=VALUE,VALUE", help="values of a key to compare; repeatable"
     )

@@ -34,10 +34,10 @@ def whole_parser() -> ArgumentParser:
     """Return the parser of the whole command, with every subcommand and recipe."""
     whole = ArgumentParser("duoka", "Train a PyTorch model on every device you have.")
     commands = whole.add_subcommands(metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        module = importlib.import_module(command.module)
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"duoka.cli.{name}")
         subparser = module.parser()
-        commands.add_subcommand(name, subparser, help=command.summary)
+        commands.add_subcommand(name, subparser, help=summary)
         if hasattr(module, "add_subcommands"):
             module.add_subcommands(subparser)
     return whole

@@ -56,9 +56,8 @@ def make_parser() -> ArgumentParser:
         help="datatry: a table of 10 features and 2 targets that are a known function; movielens: people, films and ratings "
         "of known tastes in MovieLens-1M's format",
     )
-    make.add_argument(
-        "--to", default=None, metavar="PATH", help="the file (default: datatry.csv), or the folder (default: movielens)"
-    )
+    text = "the file (default: datatry.csv), or the folder (default: movielens)"
+    make.add_argument("--to", default=None, metavar="PATH", help=text)
     make.add_argument("--overwrite", action="store_true", help="replace existing files")
     for example, sizes in SIZES.items():
         for size, count in sizes.items():

@@ -76,7 +76,7 @@ def _table(facts: Sequence[DeviceInfo], cores: Cores) -> Table:
         "device",
         "name",
         "memory used / total",
-        *(("cores",) if only_cpu else ("busy", "used by", "links")),
+        *(["cores"] if only_cpu else ["busy", "used by", "links"]),
     ):
         table.add_column(heading, overflow="fold")
     for fact in facts:

@@ -5,20 +5,17 @@ A subcommand's module, jsonargparse and torch are imported when the subcommand i
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from duoka.cli.console import print_error
 from duoka.errors import ConfigError, DuokaError
 from duoka.malloc import keep_freed_memory
+from duoka.utils.signals import handle_interrupt
 from duoka.utils.text import did_you_mean
 
 USAGE_ERROR = 2
@@ -35,25 +32,19 @@ _OS_ERRORS = {
 """Errors of the operating system that users can mend, and the remedy."""
 
 
-class Command(NamedTuple):
-    """Subcommand: a module with ``run(argv) -> int`` and ``parser()``, and its line in the help."""
-
-    module: str
-    summary: str
-
-
 COMMANDS = {
-    "run": Command("duoka.cli.run", "run an unchanged script or notebook on every device"),
-    "train": Command("duoka.cli.train", "train a recipe on every device"),
-    "compare": Command("duoka.cli.compare", "train variants of a recipe and compare them"),
-    "eval": Command("duoka.cli.evaluate", "evaluate a finished run"),
-    "predict": Command("duoka.cli.predict", "predict with a finished run"),
-    "recommend": Command("duoka.cli.recommend", "recommend films to a user with a finished run"),
-    "check": Command("duoka.cli.check", "check that every device computes and reaches the others"),
-    "data": Command("duoka.cli.data", "make example data"),
-    "devices": Command("duoka.cli.devices", "show the devices, their users, and the ones that would be chosen"),
-    "completion": Command("duoka.cli.completion", "print a script that completes commands and options in a shell"),
+    "run": "run an unchanged script or notebook on every device",
+    "train": "train a recipe on every device",
+    "compare": "train variants of a recipe and compare them",
+    "eval": "evaluate a finished run",
+    "predict": "predict with a finished run",
+    "recommend": "recommend films to a user with a finished run",
+    "check": "check that every device computes and reaches the others",
+    "data": "make example data",
+    "devices": "show the devices, their users, and the ones that would be chosen",
+    "completion": "print a script that completes commands and options in a shell",
 }
+"""Each subcommand, a module of this package with ``run(argv) -> int`` and ``parser()``, and its line in the help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,13 +80,10 @@ def _pop_debug_flag(words: list[str]) -> tuple[bool, list[str]]:
 def _dispatch(words: list[str]) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
-    if not words:
-        sys.stderr.write(_help())
-        return USAGE_ERROR
+    if not words or words[0] in ("-h", "--help"):
+        (sys.stdout if words else sys.stderr).write(_help())
+        return 0 if words else USAGE_ERROR
     first, *rest = words
-    if first in ("-h", "--help"):
-        sys.stdout.write(_help())
-        return 0
     if first in ("-V", "--version"):
         from duoka import __version__
 
@@ -105,33 +93,21 @@ def _dispatch(words: list[str]) -> int:
         kind, known = ("option", OPTIONS) if first.startswith("-") else ("command", tuple(COMMANDS))
         hint = did_you_mean(first, known) or f"`duoka --help` lists them: {', '.join(known)}"
         raise ConfigError(f"there is no {kind} {first!r}; {hint}")
-    with _exit_on_interrupt():
-        run = importlib.import_module(COMMANDS[first].module).run
+    with handle_interrupt(_end_process):
+        run = importlib.import_module(f"duoka.cli.{first}").run
         importlib.import_module("torch")
     return int(run(rest))
 
 
-@contextlib.contextmanager
-def _exit_on_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: a library that is being imported may swallow a KeyboardInterrupt."""
-
-    def end(*_: object) -> None:
-        os.write(2, b"duoka: interrupted\n")
-        os._exit(INTERRUPTED)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _end_process(*_: object) -> None:
+    """End the process at once on Ctrl-C: a library that is being imported may swallow a KeyboardInterrupt."""
+    os.write(2, b"duoka: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items())
     return (
         "usage: duoka COMMAND [OPTION...]\n\n"
         "Train a PyTorch model on every device you have.\n\n"
@@ -162,8 +138,6 @@ def _is_output_closed() -> bool:
         sys.stdout.write("\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, sys.stdout.fileno())
-        os.close(devnull)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False

@@ -44,21 +44,12 @@ def parser() -> ArgumentParser:
     """Return the command's parser."""
     parser = command_parser("predict")
     add_run(parser, device="auto", root=False)
-    parser.add_argument(
-        "inputs", metavar="IMAGE", nargs="*", default=[], help="an image of any size and kind, grey or color"
-    )
-    parser.add_argument(
-        "--from", dest="table", default=None, metavar="FILE.csv", help="a table, for a run of the recipe informer"
-    )
-    parser.add_argument(
-        "--fill",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=None,
-        metavar="true|false",
-        help="interpolate missing values of the table, or refuse them (default: the run's own)",
-    )
+    text = "an image of any size and kind, grey or color"
+    parser.add_argument("inputs", metavar="IMAGE", nargs="*", default=[], help=text)
+    text = "a table, for a run of the recipe informer"
+    parser.add_argument("--from", dest="table", default=None, metavar="FILE.csv", help=text)
+    text = "interpolate missing values of the table, or refuse them (default: the run's own)"
+    parser.add_argument("--fill", type=bool, nargs="?", const=True, default=None, metavar="true|false", help=text)
     parser.add_argument("--top", type=int, default=3, metavar="N", help="number of answers (default: %(default)s)")
     parser.add_argument("--invert", action="store_true", help="swap dark and light: for a dark digit on white paper")
     add_json(parser)

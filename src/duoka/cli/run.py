@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from duoka.script_runner import Script
-    from duoka.script_runner.run_stats import RunStats
 
 
 _VISIBLE_DEVICES = "DUOKA_RUN_DEVICES"
@@ -62,7 +61,13 @@ def run(argv: Sequence[str]) -> int:
     _restart_with_visible_devices(devices, argv)
     with RunSession(devices, scale_batch=request.scale_batch, source=program.source) as session:
         status = program.run()
-    _print_report(session.stats, completed=status == 0)
+    from rich.console import Console  # now, so that the script's own imports come first
+
+    from duoka.script_runner.report import print_report
+
+    width = None if sys.stderr.isatty() else 120
+    out = Console(stderr=True, width=width, highlight=False, markup=False, emoji=False)
+    print_report(session.stats, out, completed=status == 0)
     return status
 
 
@@ -90,11 +95,8 @@ def parser() -> ArgumentParser:
     usage = "duoka run [OPTION...] SCRIPT.py|NOTEBOOK.ipynb|-m MODULE [ARGUMENT...]"
     parser = command_parser("run", usage=usage, epilog=_RULE)
     add_device(parser, "auto, all, 0, 0,1, 0-3, cpu:4, idle:2, ... (default: auto)")
-    parser.add_argument(
-        "--scale-batch",
-        action="store_true",
-        help="multiply the batch size of training loaders by the number of devices",
-    )
+    text = "multiply the batch size of training loaders by the number of devices"
+    parser.add_argument("--scale-batch", action="store_true", help=text)
     parser.add_argument("--explain", action="store_true", help="print what would be done, and run nothing")
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module, as python -m does")
     return parser
@@ -102,33 +104,31 @@ def parser() -> ArgumentParser:
 
 def parse(argv: Sequence[str]) -> RunArguments:
     """Split a command line into duoka's options, the script, and the script's arguments; raises ``ConfigError``."""
-    before, rest = [], list(argv)
+    own, rest = [], list(argv)
     while rest and (count := _own_words(rest[0])):
-        before += rest[:count]
+        own += rest[:count]
         rest = rest[count:]
     is_module = rest[:1] == ["-m"]
     if is_module:
         rest = rest[1:]
     if not rest:
-        device = parser().parse(before).device
+        device = parser().parse(own).device
         eaten = f" --device has taken {device!r} as its value." if device.endswith((".py", ".ipynb")) else ""
         missing = "-m needs the name of a module" if is_module else "the script is missing"
         raise ConfigError(f"{missing}.{eaten} Write duoka run train.py --device 0,1, or duoka run -m package.train")
     target, *rest = rest
     if target.startswith("-"):
         parser().parse([target])  # raises: it is not an option of duoka
-    named = {_name(word) for word in before}
-    after: list[str] = []
+    before = {_name(word) for word in own}
     arguments: list[str] = []
-    while rest:
-        if rest[0] == "--":
-            arguments += rest[1:]
-            break
-        count = 0 if _name(rest[0]) in named else _own_words(rest[0])
-        (after if count else arguments).extend(rest[: count or 1])
+    while rest and rest[0] != "--":
+        count = 0 if _name(rest[0]) in before else _own_words(rest[0])
+        (own if count else arguments).extend(rest[: count or 1])
         rest = rest[count or 1 :]
-    options = parser().parse([*before, *after])
-    return RunArguments(target, tuple(arguments), is_module, options.device, options.scale_batch, options.explain)
+    options = parser().parse(own)
+    return RunArguments(
+        target, (*arguments, *rest[1:]), is_module, options.device, options.scale_batch, options.explain
+    )
 
 
 def _own_words(word: str) -> int:
@@ -164,16 +164,6 @@ def _check_ambiguity(argv: Sequence[str], request: RunArguments, program: Script
                 f"{word} is no option of duoka, and {request.target} does not seem to have it; {close} Write an option of the "
                 "script after `--`."
             )
-
-
-def _print_report(stats: RunStats, *, completed: bool) -> None:
-    from rich.console import Console  # now, so that the script's own imports come first
-
-    from duoka.script_runner.report import print_report
-
-    width = None if sys.stderr.isatty() else 120
-    out = Console(stderr=True, width=width, highlight=False, markup=False, emoji=False)
-    print_report(stats, out, completed=completed)
 
 
 def _run_notebook(request: RunArguments) -> int:

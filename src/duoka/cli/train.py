@@ -62,21 +62,14 @@ def _format_number(value: float) -> str:
 
 
 def _recipes() -> str:
-    """Return the usage, and the list of recipes."""
     from duoka.recipes.common.registry import RECIPES
 
-    width = max(map(len, RECIPES))
-    lines = [f"  {name:{width}}  {entry.summary}" for name, entry in RECIPES.items()]
-    example = next(iter(RECIPES))
-    return "\n".join(
-        (
-            "usage: duoka train RECIPE [-c FILE.yml] [--KEY VALUE] ...",
-            "       duoka train RECIPE --resume RUN",
-            "",
-            "recipes:",
-            *lines,
-            "",
-            f"`duoka train {example} --help` explains every option; this one needs no download:",
-            f"  {duoka_command('train', example, '--dataset', 'digits', '--device', 'cpu:2')}",
-        )
+    width, example = max(map(len, RECIPES)), next(iter(RECIPES))
+    recipes = "\n".join(f"  {name:{width}}  {entry.summary}" for name, entry in RECIPES.items())
+    return (
+        "usage: duoka train RECIPE [-c FILE.yml] [--KEY VALUE] ...\n"
+        "       duoka train RECIPE --resume RUN\n\n"
+        f"recipes:\n{recipes}\n\n"
+        f"`duoka train {example} --help` explains every option; this one needs no download:\n"
+        f"  {duoka_command('train', example, '--dataset', 'digits', '--device', 'cpu:2')}"
     )

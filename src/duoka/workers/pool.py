@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from duoka.utils.signals import handle_interrupt
 from duoka.workers.handle import WorkerHandle
 
 _READ_AT_START = (
@@ -92,12 +93,8 @@ class _Pool:
 
     def _close_at_exit(self) -> None:
         """Close all workers, which takes no time, without interruption by another Ctrl-C."""
-        if threading.current_thread() is not threading.main_thread():
+        with handle_interrupt(signal.SIG_IGN):
             self.close()
-            return
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.close()
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
     def _detach_in_child(self) -> None:
         """Close a forked child's copies of the descriptors, which would keep the parent's workers alive."""
