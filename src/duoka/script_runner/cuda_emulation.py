@@ -60,12 +60,11 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
     appliers = [importlib.import_module(f"torch.nn.parallel{end}") for end in ("", ".parallel_apply", ".data_parallel")]
     scatter_gather, functions, comm = data_parallel_modules()
     tensor_types = [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]
+    cuda = _cuda_api(num_devices)
     accelerator = {
-        "is_available": _constant(True),
-        "device_count": _constant(num_devices),
+        **{name: cuda[name] for name in ("is_available", "device_count", "synchronize")},
         "current_accelerator": _constant(torch.device("cuda")),
         "current_device_index": _constant(0),
-        "synchronize": _constant(None),
         "set_device_index": _constant(None),
     }
     return [
@@ -92,7 +91,6 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
 
 
 def _cuda_api(num_devices: int) -> dict[str, Any]:
-    """Return the answers of ``torch.cuda``, by name."""
     devices = _FakeDevices(num_devices)
     return {
         **dict.fromkeys(_WITHOUT_EFFECT, _constant(None)),

@@ -38,7 +38,6 @@ def explain(source: bytes, name: str, devices: Sequence[torch.device], *, scale_
 
     Raises:
         ConfigError: the text is not Python.
-
     """
     try:
         tree = ast.parse(source)

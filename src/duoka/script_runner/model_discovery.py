@@ -20,10 +20,10 @@ from duoka.script_runner.parallel_call import ParallelizedCall
 from duoka.script_runner.patching import Patches
 from duoka.script_runner.run_stats import RunStats
 from duoka.script_runner.source_scan import (
-    ScriptSources,
     caller_location,
     differentiates_gradients,
     is_called_by_script,
+    new_sources,
 )
 from duoka.utils.torch_private import REPLICATE_METHOD, replace_call, replaced_call
 
@@ -42,7 +42,7 @@ class ModelFinder:
         self._devices = tuple(devices)
         self._stats = stats
         self._calls: weakref.WeakSet[ParallelizedCall] = weakref.WeakSet()
-        self._sources = ScriptSources()
+        self._seen_files: set[str] = set()
 
     def install(self, patches: Patches) -> None:
         """Find models from now on, until the patches end."""
@@ -57,7 +57,6 @@ class ModelFinder:
         patches.callback(self._close)
 
     def _close(self) -> None:
-        """Restore the models' own calls and release the workers."""
         for call in self._calls:
             call.close()
 
@@ -107,11 +106,11 @@ class ModelFinder:
             module = module.module
         if replaced_call(module) is not None or next(module.parameters(), None) is None:
             return
-        if not has_forward(module):
+        if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented":  # such as nn.ModuleDict
             for child in module.children():
                 self._register(child, how)
             return
-        if any(differentiates_gradients(source) for source in self._sources.new()):
+        if any(differentiates_gradients(source) for source in new_sources(self._seen_files)):
             self._stats.refuse_all(DOUBLE_BACKWARD)
         stats = self._stats.model(module)
         stats.found(type(module).__name__, how)
@@ -131,8 +130,3 @@ def modules_owning(parameters: Iterable[torch.Tensor]) -> list[nn.Module]:
     owning = {id(module): module for module in living if owns(module)}
     inner = {id(part) for module in owning.values() for part in module.modules() if part is not module}
     return [module for key, module in owning.items() if key not in inner]
-
-
-def has_forward(module: nn.Module) -> bool:
-    """Return whether the module can be called; containers such as ``nn.ModuleDict`` cannot."""
-    return getattr(type(module).forward, "__name__", "") != "_forward_unimplemented"

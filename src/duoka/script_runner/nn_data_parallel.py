@@ -30,19 +30,14 @@ class DataParallelHooks:
         self.wrappers: weakref.WeakSet[DataParallel] = weakref.WeakSet()
         """Wrappers that release their workers when the script ends."""
 
-    def record_wrappers(self, patches: Patches) -> None:
-        """Record each ``DataParallel`` of the script and its calls until the patches end."""
+    def install(self, patches: Patches) -> None:
+        """Record each wrapper of the script; with several devices replace torch's, too, until the patches end."""
         patches.wrap(DataParallel, "__init__", self._on_init)
         patches.wrap(DataParallel, "forward", self._on_forward)
-
-    def replace_torch(self, patches: Patches) -> None:
-        """Replace ``nn.DataParallel`` and ``nn.parallel.data_parallel`` until the patches end."""
-        attributes = {
-            "__doc__": ScriptDataParallel.__doc__,
-            "__module__": _TORCH_MODULE,
-            "__qualname__": "DataParallel",
-        }
-        wrapper = _TorchNameMeta("DataParallel", (ScriptDataParallel,), {**attributes, "_duoka_hooks": self})
+        if len(self._devices) == 1:
+            return
+        attributes = {"__doc__": ScriptDataParallel.__doc__, "__module__": _TORCH_MODULE, "_duoka_hooks": self}
+        wrapper = _TorchNameMeta("DataParallel", (ScriptDataParallel,), attributes)
         implementation = importlib.import_module(_TORCH_MODULE)
         for owner in (nn, nn.parallel, implementation):
             patches.set(owner, "DataParallel", wrapper)
@@ -93,7 +88,8 @@ class DataParallelHooks:
 
     def _record(self, wrapper: DataParallel, how: str) -> ModelStats:
         stats = self._stats.model(wrapper.module)
-        stats.wrapped(type(wrapper.module).__name__, how, len(devices_of(wrapper)))
+        stats.name, stats.how = type(wrapper.module).__name__, how
+        stats.devices, stats.refusal = len(devices_of(wrapper)), ""
         return stats
 
     def _close_wrappers(self) -> None:

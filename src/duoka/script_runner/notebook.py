@@ -34,7 +34,6 @@ def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[i
         ConfigError: ``path`` is not a notebook.
         MissingDependencyError: nbclient or nbformat is not installed.
         StorageError: the outputs cannot be written; no cell has run.
-
     """
     nbformat = import_optional("nbformat", "notebook")
     nbclient = import_optional("nbclient", "notebook")

@@ -103,8 +103,10 @@ class ParallelizedCall:
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors, skeleton = scatter_gather.extract_tensors((args, kwargs))
         batch = scatter_gather.batch_size(tensors, 0)
+        first = None if self._controller is None else next(module.parameters(), None)
+        has_moved = first is not None and first.device != self._devices[0]  # by the script, since it ran on all devices
         check = None
-        if batch is not None and batch >= 2 and not self._stats.refusal and not self._has_moved(module):
+        if batch is not None and batch >= 2 and not self._stats.refusal and not has_moved:
             check = self._check(module, tensors, skeleton, batch)
         if check is not None and (reason := check.reason or _reason_for_inputs(module, tensors, check)):
             self._stats.refuse(reason)
@@ -113,13 +115,6 @@ class ParallelizedCall:
             self._stats.count(batch, split=False)
             return call_module(module, args, kwargs)
         return self._split(module, args, kwargs, batch, check)
-
-    def _has_moved(self, module: nn.Module) -> bool:
-        """Return whether the script has moved the model elsewhere since it ran on all devices."""
-        if self._controller is None:
-            return False
-        first = next(module.parameters(), None)
-        return first is not None and first.device != self._devices[0]
 
     def _check(
         self, module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any, batch: int
@@ -205,12 +200,7 @@ def _reason_for_inputs(module: nn.Module, tensors: Sequence[torch.Tensor], check
         registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         if any(is_script_hook(hook) for registry in registries for hook in registry.values()):
             return f"a hook of the script on {name or 'the model'} must see the whole batch"
-    if check.scalar_outputs and any(_has_ignored_labels(tensor) for tensor in tensors):
+    integers = [t for t in tensors if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)]
+    if check.scalar_outputs and any(bool((labels < 0).any()) for labels in integers):
         return "its forward computes the loss and ignores negative labels, so the parts have unequal weight"
     return ""
-
-
-def _has_ignored_labels(tensor: torch.Tensor) -> bool:
-    """Return whether the tensor may hold labels to be ignored: negative integers."""
-    is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    return is_integer and bool((tensor < 0).any())

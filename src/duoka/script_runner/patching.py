@@ -6,8 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
-
-_ABSENT = object()
+from unittest import mock
 
 
 class Patches(contextlib.ExitStack):
@@ -15,9 +14,7 @@ class Patches(contextlib.ExitStack):
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set ``owner.name`` to ``value``."""
-        original = vars(owner).get(name, _ABSENT)
-        setattr(owner, name, value)
-        self.callback(_restore, owner, name, original)
+        self.enter_context(mock.patch.object(owner, name, value))
 
     def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Make ``owner.name(...)`` call ``wrapper(original, ...)``."""
@@ -28,10 +25,3 @@ class Patches(contextlib.ExitStack):
             return wrapper(original, *args, **kwargs)
 
         self.set(owner, name, call)
-
-
-def _restore(owner: Any, name: str, original: Any) -> None:
-    if original is _ABSENT:
-        delattr(owner, name)
-    else:
-        setattr(owner, name, original)

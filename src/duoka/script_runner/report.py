@@ -26,16 +26,16 @@ _MIN_STEPS = 3
 
 def print_report(stats: RunStats, out: Console, *, completed: bool = True) -> None:
     """Print the report; nothing for a run that failed before a model was split."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     if not completed and not any(model.split for model in stats.models):
         return
     title = f"duoka run on {describe_devices(stats.devices)}"
     out.print()
     if stats.models:
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for heading in ("model", "found", "devices", "batch", "batch per device", "calls split / whole"):
-            table.add_column(heading, overflow="fold")
+        headings = ("model", "found", "devices", "batch", "batch per device", "calls split / whole")
+        columns = (Column(heading, overflow="fold") for heading in headings)
+        table = Table(*columns, title=title, title_justify="left", title_style="bold")
         for model in _merge_alike(stats.models):
             used = (model.devices or len(stats.devices)) if model.is_parallel else 1
             per_device = _per_device(model.batch, min(used, model.batch)) if model.batch else "-"
@@ -81,10 +81,10 @@ def suggestion(stats: RunStats) -> str:
     if len(stats.steps) < _MIN_STEPS:
         return f"none: {plural(stats.num_steps, 'training step')} are too few for one."
     shares = stats.time_shares()
-    if shares.loading > _SLOW_LOADING:
+    if shares["loading data"] > _SLOW_LOADING:
         workers = max(2, core_limits().count // 2)
         return (
-            f"load data faster: each step waits {shares.loading:.0%} of its time for the DataLoader. "
+            f"load data faster: each step waits {shares['loading data']:.0%} of its time for the DataLoader. "
             f"Set num_workers={workers}, or keep the data in memory."
         )
     batch = max(model.batch for model in parallel)
@@ -93,7 +93,7 @@ def suggestion(stats: RunStats) -> str:
     compared = stats.comparison()
     if compared is not None and compared.one_device_s < _MIN_SPEEDUP * compared.all_devices_s:
         return f"{larger}, too little work to gain from {devices} devices. Otherwise run the script without duoka."
-    if shares.transfer + shares.waiting > _SLOW_COMMUNICATION:
+    if shares["transfer"] + shares["waiting"] > _SLOW_COMMUNICATION:
         return f"{larger}."
     return "none: the devices are busy computing."
 
@@ -114,7 +114,6 @@ def _suggestion_without_parallel_models(stats: RunStats) -> str:
 
 
 def _time_lines(stats: RunStats) -> list[str]:
-    """Return the lines about the time of a step and of the start-up."""
     lines = []
     has_split = any(step.is_split for step in stats.steps)
     parallel = [model for model in stats.models if model.is_parallel]
@@ -129,7 +128,7 @@ def _time_lines(stats: RunStats) -> list[str]:
         where = "all devices" if has_split else "one device"
         lines.append(f"step time: {format_duration(seconds)} on {where}{few}")
     if stats.steps:
-        shares = zip(("computing", "transfer", "waiting", "loading data"), stats.time_shares(), strict=True)
+        shares = stats.time_shares().items()
         lines.append(f"of which: {', '.join(f'{name} {share:.0%}' for name, share in shares)}")
     if stats.startup_s:
         lines.append(f"start-up: {format_duration(stats.startup_s)} to check the models and start workers")

@@ -53,10 +53,6 @@ class ModelStats:
         if not self.how:
             self.name, self.how = name, how
 
-    def wrapped(self, name: str, how: str, devices: int) -> None:
-        """Record that a wrapper in the script runs the model on ``devices`` devices."""
-        self.name, self.how, self.devices, self.refusal = name, how, devices, ""
-
     def refuse(self, reason: str) -> None:
         """Keep the model on one device from now on, unless the script wraps it; the first reason stays."""
         if self.devices < 2:
@@ -121,15 +117,6 @@ class StepTiming(NamedTuple):
     wait_s: float
     loading_s: float
     is_split: bool
-
-
-class TimeShares(NamedTuple):
-    """Fractions of a typical step's time."""
-
-    computing: float
-    transfer: float
-    waiting: float
-    loading: float
 
 
 class StepComparison(NamedTuple):
@@ -230,11 +217,11 @@ class RunStats:
         times = [step.seconds for step in self.steps if step.is_split][1:] or [step.seconds for step in self.steps]
         return statistics.median(times) if times else None
 
-    def time_shares(self) -> TimeShares:
-        """Return where the time of split steps goes, or of all steps if none was split; there must be a step."""
+    def time_shares(self) -> dict[str, float]:
+        """Return the fractions of a split step's time, or of any step's if none was split; there must be a step."""
         steps = [step for step in self.steps if step.is_split] or self.steps
         median = statistics.median(step.seconds for step in steps)
         typical = [step for step in steps if step.seconds <= 3 * median]  # without those that include an evaluation
         total, *parts, _ = (sum(column) for column in zip(*typical, strict=True))
-        transfer, waiting, loading = (part / total for part in parts)
-        return TimeShares(max(0.0, 1 - transfer - waiting - loading), transfer, waiting, loading)
+        shares = dict(zip(("transfer", "waiting", "loading data"), (part / total for part in parts), strict=True))
+        return {"computing": max(0.0, 1 - sum(shares.values())), **shares}

@@ -16,8 +16,6 @@ from types import ModuleType, TracebackType
 
 from duoka.errors import ConfigError, DuokaError
 
-_EXIT_INTERRUPTED = 128 + signal.SIGINT
-
 
 class Script:
     """A script or a module, found and read, ready to run in this process."""
@@ -32,7 +30,6 @@ class Script:
 
         Raises:
             ConfigError: the file or module does not exist, or cannot be run.
-
         """
         self.target, self.is_module = target, is_module
         self._spec = _find_module(target) if is_module else None
@@ -43,24 +40,23 @@ class Script:
 
     def run(self) -> int:
         """Run to the end and return the exit status; exceptions are printed as Python prints them."""
-        main = self._create_main_module()
-        with _installed_as_main(main, self.argv, self._import_dir):
-            try:
-                code = compile(self.source, self.path, "exec", dont_inherit=True)
-                exec(code, main.__dict__)  # noqa: S102 - the user's own script
-            except SystemExit as stop:
-                return _exit_status(stop)
-            except BaseException as error:
-                return _print_exception(error)
-        return 0
-
-    def _create_main_module(self) -> ModuleType:
         main = ModuleType("__main__")
         main.__file__ = self.path
         main.__builtins__ = __builtins__  # type: ignore[attr-defined]
         if self._spec is not None:
             main.__spec__, main.__package__, main.__loader__ = self._spec, self._spec.parent, self._spec.loader
-        return main
+        with _installed_as_main(main, self.argv, self._import_dir):
+            try:
+                code = compile(self.source, self.path, "exec", dont_inherit=True)
+                exec(code, main.__dict__)  # noqa: S102 - the user's own script
+            except SystemExit as stop:
+                if isinstance(stop.code, int | None):
+                    return (stop.code or 0) & 0xFF
+                print(stop.code, file=sys.stderr)
+                return 1
+            except BaseException as error:
+                return _print_exception(error)
+        return 0
 
 
 @contextlib.contextmanager
@@ -118,14 +114,6 @@ def _read(path: Path) -> bytes:
     return source
 
 
-def _exit_status(stop: SystemExit) -> int:
-    """Return the exit status that Python gives for ``sys.exit(...)``."""
-    if isinstance(stop.code, int | None):
-        return (stop.code or 0) & 0xFF
-    print(stop.code, file=sys.stderr)
-    return 1
-
-
 def _print_exception(error: BaseException) -> int:
     """Print an exception as Python does, but without duoka's frames, and return the exit status."""
     # Frames inside duoka do not help with an interrupt, or with an error whose message names the remedy.
@@ -135,7 +123,7 @@ def _print_exception(error: BaseException) -> int:
     sys.excepthook(type(error), error.with_traceback(trace), trace)
     with contextlib.suppress(io.UnsupportedOperation, ValueError):
         sys.stderr.flush()
-    return _EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _clean_context(error: BaseException) -> None:

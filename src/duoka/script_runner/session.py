@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -19,6 +16,7 @@ from duoka.script_runner.nn_data_parallel import DataParallelHooks
 from duoka.script_runner.patching import Patches
 from duoka.script_runner.run_stats import RunStats
 from duoka.script_runner.source_scan import differentiates_gradients
+from duoka.utils.signals import handle_interrupt
 from duoka.utils.torch_private import check_replace_call
 
 
@@ -32,51 +30,33 @@ class RunSession:
             devices: the devices; on a single one the script runs as it does without duoka.
             scale_batch: whether training loaders multiply their batch size by the number of devices.
             source: the script's text, if it is known.
-
         """
         self.devices = tuple(devices)
         self.stats = RunStats(devices, TIMERS)
         if differentiates_gradients(source):
             self.stats.refuse_all(DOUBLE_BACKWARD)
         self.stats.scale_batch = scale_batch
-        self._batch_factor = len(self.devices) if scale_batch else 1
         self._patches = Patches()
 
     def __enter__(self) -> RunSession:
         is_parallel, is_cpu = len(self.devices) > 1, self.devices[0].type == "cpu"
-        patches = self._patches
+        patches, batch_factor = self._patches, len(self.devices) if self.stats.scale_batch else 1
         if is_parallel:
             check_replace_call()
-        if is_parallel and is_cpu:
-            patches.enter_context(emulate_cuda(len(self.devices)))
-        wrappers = DataParallelHooks(self.devices, self.stats)
-        wrappers.record_wrappers(patches)
-        if is_parallel:
+            if is_cpu:
+                patches.enter_context(emulate_cuda(len(self.devices)))
             patches.enter_context(remap_cuda())
-            wrappers.replace_torch(patches)
-            fits_one_device = is_cpu or self._batch_factor == 1  # a multiplied batch may exceed one GPU's memory
+            fits_one_device = is_cpu or batch_factor == 1  # a multiplied batch may exceed one GPU's memory
             ModelFinder(self.devices, self.stats, fits_one_device=fits_one_device).install(patches)
-        install_loader_hooks(patches, self.stats, self._batch_factor)
+        DataParallelHooks(self.devices, self.stats).install(patches)
+        install_loader_hooks(patches, self.stats, batch_factor)
         handle = register_optimizer_step_post_hook(lambda optimizer, *_: self.stats.on_step(optimizer))
         patches.callback(handle.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _interrupts_delayed():
+        interrupts: list[object] = []
+        with handle_interrupt(lambda *_: interrupts.append(True)):  # not before the workers are released
             self._patches.close()
-
-
-@contextlib.contextmanager
-def _interrupts_delayed() -> Iterator[None]:
-    """Delay ``KeyboardInterrupt`` until the ``with`` block, which is short, has released the workers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received = []
-    before = signal.signal(signal.SIGINT, lambda *_: received.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
-    if received:
-        raise KeyboardInterrupt
+        if interrupts:
+            raise KeyboardInterrupt

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from duoka.data_parallel import scatter_gather
 from duoka.errors import WorkerDied
-from duoka.script_runner.deterministic_mode import DeterministicMode
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.text import first_line
 
@@ -26,6 +27,17 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
 """Largest difference of two outputs relative to the largest value; see ``_DEFAULT_TOLERANCE``."""
 _DEFAULT_TOLERANCE = 2e-4
 _COMPARABLE = (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
+
+_RANDOM = frozenset(
+    {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli", "normal_", "uniform_", "bernoulli_", "randint",
+     "randint_like", "exponential_", "multinomial", "poisson", "log_normal_", "cauchy_", "geometric_", "random_", "rrelu"}
+)  # fmt: skip
+_DROPOUT = frozenset(
+    {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+     "feature_dropout"}
+)  # fmt: skip
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+"""Functions of torch that a check replaces, by name."""
 
 WorkerOutputs = Sequence[tuple[list[torch.Tensor], Any]]
 """Output of each part but the first: its tensors, and the value with placeholders for them."""
@@ -78,12 +90,25 @@ def check_splittable(
 
     Returns:
         The result; ``None`` if the model cannot be checked yet, because its parameters have no shape.
-
     """
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in module.parameters()):
         return None
+    tensors, skeleton = scatter_gather.extract_tensors((args, kwargs))
+    sizes = scatter_gather.scatter_sizes(scatter_gather.batch_size(tensors, 0), num_devices)
+    chunks = zip(*(scatter_gather.scatter(tensor, sizes, 0) for tensor in tensors), strict=True)
+    from_workers: WorkerOutputs = []
     try:
-        return _check(module, args, kwargs, num_devices, run_on_workers)
+        if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
+            raise _NotSplittable("its parameters are in memory that the script shares with other processes")
+        with _refuse_on_error("it or its inputs cannot be copied for the check"):
+            model = _copy_without_hooks(module)
+            calls = [_CallArguments(skeleton, own) for own in (tensors, *chunks)]
+        if run_on_workers is not None:
+            with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state(), torch.no_grad():
+                from_workers = run_on_workers(DeterministicMode)
+        whole, *parts = _compute_outputs(model, module, calls)
+        _compare_with_workers(parts[1:], from_workers)
+        return SplitCheckResult("", _compare_outputs(whole, parts, sizes))
     except _NotSplittable as refusal:
         return SplitCheckResult(str(refusal))
 
@@ -99,43 +124,6 @@ def is_script_hook(hook: Callable[..., Any]) -> bool:
     function = getattr(hook, "__wrapped__", hook)
     module = getattr(function, "__module__", None) or type(function).__module__
     return not str(module).startswith("torch.")
-
-
-def _check(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_devices: int,
-    run_on_workers: RunOnWorkers | None,
-) -> SplitCheckResult:
-    """Return the result for a model that may be split; raise ``_NotSplittable`` for another."""
-    if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
-        raise _NotSplittable("its parameters are in memory that the script shares with other processes")
-    tensors, skeleton = scatter_gather.extract_tensors((args, kwargs))
-    sizes = scatter_gather.scatter_sizes(scatter_gather.batch_size(tensors, 0), num_devices)
-    chunks = zip(*(scatter_gather.scatter(tensor, sizes, 0) for tensor in tensors), strict=True)
-    with _refuse_on_error("it or its inputs cannot be copied for the check"):
-        model = _copy_without_hooks(module)
-        whole_call, *calls = [_CallArguments(skeleton, own) for own in (tensors, *chunks)]
-    from_workers: WorkerOutputs = []
-    if run_on_workers is not None:
-        with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state(), torch.no_grad():
-            from_workers = run_on_workers(DeterministicMode)
-    with preserve_rng_state(), torch.no_grad(), DeterministicMode():
-        state = _AttributeState.capture(model)
-        with _refuse_on_error("it cannot compute a batch in the check"):
-            whole = whole_call.apply(model)
-        if reason := state.side_effect(model) or whole_call.side_effect():
-            raise _NotSplittable(reason)
-        buffers = _clone_buffers(model)
-        with _refuse_on_error("it cannot compute a part of the batch"):
-            parts = [_compute_part(model, module, call) for call in calls]
-    for name, buffer in parts[0][1].items():
-        if not _is_close(buffer, buffers[name]):
-            raise _NotSplittable(f"its forward updates the buffer {name!r} from the whole batch")
-    values = [value for value, _ in parts]
-    _compare_with_workers(values[1:], from_workers)
-    return SplitCheckResult("", _compare_outputs(whole, values, sizes))
 
 
 @contextlib.contextmanager
@@ -158,15 +146,24 @@ def _copy_without_hooks(module: nn.Module) -> nn.Module:
     return model
 
 
-def _compute_part(model: nn.Module, module: nn.Module, call: _CallArguments) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return a part's output and the buffers after it; the buffers of ``module`` are the start."""
-    for buffer, original in zip(model.buffers(), module.buffers(), strict=True):
-        buffer.copy_(original)
-    return call.apply(model), _clone_buffers(model)
-
-
-def _clone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _compute_outputs(model: nn.Module, module: nn.Module, calls: Sequence[_CallArguments]) -> list[Any]:
+    """Return the outputs of ``model``, a copy of ``module``, for the whole batch, which is first, and for each part."""
+    outputs: list[Any] = []
+    buffers: list[dict[str, torch.Tensor]] = []
+    with preserve_rng_state(), torch.no_grad(), DeterministicMode():
+        state = _AttributeState(model)
+        for call in calls:
+            with _refuse_on_error(f"it cannot compute {'a part of the batch' if outputs else 'a batch in the check'}"):
+                for buffer, original in zip(model.buffers(), module.buffers(), strict=True):
+                    buffer.copy_(original)
+                outputs.append(call.apply(model))
+            if len(outputs) == 1 and (reason := state.side_effect(model) or call.side_effect()):
+                raise _NotSplittable(reason)
+            buffers.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+    for name, buffer in buffers[1].items():  # of the first part, which this process computes
+        if not _is_close(buffer, buffers[0][name]):
+            raise _NotSplittable(f"its forward updates the buffer {name!r} from the whole batch")
+    return outputs
 
 
 def _compare_with_workers(parts: Sequence[Any], from_workers: WorkerOutputs) -> None:
@@ -212,11 +209,7 @@ def _compare_other_values(whole: Any, parts: Sequence[Any]) -> None:
 def _values_besides_tensors(skeleton: Any) -> list[Any]:
     found: list[Any] = []
     scatter_gather.map_values(found.append, skeleton)
-    return [leaf for leaf in found if not _is_placeholder(leaf)]
-
-
-def _is_placeholder(value: Any) -> bool:
-    return type(value) is scatter_gather.Placeholder
+    return [leaf for leaf in found if type(leaf) is not scatter_gather.Placeholder]
 
 
 def _compare_tensors(gathered: torch.Tensor, whole: torch.Tensor, sizes: Sequence[int]) -> None:
@@ -248,7 +241,7 @@ def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _structure(value: Any) -> Any:
     """Return nested values with the type's name in place of each value that has no stable text."""
-    if _is_placeholder(value):
+    if type(value) is scatter_gather.Placeholder:
         return "tensor"
     if isinstance(value, dict):
         return {key: _structure(item) for key, item in value.items()}
@@ -281,39 +274,34 @@ class _CallArguments:
         return ""
 
 
-class _AttributeState(NamedTuple):
+class _AttributeState:
     """Attributes and parameters of a model that its forward may change, by name."""
 
-    tensors: dict[str, list[int]]
-    values: dict[str, bytes]
-    versions: dict[str, int]
-
-    @classmethod
-    def capture(cls, model: nn.Module) -> _AttributeState:
-        """Return the present state of ``model``."""
-        tensors, values = {}, {}
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors: dict[str, list[int]] = {}
+        self._values: dict[str, bytes] = {}
+        self._versions = {name: parameter._version for name, parameter in model.named_parameters()}
         for prefix, part in model.named_modules():
             for attribute, value in part.__dict__.items():
                 if attribute in ("_parameters", "_buffers", "_modules"):
                     continue
                 name = f"{prefix}.{attribute}".lstrip(".")
                 if isinstance(value, torch.Tensor | list | tuple | dict):
-                    tensors[name] = [id(tensor) for tensor in scatter_gather.extract_tensors(value)[0]]
+                    self._tensors[name] = [id(tensor) for tensor in scatter_gather.extract_tensors(value)[0]]
                 if isinstance(value, int | float | str | list | tuple | dict | set):
                     with contextlib.suppress(Exception):
-                        values[name] = pickle.dumps(scatter_gather.extract_tensors(value)[1])
-        return cls(tensors, values, {name: parameter._version for name, parameter in model.named_parameters()})
+                        self._values[name] = pickle.dumps(scatter_gather.extract_tensors(value)[1])
 
     def side_effect(self, model: nn.Module) -> str:
-        """Return what has changed in ``model`` since the capture; empty if only a call counter has."""
-        now = _AttributeState.capture(model)
-        for name, tensors in now.tensors.items():
-            if not set(tensors) <= set(self.tensors.get(name, ())):
+        """Return what has changed in ``model`` since then; empty if only a call counter has."""
+        now = _AttributeState(model)
+        for name, tensors in now._tensors.items():
+            if not set(tensors) <= set(self._tensors.get(name, ())):
                 return f"its forward keeps tensors in {name}, which would hold one part of the batch only"
-        for name, value in now.values.items():
-            if value != self.values.get(name) and not _is_counter(self.values.get(name), value):
+        for name, value in now._values.items():
+            if value != self._values.get(name) and not _is_counter(self._values.get(name), value):
                 return f"its forward keeps results in {name}, which would be those of one part of the batch"
-        written = [name for name, version in now.versions.items() if version != self.versions[name]]
+        written = [name for name, version in now._versions.items() if version != self._versions[name]]
         return f"its forward writes to its parameter {written[0]}" if written else ""
 
 
@@ -321,3 +309,40 @@ def _is_counter(before: bytes | None, after: bytes) -> bool:
     """Return whether an attribute is an integer that has grown by one."""
     old, new = (None if value is None else pickle.loads(value) for value in (before, after))
     return type(old) is int and type(new) is int and new == old + 1
+
+
+class DeterministicMode(TorchFunctionMode):
+    """Fills random tensors with 0.5, skips dropout, and lets batch norm use its running statistics."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function or its deterministic replacement."""
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name in _DROPOUT:
+            return args[0] if args else kwargs["input"]
+        if function is functional.batch_norm:
+            return function(*_batch_norm_arguments(args, kwargs))
+        if function is functional.scaled_dot_product_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+            args = args[:4]
+        if function is functional.multi_head_attention_forward:
+            kwargs = {**kwargs, "training": False}
+        if name in _RECURRENT:  # the only float among their arguments is the dropout probability
+            args = [0.0 if type(value) is float else value for value in args]
+        result = function(*args, **kwargs)
+        if name in _RANDOM and isinstance(result, torch.Tensor):
+            result.fill_(0.5 if result.is_floating_point() else 1)
+        return result
+
+
+def _batch_norm_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """Return all arguments of ``batch_norm``, in order, with ``training=False``."""
+    call = inspect.signature(functional.batch_norm).bind(*args, **kwargs)
+    call.apply_defaults()
+    call.arguments["training"] = False
+    if call.arguments["running_mean"] is None:
+        batch: torch.Tensor = call.arguments["input"]
+        call.arguments |= {"running_mean": batch.new_zeros(batch.size(1)), "running_var": batch.new_ones(batch.size(1))}
+    return call.args
