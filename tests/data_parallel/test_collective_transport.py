@@ -405,6 +405,14 @@ def test_buckets_hold_each_tensor_once_and_stay_small() -> None:
     assert all(bucket.nbytes <= 25 << 20 or len(bucket.specs) == 1 for bucket in buckets)
 
 
+def test_the_checksum_changes_when_all_signs_do() -> None:
+    checksum = BucketChecksum(torch.device("cpu"))
+    for seed in range(100):
+        values = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        before = int(checksum(values.view(torch.uint8)))
+        assert int(checksum(values.neg_().view(torch.uint8))) != before
+
+
 def test_checksums_of_different_contents_differ() -> None:
     checksum = BucketChecksum(torch.device("cpu"))
     base = torch.randint(256, (1 << 23,), dtype=torch.uint8)

@@ -80,19 +80,20 @@ def pack_bucket(bucket: Bucket, tensors: Sequence[torch.Tensor], device: torch.d
 
 
 class BucketChecksum:
-    """Computes a 64-bit checksum of a bucket on its device: each 32-bit word times its own odd number.
+    """Computes a 64-bit checksum of a bucket on its device: each 32-bit word times its own odd 64-bit number.
 
-    So order counts, and one changed word always changes it; several do with near certainty.
+    So order counts, and one changed word always changes it; several do with near certainty. (32-bit products would not
+    do: all signs changed at once leave their sum as it was, if as many products grow as shrink.)
     """
 
     def __init__(self, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(-(2**30), 2**30, (_CHECKSUM_CHUNK,), dtype=torch.int32, generator=generator)
+        drawn = torch.randint(-(2**62), 2**62, (_CHECKSUM_CHUNK,), generator=generator)
         self._factors = (drawn * 2 + 1).to(device)
 
     def __call__(self, base: torch.Tensor) -> torch.Tensor:
         """Return the checksum, ``()``."""
         total = torch.zeros((), dtype=torch.int64, device=base.device)
         for part in torch.split(base.view(torch.int32), _CHECKSUM_CHUNK):
-            total = total * 1_000_003 + (part * self._factors[: len(part)]).sum(dtype=torch.int64)
+            total = total * 1_000_003 + (part * self._factors[: len(part)]).sum()
         return total
