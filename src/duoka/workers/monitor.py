@@ -98,11 +98,11 @@ class WorkerMonitor:
     def _handle_events(self, selector: EventSelector) -> None:
         while len(self._received["idle"]) < len(self._workers):
             for worker, event in selector.poll(_POLL_S):
-                if self._ended:
-                    return
-                if isinstance(event, Message):
+                if isinstance(event, Message):  # after the end, too: ``stop`` closes what has arrived
                     self._received[event.kind][worker.rank] = event.payload
                     self._notify()
+                elif self._ended:
+                    return
                 elif isinstance(event, bytes):
                     self._show(worker, event.decode(errors="replace"))
                 elif event is None:
