@@ -74,6 +74,11 @@ def test_stream_without_workers_collates_only_the_ranks_own_samples() -> None:
     assert parts == [frozenset({4, 5, 6, 7}), frozenset({10})]
 
 
+def test_stream_without_workers_ignores_the_timeout_for_workers() -> None:
+    loader: DataLoader[Any] = DataLoader(Numbers(11), batch_size=2, timeout=5)
+    assert sorted(flat(globals_of(loader, 2))) == list(range(11))
+
+
 def test_draws_of_a_collation_do_not_change_the_stream() -> None:
     def drawing(samples: list[int]) -> torch.Tensor:
         random.shuffle([*samples])

@@ -47,7 +47,7 @@ def loader_like(loader: DataLoader[Any], dataset: Any, generator: torch.Generato
         dataset,
         num_workers=workers,
         pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
+        timeout=loader.timeout if workers else 0,
         worker_init_fn=WorkerInit(loader.worker_init_fn) if workers else None,
         multiprocessing_context=loader.multiprocessing_context if workers else None,
         generator=generator,
