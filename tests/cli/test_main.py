@@ -199,6 +199,19 @@ def test_an_interruption_is_one_line_and_status_130(tmp_path: Path) -> None:
     assert process.returncode == cli.INTERRUPTED == 130
 
 
+def test_closed_output_leaves_no_open_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as output, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", output)
+        before = os.dup(writing)  # the lowest free number
+        os.close(before)
+        assert cli._is_output_closed()
+        after = os.dup(writing)
+        os.close(after)
+    assert before == after
+
+
 def test_closed_output_causes_no_error_message(tmp_path: Path) -> None:
     process = started(tmp_path, "for number in range(100_000):\n    print(number)\nreturn 0")
     with process:
