@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,10 @@ import yaml
 from PIL import Image
 
 from duoka.cli.main import main
-from duoka.recipes.experiments import read_experiment
+from duoka.errors import LaunchError
+from duoka.recipes.experiments import parallel_runner, read_experiment
+from duoka.recipes.experiments.experiment_spec import Trial
+from duoka.recipes.experiments.trial_run import finished_run, prepare_folder
 from support.paths import ROOT
 from support.processes import descendants, wait_until_gone, worker_pids
 from support.waiting import wait_until
@@ -194,6 +198,38 @@ def test_an_unknown_metric_is_an_error_after_the_first_variant(here, capfd):
     assert "fast" not in shown.out
     assert main(["compare", write(here, metric="loss")]) == 0
     assert capfd.readouterr().out.count("finished, skipped") == 1
+
+
+def test_a_process_that_cannot_start_ends_the_comparison(tmp_path, monkeypatch):
+    trials = [Trial("cifar100", str(number), 0, {"device": "cpu:2"}, tmp_path / str(number)) for number in range(4)]
+    has_failed, started = threading.Event(), []
+
+    def run(_, trial: Trial, device: object) -> str:
+        started.append(trial.variant)
+        if trial is trials[1]:
+            has_failed.set()
+            raise LaunchError("no memory")
+        assert has_failed.wait(10)
+        time.sleep(0.2)  # the other thread ends meanwhile
+        return ""
+
+    monkeypatch.setattr(parallel_runner._TrialWorkers, "_run_in_worker", run)
+    with pytest.raises(LaunchError, match="no memory"):
+        parallel_runner.run_parallel(trials, lambda _: None)
+    assert sorted(started) == ["0", "1"]
+
+
+def test_a_variant_with_options_that_do_not_fit_is_not_finished(tmp_path):
+    folder = tmp_path / "trial" / "informer" / "20260101-000000-x"
+    folder.mkdir(parents=True)
+    (folder / "config.yml").write_text("recipe: informer\nseed: 0\n")
+    (folder / "model.safetensors").touch()
+    (folder / "results.json").write_text("{}")
+    assert finished_run(Trial("informer", "a", 0, {}, tmp_path / "trial")) is not None
+    changed = Trial("informer", "a", 0, {"seq_len": 8, "label_len": 9}, tmp_path / "trial")
+    assert finished_run(changed) is None
+    prepare_folder(changed)
+    assert not any((tmp_path / "trial").iterdir())
 
 
 def test_ctrl_c_ends_parallel_variants_and_starts_no_other(here):

@@ -62,11 +62,15 @@ class _TrialWorkers:
         return {trial.title: self._errors[trial.title] for trial in self._trials if trial.title in self._errors}
 
     def _train_waiting(self, device: torch.device) -> None:
-        for trial in self._waiting:  # an iterator that the threads of all devices share
-            error = "" if self._stopped else self._run_in_worker(trial, device)
-            if error and not self._stopped:
-                self._errors[trial.title] = error
-                self._report(f"{trial.title}: failed: {error}")
+        try:
+            for trial in self._waiting:  # an iterator that the threads of all devices share
+                error = "" if self._stopped else self._run_in_worker(trial, device)
+                if error and not self._stopped:
+                    self._errors[trial.title] = error
+                    self._report(f"{trial.title}: failed: {error}")
+        except BaseException:  # a process that cannot start, for example
+            self._stopped = True  # so that no other device starts another trial
+            raise
 
     def _run_in_worker(self, trial: Trial, device: torch.device) -> str:
         output = trial.folder / "output.txt"

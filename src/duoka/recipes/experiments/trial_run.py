@@ -70,8 +70,8 @@ def _latest_run(trial: Trial) -> RecipeRun | None:
 
 def _has_options_of(trial: Trial, run: RecipeRun) -> bool:
     """Return whether the run has the options that define the trial: another value makes it another experiment."""
-    wanted = trial.config().resolved()
     try:
+        wanted = trial.config().resolved()
         recorded = config_of_run(type(wanted), run).resolved()
     except ConfigError:
         return False
