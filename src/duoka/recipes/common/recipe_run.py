@@ -109,15 +109,14 @@ class RecipeRun:
                 return line.partition(":")[2].strip()
         raise ConfigError(f"{self.config} does not say which recipe made the run: add the line `recipe: NAME`")
 
-    def resume_command(self) -> str:
-        """Return the command that continues the run."""
+    def _resume_command(self) -> str:
         return duoka_command("train", self.recipe(), "--resume", self.folder)
 
     def finished_model(self) -> Path:
         """Return the trained weights' file. Raises DataError if the run is not finished."""
         if not self.model.is_file():
             raise DataError(
-                f"the run {self.folder} has no {self.model.name}: it was stopped; finish it with `{self.resume_command()}`"
+                f"the run {self.folder} has no {self.model.name}: it was stopped; finish it with `{self._resume_command()}`"
             )
         return self.model
 
@@ -141,11 +140,11 @@ class RecipeRun:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}: `{self.resume_command()}` writes it") from error
+            raise DataError(f"cannot read {path}: {error}: `{self._resume_command()}` writes it") from error
         if not isinstance(results, dict):
             raise DataError(f"{path} holds a {type(results).__name__}, not the results of a run")
         if missing := [name for name in needed if name not in results]:
-            raise DataError(f"{path} lacks {', '.join(missing)}: `{self.resume_command()}` writes it anew")
+            raise DataError(f"{path} lacks {', '.join(missing)}: `{self._resume_command()}` writes it anew")
         return results
 
 
@@ -186,7 +185,7 @@ def recipe_run(recipe: str, config: Any, facts: dict[str, Any] | None = None, so
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
         if isinstance(error, KeyboardInterrupt) and run.config.is_file():  # else nothing has been written
-            logger.warning("stopped; continue with: %s", run.resume_command())
+            logger.warning("stopped; continue with: %s", duoka_command("train", recipe, "--resume", run.folder))
         raise
 
 
