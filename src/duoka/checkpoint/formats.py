@@ -100,9 +100,8 @@ def read_file(path: Path, map_location: str | torch.device = "cpu") -> tuple[Any
             if start[8:] == b"{" or (path.suffix == ".safetensors" and start[:2] != b"PK"):
                 is_ours = _verify_safetensors(path, file)
                 return _read_safetensors(path, map_location), is_ours
-            is_ours = start[:2] == b"PK" and _verify_archive(
-                path, file
-            )  # torch before 1.6 wrote no zip, and no checksum
+            # torch before 1.6 wrote no zip, and no checksum
+            is_ours = start[:2] == b"PK" and _verify_archive(path, file)
         return _read_archive(path, map_location), is_ours
     except FileNotFoundError as error:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

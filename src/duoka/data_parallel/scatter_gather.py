@@ -44,7 +44,7 @@ def insert_tensors(structure: Any, tensors: Sequence[Any]) -> Any:
 
 
 def insert_on_device(structure: Any, tensors: Sequence[torch.Tensor], device: torch.device) -> Any:
-    """Do the same with the tensors on ``device``, as ``torch.nn.DataParallel`` does."""
+    """Return ``structure`` with the tensors in place, moved to ``device`` as ``torch.nn.DataParallel`` does."""
     return insert_tensors(structure, [tensor.to(device, non_blocking=True) for tensor in tensors])
 
 

@@ -68,7 +68,7 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
         "set_device_index": _constant(None),
     }
     return [
-        (_answer_script, torch.cuda, _cuda_api(num_devices)),
+        (_answer_script, torch.cuda, cuda),
         (_answer_script, torch.accelerator, accelerator),
         (Patches.set, torch.cuda, {name: getattr(torch, name) for name in tensor_types}),
         (Patches.set, torch.cuda, {"Stream": _FakeStream, "Event": _FakeEvent, "device": contextlib.nullcontext}),

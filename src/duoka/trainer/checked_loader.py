@@ -40,8 +40,8 @@ class CheckedLoader:
         at_start = self.loader.position.samples == 0
         batches = iter(self.loader)
         first = next(batches, None)  # every rank reads a stream completely, so the first samples must be the same
-        mine, *others = self.world.all_gather_object(self.loader.fingerprint)
-        if not all(mine is other or (mine and other and same_stream(other, mine)) for other in others):
+        main, *others = self.world.all_gather_object(self.loader.fingerprint)
+        if not all(main is other or (main and other and same_stream(other, main)) for other in others):
             raise DataError(
                 f"{self.name} yields other samples on another rank: it splits itself by rank, or draws from a random generator "
                 "that duoka does not know. duoka splits every global batch, so samples would be lost. Yield all samples in "
