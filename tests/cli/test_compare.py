@@ -1,5 +1,6 @@
 """``duoka compare``: skip of finished trials, resume of interrupted ones, isolated failures, and the summary."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from duoka.cli.main import main
 from duoka.errors import LaunchError
-from duoka.recipes.experiments import parallel_runner, read_experiment
+from duoka.recipes.experiments import parallel_runner, plots, read_experiment
 from duoka.recipes.experiments.experiment_spec import Trial
 from duoka.recipes.experiments.trial_run import finished_run, prepare_folder
 from support.paths import ROOT
@@ -198,6 +200,16 @@ def test_an_unknown_metric_is_an_error_after_the_first_variant(here, capfd):
     assert "fast" not in shown.out
     assert main(["compare", write(here, metric="loss")]) == 0
     assert capfd.readouterr().out.count("finished, skipped") == 1
+
+
+def test_the_label_of_a_bar_is_right_of_its_deviation_and_seeds(tmp_path, monkeypatch):
+    figure, named = Figure(), [("even", [0.4, 0.6]), ("odd", [0.4, 0.9, 0.42]), ("one", [0.3])]
+    monkeypatch.setattr(plots, "figure_file", lambda *_: contextlib.nullcontext(figure))
+    plots.plot_bars(tmp_path / "best.png", "accuracy", named)
+    (axes,) = figure.axes
+    ends = [max(statistics.fmean(v) + (statistics.stdev(v) if len(v) > 1 else 0), *v) for _, v in named]
+    assert [label.xy[0] for label in axes.texts] == pytest.approx(ends)
+    assert [label.get_text() for label in axes.texts] == ["0.5000", "0.5733", "0.3000"]
 
 
 def test_a_process_that_cannot_start_ends_the_comparison(tmp_path, monkeypatch):

@@ -22,14 +22,15 @@ MARKERS_PER_CURVE = 12
 
 def plot_bars(path: Path, metric: str, named: Named) -> None:
     """Plot each variant's mean as a bar, its standard deviation as a line, and each seed as a dot."""
-    means = [statistics.fmean(values) for _, values in named]
+    means, deviations = [statistics.fmean(values) for _, values in named], _deviations(named)
     with figure_file(path, 7.5, 1.3 + 0.42 * len(named)) as figure:
         axes = figure.add_subplot()
-        bars = axes.barh(range(len(named)), means, color="#9CC9E5", height=0.65, xerr=_deviations(named), ecolor=BLUE)
-        axes.bar_label(bars, fmt="%.4f", padding=8, fontsize=9)
-        for y, (_, values) in enumerate(named):
+        axes.barh(range(len(named)), means, color="#9CC9E5", height=0.65, xerr=deviations, ecolor=BLUE)
+        for y, (mean, spread, (_, values)) in enumerate(zip(means, deviations, named, strict=True)):
             if len(values) > 1:
                 axes.plot(values, [y] * len(values), "o", color=BLUE, markersize=3.5)
+            end = max(0.0, mean + spread, *values)  # right of bar, deviation and dots
+            axes.annotate(f"{mean:.4f}", (end, y), (8, 0), textcoords="offset points", va="center", fontsize=9)
         axes.margins(x=0.16)
         _label_axes(axes, [name for name, _ in named], f"Best {metric} of each variant{_seeds(named)}", metric)
 
