@@ -51,6 +51,7 @@ class ParallelCall:
         self._group, self._model = group, model
         self._generation = group.generation
         self._call_id = group.new_call_id()
+        self._generators = weights.snapshot.generators()
         self._parameters, self._placements = weights.parameters, weights.placements
         self._gradient_layout = weights.gradient_layout
         self.parameter_indices = [n for n, parameter in enumerate(self._parameters) if parameter.requires_grad]
@@ -68,7 +69,11 @@ class ParallelCall:
         inputs = [tensor for chunk in chunks for tensor in chunk if tensor.requires_grad]
         keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         device = self._group.devices[0]
-        settings, payload, seed = capture_torch_settings(_SETTINGS), dumps(arguments), draw_seed(device)
+        settings, payload, seed = (
+            capture_torch_settings(_SETTINGS),
+            dumps(arguments),
+            draw_seed(device, self._generators),
+        )
         finalizer = weakref.finalize(
             self, _release_graph, self._group, self._generation, self._call_id, len(chunks), self._exchanges
         )

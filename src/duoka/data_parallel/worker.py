@@ -127,6 +127,7 @@ class _RequestHandler:
             tensor.requires_grad_(needs_gradient)
         args, kwargs = insert_tensors(load_and_close(request.payload, self._transport.device), inputs)
         seed_all(request.seed)
+        replica.seed_generators(request.seed)
         apply_torch_settings(request.settings)  # process-wide, also after the call
         with contextlib.ExitStack() as stack:
             for mode in request.modes:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
 from duoka.data_parallel.messages import (
     BackwardRequest,
@@ -165,7 +164,7 @@ class CollectiveWorkerTransport:
         """Free the memory of a model."""
         self._models.pop(model, None)
 
-    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> GradientLayout:
+    def gradient_layout(self, parameters: Sequence[torch.Tensor]) -> GradientLayout:
         """Return the buckets in which gradients are reduced."""
         return GradientLayout(buckets=gradient_buckets(parameters))
 
