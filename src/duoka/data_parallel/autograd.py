@@ -27,7 +27,6 @@ from duoka.utils.torch_private import backward_keeps_graph, run_after_backward
 from duoka.utils.torch_settings import capture_torch_settings
 from duoka.workers.serialization import dumps, load_and_close
 
-_SETTINGS = ("default_dtype", "deterministic", "float32_matmul_precision")
 _SEED_STEP = 0x9E3779B97F4A7C15
 """Distance of two ranks' seeds."""
 
@@ -70,7 +69,7 @@ class ParallelCall:
         keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         device = self._group.devices[0]
         settings, payload, seed = (
-            capture_torch_settings(_SETTINGS),
+            capture_torch_settings(),
             dumps(arguments),
             draw_seed(device, self._generators),
         )

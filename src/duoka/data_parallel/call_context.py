@@ -29,6 +29,8 @@ def capture_modes(device: torch.device, context: ContextFactory | None = None) -
         if torch.is_autocast_enabled(kind):
             dtype, cache = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
             modes.append(partial(torch.autocast, kind, dtype, cache_enabled=cache))
+    if (default := torch.get_default_device()).type != "cpu":
+        modes.append(partial(torch.device, device if default.type == device.type else default))
     if is_remapping():
         modes.append(partial(RemapCuda, device))
     if context is not None:

@@ -129,7 +129,9 @@ class Controller:
         with call.cancel_on_error(weights):
             with TIMERS.transfer():
                 token = call.scatter_inputs(chunks[1:], arguments)
-                args, kwargs = scatter_gather.insert_on_device(arguments, chunks[0], self.group.devices[0])
+                args, kwargs = scatter_gather.insert_on_device(
+                    arguments, _own_chunks(chunks[0], tensors), self.group.devices[0]
+                )
             own = scatter_gather.extract_tensors(self._compiler.function(module)(*args, **kwargs))
             with TIMERS.transfer():
                 others = self._gather_outputs(call, weights)
@@ -267,6 +269,11 @@ def _first_unpicklable(module: nn.Module) -> str:
             except Exception:
                 return f"The attribute {attribute!r} of {name or 'the model itself'}"
     return "Its class"
+
+
+def _own_chunks(chunks: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy the chunks of split tensors: what a model writes to its inputs must not change some rows of the caller's."""
+    return [chunk if chunk is tensor else chunk.clone() for chunk, tensor in zip(chunks, tensors, strict=True)]
 
 
 def _merge_outputs(

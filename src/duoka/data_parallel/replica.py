@@ -138,7 +138,8 @@ class Replica:
 
     def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+        if gradient is None:  # a function's backward returned None for a parameter that it uses
+            return
         assert self.task is not None
         self.task.accept_gradient(index, gradient)
 
