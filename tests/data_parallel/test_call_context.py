@@ -71,11 +71,11 @@ def test_a_forward_may_call_a_scripted_function(wrap):
 
 class NoGradientForWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(_, x, weight):
         return x * weight
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(_, gradient):
         return gradient, None
 
 

@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 import duoka
 from duoka.errors import DuokaError
 from support import random_models
-from support.random_models import FEATURES, INPUTS, LAYERS, OUTPUTS, RandomModel
+from support.random_models import FEATURES, LAYERS, RandomModel
 from support.transports import both_transports
 
+EXACT_OUTPUTS = ("tensor", "tuple", "dict", "named tuple", "constant text", "array of no samples")
+EXACT_INPUTS = ("tensor", "list", "dict", "mask", "weight")
+LOOKS_ACROSS_SAMPLES = ("center", "choose")
+"""Forms that are the same on any number of devices today; the others need the check of a model's first batches."""
 calls = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 9),
@@ -30,9 +34,9 @@ calls = st.fixed_dictionaries(
 )
 examples = st.fixed_dictionaries(
     {
-        "layers": st.lists(st.sampled_from(sorted(LAYERS)), max_size=3),
-        "output": st.sampled_from(sorted(OUTPUTS)),
-        "input": st.sampled_from(INPUTS),
+        "layers": st.lists(st.sampled_from(sorted(LAYERS.keys() - set(LOOKS_ACROSS_SAMPLES))), max_size=3),
+        "output": st.sampled_from(EXACT_OUTPUTS),
+        "input": st.sampled_from(EXACT_INPUTS),
         "devices": st.integers(2, 3),
         "calls": st.lists(calls, min_size=1, max_size=3),
     }
@@ -122,9 +126,8 @@ def check(example: dict[str, Any]) -> None:
                 warnings.simplefilter("always")
                 try:
                     got = run_call(wrapped, model.leaves(), call, example["input"], seed)
-                except (DuokaError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-                    assert str(error), repr(error)
-                    return
+                except (DuokaError, ValueError, RuntimeError, TypeError, NotImplementedError):
+                    return  # a refusal; others, such as KeyError, say nothing to a user
             said = said or bool(caught)
             if not said:
                 assert not (found := difference(got, want, "")), f"call {seed}: {found}"
@@ -134,11 +137,22 @@ def check(example: dict[str, Any]) -> None:
         random_models.reset_shared_state()
 
 
+def limited_to(count: int) -> settings:
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=count, deadline=None, database=None, print_blob=True, suppress_health_check=checks)
+
+
 @both_transports
 @given(examples)
-@settings(
-    max_examples=40, deadline=None, database=None, print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+@limited_to(40)
 def test_several_devices_compute_what_one_computes_or_say_so(transport, example):
+    check(example)
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(1200)
+@both_transports
+@given(examples)
+@limited_to(2000)
+def test_two_thousand_models_on_several_devices_and_on_one(transport, example):
     check(example)

@@ -113,7 +113,7 @@ class Scale(nn.Module):
             "hidden_module": lambda: list(self.teacher.parameters()),
         }.get(self.place, list)()
 
-    def change(self, value: float) -> None:  # noqa: C901, PLR0912 - one branch a place
+    def change(self, value: float) -> None:  # noqa: C901 - one branch a place
         global scale_of_module
         with torch.no_grad():
             if self.place == "attribute":
@@ -142,7 +142,7 @@ class Scale(nn.Module):
                 for tensor in self.tensors():
                     tensor.fill_(value / FEATURES)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: PLR0911 - one return a kind
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.place == "hidden_layer":
             return self.layers[0](x)
         if self.place == "hidden_module":
@@ -168,7 +168,7 @@ class Scale(nn.Module):
         return x * factor
 
 
-PLACES = tuple(name.removeprefix("_make_") for name in vars(Scale) if name.startswith("_make_")) + ("class", "global")
+PLACES = (*(name.removeprefix("_make_") for name in vars(Scale) if name.startswith("_make_")), "class", "global")
 
 
 class Center(nn.Module):
@@ -259,7 +259,9 @@ def make_input(form: str, x: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, A
     """Return the arguments of a call: ``x``, ``(batch, FEATURES)``, in one of many forms."""
     batch = len(x)
     if form == "packed":
-        return (pack_sequence([row.expand(length, FEATURES) for length, row in zip(range(batch, 0, -1), x, strict=True)]),), {}
+        return (
+            pack_sequence([row.expand(length, FEATURES) for length, row in zip(range(batch, 0, -1), x, strict=True)]),
+        ), {}
     others: dict[str, Any] = {
         "names": [f"name{index}" for index in range(batch)],
         "factors": [float(index + 1) for index in range(batch)],
@@ -286,7 +288,7 @@ INPUTS = (
 )  # fmt: skip
 
 
-def _read_input(x: Any, other: Any) -> torch.Tensor:  # noqa: PLR0911 - one return a kind
+def _read_input(x: Any, other: Any) -> torch.Tensor:
     if isinstance(x, PackedSequence):
         padded, lengths = pad_packed_sequence(x, batch_first=True)
         return padded.sum(1) / lengths[:, None]
