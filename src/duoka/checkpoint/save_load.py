@@ -1,7 +1,5 @@
 """``save`` and ``load``: a model's parameters and buffers in a file, by names without wrappers' prefixes."""
 
-from __future__ import annotations
-
 import os
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ before that part, so its backward runs last; ``GatherOutputs`` is created after 
 runs first (``docs/design.md``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Context of a call: torch modes and seed for workers; rank 0's thread limit and timers."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import pickle

@@ -1,7 +1,5 @@
 """Controller of one wrapped model: syncs it to workers, and scatters, computes and gathers calls."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import sys

@@ -3,8 +3,6 @@
 A ``Location`` is a place in shared memory, or a bucket where parameters and buffers are broadcast.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -4,8 +4,6 @@ A comparison costs some microseconds a module. It compares attributes by identit
 objects, closures, class attributes, globals that the model's code reads) by one digest of all of it, see ``state_watch``.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """A worker's replica of the user's model, reset to rank 0's state before each call."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable, Mapping

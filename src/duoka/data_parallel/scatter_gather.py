@@ -1,7 +1,5 @@
 """Scatter and gather of nested values: extract tensors, split a batch, and merge outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ are equal exactly if nothing has changed that a worker would have to know. A val
 ``MAX_NBYTES`` is not watched.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import pickle

@@ -1,7 +1,5 @@
 """Worker loop of ``DataParallel``: runs forward and backward of replicas, and sends results."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """One rank of a launch: its process group, device, threads and seed, and the state that the user's process gets back."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """Training loop of one rank: epochs, evaluations, checkpoints and the end."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -4,8 +4,6 @@ torch's class-weighted losses divide by the summed class weights of the targets 
 differs between ranks. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
 """
 
-from __future__ import annotations
-
 import functools
 import numbers
 from collections.abc import Callable, Mapping

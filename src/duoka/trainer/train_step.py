@@ -1,7 +1,5 @@
 """One optimizer step on one rank. Every batch takes this path, so it holds only what must happen at each step."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """States of the global random number generators: Python, NumPy, torch on CPU, and the current accelerator."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import random

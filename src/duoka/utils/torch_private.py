@@ -4,8 +4,6 @@ Each was seen in torch 2.9 to 2.14. ``tests/utils/test_torch_private.py`` exerci
 that changes one fails a test that names it. Where torch offers no public equivalent, the docstring says why one is needed.
 """
 
-from __future__ import annotations
-
 import datetime
 import importlib
 from collections.abc import Callable, Sequence

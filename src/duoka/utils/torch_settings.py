@@ -1,7 +1,5 @@
 """Settings of torch that a block of code changes for a while: process-wide ones, and the train mode of modules."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -5,8 +5,6 @@ copy-on-write: reading needs no copy, and a write stays in the process that made
 a data set of 2 GB takes 2 GB more for all workers together.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib

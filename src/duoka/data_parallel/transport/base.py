@@ -1,7 +1,5 @@
 """Base classes of both transports: a model's weights, a worker's memory for them, and a worker's backward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 

@@ -1,7 +1,5 @@
 """Buckets: flat blocks of many tensors each, moved by few large transfers; and their checksums."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

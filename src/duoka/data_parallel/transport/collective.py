@@ -4,8 +4,6 @@ All ranks perform the same transfers in the order of the messages, and no user c
 announcement and its transfer (``docs/design.md``, "The collective transport").
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
