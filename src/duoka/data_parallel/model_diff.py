@@ -4,6 +4,7 @@ A comparison costs some microseconds a module. It compares attributes by identit
 objects, closures, class attributes, globals that the model's code reads) by one digest of all of it, see ``state_watch``.
 """
 
+import importlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -222,6 +223,14 @@ class ModelSnapshot:
         self._digest = Digest([watched.value() for watched in self._watched], self._shared)
 
 
+def set_namespaces(namespaces: list[tuple[Namespace, dict[str, Any]]]) -> None:
+    """Give classes and modules that this process has imported the values that they have in rank 0."""
+    for owner, values in namespaces:
+        target = importlib.import_module(owner) if isinstance(owner, str) else owner
+        for name, value in values.items():
+            setattr(target, name, value)
+
+
 _unwatched: set[tuple[Any, str]] = set()
 
 
@@ -280,11 +289,11 @@ def _globals_used_by(code: Iterable[type | FunctionType]) -> Iterator[tuple[dict
             return
         seen.add(id(function))
         space, names = function.__globals__, set(_names_in(function.__code__))
-        for name in names & space.keys():
+        for name in sorted(names & space.keys()):
             value = space[name]
             if isinstance(value, ModuleType):
                 if is_user_code(value.__name__):
-                    for inner in names & vars(value).keys():
+                    for inner in sorted(names & vars(value).keys()):
                         if not isinstance(vars(value)[inner], _NOT_DATA):
                             note(vars(value), inner)
                 continue
@@ -292,7 +301,7 @@ def _globals_used_by(code: Iterable[type | FunctionType]) -> Iterator[tuple[dict
             for one in _functions_of(value):
                 visit(one)
 
-    for each in {base for one in code for base in (one.__mro__ if isinstance(one, type) else [one])}:
+    for each in dict.fromkeys(base for one in code for base in (one.__mro__ if isinstance(one, type) else [one])):
         for function in _functions_of(each):
             visit(function)
     yield from found.values()

@@ -1,6 +1,5 @@
 """A worker's replica of the user's model, reset to rank 0's state before each call."""
 
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from duoka.data_parallel.messages import CreateReplica, RebindParameters, UpdateAttributes
-from duoka.data_parallel.model_diff import ModelChanges, Namespace, unwrapped_modules
+from duoka.data_parallel.model_diff import ModelChanges, set_namespaces, unwrapped_modules
 from duoka.data_parallel.pickling import placeholder_tensors
 from duoka.data_parallel.state_watch import Digest
 from duoka.data_parallel.transport import WorkerTransport
@@ -54,7 +53,7 @@ class Replica:
         self._tensors = [*self.parameters, *(slot for slot in slots if slot is not None)]
         with placeholder_tensors(self._tensors):
             module, compile_options, namespaces = load_and_close(message.payload, transport.device)
-        _set_namespaces(namespaces)
+        set_namespaces(namespaces)
         _register_with_transformers(module)
         self.forward = MaybeCompiled(compile_options).function(module)
         self._modules = unwrapped_modules(module)
@@ -86,7 +85,7 @@ class Replica:
             changes: ModelChanges = load_and_close(message.payload, self._transport.device)
         for index, values in changes.attributes.items():
             self._attributes[index].update(values)
-        _set_namespaces(changes.namespaces)
+        set_namespaces(changes.namespaces)
         self._generators = self._find_generators()
 
     def detect_parameter_writes(self) -> bool:
@@ -140,14 +139,6 @@ class Replica:
             return
         assert self.task is not None
         self.task.accept_gradient(index, gradient)
-
-
-def _set_namespaces(namespaces: list[tuple[Namespace, dict[str, Any]]]) -> None:
-    """Give classes and modules that this worker has imported the values that they have in rank 0."""
-    for owner, values in namespaces:
-        target = importlib.import_module(owner) if isinstance(owner, str) else owner
-        for name, value in values.items():
-            setattr(target, name, value)
 
 
 def _register_with_transformers(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ that changes one fails a test that names it. Where torch offers no public equiva
 
 import datetime
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -181,6 +182,12 @@ def set_default_group_timeout(timeout: datetime.timedelta) -> None:
     set_timeout(timeout)
 
 
+def forget_failed_process_groups() -> None:
+    """Let this process name its next default process group as a fresh one: ``init_process_group`` counts failures, too."""
+    if not dist.is_initialized():
+        distributed_c10d._world.group_count = 0
+
+
 def abort_default_process_group() -> None:
     """Abort the default process group's communicators, which frees ranks that wait in a collective."""
     distributed_c10d._abort_process_group()
@@ -228,6 +235,15 @@ def metric_states(metric: Any) -> tuple[int, dict[str, Any]]:
     return metric.update_count, on_cpu
 
 
+def unregistered_attributes(metric: Any) -> dict[str, Any]:
+    """Return a metric's attributes that are neither states nor torchmetrics' own."""
+    from torchmetrics import SumMetric
+
+    own = vars(SumMetric()).keys() - {"sum_value"}
+    found = vars(metric).items()
+    return {name: v for name, v in found if name not in own and name not in metric._defaults and not callable(v)}
+
+
 def merge_metric_states(metric: Any, ranks: Sequence[tuple[int, dict[str, Any]]]) -> None:
     """Set a metric's states to those of all ranks, with the metric's own reductions; ranks without updates are left out.
 
@@ -264,3 +280,12 @@ def numpy_has_spare_gaussian() -> bool:
         return bool(generator.get_state(legacy=False)["has_gauss"])
     finally:
         generator._bit_generator = bits
+
+
+# threading, seen in Python 3.11 to 3.14
+
+
+def end_thread_pools() -> None:
+    """Let idle threads of ``ThreadPoolExecutor`` end, as Python does before it joins all threads at exit."""
+    for end in reversed(getattr(threading, "_threading_atexits", [])):
+        end()
