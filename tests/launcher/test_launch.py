@@ -37,7 +37,7 @@ def test_the_caller_is_rank_zero_and_gets_its_value() -> None:
 
 
 def test_a_group_that_could_not_be_created_before_does_no_harm() -> None:
-    with pytest.raises(ValueError, match="MASTER_ADDR|RANK"):
+    with pytest.raises(ValueError, match=r"MASTER_ADDR|RANK"):
         dist.init_process_group("gloo")
     assert duoka.launch(dist.get_rank, devices="cpu:2", returns="all") == [0, 1]
 

@@ -424,7 +424,7 @@ def test_a_metric_that_keeps_results_in_an_attribute_is_refused_on_several_devic
             self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
             self.names = []
 
-        def update(self, output, target):
+        def update(self, _output, target):
             self.total += len(target)
             self.names += target.tolist()
 
