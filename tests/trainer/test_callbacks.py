@@ -19,9 +19,9 @@ class Scaled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.first, self.second = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
         self.config = {"loss": {"temperature": 1.0}}
-        self.register_buffer("shift", torch.zeros(6))
+        self.register_buffer("shift", torch.zeros(6, dtype=torch.float64))
         self.teacher = [copy.deepcopy(self.second)]
 
     def forward(self, x):
@@ -89,10 +89,10 @@ def weights_after_fit(callback, device, **options):
     torch.manual_seed(5)
     features = torch.randn(24, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     labels = torch.arange(24) % 3
-    model = Scaled().double()
+    model = Scaled()
     settings = {"loss": functional.cross_entropy, "lr": 0.1, "optimizer": "sgd", "epochs": 3, **options}
     if isinstance(callback, AddGroup):
-        settings["optimizer"] = lambda parameters: torch.optim.SGD([p for p in parameters if len(p) == 3], lr=0.1)
+        settings |= {"optimizer": lambda trained: torch.optim.SGD(trained[2:], lr=0.1), "lr": None}
     duoka.Trainer(
         model,
         DataLoader(TensorDataset(features, labels), batch_size=8),

@@ -415,7 +415,7 @@ def test_an_unknown_direction_is_an_error(name):
         direction_of(name, {name: torchmetrics.SumMetric()})
 
 
-def test_a_metric_that_keeps_results_in_an_attribute_is_refused_on_several_devices():
+def test_a_metric_that_keeps_results_in_an_attribute_is_refused():
     torchmetrics = pytest.importorskip("torchmetrics")
 
     class Names(torchmetrics.Metric):

@@ -138,7 +138,8 @@ class _ClassLossCalls(TorchFunctionMode):
         """Return the result of the user's loss, as ``(sum, weight)`` if it is that of a class loss."""
         for value, function, arguments in self._calls:
             output, target = arguments.pop("input"), arguments.pop("target")
-            is_mean = arguments.pop("reduction", "mean") == "mean" and not {"reduce", "size_average"} & arguments.keys()
+            old_options = [arguments.pop(name, None) for name in ("size_average", "reduce")]
+            is_mean = arguments.pop("reduction", "mean") == "mean" and old_options == [None, None]
             if not is_mean or output.shape == target.shape:
                 continue
             if value is result:
