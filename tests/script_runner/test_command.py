@@ -206,16 +206,6 @@ def test_threads_of_a_script_see_emulated_devices_and_are_joined(tmp_path) -> No
     assert ended.stdout.splitlines() == ["end of the script", "3.0", "end of the thread"]
 
 
-def test_an_open_thread_pool_of_a_script_ends_with_it(tmp_path) -> None:
-    pool = (
-        "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(1)\npool.submit(print, 'saved')\n"
-    )
-    (tmp_path / "t.py").write_text(TRAINING + pool)
-    ended = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[-1] == "saved"
-
-
 GATED = """
 import torch
 torch.manual_seed(0)

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 
 from duoka.errors import ConfigError, DuokaError
-from duoka.utils.torch_private import end_thread_pools
 
 
 class Script:
@@ -68,7 +67,6 @@ def _installed_as_main(main: ModuleType, argv: list[str], import_dir: str) -> It
     try:
         yield
     finally:
-        end_thread_pools()
         for thread in threading.enumerate():  # as Python does before it exits
             if not thread.daemon and thread is not threading.current_thread():
                 thread.join()

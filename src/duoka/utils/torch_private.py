@@ -6,7 +6,6 @@ that changes one fails a test that names it. Where torch offers no public equiva
 
 import datetime
 import importlib
-import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -280,12 +279,3 @@ def numpy_has_spare_gaussian() -> bool:
         return bool(generator.get_state(legacy=False)["has_gauss"])
     finally:
         generator._bit_generator = bits
-
-
-# threading, seen in Python 3.11 to 3.14
-
-
-def end_thread_pools() -> None:
-    """Let idle threads of ``ThreadPoolExecutor`` end, as Python does before it joins all threads at exit."""
-    for end in reversed(getattr(threading, "_threading_atexits", [])):
-        end()
