@@ -1,5 +1,7 @@
 """The package's logger. duoka does not change the root logger or the user's handlers."""
 
+from __future__ import annotations
+
 import logging
 
 logger = logging.getLogger("duoka")

@@ -1,5 +1,7 @@
 """One backward that runs on the workers: the requests, and the gradients that come back."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

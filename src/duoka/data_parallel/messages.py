@@ -3,6 +3,8 @@
 A ``Location`` is a place in shared memory, or a bucket where parameters and buffers are broadcast.
 """
 
+from __future__ import annotations
+
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,8 +17,8 @@ from duoka.data_parallel.tensor_layout import Location, TensorSpec
 from duoka.workers.serialization import Payload
 
 BufferPlacement: TypeAlias = tuple[Location, TensorSpec]
-ParameterPlacement: TypeAlias = tuple[Location, TensorSpec, bool, bool]
-"""Location, spec, ``requires_grad``, and whether it is an ``nn.Parameter``."""
+ParameterPlacement: TypeAlias = tuple[Location, TensorSpec, bool]
+"""Location, spec, and ``requires_grad``."""
 ContextFactory: TypeAlias = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager; workers find the function by name in its module."""
 
@@ -26,7 +28,7 @@ class CreateReplica(NamedTuple):
 
     model: int
     payload: Payload
-    """The model, the options of ``torch.compile``, and ``ModelSnapshot.namespaces``."""
+    """The model, and the options of ``torch.compile``."""
     parameters: tuple[ParameterPlacement, ...]
     buffers: tuple[BufferPlacement | None, ...]
     bucket_nbytes: tuple[int, ...]
@@ -35,7 +37,7 @@ class CreateReplica(NamedTuple):
 
 
 class UpdateAttributes(NamedTuple):
-    """Set new values; ``payload`` has a ``ModelChanges``."""
+    """Set attributes; ``payload`` maps a module's index to names and values."""
 
     model: int
     payload: Payload

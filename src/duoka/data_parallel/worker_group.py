@@ -1,5 +1,7 @@
 """Worker group: the workers of one device list, which all wrapped models of this process share."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import itertools

@@ -1,5 +1,7 @@
 """CPU cores that this process may use, and their division into threads and DataLoader workers."""
 
+from __future__ import annotations
+
 import itertools
 import math
 import os

@@ -3,6 +3,8 @@
 ``nvml`` is the ``pynvml`` module, passed as an argument so that tests can replace it.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Sequence
 from typing import Any

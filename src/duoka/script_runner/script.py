@@ -1,5 +1,7 @@
 """Script or module that ``duoka run`` executes once, as ``__main__``."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import io

@@ -1,5 +1,7 @@
 """Strategy of one process per device, with torch's DistributedDataParallel."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any

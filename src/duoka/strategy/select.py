@@ -1,5 +1,7 @@
 """Choice of the strategy for a training run, with the reason."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 

@@ -1,5 +1,7 @@
 """Strategy of one process with several devices: torch's ``nn.DataParallel``, for comparison with the faster ones."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Selection of the best evaluation, and early stopping."""
 
+from __future__ import annotations
+
 import math
 import re
 

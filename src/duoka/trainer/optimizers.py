@@ -1,5 +1,7 @@
 """Optimizers by name, class, function or object, checked against the model's parameters."""
 
+from __future__ import annotations
+
 import inspect
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Numbers, names, suggestions and commands as text for messages."""
 
+from __future__ import annotations
+
 import difflib
 import shlex
 import shutil

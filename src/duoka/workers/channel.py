@@ -1,5 +1,7 @@
 """Messages and file descriptors over a socket pair, which has no port and no name that another process could find."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import pickle

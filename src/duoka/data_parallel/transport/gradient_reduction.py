@@ -1,5 +1,7 @@
 """Gradient reduction of the collective transport: sums bucket by bucket during the backward."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -1,5 +1,7 @@
 """Options of a recipe: a frozen dataclass, filled from a YAML file and the command line."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect

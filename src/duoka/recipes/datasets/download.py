@@ -1,5 +1,7 @@
 """Download, checksum and extraction of data set files, each done by one process at a time and never left half done."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import shutil

@@ -5,6 +5,8 @@
 are in `recipes.datasets.movielens`, the models in `recipes.models.recommender` and `gpt2_recommender`.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path

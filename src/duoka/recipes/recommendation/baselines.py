@@ -1,5 +1,7 @@
 """Recommenders without training, as baselines: the most popular items, and items similar to the user's."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 

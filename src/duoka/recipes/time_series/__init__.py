@@ -4,6 +4,8 @@
 `results` the error numbers and `plots` the pictures of a run.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from types import ModuleType
