@@ -105,8 +105,8 @@ def _read(path: Path) -> bytes:
         source = path.read_bytes()
     except FileNotFoundError:
         others = sorted(str(other) for other in path.parent.glob("*.py"))[:8] if path.parent.is_dir() else []
-        hint = f" The folder contains: {', '.join(others)}." if others else ""
-        raise ConfigError(f"there is no script {str(path)!r}.{hint}") from None
+        found = f"contains: {', '.join(others)}" if others else "contains no Python file; check the path"
+        raise ConfigError(f"there is no script {str(path)!r}. {path.absolute().parent} {found}.") from None
     except OSError as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     if b"\0" in source:

@@ -148,7 +148,7 @@ def test_a_switch_needs_no_value():
         (["--count"], "--count needs a value"),
         (["--count", "--lr", "1"], "--count needs a value"),
         (["config.yml"], "'config.yml' belongs to no option"),
-        (["-c", "none.yml"], "cannot read the configuration file none.yml: No such file or directory"),
+        (["-c", "none.yml"], "cannot read the configuration file none.yml: No such file or directory; give a file"),
         (["-c", "."], "cannot read the configuration file .: Is a directory"),
     ],
 )
