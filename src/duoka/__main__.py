@@ -1,7 +1,5 @@
 """``python -m duoka``: the same as the ``duoka`` command."""
 
-from __future__ import annotations
-
 import sys
 
 from duoka.cli.main import main

@@ -1,7 +1,5 @@
 """The package's logger. duoka does not change the root logger or the user's handlers."""
 
-from __future__ import annotations
-
 import logging
 
 logger = logging.getLogger("duoka")

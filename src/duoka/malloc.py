@@ -5,8 +5,6 @@ faults cost 2 to 5 % of a step's time (``benchmarks/pages.py``). Another C libra
 allocator options, are not changed.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -1,7 +1,5 @@
 """Arithmetic of batch size and learning rate on several devices, as numbers and as text."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One process's rank, world size, device and collectives; with one process every collective is the identity."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

@@ -222,3 +222,9 @@ def test_files_with_a_model_in_them_are_found_by_a_process_without_duoka(tmp_pat
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_what_is_no_model_cannot_be_loaded_into(tmp_path):
+    checkpoint.save(nn.Linear(1, 1), tmp_path / "m.pt")
+    with pytest.raises(ConfigError, match="into='x'"):
+        checkpoint.load(tmp_path / "m.pt", into="x")

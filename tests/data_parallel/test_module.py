@@ -260,3 +260,22 @@ def test_a_forked_child_trains_a_copy(wrap) -> None:
     torch.testing.assert_close(
         model(torch.ones(4, 4)), nn.functional.linear(torch.ones(4, 4), model.weight, model.bias)
     )
+
+
+@pytest.mark.parametrize("second", [lambda y: None, lambda y: {"aux": y * 2}])
+def test_a_list_of_two_different_outputs_is_not_one_item_a_sample(wrap, second):
+    class Two(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return [y, second(y)]
+
+    first, other = wrap(Two(4, 3))(torch.ones(4, 4))  # two samples a device
+    assert first.shape == (4, 3)
+    assert other is None or other["aux"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("option", [{"dim": "a"}, {"dim": True}, {"compile": 3}])
+def test_an_option_of_a_wrong_type_is_named(option):
+    (name,) = option
+    with pytest.raises(errors.ConfigError, match=f"{name}="):
+        duoka.DataParallel(nn.Linear(1, 1), devices="cpu:2", **option)

@@ -36,6 +36,12 @@ def test_the_caller_is_rank_zero_and_gets_its_value() -> None:
     assert duoka.launch(lambda: (os.getpid(), duoka.current_world().rank), devices="cpu:2") == (os.getpid(), 0)
 
 
+def test_a_group_that_could_not_be_created_before_does_no_harm() -> None:
+    with pytest.raises(ValueError, match=r"MASTER_ADDR|RANK"):
+        dist.init_process_group("gloo")
+    assert duoka.launch(dist.get_rank, devices="cpu:2", returns="all") == [0, 1]
+
+
 def test_collectives_reach_every_rank() -> None:
     def collect() -> tuple[float, str, list[int], bool]:
         world = duoka.current_world()

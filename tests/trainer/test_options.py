@@ -413,3 +413,24 @@ def test_an_unknown_direction_is_an_error(name):
     torchmetrics = pytest.importorskip("torchmetrics")
     with pytest.raises(ConfigError, match=f'monitor=\'{name}\'.*monitor_mode="min" or monitor_mode="max"'):
         direction_of(name, {name: torchmetrics.SumMetric()})
+
+
+def test_a_metric_that_keeps_results_in_an_attribute_is_refused():
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Names(torchmetrics.Metric):
+        def __init__(self):
+            super().__init__()
+            self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+            self.names = []
+
+        def update(self, _output, target):
+            self.total += len(target)
+            self.names += target.tolist()
+
+        def compute(self):
+            return torch.tensor(float(len(self.names)))
+
+    with pytest.raises(ConfigError, match="Names keeps results in its attribute 'names'"):
+        trainer_of(metrics=Names(), device="cpu:2").evaluate(loader())
+    assert trainer_of(metrics={"n": Names()}).evaluate(loader())["n"] == 12

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from duoka.errors import DataError
 from duoka.trainer import Trainer
+from duoka.trainer.loss_reduction import reduce_loss
 
 pytestmark = pytest.mark.usefixtures("pickle_by_value")
 
@@ -318,3 +319,27 @@ def test_finding_unused_parameters_needs_no_extra_forward(kind):
     one, two = [fitted(kind(), loader, device, **options)[0] for device in ("cpu", "cpu:2")]
     assert two.calls == one.calls == STEPS
     assert relative_difference(two.layer, one.layer) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda output, target: functional.cross_entropy(output, target, ignore_index=0),
+        lambda output, target: functional.nll_loss(output.log_softmax(1), target, torch.arange(1.0, 5.0).double()),
+        type("Own", (nn.CrossEntropyLoss,), {})(ignore_index=1),
+    ],
+)
+def test_a_class_loss_inside_a_function_counts_targets_over_all_devices(loss):
+    loader = DataLoader(labelled(24), batch_size=8)
+    models = [
+        fitted(classifier(), loader, device, loss=loss, batch_size_means="global")[0] for device in ("cpu", "cpu:2")
+    ]
+    assert relative_difference(*models) < 1e-9
+
+
+def test_a_class_loss_with_something_added_is_announced():
+    def loss(output, target):
+        return functional.cross_entropy(output, target, ignore_index=0) + output.square().mean()
+
+    with pytest.warns(UserWarning, match="Return \\(sum, weight\\)"):
+        reduce_loss(loss, torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 1]))

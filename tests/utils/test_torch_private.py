@@ -140,6 +140,8 @@ def test_the_default_group_has_a_store_a_timeout_and_a_broadcast(tmp_path: Path)
 
 
 def test_the_names_that_need_nccl_exist():
+    torch_private.forget_failed_process_groups()
+    assert dist.distributed_c10d._world.group_count == 0
     assert callable(dist.distributed_c10d._abort_process_group)
     if dist.is_nccl_available():
         assert hasattr(dist.ProcessGroupNCCL, "eager_connect_single_device")

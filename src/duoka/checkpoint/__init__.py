@@ -1,7 +1,5 @@
 """Checkpoints: prefix-free, atomic, safe to load, and complete enough to resume a run bit for bit."""
 
-from __future__ import annotations
-
 from duoka.checkpoint.key_names import unwrap
 from duoka.checkpoint.load_state import load_state
 from duoka.checkpoint.optimizer import load_optimizer_state, optimizer_state

@@ -4,8 +4,6 @@ The checksum is the CRC-32 of the file's other bytes. An archive has it in its z
 metadata; other programs ignore it. Archives without it are checked by the CRC-32 that zip stores for each record.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

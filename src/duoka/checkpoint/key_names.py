@@ -1,7 +1,5 @@
 """Parameter names without wrappers' parts: ``module.`` of DataParallel and DDP, ``_orig_mod.`` of torch.compile."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections import OrderedDict, defaultdict

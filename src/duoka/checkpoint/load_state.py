@@ -1,7 +1,5 @@
 """Loading of a state dict into a model: all names and shapes are compared before the first value is copied."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Optimizer state by parameter names, independent of parameter order, wrappers and the number of devices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ no other rank: it writes, and puts the outcome into the store of the process gro
 the outcome there, and raises the error that rank 0 raised. Calls are matched by their path and their number.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

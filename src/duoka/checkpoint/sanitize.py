@@ -1,7 +1,5 @@
 """Conversion of state to the types that a checkpoint may hold: numbers, text, tensors, and containers of them."""
 
-from __future__ import annotations
-
 from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``save`` and ``load``: a model's parameters and buffers in a file, by names without wrappers' prefixes."""
 
-from __future__ import annotations
-
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ from duoka.checkpoint.rank_zero_write import write_on_rank_zero
 from duoka.checkpoint.sanitize import tensor_bytes, to_plain_types
 from duoka.errors import CheckpointError, ConfigError
 from duoka.utils.files import atomic_write
+from duoka.utils.validation import invalid_option
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -136,6 +135,8 @@ def load(
     """
     if isinstance(path, nn.Module):
         raise ConfigError(f"load takes the path first, then the model: duoka.load({str(into)!r:.80}, into=model)")
+    if into is not None and not isinstance(into, nn.Module):
+        raise invalid_option("into", into, "the model to load into, a torch.nn.Module")
     path = Path(path)
     state, is_ours = read_file(path, map_location)
     if into is None:

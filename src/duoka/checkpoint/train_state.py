@@ -1,7 +1,5 @@
 """Training checkpoints: everything that a run needs to resume exactly, in one file."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

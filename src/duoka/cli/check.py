@@ -1,7 +1,5 @@
 """``duoka check``: a computation on each device, an all-reduce over all, and a save and load between them."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """``duoka compare FILE.yml``: variants of a recipe trained and compared."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from duoka.cli.arguments import command_parser

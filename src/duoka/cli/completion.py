@@ -1,7 +1,5 @@
 """``duoka completion bash``: a script that completes duoka's commands and options in a shell."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence

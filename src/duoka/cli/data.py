@@ -1,7 +1,5 @@
 """``duoka data make NAME``: example data with a known best possible result."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """``duoka eval RUN``: test the model of a finished run again."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from duoka.cli.arguments import add_run, command_parser, load_run

@@ -3,8 +3,6 @@
 A subcommand's module, jsonargparse and torch are imported when the subcommand is used: ``duoka --help`` needs none.
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import os

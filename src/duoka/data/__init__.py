@@ -1,7 +1,5 @@
 """Exact sharding of any loader, in an order that does not depend on the number of ranks; and device-resident data."""
 
-from __future__ import annotations
-
 from duoka.data import transforms
 from duoka.data.batch_ops import batch_length, concat_batches, slice_batch, split_batch, to_device
 from duoka.data.position import DataPosition, LocalBatch

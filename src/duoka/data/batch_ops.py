@@ -8,8 +8,6 @@ A list of 2 tensors with 2 rows each, in a batch of 2, may have one tensor per s
 if it is the batch itself, if its tensors differ in kind, or if ``default_collate`` made it. Otherwise it is an error.
 """
 
-from __future__ import annotations
-
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

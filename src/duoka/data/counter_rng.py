@@ -1,7 +1,5 @@
 """Counter-based random numbers: each is a function of (stream, place, number), so any device can compute it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

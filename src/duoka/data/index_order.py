@@ -1,7 +1,5 @@
 """The order of the samples in one epoch, as batches of indices: a function of (seed, epoch), the same on every rank."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence

@@ -4,8 +4,6 @@ Samplers, augmentations and loaders draw from the process's global generators. H
 rank, and the user's code continues to draw as if nothing else had drawn.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import pickle

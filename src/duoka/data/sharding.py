@@ -1,7 +1,5 @@
 """``shard``: any loader as this rank's shard of each global batch, with a position to resume from."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import weakref

@@ -1,7 +1,5 @@
 """Restoring of lists that samplers and streams shuffle in place, so that an order depends on no earlier epoch."""
 
-from __future__ import annotations
-
 import contextlib
 import operator
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The fingerprint of a stream: text and numbers of its first samples, to check that all ranks read the same stream."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

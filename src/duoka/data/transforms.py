@@ -6,8 +6,6 @@ transforms of the same names, which work on one image at a time
 (https://docs.pytorch.org/vision/stable/transforms.html).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Generators that the user's samplers, data sets, transforms and collations hold as attributes."""
 
-from __future__ import annotations
-
 import pickle
 import random
 from typing import Any, TypeAlias

@@ -5,8 +5,6 @@ duoka's, where they are cloudpickle's copies. A result that cannot be pickled mu
 multiprocessing would drop it, and the receiver would wait forever.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import sys

@@ -4,8 +4,6 @@ The script runner uses ``Controller`` for models that a script does not wrap, an
 wrappers (``devices_of`` and others) for those that it does.
 """
 
-from __future__ import annotations
-
 from duoka.data_parallel.controller import Controller
 from duoka.data_parallel.module import DataParallel, devices_of, overridden_steps, restore_from_state, state_of
 

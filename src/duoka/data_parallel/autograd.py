@@ -5,8 +5,6 @@ before that part, so its backward runs last; ``GatherOutputs`` is created after 
 runs first (``docs/design.md``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,6 @@ from duoka.utils.torch_private import backward_keeps_graph, run_after_backward
 from duoka.utils.torch_settings import capture_torch_settings
 from duoka.workers.serialization import dumps, load_and_close
 
-_SETTINGS = ("default_dtype", "deterministic", "float32_matmul_precision")
 _SEED_STEP = 0x9E3779B97F4A7C15
 """Distance of two ranks' seeds."""
 
@@ -51,6 +48,7 @@ class ParallelCall:
         self._group, self._model = group, model
         self._generation = group.generation
         self._call_id = group.new_call_id()
+        self._generators = weights.snapshot.generators()
         self._parameters, self._placements = weights.parameters, weights.placements
         self._gradient_layout = weights.gradient_layout
         self.parameter_indices = [n for n, parameter in enumerate(self._parameters) if parameter.requires_grad]
@@ -68,7 +66,11 @@ class ParallelCall:
         inputs = [tensor for chunk in chunks for tensor in chunk if tensor.requires_grad]
         keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         device = self._group.devices[0]
-        settings, payload, seed = capture_torch_settings(_SETTINGS), dumps(arguments), draw_seed(device)
+        settings, payload, seed = (
+            capture_torch_settings(),
+            dumps(arguments),
+            draw_seed(device, self._generators),
+        )
         finalizer = weakref.finalize(
             self, _release_graph, self._group, self._generation, self._call_id, len(chunks), self._exchanges
         )

@@ -1,18 +1,20 @@
 """Context of a call: torch modes and seed for workers; rank 0's thread limit and timers."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
+import pickle
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 
 from duoka.data_parallel.device_remap import RemapCuda, is_remapping
 from duoka.data_parallel.messages import ContextFactory
-from duoka.utils.rng_state import draw_seed_from_copy
+from duoka.utils.rng_state import state_of
 
 
 def capture_modes(device: torch.device, context: ContextFactory | None = None) -> tuple[ContextFactory, ...]:
@@ -25,6 +27,8 @@ def capture_modes(device: torch.device, context: ContextFactory | None = None) -
         if torch.is_autocast_enabled(kind):
             dtype, cache = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
             modes.append(partial(torch.autocast, kind, dtype, cache_enabled=cache))
+    if (default := torch.get_default_device()).type != "cpu":
+        modes.append(partial(torch.device, device if default.type == device.type else default))
     if is_remapping():
         modes.append(partial(RemapCuda, device))
     if context is not None:
@@ -32,16 +36,19 @@ def capture_modes(device: torch.device, context: ContextFactory | None = None) -
     return tuple(modes)
 
 
-def draw_seed(device: torch.device) -> int:
-    """Return a seed that depends on the user's CPU and device generators, without advancing them.
+def draw_seed(device: torch.device, generators: Sequence[Any] = ()) -> int:
+    """Return a seed that depends on the user's generators of all libraries, without advancing them.
 
-    Both states are in host memory, so the host does not wait for the device.
+    ``generators`` are further ones: those that the model owns. All states are in host memory, so the host does not
+    wait for the device. A call that is repeated from the same states, as by checkpointing, gets the same seed.
     """
-    seed = draw_seed_from_copy(2**62)
-    if device.type == "cpu":
-        return seed
-    state = torch.get_device_module(device).get_rng_state(device)
-    return (seed + int.from_bytes(hashlib.blake2b(state.numpy(), digest_size=8).digest())) % 2**62
+    states = [torch.get_rng_state(), np.random.get_state(), random.getstate()]  # noqa: NPY002
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    digest = hashlib.blake2b(digest_size=8)
+    for state in (*states, *map(state_of, generators)):
+        digest.update(pickle.dumps(state.numpy() if isinstance(state, torch.Tensor) else state))
+    return int.from_bytes(digest.digest()) % 2**62
 
 
 class ThreadLimit:

@@ -1,7 +1,5 @@
 """Controller of one wrapped model: syncs it to workers, and scatters, computes and gathers calls."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import sys
@@ -18,7 +16,7 @@ from duoka.data_parallel import scatter_gather
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
 from duoka.data_parallel.call_context import TIMERS
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
-from duoka.data_parallel.model_diff import REGISTRIES, ModelSnapshot
+from duoka.data_parallel.model_diff import REGISTRIES, ModelChanges, ModelSnapshot
 from duoka.data_parallel.pickling import pickle_without_tensors
 from duoka.data_parallel.replica import MaybeCompiled
 from duoka.data_parallel.transport.base import WeightSync
@@ -129,7 +127,9 @@ class Controller:
         with call.cancel_on_error(weights):
             with TIMERS.transfer():
                 token = call.scatter_inputs(chunks[1:], arguments)
-                args, kwargs = scatter_gather.insert_on_device(arguments, chunks[0], self.group.devices[0])
+                args, kwargs = scatter_gather.insert_on_device(
+                    arguments, _own_chunks(chunks[0], tensors), self.group.devices[0]
+                )
             own = scatter_gather.extract_tensors(self._compiler.function(module)(*args, **kwargs))
             with TIMERS.transfer():
                 others = self._gather_outputs(call, weights)
@@ -173,7 +173,7 @@ class Controller:
         if weights.copies_all != self._copies_all or not weights.snapshot.structure_unchanged():
             return None
         changes = weights.snapshot.diff()
-        if changes is None or (changes and not self._send_attributes(changes, weights.snapshot)):
+        if changes is None or (any(changes) and not self._send_attributes(changes, weights.snapshot)):
             return None
         if changed := weights.detect_changes():
             if not weights.shapes_unchanged(changed):
@@ -183,9 +183,9 @@ class Controller:
         return weights
 
     def _send_model(self, module: nn.Module) -> WeightSync:
-        snapshot = ModelSnapshot(module)
+        snapshot = ModelSnapshot(module, self.group.devices[0])
         weights = self.group.transport.create_weight_sync(self.group.post, self.model_id, snapshot, self._copies_all)
-        with contextlib.closing(_pickle_model(module, self._compiler.options, snapshot.tensors())) as payload:
+        with contextlib.closing(_pickle_model(module, self._compiler.options, snapshot)) as payload:
             message = CreateReplica(
                 self.model_id,
                 payload,
@@ -200,7 +200,7 @@ class Controller:
             _optimizer_hook.add(self, snapshot.parameters)
         return weights
 
-    def _send_attributes(self, changes: dict[int, dict[str, Any]], snapshot: ModelSnapshot) -> bool:
+    def _send_attributes(self, changes: ModelChanges, snapshot: ModelSnapshot) -> bool:
         """Send new attribute values; return whether pickle accepts them."""
         try:
             payload = pickle_without_tensors(changes, snapshot.tensors())
@@ -223,7 +223,7 @@ class _OptimizerHook:
         """Addresses of parameters, which the controller keeps alive."""
         self._handle: Any = None
 
-    def add(self, controller: Controller, parameters: Sequence[nn.Parameter]) -> None:
+    def add(self, controller: Controller, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters[controller] = frozenset(map(id, parameters))
         if self._handle is None:
             self._handle = register_optimizer_step_post_hook(self._after_step)
@@ -245,9 +245,9 @@ class _OptimizerHook:
 _optimizer_hook = _OptimizerHook()
 
 
-def _pickle_model(module: nn.Module, options: dict[str, Any] | None, tensors: Sequence[torch.Tensor]) -> Payload:
+def _pickle_model(module: nn.Module, options: dict[str, Any] | None, snapshot: ModelSnapshot) -> Payload:
     try:
-        return pickle_without_tensors((module, options), tensors)
+        return pickle_without_tensors((module, options, snapshot.namespaces()), snapshot.tensors())
     except Exception as error:
         raise LaunchError(
             f"the model cannot be sent to the worker processes: {error}. {_first_unpicklable(module)} cannot leave this "
@@ -267,6 +267,11 @@ def _first_unpicklable(module: nn.Module) -> str:
             except Exception:
                 return f"The attribute {attribute!r} of {name or 'the model itself'}"
     return "Its class"
+
+
+def _own_chunks(chunks: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy the chunks of split tensors: what a model writes to its inputs must not change some rows of the caller's."""
+    return [chunk if chunk is tensor else chunk.clone() for chunk, tensor in zip(chunks, tensors, strict=True)]
 
 
 def _merge_outputs(

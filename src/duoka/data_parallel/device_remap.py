@@ -1,7 +1,5 @@
 """Remapping of CUDA devices: ``cuda:0`` in a model's code means the device that runs the code."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """One backward that runs on the workers: the requests, and the gradients that come back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 A ``Location`` is a place in shared memory, or a bucket where parameters and buffers are broadcast.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,8 +15,8 @@ from duoka.data_parallel.tensor_layout import Location, TensorSpec
 from duoka.workers.serialization import Payload
 
 BufferPlacement: TypeAlias = tuple[Location, TensorSpec]
-ParameterPlacement: TypeAlias = tuple[Location, TensorSpec, bool]
-"""Location, spec, and ``requires_grad``."""
+ParameterPlacement: TypeAlias = tuple[Location, TensorSpec, bool, bool]
+"""Location, spec, ``requires_grad``, and whether it is an ``nn.Parameter``."""
 ContextFactory: TypeAlias = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager; workers find the function by name in its module."""
 
@@ -28,7 +26,7 @@ class CreateReplica(NamedTuple):
 
     model: int
     payload: Payload
-    """The model, and the options of ``torch.compile``."""
+    """The model, the options of ``torch.compile``, and ``ModelSnapshot.namespaces``."""
     parameters: tuple[ParameterPlacement, ...]
     buffers: tuple[BufferPlacement | None, ...]
     bucket_nbytes: tuple[int, ...]
@@ -37,7 +35,7 @@ class CreateReplica(NamedTuple):
 
 
 class UpdateAttributes(NamedTuple):
-    """Set attributes; ``payload`` maps a module's index to names and values."""
+    """Set new values; ``payload`` has a ``ModelChanges``."""
 
     model: int
     payload: Payload

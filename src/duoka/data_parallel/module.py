@@ -19,6 +19,7 @@ from duoka.devices import resolve
 from duoka.devices.spec import DeviceSpec, reconcile
 from duoka.errors import ConfigError, UnsupportedError
 from duoka.utils.text import did_you_mean, join_names
+from duoka.utils.validation import invalid_option
 
 _OPTIONS = ("module", "device_ids", "output_device", "dim", "devices", "device", "compile")
 _PRIVATE = "_duoka_"
@@ -89,6 +90,10 @@ class DataParallel(nn.DataParallel[nn.Module]):
             hint = did_you_mean(name, _OPTIONS) or f"it takes {join_names(_OPTIONS)}"
             raise ConfigError(f"{name}={value!r} is not an option of DataParallel; {hint}")
         _check_module(module)
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise invalid_option("dim", dim, "the batch dimension, an integer")
+        if not isinstance(compile, bool | Mapping):
+            raise invalid_option("compile", compile, "True, False, or a dict of torch.compile's keyword arguments")
         resolved = _resolve_devices(device_ids, reconcile(device, devices, None))
         if len(resolved) > 1 and (names := overridden_steps(type(self))):
             raise UnsupportedError(

@@ -1,7 +1,5 @@
 """Pickling of models and their attributes for workers, without the tensors that travel separately."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar

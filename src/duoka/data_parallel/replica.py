@@ -1,7 +1,5 @@
 """A worker's replica of the user's model, reset to rank 0's state before each call."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,10 +9,12 @@ import torch
 from torch import nn
 
 from duoka.data_parallel.messages import CreateReplica, RebindParameters, UpdateAttributes
-from duoka.data_parallel.model_diff import unwrapped_modules
+from duoka.data_parallel.model_diff import ModelChanges, set_namespaces, unwrapped_modules
 from duoka.data_parallel.pickling import placeholder_tensors
+from duoka.data_parallel.state_watch import Digest
 from duoka.data_parallel.transport import WorkerTransport
 from duoka.data_parallel.transport.base import BackwardTask
+from duoka.utils.rng_state import derive_seed, reseed
 from duoka.workers.serialization import load_and_close
 
 
@@ -44,15 +44,16 @@ class Replica:
         self._transport = transport
         self._weights, buffer_memory = transport.model_memory(message)
         self._num_calls, self.writes_parameters = 0, False
-        self._sources = [self._weights.tensor(location, spec) for location, spec, _ in message.parameters]
+        self._sources = [self._weights.tensor(location, spec) for location, spec, _, _ in message.parameters]
         self.parameters = [
-            nn.Parameter(source, requires_grad=requires_grad)
-            for source, (_, _, requires_grad) in zip(self._sources, message.parameters, strict=True)
+            nn.Parameter(source, requires_grad) if is_parameter else source.detach().requires_grad_(requires_grad)
+            for source, (_, _, requires_grad, is_parameter) in zip(self._sources, message.parameters, strict=True)
         ]
         slots = [None if place is None else buffer_memory.tensor(*place) for place in message.buffers]
         self._tensors = [*self.parameters, *(slot for slot in slots if slot is not None)]
         with placeholder_tensors(self._tensors):
-            module, compile_options = load_and_close(message.payload, transport.device)
+            module, compile_options, namespaces = load_and_close(message.payload, transport.device)
+        set_namespaces(namespaces)
         _register_with_transformers(module)
         self.forward = MaybeCompiled(compile_options).function(module)
         self._modules = unwrapped_modules(module)
@@ -65,13 +66,14 @@ class Replica:
             self._add_hook(index, parameter)
         self.gradient_layout = transport.gradient_layout(self.parameters)
         self._attributes = [dict(m.__dict__) for m in self._modules]
+        self._generators = self._find_generators()
         self._registries: list[tuple[Any, dict[str, Any]]] = [
             (r, dict(r)) for m in self._modules for r in (m._parameters, m._buffers, m._modules)
         ]
 
     def rebind_parameters(self, message: RebindParameters) -> None:
         """Use other memory, or another ``requires_grad``, for some parameters."""
-        for index, (location, spec, requires_grad) in message.parameters.items():
+        for index, (location, spec, requires_grad, _) in message.parameters.items():
             self._sources[index] = self.parameters[index].data = self._weights.tensor(location, spec)
             self.parameters[index].requires_grad_(requires_grad)
             self._add_hook(index, self.parameters[index])
@@ -80,9 +82,11 @@ class Replica:
     def update_attributes(self, message: UpdateAttributes) -> None:
         """Set new values of attributes."""
         with placeholder_tensors(self._tensors):
-            changes: dict[int, dict[str, Any]] = load_and_close(message.payload, self._transport.device)
-        for index, values in changes.items():
+            changes: ModelChanges = load_and_close(message.payload, self._transport.device)
+        for index, values in changes.attributes.items():
             self._attributes[index].update(values)
+        set_namespaces(changes.namespaces)
+        self._generators = self._find_generators()
 
     def detect_parameter_writes(self) -> bool:
         """Return whether the forward writes to parameters, as that of a momentum encoder does.
@@ -114,7 +118,16 @@ class Replica:
             if parameter.data_ptr() != source.data_ptr():
                 parameter.data = source
 
-    def _add_hook(self, index: int, parameter: nn.Parameter) -> None:
+    def seed_generators(self, seed: int) -> None:
+        """Seed the generators that the model owns, so that each part draws other numbers."""
+        for index, generator in enumerate(self._generators):
+            reseed(generator, derive_seed(seed, index))
+
+    def _find_generators(self) -> list[Any]:
+        known = frozenset(map(id, (*self._modules, *self._tensors)))
+        return Digest(self._attributes, known).generators
+
+    def _add_hook(self, index: int, parameter: torch.Tensor) -> None:
         if parameter.requires_grad and index not in self._hooked:
             hook = partial(self._on_gradient, index)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -122,7 +135,8 @@ class Replica:
 
     def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+        if gradient is None:  # a function's backward returned None for a parameter that it uses
+            return
         assert self.task is not None
         self.task.accept_gradient(index, gradient)
 

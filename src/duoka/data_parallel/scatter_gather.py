@@ -1,7 +1,5 @@
 """Scatter and gather of nested values: extract tensors, split a batch, and merge outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -133,7 +131,8 @@ def _is_per_sample(values: Sequence[Any], sizes: Sequence[int]) -> bool:
     """Return whether each list has one item a sample, and items are not whole batches themselves."""
     if any(len(value) != size for value, size in zip(values, sizes, strict=True)):
         return False
-    return len(set(sizes)) > 1 or not all(_is_placeholder(item) for value in values for item in value)
+    kinds = {type(item) for value in values for item in value}
+    return len(kinds) == 1 and (len(set(sizes)) > 1 or kinds != {Placeholder})
 
 
 def _is_placeholder(value: Any) -> bool:

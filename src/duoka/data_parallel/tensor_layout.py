@@ -1,7 +1,5 @@
 """Layout of tensors in a flat block of memory: where each one begins, and how to read it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar

@@ -1,7 +1,5 @@
 """Worker loop of ``DataParallel``: runs forward and backward of replicas, and sends results."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
@@ -125,8 +123,12 @@ class _RequestHandler:
         replica.reset_to_owner_state()
         for tensor, (_, needs_gradient) in zip(inputs, request.inputs, strict=True):
             tensor.requires_grad_(needs_gradient)
-        args, kwargs = insert_tensors(load_and_close(request.payload, self._transport.device), inputs)
+        own = [
+            tensor.clone() if tensor.requires_grad else tensor for tensor in inputs
+        ]  # a leaf refuses in-place writes
+        args, kwargs = insert_tensors(load_and_close(request.payload, self._transport.device), own)
         seed_all(request.seed)
+        replica.seed_generators(request.seed)
         apply_torch_settings(request.settings)  # process-wide, also after the call
         with contextlib.ExitStack() as stack:
             for mode in request.modes:

@@ -1,7 +1,5 @@
 """Worker group: the workers of one device list, which all wrapped models of this process share."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

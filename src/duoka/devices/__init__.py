@@ -1,7 +1,5 @@
 """Devices of this machine: the grammar that names them, their use, and the selection with its reason."""
 
-from __future__ import annotations
-
 from duoka.devices.info import DeviceInfo, DeviceProcess, Link
 from duoka.devices.inventory import describe
 from duoka.devices.selection import DeviceSelection, resolve

@@ -1,7 +1,5 @@
 """CPU cores that this process may use, and their division into threads and DataLoader workers."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

@@ -6,8 +6,6 @@ separate program. It creates no context and takes no GPU memory.
 Source: CUDA driver API, device management (``cuDeviceGetUuid_v2`` gives a MIG slice its own UUID).
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 import uuid

@@ -1,7 +1,5 @@
 """Properties of one device as plain values, which print, compare and convert to JSON."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Accelerators that torch sees, and their properties, read without starting a context on any of them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -3,8 +3,6 @@
 ``nvml`` is the ``pynvml`` module, passed as an argument so that tests can replace it.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Selection of devices: a specification resolved to devices of this machine, with the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The device grammar: text, numbers or ``torch.device`` objects, parsed into a ``DeviceRequest`` without hardware."""
 
-from __future__ import annotations
-
 import operator
 import re
 from collections.abc import Sequence

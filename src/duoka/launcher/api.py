@@ -1,7 +1,5 @@
 """``launch``: one function on every device of this machine, or on this process's rank of a cluster job."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, overload

@@ -1,7 +1,5 @@
 """Cluster jobs of torchrun, Slurm or Kubernetes, of which this process is one rank."""
 
-from __future__ import annotations
-
 import atexit
 import datetime
 import os

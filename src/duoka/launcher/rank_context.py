@@ -1,7 +1,5 @@
 """One rank of a launch: its process group, device, threads and seed, and the state that the user's process gets back."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -17,7 +15,11 @@ import torch.distributed.nn.functional  # first imported while a group exists, i
 
 from duoka.devices.cpu import threads_per_rank
 from duoka.utils.rng_state import draw_seed_from_copy, rng_state, seed_all, set_rng_state
-from duoka.utils.torch_private import abort_default_process_group, set_default_group_timeout
+from duoka.utils.torch_private import (
+    abort_default_process_group,
+    forget_failed_process_groups,
+    set_default_group_timeout,
+)
 from duoka.workers.exceptions import RendezvousError, call_user_code
 from duoka.workers.process_context import restore_environment
 from duoka.workers.rendezvous import CONNECT_TIMEOUT, LOOPBACK_ENVIRONMENT, NO_WATCHDOG_ENVIRONMENT, file_store
@@ -117,6 +119,7 @@ def _process_group(context: RankContext) -> Iterator[None]:
         **LOOPBACK_ENVIRONMENT,
         **NO_WATCHDOG_ENVIRONMENT,
     )
+    forget_failed_process_groups()
     try:
         dist.init_process_group(
             context.backend,

@@ -1,7 +1,5 @@
 """``duoka run``: runs an unchanged script or notebook on every device, and reports what that gained."""
 
-from __future__ import annotations
-
 from duoka.script_runner.dry_run import explain
 from duoka.script_runner.notebook import run_notebook
 from duoka.script_runner.script import Script

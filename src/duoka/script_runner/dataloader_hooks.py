@@ -1,7 +1,5 @@
 """Hooks on the script's DataLoaders, which time them and can multiply the training batch size."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Dry run of ``duoka run --explain``: what a run would do with a script, from its source alone."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 A script moves a model to a device, or passes its parameters to an optimizer; there duoka finds it.
 """
 
-from __future__ import annotations
-
 import gc
 import inspect
 import weakref

@@ -1,7 +1,5 @@
 """Replacement of ``torch.nn.DataParallel`` while a script runs, and statistics of its wrappers."""
 
-from __future__ import annotations
-
 import copyreg
 import importlib
 import weakref

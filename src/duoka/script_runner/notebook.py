@@ -1,7 +1,5 @@
 """Notebook runner, which executes all cells in a new kernel and saves the outputs in a second file."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Sequence

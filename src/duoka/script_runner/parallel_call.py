@@ -5,8 +5,6 @@ kind checks whether the model may be split at all. A few later training steps al
 the same result, to compare the speed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading

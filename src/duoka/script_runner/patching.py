@@ -1,7 +1,5 @@
 """Attributes of modules and classes replaced while a script runs, and restored afterwards."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Code of the script: the source of its modules, and the line of it that is running."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys

@@ -1,7 +1,5 @@
 """Strategies that keep the devices of a training run in step: one device, DDP, or torch's DataParallel."""
 
-from __future__ import annotations
-
 from duoka.strategy.base import Strategy
 from duoka.strategy.select import STRATEGIES, select_strategy
 

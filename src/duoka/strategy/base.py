@@ -1,7 +1,5 @@
 """Interface between the trainer and a strategy, and the strategy of a single device."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from typing import Any, ClassVar

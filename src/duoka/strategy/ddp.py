@@ -1,7 +1,5 @@
 """Strategy of one process per device, with torch's DistributedDataParallel."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any

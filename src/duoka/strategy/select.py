@@ -1,7 +1,5 @@
 """Choice of the strategy for a training run, with the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 

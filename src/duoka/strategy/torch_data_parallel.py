@@ -1,7 +1,5 @@
 """Strategy of one process with several devices: torch's ``nn.DataParallel``, for comparison with the faster ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Trainer: one training loop for any number of devices, with options, state and callbacks."""
 
-from __future__ import annotations
-
 from duoka.trainer.callbacks import Best, Callback, State
 from duoka.trainer.config import TrainerConfig
 from duoka.trainer.trainer import FitResult, Trainer

@@ -1,7 +1,5 @@
 """Inputs, target and predictions: what a batch and a model's output consist of."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any

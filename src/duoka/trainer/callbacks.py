@@ -1,7 +1,5 @@
 """Callbacks of a fit, which run on rank 0 only, and the state that they see."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any

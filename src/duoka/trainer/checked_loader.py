@@ -1,7 +1,5 @@
 """A rank's part of the user's data, checked to be the same on every rank and not empty."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator, Sized

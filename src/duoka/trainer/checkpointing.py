@@ -1,7 +1,5 @@
 """Training checkpoint of a fit: one file, with the best weights in it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Evaluation and prediction on one rank: each sample once, in the unwrapped module, so that ranks may differ in batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training loop of one rank: epochs, evaluations, checkpoints and the end."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
@@ -13,7 +11,8 @@ import torch
 from duoka import checkpoint
 from duoka.data import DataPosition, LocalBatch
 from duoka.log import logger
-from duoka.trainer.callbacks import Best, Callback, State
+from duoka.trainer.callback_sync import CallbackSync
+from duoka.trainer.callbacks import Best, State
 from duoka.trainer.checked_loader import build_loader
 from duoka.trainer.checkpointing import TrainCheckpoint, checkpoint_path, find_checkpoint, run_on_rank_zero
 from duoka.trainer.evaluation import evaluate
@@ -64,7 +63,6 @@ class FitLoop:
         self.metrics = Metrics(spec.metrics, world.device)
         self.train_metrics = Metrics(spec.train_metrics, world.device)
         self.best_tracker = BestTracker(config, self.metrics, spec.eval_data is not None)
-        self.callbacks = spec.rank_zero.callbacks if world.is_main else ()
         self.train_loader = build_loader(spec, "train_data", self.strategy)
         self.eval_loader = None if spec.eval_data is None else build_loader(spec, "eval_data", self.strategy)
         self.test_loader = None if spec.test_data is None else build_loader(spec, "test_data", self.strategy)
@@ -88,16 +86,18 @@ class FitLoop:
         self.train_step.zero_grad()  # gradients from before the fit do not enter the first step
         stack.callback(self.train_step.zero_grad)
         self.checkpoint = TrainCheckpoint(module, self.train_step, self.state, self.best_tracker.name, world)
-        overridden = (type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks)
-        self.has_step_callback = world.broadcast_object(any(overridden))
+        callbacks = spec.rank_zero.callbacks if world.is_main else ()
+        self.callbacks = CallbackSync(callbacks, self.state, module, self.strategy, world)
         self.order_seed = config.seed
         self.resumed_rng: Any = None
         self.is_wrapped = False
 
     def _notify(self, event: str) -> None:
-        """Call the method ``event`` of each callback, in order."""
-        for callback in self.callbacks:
-            getattr(callback, event)(self.state)
+        """Call the method ``event`` of each callback, in order; a callback may change which parameters are trained."""
+        if self.callbacks.notify(event):
+            self.train_step.note_parameters()
+            self.train_step.call = self.module.forward
+            self.is_wrapped = False
 
     def _build_train_step(self) -> TrainStep:
         config, factor = self.config, scaled_learning_rate(self.config, self.strategy.replicas).factor
@@ -167,7 +167,7 @@ class FitLoop:
         self.train_loader.set_position(DataPosition(self.order_seed, epoch, state.samples_in_epoch))
         self.log.begin_epoch(self.steps_per_epoch)
         config, clock = self.config, time.perf_counter
-        has_step_work = self.has_step_callback or config.checkpoint_every_steps or config.max_steps
+        has_step_work = "on_step_end" in self.callbacks.overridden or config.checkpoint_every_steps or config.max_steps
         for window in accumulation_windows(self.train_loader, config.gradient_accumulation_steps):
             samples = train_step.step(window) if self.is_wrapped else self._first_step(window)
             state.step += 1
@@ -183,6 +183,7 @@ class FitLoop:
         """Wrap the module and take a step; to find unused parameters, take the step first, without the wrapper."""
         if self.resumed_rng is not None:
             set_rng_state(self.resumed_rng)
+            self.resumed_rng = None
         unused, options = self.config.find_unused_parameters, self.config.ddp_options
         is_decided = self.world.size == 1 or options.keys() & {"find_unused_parameters", "static_graph"}
         if unused is None:
@@ -209,7 +210,7 @@ class FitLoop:
     def _after_step(self, epoch: int) -> bool:
         """Run step callbacks and write a checkpoint if it is due; return whether training stops here."""
         state, every = self.state, self.config.checkpoint_every_steps
-        if self.has_step_callback:
+        if "on_step_end" in self.callbacks.overridden:
             self._notify("on_step_end")
             if self._should_stop():
                 return True

@@ -1,7 +1,5 @@
 """Running mean of a loss, kept on the device and read only on request."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

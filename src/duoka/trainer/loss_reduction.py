@@ -4,16 +4,17 @@ torch's class-weighted losses divide by the summed class weights of the targets 
 differs between ranks. Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
 """
 
-from __future__ import annotations
-
 import functools
+import inspect
 import numbers
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from duoka.errors import ConfigError
 
@@ -93,6 +94,10 @@ def reduce_loss(loss: Callable[..., Any], output: Any, target: Any, *, is_whole_
     If the batch is the whole step and all its targets count, torch's own mean is the fastest.
     """
     function, options = _class_loss(loss)
+    if function is None and not is_whole_step:
+        with _ClassLossCalls() as calls:
+            result = loss(output, target)
+        return calls.reduce(result)
     if function is None or not (isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)):
         return loss(output, target)
     if output.ndim == target.ndim and output.shape == target.shape:
@@ -100,9 +105,54 @@ def reduce_loss(loss: Callable[..., Any], output: Any, target: Any, *, is_whole_
     weight, ignored = options.get("weight"), options.get("ignore_index", IGNORE_INDEX)
     if is_whole_step and weight is None and _all_targets_count(target, ignored):
         return MeanLoss(function(output, target, **options), target.numel())
+    return _sum_and_count(function, output, target, options)
+
+
+def _sum_and_count(
+    function: Callable[..., torch.Tensor], output: torch.Tensor, target: torch.Tensor, options: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a class loss as a sum, and the summed weight of the targets that count."""
+    weight, counted = options.get("weight"), target != options.get("ignore_index", IGNORE_INDEX)
     total = function(output, target, **options, reduction="sum")
-    counted = target != ignored
     return total, counted.sum() if weight is None else (weight[torch.where(counted, target, 0)] * counted).sum()
+
+
+class _ClassLossCalls(TorchFunctionMode):
+    """Records calls of torch's class losses inside a user's loss function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[torch.Tensor, Callable[..., torch.Tensor], dict[str, Any]]] = []
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, and note the call if it is that of a class loss."""
+        result = function(*args, **(kwargs or {}))
+        if function is functional.cross_entropy or function is functional.nll_loss:
+            arguments = inspect.signature(function).bind(*args, **(kwargs or {})).arguments
+            self._calls.append((result, function, dict(arguments)))
+        return result
+
+    def reduce(self, result: Any) -> Any:
+        """Return the result of the user's loss, as ``(sum, weight)`` if it is that of a class loss."""
+        for value, function, arguments in self._calls:
+            output, target = arguments.pop("input"), arguments.pop("target")
+            old_options = [arguments.pop(name, None) for name in ("size_average", "reduce")]
+            is_mean = arguments.pop("reduction", "mean") == "mean" and old_options == [None, None]
+            if not is_mean or output.shape == target.shape:
+                continue
+            if value is result:
+                return _sum_and_count(function, output, target, arguments)
+            ignored = arguments.get("ignore_index", IGNORE_INDEX)
+            if arguments.get("weight") is not None or (target.is_cpu and bool((target == ignored).any())):
+                warnings.warn(
+                    f"the loss adds something to {function.__name__} with class weights or ignored targets, whose mean is not "
+                    "over samples: on several devices the step differs from that of one. Return (sum, weight): the "
+                    "summed loss, and the summed weight of the targets that count",
+                    stacklevel=2,
+                )
+        return result
 
 
 def _class_loss(loss: Any) -> tuple[Callable[..., torch.Tensor] | None, Mapping[str, Any]]:

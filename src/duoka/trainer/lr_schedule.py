@@ -1,7 +1,5 @@
 """Learning-rate schedule of a run: scaling for several devices, linear warm-up, then a torch scheduler."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from duoka.data_parallel.state_watch import Digest
 from duoka.errors import ConfigError
 from duoka.utils.pytree import map_leaves
-from duoka.utils.torch_private import merge_metric_states, metric_states
+from duoka.utils.torch_private import merge_metric_states, metric_states, unregistered_attributes
 from duoka.world import World
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Metrics:
         self.collection.to(device)
         for metric in _metrics_in(self.collection):
             metric.distributed_available_fn = lambda: False  # or torchmetrics synchronizes in the process group
+        self._attributes = {id(metric): _digests(metric) for metric in _metrics_in(self.collection)}
 
     @property
     def empty(self) -> bool:
@@ -58,10 +61,19 @@ class Metrics:
             list(self.collection.values(copy_state=True))  # separates metrics that share states
             metrics = _metrics_in(self.collection)
             by_rank = world.all_gather_object([metric_states(metric) for metric in metrics])
+            changed = [self._changed_attributes(metric) if metric.update_count else {} for metric in metrics]
+            for metric, *found in zip(metrics, *world.all_gather_object(changed), strict=True):
+                _check_attributes(metric, found)
             if world.is_main:
                 for metric, *states in zip(metrics, *by_rank, strict=True):
                     merge_metric_states(metric, states)
         return world.broadcast_object(map_leaves(_to_plain, self.collection.compute()) if world.is_main else {})
+
+    def _changed_attributes(self, metric: Metric) -> dict[str, str | bool | None]:
+        """Return the attributes besides states that updates have changed; a class in place of other values than flags."""
+        before, values = self._attributes.get(id(metric), {}), unregistered_attributes(metric)
+        changed = {name: values[name] for name, digest in _digests(metric).items() if before.get(name) != digest}
+        return {n: v if isinstance(v, str | bool | None) else f"a {type(v).__name__}" for n, v in changed.items()}
 
     def higher_is_better(self, name: str) -> bool | None:
         """Return ``higher_is_better`` of the metric called ``name``, ``None`` if it is unknown.
@@ -79,6 +91,21 @@ class Metrics:
             return []
         has_wrappers = len(_metrics_in(self.collection)) > len(self.collection)
         return None if has_wrappers else [str(name) for name in self.collection]
+
+
+def _digests(metric: Metric) -> dict[str, Digest]:
+    return {name: Digest([value]) for name, value in unregistered_attributes(metric).items()}
+
+
+def _check_attributes(metric: Metric, changed_by_rank: Sequence[dict[str, Any]]) -> None:
+    """Refuse a metric that collects results in plain attributes; flags that are the same on all ranks are fine."""
+    for changed in changed_by_rank:
+        for name, value in changed.items():
+            if str(value).startswith("a ") or any(other.get(name, value) != value for other in changed_by_rank):
+                raise ConfigError(
+                    f"the metric {type(metric).__name__} keeps results in its attribute {name!r}, which several devices "
+                    f"cannot merge; register it: self.add_state({name!r}, default=..., dist_reduce_fx=...)"
+                )
 
 
 def _to_collection(metrics: Any) -> MetricCollection | None:

@@ -1,7 +1,5 @@
 """Selection of the best evaluation, and early stopping."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -3,8 +3,6 @@
 DDP synchronizes what goes through a module's ``forward``; so a loss that is a model method must be called inside one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping

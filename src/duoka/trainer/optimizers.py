@@ -1,7 +1,5 @@
 """Optimizers by name, class, function or object, checked against the model's parameters."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

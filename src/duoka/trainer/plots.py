@@ -1,7 +1,5 @@
 """Curves of a run in ``plots/curves.png``: loss, metrics and learning rate over epochs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Progress display of a fit: a live line in a terminal or notebook, plain lines elsewhere, or nothing."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import sys

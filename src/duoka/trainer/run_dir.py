@@ -1,7 +1,5 @@
 """Files that a fit writes into ``out_dir``; only TensorBoard's event file stays open between two writes."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

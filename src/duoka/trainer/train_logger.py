@@ -1,7 +1,5 @@
 """Messages of a fit, the same on the screen and in ``log.txt``, from rank 0 only."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

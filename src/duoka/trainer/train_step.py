@@ -1,7 +1,5 @@
 """One optimizer step on one rank. Every batch takes this path, so it holds only what must happen at each step."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from duoka.data import LocalBatch, to_device
-from duoka.errors import DataError
+from duoka.errors import ConfigError, DataError
 from duoka.strategy import Strategy
 from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.loss_reduction import MeanLoss
@@ -56,17 +54,22 @@ class TrainStep:
         self.strategy, self.optimizer, self.schedule = strategy, optimizer, schedule
         self.loss_meter, self.max_grad_norm, self.scaler = loss_meter, max_grad_norm, scaler
         self.device = strategy.world.device
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.modules = list(module.modules())
-        self.trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        held = {id(parameter) for parameter in self.parameters}
-        self._not_in_optimizer = [parameter for parameter in self.trained.values() if id(parameter) not in held]
         # torch's own zero_grad only sets gradients to None, in twenty times the time
         self._can_drop_grads = type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
         self._on_cpu = self.device.type == "cpu"  # loaders yield CPU tensors
         self._weight: torch.Tensor | None = None
         self._is_single_batch = True
         self._last_grad_scale: float | None = None
+        self.note_parameters()
+
+    def note_parameters(self) -> None:
+        """Note which parameters are trained, and which the optimizer holds."""
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        named = self.module.named_parameters()
+        self.trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        held = {id(parameter) for parameter in self.parameters}
+        self._not_in_optimizer = [parameter for parameter in self.trained.values() if id(parameter) not in held]
 
     def step(self, window: list[LocalBatch]) -> int:
         """Take one optimizer step and return its number of samples over all ranks."""
@@ -112,6 +115,13 @@ class TrainStep:
                 raise DataError(
                     "batch norm cannot be trained on one sample, and a device got a single sample of a global batch; give "
                     "drop_last=True to the DataLoader, or a batch size that leaves at least two samples per device at the end"
+                ) from error
+            except RuntimeError as error:
+                if "Expected to have finished reduction in the prior iteration" not in str(error):
+                    raise
+                raise ConfigError(
+                    "a parameter that got a gradient in the first step got none in a later one, so its gradient was not "
+                    "averaged over the devices; give Trainer find_unused_parameters=True"
                 ) from error
         else:
             with _frozen_batch_norm(self.modules):

@@ -1,7 +1,5 @@
 """Public class ``Trainer``: trains a model on all devices from the user's script or notebook."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import inspect

@@ -1,7 +1,5 @@
 """jsonargparse's parser with plain help, and with its errors as duoka's one-line messages."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import dataclasses

@@ -1,7 +1,5 @@
 """Matplotlib figures written to PNG files, independent of ``pyplot`` and of the user's settings."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Atomic file writes (temporary file, fsync, rename) and a lock between processes."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

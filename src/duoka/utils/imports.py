@@ -1,7 +1,5 @@
 """Import of packages that only some features need, with the pip command in the error."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Nearly equal, contiguous parts of a range, cut as ``torch.tensor_split`` cuts."""
 
-from __future__ import annotations
-
 
 def chunk_sizes(total: int, parts: int) -> list[int]:
     """Return the sizes of ``parts`` parts of ``total`` items; the larger parts come first.

@@ -4,8 +4,6 @@ torch's own pytree treats unregistered classes as leaves; batches and outputs ho
 ``ModelOutput``, dataclasses), so these functions open them too and build others of the same class.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

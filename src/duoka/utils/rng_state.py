@@ -1,7 +1,5 @@
 """States of the global random number generators: Python, NumPy, torch on CPU, and the current accelerator."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import random
@@ -85,6 +83,23 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - user code draws from it
+
+
+def state_of(generator: Any) -> Any:
+    """Return the state of a generator object of torch, NumPy or Python."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def reseed(generator: torch.Generator | np.random.Generator | np.random.RandomState | random.Random, seed: int) -> None:
+    """Seed a generator object of torch, NumPy or Python."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed % 2**32)
 
 
 def draw_seed_from_copy(high: int) -> int:

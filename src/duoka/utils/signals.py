@@ -1,7 +1,5 @@
 """Handler of Ctrl-C for the time of a ``with`` block."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

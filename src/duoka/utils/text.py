@@ -1,7 +1,5 @@
 """Numbers, names, suggestions and commands as text for messages."""
 
-from __future__ import annotations
-
 import difflib
 import shlex
 import shutil

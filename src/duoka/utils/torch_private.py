@@ -4,8 +4,6 @@ Each was seen in torch 2.9 to 2.14. ``tests/utils/test_torch_private.py`` exerci
 that changes one fails a test that names it. Where torch offers no public equivalent, the docstring says why one is needed.
 """
 
-from __future__ import annotations
-
 import datetime
 import importlib
 from collections.abc import Callable, Sequence
@@ -183,6 +181,12 @@ def set_default_group_timeout(timeout: datetime.timedelta) -> None:
     set_timeout(timeout)
 
 
+def forget_failed_process_groups() -> None:
+    """Let this process name its next default process group as a fresh one: ``init_process_group`` counts failures, too."""
+    if not dist.is_initialized():
+        distributed_c10d._world.group_count = 0
+
+
 def abort_default_process_group() -> None:
     """Abort the default process group's communicators, which frees ranks that wait in a collective."""
     distributed_c10d._abort_process_group()
@@ -228,6 +232,15 @@ def metric_states(metric: Any) -> tuple[int, dict[str, Any]]:
         for name, state in states.items()
     }
     return metric.update_count, on_cpu
+
+
+def unregistered_attributes(metric: Any) -> dict[str, Any]:
+    """Return a metric's attributes that are neither states nor torchmetrics' own."""
+    from torchmetrics import SumMetric
+
+    own = vars(SumMetric()).keys() - {"sum_value"}
+    found = vars(metric).items()
+    return {name: v for name, v in found if name not in own and name not in metric._defaults and not callable(v)}
 
 
 def merge_metric_states(metric: Any, ranks: Sequence[tuple[int, dict[str, Any]]]) -> None:

@@ -1,7 +1,5 @@
 """Checks of option values, and the one form of message for a value that is not valid."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import types

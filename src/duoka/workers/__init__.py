@@ -4,8 +4,6 @@
 ``close_workers`` ends all workers before the process ends.
 """
 
-from __future__ import annotations
-
 from duoka.workers.pool import close_workers
 from duoka.workers.run_on_all import run_on_all
 from duoka.workers.worker_main import WorkerChannel

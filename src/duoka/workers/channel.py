@@ -1,7 +1,5 @@
 """Messages and file descriptors over a socket pair, which has no port and no name that another process could find."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

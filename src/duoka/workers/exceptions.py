@@ -1,7 +1,5 @@
 """Exceptions across processes: each arrives as its own type, with the worker's traceback as its cause."""
 
-from __future__ import annotations
-
 import contextlib
 import traceback
 from collections.abc import Callable

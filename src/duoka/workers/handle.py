@@ -1,7 +1,5 @@
 """The owner's handle of one worker process: start, channel, output, death and end; and the events of several."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import selectors

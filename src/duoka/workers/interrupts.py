@@ -5,8 +5,6 @@ writes to a wake-up descriptor at once. The monitor thread reads that descriptor
 that close then end the collective. When a worker fails, the monitor thread stops rank 0 in the same way.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

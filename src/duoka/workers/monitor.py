@@ -1,7 +1,5 @@
 """Thread that watches the workers during ``run_on_all``: results, failures, deaths, output, and Ctrl-C."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import threading

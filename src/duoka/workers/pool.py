@@ -1,7 +1,5 @@
 """Warm worker processes of this process: acquired for one task at a time, closed when the process ends."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

@@ -1,7 +1,5 @@
 """Rendezvous of the private process groups on this machine: one folder, loopback only, a short timeout."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

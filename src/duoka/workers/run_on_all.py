@@ -1,7 +1,5 @@
 """One function run on all ranks: rank 0 in this process, the others in workers, ended together in every case."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence

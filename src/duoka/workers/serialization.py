@@ -5,8 +5,6 @@ copy-on-write: reading needs no copy, and a write stays in the process that made
 a data set of 2 GB takes 2 GB more for all workers together.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib
@@ -54,7 +52,14 @@ def dumps(value: Any, replace: Callable[[Any], Any] | None = None) -> Payload:
     """
     file = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
-    _PayloadPickler(file, buffers, replace).dump(value)
+
+    def keep_large(buffer: pickle.PickleBuffer) -> bool:
+        if buffer.raw().nbytes < _MAPPED_FROM_BYTES:
+            return True  # small buffers stay in the pickle
+        buffers.append(buffer)
+        return False
+
+    _PayloadPickler(file, keep_large, replace).dump(value)
     if not buffers:
         return Payload(file.getvalue())
     views = [buffer.raw() for buffer in buffers]
@@ -87,18 +92,14 @@ def memory_file(name: str) -> int:
 
 class _PayloadPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is not annotated
     def __init__(
-        self, file: io.BytesIO, buffers: list[pickle.PickleBuffer], replace: Callable[[Any], Any] | None
+        self,
+        file: io.BytesIO,
+        keep_large: Callable[[pickle.PickleBuffer], bool],
+        replace: Callable[[Any], Any] | None,
     ) -> None:
-        super().__init__(file, protocol=5, buffer_callback=self._keep_large)
-        self._buffers = buffers
+        super().__init__(file, protocol=5, buffer_callback=keep_large)
         self._replace = replace
         self._storages: dict[int, _Storage] = {}
-
-    def _keep_large(self, buffer: pickle.PickleBuffer) -> bool:
-        if buffer.raw().nbytes < _MAPPED_FROM_BYTES:
-            return True  # small buffers stay in the pickle
-        self._buffers.append(buffer)
-        return False
 
     def reducer_override(self, obj: Any) -> Any:
         if self._replace is not None and (other := self._replace(obj)) is not NotImplemented:
@@ -107,6 +108,8 @@ class _PayloadPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle 
             storage = obj._untyped_storage
             handle = self._storages.setdefault(storage_id(storage), _Storage(storage))
             return _typed_storage, (handle, obj.dtype)
+        if isinstance(obj, torch.jit.ScriptFunction):
+            return _script_function, (obj.save_to_buffer({}),)
         if type(obj) is torch.Generator:
             return _generator, (obj.device, obj.get_state())
         if isinstance(obj, ModuleType) and type(obj) is not ModuleType and sys.modules.get(obj.__name__) is obj:
@@ -174,6 +177,10 @@ def _untyped_storage(buffer: Any, device_type: str) -> torch.UntypedStorage:
     if view.nbytes < _MAPPED_FROM_BYTES:
         tensor = tensor.clone()  # ordinary memory, which can be resized
     return (tensor if device_type == "cpu" else tensor.to(_receiver.get())).untyped_storage()
+
+
+def _script_function(data: bytes) -> Any:
+    return torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
 
 
 def _generator(device: torch.device, state: torch.Tensor) -> torch.Generator:

@@ -4,8 +4,6 @@ A worker never imports the user's main module. One of its threads listens to the
 any reason, the worker ends at once, with everything that it has started (such as DataLoader processes).
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

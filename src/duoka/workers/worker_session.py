@@ -4,8 +4,6 @@
 The owner waits for messages in Python, so Ctrl-C ends the wait, and a worker's death ends it at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Sequence

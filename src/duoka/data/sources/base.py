@@ -1,7 +1,5 @@
 """The interface of batch sources, and what they share: the rank's shard and the seeds of an epoch."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass

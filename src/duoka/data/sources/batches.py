@@ -1,7 +1,5 @@
 """Source for ready-made batches: every rank reads all batches and keeps its shard of each."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import itertools

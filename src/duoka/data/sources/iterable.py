@@ -4,8 +4,6 @@ Without worker processes a rank collates its own samples only. With worker proce
 are cut, so ``collate_fn`` must return a structure of tensors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Source for a DataLoader over a map-style data set: each rank loads its own samples only."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any

@@ -5,8 +5,6 @@ accelerators: devices exchange tensors in the order of the messages that announc
 same methods; what only one of them needs is called behind ``is_collective``.
 """
 
-from __future__ import annotations
-
 from typing import TypeAlias
 
 from duoka.data_parallel.transport.collective import CollectiveOwnerTransport, CollectiveWorkerTransport

@@ -1,11 +1,10 @@
 """Base classes of both transports: a model's weights, a worker's memory for them, and a worker's backward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import nn
 
 from duoka.data_parallel import messages
 from duoka.data_parallel.model_diff import ModelSnapshot
@@ -50,9 +49,11 @@ class WeightSync:
 
     @property
     def parameter_placements(self) -> tuple[messages.ParameterPlacement, ...]:
-        """Location, spec and ``requires_grad`` of each parameter."""
-        pairs = zip(self.placements, self.parameters, strict=True)
-        return tuple((*placement[:2], parameter.requires_grad) for placement, parameter in pairs)
+        """Where workers find each parameter."""
+        return tuple(
+            (*placement[:2], parameter.requires_grad, isinstance(parameter, nn.Parameter))
+            for placement, parameter in zip(self.placements, self.parameters, strict=True)
+        )
 
     def detect_changes(self) -> list[int]:
         """Return the indices of parameters that workers must rebind before the next call."""

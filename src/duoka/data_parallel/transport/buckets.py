@@ -1,12 +1,9 @@
 """Buckets: flat blocks of many tensors each, moved by few large transfers; and their checksums."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from duoka.data_parallel.tensor_layout import TensorSpec, pack_layout, tensor_at
 from duoka.utils.torch_private import copy_in_place
@@ -31,7 +28,7 @@ def value_buckets(tensors: Sequence[torch.Tensor], groups: Iterable[Sequence[int
     return [_bucket(tensors, part, torch.uint8) for group in groups for part in _chunks(tensors, group, _BYTES)]
 
 
-def gradient_buckets(parameters: Sequence[nn.Parameter]) -> list[Bucket]:
+def gradient_buckets(parameters: Sequence[torch.Tensor]) -> list[Bucket]:
     """Return buckets for gradients, of one dtype each, about in the order of a backward."""
     by_dtype: dict[torch.dtype, list[int]] = {}
     for index in reversed(range(len(parameters))):

@@ -4,8 +4,6 @@ All ranks perform the same transfers in the order of the messages, and no user c
 announcement and its transfer (``docs/design.md``, "The collective transport").
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -16,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
 
 from duoka.data_parallel.messages import (
     BackwardRequest,
@@ -165,7 +162,7 @@ class CollectiveWorkerTransport:
         """Free the memory of a model."""
         self._models.pop(model, None)
 
-    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> GradientLayout:
+    def gradient_layout(self, parameters: Sequence[torch.Tensor]) -> GradientLayout:
         """Return the buckets in which gradients are reduced."""
         return GradientLayout(buckets=gradient_buckets(parameters))
 

@@ -4,8 +4,6 @@
 and early broadcasts decide which buckets rank 0 sends.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any

@@ -1,7 +1,5 @@
 """Gradient reduction of the collective transport: sums bucket by bucket during the backward."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -4,8 +4,6 @@ torch.distributed does not know the group, so the user's process groups
 in the same process are independent of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import datetime

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 
 from duoka.data_parallel import tensor_layout as layout
 from duoka.data_parallel.messages import BackwardRequest, CreateReplica, ForwardRequest, ForwardResult
@@ -122,7 +121,7 @@ class _SharedWeightSync(WeightSync):
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
-    def _place(self, parameter: nn.Parameter) -> _Placement:
+    def _place(self, parameter: torch.Tensor) -> _Placement:
         if parameter.device.type != "cpu":
             raise DeviceError(
                 f"devices are CPU workers, but a parameter of shape {tuple(parameter.shape)} is on {parameter.device}. "
@@ -143,7 +142,7 @@ class _SharedWeightSync(WeightSync):
         return _Placement(location, spec, parameter.requires_grad, parameter.data, 0, layout.tensor_at(base, spec))
 
 
-def _gradient_layout(parameters: Sequence[nn.Parameter]) -> GradientLayout:
+def _gradient_layout(parameters: Sequence[torch.Tensor]) -> GradientLayout:
     """Return where the gradients of parameters that require one lie, and their total size."""
     return GradientLayout(*layout.pack_present(one if one.requires_grad else None for one in parameters))
 
@@ -159,7 +158,7 @@ class _Placement(NamedTuple):
     pointer: int
     copy: torch.Tensor | None
 
-    def fits(self, parameter: nn.Parameter) -> bool:
+    def fits(self, parameter: torch.Tensor) -> bool:
         """Return whether shape, dtype, ``requires_grad`` and, if shared, the memory are unchanged."""
         return (
             (self.copy is not None or parameter.data_ptr() == self.pointer)
@@ -169,10 +168,12 @@ class _Placement(NamedTuple):
         )
 
 
-def _has_own_storage(parameter: nn.Parameter) -> bool:
+def _has_own_storage(parameter: torch.Tensor) -> bool:
     """Return whether nothing else uses the parameter's storage, so that moving it has no side effect."""
     storage = parameter.untyped_storage()
     if storage.nbytes() != parameter.numel() * parameter.element_size() or storage.nbytes() == 0:
+        return False
+    if not storage.resizable():  # the memory is that of a NumPy array, which the user may edit
         return False
     if parameter.stride() != layout.dense_stride(parameter):
         return False
@@ -203,7 +204,7 @@ class SharedWorkerTransport:
         """Return rank 0's memory, the same for all models."""
         return self._views["weights"], self._views["traffic"]
 
-    def gradient_layout(self, parameters: Sequence[nn.Parameter]) -> GradientLayout:
+    def gradient_layout(self, parameters: Sequence[torch.Tensor]) -> GradientLayout:
         """Return where gradients lie in the block of a backward."""
         return _gradient_layout(parameters)
 

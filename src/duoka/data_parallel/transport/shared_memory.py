@@ -4,8 +4,6 @@ A block stays allocated for as long as a tensor over it exists, views and aliase
 reuses freed blocks: a training loop soon allocates nothing new.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import mmap

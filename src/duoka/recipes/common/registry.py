@@ -1,7 +1,5 @@
 """Table of recipes, and the interface that ``duoka train``, ``eval`` and ``predict`` use."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import Any, NamedTuple

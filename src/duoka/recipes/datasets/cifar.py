@@ -4,8 +4,6 @@ torchvision's reader is not used: it unpickles without restriction, so a file th
 (``verify=False``) could run code. Its addresses and checksums are used.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import tarfile

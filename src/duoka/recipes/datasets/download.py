@@ -1,7 +1,5 @@
 """Download, checksum and extraction of data set files, each done by one process at a time and never left half done."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import shutil

@@ -4,8 +4,6 @@ The cache lies beside the image files. The fingerprint covers their names, label
 run compares it, decodes a few images again and compares them with the cache; on any difference it rebuilds the cache.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Folders of images, one folder a class, directly below the root or below ``train/`` and ``test/`` or ``val/``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

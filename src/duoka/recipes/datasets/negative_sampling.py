@@ -1,7 +1,5 @@
 """Triplets for ranking losses: each rated film of a user with an unrated one, drawn anew in every epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

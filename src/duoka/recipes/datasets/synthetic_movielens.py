@@ -1,7 +1,5 @@
 """Synthetic ratings in MovieLens-1M's format with a known ground truth: low-rank tastes, partly visible in the texts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

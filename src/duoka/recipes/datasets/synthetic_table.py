@@ -1,7 +1,5 @@
 """Synthetic table ``datatry``: 10 features and 2 targets with a known ground truth, so that the best result is known."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

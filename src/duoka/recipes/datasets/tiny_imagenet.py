@@ -4,8 +4,6 @@
 no labels and are not used. Source: Y. Le, X. Yang, Tiny ImageNet Visual Recognition Challenge, Stanford CS231n, 2015.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Specification of an experiment: a file of variants, or a sweep, read and checked before any training."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Trials trained in parallel: one worker process on each device, with one trial at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """Plots of an experiment: a bar per variant, learning curves, and each variant's difference from the baseline."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Results of finished trials: one row a variant, a Markdown table, JSON, and plots."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Training of all trials of an experiment: finished trials are skipped, interrupted ones resume, failures stay alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training run of one trial on disk: start, resume, skip if finished, and the reason of a failure."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Measures that torchmetrics lacks."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torchmetrics import MeanMetric
 

@@ -1,7 +1,5 @@
 """Plots of a classifier's results: confusion matrix, accuracy of each class, and example images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Presets of the image-classification recipe: ``cifar100`` with ResNets, ``tiny-imagenet`` with five small networks."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from typing import Any

@@ -1,7 +1,5 @@
 """The image-classification recipe: train, evaluate and predict, with the choices that differ in its presets."""
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Multi-head attention layers: full, and ProbSparse, which computes full attention for a few queries only."""
 
-from __future__ import annotations
-
 import math
 
 import torch

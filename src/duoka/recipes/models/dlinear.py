@@ -1,7 +1,5 @@
 """DLinear: a baseline forecast by two linear maps over time, one of the trend and one of the remainder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """A GPT-2 and its tokenizer: from the Hugging Face hub, from a folder, or a small one made from the texts."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial

@@ -5,8 +5,6 @@ step, the activation is one kernel, and all layers share one mask. This is the o
 submodules of these libraries (seen on transformers 5.23 and peft 0.21); a test compares the results.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

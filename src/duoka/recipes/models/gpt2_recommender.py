@@ -3,8 +3,6 @@
 `gpt2_text_encoder` encodes the texts, `recommender` has the loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 

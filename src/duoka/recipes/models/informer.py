@@ -4,8 +4,6 @@ H. Zhou et al., "Informer: Beyond Efficient Transformer for Long Sequence Time-S
 AAAI 2021, https://arxiv.org/abs/2012.07436.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

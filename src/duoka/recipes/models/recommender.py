@@ -1,7 +1,5 @@
 """``Recommender``, the base of the recommendation models with their loss and scores; and ``NCF``, by ids alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """ResNet-10, 18 and 50 for small images: torchvision's blocks after a 3x3 stem without max-pool."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

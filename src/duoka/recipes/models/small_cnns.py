@@ -3,8 +3,6 @@
 ``duoka train tiny-imagenet`` copies this file into every run's folder, as ``model.py``.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@
 are in `recipes.datasets.movielens`, the models in `recipes.models.recommender` and `gpt2_recommender`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recommenders without training, as baselines: the most popular items, and items similar to the user's."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

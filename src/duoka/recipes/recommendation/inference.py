@@ -1,7 +1,5 @@
 """Recommendations of a finished run for one user, with reasons."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

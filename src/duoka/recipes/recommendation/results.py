@@ -1,7 +1,5 @@
 """Result files of a run: the metrics of the model and the baselines as text and as a picture."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from duoka.recipes.recommendation.ranking_metrics import CUTOFFS, METRICS

@@ -1,7 +1,5 @@
 """Training in two stages, each by a Trainer: on texts that are encoded once, then with GPT-2 in every step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """torchmetrics that average a ``RankingModel``'s metrics over users. (Importing torchmetrics takes seconds.)"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@
 `results` the error numbers and `plots` the pictures of a run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from types import ModuleType

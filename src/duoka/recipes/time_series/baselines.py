@@ -1,7 +1,5 @@
 """Baselines of a forecast: the last value, the last season, and a linear model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

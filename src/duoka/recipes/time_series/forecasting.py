@@ -1,7 +1,5 @@
 """Task ``forecast``: the Informer on time series, compared with baselines on the paper's scale."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Pictures of forecasts and of predicted columns."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Sequence

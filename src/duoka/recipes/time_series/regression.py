@@ -1,7 +1,5 @@
 """Task ``regress``: columns of a table predicted from other columns of the same row."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any

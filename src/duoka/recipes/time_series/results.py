@@ -1,7 +1,5 @@
 """Errors of forecasts, standardized and in the columns' units, as JSON and as text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

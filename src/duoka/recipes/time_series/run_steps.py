@@ -1,7 +1,5 @@
 """Parts of a run that forecasting and regression share: the trainer's options, predictions, and file names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
