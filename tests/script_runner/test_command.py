@@ -308,45 +308,44 @@ def test_create_graph_in_a_module_of_the_script_keeps_models_whole(tmp_path) -> 
 
 
 OUTSIDE = """
-import torch, settings
+import os, torch
 torch.manual_seed(0)
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.dropout = torch.nn.Linear(4, 1), torch.nn.Dropout(0.5)
     def forward(self, x):
-        return self.dropout(self.linear(x)) * settings.SCALE
+        return self.dropout(self.linear(x)) * float(os.environ["SCALE"])
 model = Net()
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
 for number in range(9):
-    settings.SCALE = 1.0 if number < 4 else 2.0
+    os.environ["SCALE"] = "1" if number < 4 else "2"
     model(torch.randn(16, 4)).square().mean().backward()
     optimizer.step()
 """
 
 
-def test_workers_with_a_stale_variable_outside_the_model_are_detected(tmp_path) -> None:
-    (tmp_path / "settings.py").write_text("SCALE = 1.0\n")
+def test_workers_with_a_stale_environment_variable_are_detected(tmp_path) -> None:
     (tmp_path / "t.py").write_text(OUTSIDE)
     parallel = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)
     assert "Net runs on one device from here on: its forward reads a variable outside" in parallel.stderr
 
 
 GUARDED = """
-import torch, settings
-settings.READY = True
+import os, torch
 torch.manual_seed(0)
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(4, 1)
     def forward(self, x):
-        if x.mean() > 100 and not settings.READY:
+        if x.mean() > 100 and os.environ.get("READY") != "yes":
             raise ValueError("not ready")
         return self.linear(x)
 model = Net()
 optimizer = torch.optim.SGD(model.parameters(), 1e-6)
 for number in range(5):
+    os.environ["READY"] = "yes" if number > 2 else "no"
     loss = model(torch.randn(16, 4) + (200 if number == 3 else 0)).square().mean()
     optimizer.zero_grad(); loss.backward(); optimizer.step()
     print(f"{loss.item():.4f}")
@@ -354,7 +353,6 @@ for number in range(5):
 
 
 def test_a_worker_that_fails_in_a_check_is_a_reason_and_no_error(tmp_path) -> None:
-    (tmp_path / "settings.py").write_text("READY = False\n")
     (tmp_path / "t.py").write_text(GUARDED)
     plain = subprocess.run([sys.executable, "t.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
     parallel = duoka("run", "t.py", "--device", "cpu:2", cwd=tmp_path)

@@ -14,16 +14,17 @@ import torch
 from torch.autograd import Function
 
 from duoka.data_parallel.call_context import TIMERS, capture_modes, draw_seed
+from duoka.data_parallel.gather import OutputSpec, join_tensors, scatter_gradient
 from duoka.data_parallel.gradient_exchange import GradientExchange
 from duoka.data_parallel.messages import ContextFactory, ForwardRequest, ForwardResult
-from duoka.data_parallel.scatter_gather import OutputSpec, gather_tensors
+from duoka.data_parallel.scatter import Part
 from duoka.data_parallel.tensor_layout import Allocation, TensorSpec, copy_to_layout, pack_layout
 from duoka.data_parallel.transport.base import WeightSync
 from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef
 from duoka.errors import UnsupportedError
 from duoka.utils.torch_private import backward_keeps_graph, run_after_backward
 from duoka.utils.torch_settings import capture_torch_settings
-from duoka.workers.serialization import dumps, load_and_close
+from duoka.workers.serialization import Payload, dumps, load_and_close
 
 _SEED_STEP = 0x9E3779B97F4A7C15
 """Distance of two ranks' seeds."""
@@ -38,11 +39,10 @@ class ParallelCall:
         model: int,
         weights: WeightSync,
         sizes: list[int],
-        dim: int,
         ref: WorkerGroupRef | None,
     ) -> None:
         self._group_ref = ref  # keeps the workers as long as this graph
-        self.sizes, self.dim = sizes, dim
+        self.sizes = sizes
         self.has_graph: list[list[bool]] = []
         self.writes_parameters = False
         self._group, self._model = group, model
@@ -58,26 +58,23 @@ class ParallelCall:
         self._exchanges: list[GradientExchange] = []
         """The backward under way: a list that outlives this call, so that a failed one can be discarded."""
 
-    def scatter_inputs(
-        self, chunks: Sequence[Sequence[torch.Tensor]], arguments: Any, context: ContextFactory | None = None
-    ) -> torch.Tensor | None:
-        """Send each worker its chunk, and return a token that connects the workers' graphs to the user's."""
+    def scatter_inputs(self, parts: Sequence[Part], context: ContextFactory | None = None) -> torch.Tensor | None:
+        """Send each worker its part, and return a token that connects the workers' graphs to the user's."""
         parameters = [self._parameters[index] for index in self.parameter_indices]
-        inputs = [tensor for chunk in chunks for tensor in chunk if tensor.requires_grad]
+        inputs = [tensor for part in parts for tensor in part.tensors if tensor.requires_grad]
         keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
         device = self._group.devices[0]
-        settings, payload, seed = (
-            capture_torch_settings(),
-            dumps(arguments),
-            draw_seed(device, self._generators),
-        )
+        settings, seed = capture_torch_settings(), draw_seed(device, self._generators)
         finalizer = weakref.finalize(
-            self, _release_graph, self._group, self._generation, self._call_id, len(chunks), self._exchanges
+            self, _release_graph, self._group, self._generation, self._call_id, len(parts), self._exchanges
         )
         finalizer.atexit = False
-        with contextlib.closing(payload):
-            for index, chunk in enumerate(chunks):
+        with contextlib.ExitStack() as stack:
+            payloads: dict[int, Payload] = {}
+            for index, (chunk, structure) in enumerate(parts):
                 rank = index + 1
+                if id(structure) not in payloads:  # all parts have one structure, but for lists with one item a sample
+                    payloads[id(structure)] = stack.enter_context(contextlib.closing(dumps(structure)))
                 specs, size = pack_layout(chunk)
                 allocation = self._group.transport.allocate(size)
                 copy_to_layout(allocation.base, specs, chunk, non_blocking=True)
@@ -90,7 +87,7 @@ class ParallelCall:
                     allocation.location,
                     size,
                     tuple(zip(specs, needs, strict=True)),
-                    payload,
+                    payloads[id(structure)],
                     settings,
                     capture_modes(self._group.devices[rank], context),
                     (seed + rank * _SEED_STEP) % 2**63,
@@ -209,11 +206,11 @@ class GatherOutputs(Function):
         ctx.shapes = [[tensor.shape for tensor in chunk] for chunk in tensors]
         ctx.like_token = token.detach()
         ctx.set_materialize_grads(False)
-        results = tuple(gather_tensors(spec, tensors, call.dim) for spec in specs)
+        results = tuple(join_tensors(spec, tensors) for spec in specs)
         without_graph = [
             result
             for result, spec in zip(results, specs, strict=True)
-            if not any(graphs[p.chunk][p.position] for p in spec.placeholders)
+            if not any(graphs[p.part][p.position] for p in spec.placeholders)
         ]
         ctx.mark_non_differentiable(*without_graph)
         return results
@@ -230,22 +227,11 @@ class GatherOutputs(Function):
             chunks: list[list[torch.Tensor | None]] = [[None] * len(shapes) for shapes in ctx.shapes]
             for spec, gradient in zip(ctx.specs, gradients, strict=True):
                 if gradient is not None:
-                    slices = _scatter_gradient(gradient, spec, ctx.shapes, ctx.call.dim)
-                    for p, piece in zip(spec.placeholders, slices, strict=True):
-                        chunks[p.chunk][p.position] = piece if ctx.graphs[p.chunk][p.position] else None
+                    own = [ctx.shapes[p.part][p.position] for p in spec.placeholders]
+                    for p, piece in zip(spec.placeholders, scatter_gradient(gradient, spec, own), strict=True):
+                        chunks[p.part][p.position] = piece if ctx.graphs[p.part][p.position] else None
             ctx.call.start_backward(chunks[1:])
         return None, None, None, torch.zeros_like(ctx.like_token), *chunks[0]
-
-
-def _scatter_gradient(
-    gradient: torch.Tensor, spec: OutputSpec, shapes: Sequence[Sequence[torch.Size]], dim: int
-) -> Sequence[torch.Tensor]:
-    if not spec.is_concatenated:
-        return [gradient]
-    chunk_shapes = [shapes[p.chunk][p.position] for p in spec.placeholders]
-    if not chunk_shapes[0]:
-        return gradient.unbind()
-    return torch.split(gradient, [shape[dim] for shape in chunk_shapes], dim)
 
 
 def _release_graph(

@@ -1,28 +1,38 @@
 """Controller of one wrapped model: syncs it to workers, and scatters, computes and gathers calls."""
 
 import contextlib
+import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from duoka.data_parallel import scatter_gather
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
 from duoka.data_parallel.call_context import TIMERS
+from duoka.data_parallel.gather import Join, join_tensors
+from duoka.data_parallel.join_rules import JoinRules
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import REGISTRIES, ModelChanges, ModelSnapshot
 from duoka.data_parallel.pickling import pickle_without_tensors
+from duoka.data_parallel.placeholders import extract_tensors, insert_on_device, insert_tensors
 from duoka.data_parallel.replica import MaybeCompiled
+from duoka.data_parallel.scatter import Arguments, Part
+from duoka.data_parallel.shares import Shares, Source, shares_of
+from duoka.data_parallel.split_check import RunOnWorkers, SplitResult
 from duoka.data_parallel.transport.base import WeightSync
 from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef, get_worker_group
 from duoka.errors import LaunchError
 from duoka.workers.serialization import Payload
+
+Plan: TypeAlias = Callable[[Arguments, RunOnWorkers | None], SplitResult | None]
+"""Says whether and how a call is split; ``None`` if it is not known."""
 
 _model_ids = itertools.count(1)
 
@@ -52,34 +62,30 @@ class Controller:
         """Release the workers when no graph needs them; safe during garbage collection."""
         self._group_ref = None
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute ``module(*args, **kwargs)``, each device its chunk of the batch."""
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan | None = None) -> Any:
+        """Compute ``module(*args, **kwargs)``, each device its part of the batch."""
         if not self.group.is_owned or (self._weights is None and any(map(is_lazy, module.parameters()))):
             return module(*args, **kwargs)  # the first call of lazy parameters, on one device, sets their shapes
         with self.group.lock:
-            if self.group.in_forward:  # inside another wrapped model's chunk, which has this device only
+            if self.group.in_forward:  # inside another wrapped model's part, which has this device only
                 return module(*args, **kwargs)
             with self._in_forward():
-                return self._run(module, args, kwargs)
+                return self._run(module, args, kwargs, plan)
 
     def run_on_workers_only(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], context: ContextFactory
+        self, module: nn.Module, arguments: Arguments, context: ContextFactory
     ) -> list[tuple[list[torch.Tensor], Any]]:
-        """Return each worker's output tensors and structure for its chunk; rank 0 computes nothing.
+        """Return each worker's output tensors and structure for its part; rank 0 computes nothing.
 
         Workers compute inside ``context()``, which they import by name, and without a graph. The
         list is empty if this call uses no workers.
         """
         with self.group.lock:
-            tensors, arguments, sizes = self._extract(args, kwargs)
-            if len(sizes) == 1 or not self.group.is_owned or self.group.in_forward:
+            if not self.group.is_owned or self.group.in_forward:
                 return []
-            with self._in_forward(), torch.inference_mode(False), torch.no_grad():
-                weights = self._sync_model(module, training=False)
-                call, chunks = self._new_call(weights, tensors, sizes)
-                with call.cancel_on_error(weights):
-                    call.scatter_inputs(chunks[1:], arguments, context)
-                    return self._gather_outputs(call, weights)
+            with self._in_forward():
+                return self._run_on_workers(module, arguments, context)
 
     @contextlib.contextmanager
     def _in_forward(self) -> Iterator[None]:
@@ -108,46 +114,56 @@ class Controller:
         finally:
             self.group.lock.release()
 
-    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan | None) -> Any:
         if (error := self._async_error) is not None:
             self._async_error = None
             raise error
-        tensors, arguments, sizes = self._extract(args, kwargs)
-        if len(sizes) == 1:
+        arguments = Arguments(args, kwargs, self._dim)
+        sizes = arguments.sizes(len(self.group.devices), minimum=minimum_samples(module, arguments, self.group.devices))
+        checked: SplitResult | None = None
+        if plan is not None and (len(sizes) > 1 or arguments.refusal):
+            checked = plan(
+                arguments, functools.partial(self._run_on_workers, module) if self._weights is not None else None
+            )
+        if len(sizes) == 1 or (checked is not None and not checked.is_splittable):
             if self.group.devices[0].type != "cpu":
-                args, kwargs = scatter_gather.insert_on_device(arguments, tensors, self.group.devices[0])
-            own = scatter_gather.extract_tensors(self._compiler.function(module)(*args, **kwargs))
-            return _merge_outputs([own], sizes, self._dim, None, None)
+                args, kwargs = insert_on_device(arguments.structure, arguments.tensors, self.group.devices[0])
+            value = self._compiler.function(module)(*args, **kwargs)
+            return value if plan is not None else _merge_outputs([extract_tensors(value)], Join(sizes, self._dim))
+        join = _join_for(arguments, sizes, None if checked is None else checked.rules)
         with TIMERS.transfer():
             training = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.no_grad():
                 weights = self._sync_model(module, training=training)
-            call, chunks = self._new_call(weights, tensors, sizes)
+            call, parts = self._new_call(weights, sizes), arguments.parts(sizes)
             self.group.thread_limit.acquire()
         with call.cancel_on_error(weights):
             with TIMERS.transfer():
-                token = call.scatter_inputs(chunks[1:], arguments)
-                args, kwargs = scatter_gather.insert_on_device(
-                    arguments, _own_chunks(chunks[0], tensors), self.group.devices[0]
-                )
-            own = scatter_gather.extract_tensors(self._compiler.function(module)(*args, **kwargs))
+                token = call.scatter_inputs(parts[1:])
+                own = _own_chunks(parts[0], arguments.tensors)
+                args, kwargs = insert_on_device(parts[0].structure, own, self.group.devices[0])
+            first = extract_tensors(self._compiler.function(module)(*args, **kwargs))
             with TIMERS.transfer():
                 others = self._gather_outputs(call, weights)
         with TIMERS.transfer():
             self._copies_all = self._copies_all or call.writes_parameters
-            return _merge_outputs([own, *others], sizes, self._dim, call, token)
+            return _merge_outputs([first, *others], join, call, token)
 
-    def _extract(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Any, list[int]]:
-        """Return the arguments' tensors, the arguments without them, and each device's batch size."""
-        tensors, arguments = scatter_gather.extract_tensors((args, kwargs))
-        batch = scatter_gather.batch_size(tensors, self._dim)
-        return tensors, arguments, scatter_gather.scatter_sizes(batch, len(self.group.devices))
+    def _run_on_workers(
+        self, module: nn.Module, arguments: Arguments, context: ContextFactory
+    ) -> list[tuple[list[torch.Tensor], Any]]:
+        sizes = arguments.sizes(len(self.group.devices), minimum=minimum_samples(module, arguments, self.group.devices))
+        if len(sizes) == 1:
+            return []
+        with torch.inference_mode(False), torch.no_grad():
+            weights = self._sync_model(module, training=False)
+            call = self._new_call(weights, sizes)
+            with call.cancel_on_error(weights):
+                call.scatter_inputs(arguments.parts(sizes)[1:], context)
+                return self._gather_outputs(call, weights)
 
-    def _new_call(
-        self, weights: WeightSync, tensors: Sequence[torch.Tensor], sizes: list[int]
-    ) -> tuple[ParallelCall, list[tuple[torch.Tensor, ...]]]:
-        call = ParallelCall(self.group, self.model_id, weights, sizes, self._dim, self._group_ref)
-        return call, list(zip(*(scatter_gather.scatter(tensor, sizes, self._dim) for tensor in tensors), strict=True))
+    def _new_call(self, weights: WeightSync, sizes: list[int]) -> ParallelCall:
+        return ParallelCall(self.group, self.model_id, weights, sizes, self._group_ref)
 
     def _gather_outputs(self, call: ParallelCall, weights: WeightSync) -> list[tuple[list[torch.Tensor], Any]]:
         values = call.gather_outputs()
@@ -269,23 +285,39 @@ def _first_unpicklable(module: nn.Module) -> str:
     return "Its class"
 
 
-def _own_chunks(chunks: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def minimum_samples(module: nn.Module, arguments: Arguments, devices: Sequence[torch.device]) -> int:
+    """Return how many samples a part needs: batch norm in training needs two."""
+    if not arguments.batch or arguments.batch >= 2 * len(devices):
+        return 1
+    return 2 if any(isinstance(m, _BatchNorm) and m.training for m in module.modules()) else 1
+
+
+def _own_chunks(part: Part, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy the chunks of split tensors: what a model writes to its inputs must not change some rows of the caller's."""
-    return [chunk if chunk is tensor else chunk.clone() for chunk, tensor in zip(chunks, tensors, strict=True)]
+    return [chunk if chunk is tensor else chunk.clone() for chunk, tensor in zip(part.tensors, tensors, strict=True)]
+
+
+def _join_for(arguments: Arguments, sizes: Sequence[int], rules: JoinRules | None) -> Join:
+    if rules is None:
+        return Join(sizes, arguments.dim)
+
+    def shares(source: Source) -> Shares:
+        return shares_of(arguments, sizes, source)
+
+    return Join(sizes, arguments.dim, rules.rules, functools.cache(shares))
 
 
 def _merge_outputs(
     outputs: Sequence[tuple[Sequence[torch.Tensor], Any]],
-    sizes: Sequence[int],
-    dim: int,
-    call: ParallelCall | None,
-    token: torch.Tensor | None,
+    join: Join,
+    call: ParallelCall | None = None,
+    token: torch.Tensor | None = None,
 ) -> Any:
     """Return one value from all devices' outputs, with a graph if the call has one."""
-    structure, specs = scatter_gather.gather_structures([structure for _, structure in outputs], sizes)
-    tensors = [list(chunk) for chunk, _ in outputs]
-    if token is None or call is None or not specs:
-        gathered = [scatter_gather.gather_tensors(spec, tensors, dim) for spec in specs]
+    structure = join.merge([structure for _, structure in outputs])
+    tensors = [list(part) for part, _ in outputs]
+    if token is None or call is None or not join.specs:
+        joined = [join_tensors(spec, tensors) for spec in join.specs]
     else:
-        gathered = GatherOutputs.apply(call, specs, tensors[1:], token, *tensors[0])
-    return scatter_gather.insert_tensors(structure, gathered)
+        joined = GatherOutputs.apply(call, join.specs, tensors[1:], token, *tensors[0])
+    return insert_tensors(structure, joined)

@@ -12,16 +12,18 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from duoka.data_parallel.check_policy import CHECKS, Check, CheckPolicy
 from duoka.data_parallel.controller import Controller
+from duoka.data_parallel.placeholders import extract_tensors, insert_on_device
 from duoka.data_parallel.replica import MaybeCompiled
-from duoka.data_parallel.scatter_gather import extract_tensors, insert_on_device
 from duoka.devices import resolve
 from duoka.devices.spec import DeviceSpec, reconcile
 from duoka.errors import ConfigError, UnsupportedError
 from duoka.utils.text import did_you_mean, join_names
+from duoka.utils.torch_private import is_transformed
 from duoka.utils.validation import invalid_option
 
-_OPTIONS = ("module", "device_ids", "output_device", "dim", "devices", "device", "compile")
+_OPTIONS = ("module", "device_ids", "output_device", "dim", "devices", "device", "compile", "check")
 _PRIVATE = "_duoka_"
 _start_lock = threading.Lock()
 
@@ -29,15 +31,18 @@ _start_lock = threading.Lock()
 class DataParallel(nn.DataParallel[nn.Module]):
     """Runs a model on several devices, from this process; everything else stays as with one device.
 
-    ``forward`` splits the batch. Each device computes its chunk on a replica of the model, and the
-    outputs are concatenated; ``backward`` sums the gradients of all chunks in the wrapped model's
+    ``forward`` splits the batch. Each device computes its part on a replica of the model, and the
+    outputs are joined; ``backward`` sums the gradients of all chunks in the wrapped model's
     parameters. Optimizers, clipping, accumulation, hooks, ``state_dict`` and the wrapped model's
     attributes work as without the wrapper. This process drives the first device; each further
     device has a worker process, which the first call starts and all wrapped models share.
 
-    Inputs whose size along ``dim`` is the batch size are split; every device gets all others whole.
-    A small batch uses fewer devices. Outputs are concatenated along ``dim``; scalars become a vector
-    with one item per device, as with ``torch.nn.DataParallel``. Buffers are those of the first chunk.
+    Tensors, arrays and lists with one item a sample are split; every device gets all others whole.
+    A small batch uses fewer devices. A check of a few samples, whole and in parts, finds how outputs
+    are joined: along a dimension, as the mean over all samples (a loss), or as a sum (a count). It
+    also compares gradients, buffers and attributes, at the first, second, fourth, eighth call. What
+    differs on several devices gives a warning. What cannot be joined is computed on the first device,
+    with a warning. Buffers are those of the first part.
 
     Args:
         module: the model. Its parameters stay the same objects; for CPU workers their values move
@@ -51,9 +56,13 @@ class DataParallel(nn.DataParallel[nn.Module]):
         compile: whether every device compiles the model with ``torch.compile``: ``True``, or that
             function's keyword arguments, such as ``{"mode": "max-autotune"}``. The wrapped model
             and its ``state_dict`` stay as they are.
+        check: ``"warn"`` warns once of each difference from one device, ``"raise"`` raises an error
+            instead, and ``"off"`` skips the check: outputs are then concatenated along ``dim``, and
+            scalars become a vector with one item per device, as with ``torch.nn.DataParallel``.
 
     Raises:
         WorkerDied: a worker process has died.
+        UnsupportedError: with ``check="raise"``, several devices give something else than one device.
         UnsupportedError: a backward with ``create_graph=True``, or a subclass that overrides
             ``scatter``, ``replicate``, ``parallel_apply`` or ``gather``.
         DeviceError: a device does not exist.
@@ -83,6 +92,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
         devices: DeviceSpec = None,
         device: DeviceSpec = None,
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 - torch's own name
+        check: Check = "warn",
         **others: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -94,6 +104,8 @@ class DataParallel(nn.DataParallel[nn.Module]):
             raise invalid_option("dim", dim, "the batch dimension, an integer")
         if not isinstance(compile, bool | Mapping):
             raise invalid_option("compile", compile, "True, False, or a dict of torch.compile's keyword arguments")
+        if check not in CHECKS:
+            raise invalid_option("check", check, f"one of {join_names(CHECKS)}")
         resolved = _resolve_devices(device_ids, reconcile(device, devices, None))
         if len(resolved) > 1 and (names := overridden_steps(type(self))):
             raise UnsupportedError(
@@ -108,6 +120,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
         self.src_device_obj = resolved[0]
         self._duoka_devices = resolved
         self._duoka_compiler = MaybeCompiled(compile)
+        self._duoka_check = CheckPolicy(check, resolved)
         self._duoka_controller: Controller | None = None
         self._duoka_finalizer: Any = None
         self.training = module.training
@@ -120,6 +133,8 @@ class DataParallel(nn.DataParallel[nn.Module]):
             if self._duoka_devices[0].type != "cpu":
                 inputs, kwargs = _to_device(self._duoka_devices[0], inputs, kwargs)
             return self._duoka_compiler.function(self.module)(*inputs, **kwargs)
+        if is_transformed(self.module):
+            return self.module(*inputs, **kwargs)
         with _start_lock:  # two threads may make the first call at once
             controller = self._duoka_controller
             if controller is None:
@@ -127,7 +142,7 @@ class DataParallel(nn.DataParallel[nn.Module]):
                 self._duoka_controller = controller
                 self._duoka_finalizer = weakref.finalize(self, controller.close_after_graphs)
                 self._duoka_finalizer.atexit = False
-        return controller.run(self.module, inputs, kwargs)
+        return controller.run(self.module, inputs, kwargs, self._duoka_check.plan_for(self.module))
 
     def close(self) -> None:
         """Release the worker processes; a later call starts them again. The model stays as it is."""
@@ -139,6 +154,13 @@ class DataParallel(nn.DataParallel[nn.Module]):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the wrapped model's own state, without the prefix ``module.``."""
         return self.module.state_dict(*args, **kwargs)
+
+    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        """Yield the modules under the names that they have in the wrapped model, and so parameters and buffers."""
+        start = f"{prefix}.module" if prefix else "module"
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            inner = name == start or name.startswith(f"{start}.")
+            yield (prefix + name.removeprefix(start)).removeprefix("" if prefix else ".") if inner else name, module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state with or without the prefix ``module.``."""
@@ -171,10 +193,13 @@ class DataParallel(nn.DataParallel[nn.Module]):
         memo[id(self)] = double
         double.__dict__.update({name: value for name, value in vars(self).items() if name.startswith(_PRIVATE)})
         state = copy.deepcopy(state_of(self), memo)
-        return restore_from_state(double, self._duoka_devices, self._duoka_compiler.options, state)
+        return restore_from_state(
+            double, self._duoka_devices, self._duoka_compiler.options, self._duoka_check.mode, state
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self._duoka_devices, self._duoka_compiler.options, state_of(self))
+        check = self._duoka_check.mode
+        return _rebuild, (type(self), self._duoka_devices, self._duoka_compiler.options, check, state_of(self))
 
 
 def devices_of(wrapper: DataParallel) -> tuple[torch.device, ...]:
@@ -188,13 +213,18 @@ def state_of(wrapper: DataParallel) -> dict[str, Any]:
 
 
 def restore_from_state(
-    wrapper: DataParallel, devices: tuple[torch.device, ...], options: Mapping[str, Any] | None, state: dict[str, Any]
+    wrapper: DataParallel,
+    devices: tuple[torch.device, ...],
+    options: Mapping[str, Any] | None,
+    check: Check,
+    state: dict[str, Any],
 ) -> DataParallel:
     """Fill an empty wrapper from what ``state_of`` returned, and the options of ``torch.compile``."""
     wrapper.__dict__.update(
         state,
         _duoka_devices=devices,
         _duoka_compiler=MaybeCompiled(options),
+        _duoka_check=CheckPolicy(check, devices),
         _duoka_controller=None,
         _duoka_finalizer=None,
     )
@@ -208,10 +238,14 @@ def overridden_steps(cls: type) -> list[str]:
 
 
 def _rebuild(
-    cls: type[DataParallel], devices: tuple[torch.device, ...], options: Mapping[str, Any] | None, state: dict[str, Any]
+    cls: type[DataParallel],
+    devices: tuple[torch.device, ...],
+    options: Mapping[str, Any] | None,
+    check: Check,
+    state: dict[str, Any],
 ) -> DataParallel:
     """Return an unpickled wrapper; its devices must exist here."""
-    wrapper = restore_from_state(cls.__new__(cls), resolve(list(devices)).devices, options, state)
+    wrapper = restore_from_state(cls.__new__(cls), resolve(list(devices)).devices, options, check, state)
     if devices[0].type != "cpu":
         wrapper.module.to(devices[0])
     return wrapper

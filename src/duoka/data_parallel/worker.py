@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from duoka.data_parallel import messages
+from duoka.data_parallel.placeholders import extract_tensors, insert_tensors
 from duoka.data_parallel.replica import Replica
-from duoka.data_parallel.scatter_gather import extract_tensors, insert_tensors
 from duoka.data_parallel.transport import WorkerTransport
 from duoka.data_parallel.transport.base import BackwardTask, GradientLayout, WorkerConfig
 from duoka.data_parallel.transport.collective import CollectiveWorkerTransport

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoka.data_parallel import DataParallel, scatter_gather
+from duoka.data_parallel import DataParallel
 from duoka.data_parallel.module import devices_of, overridden_steps, restore_from_state, state_of
+from duoka.data_parallel.scatter import Arguments
 from duoka.script_runner.parallel_call import ParallelizedCall
 from duoka.script_runner.patching import Patches
 from duoka.script_runner.run_stats import ModelStats, RunStats
@@ -80,7 +81,7 @@ class DataParallelHooks:
             self._record(wrapper, "wrapped by the script")
         with ParallelizedCall.local_only():
             value = original(wrapper, *inputs, **kwargs)
-        batch = scatter_gather.batch_size(scatter_gather.extract_tensors((inputs, kwargs))[0], wrapper.dim)
+        batch = Arguments(inputs, kwargs, wrapper.dim).batch
         stats.count(batch, split=len(devices_of(wrapper)) > 1)
         return value
 
@@ -125,6 +126,10 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
         """Return the state with ``module.`` in its names, as torch does: scripts remove that prefix."""
         return nn.Module.state_dict(self, *args, **kwargs)
 
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        """Yield the modules with ``module.`` in their names, as torch does."""
+        return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         double = super().__deepcopy__(memo)
         self._duoka_hooks.wrappers.add(double)
@@ -138,7 +143,7 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
     def __setstate__(self, state: dict[str, Any]) -> None:
         devices = self._duoka_hooks.devices_for(type(self), None)
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
-        restore_from_state(self, devices, None, {"device_ids": list(range(len(devices)))})
+        restore_from_state(self, devices, None, "warn", {"device_ids": list(range(len(devices)))})
         self._duoka_hooks.register(self, f"loaded by the script at {caller_location()}")
 
 

@@ -9,30 +9,25 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from duoka.data_parallel import scatter_gather
-from duoka.data_parallel.controller import Controller
+from duoka.data_parallel.call_planner import CallPlanner
+from duoka.data_parallel.controller import Controller, minimum_samples
+from duoka.data_parallel.model_copy import is_script_hook
+from duoka.data_parallel.scatter import Arguments
+from duoka.data_parallel.split_check import STALE_CLOSURE, SplitResult, describe_error
 from duoka.errors import WorkerDied
 from duoka.log import logger
 from duoka.script_runner.run_stats import ModelStats
-from duoka.script_runner.split_check import (
-    STALE_CLOSURE,
-    SplitCheckResult,
-    call_signature,
-    check_splittable,
-    describe_error,
-    is_script_hook,
-    weighted_mean,
-)
 from duoka.utils.rng_state import raw_rng_state, set_raw_rng_state
-from duoka.utils.torch_private import call_module, is_in_functorch, replaced_call, restore_call
+from duoka.utils.torch_private import call_module, is_transformed, replaced_call, restore_call
 
+_MAX_FAILURES = 3
+"""Batches on which a device may fail before the model stays on one."""
 _COMPARISON_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
 """Counts of optimizer steps at which a step runs on one device, to compare the speed."""
 
@@ -52,8 +47,8 @@ class ParallelizedCall:
         self._fits_one_device = fits_one_device
         self._controller: Controller | None = None
         self._start_lock = threading.Lock()
-        self._checks: dict[Any, SplitCheckResult] = {}
-        self._calls_of_kind: Counter[Any] = Counter()
+        self._planner = CallPlanner(len(self._devices))
+        self._failures = 0
         self._is_first = True
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -63,7 +58,7 @@ class ParallelizedCall:
         """Compute ``module(*args, **kwargs)``."""
         module = self._module()
         assert module is not None, "its module is being called"
-        if self.is_local() or _is_traced(module):
+        if self.is_local() or torch.compiler.is_compiling() or is_transformed(module):
             return call_module(module, args, kwargs)
         with self.local_only():
             return self._call(module, args, kwargs)
@@ -99,44 +94,33 @@ class ParallelizedCall:
             restore_call(module)
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors, skeleton = scatter_gather.extract_tensors((args, kwargs))
-        batch = scatter_gather.batch_size(tensors, 0)
+        arguments = Arguments(args, kwargs)
+        minimum = minimum_samples(module, arguments, self._devices)
+        can_split = len(arguments.sizes(len(self._devices), minimum=minimum)) > 1
         first = None if self._controller is None else next(module.parameters(), None)
         has_moved = first is not None and first.device != self._devices[0]  # by the script, since it ran on all devices
         check = None
-        if batch is not None and batch >= 2 and not self._stats.refusal and not has_moved:
-            check = self._check(module, tensors, skeleton, batch)
-        if check is not None and (reason := check.reason or _reason_for_inputs(module, tensors, check)):
+        if (can_split or arguments.refusal) and not self._stats.refusal and not has_moved:
+            check = self._check(module, arguments, minimum)
+        if check is not None and (reason := _refusal(module, check)):
             self._stats.refuse(reason)
             check = None
-        if batch is None or check is None or self._is_for_comparison():
-            self._stats.count(batch, split=False)
+        if not can_split or check is None or self._is_for_comparison():
+            self._stats.count(arguments.batch, split=False)
             return call_module(module, args, kwargs)
-        return self._split(module, args, kwargs, batch, check)
+        return self._split(module, args, kwargs, arguments, check)
 
-    def _check(
-        self, module: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Any, batch: int
-    ) -> SplitCheckResult | None:
-        """Return the check's result for this kind of call; the check runs at calls 1, 2, 4, 8, ..."""
-        kind = call_signature(module, tensors, skeleton)
-        self._calls_of_kind[kind] += 1
-        count = self._calls_of_kind[kind]
-        if kind in self._checks and count & (count - 1):
-            return self._checks[kind]
+    def _check(self, module: nn.Module, arguments: Arguments, minimum: int) -> SplitResult | None:
+        """Return the check's result for this kind of call."""
+        if not self._planner.is_due(module, arguments):
+            return self._planner.plan(module, arguments)
+        run_on_workers = None
+        if self._controller is not None:
+            run_on_workers = functools.partial(self._controller.run_on_workers_only, module)
         with self._stats.run.startup():
-            num_devices = len(self._devices)
-            if not self._fits_one_device and batch >= 2 * num_devices:  # check one device's chunk of the batch
-                sizes = scatter_gather.scatter_sizes(batch, num_devices)
-                tensors = [scatter_gather.scatter(tensor, sizes, 0)[0] for tensor in tensors]
-            args, kwargs = scatter_gather.insert_tensors(skeleton, tensors)
-            run_on_workers = None
-            if self._controller is not None:
-                run_on_workers = functools.partial(self._controller.run_on_workers_only, module, args, kwargs)
-            result = check_splittable(module, args, kwargs, num_devices, run_on_workers)
-        if result is not None:
-            self._checks[kind] = result
-            if result.reason == STALE_CLOSURE:
-                logger.warning("%s runs on one device from here on: %s", type(module).__name__, STALE_CLOSURE)
+            result = self._planner.plan(module, arguments, run_on_workers, minimum=minimum)
+        if result is not None and result.reason == STALE_CLOSURE:
+            logger.warning("%s runs on one device from here on: %s", type(module).__name__, STALE_CLOSURE)
         return result
 
     def _is_for_comparison(self) -> bool:
@@ -154,51 +138,50 @@ class ParallelizedCall:
             return self._controller
 
     def _split(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, check: SplitCheckResult
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        arguments: Arguments,
+        check: SplitResult,
     ) -> Any:
         controller = self._start()
         generators = raw_rng_state()
+        buffers = [buffer.clone() for buffer in module.buffers()] if module.training else []
         try:
-            value = controller.run(module, args, kwargs)
+            value = controller.run(module, args, kwargs, lambda *_: check)
         except WorkerDied:
             raise
         except Exception as error:  # if the whole batch fails too, the script gets that exception
             set_raw_rng_state(generators)
+            with torch.no_grad():
+                for buffer, before in zip(module.buffers(), buffers, strict=False):
+                    buffer.copy_(before)
             value = call_module(module, args, kwargs)
-            self._stats.refuse(f"a device failed on its part of a batch: {describe_error(error)}")
-            self._stats.count(batch, split=False)
+            self._failures += 1
+            reason = f"a device failed on its part of a batch: {describe_error(error)}"
+            if self._failures == _MAX_FAILURES:
+                self._stats.refuse(reason)
+            else:
+                logger.warning("%s ran on one device for one batch: %s", type(module).__name__, reason)
+            self._stats.count(arguments.batch, split=False)
             return value
-        self._stats.count(batch, split=True)
-        sizes = scatter_gather.scatter_sizes(batch, len(self._devices))
-        if not check.scalar_outputs or len(sizes) == 1:
-            return value
-        tensors, skeleton = scatter_gather.extract_tensors(value)
-        for index in check.scalar_outputs:  # gathered as one number per device
-            tensors[index] = weighted_mean(tensors[index], sizes)
-        return scatter_gather.insert_tensors(skeleton, tensors)
+        self._stats.count(arguments.batch, split=True)
+        return value
 
 
-def _is_traced(module: nn.Module) -> bool:
-    """Return whether the call is traced or compiled, or uses other tensors as parameters."""
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch.compiler.is_compiling()
-        or is_in_functorch()
-        or any(
-            parameter is not None and not isinstance(parameter, nn.Parameter)
-            for part in module.modules()
-            for parameter in part._parameters.values()
-        )
-    )
-
-
-def _reason_for_inputs(module: nn.Module, tensors: Sequence[torch.Tensor], check: SplitCheckResult) -> str:
-    """Return why this call, unlike others of its kind, needs the whole batch; empty if it does not."""
+def _refusal(module: nn.Module, check: SplitResult) -> str:
+    """Return why the model stays on one device; empty if it does not."""
+    if check.reason:
+        return check.reason
+    if check.is_random:
+        return "it draws random numbers that the check cannot repeat: NumPy's, Python's, or a generator's that it owns"
+    if check.written:
+        return f"its forward writes to its parameter {check.written}"
+    if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
+        return "its parameters are in memory that the script shares with other processes"
     for name, part in module.named_modules():
         registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         if any(is_script_hook(hook) for registry in registries for hook in registry.values()):
             return f"a hook of the script on {name or 'the model'} must see the whole batch"
-    integers = [t for t in tensors if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)]
-    if check.scalar_outputs and any(bool((labels < 0).any()) for labels in integers):
-        return "its forward computes the loss and ignores negative labels, so the parts have unequal weight"
     return ""

@@ -138,6 +138,19 @@ def is_in_functorch() -> bool:
     return level is not None and level() is not None
 
 
+def is_transformed(module: nn.Module) -> bool:
+    """Return whether a call is traced or transformed, or uses other tensors as parameters: it belongs to one device."""
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or is_in_functorch()
+        or any(
+            parameter is not None and not isinstance(parameter, nn.Parameter)
+            for part in module.modules()
+            for parameter in part._parameters.values()
+        )
+    )
+
+
 def inject_parametrized_class(module: nn.Module, names: Sequence[str]) -> None:
     """Give ``module`` the class with properties that ``torch.nn.utils.parametrize`` makes; that class refuses pickling."""
     from torch.nn.utils import parametrize

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from duoka.script_runner.split_check import check_splittable
+from duoka.data_parallel.call_planner import CallPlanner
+from duoka.data_parallel.scatter import Arguments
+from duoka.data_parallel.split_check import SplitResult, check_call
 
 
 class Function(nn.Module):
@@ -30,6 +32,10 @@ class Function(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.function(self, *args, **kwargs)
+
+
+def check(model: nn.Module, inputs: tuple, devices: int) -> SplitResult:
+    return check_call(model, Arguments(inputs, {}), devices)
 
 
 def keep(self, x):
@@ -68,6 +74,16 @@ def log(self, x):
     return y, {"mean": y.mean().item()}
 
 
+def half_gradient(self, x):
+    y = self.linear(x)
+    return y.detach() + 0 * y.mean(0) + (y - y.detach()) * len(y)
+
+
+def choose(self, x):
+    y = self.linear(x)
+    return y[:, (y.mean(0) + 10 * torch.arange(6)).topk(2).indices]
+
+
 X = torch.randn(11, 6)
 SEQUENCE = torch.randn(11, 5, 6)
 
@@ -85,60 +101,66 @@ SEQUENCE = torch.randn(11, 5, 6)
         (lambda self, x: {"a": self.linear(x), "b": [x.sum(1), (x > 0)]}, (X,)),
         (lambda self, x, y: (self.linear(x), functional.mse_loss(self.linear(x), y)), (X, X)),
         (count, (X,)),
+        (lambda self, x: self.lstm(x)[1][0], (SEQUENCE,)),
+        (lambda self, x: nn.functional.mse_loss(x, x * 2, reduction="sum"), (X,)),
+        (lambda self, x: len(x), (X,)),
+        (log, (X,)),
+        (lambda self, x: (self.linear(x), torch.distributions.Normal(x, torch.ones_like(x))), (X,)),
+        (lambda self, x: (self.linear(x), (x > 9).sum(), self.linear(x).detach().numpy()), (X,)),
+        (lambda self, x: [self.linear(row).expand(int(row[0] > 0) + 1, 6) for row in x], (X,)),
     ],
 )
 def test_models_that_compute_each_sample_independently_pass(function, inputs) -> None:
-    assert check_splittable(Function(function), inputs, {}, 3).reason == ""
+    assert check(Function(function), inputs, 3).reason == ""
 
 
 @pytest.mark.parametrize(
     ("function", "inputs", "reason"),
     [
         (lambda self, x: self.linear(x) - self.linear(x).mean(0), (X,), "depends on other samples"),
-        (lambda self, x: self.linear(x) @ self.linear(x).T, (X,), "cannot be gathered"),
-        (lambda self, x: nn.functional.mse_loss(x, x * 2, reduction="sum"), (X,), "not the mean over the samples"),
-        (lambda self, x: self.lstm(x)[1][0], (SEQUENCE,), "cannot be gathered"),
-        (lambda self, x: self.lstm(x)[1][0], (SEQUENCE[:9],), "first dimension"),
+        (lambda self, x: self.linear(x) @ self.linear(x).T, (X,), "no dimension along which its parts can be joined"),
+        (lambda self, x: self.linear(x).std(), (X,), "not the mean over the samples"),
+        (lambda self, x: self.linear(x).amax(0), (X,), "a statistic of the whole batch"),
+        (lambda self, x: (x, f"{len(x)} rows"), (X,), "'4 rows' for the batch"),
+        (lambda self, x: {torch.ones(1)}, (X,), "a set, which cannot be joined"),
+        (lambda self, x: x.to_sparse(), (X,), "sparse_coo tensor"),
+        (lambda self, x: {"a": x, **({"b": x} if len(x) > 2 else {})}, (X,), "has b on some devices only"),
         (lambda self, x: self.linear(x.cumsum(0)), (X,), "depends on other samples"),
-        (lambda self, x: self.linear(x).view(11, 6), (X,), "cannot compute a part"),
-        (lambda self, x: len(x), (X,), "no tensors"),
-        (lambda self, x: self.linear(x) / 0 if len(x) > 4 else 1 / 0, (X,), "cannot compute a part"),
+        (lambda self, x: self.linear(x).view(11, 6), (X,), "cannot compute a batch"),
+        (lambda self, x: self.linear(x) / 0 if len(x) > 2 else 1 / 0, (X,), "cannot compute a part"),
         (keep, (X,), "keeps tensors in kept"),
         (follow, (X,), "the buffer 'mean'"),
         (add, (X,), "keeps results in seen"),
         (fill, (X, []), "changes an object"),
-        (cool, (X,), "depends on other samples"),
-        (log, (X,), "differs between the parts"),
         (lambda self, x: self.linear(x.sub_(0.5)), (X.clone(),), "changes its inputs in place"),
-        (lambda self, x: self.norm.weight.mul_(0.9) * x, (X,), "writes to its parameter norm.weight"),
-        (lambda self, x: (self.linear(x), torch.distributions.Normal(x, 1)), (X,), "returns a Normal"),
-        (lambda self, x: (self.linear(x), (x > 9).sum()), (X,), "a count or a flag"),
-        (lambda self, x: (self.linear(x), self.linear(x).detach().numpy()), (X,), "returns a ndarray"),
+        (half_gradient, (X,), "gradient of linear.weight"),
+        (choose, (X,), "makes a choice (topk)"),
     ],
 )
 def test_models_that_need_the_whole_batch_are_refused_with_a_reason(function, inputs, reason) -> None:
-    assert reason in check_splittable(Function(function), inputs, {}, 3).reason
+    assert reason in check(Function(function), inputs, 3).reason
 
 
 def test_the_check_does_not_change_the_inputs() -> None:
     given, found = X.clone(), []
-    check_splittable(Function(lambda self, x, found: fill(self, x.mul_(2), found)), (given, found), {}, 2)
+    check(Function(lambda self, x, found: fill(self, x.mul_(2), found)), (given, found), 2)
     assert torch.equal(given, X)
     assert found == []
 
 
 def test_the_check_does_not_change_parameters() -> None:
     model = Function(cool)
-    check_splittable(model, (X,), {}, 2)
+    check(model, (X,), 2)
     assert torch.equal(model.norm.weight, torch.ones(6))
     lazy = nn.LazyLinear(3)
-    assert check_splittable(lazy, (X,), {}, 2) is None
+    assert check(lazy, (X,), 2) is None
     assert isinstance(lazy.weight, nn.parameter.UninitializedParameter)
 
 
 def test_the_result_names_the_outputs_that_are_means_over_the_batch() -> None:
     model = Function(lambda self, x, y: {"loss": functional.mse_loss(self.linear(x), y), "logits": self.linear(x)})
-    assert check_splittable(model, (X, X), {}, 2).scalar_outputs == (0,)
+    rules = check(model, (X, X), 2).rules.rules
+    assert {place: rule.kind for place, rule in rules.items()} == {("loss",): "mean", ("logits",): "concatenate"}
 
 
 def test_the_check_changes_no_buffer_attribute_hook_or_generator() -> None:
@@ -150,7 +172,7 @@ def test_the_check_changes_no_buffer_attribute_hook_or_generator() -> None:
     random.seed(5)
     np.random.seed(5)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    check_splittable(model, (X,), {}, 2)
+    check(model, (X,), 2)
     assert (before[1], before[2]) == (random.getstate(), np.random.get_state()[1].tolist())
     assert torch.equal(before[0], torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -159,7 +181,35 @@ def test_the_check_changes_no_buffer_attribute_hook_or_generator() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_in_memory_shared_with_other_processes_is_refused() -> None:
-    model = nn.Linear(4, 2).share_memory()
-    result = check_splittable(model, (torch.ones(4, 4),), {}, 2)
-    assert "shares with other processes" in result.reason
+def test_writes_to_parameters_are_undone_and_reported() -> None:
+    model = Function(cool)
+    assert check(model, (X,), 3).written == "norm.weight"
+    assert torch.equal(model.norm.weight, torch.ones(6))
+
+
+@pytest.mark.parametrize("draw", [lambda: np.random.rand(), lambda: random.random()])
+def test_values_are_not_compared_if_other_libraries_draw_random_numbers(draw) -> None:
+    result = check(Function(lambda self, x: self.linear(x) * draw()), (X,), 3)
+    assert result.is_random
+    assert result.reason == ""
+
+
+def test_a_mean_over_labels_that_count_is_found() -> None:
+    model = Function(lambda self, x, y: functional.cross_entropy(self.linear(x), y))
+    labels = torch.arange(X.shape[0]) % 6
+    planner = CallPlanner(2)
+    assert planner.plan(model, Arguments((X, labels), {})).reason == ""
+    labels[2:9] = -100
+    arguments = Arguments((X, labels), {})
+    assert planner.is_due(model, arguments)
+    (rule,) = planner.plan(model, arguments).rules.rules.values()
+    assert rule.source.test == "nonnegative"
+
+
+def test_a_later_check_says_since_when_results_may_differ() -> None:
+    model = Function(lambda self, x: self.linear(x) - (self.linear(x).mean(0) if self.calls else 0))
+    planner = CallPlanner(3)
+    for number in (1, 2, 3, 4):
+        model.calls = int(number > 2)
+        result = planner.plan(model, Arguments((X,), {}))
+    assert "a check of call 2 saw no difference" in result.reason

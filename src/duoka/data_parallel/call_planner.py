@@ -1,0 +1,96 @@
+"""Plans the calls of one model: checks each kind of call at its 1st, 2nd, 4th, 8th, ... time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.data_parallel.join_rules import JoinRules
+from duoka.data_parallel.placeholders import is_placeholder
+from duoka.data_parallel.scatter import Arguments
+from duoka.data_parallel.shares import shares_of
+from duoka.data_parallel.split_check import RunOnWorkers, SplitResult, check_call
+
+_MAX_UNDECIDED = 64
+"""Calls that are all checked as long as two rules fit, such as a sum and a constant that are zero so far."""
+
+
+class CallPlanner:
+    """Remembers the checks of each kind of call."""
+
+    def __init__(self, num_devices: int) -> None:
+        self._num_devices = num_devices
+        self._kinds: dict[Any, _Kind] = {}
+
+    def is_due(self, module: nn.Module, arguments: Arguments) -> bool:
+        """Return whether the next call of this kind is checked."""
+        kind = self._kinds.get(_signature(module, arguments))
+        return kind is None or kind.is_due(arguments, self._num_devices)
+
+    def plan(
+        self, module: nn.Module, arguments: Arguments, run_on_workers: RunOnWorkers | None = None, *, minimum: int = 1
+    ) -> SplitResult | None:
+        """Return whether and how a call is split; ``None`` if that cannot be checked yet."""
+        signature = _signature(module, arguments)
+        kind = self._kinds.setdefault(signature, _Kind())
+        if not kind.is_due(arguments, self._num_devices):
+            kind.count += 1
+            return kind.result
+        kind.count += 1
+        result = check_call(
+            module, arguments, self._num_devices, run_on_workers, minimum=minimum, whole=kind.is_ambiguous
+        )
+        if result is None:
+            return None
+        if result.reason and kind.result is not None and not kind.result.reason:
+            since = f" (a check of call {kind.checked} saw no difference: results since then may differ)"
+            result = result._replace(reason=result.reason + since)
+        kind.result, kind.checked = result, kind.count
+        return result
+
+
+class _Kind:
+    """Calls with the same mode, types and dimensions."""
+
+    def __init__(self) -> None:
+        self.count = self.checked = 0
+        self.result: SplitResult | None = None
+        self.is_ambiguous = False
+        """Whether the call at hand needs a check of its whole batch."""
+
+    def is_due(self, arguments: Arguments, num_devices: int) -> bool:
+        if self.result is not None and not self.result.is_splittable:
+            return False
+        rules = None if self.result is None else self.result.rules
+        self.is_ambiguous = rules is not None and _is_ambiguous(rules, arguments, arguments.sizes(num_devices))
+        number = self.count + 1
+        is_undecided = rules is not None and rules.is_undecided and number <= _MAX_UNDECIDED
+        return self.result is None or self.is_ambiguous or is_undecided or number & (number - 1) == 0
+
+
+def _signature(module: nn.Module, arguments: Arguments) -> Any:
+    """Return the kind of a call: mode, argument types, which ones are split."""
+    tensors = enumerate(arguments.tensors)
+    shapes = tuple((t.dim(), t.dtype, t.requires_grad, arguments.is_split(index)) for index, t in tensors)
+    return module.training, torch.is_grad_enabled(), shapes, repr(_structure(arguments.structure))
+
+
+def _structure(value: Any) -> Any:
+    """Return nested values with the type's name in place of each value that has no stable text."""
+    if is_placeholder(value):
+        return "tensor"
+    if isinstance(value, dict):
+        return {key: _structure(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_structure(item) for item in value]
+    return value if isinstance(value, bool | str | None) else type(value).__name__
+
+
+def _is_ambiguous(rules: JoinRules, arguments: Arguments, sizes: Sequence[int]) -> bool:
+    """Return whether means that agreed in earlier checks have different shares in this call."""
+    alternatives = {sources for sources in rules.sources.values() if len(sources) > 1}
+    return any(
+        len({tuple(round(share, 9) for share in shares_of(arguments, sizes, source)) for source in sources}) > 1
+        for sources in alternatives
+    )

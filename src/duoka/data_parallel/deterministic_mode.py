@@ -1,0 +1,121 @@
+"""Function mode of a check: the same numbers for a whole batch and for its parts, without randomness."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_RANDOM = frozenset(
+    {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli", "normal_", "uniform_", "bernoulli_", "randint",
+     "randint_like", "exponential_", "multinomial", "poisson", "log_normal_", "cauchy_", "geometric_", "random_", "rrelu"}
+)  # fmt: skip
+_DROPOUT = frozenset(
+    {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+     "feature_dropout"}
+)  # fmt: skip
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+"""Functions of torch that a check replaces, by name."""
+_REDUCTIONS = frozenset(
+    {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "median", "logsumexp", "norm", "prod", "nanmean", "quantile"}
+)  # fmt: skip
+_CHOICES = frozenset(
+    {"topk", "argmax", "argmin", "argsort", "sort", "gt", "lt", "ge", "le", "__gt__", "__lt__", "__ge__", "__le__",
+     "__bool__", "__int__", "__index__", "searchsorted", "bucketize"}
+)  # fmt: skip
+"""Functions whose result jumps: two batches may agree by chance."""
+
+
+class DeterministicMode(TorchFunctionMode):
+    """Fills random tensors with 0.5, skips dropout, and lets batch norm use its running statistics."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function or its deterministic replacement."""
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name in _DROPOUT:
+            return args[0] if args else kwargs["input"]
+        if function is functional.batch_norm:
+            return function(*_batch_norm_arguments(args, kwargs))
+        if function is functional.scaled_dot_product_attention:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+            args = args[:4]
+        if function is functional.multi_head_attention_forward:
+            kwargs = {**kwargs, "training": False}
+        if name in _RECURRENT:  # the only float among their arguments is the dropout probability
+            args = [0.0 if type(value) is float else value for value in args]
+        if name in _RANDOM:
+            state = torch.get_rng_state()
+            result = function(*args, **kwargs)
+            torch.set_rng_state(state)
+            if isinstance(result, torch.Tensor):
+                with torch.no_grad():
+                    result.fill_(0.5 if result.is_floating_point() else 1)
+            return result
+        return function(*args, **kwargs)
+
+
+class BatchStatisticsMode(DeterministicMode):
+    """Notices a choice that depends on a statistic over the batch, such as ``topk`` of a mean over all samples."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.choice = ""
+        """The first such function; empty if there is none."""
+        self._batch = batch
+        self._statistics: dict[int, Any] = {}
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, and note what it depends on."""
+        result = super().__torch_function__(function, types, args, kwargs)
+        name = getattr(function, "__name__", "")
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        depends = any(self._is_statistic(tensor) for tensor in tensors)
+        if depends and name in _CHOICES:
+            self.choice = self.choice or name
+        if depends or self._reduces(name, args, kwargs or {}):
+            for tensor in _tensors(result):
+                if tensor.is_floating_point():
+                    self._statistics[id(tensor)] = weakref.ref(tensor)
+        return result
+
+    def _is_statistic(self, tensor: torch.Tensor) -> bool:
+        reference = self._statistics.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    def _reduces(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Return whether this is a reduction over the first dimension of a tensor with batch size."""
+        if name not in _REDUCTIONS or not args or not isinstance(args[0], torch.Tensor):
+            return False
+        tensor = args[0]
+        if not tensor.is_floating_point() or not tensor.dim() or tensor.size(0) != self._batch:
+            return False
+        dims = kwargs.get("dim", args[1] if len(args) > 1 and name != "norm" else None)
+        numbers = dims if isinstance(dims, list | tuple) else [dims]
+        return dims is None or any(number in (0, -tensor.dim()) for number in numbers)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _batch_norm_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """Return all arguments of ``batch_norm``, in order, with ``training=False``."""
+    call = inspect.signature(functional.batch_norm).bind(*args, **kwargs)
+    call.apply_defaults()
+    call.arguments["training"] = False
+    if call.arguments["running_mean"] is None:
+        batch: torch.Tensor = call.arguments["input"]
+        call.arguments |= {"running_mean": batch.new_zeros(batch.size(1)), "running_var": batch.new_ones(batch.size(1))}
+    return call.args

@@ -1,0 +1,140 @@
+"""Copy of a model for a check: structure and buffers are copied, parameters share memory with the model."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from duoka.data_parallel.join_rules import is_close
+from duoka.data_parallel.model_diff import REGISTRIES
+from duoka.data_parallel.placeholders import extract_tensors, is_dense
+from duoka.data_parallel.state_watch import Digest
+
+_COMPARED = (int, float, str, list, tuple, dict, set)
+
+
+class ModelCopies:
+    """Makes copies of a model that share ``leaves``: what has gradients."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        known = {id(one) for one in (*module.modules(), *module.parameters(), *module.buffers())}
+        attributes = [v for m in module.modules() for name, v in m.__dict__.items() if name not in REGISTRIES]
+        found = Digest(attributes, frozenset(known))
+        self.generators = found.generators
+        self.names: list[str] = []
+        self.leaves: list[torch.Tensor] = []
+        self.parameters: dict[str, torch.Tensor] = {}
+        self._memo: dict[int, Any] = {id(generator): generator for generator in found.generators}
+        named = [*module.named_parameters(), *((f"buffer {name}", buffer) for name, buffer in module.named_buffers())]
+        for name, tensor in (*named, *(("a tensor in an attribute", tensor) for tensor in found.tensors)):
+            self._alias(name, tensor)
+
+    def new(self, device: torch.device | None = None) -> nn.Module:
+        """Return a copy of the model as it is now, without the script's hooks."""
+        model = copy.deepcopy(self._module, dict(self._memo))
+        for part in model.modules():
+            for registry in (part._forward_hooks, part._forward_pre_hooks):
+                for key in [key for key, hook in registry.items() if is_script_hook(hook)]:
+                    del registry[key]
+        return model if device is None else model.to(device)
+
+    def _alias(self, name: str, tensor: torch.Tensor) -> None:
+        if id(tensor) in self._memo or not is_dense(tensor):
+            return
+        if type(tensor) is nn.Parameter:
+            alias: torch.Tensor = nn.Parameter(tensor.detach(), tensor.requires_grad)
+            alias.__dict__.update(tensor.__dict__)
+            self.parameters[f"{name} ({len(self.parameters)})" if name in self.parameters else name] = alias
+        elif tensor.requires_grad and tensor.is_leaf:
+            alias = tensor.detach().requires_grad_()
+            self.parameters[f"{name} ({len(self.parameters)})" if name in self.parameters else name] = alias
+        elif tensor.grad_fn is not None:  # a result of an earlier call
+            alias = tensor.detach().clone()
+        else:
+            return
+        self._memo[id(tensor)] = alias
+        if alias.requires_grad:
+            self.names.append(name)
+            self.leaves.append(alias)
+
+
+class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes writes to tensors, and undoes them at the end."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        filled = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+        self._tensors = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in filled.items()}
+        self._saved: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator; keep what it would overwrite."""
+        kwargs = kwargs or {}
+        schema = function._schema
+        if schema.is_mutable:
+            values = (*args, *(kwargs.get(argument.name) for argument in schema.arguments[len(args) :]))
+            for argument, value in zip(schema.arguments, values, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in value if isinstance(value, list | tuple) else [value]:
+                        self._keep(tensor)
+        return function(*args, **kwargs)
+
+    def undo(self) -> dict[str, torch.Tensor]:
+        """Restore what was overwritten, and return what had been written."""
+        written = {}
+        with torch.no_grad():
+            for address, before in self._saved.items():
+                name, tensor = self._tensors[address]
+                written[name] = tensor.detach().clone()
+                tensor.detach().copy_(before)
+        self._saved.clear()
+        return written
+
+    def _keep(self, tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor) or not is_dense(tensor):
+            return
+        address = tensor.untyped_storage().data_ptr()
+        if address in self._tensors and address not in self._saved:
+            self._saved[address] = self._tensors[address][1].detach().clone()
+
+
+def attributes_of(model: nn.Module) -> dict[str, Any]:
+    """Return what a forward may leave in the attributes of a model, by name."""
+    found: dict[str, Any] = {}
+    for prefix, part in model.named_modules():
+        for attribute, value in part.__dict__.items():
+            if attribute not in REGISTRIES and isinstance(value, (torch.Tensor, *_COMPARED)):
+                found[f"{prefix}.{attribute}".lstrip(".")] = value
+    return found
+
+
+def changed_attribute(whole: dict[str, Any], part: dict[str, Any]) -> str:
+    """Return what differs after a forward of the whole batch and of a part; empty if nothing does."""
+    for name in whole.keys() | part.keys():
+        one, other = (extract_tensors(values.get(name)) for values in (whole, part))
+        same = len(one[0]) == len(other[0]) and all(is_close(a, b) for a, b in zip(one[0], other[0], strict=True))
+        if not same:
+            return f"its forward keeps tensors in {name}, which would hold one part of the batch only"
+        if not _is_same(one[1], other[1]):
+            return f"its forward keeps results in {name}, which would be those of one part of the batch"
+    return ""
+
+
+def is_script_hook(hook: Callable[..., Any]) -> bool:
+    """Return whether a hook is defined outside torch."""
+    function = getattr(hook, "__wrapped__", hook)
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return not str(module).startswith("torch.")
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other) or one != one
+    except Exception:  # arrays, or the user's own comparison
+        return True

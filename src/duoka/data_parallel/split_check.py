@@ -1,0 +1,348 @@
+"""Check of a call: whether devices that compute parts of the batch give what one device gives for the whole.
+
+A copy of the model computes the first samples of a batch whole and in parts, in this process and without randomness. The
+check compares outputs, gradients, buffers and attributes, and finds how the outputs are joined.
+"""
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from duoka.data_parallel.call_context import draw_seed
+from duoka.data_parallel.deterministic_mode import BatchStatisticsMode, DeterministicMode
+from duoka.data_parallel.gather import Path
+from duoka.data_parallel.join_rules import JoinRules, NotJoinable, RuleFinder, is_close
+from duoka.data_parallel.model_copy import ModelCopies, WriteGuard, attributes_of, changed_attribute
+from duoka.data_parallel.placeholders import extract_tensors
+from duoka.data_parallel.scatter import Arguments, Part
+from duoka.data_parallel.shares import shares_of, sources_of
+from duoka.errors import WorkerDied
+from duoka.utils.rng_state import preserve_rng_state
+from duoka.utils.text import first_line
+
+SAMPLES_PER_DEVICE = 8
+MAX_GRADIENT_NUMEL = 1 << 26
+"""Bounds the memory of the gradients that a check compares."""
+
+WorkerOutputs = Sequence[tuple[list[torch.Tensor], Any]]
+"""Output of each part but the first: its tensors, and the value with placeholders for them."""
+RunOnWorkers = Callable[[Arguments, type[TorchFunctionMode]], WorkerOutputs]
+"""Computes all parts but the first on the workers, inside a mode; see ``Controller``."""
+
+STALE_CLOSURE = (
+    "its forward reads a variable outside the model that changed during training. Workers still have the old value, so "
+    "results since the last check may be wrong. Pass the value as an argument or store it in a buffer"
+)
+"""Reason to refuse a model whose workers compute something else than this process."""
+
+
+class SplitResult(NamedTuple):
+    """Result of a check."""
+
+    reason: str = ""
+    """Why devices give something else than one device; empty if they do not."""
+    is_splittable: bool = True
+    """Whether devices can compute the call at all."""
+    rules: JoinRules | None = None
+    """How outputs are joined; ``None`` if they are not known."""
+    is_random: bool = False
+    """Whether the model draws random numbers that the check cannot repeat, so values were not compared."""
+    written: str = ""
+    """A parameter that the forward writes to."""
+
+
+class _Refusal(Exception):  # noqa: N818 - a result, not an error
+    """Ends a check; the message is the reason."""
+
+
+class _Outcome(NamedTuple):
+    """What one evaluation gave."""
+
+    value: Any
+    inputs: list[torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    attributes: dict[str, Any]
+    written: dict[str, torch.Tensor]
+    side_effect: str
+
+
+def sample_size(batch: int, num_devices: int, *, whole: bool = False) -> int:
+    """Return how many samples a check computes: no more than a device's part where a part has two or more.
+
+    An odd number gives parts of different sizes, so that a mean over parts is not taken for one over samples.
+    """
+    part = -(-batch // num_devices)
+    size = batch if whole else min(SAMPLES_PER_DEVICE * num_devices, part) if part > 1 else min(batch, 2 * num_devices)
+    return size - 1 if size > 2 and size % min(size, num_devices) == 0 and not whole else size
+
+
+def check_call(
+    module: nn.Module,
+    arguments: Arguments,
+    num_devices: int,
+    run_on_workers: RunOnWorkers | None = None,
+    *,
+    minimum: int = 1,
+    whole: bool = False,
+) -> SplitResult | None:
+    """Compute samples whole and in parts, and compare.
+
+    Args:
+        module: the model; the check changes neither it nor a random number generator.
+        arguments: those of the call, with at least two samples.
+        num_devices: the number of parts.
+        run_on_workers: computes the same parts on the workers. Their outputs must equal this process's; otherwise the
+            workers miss a change outside the model.
+        minimum: the smallest number of samples of a part.
+        whole: whether to compute all samples of the batch.
+
+    Returns:
+        The result; ``None`` if the model cannot be checked: its parameters have no shape, or memory is short.
+
+    """
+    if any(map(is_lazy, module.parameters())):
+        return None
+    if arguments.refusal:
+        return SplitResult(arguments.refusal, is_splittable=False)
+    assert arguments.batch is not None
+    size = max(sample_size(arguments.batch, num_devices, whole=whole), min(2 * minimum, arguments.batch))
+    samples = arguments.head(size)
+    sizes = samples.sizes(num_devices, minimum=minimum)
+    try:
+        from_workers: WorkerOutputs = []
+        if run_on_workers is not None:
+            with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state(), torch.no_grad():
+                from_workers = run_on_workers(samples, DeterministicMode)
+        with preserve_rng_state():
+            return _Check(module, samples, sizes, arguments.batch).result(from_workers)
+    except _Refusal as refusal:
+        return SplitResult(str(refusal), is_splittable=False)
+    except torch.OutOfMemoryError:
+        return None
+
+
+class _Check:
+    """One check."""
+
+    def __init__(self, module: nn.Module, samples: Arguments, sizes: Sequence[int], batch: int) -> None:
+        self._module, self._samples, self._sizes = module, samples, sizes
+        first = next(module.parameters(), None)
+        self._device = first.device if first is not None else torch.device("cpu")
+        self._on_host = self._device.type != "cpu" and _may_index_samples(samples, sizes, batch)
+        with _refuse_on_error("it or its inputs cannot be copied for the check"):
+            self._copies = ModelCopies(module)
+
+    def result(self, from_workers: WorkerOutputs) -> SplitResult:
+        states = self._generator_states()
+        mode = BatchStatisticsMode(sum(self._sizes))
+        whole = self._evaluate(self._samples.whole(), mode, "it cannot compute a batch in the check")
+        is_random = self._generator_states() != states
+        reasons = [whole.side_effect]
+        parts = [
+            self._evaluate(part, DeterministicMode(), "it cannot compute a part of the batch")
+            for part in self._samples.parts(self._sizes)
+        ]
+        compares = not is_random
+        if compares:
+            _compare_with_workers(parts[1:], from_workers)
+        shares = {source: shares_of(self._samples, self._sizes, source) for source in sources_of(self._samples)}
+        finder = RuleFinder(shares, self._samples.dim, compares=compares)
+        try:
+            rules = finder.find(whole.value, [part.value for part in parts])
+        except NotJoinable as error:
+            raise _Refusal(str(error)) from error
+        if compares:
+            reasons += [_changed_buffer(whole, parts[0]), changed_attribute(whole.attributes, parts[0].attributes)]
+            reasons += [_changed_parameters(whole, parts[0]), rules.mixed]
+            if torch.is_grad_enabled() and not whole.written and not any(reasons):
+                reasons.append(self._changed_gradient(finder, whole, parts))
+            if mode.choice and not any(reasons):
+                reasons.append(f"it makes a choice ({mode.choice}) by a statistic of the whole batch")
+        reason = next(filter(None, reasons), "")
+        return SplitResult(reason, rules=rules, is_random=is_random, written=next(iter(whole.written), ""))
+
+    def _generator_states(self) -> int:
+        return draw_seed(self._device, self._copies.generators)
+
+    def _evaluate(self, part: Part, mode: DeterministicMode, reason: str) -> _Outcome:
+        host = torch.device("cpu") if self._on_host else None
+        with _refuse_on_error("it or its inputs cannot be copied for the check"):
+            model, call = self._copies.new(host), _Call(part, host)
+        guard = WriteGuard(self._copies.parameters)
+        try:
+            with _refuse_on_error(reason), mode, guard:
+                value = call.apply(model)
+        finally:
+            written = guard.undo()
+        buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+        return _Outcome(value, call.inputs, buffers, attributes_of(model), written, call.side_effect())
+
+    def _changed_gradient(self, finder: RuleFinder, whole: _Outcome, parts: Sequence[_Outcome]) -> str:
+        """Return which gradient differs; empty if none does."""
+        pairs = [(one, other, path) for one, other, path in finder.pairs if one.requires_grad]
+        if not all(other.requires_grad for _, other, _ in pairs):
+            return ""
+        with DeterministicMode(), _refuse_on_error("its backward cannot be computed in the check"):
+            own = [list(same) for same in zip(*(part.inputs for part in parts), strict=True)]
+            given = [index for index, tensor in enumerate(self._samples.tensors) if tensor.requires_grad]
+            dims = [self._samples.dim if self._samples.is_split(index) else None for index in given]
+            return _compare_gradients(pairs, self._leaves(), list(zip(whole.inputs, own, dims, strict=True)))
+
+    def _leaves(self) -> dict[str, torch.Tensor]:
+        """Return tensors with gradients by name, as many as fit into ``MAX_GRADIENT_NUMEL``."""
+        if self._on_host:
+            return {}
+        left, found = MAX_GRADIENT_NUMEL, {}
+        for index, (name, leaf) in enumerate(zip(self._copies.names, self._copies.leaves, strict=True)):
+            if leaf.numel() <= left:
+                found[f"{name} ({index})" if name in found else name] = leaf
+                left -= leaf.numel()
+        return found
+
+
+class _Call:
+    """Copies of a call's arguments, which notice when the call changes them."""
+
+    def __init__(self, part: Part, device: torch.device | None) -> None:
+        needs_gradient = torch.is_grad_enabled()
+        self.inputs: list[torch.Tensor] = []
+        given = []
+        for tensor in part.tensors:
+            own = tensor.detach().to(device or tensor.device, copy=True)
+            if needs_gradient and tensor.requires_grad:
+                self.inputs.append(own.requires_grad_())
+                own = own.clone()  # a leaf refuses in-place writes
+            given.append(own)
+        self._args, self._kwargs = Part(given, copy.deepcopy(part.structure)).arguments()
+        self._tensors, self._before = self._content()
+        self._versions = [tensor._version for tensor in self._tensors]
+
+    def apply(self, model: nn.Module) -> Any:
+        """Call ``model``."""
+        return model(*self._args, **self._kwargs)
+
+    def side_effect(self) -> str:
+        """Return what the call changed about its arguments; empty if nothing."""
+        content = self._content()[1]
+        if [tensor._version for tensor in self._tensors] != self._versions:
+            return "its forward changes its inputs in place"
+        return "its forward changes an object that it receives" if content != self._before else ""
+
+    def _content(self) -> tuple[list[torch.Tensor], bytes]:
+        tensors, structure = extract_tensors((self._args, self._kwargs))
+        try:
+            return tensors, pickle.dumps(structure)
+        except Exception:  # an object that pickle refuses
+            return tensors, b""
+
+
+@contextlib.contextmanager
+def _refuse_on_error(reason: str) -> Iterator[None]:
+    try:
+        yield
+    except (WorkerDied, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _Refusal(f"{reason}: {describe_error(error)}") from error
+
+
+def describe_error(error: Exception) -> str:
+    """Return an exception's type and the first line of its message."""
+    kind, line = type(error).__name__, first_line(error).rstrip(".")
+    return kind if line == kind else f"{kind}: {line}"
+
+
+def _compare_with_workers(parts: Sequence[_Outcome], from_workers: WorkerOutputs) -> None:
+    for part, (theirs, _) in zip(parts, from_workers, strict=False):
+        ours = extract_tensors(part.value)[0]
+        if len(ours) != len(theirs) or not all(
+            one.shape == other.shape and is_close(one, other.to(one.device))
+            for one, other in zip(ours, theirs, strict=True)
+        ):
+            raise _Refusal(STALE_CLOSURE)
+
+
+def _changed_buffer(whole: _Outcome, part: _Outcome) -> str:
+    """Compare buffers after the whole batch and after the first part, which this process computes."""
+    for name, buffer in part.buffers.items():
+        if name not in whole.buffers or not is_close(buffer, whole.buffers[name]):
+            return f"its forward updates the buffer {name!r} from the whole batch"
+    return ""
+
+
+def _changed_parameters(whole: _Outcome, part: _Outcome) -> str:
+    for name in whole.written.keys() | part.written.keys():
+        one, other = whole.written.get(name), part.written.get(name)
+        if one is None or other is None or not is_close(one, other):
+            return f"its forward updates the parameter {name} from the whole batch"
+    return ""
+
+
+def _compare_gradients(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor, Path]],
+    leaves: dict[str, torch.Tensor],
+    inputs: Sequence[tuple[torch.Tensor, list[torch.Tensor], int | None]],
+) -> str:
+    """Return which gradient of the joined outputs differs from that of the whole batch's outputs.
+
+    ``inputs`` are those of the whole batch and of the parts, and the dimension along which they were split.
+    """
+    if not pairs:
+        return ""
+    generator = torch.Generator("cpu").manual_seed(0)
+    directions = [torch.randn(one.shape, generator=generator, device="cpu").to(one) for one, *_ in pairs]
+    tensors, others = list(leaves.values()), [part for _, parts, _ in inputs for part in parts]
+    own = [*tensors, *(one for one, *_ in inputs)]
+    if not own:
+        return ""
+    whole = torch.autograd.grad([one for one, *_ in pairs], own, directions, allow_unused=True)
+    joined = torch.autograd.grad([other for _, other, _ in pairs], [*tensors, *others], directions, allow_unused=True)
+    gradients = list(zip(leaves, whole, joined, strict=False))
+    rest = iter(joined[len(tensors) :])
+    for one, (_, parts, dim) in zip(whole[len(tensors) :], inputs, strict=True):
+        pieces = [next(rest) for _ in parts]
+        if all(piece is not None for piece in pieces):
+            gradients.append(("an input", one, torch.stack(pieces).sum(0) if dim is None else torch.cat(pieces, dim)))
+    tolerance = _gradient_tolerance([one for one, *_ in pairs])
+    largest = max((float(g.detach().abs().max()) for g in whole if g is not None and g.numel()), default=0.0)
+    for name, one, other in gradients:
+        if not _is_close_gradient(one, other, tolerance, largest):
+            return f"the gradient of {name} depends on how the batch is split"
+    return ""
+
+
+def _gradient_tolerance(outputs: Sequence[torch.Tensor]) -> float:
+    dtypes = {output.dtype for output in outputs}
+    if torch.is_autocast_enabled(outputs[0].device.type) or dtypes & {torch.bfloat16, torch.float16}:
+        return 1e-1
+    if outputs[0].device.type != "cpu":
+        return 2e-2  # TF32 and other algorithms for other batch sizes
+    return 1e-6 if dtypes == {torch.float64} else 2e-3
+
+
+def _is_close_gradient(one: torch.Tensor | None, other: torch.Tensor | None, tolerance: float, largest: float) -> bool:
+    if one is None or other is None:
+        rest = one if other is None else other
+        return rest is None or not rest.numel() or float(rest.detach().abs().max()) <= tolerance * largest
+    one, other = (g.to_dense() if g.layout is not torch.strided else g for g in (one, other))
+    scale = max(float(one.detach().abs().max()), 1e-2 * largest) if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=0, atol=tolerance * max(scale, 1e-12), equal_nan=True)
+
+
+def _may_index_samples(samples: Arguments, sizes: Sequence[int], batch: int) -> bool:
+    """Return whether an integer that every part gets whole could be the number of a sample outside a part.
+
+    On a GPU, an index out of bounds ends all further work of the process, so the host computes such a check.
+    """
+    for index, tensor in enumerate(samples.tensors):
+        is_index = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+        if is_index and not samples.is_split(index) and tensor.numel() and min(sizes) <= int(tensor.max()) < batch:
+            return True
+    return False
