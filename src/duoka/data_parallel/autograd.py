@@ -92,6 +92,7 @@ class ParallelCall:
                     capture_modes(self._group.devices[rank], context),
                     (seed + rank * _SEED_STEP) % 2**63,
                     keep_graph,
+                    is_check=context is not None,
                 )
                 self._group.request(index, request, allocation)
                 self._allocations.append(allocation)

@@ -44,6 +44,10 @@ class OutputSpec(NamedTuple):
 class JoinError(ValueError):
     """Outputs of the parts do not fit together."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}. Let the model return the same structure for all samples, or call model.module")
+        self.reason = reason
+
 
 class Join:
     """Joins values of all parts; ``specs`` says how to join their tensors."""

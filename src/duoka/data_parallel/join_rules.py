@@ -65,7 +65,7 @@ class RuleFinder:
         try:
             self._walk(whole, parts, ())
         except JoinError as error:
-            raise NotJoinable(str(error)) from error
+            raise NotJoinable(error.reason) from error
         return JoinRules(self._rules, self._mixed, self._is_undecided, self._sources)
 
     def _walk(self, whole: Any, parts: Sequence[Any], path: Path) -> None:

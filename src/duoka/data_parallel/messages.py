@@ -79,6 +79,8 @@ class ForwardRequest(NamedTuple):
     """Contexts to enter around the call, outermost first."""
     seed: int
     keep_graph: bool
+    is_check: bool
+    """Whether a copy of the model computes this, so that nothing stays in the replica."""
     released_calls: tuple[int, ...] = ()
     """Earlier forward calls whose graphs rank 0 has released."""
 

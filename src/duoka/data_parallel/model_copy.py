@@ -13,6 +13,7 @@ from duoka.data_parallel.model_diff import REGISTRIES
 from duoka.data_parallel.placeholders import extract_tensors, is_dense
 from duoka.data_parallel.state_watch import Digest
 
+_OF_TORCH = frozenset(vars(nn.Module()))
 _COMPARED = (int, float, str, list, tuple, dict, set)
 
 
@@ -109,7 +110,7 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for prefix, part in model.named_modules():
         for attribute, value in part.__dict__.items():
-            if attribute not in REGISTRIES and isinstance(value, (torch.Tensor, *_COMPARED)):
+            if attribute not in _OF_TORCH and isinstance(value, (torch.Tensor, *_COMPARED)):
                 found[f"{prefix}.{attribute}".lstrip(".")] = value
     return found
 
@@ -127,10 +128,10 @@ def changed_attribute(whole: dict[str, Any], part: dict[str, Any]) -> str:
 
 
 def is_script_hook(hook: Callable[..., Any]) -> bool:
-    """Return whether a hook is defined outside torch."""
+    """Return whether a hook is defined outside torch and transformers, whose hooks know that a model may be replicated."""
     function = getattr(hook, "__wrapped__", hook)
     module = getattr(function, "__module__", None) or type(function).__module__
-    return not str(module).startswith("torch.")
+    return str(module).split(".")[0] not in ("torch", "transformers")
 
 
 def _is_same(one: Any, other: Any) -> bool:

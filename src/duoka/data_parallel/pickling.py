@@ -1,8 +1,10 @@
 """Pickling of models and their attributes for workers, without the tensors that travel separately."""
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from torch.nn.utils import parametrize
 from duoka.utils.torch_private import inject_parametrized_class
 from duoka.workers.serialization import Payload, dumps
 
+_CAPTURING = "transformers.utils.output_capturing"
+"""Its hooks refer to a context variable of the process, so workers make their own."""
+_CAPTURED = ("key", "index", "capture_initial_hidden_state")
 _tensors: ContextVar[Sequence[torch.Tensor]] = ContextVar("duoka_placeholder_tensors")
 
 
@@ -20,6 +25,9 @@ def pickle_without_tensors(value: Any, tensors: Sequence[torch.Tensor]) -> Paylo
     indices = {id(tensor): index for index, tensor in enumerate(tensors)}
 
     def replace(value: Any) -> Any:
+        if isinstance(value, FunctionType) and value.__module__ == _CAPTURING:
+            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+            return _new_capturing_hook, ({name: cell.cell_contents for name, cell in cells if name in _CAPTURED},)
         if isinstance(value, nn.DataParallel):
             return _identity, (value.module,)
         if isinstance(value, nn.Module) and parametrize.is_parametrized(value):
@@ -52,6 +60,13 @@ def _placeholder_tensor(index: int) -> torch.Tensor:
 
 def _identity(value: Any) -> Any:
     return value
+
+
+def _new_capturing_hook(settings: dict[str, Any]) -> Any:
+    """Return the hook with which transformers records hidden states and attentions."""
+    module = nn.Module()
+    importlib.import_module(_CAPTURING).install_output_capuring_hook(module, **settings)
+    return next(iter(module._forward_hooks.values()))
 
 
 def _new_parametrized(cls: type[nn.Module], names: list[str]) -> nn.Module:

@@ -80,7 +80,7 @@ def map_values(function: Callable[[Any], Any], value: Any) -> Any:
 
 def open_value(value: Any) -> Container | None:
     """Return the children of a container or of an object that holds tensors, and a function that builds it anew."""
-    if type(value) is Placeholder or isinstance(value, _ATOMS):
+    if type(value) in (Placeholder, PerSample) or isinstance(value, _ATOMS):
         return None
     return open_container(value) or _open_object(value)
 

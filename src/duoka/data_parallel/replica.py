@@ -55,6 +55,7 @@ class Replica:
             module, compile_options, namespaces = load_and_close(message.payload, transport.device)
         set_namespaces(namespaces)
         _register_with_transformers(module)
+        self.module: nn.Module = module
         self.forward = MaybeCompiled(compile_options).function(module)
         self._modules = unwrapped_modules(module)
         names = [(m._buffers, name) for m in self._modules for name in m._buffers]

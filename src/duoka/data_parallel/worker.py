@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from duoka.data_parallel import messages
+from duoka.data_parallel.model_copy import ModelCopies
 from duoka.data_parallel.placeholders import extract_tensors, insert_tensors
 from duoka.data_parallel.replica import Replica
 from duoka.data_parallel.transport import WorkerTransport
@@ -130,10 +131,11 @@ class _RequestHandler:
         seed_all(request.seed)
         replica.seed_generators(request.seed)
         apply_torch_settings(request.settings)  # process-wide, also after the call
+        forward = ModelCopies(replica.module).new() if request.is_check else replica.forward
         with contextlib.ExitStack() as stack:
             for mode in request.modes:
                 stack.enter_context(mode())
-            value = exceptions.call_user_code(replica.forward, *args, **kwargs)
+            value = exceptions.call_user_code(forward, *args, **kwargs)
         outputs, structure = extract_tensors(value, request.rank)
         with_graph = {i: t for i, t in enumerate(outputs) if t.requires_grad} if request.keep_graph else {}
         payload = dumps(structure)
