@@ -39,8 +39,8 @@ def wrap(transport: str) -> Iterator[Callable[..., duoka.DataParallel]]:
 def pair(wrap) -> Callable[..., tuple[duoka.DataParallel, nn.Module]]:
     """Return a wrapped model, and a copy of it that stays on one device."""
 
-    def make(module: nn.Module, devices: str = "cpu:2") -> tuple[duoka.DataParallel, nn.Module]:
-        return wrap(module, devices), copy.deepcopy(module)
+    def make(module: nn.Module, devices: str = "cpu:2", **options) -> tuple[duoka.DataParallel, nn.Module]:
+        return wrap(module, devices, **options), copy.deepcopy(module)
 
     return make
 

@@ -62,7 +62,7 @@ class ParallelCall:
         """Send each worker its part, and return a token that connects the workers' graphs to the user's."""
         parameters = [self._parameters[index] for index in self.parameter_indices]
         inputs = [tensor for part in parts for tensor in part.tensors if tensor.requires_grad]
-        keep_graph = torch.is_grad_enabled() and bool(parameters or inputs)
+        keep_graph = context is None and torch.is_grad_enabled() and bool(parameters or inputs)
         device = self._group.devices[0]
         settings, seed = capture_torch_settings(), draw_seed(device, self._generators)
         finalizer = weakref.finalize(

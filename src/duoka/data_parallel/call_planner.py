@@ -15,6 +15,9 @@ from duoka.data_parallel.split_check import RunOnWorkers, SplitResult, check_cal
 _MAX_UNDECIDED = 64
 """Calls that are all checked as long as two rules fit, such as a sum and a constant that are zero so far."""
 
+_MAX_FAILURES = 3
+"""Checks in which the model may raise an exception before one device computes all calls of the kind."""
+
 
 class CallPlanner:
     """Remembers the checks of each kind of call."""
@@ -43,6 +46,9 @@ class CallPlanner:
         )
         if result is None:
             return None
+        if result.is_failure and kind.failures < _MAX_FAILURES:
+            kind.failures += 1
+            return result  # for this call only
         if result.reason and kind.result is not None and not kind.result.reason:
             since = f" (a check of call {kind.checked} saw no difference: results since then may differ)"
             result = result._replace(reason=result.reason + since)
@@ -56,6 +62,7 @@ class _Kind:
     def __init__(self) -> None:
         self.count = self.checked = 0
         self.result: SplitResult | None = None
+        self.failures = 0
         self.is_ambiguous = False
         """Whether the call at hand needs a check of its whole batch."""
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -33,40 +34,38 @@ class CheckPolicy:
         if self.mode == "off":
             return None
 
-        def plan(arguments: Arguments, run_on_workers: RunOnWorkers | None) -> SplitResult | None:
+        def check(arguments: Arguments, run_on_workers: RunOnWorkers | None) -> SplitResult | None:
             minimum = minimum_samples(module, arguments, self._devices)
-            is_due = self._planner.is_due(module, arguments)
-            result = self._planner.plan(module, arguments, run_on_workers, minimum=minimum)
-            if is_due and (reason := _hooks(module)):
-                self._say(module, reason)
-            if result is not None and result.reason:
-                self._say(module, result.reason, runs_on_one=not result.is_splittable)
-            return result
+            if self._planner.is_due(module, arguments):
+                self._report_hooks(module)
+            return self._planner.plan(module, arguments, run_on_workers, minimum=minimum)
 
-        return plan
+        return Plan(check, partial(self._report, type(module).__name__))
 
-    def _say(self, module: nn.Module, reason: str, *, runs_on_one: bool = False) -> None:
-        if reason in self._said:
-            return
-        self._said.add(reason)
-        name, number = type(module).__name__, len(self._devices)
-        if runs_on_one:
-            text = f"{name} runs on one device and not on {number}: {reason}."
-        else:
-            text = (
-                f"{name} computes something else on {number} devices than on one: {reason}. "
-                "Move that computation out of its forward, or accept the difference with check='off'."
+    def _report(self, name: str, result: SplitResult) -> None:
+        number = len(self._devices)
+        if result.reason and not result.is_splittable:
+            self._say(f"{name} runs on one device and not on {number}: {result.reason}.")
+        elif result.reason:
+            self._say(
+                f"{name} computes something else on {number} devices than on one: {result.reason}. Move that out of its "
+                "forward, or accept the difference with check='off'."
             )
+
+    def _report_hooks(self, module: nn.Module) -> None:
+        for name, part in module.named_modules():
+            registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+            if any(is_script_hook(hook) for registry in registries for hook in registry.values()):
+                self._say(
+                    f"a hook on {f'the module {name!r}' if name else 'the model'} runs in every process on a part of the "
+                    "batch, and this process sees the first part only. Let the forward return what the hook collects, "
+                    "call model.module, or accept the difference with check='off'."
+                )
+
+    def _say(self, text: str) -> None:
+        if text in self._said:
+            return
+        self._said.add(text)
         if self.mode == "raise":
             raise UnsupportedError(text)
         warnings.warn(text, stacklevel=user_stack_level())
-
-
-def _hooks(module: nn.Module) -> str:
-    """Return a sentence about hooks that see one part of the batch; empty if there are none."""
-    for name, part in module.named_modules():
-        for registry in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            if any(is_script_hook(hook) for hook in registry.values()):
-                owner = f"the module {name!r}" if name else "the model"
-                return f"a hook on {owner} sees the first device's part of the batch only, in this process"
-    return ""

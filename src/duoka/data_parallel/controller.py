@@ -6,7 +6,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,8 +31,15 @@ from duoka.data_parallel.worker_group import WorkerGroup, WorkerGroupRef, get_wo
 from duoka.errors import LaunchError
 from duoka.workers.serialization import Payload
 
-Plan: TypeAlias = Callable[[Arguments, RunOnWorkers | None], SplitResult | None]
-"""Says whether and how a call is split; ``None`` if it is not known."""
+
+class Plan(NamedTuple):
+    """Decides whether and how a call is split."""
+
+    check: Callable[[Arguments, RunOnWorkers | None], SplitResult | None]
+    """Returns ``None`` if it is not known."""
+    report: Callable[[SplitResult], None] = lambda _: None
+    """Tells the user about the result; for a call on one device, when that has succeeded."""
+
 
 _model_ids = itertools.count(1)
 
@@ -122,14 +129,20 @@ class Controller:
         sizes = arguments.sizes(len(self.group.devices), minimum=minimum_samples(module, arguments, self.group.devices))
         checked: SplitResult | None = None
         if plan is not None and (len(sizes) > 1 or arguments.refusal):
-            checked = plan(
+            checked = plan.check(
                 arguments, functools.partial(self._run_on_workers, module) if self._weights is not None else None
             )
         if len(sizes) == 1 or (checked is not None and not checked.is_splittable):
             if self.group.devices[0].type != "cpu":
                 args, kwargs = insert_on_device(arguments.structure, arguments.tensors, self.group.devices[0])
             value = self._compiler.function(module)(*args, **kwargs)
-            return value if plan is not None else _merge_outputs([extract_tensors(value)], Join(sizes, self._dim))
+            if plan is None:
+                return _merge_outputs([extract_tensors(value)], Join(sizes, self._dim))
+            if checked is not None:
+                plan.report(checked)
+            return value
+        if plan is not None and checked is not None:
+            plan.report(checked)
         join = _join_for(arguments, sizes, None if checked is None else checked.rules)
         with TIMERS.transfer():
             training = torch.is_grad_enabled()
@@ -157,10 +170,10 @@ class Controller:
             return []
         with torch.inference_mode(False), torch.no_grad():
             weights = self._sync_model(module, training=False)
-            call = self._new_call(weights, sizes)
-            with call.cancel_on_error(weights):
-                call.scatter_inputs(arguments.parts(sizes)[1:], context)
-                return self._gather_outputs(call, weights)
+        call = self._new_call(weights, sizes)
+        with call.cancel_on_error(weights):
+            call.scatter_inputs(arguments.parts(sizes)[1:], context)
+            return self._gather_outputs(call, weights)
 
     def _new_call(self, weights: WeightSync, sizes: list[int]) -> ParallelCall:
         return ParallelCall(self.group, self.model_id, weights, sizes, self._group_ref)

@@ -29,7 +29,9 @@ class ModelCopies:
         self.names: list[str] = []
         self.leaves: list[torch.Tensor] = []
         self.parameters: dict[str, torch.Tensor] = {}
-        self._memo: dict[int, Any] = {id(generator): generator for generator in found.generators}
+        kept = [*found.generators, *(value for value in attributes if isinstance(value, torch.jit.ScriptFunction))]
+        self._memo: dict[int, Any] = {id(value): value for value in kept}
+        """What copies share with the model, by the id of the model's."""
         named = [*module.named_parameters(), *((f"buffer {name}", buffer) for name, buffer in module.named_buffers())]
         for name, tensor in (*named, *(("a tensor in an attribute", tensor) for tensor in found.tensors)):
             self._alias(name, tensor)

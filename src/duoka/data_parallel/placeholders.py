@@ -58,7 +58,7 @@ def insert_tensors(structure: Any, tensors: Sequence[Any]) -> Any:
 
     def fill(leaf: Any) -> Any:
         if type(leaf) is PerSample:
-            return leaf.value(lambda item: map_values(fill, item))
+            return leaf.value(lambda item: insert_tensors(item, tensors))
         return tensors[leaf.position] if is_placeholder(leaf) else leaf
 
     return map_values(fill, structure)

@@ -56,10 +56,18 @@ class SplitResult(NamedTuple):
     """Whether the model draws random numbers that the check cannot repeat, so values were not compared."""
     written: str = ""
     """A parameter that the forward writes to."""
+    is_failure: bool = False
+    """Whether the model raised an exception, as it may do for this batch only."""
 
 
 class _Refusal(Exception):  # noqa: N818 - a result, not an error
     """Ends a check; the message is the reason."""
+
+    is_failure = False
+
+
+class _Failure(_Refusal):
+    is_failure = True
 
 
 class _Outcome(NamedTuple):
@@ -123,7 +131,7 @@ def check_call(
         with preserve_rng_state():
             return _Check(module, samples, sizes, arguments.batch).result(from_workers)
     except _Refusal as refusal:
-        return SplitResult(str(refusal), is_splittable=False)
+        return SplitResult(str(refusal), is_splittable=False, is_failure=refusal.is_failure)
     except torch.OutOfMemoryError:
         return None
 
@@ -189,11 +197,12 @@ class _Check:
         pairs = [(one, other, path) for one, other, path in finder.pairs if one.requires_grad]
         if not all(other.requires_grad for _, other, _ in pairs):
             return ""
-        with DeterministicMode(), _refuse_on_error("its backward cannot be computed in the check"):
+        with DeterministicMode(), contextlib.suppress(Exception):  # the user's own backward will raise it
             own = [list(same) for same in zip(*(part.inputs for part in parts), strict=True)]
             given = [index for index, tensor in enumerate(self._samples.tensors) if tensor.requires_grad]
             dims = [self._samples.dim if self._samples.is_split(index) else None for index in given]
             return _compare_gradients(pairs, self._leaves(), list(zip(whole.inputs, own, dims, strict=True)))
+        return ""
 
     def _leaves(self) -> dict[str, torch.Tensor]:
         """Return tensors with gradients by name, as many as fit into ``MAX_GRADIENT_NUMEL``."""
@@ -222,7 +231,7 @@ class _Call:
             given.append(own)
         self._args, self._kwargs = Part(given, copy.deepcopy(part.structure)).arguments()
         self._tensors, self._before = self._content()
-        self._versions = [tensor._version for tensor in self._tensors]
+        self._versions = list(map(_version, self._tensors))
 
     def apply(self, model: nn.Module) -> Any:
         """Call ``model``."""
@@ -231,8 +240,8 @@ class _Call:
     def side_effect(self) -> str:
         """Return what the call changed about its arguments; empty if nothing."""
         content = self._content()[1]
-        if [tensor._version for tensor in self._tensors] != self._versions:
-            return "its forward changes its inputs in place"
+        if list(map(_version, self._tensors)) != self._versions:
+            return "its forward changes its inputs in place, and the caller's tensors stay as they were"
         return "its forward changes an object that it receives" if content != self._before else ""
 
     def _content(self) -> tuple[list[torch.Tensor], bytes]:
@@ -250,13 +259,17 @@ def _refuse_on_error(reason: str) -> Iterator[None]:
     except (WorkerDied, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _Refusal(f"{reason}: {describe_error(error)}") from error
+        raise _Failure(f"{reason}: {describe_error(error)}") from error
 
 
 def describe_error(error: Exception) -> str:
     """Return an exception's type and the first line of its message."""
     kind, line = type(error).__name__, first_line(error).rstrip(".")
     return kind if line == kind else f"{kind}: {line}"
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _compare_with_workers(parts: Sequence[_Outcome], from_workers: WorkerOutputs) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from duoka.data_parallel.call_planner import CallPlanner
-from duoka.data_parallel.controller import Controller, minimum_samples
+from duoka.data_parallel.controller import Controller, Plan, minimum_samples
 from duoka.data_parallel.model_copy import is_script_hook
 from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.split_check import STALE_CLOSURE, SplitResult, describe_error
@@ -149,7 +149,7 @@ class ParallelizedCall:
         generators = raw_rng_state()
         buffers = [buffer.clone() for buffer in module.buffers()] if module.training else []
         try:
-            value = controller.run(module, args, kwargs, lambda *_: check)
+            value = controller.run(module, args, kwargs, Plan(lambda *_: check))
         except WorkerDied:
             raise
         except Exception as error:  # if the whole batch fails too, the script gets that exception
