@@ -12,9 +12,6 @@ from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.shares import shares_of
 from duoka.data_parallel.split_check import RunOnWorkers, SplitResult, check_call
 
-_MAX_UNDECIDED = 64
-"""Calls that are all checked as long as two rules fit, such as a sum and a constant that are zero so far."""
-
 _MAX_FAILURES = 3
 """Checks in which the model may raise an exception before one device computes all calls of the kind."""
 
@@ -44,6 +41,14 @@ class CallPlanner:
         result = check_call(
             module, arguments, self._num_devices, run_on_workers, minimum=minimum, whole=kind.is_ambiguous
         )
+        sizes = arguments.sizes(self._num_devices, minimum=minimum)
+        if (
+            not kind.is_ambiguous
+            and result is not None
+            and result.rules
+            and _is_ambiguous(result.rules, arguments, sizes)
+        ):
+            result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True)
         if result is None:
             return None
         if result.is_failure and kind.failures < _MAX_FAILURES:
@@ -53,6 +58,13 @@ class CallPlanner:
             since = f" (a check of call {kind.checked} saw no difference: results since then may differ)"
             result = result._replace(reason=result.reason + since)
         kind.result, kind.checked = result, kind.count
+        return result
+
+    def decide(self, module: nn.Module, arguments: Arguments, *, minimum: int = 1) -> SplitResult | None:
+        """Check all samples of a call for which the rules that fitted so far give different values."""
+        result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True)
+        if result is not None:
+            self._kinds[_signature(module, arguments)].result = result
         return result
 
 
@@ -72,8 +84,7 @@ class _Kind:
         rules = None if self.result is None else self.result.rules
         self.is_ambiguous = rules is not None and _is_ambiguous(rules, arguments, arguments.sizes(num_devices))
         number = self.count + 1
-        is_undecided = rules is not None and rules.is_undecided and number <= _MAX_UNDECIDED
-        return self.result is None or self.is_ambiguous or is_undecided or number & (number - 1) == 0
+        return self.result is None or self.is_ambiguous or number & (number - 1) == 0
 
 
 def _signature(module: nn.Module, arguments: Arguments) -> Any:

@@ -40,7 +40,11 @@ class CheckPolicy:
                 self._report_hooks(module)
             return self._planner.plan(module, arguments, run_on_workers, minimum=minimum)
 
-        return Plan(check, partial(self._report, type(module).__name__))
+        def decide(arguments: Arguments) -> SplitResult | None:
+            minimum = minimum_samples(module, arguments, self._devices)
+            return self._planner.decide(module, arguments, minimum=minimum)
+
+        return Plan(check, decide, partial(self._report, type(module).__name__))
 
     def _report(self, name: str, result: SplitResult) -> None:
         number = len(self._devices)

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
 from duoka.data_parallel.call_context import TIMERS
-from duoka.data_parallel.gather import Join, join_tensors
+from duoka.data_parallel.gather import Join, UndecidedError, join_tensors
 from duoka.data_parallel.join_rules import JoinRules
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import REGISTRIES, ModelChanges, ModelSnapshot
@@ -37,6 +37,8 @@ class Plan(NamedTuple):
 
     check: Callable[[Arguments, RunOnWorkers | None], SplitResult | None]
     """Returns ``None`` if it is not known."""
+    decide: Callable[[Arguments], SplitResult | None]
+    """Checks all samples of a call, because the rules that fitted so far give different values."""
     report: Callable[[SplitResult], None] = lambda _: None
     """Tells the user about the result; for a call on one device, when that has succeeded."""
 
@@ -160,7 +162,12 @@ class Controller:
                 others = self._gather_outputs(call, weights)
         with TIMERS.transfer():
             self._copies_all = self._copies_all or call.writes_parameters
-            return _merge_outputs([first, *others], join, call, token)
+            try:
+                return _merge_outputs([first, *others], join, call, token)
+            except UndecidedError:
+                checked = None if plan is None else plan.decide(arguments)
+                join = _join_for(arguments, sizes, None if checked is None else checked.rules)
+                return _merge_outputs([first, *others], join, call, token)
 
     def _run_on_workers(
         self, module: nn.Module, arguments: Arguments, context: ContextFactory
@@ -329,6 +336,7 @@ def _merge_outputs(
     """Return one value from all devices' outputs, with a graph if the call has one."""
     structure = join.merge([structure for _, structure in outputs])
     tensors = [list(part) for part, _ in outputs]
+    join.decide(tensors)
     if token is None or call is None or not join.specs:
         joined = [join_tensors(spec, tensors) for spec in join.specs]
     else:

@@ -4,6 +4,7 @@ A ``Rule`` says how the values at one place are joined. ``split_check`` finds th
 batch. Without them, tensors are concatenated along the batch dimension, and scalars become a vector.
 """
 
+import functools
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -29,6 +30,8 @@ class Rule(NamedTuple):
     """What a mean is over."""
     weights: Shares = ()
     """Shares of the parts in a mean, for one call."""
+    others: tuple["Rule", ...] = ()
+    """Further rules that fit so far: a sum and a constant that are zero."""
 
 
 Rules: TypeAlias = Mapping[Path, Rule]
@@ -49,6 +52,10 @@ class JoinError(ValueError):
         self.reason = reason
 
 
+class UndecidedError(Exception):
+    """The rules that fit so far give different values for this call."""
+
+
 class Join:
     """Joins values of all parts; ``specs`` says how to join their tensors."""
 
@@ -67,8 +74,8 @@ class Join:
         """Return one structure for the parts' structures, with a placeholder for each of ``specs``."""
         first = values[0]
         rule = None if self._rules is None else self._rules.get(path)
-        if rule is not None and rule.kind == "mean" and self._shares is not None:
-            rule = rule._replace(weights=self._shares(rule.source))
+        if rule is not None:
+            rule = self._with_shares(rule)
         if any(map(is_placeholder, values)):
             if not all(map(is_placeholder, values)):
                 raise _different_types(path, values)
@@ -84,6 +91,25 @@ class Join:
             self.merge(column, (*path, key)) for key, column in zip(keys(first), columns_of(values, path), strict=True)
         ]
         return opened[1](columns)
+
+    def decide(self, tensors: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Choose a rule for the tensors that have several, or raise ``UndecidedError``."""
+        for index, spec in enumerate(self.specs):
+            if not spec.rule.others:
+                continue
+            parts = [tensors[p.part][p.position].detach() for p in spec.placeholders]
+            rules = [spec.rule, *spec.rule.others]
+            if any(not torch.equal(part, parts[0]) for part in parts):
+                rules = [rule for rule in rules if rule.kind != "same"]
+            values = [join_tensors(OutputSpec(spec.placeholders, rule), tensors).detach() for rule in rules]
+            if any(not torch.allclose(value, values[0], rtol=1e-6, equal_nan=True) for value in values):
+                raise UndecidedError
+            self.specs[index] = OutputSpec(spec.placeholders, rules[0])
+
+    def _with_shares(self, rule: Rule) -> Rule:
+        others = tuple(map(self._with_shares, rule.others))
+        weights = self._shares(rule.source) if rule.kind == "mean" and self._shares is not None else rule.weights
+        return rule._replace(weights=weights, others=others)
 
     def _add(self, spec: OutputSpec) -> Placeholder:
         self.specs.append(spec)
@@ -104,6 +130,14 @@ class Join:
 
 def join_leaves(values: Sequence[Any], rule: Rule, path: Path = ()) -> Any:
     """Join numbers, arrays and other values besides tensors."""
+    if rule.others:
+        rules = [one._replace(others=()) for one in (rule, *rule.others)]
+        if not all(is_equal(value, values[0]) for value in values):
+            rules = [one for one in rules if one.kind != "same"]
+        joined = [join_leaves(values, one, path) for one in rules]
+        if not all(is_equal(value, joined[0]) for value in joined):
+            raise UndecidedError
+        return joined[0]
     if rule.kind == "same":
         if not all(is_equal(value, values[0]) for value in values):
             raise JoinError(f"{place(path)} differs between the parts of the batch")
@@ -114,7 +148,7 @@ def join_leaves(values: Sequence[Any], rule: Rule, path: Path = ()) -> Any:
         return sum(values[1:], values[0])
     if all(value == values[0] for value in values):
         return values[0]
-    return sum(weight * value for weight, value in zip(rule.weights, values, strict=True))
+    return sum(weight * value for weight, value in zip(rule.weights, values, strict=True) if weight)
 
 
 def join_tensors(spec: OutputSpec, tensors: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
@@ -129,14 +163,14 @@ def join_tensors(spec: OutputSpec, tensors: Sequence[Sequence[torch.Tensor]]) ->
         return torch.cat(parts, rule.dim)
     if rule.kind == "sum":
         return torch.stack(parts).sum(0, dtype=parts[0].dtype)
-    total = parts[0] * rule.weights[0]
-    for part, weight in zip(parts[1:], rule.weights[1:], strict=True):
-        total = total + part * weight
-    return total
+    weighted = [part * weight for part, weight in zip(parts, rule.weights, strict=True) if weight]  # others may be NaN
+    return functools.reduce(torch.add, weighted)
 
 
-def scatter_gradient(gradient: torch.Tensor, spec: OutputSpec, shapes: Sequence[torch.Size]) -> Sequence[torch.Tensor]:
-    """Return the gradient of each part from that of ``join_tensors``' result."""
+def scatter_gradient(
+    gradient: torch.Tensor, spec: OutputSpec, shapes: Sequence[torch.Size]
+) -> Sequence[torch.Tensor | None]:
+    """Return the gradient of each part from that of ``join_tensors``' result; ``None`` for none."""
     rule = spec.rule
     if rule.kind == "stack" or (rule.kind == "concatenate" and not shapes[0]):
         return gradient.unbind()
@@ -145,10 +179,8 @@ def scatter_gradient(gradient: torch.Tensor, spec: OutputSpec, shapes: Sequence[
     if rule.kind == "concatenate":
         return torch.split(gradient, [shape[rule.dim] for shape in shapes], rule.dim)
     if rule.kind == "mean":
-        return [gradient * weight for weight in rule.weights]
-    return (
-        [gradient] * len(shapes) if rule.kind == "sum" else [gradient, *[torch.zeros_like(gradient)] * len(shapes[1:])]
-    )
+        return [gradient * weight if weight else None for weight in rule.weights]
+    return [gradient] * len(shapes) if rule.kind == "sum" else [gradient, *[None] * len(shapes[1:])]
 
 
 def keys(value: Any) -> list[Any]:

@@ -38,8 +38,6 @@ class JoinRules(NamedTuple):
     rules: Mapping[Path, Rule]
     mixed: str
     """Why joined outputs differ from those for the whole batch; empty if they do not."""
-    is_undecided: bool
-    """Whether a rule of another kind fits as well, so that another batch may refute the first."""
     sources: Mapping[Path, tuple[Source, ...]]
     """What each mean may be over; the first is in the rule."""
 
@@ -56,7 +54,6 @@ class RuleFinder:
         self._rules: dict[Path, Rule] = {}
         self._sources: dict[Path, tuple[Source, ...]] = {}
         self._mixed = ""
-        self._is_undecided = False
         self.pairs: list[tuple[torch.Tensor, torch.Tensor, Path]] = []
         """Tensors of the whole batch, and what the parts' are joined to."""
 
@@ -66,7 +63,7 @@ class RuleFinder:
             self._walk(whole, parts, ())
         except JoinError as error:
             raise NotJoinable(error.reason) from error
-        return JoinRules(self._rules, self._mixed, self._is_undecided, self._sources)
+        return JoinRules(self._rules, self._mixed, self._sources)
 
     def _walk(self, whole: Any, parts: Sequence[Any], path: Path) -> None:
         if is_dense(whole) and all(map(is_dense, parts)):
@@ -122,11 +119,11 @@ class RuleFinder:
         return candidates[0]
 
     def _choose(self, fitting: Sequence[Rule], path: Path) -> Rule:
-        self._is_undecided = self._is_undecided or len({rule.kind for rule in fitting}) > 1
+        others = tuple(rule for rule in fitting if rule.kind != fitting[0].kind)
         if fitting[0].kind == "mean":
             means = (rule for rule in fitting if rule.kind == "mean")
             self._sources[path] = tuple(source for rule in means for source in self._means[rule.weights])
-        return fitting[0]
+        return fitting[0]._replace(others=others)
 
     def _note_mixed(self, whole: torch.Tensor, rule: Rule, path: Path) -> None:
         if not whole.is_floating_point() and rule.kind != "concatenate":

@@ -149,7 +149,8 @@ class ParallelizedCall:
         generators = raw_rng_state()
         buffers = [buffer.clone() for buffer in module.buffers()] if module.training else []
         try:
-            value = controller.run(module, args, kwargs, Plan(lambda *_: check))
+            plan = Plan(lambda *_: check, functools.partial(self._planner.decide, module))
+            value = controller.run(module, args, kwargs, plan)
         except WorkerDied:
             raise
         except Exception as error:  # if the whole batch fails too, the script gets that exception

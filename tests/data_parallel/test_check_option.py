@@ -1,0 +1,207 @@
+"""``DataParallel(check=...)``: outputs joined as one device gives them, and a warning or an error where that fails."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pack_sequence
+
+import duoka
+from duoka import errors
+from support.transports import both_transports
+
+
+class Function(nn.Module):
+    """A model whose forward is a given function of its layer and the inputs."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+X = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 1, -100, 2, 1, -100, -100])
+IGNORED = {
+    "cross entropy with ignored labels": (
+        lambda self, x, y: functional.cross_entropy(self.layer(x), y),
+        (X, LABELS),
+    ),
+    "mean over a mask": (
+        lambda self, x, mask: (self.layer(x).square().sum(1) * mask).sum() / mask.sum(),
+        (X, LABELS >= 0),
+    ),
+    "sum over samples": (lambda self, x: self.layer(x).square().sum(), (X,)),
+    "mean over samples": (lambda self, x: self.layer(x).square().mean(), (X,)),
+    "next token": (
+        lambda self, x, ids: functional.cross_entropy(
+            self.layer(x)[:, None].expand(-1, 5, -1)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        ),
+        (X, torch.tensor([[0, 1, 2, 1, 0]] * 4 + [[-100, -100, -100, 1, 2]] * 3)),
+    ),
+}
+
+
+@both_transports
+@pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
+@pytest.mark.parametrize("case", IGNORED)
+def test_a_loss_of_the_model_is_one_number_with_the_gradients_of_one_device(case, devices, pair) -> None:
+    function, inputs = IGNORED[case]
+    model, reference = pair(Function(function), devices)
+    for _ in range(3):
+        losses = [one(*inputs) for one in (model, reference)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(model.layer.weight.grad, reference.layer.weight.grad)
+
+
+OUTPUTS = {
+    "batch in the second dimension": lambda self, x: self.layer(x).expand(2, -1, -1),
+    "count": lambda self, x: (self.layer(x).argmax(1) == 1).sum(),
+    "array and number": lambda self, x: (self.layer(x).detach().numpy(), len(x), float(x.mean())),
+    "distribution": lambda self, x: torch.distributions.Normal(self.layer(x), torch.ones(len(x), 3)),
+    "rows of different lengths": lambda self, x: [self.layer(row).expand(int(row[0] > 0) + 1, 3) for row in x],
+    "parameter": lambda self, x: (self.layer(x), self.layer.weight * 1),
+    "a list of two": lambda self, x: [self.layer(x), {"aux": x}],
+}
+
+
+@both_transports
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_outputs_of_every_form_are_those_of_one_device(case, pair) -> None:
+    model, reference = pair(Function(OUTPUTS[case]), "cpu:3")
+    for x in (X, X[:5], X):
+        assert show(model(x)) == show(reference(x))
+
+
+def show(value):
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return [
+            round(number, 4) for number in np.asarray(torch.as_tensor(value).detach().double()).ravel()
+        ], value.shape
+    if isinstance(value, torch.distributions.Normal):
+        return show(value.loc), value.batch_shape
+    if isinstance(value, dict):
+        return {key: show(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [show(item) for item in value]
+    return round(value, 4)
+
+
+def test_lists_and_arrays_with_one_item_a_sample_are_split(pair) -> None:
+    def function(self, x, names, factors, sequences):
+        rows = [
+            row * len(name) * float(factor) + part.sum()
+            for row, name, factor, part in zip(self.layer(x), names, factors, sequences, strict=True)
+        ]
+        return torch.stack(rows)
+
+    model, reference = pair(Function(function), "cpu:3")
+    inputs = X, ["a" * n for n in range(7)], np.arange(7.0), [torch.ones(n + 1, requires_grad=n == 5) for n in range(7)]
+    torch.testing.assert_close(model(*inputs), reference(*inputs))
+    model(*inputs).sum().backward()
+    torch.testing.assert_close(inputs[3][5].grad, torch.full((6,), 3.0))
+
+
+DIFFERENT = {
+    "depends on other samples": lambda self, x: self.layer(x) - self.layer(x).mean(0),
+    "not the mean over the samples": lambda self, x: self.layer(x).std(),
+    "gradient of layer.weight": lambda self, x: x.new_ones(len(x)) + (y := self.layer(x).sum()) - y.detach() + 0 * y,
+    "makes a choice": lambda self, x: (y := self.layer(x))[:, (y.mean(0) + torch.arange(3) * 9).topk(2).indices],
+    "changes its inputs in place": lambda self, x: self.layer(x.sub_(1)),
+    "keeps tensors in kept": lambda self, x: setattr(self, "kept", self.layer(x).sum()) or self.layer(x),
+}
+
+
+@pytest.mark.parametrize("reason", DIFFERENT)
+def test_a_difference_from_one_device_is_a_warning_once_or_an_error(reason, wrap) -> None:
+    model = wrap(Function(DIFFERENT[reason]))
+    with pytest.warns(UserWarning, match=f"on 2 devices than on one: .*{reason}.*check='off'") as caught:
+        model(X.clone())
+    assert caught[0].filename == __file__
+    model(X.clone())  # pytest makes a second warning an error
+    with pytest.raises(errors.UnsupportedError, match=reason):
+        wrap(Function(DIFFERENT[reason]), check="raise")(X.clone())
+    wrap(Function(DIFFERENT[reason]), check="off")(X.clone())
+
+
+ON_ONE_DEVICE = {
+    "a set, which cannot be joined": (lambda self, x: {self.layer(x)}, (X,)),
+    "PackedSequence among its arguments": (
+        lambda self, x: self.layer(x.data),
+        (pack_sequence([torch.ones(3, 4), torch.ones(2, 4)]),),
+    ),
+    "sparse tensor among its arguments": (lambda self, x: torch.sparse.mm(x, self.layer.weight.T), (X.to_sparse(),)),
+    "has b on some devices only": (
+        lambda self, x: {"a": self.layer(x), **({"b": x} if x[0, 0] > 8 else {})},
+        (torch.cat([torch.full((1, 4), 9.0), X]),),
+    ),
+    "cannot compute a batch": (lambda self, x: self.layer(x).view(7, 3), (X,)),
+    "no dimension along which": (lambda self, x: self.layer(x) @ self.layer(x).T, (X,)),
+}
+
+
+@pytest.mark.parametrize("reason", ON_ONE_DEVICE)
+def test_what_cannot_be_split_or_joined_is_computed_on_one_device(reason, wrap) -> None:
+    function, inputs = ON_ONE_DEVICE[reason]
+    model = wrap(Function(function))
+    with pytest.warns(UserWarning, match=f"runs on one device and not on 2: .*{reason}"):
+        got = model(*inputs)
+    want = model.module(*inputs)
+    if isinstance(want, torch.Tensor):
+        assert torch.equal(got, want)
+    else:
+        assert len(got) == len(want)
+
+
+def test_a_hook_of_the_user_is_a_warning(wrap) -> None:
+    model, seen = wrap(nn.Sequential(nn.Linear(4, 3), nn.ReLU())), []
+    model.module[1].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match="hook on the module '1'"):
+        model(X)
+    assert seen == [1]
+
+
+def test_a_batch_that_would_leave_one_sample_to_batch_norm_uses_fewer_devices(pair) -> None:
+    model, reference = pair(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "cpu:2")
+    torch.testing.assert_close(model(X[:3]), reference(X[:3]))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_transforms_of_the_wrapper_work_and_so_does_the_next_call(wrap) -> None:
+    model = wrap(nn.Linear(4, 3))
+    want = model(X)
+    tangent = torch.func.jvp(model, (X,), (X,))[1]
+    torch.testing.assert_close(tangent, X @ model.weight.T)
+    torch.testing.assert_close(torch.func.vmap(model)(X[None])[0], want)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(X), want)
+    parameters = {name: torch.zeros_like(value) for name, value in model.module.named_parameters()}
+    assert torch.func.functional_call(model.module, parameters, (X,)).abs().max() == 0
+    torch.testing.assert_close(model(X), want)
+
+
+def test_names_of_modules_parameters_and_buffers_have_no_prefix() -> None:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4)))
+    model = duoka.DataParallel(copy.deepcopy(inner), devices="cpu:2")
+    for method in ("named_parameters", "named_buffers"):
+        assert [name for name, _ in getattr(model, method)()] == [name for name, _ in getattr(inner, method)()]
+        expected = [name for name, _ in getattr(inner, method)("part")]
+        assert [name for name, _ in getattr(model, method)("part")] == expected
+    assert [name for name, _ in model.named_modules()] == ["", "", "0", "1", "1.0"]
+    whole = nn.ModuleDict({"body": model})
+    assert next(name for name, _ in whole.named_parameters()) == "body.0.weight"
+    assert sum(1 for _ in model.parameters()) == 4
+
+
+def test_an_unknown_check_is_refused() -> None:
+    with pytest.raises(errors.ConfigError, match="check='maybe'"):
+        duoka.DataParallel(nn.Linear(1, 1), devices="cpu:2", check="maybe")
