@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import duoka
 from duoka import errors
@@ -53,7 +55,7 @@ IGNORED = {
 @both_transports
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
 @pytest.mark.parametrize("case", IGNORED)
-def test_a_loss_of_the_model_is_one_number_with_the_gradients_of_one_device(case, devices, pair) -> None:
+def test_a_loss_of_the_model_is_one_number_with_all_gradients(case, devices, pair) -> None:
     function, inputs = IGNORED[case]
     model, reference = pair(Function(function), devices)
     for _ in range(3):
@@ -171,7 +173,7 @@ def test_a_hook_of_the_user_is_a_warning(wrap) -> None:
     assert seen == [1]
 
 
-def test_a_batch_that_would_leave_one_sample_to_batch_norm_uses_fewer_devices(pair) -> None:
+def test_batch_norm_never_gets_one_sample_of_a_larger_batch(pair) -> None:
     model, reference = pair(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "cpu:2")
     torch.testing.assert_close(model(X[:3]), reference(X[:3]))
 
@@ -187,6 +189,18 @@ def test_transforms_of_the_wrapper_work_and_so_does_the_next_call(wrap) -> None:
     parameters = {name: torch.zeros_like(value) for name, value in model.module.named_parameters()}
     assert torch.func.functional_call(model.module, parameters, (X,)).abs().max() == 0
     torch.testing.assert_close(model(X), want)
+
+
+def test_a_mode_of_the_user_sees_the_whole_batch(wrap) -> None:
+    model, counts = wrap(nn.Linear(4, 3)), []
+    for one in (model, model.module):
+        with FlopCounterMode(display=False) as counter, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            one(X)
+        counts.append(counter.get_total_flops())
+        if one is model:
+            assert "FlopCounterMode is active" in str(caught[0].message)
+    assert counts == [2 * 7 * 4 * 3] * 2
 
 
 def test_names_of_modules_parameters_and_buffers_have_no_prefix() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from duoka.errors import UnsupportedError
 from duoka.utils import torch_private
@@ -224,3 +225,9 @@ def test_spare_gaussian_of_numpy_is_seen_and_kept():
         assert [*drawn, np.random.randn(), np.random.rand()] == expected
     finally:
         np.random.set_state(before)
+
+
+def test_active_modes_are_listed() -> None:
+    assert torch_private.active_modes() == []
+    with FlopCounterMode(display=False), torch.device("cpu"):
+        assert len(torch_private.active_modes()) == 1

@@ -15,6 +15,7 @@ import torch
 from duoka.data_parallel.device_remap import RemapCuda, is_remapping
 from duoka.data_parallel.messages import ContextFactory
 from duoka.utils.rng_state import state_of
+from duoka.utils.torch_private import active_modes
 
 
 def capture_modes(device: torch.device, context: ContextFactory | None = None) -> tuple[ContextFactory, ...]:
@@ -34,6 +35,12 @@ def capture_modes(device: torch.device, context: ContextFactory | None = None) -
     if context is not None:
         modes.append(context)
     return tuple(modes)
+
+
+def unknown_mode() -> str:
+    """Return why workers cannot repeat the active modes, which a program may have entered; empty if they can."""
+    names = [type(mode).__name__.lstrip("_") for mode in active_modes() if not isinstance(mode, RemapCuda)]
+    return f"the mode {names[0]} is active, which workers do not have" if names else ""
 
 
 def draw_seed(device: torch.device, generators: Sequence[Any] = ()) -> int:

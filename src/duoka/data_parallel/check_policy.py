@@ -38,7 +38,10 @@ class CheckPolicy:
             minimum = minimum_samples(module, arguments, self._devices)
             if self._planner.is_due(module, arguments):
                 self._report_hooks(module)
-            return self._planner.plan(module, arguments, run_on_workers, minimum=minimum)
+            result = self._planner.plan(module, arguments, run_on_workers, minimum=minimum)
+            if self.mode == "raise" and result is not None and not result.is_failure:
+                self._report(type(module).__name__, result)
+            return result
 
         def decide(arguments: Arguments) -> SplitResult | None:
             minimum = minimum_samples(module, arguments, self._devices)
@@ -50,6 +53,11 @@ class CheckPolicy:
         number = len(self._devices)
         if result.reason and not result.is_splittable:
             self._say(f"{name} runs on one device and not on {number}: {result.reason}.")
+        elif result.reason and result.rules is None:
+            self._say(
+                f"duoka cannot check whether {name} computes on {number} devices what it computes on one: {result.reason}. "
+                "check='off' accepts that."
+            )
         elif result.reason:
             self._say(
                 f"{name} computes something else on {number} devices than on one: {result.reason}. Move that out of its "

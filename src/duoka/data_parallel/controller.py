@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
-from duoka.data_parallel.call_context import TIMERS
+from duoka.data_parallel.call_context import TIMERS, unknown_mode
 from duoka.data_parallel.gather import Join, UndecidedError, join_tensors
 from duoka.data_parallel.join_rules import JoinRules
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     decide: Callable[[Arguments], SplitResult | None]
     """Checks all samples of a call, because the rules that fitted so far give different values."""
     report: Callable[[SplitResult], None] = lambda _: None
-    """Tells the user about the result; for a call on one device, when that has succeeded."""
+    """Tells the user about the result, when the call has succeeded."""
 
 
 _model_ids = itertools.count(1)
@@ -128,6 +128,7 @@ class Controller:
             self._async_error = None
             raise error
         arguments = Arguments(args, kwargs, self._dim)
+        arguments.refusal = arguments.refusal or unknown_mode()
         sizes = arguments.sizes(len(self.group.devices), minimum=minimum_samples(module, arguments, self.group.devices))
         checked: SplitResult | None = None
         if plan is not None and (len(sizes) > 1 or arguments.refusal):
@@ -143,8 +144,6 @@ class Controller:
             if checked is not None:
                 plan.report(checked)
             return value
-        if plan is not None and checked is not None:
-            plan.report(checked)
         join = _join_for(arguments, sizes, None if checked is None else checked.rules)
         with TIMERS.transfer():
             training = torch.is_grad_enabled()
@@ -163,11 +162,14 @@ class Controller:
         with TIMERS.transfer():
             self._copies_all = self._copies_all or call.writes_parameters
             try:
-                return _merge_outputs([first, *others], join, call, token)
+                value = _merge_outputs([first, *others], join, call, token)
             except UndecidedError:
                 checked = None if plan is None else plan.decide(arguments)
                 join = _join_for(arguments, sizes, None if checked is None else checked.rules)
-                return _merge_outputs([first, *others], join, call, token)
+                value = _merge_outputs([first, *others], join, call, token)
+        if plan is not None and checked is not None:
+            plan.report(checked)
+        return value
 
     def _run_on_workers(
         self, module: nn.Module, arguments: Arguments, context: ContextFactory

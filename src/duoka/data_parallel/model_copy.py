@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from duoka.data_parallel.join_rules import is_close
 from duoka.data_parallel.model_diff import REGISTRIES
-from duoka.data_parallel.placeholders import extract_tensors, is_dense
+from duoka.data_parallel.placeholders import extract_tensors, is_dense, map_values
 from duoka.data_parallel.state_watch import Digest
 
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -124,7 +124,7 @@ def changed_attribute(whole: dict[str, Any], part: dict[str, Any]) -> str:
         same = len(one[0]) == len(other[0]) and all(is_close(a, b) for a, b in zip(one[0], other[0], strict=True))
         if not same:
             return f"its forward keeps tensors in {name}, which would hold one part of the batch only"
-        if not _is_same(one[1], other[1]):
+        if map_values(_comparable, one[1]) != map_values(_comparable, other[1]):
             return f"its forward keeps results in {name}, which would be those of one part of the batch"
     return ""
 
@@ -136,8 +136,6 @@ def is_script_hook(hook: Callable[..., Any]) -> bool:
     return str(module).split(".")[0] not in ("torch", "transformers")
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other) or one != one
-    except Exception:  # arrays, or the user's own comparison
-        return True
+def _comparable(leaf: Any) -> Any:
+    """Return a value that copies of a model have in common: a number itself, of other objects the type."""
+    return leaf if isinstance(leaf, _COMPARED) and leaf == leaf else type(leaf)

@@ -27,7 +27,7 @@ from duoka.errors import WorkerDied
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.text import first_line
 
-SAMPLES_PER_DEVICE = 8
+SAMPLES_PER_DEVICE = 4
 MAX_GRADIENT_NUMEL = 1 << 26
 """Bounds the memory of the gradients that a check compares."""
 
@@ -68,6 +68,10 @@ class _Refusal(Exception):  # noqa: N818 - a result, not an error
 
 class _Failure(_Refusal):
     is_failure = True
+
+
+class _NotCheckable(Exception):  # noqa: N818 - a result, not an error
+    """The model cannot be copied, so nothing is known."""
 
 
 class _Outcome(NamedTuple):
@@ -126,10 +130,12 @@ def check_call(
     try:
         from_workers: WorkerOutputs = []
         if run_on_workers is not None:
-            with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state(), torch.no_grad():
+            with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state():
                 from_workers = run_on_workers(samples, DeterministicMode)
         with preserve_rng_state():
             return _Check(module, samples, sizes, arguments.batch).result(from_workers)
+    except _NotCheckable as error:
+        return SplitResult(str(error))
     except _Refusal as refusal:
         return SplitResult(str(refusal), is_splittable=False, is_failure=refusal.is_failure)
     except torch.OutOfMemoryError:
@@ -144,7 +150,7 @@ class _Check:
         first = next(module.parameters(), None)
         self._device = first.device if first is not None else torch.device("cpu")
         self._on_host = self._device.type != "cpu" and _may_index_samples(samples, sizes, batch)
-        with _refuse_on_error("it or its inputs cannot be copied for the check"):
+        with _refuse_on_error("it or its inputs cannot be copied for the check", _NotCheckable):
             self._copies = ModelCopies(module)
 
     def result(self, from_workers: WorkerOutputs) -> SplitResult:
@@ -181,7 +187,7 @@ class _Check:
 
     def _evaluate(self, part: Part, mode: DeterministicMode, reason: str) -> _Outcome:
         host = torch.device("cpu") if self._on_host else None
-        with _refuse_on_error("it or its inputs cannot be copied for the check"):
+        with _refuse_on_error("it or its inputs cannot be copied for the check", _NotCheckable):
             model, call = self._copies.new(host), _Call(part, host)
         guard = WriteGuard(self._copies.parameters)
         try:
@@ -253,13 +259,13 @@ class _Call:
 
 
 @contextlib.contextmanager
-def _refuse_on_error(reason: str) -> Iterator[None]:
+def _refuse_on_error(reason: str, refusal: type[Exception] = _Failure) -> Iterator[None]:
     try:
         yield
     except (WorkerDied, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _Failure(f"{reason}: {describe_error(error)}") from error
+        raise refusal(f"{reason}: {describe_error(error)}") from error
 
 
 def describe_error(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Where the user's code calls duoka."""
+"""Position in the call stack of the user's code that calls duoka."""
 
 import sys
 from pathlib import Path

@@ -18,6 +18,9 @@ from torch._utils import ExceptionWrapper
 from torch.autograd import Variable
 from torch.distributed import distributed_c10d
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -149,6 +152,12 @@ def is_transformed(module: nn.Module) -> bool:
             for parameter in part._parameters.values()
         )
     )
+
+
+def active_modes() -> list[Any]:
+    """Return the active function and dispatch modes, which torch lists in private functions; not that of ``torch.device``."""
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
+    return [mode for mode in modes if not isinstance(mode, DeviceContext)]
 
 
 def inject_parametrized_class(module: nn.Module, names: Sequence[str]) -> None:
