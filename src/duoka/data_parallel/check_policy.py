@@ -1,4 +1,4 @@
-"""What ``DataParallel(check=...)`` does with the result of a check: warn, raise, or nothing."""
+"""Reports of a check: warnings or errors, as ``DataParallel(check=...)`` asks."""
 
 import warnings
 from collections.abc import Sequence
