@@ -32,8 +32,9 @@ class ModelCopies:
         kept = [*found.generators, *(value for value in attributes if isinstance(value, torch.jit.ScriptFunction))]
         self._memo: dict[int, Any] = {id(value): value for value in kept}
         """What copies share with the model, by the id of the model's."""
-        named = [*module.named_parameters(), *((f"buffer {name}", buffer) for name, buffer in module.named_buffers())]
-        for name, tensor in (*named, *(("a tensor in an attribute", tensor) for tensor in found.tensors)):
+        buffers = [(f"buffer {name}", buffer) for name, buffer in module.named_buffers() if buffer.requires_grad]
+        hidden = [("a tensor in an attribute", tensor) for tensor in found.tensors]
+        for name, tensor in (*module.named_parameters(), *buffers, *hidden):
             self._alias(name, tensor)
 
     def new(self, device: torch.device | None = None) -> nn.Module:
@@ -48,17 +49,15 @@ class ModelCopies:
     def _alias(self, name: str, tensor: torch.Tensor) -> None:
         if id(tensor) in self._memo or not is_dense(tensor):
             return
-        if type(tensor) is nn.Parameter:
-            alias: torch.Tensor = nn.Parameter(tensor.detach(), tensor.requires_grad)
-            alias.__dict__.update(tensor.__dict__)
-            self.parameters[f"{name} ({len(self.parameters)})" if name in self.parameters else name] = alias
-        elif tensor.requires_grad and tensor.is_leaf:
-            alias = tensor.detach().requires_grad_()
-            self.parameters[f"{name} ({len(self.parameters)})" if name in self.parameters else name] = alias
-        elif tensor.grad_fn is not None:  # a result of an earlier call
-            alias = tensor.detach().clone()
-        else:
+        if tensor.grad_fn is not None:  # a result of an earlier call
+            self._memo[id(tensor)] = tensor.detach().clone()
             return
+        alias: torch.Tensor = tensor.detach()
+        if isinstance(tensor, nn.Parameter):
+            alias = nn.Parameter(alias, tensor.requires_grad)
+            alias.__dict__.update(tensor.__dict__)
+        alias.requires_grad_(tensor.requires_grad)
+        self.parameters[f"{name} ({len(self.parameters)})" if name in self.parameters else name] = alias
         self._memo[id(tensor)] = alias
         if alias.requires_grad:
             self.names.append(name)
@@ -70,9 +69,11 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        filled = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-        self._tensors = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in filled.items()}
-        self._saved: dict[int, torch.Tensor] = {}
+        self._tensors: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                self._tensors.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+        self._saved: dict[int, list[torch.Tensor]] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -84,18 +85,19 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             values = (*args, *(kwargs.get(argument.name) for argument in schema.arguments[len(args) :]))
             for argument, value in zip(schema.arguments, values, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in value if isinstance(value, list | tuple) else [value]:
-                        self._keep(tensor)
+                    for one in value if isinstance(value, list | tuple) else [value]:
+                        self._keep(one)
         return function(*args, **kwargs)
 
     def undo(self) -> dict[str, torch.Tensor]:
         """Restore what was overwritten, and return what had been written."""
         written = {}
         with torch.no_grad():
-            for address, before in self._saved.items():
-                name, tensor = self._tensors[address]
-                written[name] = tensor.detach().clone()
-                tensor.detach().copy_(before)
+            for address, saved in self._saved.items():
+                for (name, tensor), before in zip(self._tensors[address], saved, strict=True):
+                    if not torch.equal(tensor, before):
+                        written[name] = tensor.detach().clone()
+                        tensor.detach().copy_(before)
         self._saved.clear()
         return written
 
@@ -104,7 +106,7 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         address = tensor.untyped_storage().data_ptr()
         if address in self._tensors and address not in self._saved:
-            self._saved[address] = self._tensors[address][1].detach().clone()
+            self._saved[address] = [tensor.detach().clone() for _, tensor in self._tensors[address]]
 
 
 def attributes_of(model: nn.Module) -> dict[str, Any]:
