@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 EXTRAS := vision,forecast,recommend,track,dev
 
 .PHONY: demo test test-all check install clean bench
@@ -11,13 +12,13 @@ demo: $(VENV)/installed  ## train a small ResNet on real images, on every device
 
 test: $(VENV)/installed  ## the test suite on CPU workers, then tests/gpu on the stand-in accelerator
 	@status=0; \
-	$(BIN)/python -m pytest --ignore tests/docs --durations=30 || status=$$?; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/docs --durations=30 || status=$$?; \
 	$(BIN)/python tests/standin/run.py -m pytest tests/gpu || status=$$?; \
 	exit $$status
 
 test-all: $(VENV)/installed  ## also the tests marked `extended`: repeats and long ones
 	@status=0; \
-	$(BIN)/python -m pytest -m "extended or not extended" || status=$$?; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "extended or not extended" || status=$$?; \
 	STANDIN_DEVICES=3 $(BIN)/python tests/standin/run.py -m pytest tests/gpu -m "extended or not extended" || status=$$?; \
 	exit $$status
 

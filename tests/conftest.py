@@ -17,6 +17,7 @@ from support.leaks import find_leaks, take_snapshot
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["COLUMNS"] = "160"  # the width of tables, which is a terminal's otherwise
     config.addinivalue_line("markers", "leaks_allowed: what this test starts may outlive it; say why beside the marker")
 
 
