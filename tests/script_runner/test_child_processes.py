@@ -20,7 +20,7 @@ def work(rank, results):
 
 if __name__ == "__main__":
     results = torch.zeros(2).share_memory_()
-    for method in ("spawn", "fork", "forkserver"):
+    for method in ("spawn", "fork"):
         mp.start_processes(work, (results,), nprocs=torch.cuda.device_count(), start_method=method)
         print(results.tolist())
 """
@@ -29,7 +29,7 @@ if __name__ == "__main__":
 def test_processes_of_multiprocessing_see_the_emulated_gpus(tmp_path) -> None:
     ended = run_duoka(tmp_path, SPAWNS)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines() == ["[4.0, 5.0]"] * 3
+    assert ended.stdout.splitlines() == ["[4.0, 5.0]"] * 2
 
 
 DISTRIBUTED = """

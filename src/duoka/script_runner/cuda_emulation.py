@@ -34,8 +34,10 @@ _PATCHES = ("duoka.script_runner.patching", "duoka.script_runner.huggingface")
 """Modules whose functions call on behalf of their caller."""
 _CPU = torch.device("cpu")
 _Generator = torch.Generator
-_WITHOUT_COUNTERPART = ("CUDAGraph", "graph", "MemPool", "CUDAPluggableAllocator", "GreenContext")
-"""Classes of ``torch.cuda`` that CPU workers cannot emulate."""
+_WITHOUT_COUNTERPART = (
+    "CUDAGraph", "Graph", "graph", "MemPool", "use_mem_pool", "CUDAPluggableAllocator", "GreenContext",
+)  # fmt: skip
+"""Classes and context managers of ``torch.cuda`` and ``torch.accelerator`` that CPU workers cannot emulate."""
 _NO_GPU = ("cuda", "nvidia", "accelerator", "nvtx", "nccl", "dummy")
 """A word in the messages of what torch raises without a GPU, in lower case."""
 _IN_CHILD = """import sys
@@ -86,12 +88,12 @@ def emulate_until_exit(num_devices: int) -> None:
 def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
     """Return the names of torch to replace: how to patch, the owner, and a value for each name."""
     devices = fake_cuda.FakeDevices(num_devices)
-    tensor_types = [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]
     classes = {"Stream": fake_cuda.FakeStream, "Event": fake_cuda.FakeEvent, "ExternalStream": fake_cuda.FakeStream}
     guards = dict.fromkeys(("device", "device_of"), devices.guard())
     return [
         *_functions(devices),
-        (Patches.set, torch.cuda, {name: getattr(torch, name) for name in tensor_types}),
+        (Patches.set, torch.cuda, _tensor_types(torch.cuda, torch)),
+        (Patches.set, torch.cuda.sparse, _tensor_types(torch.cuda.sparse, torch.sparse)),
         (Patches.set, torch.cuda, {**classes, **guards, "StreamContext": contextlib.nullcontext}),
         (Patches.set, torch.cuda, {"default_generators": (torch.default_generator,) * num_devices}),
         (Patches.set, torch.cuda.streams, classes),
@@ -110,6 +112,10 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
     ]
 
 
+def _tensor_types(cuda: ModuleType, cpu: ModuleType) -> dict[str, Any]:
+    return {name: getattr(cpu, name) for name in vars(cuda) if name.endswith("Tensor") and hasattr(cpu, name)}
+
+
 def _functions(devices: fake_cuda.FakeDevices) -> Iterator[tuple[Callable[..., None], Any, dict[str, Any]]]:
     """Yield what replaces the functions of ``torch.cuda``, ``torch.accelerator`` and their submodules."""
     own = {
@@ -122,10 +128,10 @@ def _functions(devices: fake_cuda.FakeDevices) -> Iterator[tuple[Callable[..., N
         for module in (package, *_submodules(package)):
             table = own.get(module.__name__) or _shared_with(package, module, answers)
             yield _answer_script, module, table
-            others = [name for name in _public_functions(package, module) if name not in table]
+            refused = [name for name in _WITHOUT_COUNTERPART if name in vars(module)]
+            yield _refuse, module, dict.fromkeys(refused, module.__name__)
+            others = [name for name in _public_functions(package, module) if name not in (*table, *refused)]
             yield _explain_failure, module, dict.fromkeys(others, module.__name__)
-            classes = [name for name in _WITHOUT_COUNTERPART if name in vars(module)]
-            yield Patches.set, module, {name: _class_without_counterpart(name) for name in classes}
 
 
 def _submodules(package: ModuleType) -> list[ModuleType]:
@@ -186,11 +192,17 @@ def _without_counterpart(name: str) -> UnsupportedError:
     )
 
 
-def _class_without_counterpart(name: str) -> type:
-    def fail(*_: Any, **__: Any) -> None:
-        raise _without_counterpart(f"torch.cuda.{name}")
+def _refuse(patches: Patches, owner: Any, name: str, where: str) -> None:
+    """Let a call of ``owner.name``, a class or a function, raise an error that says what it needs."""
 
-    return type(name, (), {"__init__": fail})
+    def fail(*_: Any, **__: Any) -> Any:
+        raise _without_counterpart(f"{where}.{name}")
+
+    original = getattr(owner, name)
+    is_class = isinstance(original, type)
+    patches.set(
+        owner, name, type(name, (original,), {"__new__": fail}) if is_class else functools.wraps(original)(fail)
+    )
 
 
 def _process_groups() -> Iterator[tuple[Callable[..., None], Any, dict[str, Any]]]:
