@@ -30,7 +30,7 @@ from duoka.script_runner.patching import Patches
 from duoka.utils.torch_private import data_parallel_modules
 
 _LIBRARIES = ("torch", "duoka")
-_PATCHES = ("duoka.script_runner.patching", "duoka.script_runner.huggingface")
+_PATCHES = ("duoka.script_runner.patching", "duoka.script_runner.trainer_gpu_count")
 """Modules whose functions call on behalf of their caller."""
 _CPU = torch.device("cpu")
 _Generator = torch.Generator

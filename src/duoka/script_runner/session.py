@@ -13,12 +13,12 @@ from duoka.data_parallel.device_remap import remap_cuda
 from duoka.script_runner.child_processes import note_python_processes
 from duoka.script_runner.cuda_emulation import emulate_cuda
 from duoka.script_runner.dataloader_hooks import install_loader_hooks
-from duoka.script_runner.huggingface import show_trainer_one_gpu
 from duoka.script_runner.model_discovery import ModelFinder, refuse_double_backward
 from duoka.script_runner.nn_data_parallel import DataParallelHooks
 from duoka.script_runner.patching import Patches
 from duoka.script_runner.report import describe_devices
 from duoka.script_runner.run_stats import RunStats
+from duoka.script_runner.trainer_gpu_count import show_trainers_one_gpu
 from duoka.utils.signals import handle_interrupt
 from duoka.utils.torch_private import check_replace_call
 from duoka.workers.environment import DEVICE_VARIABLES, keep_device_variables
@@ -65,7 +65,7 @@ class RunSession:
             ):  # now, so that the script's CUDA_VISIBLE_DEVICES cannot change the numbers
                 torch.cuda.init()
                 torch.cuda.device_count()
-            show_trainer_one_gpu(patches, self.stats)
+            show_trainers_one_gpu(patches, self.stats)
             patches.enter_context(remap_cuda())
             fits_one_device = is_cpu or batch_factor == 1  # a multiplied batch may exceed one GPU's memory
             ModelFinder(self.devices, self.stats, fits_one_device=fits_one_device).install(patches)
@@ -88,7 +88,7 @@ class RunSession:
         before = self._device_variables
         if before is None:
             return
-        for name in DEVICE_VARIABLES:
+        for name in (name for name in DEVICE_VARIABLES if name.endswith("VISIBLE_DEVICES")):
             if (now := os.environ.get(name)) != before.get(name):
                 self.stats.add_note(
                     f"The script sets {name}={now or ''}, which changes nothing here: the run keeps "
