@@ -118,7 +118,7 @@ def _tensor_types(cuda: ModuleType, cpu: ModuleType) -> dict[str, Any]:
 
 def _functions(devices: fake_cuda.FakeDevices) -> Iterator[tuple[Callable[..., None], Any, dict[str, Any]]]:
     """Yield what replaces the functions of ``torch.cuda``, ``torch.accelerator`` and their submodules."""
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "torch.cuda.nvtx": fake_cuda.NVTX_ANSWERS,
         "torch.cuda.profiler": fake_cuda.PROFILER_ANSWERS,
         "torch.cuda.comm": fake_cuda.COMM_ANSWERS,

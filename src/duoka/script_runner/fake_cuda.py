@@ -47,7 +47,7 @@ class FakeDevices:
         """Return the index that ``device`` names; raise as CUDA does if there is no such device."""
         if device is None:
             return self.current
-        index = device if isinstance(device, int) else torch.device(device).index
+        index: int | None = device if isinstance(device, int) else torch.device(device).index
         if index is None:
             return self.current
         if not 0 <= index < self.count:
@@ -230,7 +230,7 @@ PROFILER_ANSWERS = {
 
 def scatter(devices: Sequence[Any], chunk_sizes: Any, dim: int, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Split a tensor, as ``torch.nn.parallel._functions.Scatter``."""
-    return tensor.split(chunk_sizes, dim) if chunk_sizes else tensor.chunk(len(devices), dim)
+    return torch.split(tensor, list(chunk_sizes), dim) if chunk_sizes else tensor.chunk(len(devices), dim)
 
 
 def gather(_: Any, dim: int, *outputs: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ class RunSession:
             elif (
                 self.devices[0].type == "cuda"
             ):  # now, so that the script's CUDA_VISIBLE_DEVICES cannot change the numbers
-                torch.cuda.init()
+                torch.cuda.init()  # type: ignore[no-untyped-call]
                 torch.cuda.device_count()
             show_trainers_one_gpu(patches, self.stats)
             patches.enter_context(remap_cuda())
