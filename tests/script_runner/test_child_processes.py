@@ -66,7 +66,7 @@ torch.distributed.init_process_group("nccl", rank=0, world_size=2)
 """
 
 
-def test_copies_of_a_script_that_fails_end_with_it_and_other_processes_go_on(tmp_path) -> None:
+def test_only_copies_of_a_script_end_when_it_fails(tmp_path) -> None:
     ended = run_duoka(tmp_path, LAUNCHES)
     assert ended.returncode == 1
     assert "the script creates a process group of GPUs" in ended.stderr
@@ -82,7 +82,7 @@ torch.nn.Linear(2, 2).cuda()(torch.ones(4, 2))
 """
 
 
-def test_the_report_names_the_line_that_starts_python_without_the_emulation(tmp_path) -> None:
+def test_the_report_names_the_line_that_starts_python(tmp_path) -> None:
     ended = run_duoka(tmp_path, RUNS_PYTHON)
     assert ended.returncode == 0, ended.stderr
     assert "The process that the script starts at line 3 of t.py runs without duoka" in ended.stderr

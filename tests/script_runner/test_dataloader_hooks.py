@@ -42,7 +42,7 @@ def test_a_test_loader_that_shuffles_keeps_its_batch_size(tmp_path) -> None:
     assert "in vain" not in ended.stderr
 
 
-def test_batches_multiplied_for_a_model_on_one_device_give_a_warning_at_once_and_at_the_end(tmp_path) -> None:
+def test_batches_multiplied_in_vain_give_a_warning_and_a_line(tmp_path) -> None:
     ended = run_duoka(tmp_path, TRAINING.replace("CENTER", "x.mean(0)"), "--scale-batch")
     text = " ".join(ended.stderr.split())
     assert "Model (trained by SGD at line 15 of t.py) runs on one device, with batches that --scale-batch" in text

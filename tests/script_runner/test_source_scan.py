@@ -49,7 +49,7 @@ for _ in range(4):
 
 @pytest.mark.parametrize("flag", [False, True])
 @pytest.mark.filterwarnings("ignore:Using backward")
-def test_a_variable_create_graph_keeps_models_whole_only_if_it_is_true(flag: bool, tmp_path) -> None:
+def test_a_variable_create_graph_counts_only_if_it_is_true(flag: bool, tmp_path) -> None:
     source = SCALER.replace("FLAG", str(flag and "model.training"))
     plain, parallel = run_plain(tmp_path, source), run_duoka(tmp_path, source)
     assert plain.returncode == parallel.returncode == 0, parallel.stderr

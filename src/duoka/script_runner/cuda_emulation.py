@@ -108,7 +108,7 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
         (Patches.wrap, torch.amp.autocast_mode.autocast, {"__init__": _init_autocast}),
         (Patches.wrap, torch.amp.grad_scaler.GradScaler, {"__init__": _init_grad_scaler}),
         *_data_parallel_steps(),
-        *_process_groups(),
+        (Patches.wrap, torch.distributed, {"init_process_group": _init_process_group}),
     ]
 
 
@@ -203,14 +203,6 @@ def _refuse(patches: Patches, owner: Any, name: str, where: str) -> None:
     patches.set(
         owner, name, type(name, (original,), {"__new__": fail}) if is_class else functools.wraps(original)(fail)
     )
-
-
-def _process_groups() -> Iterator[tuple[Callable[..., None], Any, dict[str, Any]]]:
-    """Yield what replaces the start of a process group, if this torch has them."""
-    if torch.distributed.is_available():
-        table = {"init_process_group": _init_process_group}
-        yield Patches.wrap, torch.distributed.distributed_c10d, table
-        yield Patches.wrap, torch.distributed, table
 
 
 def _init_process_group(original: Callable[..., Any], backend: str | None = None, *args: Any, **kwargs: Any) -> Any:

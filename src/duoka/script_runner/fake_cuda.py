@@ -229,12 +229,12 @@ PROFILER_ANSWERS = {
 
 
 def scatter(devices: Sequence[Any], chunk_sizes: Any, dim: int, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split a tensor, as ``torch.nn.parallel._functions.Scatter``."""
+    """Split a tensor, as the first step of ``nn.DataParallel``."""
     return torch.split(tensor, list(chunk_sizes), dim) if chunk_sizes else tensor.chunk(len(devices), dim)
 
 
 def gather(_: Any, dim: int, *outputs: torch.Tensor) -> torch.Tensor:
-    """Concatenate tensors, as ``torch.nn.parallel._functions.Gather``."""
+    """Concatenate tensors, as the last step of ``nn.DataParallel``."""
     return torch.stack(outputs) if outputs[0].dim() == 0 else torch.cat(outputs, dim)
 
 
