@@ -64,7 +64,8 @@ class ModelStats:
             self._warn_of_multiplied_batch()
 
     def _warn_of_multiplied_batch(self) -> None:
-        if self.how and self.refusal and self.run.scale_batch and len(self.run.devices) > 1:
+        is_final = bool(self.refusal) and not self.run.is_until_step
+        if self.how and is_final and self.run.scale_batch and len(self.run.devices) > 1:
             logger.warning(
                 "%s (%s) runs on one device, with batches that --scale-batch multiplies: %s. Run without --scale-batch.",
                 self.name,
@@ -164,7 +165,7 @@ class RunStats:
         """Seconds that the script has waited for its DataLoaders."""
         self.steps: list[StepTiming] = []
         self._refusal = ""
-        self._is_until_step = False
+        self.is_until_step = False
         """Whether that refusal ends at the first optimizer step."""
         self._by_module: weakref.WeakKeyDictionary[nn.Module, ModelStats] = weakref.WeakKeyDictionary()
         self._optimizer: weakref.ref[Any] | None = None
@@ -183,12 +184,12 @@ class RunStats:
         """Keep every model on one device from now on; with ``until_step`` only until the first optimizer step."""
         if until_step and self._refusal:
             return
-        self._refusal, self._is_until_step = reason, until_step
+        self._refusal, self.is_until_step = reason, until_step
         for stats in self.models:
             stats.refuse(reason)
 
     def _end_refusal_until_step(self) -> None:
-        reason, self._refusal, self._is_until_step = self._refusal, "", False
+        reason, self._refusal, self.is_until_step = self._refusal, "", False
         for stats in self.models:
             if stats.refusal == reason:
                 stats.refusal = ""
@@ -209,7 +210,7 @@ class RunStats:
 
     def on_step(self, optimizer: Any) -> None:
         """Record an optimizer step. Only the first optimizer that is still alive is timed."""
-        if self._is_until_step:
+        if self.is_until_step:
             self._end_refusal_until_step()
         if self._optimizer is None or self._optimizer() is None:
             self._optimizer, self._last = weakref.ref(optimizer), None
