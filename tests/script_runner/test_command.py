@@ -70,6 +70,7 @@ def test_an_invalid_command_line_is_refused(words: list[str], message: str) -> N
         (["here.py", "--device", "cpu:0"], "cpu:0"),
         (["here.py", "--device", "cuda:77"], "77"),
         (["asks.py", "--device", "cpu:2"], "may be meant for duoka or for asks.py"),
+        (["asks.py", "--device", "0,1"], "may be meant for duoka or for asks.py"),
         (
             ["here.py", "--devise", "cpu:2"],
             "--devise is no option of duoka, and here.py does not seem to have it; did you mean '--device'",
@@ -96,6 +97,29 @@ def test_a_mistake_gets_one_message_and_status_2(words, message, tmp_path, monke
     assert err.startswith("duoka: ")
     assert "Traceback" not in err
     assert "ran" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "received"),
+    [
+        (["asks.py", "--device", "cuda", "--epochs", "3"], ["--device", "cuda", "--epochs", "3"]),
+        (["asks.py", "--device=cuda:1"], ["--device=cuda:1"]),
+        (["beside.py", "--device", "cpu"], ["--device", "cpu"]),
+        (["--device", "cpu", "asks.py", "--device", "0"], ["--device", "0"]),
+        (["here.py", "--device", "cpu", "x"], ["x"]),
+    ],
+)
+def test_a_script_with_an_option_for_one_device_gets_it(words, received, tmp_path, monkeypatch, capsys) -> None:
+    show = "import sys\nprint(sys.argv[1:])\n"
+    (tmp_path / "here.py").write_text(show)
+    (tmp_path / "asks.py").write_text(
+        f"{show}import argparse\np = argparse.ArgumentParser()\np.add_argument('--device')"
+    )
+    (tmp_path / "options.py").write_text("NAMES = ['--device']")
+    (tmp_path / "beside.py").write_text(f"{show}from options import NAMES\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *words]) == 0
+    assert capsys.readouterr().out.strip() == str(received)
 
 
 def test_explain_names_each_call_and_runs_nothing(capsys, tmp_path) -> None:

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 
 _VISIBLE_DEVICES = "DUOKA_RUN_DEVICES"
+_DEVICE_NUMBERS = "DUOKA_RUN_NUMBERS"
+"""Environment variables of a restarted run: its devices as it sees them, and by the user's numbers."""
 _FLAGS = ("--scale-batch", "--explain")
 _DEVICE = ("--device", "--devices")
 _RULE = (
     "Options stand before the script or after it. Words after -- belong to the script, and so does an option that also "
-    "stands before the script: duoka run train.py --epochs 3 --device 0,1"
+    "stands before the script: duoka run train.py --epochs 3 --device 0,1. If the script has an option --device too, "
+    "it gets one device by it (--device cuda), and duoka's stands before the script."
 )
 
 
@@ -47,20 +50,28 @@ def run(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     request = parse(argv)
     from duoka.devices import resolve
-    from duoka.script_runner import RunSession, Script, explain
+    from duoka.script_runner import RunSession, Script, end_copies_of_script, explain
 
-    devices = resolve(os.environ.pop(_VISIBLE_DEVICES, request.device)).devices
     if request.target.endswith(".ipynb") and not request.is_module:
+        resolve(request.device)  # an error here, not in the notebook's kernel
         return _run_notebook(request)
     program = Script(request.target, request.arguments, is_module=request.is_module)
-    _check_ambiguity(argv, request, program)
+    if _names_one_device(argv, request, program):
+        request = parse(argv, is_device_the_scripts=True)
+        program.argv[1:] = request.arguments
+    else:
+        _check_ambiguity(argv, request, program)
+    devices = resolve(os.environ.pop(_VISIBLE_DEVICES, request.device)).devices
     if request.explain:
         lines = explain(program.source, program.target, devices, scale_batch=request.scale_batch)
         sys.stdout.write("\n".join(lines) + "\n")
         return 0
     _restart_with_visible_devices(devices, argv)
-    with RunSession(devices, scale_batch=request.scale_batch, source=program.source) as session:
+    numbers = [int(number) for number in os.environ.pop(_DEVICE_NUMBERS, "").split(",") if number]
+    with RunSession(devices, scale_batch=request.scale_batch, source=program.source, numbers=numbers) as session:
         status = program.run()
+        if status:
+            end_copies_of_script({program.target, program.path})
     from rich.console import Console  # now, so that the script's own imports come first
 
     from duoka.script_runner.report import print_report
@@ -85,6 +96,7 @@ def _restart_with_visible_devices(devices: Sequence[torch.device], argv: Sequenc
         **os.environ,
         "CUDA_VISIBLE_DEVICES": ",".join(names),
         _VISIBLE_DEVICES: ",".join(str(distinct.index(number)) for number in numbers),
+        _DEVICE_NUMBERS: ",".join(map(str, numbers)),
     }
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "duoka", "run", *argv], environment)
@@ -102,8 +114,11 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> RunArguments:
-    """Split a command line into duoka's options, the script, and the script's arguments; raises ``ConfigError``."""
+def parse(argv: Sequence[str], *, is_device_the_scripts: bool = False) -> RunArguments:
+    """Split a command line into duoka's options, the script, and the script's arguments; raises ``ConfigError``.
+
+    With ``is_device_the_scripts`` every ``--device`` after the script belongs to the script.
+    """
     own, rest = [], list(argv)
     while rest and (count := _own_words(rest[0])):
         own += rest[:count]
@@ -119,7 +134,7 @@ def parse(argv: Sequence[str]) -> RunArguments:
     target, *rest = rest
     if target.startswith("-"):
         parser().parse([target])  # raises: it is not an option of duoka
-    before = {_name(word) for word in own}
+    before = {_name(word) for word in own} | ({"--device"} if is_device_the_scripts else set())
     arguments: list[str] = []
     while rest and rest[0] != "--":
         count = 0 if _name(rest[0]) in before else _own_words(rest[0])
@@ -144,6 +159,28 @@ def _name(word: str) -> str:
     return "--device" if name in _DEVICE else name
 
 
+def _names_one_device(argv: Sequence[str], request: RunArguments, program: Script) -> bool:
+    """Return whether the script has an option ``--device``, and gets one device of torch by it, such as ``cuda``."""
+    after = argv[argv.index(request.target) + 1 :]
+    given = after[: after.index("--") if "--" in after else len(after)]
+    words = [
+        (word.partition("=")[0], word.partition("=")[2] or "".join(given[index + 1 : index + 2]))
+        for index, word in enumerate(given)
+        if _name(word) == "--device"
+    ]
+    return bool(words) and all(
+        _has_option(program, name) and re.fullmatch(r"cpu|mps|(cuda|xpu|npu)(:[0-9]+)?|[0-9]+", value)
+        for name, value in words
+    )
+
+
+def _has_option(program: Script, name: str) -> bool:
+    """Return whether the text of the script, or of a module beside it, names an option; or takes any, as nanoGPT's."""
+    word = re.escape(name.lstrip("-").encode())
+    pattern = re.compile(rb"""["']--%s["']|DEFINE_[a-z]+\(\s*["']%s["']|["']configurator\.py["']""" % (word, word))
+    return any(pattern.search(source) for source in program.sources())
+
+
 def _check_ambiguity(argv: Sequence[str], request: RunArguments, program: Script) -> None:
     """Refuse an option after the script that may be duoka's or the script's, or that is a misspelt one of duoka's."""
     script = argv.index(request.target)
@@ -151,7 +188,7 @@ def _check_ambiguity(argv: Sequence[str], request: RunArguments, program: Script
     before = {_name(word) for word in argv[:script]}
     ours = [name for name in (*_DEVICE, *_FLAGS) if _name(name) not in before]
     for word in (word.partition("=")[0] for word in argv[script + 1 : max(script + 1, end)]):
-        is_the_scripts = re.search(rb"""["']%s["']""" % re.escape(word.encode()), program.source)
+        is_the_scripts = _has_option(program, word)
         if word in ours and is_the_scripts:
             value = " SPEC" if word in _DEVICE else ""
             raise ConfigError(

@@ -1,40 +1,49 @@
 """Emulation of several GPUs by CPU workers, for the script alone.
 
 The script takes the branches that it takes on a machine with GPUs: ``torch.cuda.device_count()`` is the number of CPU
-workers, and ``cuda:0`` means the CPU. Code of torch and duoka still gets the machine's real answers.
+workers, and ``cuda:0`` means the CPU. Code of torch and duoka still gets the machine's real answers. What has no
+counterpart on the CPU raises an error that names it. The values are in ``fake_cuda``.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib
+import multiprocessing.spawn
+import pkgutil
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from duoka.data_parallel.device_remap import RemapCuda, is_cuda
+from duoka.errors import UnsupportedError
+from duoka.script_runner import fake_cuda
 from duoka.script_runner.patching import Patches
 from duoka.utils.torch_private import data_parallel_modules
 
 _LIBRARIES = ("torch", "duoka")
+_PATCHES = ("duoka.script_runner.patching", "duoka.script_runner.trainer_gpu_count")
+"""Modules whose functions call on behalf of their caller."""
 _CPU = torch.device("cpu")
 _Generator = torch.Generator
-_MEMORY_IN_USE = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_cached")
-_WITHOUT_EFFECT = (
-    "empty_cache", "synchronize", "init", "ipc_collect", "set_per_process_memory_fraction",
-    "reset_peak_memory_stats", "reset_max_memory_allocated",
+_WITHOUT_COUNTERPART = (
+    "CUDAGraph", "Graph", "graph", "MemPool", "use_mem_pool", "CUDAPluggableAllocator", "GreenContext",
 )  # fmt: skip
-
-
-def _constant(value: Any) -> Callable[..., Any]:
-    return lambda *_, **__: value
+"""Classes and context managers of ``torch.cuda`` and ``torch.accelerator`` that CPU workers cannot emulate."""
+_NO_GPU = ("cuda", "nvidia", "accelerator", "nvtx", "nccl", "dummy")
+"""A word in the messages of what torch raises without a GPU, in lower case."""
+_IN_CHILD = """import sys
+sys.path.append({path!r})
+from duoka.script_runner.cuda_emulation import emulate_until_exit
+emulate_until_exit({num_devices})"""
 
 
 @contextlib.contextmanager
@@ -45,35 +54,52 @@ def emulate_cuda(num_devices: int) -> Iterator[None]:
         with RemapCuda(_CPU, num_devices):  # function modes are local to a thread
             original(thread)
 
+    def prepare_child(original: Callable[..., Any], name: str) -> dict[str, Any]:
+        return {**original(name), "duoka": _EmulateWhenLoaded(num_devices)}
+
     with Patches() as patches:
         for patch, owner, table in emulated_api(num_devices):
             for name, value in table.items():
                 if hasattr(owner, name):  # older versions of torch lack some names
                     patch(patches, owner, name, value)
         patches.wrap(threading.Thread, "run", run_thread)
+        patches.wrap(multiprocessing.spawn, "get_preparation_data", prepare_child)
         patches.enter_context(RemapCuda(_CPU, num_devices))
         yield
 
 
+class _EmulateWhenLoaded:
+    """Emulates CUDA in the process of the script that unpickles this: one that multiprocessing spawns."""
+
+    def __init__(self, num_devices: int) -> None:
+        self._program = _IN_CHILD.format(path=str(Path(__file__).parents[2]), num_devices=num_devices)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (self._program,)
+
+
+def emulate_until_exit(num_devices: int) -> None:
+    """Emulate CUDA for the rest of this process."""
+    emulation = emulate_cuda(num_devices)
+    emulation.__enter__()
+    atexit.register(emulation.__exit__, None, None, None)
+
+
 def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
     """Return the names of torch to replace: how to patch, the owner, and a value for each name."""
-    appliers = [importlib.import_module(f"torch.nn.parallel{end}") for end in ("", ".parallel_apply", ".data_parallel")]
-    scatter_gather, functions, comm = data_parallel_modules()
-    tensor_types = [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]
-    cuda = _cuda_api(num_devices)
-    accelerator = {
-        **{name: cuda[name] for name in ("is_available", "device_count", "synchronize")},
-        "current_accelerator": _constant(torch.device("cuda")),
-        "current_device_index": _constant(0),
-        "set_device_index": _constant(None),
-    }
+    devices = fake_cuda.FakeDevices(num_devices)
+    classes = {"Stream": fake_cuda.FakeStream, "Event": fake_cuda.FakeEvent, "ExternalStream": fake_cuda.FakeStream}
+    guards = dict.fromkeys(("device", "device_of"), devices.guard())
     return [
-        (_answer_script, torch.cuda, cuda),
-        (_answer_script, torch.accelerator, accelerator),
-        (Patches.set, torch.cuda, {name: getattr(torch, name) for name in tensor_types}),
-        (Patches.set, torch.cuda, {"Stream": _FakeStream, "Event": _FakeEvent, "device": contextlib.nullcontext}),
+        *_functions(devices),
+        (Patches.set, torch.cuda, _tensor_types(torch.cuda, torch)),
+        (Patches.set, torch.cuda.sparse, _tensor_types(torch.cuda.sparse, torch.sparse)),
+        (Patches.set, torch.cuda, {**classes, **guards, "StreamContext": contextlib.nullcontext}),
+        (Patches.set, torch.cuda, {"default_generators": (torch.default_generator,) * num_devices}),
+        (Patches.set, torch.cuda.streams, classes),
+        (Patches.set, torch.accelerator, {"device_index": devices.guard()}),
         (Patches.set, torch, {"Generator": _FakeGenerator}),
-        (Patches.set, torch.Tensor, {"record_stream": _constant(None)}),
+        (Patches.set, torch.Tensor, {"record_stream": fake_cuda.constant(None)}),
         (Patches.set, torch.UntypedStorage, {"cuda": lambda storage, *_, **__: storage}),
         (Patches.set, torch.TypedStorage, {"cuda": lambda storage, *_, **__: storage}),
         (Patches.set, nn.Module, {"cuda": _move_module}),
@@ -81,125 +107,126 @@ def emulated_api(num_devices: int) -> list[tuple[Callable[..., None], Any, dict[
         (Patches.wrap, torch.random, {"fork_rng": _fork_rng}),
         (Patches.wrap, torch.amp.autocast_mode.autocast, {"__init__": _init_autocast}),
         (Patches.wrap, torch.amp.grad_scaler.GradScaler, {"__init__": _init_grad_scaler}),
-        # The steps of nn.DataParallel for scripts that call them: torch's need CUDA.
-        (Patches.set, scatter_gather, {"Scatter": SimpleNamespace(apply=_scatter)}),
-        (Patches.set, scatter_gather, {"Gather": SimpleNamespace(apply=_gather)}),
-        (Patches.set, functions, {"Broadcast": SimpleNamespace(apply=_broadcast)}),
-        (Patches.set, comm, {"broadcast_coalesced": _copy_buffers}),
-        *((Patches.set, owner, {"parallel_apply": _parallel_apply}) for owner in appliers),
+        *_data_parallel_steps(),
+        (Patches.wrap, torch.distributed, {"init_process_group": _init_process_group}),
     ]
 
 
-def _cuda_api(num_devices: int) -> dict[str, Any]:
-    devices = _FakeDevices(num_devices)
-    return {
-        **dict.fromkeys(_WITHOUT_EFFECT, _constant(None)),
-        **dict.fromkeys(_MEMORY_IN_USE, devices.memory_in_use),
-        "is_available": _constant(True),
-        "is_initialized": _constant(True),
-        "is_bf16_supported": _constant(True),
-        "is_current_stream_capturing": _constant(False),
-        "can_device_access_peer": _constant(True),
-        "device_count": _constant(num_devices),
-        "current_device": lambda: devices.current,
-        "set_device": devices.set_current,
-        "get_device_name": devices.name,
-        "get_device_properties": devices.properties,
-        "get_device_capability": _constant((0, 0)),
-        "mem_get_info": lambda *_, **__: (psutil.virtual_memory().available, psutil.virtual_memory().total),
-        "memory_summary": devices.memory_summary,
-        "utilization": lambda *_, **__: int(psutil.cpu_percent()),
-        "list_gpu_processes": _constant("no processes are running"),
-        "initial_seed": torch.initial_seed,
-        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
-        "get_rng_state_all": lambda: [torch.get_rng_state()],
-        "set_rng_state_all": lambda states: torch.set_rng_state(next(iter(states))),
-        "current_stream": _constant(_FakeStream()),
-        "default_stream": _constant(_FakeStream()),
-        "stream": lambda *_, **__: contextlib.nullcontext(),
+def _tensor_types(cuda: ModuleType, cpu: ModuleType) -> dict[str, Any]:
+    return {name: getattr(cpu, name) for name in vars(cuda) if name.endswith("Tensor") and hasattr(cpu, name)}
+
+
+def _functions(devices: fake_cuda.FakeDevices) -> Iterator[tuple[Callable[..., None], Any, dict[str, Any]]]:
+    """Yield what replaces the functions of ``torch.cuda``, ``torch.accelerator`` and their submodules."""
+    own: dict[str, dict[str, Any]] = {
+        "torch.cuda.nvtx": fake_cuda.NVTX_ANSWERS,
+        "torch.cuda.profiler": fake_cuda.PROFILER_ANSWERS,
+        "torch.cuda.comm": fake_cuda.COMM_ANSWERS,
     }
+    packages = {torch.cuda: fake_cuda.cuda_answers(devices), torch.accelerator: fake_cuda.accelerator_answers(devices)}
+    for package, answers in packages.items():
+        for module in (package, *_submodules(package)):
+            table = own.get(module.__name__) or _shared_with(package, module, answers)
+            yield _answer_script, module, table
+            refused = [name for name in _WITHOUT_COUNTERPART if name in vars(module)]
+            yield _refuse, module, dict.fromkeys(refused, module.__name__)
+            others = [name for name in _public_functions(package, module) if name not in (*table, *refused)]
+            yield _explain_failure, module, dict.fromkeys(others, module.__name__)
+
+
+def _submodules(package: ModuleType) -> list[ModuleType]:
+    """Return the public modules in a package, which torch has imported."""
+    names = [f"{package.__name__}.{one.name}" for one in pkgutil.iter_modules(package.__path__) if one.name[0] != "_"]
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
+def _shared_with(package: ModuleType, module: ModuleType, answers: dict[str, Any]) -> dict[str, Any]:
+    """Return the answers to functions of a module, without those that mean something else in its package."""
+    own = {name: vars(module)[name] for name in answers if name in vars(module)}
+    return {name: answers[name] for name, value in own.items() if value is getattr(package, name, value)}
+
+
+def _public_functions(package: ModuleType, module: ModuleType) -> list[str]:
+    def is_function(value: Any) -> bool:
+        is_torchs = str(getattr(value, "__module__", "")).startswith(package.__name__)
+        return callable(value) and not isinstance(value, type) and is_torchs
+
+    return [name for name in dir(module) if name[0] != "_" and is_function(getattr(module, name))]
 
 
 def _answer_script(patches: Patches, owner: Any, name: str, answer: Callable[..., Any]) -> None:
     """Replace ``owner.name`` for the script; calls from torch and duoka reach the original."""
     original = getattr(owner, name)
 
+    @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        caller = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
-        return (original if caller in _LIBRARIES else answer)(*args, **kwargs)
+        return (original if _is_library(sys._getframe(1)) else answer)(*args, **kwargs)
 
-    call.__name__, call.__doc__ = name, original.__doc__
     patches.set(owner, name, call)
 
 
-class _FakeDevices:
-    """The emulated GPUs: CPU workers, described by the machine's processor and memory."""
+def _explain_failure(patches: Patches, owner: Any, name: str, where: str) -> None:
+    """Let ``owner.name``, if it fails for the script because there is no GPU, raise an error that says so."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.current = 0
+    def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
+            if isinstance(error, UnsupportedError) or not any(word in str(error).lower() for word in _NO_GPU):
+                raise
+            raise _without_counterpart(f"{where}.{name}") from error
 
-    def index(self, device: Any = None) -> int:
-        if device is None:
-            return self.current
-        index = device if isinstance(device, int) else torch.device(device).index or 0
-        if not 0 <= index < self.count:
-            raise RuntimeError(f"CUDA error: invalid device ordinal {index}: this run has {self.count} devices")
-        return index
+    patches.wrap(owner, name, call)
 
-    def set_current(self, device: Any) -> None:
-        self.current = self.index(device)
 
-    def name(self, device: Any = None) -> str:
-        return f"CPU worker {self.index(device)} (duoka)"
+def _is_library(frame: Any) -> bool:
+    while frame.f_globals.get("__name__") in _PATCHES:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _LIBRARIES
 
-    def memory_in_use(self, device: Any = None) -> int:
-        self.index(device)
-        return int(psutil.Process().memory_info().rss)
 
-    def memory_summary(self, device: Any = None, **_: Any) -> str:
-        return f"{self.name(device)}: {self.memory_in_use()} bytes in this process"
+def _without_counterpart(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} needs a GPU, and in this run CPU workers take the place of GPUs. Leave this part of the script out of "
+        "the rehearsal, or run on GPUs: --device 0,1"
+    )
 
-    def properties(self, device: Any = None) -> Any:
-        return SimpleNamespace(
-            name=self.name(device),
-            total_memory=psutil.virtual_memory().total,
-            multi_processor_count=max(1, (psutil.cpu_count() or 1) // self.count),
-            major=0,
-            minor=0,
+
+def _refuse(patches: Patches, owner: Any, name: str, where: str) -> None:
+    """Let a call of ``owner.name``, a class or a function, raise an error that says what it needs."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise _without_counterpart(f"{where}.{name}")
+
+    original = getattr(owner, name)
+    is_class = isinstance(original, type)
+    patches.set(
+        owner, name, type(name, (original,), {"__new__": fail}) if is_class else functools.wraps(original)(fail)
+    )
+
+
+def _init_process_group(original: Callable[..., Any], backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Refuse NCCL with the reason, before torch fails without one."""
+    if "nccl" in str(backend or "").lower() or is_cuda(kwargs.get("device_id")):
+        raise UnsupportedError(
+            "the script creates a process group of GPUs, one process for each, and in this run CPU workers take the "
+            "place of GPUs. For one process, leave the group out (Lightning: Trainer(devices=1)), and duoka splits the "
+            "batches. For one process per device, start the script with torchrun, without duoka run"
         )
+    return original(backend, *args, **kwargs)
 
 
-class _FakeStream:
-    """CUDA stream of a CPU worker: all work is complete at once."""
-
-    synchronize = wait_stream = wait_event = _constant(None)
-    query = _constant(True)
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        event = event or _FakeEvent()
-        event.record()
-        return event
-
-
-class _FakeEvent:
-    """CUDA event that records the time of the host."""
-
-    synchronize = wait = _constant(None)
-    query = _constant(True)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self._seconds = 0.0
-
-    def record(self, *_: Any) -> None:
-        self._seconds = time.perf_counter()
-
-    def elapsed_time(self, end: _FakeEvent) -> float:
-        """Return the time from this event to ``end`` in milliseconds, as CUDA's does."""
-        return 1000 * (end._seconds - self._seconds)
+def _data_parallel_steps() -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
+    """Return replacements of the steps of nn.DataParallel for scripts that call them: torch's need CUDA."""
+    appliers = [importlib.import_module(f"torch.nn.parallel{end}") for end in ("", ".parallel_apply", ".data_parallel")]
+    scatter_gather, functions, comm = data_parallel_modules()
+    return [
+        (Patches.set, scatter_gather, {"Scatter": SimpleNamespace(apply=fake_cuda.scatter)}),
+        (Patches.set, scatter_gather, {"Gather": SimpleNamespace(apply=fake_cuda.gather)}),
+        (Patches.set, functions, {"Broadcast": SimpleNamespace(apply=fake_cuda.broadcast)}),
+        (Patches.set, comm, {"broadcast_coalesced": fake_cuda.copy_buffers}),
+        *((Patches.set, owner, {"parallel_apply": _parallel_apply}) for owner in appliers),
+    ]
 
 
 class _FakeGeneratorMeta(type):
@@ -249,24 +276,6 @@ def _init_grad_scaler(original: Callable[..., Any], self: Any, device: Any = "cu
     if is_cuda(device):
         device, args, kwargs = "cuda", (), {"enabled": False}
     original(self, device, *args, **kwargs)
-
-
-def _scatter(devices: Sequence[Any], _: Any, dim: int, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tensor.chunk(len(devices), dim)
-
-
-def _gather(_: Any, dim: int, *outputs: torch.Tensor) -> torch.Tensor:
-    return torch.stack(outputs) if outputs[0].dim() == 0 else torch.cat(outputs, dim)
-
-
-def _broadcast(devices: Sequence[Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return views, so that gradients of the replicas reach the model's parameters."""
-    return tuple(tensor.view_as(tensor) for _ in devices for tensor in tensors)
-
-
-def _copy_buffers(tensors: Sequence[torch.Tensor], devices: Sequence[Any], *_: Any) -> list[list[torch.Tensor]]:
-    """Return the model's own buffers for the first replica, so that updates persist, else copies."""
-    return [list(tensors), *([tensor.detach().clone() for tensor in tensors] for _ in devices[1:])]
 
 
 def _parallel_apply(

@@ -31,6 +31,13 @@ DOUBLE_BACKWARD = (
 )
 
 
+def refuse_double_backward(source: bytes, stats: RunStats) -> None:
+    """Keep models on one device if a source differentiates gradients; the first step shows whether a variable does."""
+    answer = differentiates_gradients(source)
+    if answer is not False:
+        stats.refuse_all(DOUBLE_BACKWARD, until_step=answer is None)
+
+
 class ModelFinder:
     """Replaces the call of each model that the script trains by a ``ParallelizedCall``."""
 
@@ -88,7 +95,7 @@ class ModelFinder:
 
     def _on_ddp(self, original: Callable[..., Any], wrapper: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._stats.add_note(
-            "The script uses DistributedDataParallel, which needs one process per device: "
+            f"The script uses DistributedDataParallel at {caller_location()}, which needs one process per device: "
             "start it with torchrun or duoka.launch."
         )
         self._stats.model(module).refuse("DistributedDataParallel wraps it")
@@ -108,8 +115,8 @@ class ModelFinder:
             for child in module.children():
                 self._register(child, how)
             return
-        if any(differentiates_gradients(source) for source in new_sources(self._seen_files)):
-            self._stats.refuse_all(DOUBLE_BACKWARD)
+        for source in new_sources(self._seen_files):
+            refuse_double_backward(source, self._stats)
         stats = self._stats.model(module)
         stats.found(type(module).__name__, how)
         call = ParallelizedCall(module, self._devices, stats, fits_one_device=self._fits_one_device)

@@ -1,9 +1,10 @@
 """Replacement of ``torch.nn.DataParallel`` while a script runs, and statistics of its wrappers."""
 
+import contextlib
 import copyreg
 import importlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from duoka.data_parallel.module import devices_of, overridden_steps, restore_fro
 from duoka.data_parallel.scatter import Arguments
 from duoka.script_runner.parallel_call import ParallelizedCall
 from duoka.script_runner.patching import Patches
-from duoka.script_runner.run_stats import ModelStats, RunStats
+from duoka.script_runner.run_stats import COMPARISON_STEPS, ModelStats, RunStats
 from duoka.script_runner.source_scan import caller_location
 
 _TORCH_MODULE = "torch.nn.parallel.data_parallel"
@@ -23,9 +24,11 @@ _TORCH_MODULE = "torch.nn.parallel.data_parallel"
 class DataParallelHooks:
     """Records the script's wrappers, and gives ``nn.DataParallel`` the devices of this run."""
 
-    def __init__(self, devices: Sequence[torch.device], stats: RunStats) -> None:
+    def __init__(self, devices: Sequence[torch.device], stats: RunStats, numbers: Sequence[int] = ()) -> None:
+        """Prepare; ``numbers`` are those by which the user named the devices, where they are not 0, 1, ..."""
         self._devices = tuple(devices)
         self._stats = stats
+        self._numbers = tuple(numbers)
         self.wrappers: weakref.WeakSet[DataParallel] = weakref.WeakSet()
         """Wrappers that release their workers when the script ends."""
 
@@ -48,12 +51,14 @@ class DataParallelHooks:
         """Return the devices of this run that a script's ``device_ids`` name; one if the class overrides a step."""
         if device_ids is None:
             return self._devices[:1] if overridden_steps(wrapper) else self._devices
-        indices = [one if isinstance(one, int) else torch.device(one).index or 0 for one in device_ids]
+        named = [one if isinstance(one, int) else torch.device(one).index or 0 for one in device_ids]
+        is_by_number = set(named) <= set(self._numbers) and max(named, default=0) >= len(self._devices)
+        indices = [self._numbers.index(one) for one in named] if is_by_number else named
         devices = tuple(self._devices[index] for index in indices if 0 <= index < len(self._devices))
         if len(devices) < len(indices):
             self._stats.add_note(
-                f"The script uses device_ids={indices}, but this run has {len(self._devices)} devices: "
-                "--device sets how many."
+                f"The script uses device_ids={named} at {caller_location()}, but this run has {len(self._devices)} "
+                "devices: --device sets how many."
             )
         return self._devices[:1] if overridden_steps(wrapper) else devices or self._devices[:1]
 
@@ -79,11 +84,21 @@ class DataParallelHooks:
         stats = self._stats.model(wrapper.module)
         if not stats.devices:  # copied or unpickled: no constructor has run
             self._record(wrapper, "wrapped by the script")
-        with ParallelizedCall.local_only():
+        is_whole = self._is_for_comparison(wrapper)
+        with ParallelizedCall.local_only(), _on_first_device(wrapper) if is_whole else contextlib.nullcontext():
             value = original(wrapper, *inputs, **kwargs)
-        batch = Arguments(inputs, kwargs, wrapper.dim).batch
-        stats.count(batch, split=len(devices_of(wrapper)) > 1)
+        stats.count(Arguments(inputs, kwargs, wrapper.dim).batch, split=len(devices_of(wrapper)) > 1 and not is_whole)
         return value
+
+    def _is_for_comparison(self, wrapper: DataParallel) -> bool:
+        """Return whether this call of nn.DataParallel runs on one device, which returns the same, to compare the speed."""
+        return (
+            torch.is_grad_enabled()
+            and self._stats.num_steps in COMPARISON_STEPS
+            and isinstance(wrapper, ScriptDataParallel)
+            and wrapper.dim == 0
+            and _fits_one_device(devices_of(wrapper))
+        )
 
     def _record(self, wrapper: DataParallel, how: str) -> ModelStats:
         stats = self._stats.model(wrapper.module)
@@ -145,6 +160,28 @@ class ScriptDataParallel(DataParallel, metaclass=_TorchNameMeta):
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
         restore_from_state(self, devices, None, "warn", {"device_ids": list(range(len(devices)))})
         self._duoka_hooks.register(self, f"loaded by the script at {caller_location()}")
+
+
+@contextlib.contextmanager
+def _on_first_device(wrapper: DataParallel) -> Iterator[None]:
+    """Let a wrapper compute on its first device alone."""
+    devices = devices_of(wrapper)
+    wrapper._duoka_devices = devices[:1]
+    try:
+        yield
+    finally:
+        wrapper._duoka_devices = devices
+
+
+def _fits_one_device(devices: Sequence[torch.device]) -> bool:
+    """Return whether one device has the memory for the whole batch, which such a script need not expect."""
+    first = devices[0]
+    if first.type == "cpu":
+        return True
+    if first.type != "cuda":
+        return False
+    free = torch.cuda.mem_get_info(first)[0] + torch.cuda.memory_reserved(first)
+    return len(devices) * torch.cuda.max_memory_allocated(first) < free
 
 
 def is_parallel_wrapper(module: nn.Module) -> bool:

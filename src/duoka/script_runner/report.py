@@ -39,8 +39,9 @@ def print_report(stats: RunStats, out: Console, *, completed: bool = True) -> No
         for model in _merge_alike(stats.models):
             used = (model.devices or len(stats.devices)) if model.is_parallel else 1
             per_device = _per_device(model.batch, min(used, model.batch)) if model.batch else "-"
+            number = f"{used}, then 1" if used > 1 and model.refusal else str(used)
             calls = f"{model.split} / {model.whole}"
-            table.add_row(model.name, model.how, str(used), str(model.batch or "-"), per_device, calls)
+            table.add_row(model.name, model.how, number, str(model.batch or "-"), per_device, calls)
         out.print(table)
     else:
         out.print(title)
@@ -60,14 +61,21 @@ def describe_devices(devices: Sequence[torch.device]) -> str:
 def report_lines(stats: RunStats) -> list[str]:
     """Return the lines below the table."""
     models = _merge_alike(stats.models)
-    lines = [f"{model.name} ran on one device: {model.refusal}." for model in models if model.refusal]
-    scaled = [loader for loader in stats.loaders if loader.scaled_batch != loader.batch]
-    lines += [f"DataLoader at {one.location}: batch size {one.batch} -> {one.scaled_batch}" for one in scaled]
-    if scaled:
-        lines.append("The learning rate is the script's; a larger batch often needs a higher one.")
-    if stats.scale_batch and not stats.loaders:
-        lines.append("--scale-batch had no effect: the script created no DataLoader that shuffles or samples.")
+    verbs = {True: "ended", False: "ran"}
+    lines = [f"{one.name} {verbs[one.is_parallel]} on one device: {one.refusal}." for one in models if one.refusal]
+    if stats.scale_batch and len(stats.devices) > 1:
+        lines += _scale_batch_lines(stats)
     return [*lines, *stats.notes, *_time_lines(stats)]
+
+
+def _scale_batch_lines(stats: RunStats) -> list[str]:
+    scaled = [loader for loader in stats.loaders if loader.has_trained and loader.scaled_batch != loader.batch]
+    lines = [f"DataLoader at {one.location}: batch size {one.batch} -> {one.scaled_batch}" for one in scaled]
+    if not scaled:
+        return ["--scale-batch had no effect: no DataLoader that shuffles or samples has trained a model."]
+    if any(model.is_parallel for model in stats.models):
+        return [*lines, "The learning rate is the script's; a larger batch often needs a higher one."]
+    return [*lines, "--scale-batch was in vain: no model ran on all devices. Run without it."]
 
 
 def suggestion(stats: RunStats) -> str:
@@ -117,7 +125,7 @@ def _time_lines(stats: RunStats) -> list[str]:
     lines = []
     has_split = any(step.is_split for step in stats.steps)
     parallel = [model for model in stats.models if model.is_parallel]
-    all_wrapped = bool(parallel) and all(model.devices for model in parallel)  # wrappers never run on one device
+    all_wrapped = bool(parallel) and all(model.devices for model in parallel)  # a wrapper may never run on one device
     if compared := stats.comparison():
         lines.append(
             f"step time: {format_duration(compared.one_device_s)} on one device (in some steps, to compare), "

@@ -16,7 +16,10 @@ import torch
 from torch import nn
 
 from duoka.data_parallel.call_context import Timers
+from duoka.log import logger
 
+COMPARISON_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
+"""Counts of optimizer steps at which a step runs on one device, to compare the speed."""
 _NEIGHBORS = 8
 """A step on one device is compared with so many steps before it and after it."""
 _MIN_COMPARED = 3
@@ -52,11 +55,23 @@ class ModelStats:
         """Record where the model was found first."""
         if not self.how:
             self.name, self.how = name, how
+            self._warn_of_multiplied_batch()
 
     def refuse(self, reason: str) -> None:
         """Keep the model on one device from now on, unless the script wraps it; the first reason stays."""
-        if self.devices < 2:
-            self.refusal = self.refusal or reason
+        if self.devices < 2 and not self.refusal:
+            self.refusal = reason
+            self._warn_of_multiplied_batch()
+
+    def _warn_of_multiplied_batch(self) -> None:
+        is_final = bool(self.refusal) and not self.run.is_until_step
+        if self.how and is_final and self.run.scale_batch and len(self.run.devices) > 1:
+            logger.warning(
+                "%s (%s) runs on one device, with batches that --scale-batch multiplies: %s. Run without --scale-batch.",
+                self.name,
+                self.how,
+                self.refusal,
+            )
 
     def count(self, batch: int | None, *, split: bool) -> None:
         """Count one call with a batch of ``batch`` samples."""
@@ -100,13 +115,16 @@ class ModelStats:
         return dataclasses.replace(self, name=f"{self.name} ({len(others) + 1} models)", kinds=kinds)
 
 
-class LoaderStats(NamedTuple):
-    """A DataLoader of the script."""
+@dataclass
+class LoaderStats:
+    """A DataLoader of the script that may be for training."""
 
     location: str
     batch: int
     scaled_batch: int
-    """Its batch size in this run."""
+    """Its batch size in this run, in iterations with gradients."""
+    has_trained: bool = False
+    """Whether there was such an iteration; known if the batch size is multiplied."""
 
 
 class StepTiming(NamedTuple):
@@ -147,6 +165,8 @@ class RunStats:
         """Seconds that the script has waited for its DataLoaders."""
         self.steps: list[StepTiming] = []
         self._refusal = ""
+        self.is_until_step = False
+        """Whether that refusal ends at the first optimizer step."""
         self._by_module: weakref.WeakKeyDictionary[nn.Module, ModelStats] = weakref.WeakKeyDictionary()
         self._optimizer: weakref.ref[Any] | None = None
         self._last: tuple[float, float, float, float, int, int] | None = None
@@ -160,11 +180,19 @@ class RunStats:
             self.models.append(stats)
         return stats
 
-    def refuse_all(self, reason: str) -> None:
-        """Keep every model on one device from now on."""
-        self._refusal = reason
+    def refuse_all(self, reason: str, *, until_step: bool = False) -> None:
+        """Keep every model on one device from now on; with ``until_step`` only until the first optimizer step."""
+        if until_step and self._refusal:
+            return
+        self._refusal, self.is_until_step = reason, until_step
         for stats in self.models:
             stats.refuse(reason)
+
+    def _end_refusal_until_step(self) -> None:
+        reason, self._refusal, self.is_until_step = self._refusal, "", False
+        for stats in self.models:
+            if stats.refusal == reason:
+                stats.refusal = ""
 
     def add_note(self, text: str) -> None:
         """Add a line to the report, unless it has that line."""
@@ -182,6 +210,8 @@ class RunStats:
 
     def on_step(self, optimizer: Any) -> None:
         """Record an optimizer step. Only the first optimizer that is still alive is timed."""
+        if self.is_until_step:
+            self._end_refusal_until_step()
         if self._optimizer is None or self._optimizer() is None:
             self._optimizer, self._last = weakref.ref(optimizer), None
         if self._optimizer() is not optimizer:

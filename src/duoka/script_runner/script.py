@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import io
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, TracebackType
 
 from duoka.errors import ConfigError, DuokaError
+from duoka.script_runner.threads import join_threads
 
 
 class Script:
@@ -37,6 +38,22 @@ class Script:
         self.argv = [self.path if is_module else target, *arguments]
         self.source = _read(Path(self.path if is_module else target))
         self._import_dir = os.getcwd() if is_module else str(Path(target).resolve().parent)
+
+    def sources(self) -> Iterator[bytes]:
+        """Yield the script's text, and that of each module beside it which these texts import."""
+        pending, seen = [Path(self.path)], {Path(self.path)}
+        while pending:
+            path = pending.pop()
+            with contextlib.suppress(OSError, SyntaxError, ValueError):
+                source = path.read_bytes()
+                yield source
+                names = {name for node in ast.walk(ast.parse(source)) for name in _imported_names(node)}
+                folders = (Path(self._import_dir), path.parent)
+                files = {
+                    Path(folder, *f"{name}.py".split(".", name.count("."))) for name in names for folder in folders
+                }
+                pending += sorted(file for file in files - seen if file.is_file())
+                seen |= files
 
     def run(self) -> int:
         """Run to the end and return the exit status; exceptions are printed as Python prints them."""
@@ -69,12 +86,20 @@ def _installed_as_main(main: ModuleType, argv: list[str], import_dir: str) -> It
     try:
         yield
     finally:
-        for thread in threading.enumerate():  # as Python does before it exits
-            if not thread.daemon and thread is not threading.current_thread():
-                thread.join()
+        join_threads()
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         sys.modules["__main__"], sys.argv, sys.path[:] = before
+
+
+def _imported_names(node: ast.AST) -> list[str]:
+    """Return the dotted names that an import statement may load; empty for any other statement."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        module = f"{node.module}." if node.module else ""
+        return [*filter(None, [node.module]), *(f"{module}{alias.name}" for alias in node.names)]
+    return []
 
 
 def _find_module(name: str) -> ModuleSpec:

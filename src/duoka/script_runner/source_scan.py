@@ -1,7 +1,7 @@
 """Code of the script: the source of its modules, and the line of it that is running."""
 
+import ast
 import contextlib
-import re
 import sys
 import sysconfig
 import traceback
@@ -14,9 +14,7 @@ _LIBRARIES = ("torch", "duoka", "contextlib", "functools", "importlib")
 
 def new_sources(seen: set[str]) -> Iterator[bytes]:
     """Yield the source of each module that belongs to the script, not to Python or a library; add its path to ``seen``."""
-    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-    folders = {sysconfig.get_path(kind) for kind in kinds} | {entry for entry in sys.path if "-packages" in entry}
-    library_prefixes = tuple(f"{folder}/" for folder in (*folders, str(Path(__file__).parents[1])))
+    library_prefixes = _library_prefixes()
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None)
         if not isinstance(path, str) or path in seen:
@@ -27,9 +25,17 @@ def new_sources(seen: set[str]) -> Iterator[bytes]:
                 yield Path(path).read_bytes()
 
 
-def differentiates_gradients(source: bytes) -> bool:
-    """Return whether the source contains ``create_graph=`` with a value other than ``False``."""
-    return re.search(rb"create_graph\s*=\s*(?!\s*False)", source) is not None
+def differentiates_gradients(source: bytes) -> bool | None:
+    """Return whether a call in the source has ``create_graph=True``; ``None`` if the value is known at run time only."""
+    if b"create_graph" not in source:
+        return False
+    try:
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    except SyntaxError:  # Python reports it
+        return False
+    values = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "create_graph"]
+    constants = [bool(value.value) for value in values if isinstance(value, ast.Constant)]
+    return any(constants) or (None if len(constants) < len(values) else False)
 
 
 def is_called_by_script() -> bool:
@@ -42,12 +48,20 @@ def is_called_by_script() -> bool:
 
 def caller_location() -> str:
     """Return file and line of the innermost running frame that belongs to the script."""
+    library_prefixes = _library_prefixes()
     for frame, line in traceback.walk_stack(sys._getframe(1)):
         file = frame.f_code.co_filename
-        if not _is_library(frame) and "site-packages" not in file:
+        if not _is_library(frame) and not file.startswith(library_prefixes):
             is_cell = file.startswith("<") or "ipykernel_" in file
             return f"line {line}" + (" of a cell" if is_cell else f" of {Path(file).name}")
     return "an unknown line"
+
+
+def _library_prefixes() -> tuple[str, ...]:
+    """Return the folders of Python, of installed packages and of duoka."""
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = {sysconfig.get_path(kind) for kind in kinds} | {entry for entry in sys.path if "-packages" in entry}
+    return tuple(f"{folder}/" for folder in (*folders, str(Path(__file__).parents[1])))
 
 
 def _is_library(frame: FrameType) -> bool:

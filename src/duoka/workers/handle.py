@@ -16,6 +16,7 @@ import torch
 from duoka.errors import LaunchError, WorkerDied
 from duoka.malloc import with_large_pages
 from duoka.workers.channel import Channel, Message
+from duoka.workers.environment import worker_environment
 from duoka.workers.exceptions import deserialize_exception
 
 _EVENT_ORDER = ("signal", "output", "message", "death")
@@ -181,7 +182,7 @@ def _spawn(channel_fd: int, output_fd: int) -> subprocess.Popen[bytes]:
             stderr=output_fd,
             pass_fds=[channel_fd],
             start_new_session=True,
-            env=with_large_pages(os.environ),  # each task applies its owner's environment
+            env=with_large_pages(worker_environment()),  # each task applies its owner's environment
         )
     except OSError as error:
         raise LaunchError(

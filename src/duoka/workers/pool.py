@@ -11,18 +11,10 @@ from pathlib import Path
 import torch
 
 from duoka.utils.signals import handle_interrupt
+from duoka.workers.environment import DEVICE_VARIABLES, worker_environment
 from duoka.workers.handle import WorkerHandle
 
-_READ_AT_START = (
-    "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_ORDER",
-    "HIP_VISIBLE_DEVICES",
-    "ROCR_VISIBLE_DEVICES",
-    "ZE_AFFINITY_MASK",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "GLIBC_TUNABLES",
-)
+_READ_AT_START = (*DEVICE_VARIABLES, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "GLIBC_TUNABLES")
 """Environment variables that a process reads once: a worker that started with other values is not reused."""
 
 
@@ -108,7 +100,8 @@ class _Pool:
 
 
 def _start_key(device: torch.device) -> tuple[str, ...]:
-    return (str(device), *(os.environ.get(name, "") for name in _READ_AT_START))
+    environment = worker_environment()
+    return (str(device), *(environment.get(name, "") for name in _READ_AT_START))
 
 
 def _user_sources() -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from duoka.utils.torch_settings import apply_torch_settings, capture_torch_settings
+from duoka.workers.environment import worker_environment
 from duoka.workers.handle import WorkerHandle
 from duoka.workers.serialization import Payload, dumps
 
@@ -41,7 +42,7 @@ class ProcessContext:
             directory = os.getcwd()
         except FileNotFoundError:  # removed meanwhile; a task that opens a file there will say so
             directory = "/"
-        return ProcessContext(dict(os.environ), directory, list(sys.path), list(sys.argv), capture_torch_settings())
+        return ProcessContext(worker_environment(), directory, list(sys.path), list(sys.argv), capture_torch_settings())
 
     def apply(self) -> None:
         """Give this process the context."""
