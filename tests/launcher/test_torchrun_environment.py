@@ -27,7 +27,7 @@ def variables() -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_rank_sees_torchruns_variables_and_the_caller_gets_its_own_back(size: int) -> None:
+def test_every_rank_sees_torchruns_variables_and_the_caller_its_own_again(size: int) -> None:
     before = dict(os.environ)
     ranks = duoka.launch(variables, devices=f"cpu:{size}", returns="all")
     assert dict(os.environ) == before

@@ -184,7 +184,7 @@ def gathered_info_nce(output: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     return functional.cross_entropy(vectors @ other.T / 0.2, torch.arange(first, first + len(target)))
 
 
-def test_negatives_of_all_ranks_are_not_announced_and_take_the_step_of_one_device(caplog):
+def test_negatives_of_all_ranks_take_the_step_of_one_device(caplog):
     one, two = classifier().double(), classifier().double()
     data = [(x.double(), y) for x, y in DataLoader(samples(), batch_size=16)]
     assert warnings_of(caplog, one, gathered_info_nce, device="cpu", data=data) == []

@@ -143,7 +143,7 @@ class Boxes(nn.Module):
 @pytest.mark.parametrize("rows", [(3, 1, 2, 0, 5), (2, 2, 2, 2, 2), (2, 3, 2, 1, 1), (2, 2, 2, 2)])
 @pytest.mark.parametrize("as_dict", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 3, 4])
-def test_a_list_with_one_item_per_sample_gives_the_list_of_all_samples(rows, as_dict, batch_size):
+def test_lists_with_one_item_per_sample_become_one_list(rows, as_dict, batch_size):
     data = DataLoader(TensorDataset(torch.tensor(rows, dtype=torch.float32)[:, None]), batch_size=batch_size)
     for device in ("cpu", "cpu:2"):
         predictions = Trainer(Boxes(as_dict), device=device).predict(data)
