@@ -115,7 +115,7 @@ class Resident:
 def measure(loader: Any, seconds: float) -> float:
     """Iterate over epochs for ``seconds``; return this rank's images/s."""
     world = duoka.current_world()
-    shard = duoka.data.shard(loader, rank=world.rank, world_size=world.size, seed=0)
+    shard = duoka.data.local_batches(loader, rank=world.rank, world_size=world.size, seed=0)
     torch.set_num_threads(1)
     world.all_reduce(torch.zeros(1))  # all start together
     count, began = 0, time.perf_counter()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
-from duoka.data import DataPosition, shard
+from duoka.data import DataPosition, local_batches
 from support.datasets import Noisy, NoisyInBulk
 
 
@@ -20,7 +20,7 @@ def augmented(
     """What each sample became in one epoch."""
     seen: dict[int, Any] = {}
     for rank in range(size):
-        sharded = shard(loader, rank=rank, world_size=size, seed=1, **options)
+        sharded = local_batches(loader, rank=rank, world_size=size, seed=1, **options)
         if position is not None:
             sharded.set_position(position)
         for part in sharded:
@@ -66,7 +66,7 @@ def test_augmentation_is_the_same_after_a_resume_and_another_in_each_epoch() -> 
 
 
 def test_evaluation_augments_the_same_way_every_time() -> None:
-    sharded = shard(DataLoader(Noisy(), batch_size=4), rank=0, world_size=1, seed=1, training=False)
+    sharded = local_batches(DataLoader(Noisy(), batch_size=4), rank=0, world_size=1, seed=1, training=False)
     first, second = ([part.batch[1].tolist() for part in sharded] for _ in range(2))
     assert first == second
 
@@ -91,7 +91,7 @@ def test_loading_in_this_process_keeps_the_users_generators(dataset: str) -> Non
     random.seed(1)
     np.random.seed(1)
     np.random.randn()
-    sharded = shard(DataLoader(DATASETS[dataset], batch_size=4), rank=0, world_size=1, seed=0)
+    sharded = local_batches(DataLoader(DATASETS[dataset], batch_size=4), rank=0, world_size=1, seed=0)
     for _ in range(2):  # before and after it is known what the data set draws from
         before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
         list(sharded)
@@ -101,7 +101,7 @@ def test_loading_in_this_process_keeps_the_users_generators(dataset: str) -> Non
 
 def test_sample_drawn_twice_is_augmented_twice() -> None:
     loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=2, sampler=[3, 3, 3, 3])
-    values = [part.batch[1].tolist() for part in shard(loader, rank=0, world_size=1, seed=1)]
+    values = [part.batch[1].tolist() for part in local_batches(loader, rank=0, world_size=1, seed=1)]
     assert len({value for batch in values for value in batch}) == 4
 
 
@@ -124,7 +124,7 @@ def test_data_set_that_draws_late_keeps_the_users_generators() -> None:
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     expected = torch.rand(2).tolist(), random.random(), np.random.rand()
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    list(shard(DataLoader(Late(), batch_size=4), rank=0, world_size=1, seed=0))
+    list(local_batches(DataLoader(Late(), batch_size=4), rank=0, world_size=1, seed=0))
     assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected
 
 
@@ -139,7 +139,7 @@ def test_bulk_loading_is_kept_where_nothing_is_drawn() -> None:
             self.asked.append(list(indices))
             return list(indices)
 
-    list(shard(DataLoader(Bulk(), batch_size=4), rank=1, world_size=2, seed=0))
+    list(local_batches(DataLoader(Bulk(), batch_size=4), rank=1, world_size=2, seed=0))
     assert Bulk.asked == [[2, 3], [5]]
 
 
@@ -226,7 +226,7 @@ def test_generator_that_a_data_set_holds_is_seeded_for_each_sample(name: str) ->
 
 def test_generator_that_a_data_set_holds_is_given_back_as_it_was() -> None:
     dataset = Holding(np.random.default_rng(0))
-    sharded = shard(DataLoader(dataset, batch_size=4), rank=0, world_size=1, seed=0)
+    sharded = local_batches(DataLoader(dataset, batch_size=4), rank=0, world_size=1, seed=0)
     first, second = ([part.batch[1].tolist() for part in sharded] for _ in range(2))
     assert first != second
     assert dataset.rng.random() == np.random.default_rng(0).random()
@@ -274,7 +274,7 @@ def test_spare_gaussian_of_the_users_is_neither_used_nor_lost(draw: Any) -> None
 
 def test_another_bit_generator_of_numpys_is_noticed() -> None:
     loader: DataLoader[Any] = DataLoader(Gaussian(np.random.rand), batch_size=1)
-    list(shard(loader, rank=0, world_size=1, seed=0))
+    list(local_batches(loader, rank=0, world_size=1, seed=0))
     found = np.random.get_bit_generator()
     try:
         np.random.set_bit_generator(np.random.PCG64(1))
@@ -299,7 +299,7 @@ def test_users_draws_between_batches_continue_as_without_loading(late: bool) -> 
         return drawn
 
     loader: DataLoader[Any] = DataLoader(range(64), batch_size=1)  # type: ignore[arg-type]
-    assert draws(shard(loader, rank=0, world_size=1, seed=0)) == draws(range(64))
+    assert draws(local_batches(loader, rank=0, world_size=1, seed=0)) == draws(range(64))
 
 
 def test_data_set_that_holds_a_global_generator_keeps_its_state() -> None:
@@ -307,5 +307,5 @@ def test_data_set_that_holds_a_global_generator_keeps_its_state() -> None:
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
         expected = torch.rand(2).tolist(), random.random(), np.random.rand()
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
-        list(shard(DataLoader(Holding(held), batch_size=4), rank=0, world_size=1, seed=0))
+        list(local_batches(DataLoader(Holding(held), batch_size=4), rank=0, world_size=1, seed=0))
         assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected

@@ -112,6 +112,7 @@ def test_tuple_of_as_many_columns_as_samples_is_cut_by_samples() -> None:
         [torch.arange(2), torch.arange(2) + 10],
         (torch.zeros(2, 4), torch.ones(2, 4)),
         [{"box": torch.zeros(2, 4)}, {"box": torch.ones(2, 4)}],
+        [("a", "b"), ("c", "d")],
     ],
 )
 @pytest.mark.parametrize("batch", [lambda inner: (torch.zeros(2, 3), inner), lambda inner: {"x": X[:2], "y": inner}])

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset, default_collate
 
-from duoka.data import shard
-from duoka.errors import DataError
+from duoka.data import DataPosition, local_batches
+from duoka.errors import ConfigError, DataError
 from support.datasets import LENGTHS, SIZES, Batches, Numbers, flat, globals_of, indices, parts_of
 
 
@@ -70,7 +70,7 @@ def test_stream_without_workers_collates_only_the_ranks_own_samples() -> None:
         return frozenset(samples)
 
     loader: DataLoader[Any] = DataLoader(Numbers(11), batch_size=4, collate_fn=strange)
-    parts = [part.batch for part in shard(loader, rank=1, world_size=2, seed=0, batches_per_step=2)]
+    parts = [part.batch for part in local_batches(loader, rank=1, world_size=2, seed=0, batches_per_step=2)]
     assert parts == [frozenset({4, 5, 6, 7}), frozenset({10})]
 
 
@@ -103,7 +103,7 @@ def test_order_of_a_custom_loader_is_a_function_of_seed_and_epoch(loader: Any) -
 def test_draws_at_each_step_of_a_custom_loader_are_the_same_on_all_ranks() -> None:
     values = []
     for size in (1, 3):
-        ranks = [list(shard(Batches(11), rank=rank, world_size=size, seed=0)) for rank in range(size)]
+        ranks = [list(local_batches(Batches(11), rank=rank, world_size=size, seed=0)) for rank in range(size)]
         values.append([torch.cat([part.batch[1][: part.count] for part in step]).tolist() for step in zip(*ranks)])  # noqa: B905
     assert values[0] == values[1]
     assert len({value for step in values[0] for value in step}) == 11
@@ -111,7 +111,7 @@ def test_draws_at_each_step_of_a_custom_loader_are_the_same_on_all_ranks() -> No
 
 def test_dicts_and_names_are_cut_with_their_tensors() -> None:
     batches = [{"x": torch.arange(5), "names": ["a", "b", "c", "d", "e"], "scale": 2.0}]
-    (part,) = shard(batches, rank=1, world_size=2, seed=0)
+    (part,) = local_batches(batches, rank=1, world_size=2, seed=0)
     assert part.batch["x"].tolist() == [3, 4]
     assert (part.batch["names"], part.batch["scale"]) == (["d", "e"], 2.0)
 
@@ -119,27 +119,29 @@ def test_dicts_and_names_are_cut_with_their_tensors() -> None:
 def test_lengths_and_sample_counts_are_known_where_the_loader_knows() -> None:
     batches = [torch.arange(4), torch.arange(3)]
     assert (
-        len(shard(batches, rank=0, world_size=2, seed=0)),
-        shard(batches, rank=0, world_size=2, seed=0).samples_per_epoch,
+        len(local_batches(batches, rank=0, world_size=2, seed=0)),
+        local_batches(batches, rank=0, world_size=2, seed=0).samples_per_epoch,
     ) == (
         2,
         7,
     )
-    assert len(shard(Batches(11), rank=0, world_size=2, seed=0, batches_per_step=2)) == 2
+    assert len(local_batches(Batches(11), rank=0, world_size=2, seed=0, batches_per_step=2)) == 2
     with pytest.raises(TypeError):
-        len(shard(generated, rank=0, world_size=2, seed=0))
+        len(local_batches(generated, rank=0, world_size=2, seed=0))
 
 
 def test_batches_of_unequal_shapes_are_an_error_with_a_remedy() -> None:
     batches = [torch.zeros(2, 5), torch.zeros(1, 4)]
     with pytest.raises(DataError, match=r"\(2, 5\), \(1, 4\).*pad them"):
-        list(shard(batches, rank=0, world_size=1, seed=0, batches_per_step=2))
+        list(local_batches(batches, rank=0, world_size=1, seed=0, batches_per_step=2))
 
 
 def test_empty_batches_are_passed_over() -> None:
     batches = [torch.arange(0), torch.arange(3), torch.arange(0)]
     assert parts_of([(batch,) for batch in batches], 2) == [[[0, 1], [2]]]
-    assert [indices(part) for part in shard([(b,) for b in batches], rank=0, world_size=1, seed=0)] == [[0, 1, 2]]
+    assert [indices(part) for part in local_batches([(b,) for b in batches], rank=0, world_size=1, seed=0)] == [
+        [0, 1, 2]
+    ]
 
 
 class Nested(Numbers):
@@ -150,7 +152,97 @@ class Nested(Numbers):
 
 def test_nested_columns_of_default_collate_are_cut_as_columns() -> None:
     loader: DataLoader[Any] = DataLoader(Nested(4), batch_size=2, num_workers=1)
-    parts = list(shard(loader, rank=1, world_size=2, seed=0))
+    parts = list(local_batches(loader, rank=1, world_size=2, seed=0))
     assert repr([part.batch for part in parts]) == repr(
         [[[torch.tensor([n]), torch.tensor([n + 10])], torch.tensor([n + 20])] for n in (1, 3)]
     )
+
+
+class Words(IterableDataset[Any]):
+    """Each sample has four words, as many as a batch has samples."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(8):
+            yield {"x": number, "name": str(number), "words": [f"{number}{letter}" for letter in "abcd"]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("batches_per_step", [1, 2])
+@pytest.mark.parametrize("size", [2, 4])
+def test_columns_of_strings_are_cut_as_columns(workers: int, batches_per_step: int, size: int) -> None:
+    loader: DataLoader[Any] = DataLoader(Words(), batch_size=4, num_workers=workers)
+    for rank in range(size):
+        batches = local_batches(loader, rank=rank, world_size=size, seed=0, batches_per_step=batches_per_step)
+        for part in batches:
+            own = [str(number) for number in part.batch["x"].tolist()]
+            assert list(part.batch["name"]) == own
+            assert [list(column) for column in part.batch["words"]] == [[n + letter for n in own] for letter in "abcd"]
+
+
+class Numbered(IterableDataset[int]):
+    """A stream whose order is a function of the epoch, a list that it shuffles and a generator of its own."""
+
+    def __init__(self, first: int) -> None:
+        self.items, self.epoch, self.own = list(range(first, first + 6)), 0, random.Random(first)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.own.shuffle(self.items)
+        yield from self.items
+        yield 100 * self.epoch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_parts_of_a_chain_are_streams_like_any_other(workers: int, persistent: bool) -> None:
+    def chained() -> DataLoader[Any]:
+        chain = ChainDataset([Numbered(0), Numbered(6)])
+        return DataLoader(chain, batch_size=4, num_workers=workers, persistent_workers=persistent and workers > 0)
+
+    for epoch in range(3):
+        single = flat(globals_of(chained(), 1, epoch=epoch))
+        assert sorted(single) == sorted([*range(12), 100 * epoch, 100 * epoch])
+        assert flat(globals_of(chained(), 2, epoch=epoch)) == single
+    assert flat(globals_of(chained(), 1, epoch=1))[:6] != flat(globals_of(chained(), 1, epoch=2))[:6]
+    resumed = local_batches(chained(), rank=0, world_size=1, seed=5)
+    resumed.set_position(DataPosition(5, 2, 0))
+    assert flat([indices(part) for part in resumed]) == flat(globals_of(chained(), 1, epoch=2))
+    resumed.close()
+
+
+class StartsAnew:
+    """A loader that is its own iterator, and starts anew after its end."""
+
+    def __init__(self, again: bool = True) -> None:
+        self.at, self.again = 0, again
+
+    def __iter__(self) -> StartsAnew:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, ...]:
+        if self.at >= 10:
+            self.at = 0 if self.again else self.at
+            raise StopIteration
+        self.at += 4
+        numbers = torch.arange(self.at - 4, min(self.at, 10))
+        return numbers, torch.rand(len(numbers))
+
+
+def test_a_loader_that_starts_anew_after_its_end_is_read_again() -> None:
+    assert globals_of(StartsAnew(), 2, epoch=2) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_a_loader_that_does_not_start_anew_is_an_error_in_its_second_epoch() -> None:
+    batches = local_batches(StartsAnew(again=False), rank=0, world_size=1, seed=0)
+    assert len(list(batches)) == 3
+    with pytest.raises(DataError, match=r"StartsAnew yields no batch in a second epoch.*StopIteration"):
+        list(batches)
+
+
+def test_iterators_that_cannot_start_anew_are_refused_at_once() -> None:
+    loader: DataLoader[Any] = DataLoader(Numbers(4), batch_size=2)
+    for iterator in (generated(), iter([1]), map(str, []), iter(loader)):
+        with pytest.raises(ConfigError, match="ends after one epoch"):
+            local_batches(iterator, rank=0, world_size=1, seed=0)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from duoka.data import shard
+from duoka.data import local_batches
 from duoka.errors import ConfigError
 from support import datasets
 from support.datasets import LENGTHS, SIZES, flat, globals_of, numbers, parts_of
@@ -79,7 +79,7 @@ def test_drop_last_leaves_no_incomplete_global_batch_in_training_only() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_rank_without_samples_gets_a_filler_in_training_only(training: bool) -> None:
     for loader in (numbers(5, batch_size=4), [[torch.arange(4)], [torch.arange(4, 5)]]):
-        sharded = shard(loader, rank=2, world_size=3, seed=0, training=training)
+        sharded = local_batches(loader, rank=2, world_size=3, seed=0, training=training)
         first, last = list(sharded)
         assert (first.count, first.global_count, first.batch[0].tolist()) == (1, 4, [3])
         assert (last.count, last.global_count) == (0, 1)
@@ -88,7 +88,7 @@ def test_rank_without_samples_gets_a_filler_in_training_only(training: bool) -> 
 
 def test_filler_is_the_first_sample_of_the_global_batch() -> None:
     for loader in (numbers(2, batch_size=2), [[torch.arange(2)]], DataLoader(datasets.Numbers(2), batch_size=2)):
-        (part,) = shard(loader, rank=2, world_size=3, seed=0)
+        (part,) = local_batches(loader, rank=2, world_size=3, seed=0)
         assert (part.count, part.global_count, torch.as_tensor(part.batch[0]).tolist()) in ((0, 2, [0]), (0, 2, 0))
 
 
@@ -118,7 +118,7 @@ def test_order_neither_reads_nor_changes_the_users_generators(sampler: str) -> N
 
 def test_evaluation_takes_the_same_order_every_time() -> None:
     loader = numbers(64, batch_size=4, shuffle=True)
-    sharded = shard(loader, rank=0, world_size=2, seed=0, training=False)
+    sharded = local_batches(loader, rank=0, world_size=2, seed=0, training=False)
     assert [datasets.indices(part) for part in sharded] == [datasets.indices(part) for part in sharded]
 
 
@@ -131,7 +131,7 @@ def test_users_seed_of_a_generator_still_chooses_the_order() -> None:
 
 
 def test_endless_sampler_is_read_no_further_than_needed() -> None:
-    sharded = shard(numbers(7, batch_size=4, sampler=datasets.Endless()), rank=1, world_size=2, seed=0)
+    sharded = local_batches(numbers(7, batch_size=4, sampler=datasets.Endless()), rank=1, world_size=2, seed=0)
     parts = [part for part, _ in zip(sharded, range(100), strict=False)]
     assert all(part.global_count == 4 and part.count == 2 for part in parts)
     assert len({str(parts[start : start + 8]) for start in range(0, 96, 8)}) == 12  # no draw is repeated
@@ -152,7 +152,7 @@ def test_set_epoch_of_sampler_and_data_set_is_called() -> None:
             self.epochs.append(epoch)
 
     dataset = EpochRecorder(4)
-    sharded = shard(DataLoader(dataset, sampler=RecordingSampler(dataset)), rank=0, world_size=1, seed=0)
+    sharded = local_batches(DataLoader(dataset, sampler=RecordingSampler(dataset)), rank=0, world_size=1, seed=0)
     for _ in range(3):
         list(sharded)
     assert sorted(set(dataset.epochs)) == sorted(set(RecordingSampler.epochs)) == [0, 1, 2]
@@ -174,7 +174,7 @@ def test_samplers_that_divide_by_themselves_are_refused() -> None:
 
     dataset = datasets.Logged(11)
     with pytest.raises(ConfigError, match="already divides the samples over 2"):
-        shard(DataLoader(dataset, sampler=Divided(dataset)), rank=0, world_size=2, seed=0)
+        local_batches(DataLoader(dataset, sampler=Divided(dataset)), rank=0, world_size=2, seed=0)
 
 
 def test_sampler_of_index_lists_without_collation_is_cut_too() -> None:
@@ -206,27 +206,27 @@ def test_lengths_are_those_of_the_epoch() -> None:
             {"batch_sampler": datasets.Buckets(length)},
         ):
             for merged, training in itertools.product((1, 2, 3), (True, False)):
-                sharded = shard(
+                sharded = local_batches(
                     numbers(length, **options), rank=0, world_size=2, seed=0, batches_per_step=merged, training=training
                 )
                 parts = list(sharded)
                 assert len(sharded) == len(parts)
                 assert sharded.samples_per_epoch in (None, sum(part.global_count for part in parts))
-    assert shard(numbers(11, batch_size=4), rank=0, world_size=2, seed=0).samples_per_epoch == 11
+    assert local_batches(numbers(11, batch_size=4), rank=0, world_size=2, seed=0).samples_per_epoch == 11
 
 
 @pytest.mark.parametrize(("rank", "size", "batches_per_step"), [(2, 2, 1), (-1, 2, 1), (0, 0, 1), (0, 1, 0)])
 def test_impossible_share_is_an_error(rank: int, size: int, batches_per_step: int) -> None:
     with pytest.raises(ConfigError):
-        shard(numbers(4), rank=rank, world_size=size, seed=0, batches_per_step=batches_per_step)
+        local_batches(numbers(4), rank=rank, world_size=size, seed=0, batches_per_step=batches_per_step)
 
 
 def test_data_set_instead_of_a_loader_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match=r"wrap it: torch.utils.data.DataLoader\("):
-        shard(datasets.Logged(3), rank=0, world_size=1, seed=0)
+        local_batches(datasets.Logged(3), rank=0, world_size=1, seed=0)
 
 
 @pytest.mark.parametrize("wrong", [iter([torch.zeros(2)]), torch.zeros(3), {"x": torch.zeros(3)}, "text", 5])
 def test_what_is_no_loader_is_an_error(wrong: object) -> None:
     with pytest.raises(ConfigError):
-        shard(wrong, rank=0, world_size=1, seed=0)
+        local_batches(wrong, rank=0, world_size=1, seed=0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
-from duoka.data import DataPosition, shard
+from duoka.data import DataPosition, local_batches
 from duoka.errors import CheckpointError, ConfigError
 from support import datasets
 from support.datasets import flat, globals_of, indices, numbers
@@ -30,7 +30,7 @@ LOADERS = {
 def rest_of(loader: Any, size: int, position: DataPosition) -> list[int]:
     ranks = []
     for rank in range(size):
-        sharded = shard(loader, rank=rank, world_size=size, seed=0, batches_per_step=size)
+        sharded = local_batches(loader, rank=rank, world_size=size, seed=0, batches_per_step=size)
         sharded.set_position(position)
         ranks.append([indices(part) for part in sharded])
         assert sharded.position == DataPosition(position.seed, position.epoch + 1, 0)
@@ -41,7 +41,7 @@ def rest_of(loader: Any, size: int, position: DataPosition) -> list[int]:
 def test_run_continues_at_the_next_sample_on_any_number_of_devices(name: str) -> None:
     loader = LOADERS[name]()
     whole = flat(globals_of(loader, 1, seed=9, epoch=1))
-    sharded = shard(loader, rank=0, world_size=2, seed=9)
+    sharded = local_batches(loader, rank=0, world_size=2, seed=9)
     list(sharded)
     positions = [sharded.position]
     for _ in sharded:
@@ -62,14 +62,14 @@ def test_run_continues_inside_a_batch_where_the_batch_size_changed(name: str) ->
 
 def test_nothing_before_the_position_is_loaded() -> None:
     dataset = datasets.Logged(20)
-    sharded = shard(DataLoader(dataset, batch_size=4), rank=1, world_size=2, seed=0)
+    sharded = local_batches(DataLoader(dataset, batch_size=4), rank=1, world_size=2, seed=0)
     sharded.set_position(DataPosition(0, 3, 8))
     list(sharded)
     assert dataset.loaded == [10, 11, 14, 15, 18, 19]
 
 
 def test_position_counts_what_was_taken_and_not_what_was_prefetched() -> None:
-    sharded = shard(numbers(40, batch_size=4, num_workers=2), rank=0, world_size=2, seed=3)
+    sharded = local_batches(numbers(40, batch_size=4, num_workers=2), rank=0, world_size=2, seed=3)
     for taken, _ in enumerate(sharded, start=1):
         assert sharded.position == DataPosition(3, 0, 4 * taken)
         if taken == 3:
@@ -81,7 +81,7 @@ def test_position_counts_what_was_taken_and_not_what_was_prefetched() -> None:
 @pytest.mark.parametrize("name", LOADERS)
 def test_epoch_left_early_is_followed_by_the_next_from_its_start(name: str) -> None:
     loader = LOADERS[name]()
-    sharded = shard(loader, rank=0, world_size=1, seed=5)
+    sharded = local_batches(loader, rank=0, world_size=1, seed=5)
     for _ in itertools.islice(sharded, 2):
         pass
     assert [indices(part) for part in sharded] == globals_of(loader, 1, epoch=1)
@@ -90,7 +90,7 @@ def test_epoch_left_early_is_followed_by_the_next_from_its_start(name: str) -> N
 
 
 def test_looking_at_a_loader_without_taking_anything_begins_no_epoch() -> None:
-    sharded = shard(numbers(8, batch_size=4, shuffle=True), rank=0, world_size=1, seed=5)
+    sharded = local_batches(numbers(8, batch_size=4, shuffle=True), rank=0, world_size=1, seed=5)
     iter(sharded)
     assert sharded.position == DataPosition(5, 0, 0)
     assert next(iter(sharded)) is not None
@@ -141,9 +141,9 @@ def test_in_place_shuffling_resumes_exactly_from_any_epoch(kind: str) -> None:
             return DataLoader(InPlaceStream(), batch_size=4)
         return DataLoader(TensorDataset(torch.arange(24)), batch_size=4, sampler=InPlace(kind))
 
-    whole = shard(loader(), rank=0, world_size=1, seed=3)
+    whole = local_batches(loader(), rank=0, world_size=1, seed=3)
     epochs = [[datasets.indices(part) for part in whole] for _ in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    resumed = shard(loader(), rank=0, world_size=1, seed=3)
+    resumed = local_batches(loader(), rank=0, world_size=1, seed=3)
     resumed.set_position(DataPosition(3, 2, 8))
     assert [datasets.indices(part) for part in resumed] == epochs[2][2:]

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import duoka
-from duoka.data import DataPosition, DeviceResidentLoader, resident, resident_loader, shard, transforms
+from duoka.data import DataPosition, DeviceResidentLoader, local_batches, resident, resident_loader, transforms
 from duoka.errors import ConfigError, DataError
 
 PIXELS = torch.randint(0, 256, (37, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -24,7 +24,9 @@ def epoch(data, size: int, *, skip: int = 0, number: int = 0, training: bool = T
     """All ranks' parts of an epoch, joined as one device would have them: a list of (images, labels)."""
     ranks = []
     for rank in range(size):
-        sharded = shard(data, rank=rank, world_size=size, seed=3, batches_per_step=batches_per_step, training=training)
+        sharded = local_batches(
+            data, rank=rank, world_size=size, seed=3, batches_per_step=batches_per_step, training=training
+        )
         sharded.set_position(DataPosition(3, number, skip))
         ranks.append(list(sharded))
     joined = []
@@ -78,7 +80,7 @@ def test_without_changes_samples_are_what_they_were():
 def test_evaluation_is_the_same_every_time_and_counts_every_sample_once():
     still = loader(shuffle=False, transforms=[transforms.Normalize((0.5,) * 3, (0.2,) * 3)])
     assert same(epoch(still, 1, training=False), epoch(still, 3, number=4, training=False))
-    parts = list(shard(loader(), rank=6, world_size=7, seed=0, training=False))
+    parts = list(local_batches(loader(), rank=6, world_size=7, seed=0, training=False))
     assert parts[-1].batch is None
 
 
@@ -86,12 +88,12 @@ def test_evaluation_is_the_same_every_time_and_counts_every_sample_once():
     ("drop", "batches_per_step", "lengths"), [(False, 1, 8), (True, 1, 7), (True, 2, 3), (False, 2, 4)]
 )
 def test_lengths_are_known_before_iteration(drop, batches_per_step, lengths):
-    sharded = shard(loader(drop_last=drop), rank=0, world_size=2, seed=0, batches_per_step=batches_per_step)
+    sharded = local_batches(loader(drop_last=drop), rank=0, world_size=2, seed=0, batches_per_step=batches_per_step)
     parts = list(sharded)
     assert len(sharded) == len(parts) == lengths
     assert sharded.samples_per_epoch == sum(part.global_count for part in parts)
     like = DataLoader(torch.utils.data.TensorDataset(PIXELS, LABELS), 5, drop_last=drop)
-    other = shard(like, rank=0, world_size=2, seed=0, batches_per_step=batches_per_step)
+    other = local_batches(like, rank=0, world_size=2, seed=0, batches_per_step=batches_per_step)
     assert [part.global_count for part in other] == [part.global_count for part in parts]
 
 

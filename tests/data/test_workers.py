@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from duoka.data import shard
+from duoka.data import local_batches
 from support.datasets import Logged, Noisy, Numbers, globals_of, indices, numbers
 
 
@@ -41,7 +41,7 @@ class Unlucky(Dataset[int]):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_exception_in_a_data_set_keeps_its_type(workers: int) -> None:
-    sharded = shard(DataLoader(Unlucky(), batch_size=4, num_workers=workers), rank=1, world_size=2, seed=0)
+    sharded = local_batches(DataLoader(Unlucky(), batch_size=4, num_workers=workers), rank=1, world_size=2, seed=0)
     state = torch.get_rng_state()
     with pytest.raises(UnluckyError, match="sample 6"):
         list(sharded)
@@ -51,7 +51,7 @@ def test_an_exception_in_a_data_set_keeps_its_type(workers: int) -> None:
 
 @pytest.mark.parametrize("dataset", [Noisy(40), Numbers(40)])
 def test_leaving_an_epoch_early_ends_its_workers(dataset: Any) -> None:
-    sharded = shard(DataLoader(dataset, batch_size=2, num_workers=1), rank=0, world_size=1, seed=0)
+    sharded = local_batches(DataLoader(dataset, batch_size=2, num_workers=1), rank=0, world_size=1, seed=0)
     for _ in sharded:
         break
     del _
@@ -61,7 +61,7 @@ def test_leaving_an_epoch_early_ends_its_workers(dataset: Any) -> None:
 
 @pytest.mark.parametrize("dataset", [Noisy(40), Numbers(40)])
 def test_closing_ends_workers_that_stay_and_the_loader_can_be_used_again(dataset: Any) -> None:
-    sharded = shard(
+    sharded = local_batches(
         DataLoader(dataset, batch_size=4, num_workers=1, persistent_workers=True), rank=0, world_size=2, seed=0
     )
     list(sharded)
@@ -75,7 +75,7 @@ def test_closing_ends_workers_that_stay_and_the_loader_can_be_used_again(dataset
 
 
 def test_closing_in_the_middle_of_an_epoch_ends_it() -> None:
-    sharded = shard(numbers(40, batch_size=4, num_workers=1), rank=0, world_size=1, seed=0)
+    sharded = local_batches(numbers(40, batch_size=4, num_workers=1), rank=0, world_size=1, seed=0)
     running = iter(sharded)
     next(running)
     sharded.close()
@@ -85,7 +85,7 @@ def test_closing_in_the_middle_of_an_epoch_ends_it() -> None:
 
 def test_persistent_workers_load_the_right_samples_after_a_break() -> None:
     loader = numbers(40, batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
-    sharded = shard(loader, rank=0, world_size=1, seed=5)
+    sharded = local_batches(loader, rank=0, world_size=1, seed=5)
     for _ in sharded:
         break
     second = [indices(part) for part in sharded]
@@ -105,7 +105,7 @@ class EpochRecorder(Logged):
 
 def test_set_epoch_is_called_in_persistent_workers() -> None:
     loader = DataLoader(EpochRecorder(4), batch_size=4, num_workers=1, persistent_workers=True)
-    sharded = shard(loader, rank=0, world_size=1, seed=0)
+    sharded = local_batches(loader, rank=0, world_size=1, seed=0)
     assert [next(iter(list(sharded))).batch.tolist() for _ in range(2)] == [[0] * 4, [1] * 4]
     sharded.close()
 
@@ -127,18 +127,18 @@ def set_offset(worker: int) -> None:
 
 def test_worker_init_fn_sees_the_users_own_data_set() -> None:
     loader = DataLoader(Offset(), batch_size=4, num_workers=1, worker_init_fn=set_offset)
-    (part,) = shard(loader, rank=0, world_size=1, seed=0)
+    (part,) = local_batches(loader, rank=0, world_size=1, seed=0)
     assert part.batch.tolist() == [10, 11, 12, 13]
 
 
 def test_rank_without_a_single_sample_ends_its_workers_too() -> None:
-    sharded = shard(numbers(2, batch_size=4, num_workers=1), rank=2, world_size=3, seed=0, training=False)
+    sharded = local_batches(numbers(2, batch_size=4, num_workers=1), rank=2, world_size=3, seed=0, training=False)
     assert [tuple(part) for part in sharded] == [(None, 0, 2)]
 
 
 def test_only_the_ranks_own_samples_are_loaded() -> None:
     dataset = Logged(11)
-    list(shard(DataLoader(dataset, batch_size=4), rank=1, world_size=3, seed=0, batches_per_step=2))
+    list(local_batches(DataLoader(dataset, batch_size=4), rank=1, world_size=3, seed=0, batches_per_step=2))
     assert dataset.loaded == [3, 4, 5, 9]
 
 
@@ -150,7 +150,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import duoka
-from duoka.data import shard
+from duoka.data import local_batches
 
 
 class Sample(NamedTuple):
@@ -191,7 +191,7 @@ def load(kind, context, refused):
     world = duoka.current_world()
     options = {"collate_fn": joined, "worker_init_fn": started, "multiprocessing_context": context}
     loader = DataLoader(kind(refused), batch_size=4, num_workers=1, persistent_workers=True, **options)
-    sharded = shard(loader, rank=world.rank, world_size=world.size, seed=0)
+    sharded = local_batches(loader, rank=world.rank, world_size=world.size, seed=0)
     seen = []
     for _ in range(2):
         for part in sharded:
@@ -249,16 +249,16 @@ class Counting(Numbers):
 def test_spawned_workers_share_what_a_data_set_shares() -> None:
     dataset = Counting(6)
     loader = DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context="spawn")
-    list(shard(loader, rank=0, world_size=1, seed=0))
+    list(local_batches(loader, rank=0, world_size=1, seed=0))
     assert dataset.loaded == 6
 
 
 def test_spawned_workers_watch_generators_of_their_own() -> None:
     alone = list(
-        shard(DataLoader(Noisy(), batch_size=4), rank=0, world_size=1, seed=0)
+        local_batches(DataLoader(Noisy(), batch_size=4), rank=0, world_size=1, seed=0)
     )  # this process's are found by now
     loader: DataLoader[Any] = DataLoader(Noisy(), batch_size=4, num_workers=1, multiprocessing_context="spawn")
-    spawned = list(shard(loader, rank=0, world_size=1, seed=0))
+    spawned = list(local_batches(loader, rank=0, world_size=1, seed=0))
     assert [part.batch[1].tolist() for part in spawned] == [part.batch[1].tolist() for part in alone]
 
 
@@ -276,7 +276,9 @@ class Permuted(Numbers):
 
 def test_a_streams_generator_starts_equal_in_all_workers_each_epoch() -> None:
     def epochs(**options: Any) -> list[list[int]]:
-        sharded = shard(DataLoader(Permuted(12), batch_size=3, num_workers=2, **options), rank=0, world_size=1, seed=0)
+        sharded = local_batches(
+            DataLoader(Permuted(12), batch_size=3, num_workers=2, **options), rank=0, world_size=1, seed=0
+        )
         seen = [[number for part in sharded for number in part.batch.tolist()] for _ in range(2)]
         sharded.close()
         return seen

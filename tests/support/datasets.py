@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
-from duoka.data import LocalBatch, shard
+from duoka.data import LocalBatch, local_batches
 
 LENGTHS = (0, 1, 2, 3, 7, 11, 12, 64)
 SIZES = (1, 2, 3, 4, 5)
@@ -42,7 +42,7 @@ def parts_of(loader: Any, size: int, seed: int = 5, epoch: int = 0, **options: A
     """What each rank takes in each step of one epoch: ``[step][rank]`` is a list of samples."""
     ranks = []
     for rank in range(size):
-        sharded = shard(loader, rank=rank, world_size=size, seed=seed, **options)
+        sharded = local_batches(loader, rank=rank, world_size=size, seed=seed, **options)
         for _ in range(epoch):
             list(sharded)
         parts = list(sharded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,39 @@ def test_predictions_are_in_sample_order_on_any_number_of_devices():
         for data in (TensorDataset(features), TensorDataset(features, target)):
             predictions = Trainer(model, device=device).predict(DataLoader(data, batch_size=3))
             assert torch.allclose(predictions, expected, atol=1e-6)
+
+
+class Boxes(nn.Module):
+    """Returns as many rows for a sample as its first feature says."""
+
+    def __init__(self, as_dict: bool) -> None:
+        super().__init__()
+        self.as_dict, self.layer = as_dict, nn.Linear(1, 1)
+
+    def forward(self, features):
+        boxes = [row[:1].expand(int(row[0]), 4) for row in features]
+        return [{"boxes": one, "name": "box"} for one in boxes] if self.as_dict else boxes
+
+
+@pytest.mark.parametrize("rows", [(3, 1, 2, 0, 5), (2, 2, 2, 2, 2), (2, 3, 2, 1, 1), (2, 2, 2, 2)])
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 3, 4])
+def test_lists_with_one_item_per_sample_become_one_list(rows, as_dict, batch_size):
+    data = DataLoader(TensorDataset(torch.tensor(rows, dtype=torch.float32)[:, None]), batch_size=batch_size)
+    for device in ("cpu", "cpu:2"):
+        predictions = Trainer(Boxes(as_dict), device=device).predict(data)
+        boxes = [one["boxes"] if as_dict else one for one in predictions]
+        assert [tuple(one.shape) for one in boxes] == [(count, 4) for count in rows]
+
+
+def test_a_list_of_columns_stays_a_list_of_columns():
+    class Heads(nn.Linear):
+        def forward(self, features):
+            return [super().forward(features), features]
+
+    for device, batch_size in itertools.product(("cpu", "cpu:2"), (2, 4)):
+        data = DataLoader(TensorDataset(torch.randn(8, 3)), batch_size=batch_size)
+        assert [tuple(one.shape) for one in Trainer(Heads(3, 2), device=device).predict(data)] == [(8, 2), (8, 3)]
 
 
 def test_a_method_of_the_model_predicts_and_metrics_see_its_predictions():

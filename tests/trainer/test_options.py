@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import inspect
 
@@ -434,3 +435,65 @@ def test_a_metric_that_keeps_results_in_an_attribute_is_refused():
     with pytest.raises(ConfigError, match="Names keeps results in its attribute 'names'"):
         trainer_of(metrics=Names(), device="cpu:2").evaluate(loader())
     assert trainer_of(metrics={"n": Names()}).evaluate(loader())["n"] == 12
+
+
+def test_metrics_with_lists_of_tuples_or_their_own_merge_are_exact():
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Pairs(torchmetrics.Metric):
+        def __init__(self):
+            super().__init__()
+            self.add_state("pairs", default=[], dist_reduce_fx=None)
+
+        def update(self, output, target):
+            self.pairs += [(one, int(label)) for one, label in zip(output.argmax(1), target, strict=True)]
+
+        def compute(self):
+            return torch.tensor([float(one) + 10 * label for one, label in self.pairs]).sort().values
+
+    class Counted(torchmetrics.Metric):
+        def __init__(self):
+            super().__init__()
+            self.labels = collections.Counter()
+
+        def update(self, _output, target):
+            self.labels.update(target.tolist())
+
+        def merge_state(self, incoming_state):
+            self.labels.update(incoming_state.labels)
+
+        def compute(self):
+            return torch.tensor([float(self.labels[label]) for label in range(2)])
+
+    metrics = {"pairs": Pairs(), "labels": Counted()}
+    one, two, three = [trainer_of(metrics=metrics, device=d).evaluate(loader(11)) for d in ("cpu", "cpu:2", "cpu:3")]
+    for other in (two, three):
+        assert torch.equal(one["pairs"], other["pairs"])
+        assert one["labels"].sum() == 11
+        assert torch.equal(one["labels"], other["labels"])
+
+
+@pytest.mark.parametrize("kind", [int, dict, set, lambda: torch.zeros(())])
+def test_a_metric_that_counts_in_an_attribute_is_refused(kind):
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Counts(torchmetrics.Metric):
+        def __init__(self):
+            super().__init__()
+            self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+            self.seen = kind()
+
+        def update(self, _output, target):
+            self.total += len(target)
+            if isinstance(self.seen, dict):
+                self.seen[len(self.seen)] = len(target)
+            elif isinstance(self.seen, set):
+                self.seen.add(len(target))
+            else:
+                self.seen += len(target)
+
+        def compute(self):
+            return torch.tensor(float(self.total))
+
+    with pytest.raises(ConfigError, match=r"Counts keeps results in its attribute 'seen'.*add_state"):
+        trainer_of(metrics=Counts(), device="cpu:2").evaluate(loader())

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from duoka.errors import DataError
+from duoka.errors import ConfigError, DataError
 from duoka.trainer import Trainer
 from duoka.trainer.loss_reduction import reduce_loss
 
@@ -263,6 +263,39 @@ def test_unused_parameters_are_found_without_changing_the_result():
     assert relative_difference(two, one) < 1e-12
 
 
+class Branches(nn.Module):
+    """A second branch that takes part while ``first <= calls < last``."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.main, self.branch = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.first, self.last, self.calls = first, last, 0
+        self.double()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        is_used = self.first <= self.calls < self.last
+        self.calls += self.training
+        return self.main(features) + (self.branch(features) if is_used else 0)
+
+
+@pytest.mark.parametrize(("first", "last", "found"), [(2, 99, None), (99, 99, None), (0, 3, True), (2, 4, None)])
+def test_a_branch_that_is_not_always_used_takes_the_same_steps(first, last, found):
+    loader = DataLoader(labelled(12), batch_size=4)
+    one, _ = fitted(Branches(first, last), loader, "cpu", find_unused_parameters=found)
+    two, _ = fitted(Branches(first, last), loader, "cpu:2", find_unused_parameters=found)
+    assert relative_difference(two, one) < 1e-12
+
+
+@pytest.mark.parametrize("last", [3, STEPS - 1])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_branch_that_falls_out_of_use_names_the_option(last, accumulate):
+    loader = DataLoader(labelled(24), batch_size=4)
+    options = {"gradient_accumulation_steps": accumulate}
+    with pytest.raises(ConfigError, match="find_unused_parameters=True"):
+        fitted(Branches(0, last * accumulate), loader, "cpu:2", **options)
+
+
 def test_batch_norm_keeps_the_statistics_of_rank_0():
     def model() -> nn.Module:
         torch.manual_seed(1)
@@ -291,6 +324,46 @@ def test_fit_changes_nothing_of_the_model_but_its_weights():
     assert list(model.state_dict()) == keys
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.9))
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))
+        self.double()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(features))
+
+
+@pytest.mark.parametrize("device", DEVICES[:2])
+def test_parts_in_evaluation_mode_stay_in_it(device):
+    model = Frozen()
+    model.backbone.eval()
+    before = copy.deepcopy(model)
+    fitted(model, DataLoader(labelled(12), batch_size=4), device, eval_data=DataLoader(labelled(12), batch_size=4))
+    assert torch.equal(model.backbone[1].running_mean, before.backbone[1].running_mean)
+    assert not torch.equal(model.backbone[1].weight, before.backbone[1].weight)
+    assert not torch.equal(model.head[0].running_mean, before.head[0].running_mean)
+    assert [part.training for part in model.modules()] == [part.training for part in before.modules()]
+
+
+def test_a_model_in_evaluation_mode_trains_as_a_whole():
+    models = Frozen(), Frozen()
+    models[1].eval()
+    for model in models:
+        fitted(model, DataLoader(labelled(12), batch_size=4), "cpu")
+    assert relative_difference(*models) == 0
+    assert not models[1].training
+
+
+def test_the_log_names_parts_in_evaluation_mode(capsys):
+    model = Frozen()
+    model.backbone.eval()
+    fitted(model, DataLoader(labelled(12), batch_size=4), "cpu", verbose=True)
+    assert "stays in evaluation mode, as before fit: backbone\n" in capsys.readouterr().out
 
 
 class Annealed(nn.Module):

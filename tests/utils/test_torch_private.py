@@ -140,6 +140,44 @@ def test_the_default_group_has_a_store_a_timeout_and_a_broadcast(tmp_path: Path)
         dist.destroy_process_group()
 
 
+class UsesOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+    def forward(self, tensor, count):
+        for layer in self.layers[:count]:
+            tensor = layer(tensor)
+        return tensor.sum()
+
+
+class SeenOperators(torch_private.DispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.namespaces: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.namespaces.add(function.namespace)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_group_shows_collectives_and_gradients_that_were_not_averaged(tmp_path: Path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with SeenOperators() as seen:
+            dist.all_reduce(torch.ones(1))
+        assert "c10d" in seen.namespaces
+        wrapped = nn.parallel.DistributedDataParallel(UsesOne())
+        wrapped(torch.ones(1, 2), 2).backward()
+        torch_private.check_gradients_reduced(wrapped)
+        wrapped(torch.ones(1, 2), 1).backward()
+        with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
+            torch_private.check_gradients_reduced(wrapped)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_names_that_need_nccl_exist():
     torch_private.forget_failed_process_groups()
     assert dist.distributed_c10d._world.group_count == 0

@@ -4,18 +4,20 @@ from duoka.data import transforms
 from duoka.data.batch_ops import batch_length, concat_batches, slice_batch, split_batch, to_device
 from duoka.data.position import DataPosition, LocalBatch
 from duoka.data.resident_loader import DeviceResidentLoader, resident
-from duoka.data.sharding import ShardedLoader, shard
-from duoka.data.stream_fingerprint import same_stream
+from duoka.data.sharding import RankLoader, ShardedLoader, local_batches, shard
+from duoka.data.stream_fingerprint import require_same_stream
 
 __all__ = [
     "DataPosition",
     "DeviceResidentLoader",
     "LocalBatch",
+    "RankLoader",
     "ShardedLoader",
     "batch_length",
     "concat_batches",
+    "local_batches",
+    "require_same_stream",
     "resident",
-    "same_stream",
     "shard",
     "slice_batch",
     "split_batch",

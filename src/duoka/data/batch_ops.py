@@ -5,7 +5,8 @@ and NumPy arrays are cut along dimension 0, and so are lists and tuples with one
 Everything else (a number, a string, a tensor without dimensions) belongs to the whole batch and is passed on.
 
 A list of 2 tensors with 2 rows each, in a batch of 2, may have one tensor per sample or hold 2 columns. It holds columns
-if it is the batch itself, if its tensors differ in kind, or if ``default_collate`` made it. Otherwise it is an error.
+if it is the batch itself, if its tensors differ in kind, or if ``default_collate`` made it. Otherwise it is an error. The
+same is true of a list of 2 lists with 2 strings each.
 """
 
 from collections import UserDict
@@ -43,16 +44,16 @@ def batch_length(batch: Any) -> int:
 def slice_batch(batch: Any, start: int, stop: int, length: int | None = None, *, has_columns: bool = False) -> Any:
     """Return samples ``start`` to ``stop`` of ``batch``, in the same structure and classes.
 
-    ``length`` is the batch's, if the caller knows it. ``has_columns`` declares its lists of tensors to be columns, as
-    those of ``default_collate`` are. Raises ``DataError`` if a tensor's dimension 0 differs from ``length``, or if a
-    list in the batch may have one tensor per sample as well as columns.
+    ``length`` is the batch's, if the caller knows it. ``has_columns`` declares its lists of tensors and of lists to be
+    columns, as those of ``default_collate`` are. Raises ``DataError`` if a tensor's dimension 0 differs from ``length``,
+    or if a list in the batch may have one tensor per sample as well as columns.
     """
     length = batch_length(batch) if length is None else length
     if (start, stop) == (0, length):
         return batch
     if not has_columns:
         _check_lists(batch, length)
-    return _cut(batch, length, slice(start, stop))
+    return _cut(batch, length, slice(start, stop), has_columns)
 
 
 def split_batch(batch: Any, index: int, parts: int) -> Any:
@@ -65,14 +66,15 @@ def split_batch(batch: Any, index: int, parts: int) -> Any:
     return slice_batch(batch, *chunk_bounds(length, index, parts), length)
 
 
-def concat_batches(batches: Sequence[Any]) -> Any:
+def concat_batches(batches: Sequence[Any], *, has_columns: bool = False) -> Any:
     """Return one batch of the samples of ``batches``, which have the same structure, in their order.
 
-    Values that belong to a whole batch are those of the first. Raises ``DataError`` if tensors do not fit together.
+    Values that belong to a whole batch are those of the first. ``has_columns`` is that of ``slice_batch``. Raises
+    ``DataError`` if tensors do not fit together.
     """
     if len(batches) == 1:
         return batches[0]
-    return _join(list(batches), [batch_length(batch) for batch in batches])
+    return _join(list(batches), [batch_length(batch) for batch in batches], has_columns)
 
 
 def to_device(batch: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
@@ -107,10 +109,12 @@ def _children(node: Any) -> list[Any]:
     return [] if container is None else container[0]
 
 
-def _is_per_sample_list(node: Any, length: int, is_within: bool) -> bool:
+def _is_per_sample_list(node: Any, length: int, is_within: bool, has_columns: bool) -> bool:
     """Whether ``node`` is a list with one entry per sample, and not a structure whose tensors hold the samples."""
     if not isinstance(node, (list, tuple)) or hasattr(node, "_fields") or len(node) != length:
         return False
+    if has_columns:  # then entries that are no containers are those of the samples: strings
+        return not any(_is_array(entry) or open_container(entry) for entry in node)
     sizes = {len(array) for array in _arrays(node)}
     if not sizes:
         return True
@@ -120,19 +124,26 @@ def _is_per_sample_list(node: Any, length: int, is_within: bool) -> bool:
 
 def _check_lists(node: Any, length: int, is_within: bool = False) -> None:
     """Raise ``DataError`` if a list in the batch may have one entry per sample as well as columns."""
-    if _is_per_sample_list(node, length, is_within):
-        return
     children = _children(node)
     is_list = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
-    has_one_per_sample = is_within and is_list and len(node) == length and any(True for _ in _arrays(node))
-    if has_one_per_sample and all(_kind(child) == _kind(children[0]) for child in children):
+    is_square = is_within and is_list and len(node) == length and all(_kind(child) == _kind(node[0]) for child in node)
+    has_columns_of_text = is_square and all(_is_text_column(child, length) for child in node)
+    if _is_per_sample_list(node, length, is_within, has_columns=False) and not has_columns_of_text:
+        return
+    if has_columns_of_text or (is_square and any(True for _ in _arrays(node))):
+        rows = "strings" if has_columns_of_text else "rows"
         raise DataError(
-            f"a batch of {length} samples holds a {type(node).__name__} of {length} entries whose tensors have {length} rows "
-            "each: these may be one entry per sample or columns of the batch, which are cut in different ways. Name columns "
-            "in a dict, or join one tensor per sample to one padded tensor; batches of a map-style data set need no cut"
+            f"a batch of {length} samples holds a {type(node).__name__} of {length} entries with {length} {rows} each: these "
+            "may be one entry per sample or columns of the batch, which are cut in different ways. Name columns in a dict, or "
+            "join one tensor per sample to one padded tensor; batches of a map-style data set need no cut"
         )
     for child in children:
         _check_lists(child, length, is_within=True)
+
+
+def _is_text_column(node: Any, length: int) -> bool:
+    """Whether ``node`` is a list of ``length`` strings, as many as there are samples."""
+    return isinstance(node, (list, tuple)) and len(node) == length and all(isinstance(entry, str) for entry in node)
 
 
 def _kind(node: Any) -> Any:
@@ -143,7 +154,7 @@ def _kind(node: Any) -> Any:
     return type(node), keys, [_kind(child) for child in _children(node)]
 
 
-def _cut(node: Any, length: int, samples: slice, is_within: bool = False) -> Any:
+def _cut(node: Any, length: int, samples: slice, has_columns: bool, is_within: bool = False) -> Any:
     if _is_array(node):
         if node.ndim and len(node) != length:
             raise DataError(
@@ -151,21 +162,22 @@ def _cut(node: Any, length: int, samples: slice, is_within: bool = False) -> Any
                 f"{length}. A tensor without one row per sample cannot be divided: keep it out of the batch"
             )
         return node[samples] if node.ndim else node
-    if _is_per_sample_list(node, length, is_within):
+    if _is_per_sample_list(node, length, is_within, has_columns):
         return node[samples]
     container = open_container(node)
     if container is None:
         return node
     children, rebuild = container
-    return rebuild([_cut(child, length, samples, is_within=True) for child in children])
+    return rebuild([_cut(child, length, samples, has_columns, is_within=True) for child in children])
 
 
-def _join(nodes: list[Any], lengths: list[int], is_within: bool = False) -> Any:
+def _join(nodes: list[Any], lengths: list[int], has_columns: bool, is_within: bool = False) -> Any:
     first = nodes[0]
     if _is_array(first):
         _check_structures(nodes)
         return _join_arrays(nodes) if first.ndim else first
-    per_sample = [_is_per_sample_list(node, length, is_within) for node, length in zip(nodes, lengths, strict=True)]
+    pairs = zip(nodes, lengths, strict=True)
+    per_sample = [_is_per_sample_list(node, length, is_within, has_columns) for node, length in pairs]
     if all(per_sample) or (any(per_sample) and any(True for _ in _arrays(nodes))):  # one batch alone may be ambiguous
         return type(first)([item for node in nodes for item in node])
     _check_structures(nodes)
@@ -173,7 +185,7 @@ def _join(nodes: list[Any], lengths: list[int], is_within: bool = False) -> Any:
     if not containers:
         return first
     columns = zip(*(children for children, _ in containers), strict=True)
-    return containers[0][1]([_join(list(column), lengths, is_within=True) for column in columns])
+    return containers[0][1]([_join(list(column), lengths, has_columns, is_within=True) for column in columns])
 
 
 def _check_structures(nodes: list[Any]) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from duoka.data.rng import GLOBAL, TORCH, IsolatedRng, Rng
-from duoka.data.user_generators import generators_of
+from duoka.data.user_generators import generators_of, with_wrapped
 from duoka.errors import ConfigError
 from duoka.log import logger
 
@@ -112,7 +112,12 @@ def merge_batches(batches: Iterator[Sequence[Any]], count: int, drop_last: bool)
 
 
 def set_epoch(epoch: int, *owners: object) -> None:
-    """Call ``set_epoch(epoch)`` of each of ``owners`` that has the method, once each."""
-    for owner in {id(owner): owner for owner in owners}.values():
+    """Call ``set_epoch(epoch)`` of each of ``owners``, and of what they wrap, that has the method, once each."""
+    for owner in with_wrapped(*owners):
         if callable(method := getattr(owner, "set_epoch", None)):
             method(epoch)
+
+
+def has_set_epoch(dataset: object) -> bool:
+    """Return whether ``dataset`` or a data set inside it has ``set_epoch``."""
+    return any(callable(getattr(owner, "set_epoch", None)) for owner in with_wrapped(dataset))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from duoka.errors import DataError
 from duoka.utils.pytree import iter_leaves
 
 MAX_SAMPLES = 4
@@ -45,3 +46,14 @@ def same_stream(one: StreamFingerprint, other: StreamFingerprint) -> bool:
     if one.words != other.words or len(one.numbers) != len(other.numbers):
         return False
     return np.allclose(one.numbers, other.numbers, rtol=TOLERANCE, atol=TOLERANCE**2, equal_nan=True)
+
+
+def require_same_stream(by_rank: Sequence[StreamFingerprint | None], name: str) -> None:
+    """Raise ``DataError`` unless all ranks have read the same samples of the data called ``name``."""
+    main, *others = by_rank
+    if not all(main is other or (main and other and same_stream(other, main)) for other in others):
+        raise DataError(
+            f"{name} yields other samples on another rank: it splits itself by rank, or draws from a random generator "
+            "that duoka does not know. duoka splits every global batch, so samples would be lost. Yield all samples in "
+            "the same order on every rank: do not use torch.distributed.get_rank() or RANK in it"
+        )

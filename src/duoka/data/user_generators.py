@@ -15,24 +15,29 @@ _WRAPPED = ("dataset", "datasets", "transform", "transforms", "target_transform"
 
 
 def generators_of(*owners: object) -> list[Rng]:
-    """Return the generators that ``owners`` hold as attributes, each once.
+    """Return the generators that ``owners``, and what they wrap, hold as attributes, each once."""
+    values = [value for owner in with_wrapped(*owners) for value in getattr(owner, "__dict__", {}).values()]
+    found = {id(value): value for value in values if isinstance(value, Generator)}
+    return [_UserGenerator(generator) for generator in found.values()]
 
-    The data sets inside a data set (``Subset``, ``ConcatDataset``), the transforms of either, and the steps of such a
-    transform are searched too.
+
+def with_wrapped(*owners: object) -> list[object]:
+    """Return ``owners`` and what they wrap, each once.
+
+    Wrapped are the data sets inside a data set (``Subset``, ``ConcatDataset``, ``ChainDataset``), the transforms of
+    either, and the steps of such a transform.
     """
-    found: dict[int, Generator] = {}
-    seen: dict[int, object] = {}
+    found: dict[int, object] = {}
     waiting = list(owners)
     while waiting:
         owner = waiting.pop(0)
-        if id(owner) in seen:
+        if id(owner) in found:
             continue
-        seen[id(owner)] = owner
+        found[id(owner)] = owner
         attributes = getattr(owner, "__dict__", {})
-        found |= {id(value): value for value in attributes.values() if isinstance(value, Generator)}
         for inner in (attributes[name] for name in _WRAPPED if name in attributes):
             waiting += inner if isinstance(inner, (list, tuple)) else [inner]
-    return [_UserGenerator(generator) for generator in found.values()]
+    return list(found.values())
 
 
 class _UserGenerator(Rng):

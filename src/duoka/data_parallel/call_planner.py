@@ -63,9 +63,11 @@ class CallPlanner:
     def decide(self, module: nn.Module, arguments: Arguments, *, minimum: int = 1) -> SplitResult | None:
         """Check all samples of a call for which the rules that fitted so far give different values."""
         result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True)
-        if result is not None:
-            self._kinds[_signature(module, arguments)].result = result
-        return result
+        if result is None or result.rules is None:
+            return result
+        self._kinds[_signature(module, arguments)].result = result
+        decided = {place: rule._replace(others=()) for place, rule in result.rules.rules.items()}
+        return result._replace(rules=result.rules._replace(rules=decided))
 
 
 class _Kind:

@@ -135,7 +135,7 @@ def join_leaves(values: Sequence[Any], rule: Rule, path: Path = ()) -> Any:
         if not all(is_equal(value, values[0]) for value in values):
             rules = [one for one in rules if one.kind != "same"]
         joined = [join_leaves(values, one, path) for one in rules]
-        if not all(is_equal(value, joined[0]) for value in joined):
+        if not all(abs(value - joined[0]) <= max(1e-6 * abs(joined[0]), 1e-9) for value in joined):
             raise UndecidedError
         return joined[0]
     if rule.kind == "same":

@@ -53,9 +53,11 @@ def launch(
     """Run ``fn(*args)`` on every device at once and return rank 0's value.
 
     The calling process is rank 0: it runs ``fn`` itself, on the same objects that it passed. Every further device has a
-    worker process, which gets copies. Inside ``fn``, ``torch.distributed`` is initialized and ``duoka.current_world()``
-    returns rank, size and device. Afterwards the calling process has its earlier process group, environment, current
-    device, random generators, thread count and signal handlers. Workers stay warm for the next launch.
+    worker process, which gets copies. Inside ``fn``, ``torch.distributed`` is initialized, ``duoka.current_world()``
+    returns rank, size and device, and the environment has torchrun's variables (``RANK``, ``MASTER_ADDR``, ...).
+    ``duoka.data.shard(loader)`` gives each rank its part of every batch. Afterwards the calling process has its earlier
+    process group, environment, current device, random generators, thread count and signal handlers. Workers stay warm
+    for the next launch.
 
     A process that torchrun or Slurm started, or whose process group has several ranks, starts no workers. It runs
     ``fn`` as its own rank of that job, and ``devices`` selects accelerators or the CPU.

@@ -13,11 +13,10 @@ from duoka.devices.selection import resolve
 from duoka.devices.spec import DeviceSpec, parse
 from duoka.errors import LaunchError
 from duoka.launcher.rank_context import backend_for
+from duoka.launcher.torchrun_environment import is_started_by_torchrun
 from duoka.log import logger
 from duoka.utils.text import plural
 from duoka.world import World
-
-_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_in_cluster_job(spec: DeviceSpec = None) -> bool:
@@ -27,7 +26,7 @@ def is_in_cluster_job(spec: DeviceSpec = None) -> bool:
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         return True
-    if all(name in os.environ for name in _TORCHRUN):
+    if is_started_by_torchrun():
         return os.environ["WORLD_SIZE"] != "1" or _num_devices_named(spec) < 2
     # Slurm's number counts the tasks that srun started together; a batch script without srun is one task
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1

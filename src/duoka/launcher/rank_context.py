@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # first imported while a group exists, it would keep that group for good
 
 from duoka.devices.cpu import threads_per_rank
+from duoka.launcher.torchrun_environment import free_port, torchrun_variables
 from duoka.utils.rng_state import draw_seed_from_copy, rng_state, seed_all, set_rng_state
 from duoka.utils.torch_private import (
     abort_default_process_group,
@@ -35,7 +36,10 @@ class RankContext:
     """Folder in which the ranks exchange addresses; ``None`` for a single rank."""
     backend: str
     timeout_s: float
+    connect_timeout: timedelta
     threads: int
+    master_port: int
+    """Free port for a second rendezvous of the user's own, through ``env://``."""
     seed: int | None
     """``None`` for rank 0, which keeps the user's own random generators."""
 
@@ -52,7 +56,7 @@ def rank_contexts(devices: Sequence[torch.device], timeout_s: float) -> Iterator
     private_dir = tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True) if size > 1 else None
     with private_dir or contextlib.nullcontext() as folder:
         worlds = [World(rank, size, device, rank, size) for rank, device in enumerate(devices)]
-        shared = (folder, backend_for(devices), timeout_s, threads)
+        shared = (folder, backend_for(devices), timeout_s, CONNECT_TIMEOUT, threads, free_port())
         yield [RankContext(world, *shared, seed + world.rank if world.rank else None) for world in worlds]
 
 
@@ -111,14 +115,8 @@ def _set_current_device(device: torch.device) -> None:
 def _process_group(context: RankContext) -> Iterator[None]:
     """Create the group, with the variables that code written for torchrun reads and connections on loopback."""
     world = context.world
-    os.environ.update(
-        RANK=str(world.rank),
-        WORLD_SIZE=str(world.size),
-        LOCAL_RANK=str(world.local_rank),
-        LOCAL_WORLD_SIZE=str(world.local_size),
-        **LOOPBACK_ENVIRONMENT,
-        **NO_WATCHDOG_ENVIRONMENT,
-    )
+    os.environ.update(torchrun_variables(world, context.master_port))
+    os.environ.update({**LOOPBACK_ENVIRONMENT, **NO_WATCHDOG_ENVIRONMENT})
     forget_failed_process_groups()
     try:
         dist.init_process_group(
@@ -126,13 +124,13 @@ def _process_group(context: RankContext) -> Iterator[None]:
             store=file_store(context.rendezvous_dir, world.size),
             rank=world.rank,
             world_size=world.size,
-            timeout=CONNECT_TIMEOUT,
+            timeout=context.connect_timeout,
             device_id=world.device if "nccl" in context.backend else None,
         )
     except RuntimeError as error:
         raise RendezvousError(
-            f"rank {world.rank} of {world.size} could not connect to the others within "
-            f"{CONNECT_TIMEOUT.seconds} s: {error}. If the machine is overloaded, use fewer devices or launch again"
+            f"in duoka's rendezvous rank {world.rank} of {world.size} could not connect to the others within "
+            f"{context.connect_timeout.seconds} s: {error}. If the machine is overloaded, use fewer devices or launch again"
         ) from error
     try:
         set_default_group_timeout(timedelta(seconds=context.timeout_s))

@@ -40,6 +40,9 @@ class Strategy:
         """Return the factor for a mean loss over ``count`` of the step's ``global_count`` samples."""
         return count * self.gradient_divisor / global_count
 
+    def check_gradients_reduced(self) -> None:
+        """Raise ``RuntimeError`` if the last backward left gradients that differ between ranks."""
+
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Synchronize the gradients of a step whose module was not wrapped yet."""
 

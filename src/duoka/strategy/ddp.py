@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from duoka.errors import ConfigError
 from duoka.strategy.base import Strategy
-from duoka.utils.torch_private import broadcast_coalesced
+from duoka.utils.torch_private import broadcast_coalesced, check_gradients_reduced
 from duoka.world import World
 
 _MESSAGE_BYTES = 250 * 1024 * 1024
@@ -49,6 +49,11 @@ class DDP(Strategy):
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keep gradients local inside the block."""
         return contextlib.nullcontext() if self._wrapped is None else self._wrapped.no_sync()
+
+    def check_gradients_reduced(self) -> None:
+        """Raise ``RuntimeError`` if a parameter without gradient kept the last backward from averaging others."""
+        if self._wrapped is not None:
+            check_gradients_reduced(self._wrapped)
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average gradients as DDP does: divide, then sum; a gradient that this rank lacks counts as 0."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from duoka.data import DeviceResidentLoader, LocalBatch, ShardedLoader, same_stream, shard
+from duoka.data import DeviceResidentLoader, LocalBatch, ShardedLoader, local_batches, require_same_stream
 from duoka.errors import DataError
 from duoka.strategy import Strategy
 from duoka.trainer.fit_spec import FitSpec
@@ -38,13 +38,7 @@ class CheckedLoader:
         at_start = self.loader.position.samples == 0
         batches = iter(self.loader)
         first = next(batches, None)  # every rank reads a stream completely, so the first samples must be the same
-        main, *others = self.world.all_gather_object(self.loader.fingerprint)
-        if not all(main is other or (main and other and same_stream(other, main)) for other in others):
-            raise DataError(
-                f"{self.name} yields other samples on another rank: it splits itself by rank, or draws from a random generator "
-                "that duoka does not know. duoka splits every global batch, so samples would be lost. Yield all samples in "
-                "the same order on every rank: do not use torch.distributed.get_rank() or RANK in it"
-            )
+        require_same_stream(self.world.all_gather_object(self.loader.fingerprint), self.name)
         if first is not None:
             yield first
             yield from batches
@@ -56,7 +50,7 @@ def build_loader(spec: FitSpec, name: str, strategy: Strategy) -> CheckedLoader:
     """Return this rank's part of the ``train_data``, ``eval_data`` or ``test_data`` of ``spec``."""
     world, data, training = strategy.world, getattr(spec, name), name == "train_data"
     merged = strategy.replicas if spec.config.batch_size_means == "per_device" else 1
-    loader = shard(
+    loader = local_batches(
         data, rank=world.rank, world_size=world.size, seed=spec.config.seed, batches_per_step=merged, training=training
     )
     return CheckedLoader(loader, _empty_error(name, data, merged if training else 1), name, world)

@@ -11,6 +11,7 @@ import torch
 from duoka import checkpoint
 from duoka.data import DataPosition, LocalBatch
 from duoka.log import logger
+from duoka.trainer.batch_coupling import batch_coupling
 from duoka.trainer.callback_sync import CallbackSync
 from duoka.trainer.callbacks import Best, State
 from duoka.trainer.checked_loader import build_loader
@@ -91,6 +92,7 @@ class FitLoop:
         self.order_seed = config.seed
         self.resumed_rng: Any = None
         self.is_wrapped = False
+        self.is_loss_checked = self.strategy.replicas == 1 or not world.is_main
 
     def _notify(self, event: str) -> None:
         """Call the method ``event`` of each callback, in order; a callback may change which parameters are trained."""
@@ -112,7 +114,7 @@ class FitLoop:
     def run(self) -> FitOutcome:
         """Train to the end, or until stopped, and return the results."""
         first_epoch = self._begin()
-        self.module.train()
+        self._set_train_modes()
         self._notify("on_fit_start")
         for epoch in range(first_epoch, self.config.epochs):
             if self._should_stop():
@@ -120,6 +122,19 @@ class FitLoop:
             is_complete = self._train_epoch(epoch)
             self._end_epoch(epoch, is_complete=is_complete)
         return self._finish()
+
+    def _set_train_modes(self) -> None:
+        """Put model and loss into training mode, without the parts that the user has put into evaluation mode."""
+        roots = [(f"{name}.", root) for name, root in self.module.named_children() if root.training]
+        parts = [(prefix + name, part) for prefix, root in roots for name, part in root.named_modules()]
+        frozen = {name: part for name, part in parts if not part.training}
+        self.module.train()
+        for part in frozen.values():
+            part.training = False
+        if frozen:
+            outer = [name.removeprefix("model.") for name in frozen if name.rpartition(".")[0] not in frozen]
+            names = ", ".join(outer[:5]) + (" ..." if len(outer) > 5 else "")
+            self.log.say(f"stays in evaluation mode, as before fit: {names}")
 
     def _should_stop(self) -> bool:
         """Return on every rank whether training stops here; rank 0's callbacks may have requested it."""
@@ -184,6 +199,9 @@ class FitLoop:
         if self.resumed_rng is not None:
             set_rng_state(self.resumed_rng)
             self.resumed_rng = None
+        if not self.is_loss_checked:
+            self.is_loss_checked = True
+            self._warn_of_batch_coupling(window[0])
         unused, options = self.config.find_unused_parameters, self.config.ddp_options
         is_decided = self.world.size == 1 or options.keys() & {"find_unused_parameters", "static_graph"}
         if unused is None:
@@ -198,6 +216,16 @@ class FitLoop:
         self.checkpoint.has_unused_parameters = bool(names)  # a resumed run then takes all its steps wrapped
         self._wrap(bool(names))
         return samples
+
+    def _warn_of_batch_coupling(self, local: LocalBatch) -> None:
+        if losses := batch_coupling(self.module, local, self.world.device):
+            logger.warning(
+                "the loss of a batch is not the mean of its halves' losses (%s). Each of %d devices computes the loss of its "
+                "own part, so steps differ from those of one device. For a mean over tokens, return (sum, weight). For "
+                "in-batch negatives, train on one device, or gather the vectors of all ranks inside the loss",
+                losses,
+                self.strategy.replicas,
+            )
 
     def _wrap(self, find_unused_parameters: bool) -> None:
         if self.config.compile:

@@ -59,15 +59,25 @@ class Metrics:
             return {}
         if world.size > 1:
             list(self.collection.values(copy_state=True))  # separates metrics that share states
-            metrics = _metrics_in(self.collection)
-            by_rank = world.all_gather_object([metric_states(metric) for metric in metrics])
-            changed = [self._changed_attributes(metric) if metric.update_count else {} for metric in metrics]
-            for metric, *found in zip(metrics, *world.all_gather_object(changed), strict=True):
-                _check_attributes(metric, found)
-            if world.is_main:
-                for metric, *states in zip(metrics, *by_rank, strict=True):
-                    merge_metric_states(metric, states)
+            self._merge(_metrics_in(self.collection), world)
         return world.broadcast_object(map_leaves(_to_plain, self.collection.compute()) if world.is_main else {})
+
+    def _merge(self, metrics: Sequence[Metric], world: World) -> None:
+        """Give the metrics of rank 0 the results of all ranks; a metric with its own ``merge_state`` merges itself."""
+        own = [_merges_itself(metric) for metric in metrics]
+        pairs = list(zip(metrics, own, strict=True))
+        states = [copy.deepcopy(one).to("cpu") if is_own else metric_states(one) for one, is_own in pairs]
+        changed = [self._changed_attributes(one) if one.update_count and not is_own else {} for one, is_own in pairs]
+        by_rank, changed_by_rank = world.all_gather_object(states), world.all_gather_object(changed)
+        for metric, *found in zip(metrics, *changed_by_rank, strict=True):
+            _check_attributes(metric, found)
+        for (metric, is_own), *gathered in zip(pairs, *by_rank, strict=True) if world.is_main else ():
+            if not is_own:
+                merge_metric_states(metric, gathered)
+                continue
+            for other in gathered[1:]:
+                if other.update_count:
+                    metric.merge_state(other.to(metric.device))
 
     def _changed_attributes(self, metric: Metric) -> dict[str, str | bool | None]:
         """Return the attributes besides states that updates have changed; a class in place of other values than flags."""
@@ -104,7 +114,8 @@ def _check_attributes(metric: Metric, changed_by_rank: Sequence[dict[str, Any]])
             if str(value).startswith("a ") or any(other.get(name, value) != value for other in changed_by_rank):
                 raise ConfigError(
                     f"the metric {type(metric).__name__} keeps results in its attribute {name!r}, which several devices "
-                    f"cannot merge; register it: self.add_state({name!r}, default=..., dist_reduce_fx=...)"
+                    f"cannot merge; register it: self.add_state({name!r}, default=..., dist_reduce_fx=...), or define "
+                    "merge_state(other)"
                 )
 
 
@@ -131,6 +142,13 @@ def _metrics_in(module: torch.nn.Module) -> list[Metric]:
     from torchmetrics import Metric
 
     return [each for each in module.modules() if isinstance(each, Metric)]
+
+
+def _merges_itself(metric: Metric) -> bool:
+    """Whether the metric's class defines ``merge_state``."""
+    from torchmetrics import Metric
+
+    return type(metric).merge_state is not Metric.merge_state
 
 
 def _direction(metric: Metric) -> bool | None:

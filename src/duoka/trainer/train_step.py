@@ -101,7 +101,22 @@ class TrainStep:
                 for local in window[:-1]:
                     self._add_gradient(local, total)
         self._add_gradient(window[-1], total)
+        self._check_reduced()
         return total
+
+    def _check_reduced(self) -> None:
+        """Raise ``ConfigError`` if a parameter that the strategy expects to be used got no gradient on this rank."""
+        try:
+            self.strategy.check_gradients_reduced()
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            unused = [name.removeprefix("model.") for name, one in self.trained.items() if one.grad is None]
+            names = ", ".join(unused[:3]) + (" ..." if len(unused) > 3 else "") or "a parameter"
+            raise ConfigError(
+                f"{names} got no gradient in a step, though all trained parameters got one in the first; the devices cannot "
+                "average such a step. Give Trainer find_unused_parameters=True"
+            ) from error
 
     def _add_gradient(self, local: LocalBatch, total: int) -> None:
         count = local.count
@@ -115,13 +130,6 @@ class TrainStep:
                 raise DataError(
                     "batch norm cannot be trained on one sample, and a device got a single sample of a global batch; give "
                     "drop_last=True to the DataLoader, or a batch size that leaves at least two samples per device at the end"
-                ) from error
-            except RuntimeError as error:
-                if "Expected to have finished reduction in the prior iteration" not in str(error):
-                    raise
-                raise ConfigError(
-                    "a parameter that got a gradient in the first step got none in a later one, so its gradient was not "
-                    "averaged over the devices; give Trainer find_unused_parameters=True"
                 ) from error
         else:
             with _frozen_batch_norm(self.modules):

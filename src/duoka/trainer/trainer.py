@@ -123,6 +123,11 @@ class Trainer:
 
         Afterwards the model has the best weights with ``monitor`` or ``early_stop_patience``, else the last weights.
 
+        A part of the model that you have put into evaluation mode stays in it: after ``model.backbone.eval()``, batch
+        norm of the backbone keeps its statistics, and its dropout is off. The log names such parts. (Hugging Face's
+        ``from_pretrained`` returns a model in evaluation mode: call ``train()`` on it.) If the whole model is in
+        evaluation mode, all of it trains.
+
         Args:
             save_model: whether to write the weights to disk.
             model_path: the file (``.safetensors``, ``.pt`` or ``.pth``); ``None`` is ``model.safetensors`` in
@@ -163,7 +168,8 @@ class Trainer:
         """Return the model's predictions for ``data`` on the CPU: in the order of the data set, each sample once.
 
         A ``DataLoader`` with ``shuffle=True`` is also read in the order of its data set; one with your own sampler in
-        the sampler's order. Samples that ``drop_last`` drops have no prediction.
+        the sampler's order. Samples that ``drop_last`` drops have no prediction. A model that returns a list with one
+        item per sample (the boxes of each image) gives one list of all samples' items.
 
         A batch may hold a target, which the model does not get: a tuple longer than the required arguments of
         ``forward`` ends with one. ``Trainer(..., predict_fn=...)`` replaces this rule.

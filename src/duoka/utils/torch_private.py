@@ -20,14 +20,17 @@ from torch.distributed import distributed_c10d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from duoka.errors import UnsupportedError
+from duoka.utils.pytree import map_leaves
 
 BatchNorm: type[nn.Module] = _BatchNorm
 """Common base class of all batch norm layers."""
+DispatchMode: Any = TorchDispatchMode
+"""Base class of modes that see every operator, those of ``torch.distributed`` too."""
 DataLoaderIterator: type[Any] = _BaseDataLoaderIter
 """Base class of all iterators of a DataLoader, whose ``__next__`` loads a batch."""
 DataLoaderException: type[Any] = ExceptionWrapper
@@ -220,6 +223,14 @@ def broadcast_coalesced(tensors: Sequence[torch.Tensor], bytes_per_message: int)
     dist._broadcast_coalesced(group, list(tensors), bytes_per_message, 0)  # type: ignore[attr-defined]
 
 
+def check_gradients_reduced(wrapped: nn.Module) -> None:
+    """Raise ``RuntimeError`` if a backward of ``DistributedDataParallel`` left a gradient that was not averaged.
+
+    Without this check, DDP finds it in the next forward, and not at all after the last step.
+    """
+    wrapped._check_reducer_finalized()  # type: ignore[operator]
+
+
 # torch.utils.data
 
 
@@ -247,13 +258,12 @@ def set_worker_dataset(dataset: Any) -> None:
 
 
 def metric_states(metric: Any) -> tuple[int, dict[str, Any]]:
-    """Return a metric's number of updates, and its states on the CPU."""
-    states = metric.metric_state
-    on_cpu = {
-        name: [item.detach().cpu() for item in state] if isinstance(state, list) else state.detach().cpu()
-        for name, state in states.items()
-    }
-    return metric.update_count, on_cpu
+    """Return a metric's number of updates, and its states on the CPU; a list may hold tuples, numbers and strings."""
+    return metric.update_count, _to(torch.device("cpu"), dict(metric.metric_state))
+
+
+def _to(device: torch.device, state: Any) -> Any:
+    return map_leaves(lambda leaf: leaf.detach().to(device) if isinstance(leaf, torch.Tensor) else leaf, state)
 
 
 def unregistered_attributes(metric: Any) -> dict[str, Any]:
@@ -273,13 +283,13 @@ def merge_metric_states(metric: Any, ranks: Sequence[tuple[int, dict[str, Any]]]
     metric._update_count = sum(count for count, _ in ranks)
     metric._computed = None
     for name, reduction in metric._reductions.items():
-        states = [rank[name] for count, rank in ranks if count]
+        states = [_to(metric.device, rank[name]) for count, rank in ranks if count]
         if not states:
             continue
         if isinstance(states[0], list):
-            merged: Any = [item.to(metric.device) for state in states for item in state]
+            merged: Any = [item for state in states for item in state]
         else:
-            merged = torch.stack([state.to(metric.device) for state in states])
+            merged = torch.stack(states)
             merged = reduction(merged) if callable(reduction) else merged
         setattr(metric, name, merged)
 

@@ -12,8 +12,11 @@ import torch.distributed as dist
 READY_FOR_RENDEZVOUS, ENTER_RENDEZVOUS = "ready_for_rendezvous", "enter_rendezvous"
 """Kinds of messages: torch's rendezvous cannot be interrupted, so no rank enters it before all are ready."""
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-CONNECT_TIMEOUT = datetime.timedelta(seconds=4)
-"""How long ranks that are all ready may take to connect. If one dies meanwhile, the others wait this long in C++ code."""
+CONNECT_TIMEOUT = datetime.timedelta(seconds=30)
+"""How long ranks that are all ready may take to connect: milliseconds, or seconds on a machine with a high load.
+
+If one dies meanwhile, the others wait this long in C++ code.
+"""
 LOOPBACK_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
 NO_WATCHDOG_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0"}
 """NCCL's watchdog would end the user's process; duoka ends the workers instead."""

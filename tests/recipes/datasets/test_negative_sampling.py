@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from duoka.data import DataPosition, shard
+from duoka.data import DataPosition, local_batches
 from duoka.errors import DataError
 from duoka.recipes.datasets.movielens import SeenItems
 from duoka.recipes.datasets.negative_sampling import NegativeSampler, TripletDataset, loader
@@ -84,7 +84,7 @@ def epoch_of(samples, size: int, epoch: int, skip: int = 0) -> list[tuple[int, i
     """The samples of all ranks in an epoch, in the order of the global batches."""
     ranks = []
     for rank in range(size):
-        parts = shard(loader(samples, 32), rank=rank, world_size=size, seed=9)
+        parts = local_batches(loader(samples, 32), rank=rank, world_size=size, seed=9)
         parts.set_position(DataPosition(9, epoch, skip))
         ranks.append([part.batch for part in parts])
     steps = [batch for step in zip(*ranks, strict=True) for batch in step]

@@ -15,7 +15,8 @@ from duoka.data.rng import GLOBAL, IsolatedRng
 from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import BatchSource, ShardSpec, order_seed
 from duoka.data.stream_fingerprint import fingerprint
-from duoka.data.user_generators import generators_of
+from duoka.data.user_generators import generators_of, with_wrapped
+from duoka.errors import DataError
 from duoka.utils.torch_private import stop_dataloader_workers, take_dataloader_iterator
 
 SizedBatch = tuple[Any, int]
@@ -46,6 +47,7 @@ class BatchIterableSource(BatchSource):
         self._begin = begin
         self._has_columns = has_columns
         self._is_list = isinstance(loader, (list, tuple))
+        self._has_yielded = False
         self._drop_last = spec.training and getattr(loader, "drop_last", False) is True
         if self._is_list:
             self.samples = sum(map(batch_length, loader))
@@ -64,7 +66,8 @@ class BatchIterableSource(BatchSource):
         draws_here = self._begin is None and not self._is_list
         isolated = IsolatedRng(order_seed(seed, epoch), self._generators) if draws_here else contextlib.nullcontext()
         batches = self._read(isolated)
-        with restore_shuffled_lists(*(() if self._is_list else self._owners)), contextlib.closing(batches):
+        owners = () if self._is_list else with_wrapped(*self._owners)
+        with restore_shuffled_lists(*owners), contextlib.closing(batches):
             yield from self._local_batches(_skip_samples(batches, skip, self._has_columns))
 
     def close(self) -> None:
@@ -89,7 +92,7 @@ class BatchIterableSource(BatchSource):
 
     def _local_batches(self, batches: Iterator[SizedBatch]) -> Iterator[LocalBatch]:
         spec, self.fingerprint = self._spec, None
-        not_empty = ((batch, length) for batch, length in batches if length)
+        not_empty = self._require_again((batch, length) for batch, length in batches if length)
         while group := list(itertools.islice(not_empty, spec.batches_per_step)):
             if len(group) < spec.batches_per_step and self._drop_last:
                 return
@@ -98,6 +101,19 @@ class BatchIterableSource(BatchSource):
             total = sum(length for _, length in group)
             start, stop, count = spec.shard(total)
             yield LocalBatch(_take(group, start, stop, self._has_columns) if start < stop else None, count, total)
+
+    def _require_again(self, batches: Iterator[SizedBatch]) -> Iterator[SizedBatch]:
+        """Yield ``batches``; raise ``DataError`` if there are none, although there were some in an earlier epoch."""
+        count = 0
+        for count, batch in enumerate(batches, 1):  # noqa: B007 - used after the loop
+            self._has_yielded = True
+            yield batch
+        if not count and self._has_yielded and isinstance(self._loader, Iterator):
+            raise DataError(
+                f"{type(self._loader).__name__} yields no batch in a second epoch: its __iter__ returns the object itself, "
+                "which does not start anew after StopIteration. Set it back before raising StopIteration, or let __iter__ "
+                "be a generator"
+            )
 
 
 def _skip_samples(batches: Iterable[Any], skip: int, has_columns: bool) -> Iterator[SizedBatch]:
@@ -119,4 +135,4 @@ def _take(group: list[SizedBatch], start: int, stop: int, has_columns: bool) -> 
         if low < high:
             pieces.append(slice_batch(batch, low, high, length, has_columns=has_columns))
         first += length
-    return concat_batches(pieces)
+    return concat_batches(pieces, has_columns=has_columns)

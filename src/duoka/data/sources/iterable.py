@@ -21,7 +21,7 @@ from duoka.data.shuffle_reset import restore_shuffled_lists
 from duoka.data.sources.base import BatchSource, ShardSpec, order_seed, samples_seed
 from duoka.data.sources.batches import BatchIterableSource
 from duoka.data.stream_fingerprint import fingerprint
-from duoka.data.user_generators import generators_of
+from duoka.data.user_generators import generators_of, with_wrapped
 from duoka.data.worker_pickle import PickledByValue, wrap_exception, wrap_result
 from duoka.errors import ConfigError
 from duoka.utils.torch_private import DataLoaderException
@@ -80,7 +80,7 @@ class _InProcessSource(BatchSource, IterableDataset[LocalBatch]):
         if self._spec.training:
             set_epoch(epoch, self._dataset)
         self._plan = (seed, self._spec.random_epoch(epoch), skip)
-        with restore_shuffled_lists(self._dataset):
+        with restore_shuffled_lists(*with_wrapped(self._dataset)):
             yield from self._loader
 
     def __iter__(self) -> Iterator[LocalBatch]:
@@ -130,7 +130,7 @@ class _SeededStream(PickledByValue, IterableDataset[Any]):
             for rng in self._held:
                 rng.seed(seed)
             set_epoch(epoch, self.dataset)
-            with restore_shuffled_lists(self.dataset):
+            with restore_shuffled_lists(*with_wrapped(self.dataset)):
                 yield from self.dataset
         except Exception:
             yield from itertools.repeat(wrap_exception())  # for the collation, which returns it

@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from duoka.data.index_order import (
     draw_isolated,
     generators_used_by,
+    has_set_epoch,
     index_batches,
     merge_batches,
     set_epoch,
@@ -102,7 +103,7 @@ class MapStyleSource(BatchSource):
             set_epoch(epoch, *self._owners, self._dataset)
         batches = draw_isolated(self._batches, IsolatedRng(order_seed(seed, random_epoch), self._generators))
         stream = samples_seed(seed, random_epoch)
-        dataset_epoch = epoch if spec.training and hasattr(self._dataset, "set_epoch") else None
+        dataset_epoch = epoch if spec.training and has_set_epoch(self._dataset) else None
         first = skip
         with restore_shuffled_lists(*self._owners[1:]):
             for indices in merge_batches(skip_samples(batches, skip), spec.batches_per_step, self._drop_last):

@@ -1,0 +1,104 @@
+"""Copies of a module within this process: they share its parameters, and nothing that a forward may change."""
+
+import io
+import pickle
+from types import CellType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoka.data_parallel.state_watch import is_user_code
+
+
+class ModuleCopies:
+    """Makes copies of a module as it is now.
+
+    A copy has the parameters themselves. Its other tensors, generators, objects, and the closures of the user's
+    functions are copies; classes, modules of Python and global variables are the same objects. (cloudpickle would
+    replace the methods of a class of ``__main__`` when it loads an object.)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Record ``module``; raises what pickle raises for an object that cannot be copied."""
+        self._kept: list[Any] = []
+        file = io.BytesIO()
+        _Pickler(file, self._kept).dump(module)
+        self._data = file.getvalue()
+
+    def make(self) -> Any:
+        """Return a new copy."""
+        return _Unpickler(io.BytesIO(self._data), self._kept).load()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles for this process: what need not be pickled is kept in a list."""
+
+    def __init__(self, file: io.BytesIO, kept: list[Any]) -> None:
+        super().__init__(file, protocol=5)
+        self._kept = kept
+
+    def persistent_id(self, obj: Any) -> int | None:
+        """Return the place of an object in the list; ``None`` if it is pickled."""
+        is_plain_function = isinstance(obj, FunctionType) and not _has_own_state(obj)
+        if not is_plain_function and not isinstance(obj, (_Kept, type, ModuleType, torch.Tensor, torch.Generator)):
+            return None
+        self._kept.append(obj.value if isinstance(obj, _Kept) else obj)
+        return len(self._kept) - 1
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Return the parts of modules, functions and cells, which pickle would refuse or look up by name."""
+        if isinstance(obj, nn.Module):
+            return object.__new__, (type(obj),), dict(obj.__dict__), None, None, _set_attributes
+        if isinstance(obj, FunctionType):
+            return _copy_function, (_Kept(obj), obj.__closure__, obj.__defaults__, obj.__kwdefaults__), obj.__dict__
+        if isinstance(obj, CellType):
+            try:
+                return CellType, (), obj.cell_contents, None, None, _set_cell
+            except ValueError:  # empty
+                return CellType, ()
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, kept: list[Any]) -> None:
+        super().__init__(file)
+        self._kept = kept
+        self._copies: dict[int, Any] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        kept = self._kept[pid]
+        copy: Any
+        if isinstance(kept, torch.Generator):
+            copy = torch.Generator(kept.device)
+            copy.set_state(kept.get_state())
+        elif isinstance(kept, torch.Tensor) and not isinstance(kept, nn.Parameter):
+            copy = kept.detach().clone()
+        else:
+            return kept
+        return self._copies.setdefault(id(kept), copy)
+
+
+class _Kept:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _has_own_state(function: FunctionType) -> bool:
+    is_users = function.__module__ == "__main__" or is_user_code(function.__module__)
+    return is_users and (function.__closure__ is not None or bool(function.__dict__))
+
+
+def _copy_function(original: FunctionType, closure: Any, defaults: Any, kwdefaults: Any) -> FunctionType:
+    copy = FunctionType(original.__code__, original.__globals__, original.__name__, defaults, closure)
+    copy.__kwdefaults__ = kwdefaults
+    copy.__module__, copy.__qualname__ = original.__module__, original.__qualname__
+    return copy
+
+
+def _set_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
+    module.__dict__.update(attributes)
+
+
+def _set_cell(cell: CellType, contents: Any) -> None:
+    cell.cell_contents = contents
