@@ -83,7 +83,7 @@ class Controller:
                 return self._run(module, args, kwargs, plan)
 
     def run_on_workers_only(
-        self, module: nn.Module, arguments: Arguments, context: ContextFactory
+        self, module: nn.Module, arguments: Arguments, sizes: Sequence[int], context: ContextFactory
     ) -> list[tuple[list[torch.Tensor], Any]]:
         """Return each worker's output tensors and structure for its part; rank 0 computes nothing.
 
@@ -94,7 +94,7 @@ class Controller:
             if not self.group.is_owned or self.group.in_forward:
                 return []
             with self._in_forward():
-                return self._run_on_workers(module, arguments, context)
+                return self._run_on_workers(module, arguments, sizes, context)
 
     @contextlib.contextmanager
     def _in_forward(self) -> Iterator[None]:
@@ -172,14 +172,13 @@ class Controller:
         return value
 
     def _run_on_workers(
-        self, module: nn.Module, arguments: Arguments, context: ContextFactory
+        self, module: nn.Module, arguments: Arguments, sizes: Sequence[int], context: ContextFactory
     ) -> list[tuple[list[torch.Tensor], Any]]:
-        sizes = arguments.sizes(len(self.group.devices), minimum=minimum_samples(module, arguments, self.group.devices))
         if len(sizes) == 1:
             return []
         with torch.inference_mode(False), torch.no_grad():
             weights = self._sync_model(module, training=False)
-        call = self._new_call(weights, sizes)
+        call = self._new_call(weights, list(sizes))
         with call.cancel_on_error(weights):
             call.scatter_inputs(arguments.parts(sizes)[1:], context)
             return self._gather_outputs(call, weights)

@@ -24,6 +24,7 @@ from duoka.data_parallel.placeholders import extract_tensors
 from duoka.data_parallel.scatter import Arguments, Part
 from duoka.data_parallel.shares import shares_of, sources_of
 from duoka.errors import WorkerDied
+from duoka.utils.partition import chunk_sizes
 from duoka.utils.rng_state import preserve_rng_state
 from duoka.utils.text import first_line
 
@@ -33,7 +34,7 @@ MAX_GRADIENT_NUMEL = 1 << 26
 
 WorkerOutputs = Sequence[tuple[list[torch.Tensor], Any]]
 """Output of each part but the first: its tensors, and the value with placeholders for them."""
-RunOnWorkers = Callable[[Arguments, type[TorchFunctionMode]], WorkerOutputs]
+RunOnWorkers = Callable[[Arguments, Sequence[int], type[TorchFunctionMode]], WorkerOutputs]
 """Computes all parts but the first on the workers, inside a mode; see ``Controller``."""
 
 STALE_CLOSURE = (
@@ -85,14 +86,20 @@ class _Outcome(NamedTuple):
     side_effect: str
 
 
-def sample_size(batch: int, num_devices: int, *, whole: bool = False) -> int:
-    """Return how many samples a check computes: no more than a device's part where a part has two or more.
+def sample_sizes(batch: int, num_devices: int, minimum: int = 1) -> list[int]:
+    """Return how many samples of each part a check computes, in all no more than a device's part where it can be.
 
-    An odd number gives parts of different sizes, so that a mean over parts is not taken for one over samples.
+    Parts of different sizes show that a mean over parts is not one over samples. A first part of odd size shows what
+    depends on whether a sample's number is odd.
     """
     part = -(-batch // num_devices)
-    size = batch if whole else min(SAMPLES_PER_DEVICE * num_devices, part) if part > 1 else min(batch, 2 * num_devices)
-    return size - 1 if size > 2 and size % min(size, num_devices) == 0 and not whole else size
+    limit = min(SAMPLES_PER_DEVICE * num_devices, part) if part > 1 else min(batch, 2 * num_devices)
+    limit = max(limit, min(2 * minimum, batch))
+    for size in range(limit, 1, -1):
+        parts = max(1, min(size // minimum, num_devices))
+        if size % parts and size // parts % 2:
+            return chunk_sizes(size, parts)[::-1]
+    return chunk_sizes(limit, max(1, min(limit // minimum, num_devices)))
 
 
 def check_call(
@@ -124,14 +131,15 @@ def check_call(
     if arguments.refusal:
         return SplitResult(arguments.refusal, is_splittable=False)
     assert arguments.batch is not None
-    size = max(sample_size(arguments.batch, num_devices, whole=whole), min(2 * minimum, arguments.batch))
-    samples = arguments.head(size)
-    sizes = samples.sizes(num_devices, minimum=minimum)
+    sizes = sample_sizes(arguments.batch, num_devices, minimum)
+    if whole:
+        sizes = arguments.sizes(num_devices, minimum=minimum)
+    samples = arguments.head(sum(sizes))
     try:
         from_workers: WorkerOutputs = []
         if run_on_workers is not None:
             with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state():
-                from_workers = run_on_workers(samples, DeterministicMode)
+                from_workers = run_on_workers(samples, sizes, DeterministicMode)
         with preserve_rng_state():
             return _Check(module, samples, sizes, arguments.batch).result(from_workers)
     except _NotCheckable as error:
