@@ -194,6 +194,14 @@ def test_values_are_not_compared_if_other_libraries_draw_random_numbers(draw) ->
     assert result.reason == ""
 
 
+def test_generators_of_the_model_are_restored() -> None:
+    model = Function(lambda self, x: self.linear(x) * torch.rand(1, generator=self.generator))
+    model.generator = torch.Generator().manual_seed(3)
+    before = model.generator.get_state()
+    assert check(model, (X,), 3).is_random
+    assert torch.equal(model.generator.get_state(), before)
+
+
 def test_a_mean_over_labels_that_count_is_found() -> None:
     model = Function(lambda self, x, y: functional.cross_entropy(self.linear(x), y))
     labels = torch.arange(X.shape[0]) % 6

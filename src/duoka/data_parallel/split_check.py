@@ -25,7 +25,7 @@ from duoka.data_parallel.scatter import Arguments, Part
 from duoka.data_parallel.shares import shares_of, sources_of
 from duoka.errors import WorkerDied
 from duoka.utils.partition import chunk_sizes
-from duoka.utils.rng_state import preserve_rng_state
+from duoka.utils.rng_state import preserve_rng_state, set_state_of, state_of
 from duoka.utils.text import first_line
 
 SAMPLES_PER_DEVICE = 4
@@ -140,8 +140,10 @@ def check_call(
         if run_on_workers is not None:
             with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state():
                 from_workers = run_on_workers(samples, sizes, DeterministicMode)
-        with preserve_rng_state():
-            return _Check(module, samples, sizes, arguments.batch).result(from_workers)
+        check = _Check(module, samples, sizes, arguments.batch)
+        with preserve_rng_state(), contextlib.ExitStack() as stack:
+            stack.callback(check.restore_generators)
+            return check.result(from_workers)
     except _NotCheckable as error:
         return SplitResult(str(error))
     except _Refusal as refusal:
@@ -160,6 +162,7 @@ class _Check:
         self._on_host = self._device.type != "cpu" and _may_index_samples(samples, sizes, batch)
         with _refuse_on_error("it or its inputs cannot be copied for the check", _NotCheckable):
             self._copies = ModelCopies(module)
+        self._states = [state_of(generator) for generator in self._copies.generators]
 
     def result(self, from_workers: WorkerOutputs) -> SplitResult:
         states = self._generator_states()
@@ -189,6 +192,11 @@ class _Check:
                 reasons.append(f"it makes a choice ({mode.choice}) by a statistic of the whole batch")
         reason = next(filter(None, reasons), "")
         return SplitResult(reason, rules=rules, is_random=is_random, written=next(iter(whole.written), ""))
+
+    def restore_generators(self) -> None:
+        """Restore the generators that the model owns."""
+        for generator, state in zip(self._copies.generators, self._states, strict=True):
+            set_state_of(generator, state)
 
     def _generator_states(self) -> int:
         return draw_seed(self._device, self._copies.generators)

@@ -92,6 +92,16 @@ def state_of(generator: Any) -> Any:
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
+def set_state_of(generator: Any, state: Any) -> None:
+    """Restore what ``state_of`` returned."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
 def reseed(generator: torch.Generator | np.random.Generator | np.random.RandomState | random.Random, seed: int) -> None:
     """Seed a generator object of torch, NumPy or Python."""
     if isinstance(generator, torch.Generator):
