@@ -10,7 +10,7 @@ from duoka.data_parallel.join_rules import JoinRules
 from duoka.data_parallel.placeholders import is_placeholder
 from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.shares import shares_of
-from duoka.data_parallel.split_check import RunOnWorkers, SplitResult, check_call
+from duoka.data_parallel.split_check import STALE_CLOSURE, RunOnWorkers, SplitResult, check_call
 
 _MAX_FAILURES = 3
 """Checks in which the model may raise an exception before one device computes all calls of the kind."""
@@ -54,7 +54,8 @@ class CallPlanner:
         if result.is_failure and kind.failures < _MAX_FAILURES:
             kind.failures += 1
             return result  # for this call only
-        if result.reason and kind.result is not None and not kind.result.reason:
+        is_new = kind.result is not None and not kind.result.reason and result.reason != STALE_CLOSURE
+        if result.reason and is_new:
             since = f" (a check of call {kind.checked} saw no difference: results since then may differ)"
             result = result._replace(reason=result.reason + since)
         kind.result, kind.checked = result, kind.count

@@ -22,11 +22,9 @@ _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _REDUCTIONS = frozenset(
     {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "median", "logsumexp", "norm", "prod", "nanmean", "quantile"}
 )  # fmt: skip
-_CHOICES = frozenset(
-    {"topk", "argmax", "argmin", "argsort", "sort", "gt", "lt", "ge", "le", "__gt__", "__lt__", "__ge__", "__le__",
-     "__bool__", "__int__", "__index__", "searchsorted", "bucketize"}
-)  # fmt: skip
-"""Functions whose result jumps: two batches may agree by chance."""
+_CHOICES = frozenset({"topk", "argmax", "argmin", "argsort", "sort", "searchsorted", "bucketize"})
+_COMPARISONS = frozenset({"gt", "lt", "ge", "le", "__gt__", "__lt__", "__ge__", "__le__"})
+"""Functions whose result jumps: two batches may agree by chance. One number is compared by guards only, as in asserts."""
 
 
 class DeterministicMode(TorchFunctionMode):
@@ -78,7 +76,8 @@ class BatchStatisticsMode(DeterministicMode):
         name = getattr(function, "__name__", "")
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
         depends = any(self._is_statistic(tensor) for tensor in tensors)
-        if depends and name in _CHOICES:
+        is_vector = name in _COMPARISONS and isinstance(result, torch.Tensor) and result.dim() > 0
+        if depends and (name in _CHOICES or is_vector):
             self.choice = self.choice or name
         if depends or self._reduces(name, args, kwargs or {}):
             for tensor in _tensors(result):

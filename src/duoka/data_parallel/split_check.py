@@ -168,30 +168,47 @@ class _Check:
         states = self._generator_states()
         mode = BatchStatisticsMode(sum(self._sizes))
         whole = self._evaluate(self._samples.whole(), mode, "it cannot compute a batch in the check")
-        is_random = self._generator_states() != states
-        reasons = [whole.side_effect]
+        draws = self._generator_states() != states
         parts = [
             self._evaluate(part, DeterministicMode(), "it cannot compute a part of the batch")
             for part in self._samples.parts(self._sizes)
         ]
-        compares = not is_random
-        if compares:
-            _compare_with_workers(parts[1:], from_workers)
+        if not draws:
+            return self._compare(whole, parts, from_workers, mode.choice)
+        with contextlib.suppress(_Refusal):  # numbers that it draws may have no effect
+            result = self._compare(whole, parts, from_workers, mode.choice)
+            if not result.reason:
+                return result
+        rules = self._find_rules(whole, parts, compares=False)[1]
+        return SplitResult(whole.side_effect, rules=rules, is_random=True, written=next(iter(whole.written), ""))
+
+    def _compare(
+        self, whole: _Outcome, parts: Sequence[_Outcome], from_workers: WorkerOutputs, choice: str
+    ) -> SplitResult:
+        _compare_with_workers(parts[1:], from_workers)
+        finder, rules = self._find_rules(whole, parts, compares=True)
+        reasons = [
+            whole.side_effect,
+            _changed_buffer(whole, parts[0]),
+            changed_attribute(whole.attributes, parts[0].attributes),
+            _changed_parameters(whole, parts[0]),
+            rules.mixed,
+        ]
+        if torch.is_grad_enabled() and not whole.written and not any(reasons):
+            reasons.append(self._changed_gradient(finder, whole, parts))
+        if choice and not any(reasons):
+            reasons.append(f"it makes a choice ({choice}) by a statistic of the whole batch")
+        return SplitResult(next(filter(None, reasons), ""), rules=rules, written=next(iter(whole.written), ""))
+
+    def _find_rules(
+        self, whole: _Outcome, parts: Sequence[_Outcome], *, compares: bool
+    ) -> tuple[RuleFinder, JoinRules]:
         shares = {source: shares_of(self._samples, self._sizes, source) for source in sources_of(self._samples)}
         finder = RuleFinder(shares, self._samples.dim, compares=compares)
         try:
-            rules = finder.find(whole.value, [part.value for part in parts])
+            return finder, finder.find(whole.value, [part.value for part in parts])
         except NotJoinable as error:
             raise _Refusal(str(error)) from error
-        if compares:
-            reasons += [_changed_buffer(whole, parts[0]), changed_attribute(whole.attributes, parts[0].attributes)]
-            reasons += [_changed_parameters(whole, parts[0]), rules.mixed]
-            if torch.is_grad_enabled() and not whole.written and not any(reasons):
-                reasons.append(self._changed_gradient(finder, whole, parts))
-            if mode.choice and not any(reasons):
-                reasons.append(f"it makes a choice ({mode.choice}) by a statistic of the whole batch")
-        reason = next(filter(None, reasons), "")
-        return SplitResult(reason, rules=rules, is_random=is_random, written=next(iter(whole.written), ""))
 
     def restore_generators(self) -> None:
         """Restore the generators that the model owns."""
