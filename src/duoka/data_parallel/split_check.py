@@ -29,7 +29,7 @@ from duoka.utils.rng_state import preserve_rng_state, set_state_of, state_of
 from duoka.utils.text import first_line
 
 SAMPLES_PER_DEVICE = 4
-MAX_GRADIENT_NUMEL = 1 << 26
+MAX_GRADIENT_NUMEL = 1 << 24
 """Bounds the memory of the gradients that a check compares."""
 
 WorkerOutputs = Sequence[tuple[list[torch.Tensor], Any]]
