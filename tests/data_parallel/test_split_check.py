@@ -194,6 +194,20 @@ def test_values_are_not_compared_if_other_libraries_draw_random_numbers(draw) ->
     assert result.reason == ""
 
 
+def test_the_check_does_not_advance_what_a_closure_holds() -> None:
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    model = Function(lambda self, x: self.lstm(x)[0] * min(self.step(), 1))
+    model.step = step
+    assert check(model, (SEQUENCE,), 3).reason == ""
+    assert count == 0
+
+
 def test_generators_of_the_model_are_restored() -> None:
     model = Function(lambda self, x: self.linear(x) * torch.rand(1, generator=self.generator))
     model.generator = torch.Generator().manual_seed(3)

@@ -147,7 +147,7 @@ class RankLoader:
         self.loss_scale = 1.0
         """Factor for a mean over the latest part, so that the average of all ranks is the mean over the whole batch.
 
-        It is 1 if all ranks have equally many samples, and 0 where this rank has none of its own.
+        It is 1 if all ranks have equally many samples, and 0 where this rank has none.
         """
         _source(loader, ShardSpec(0, 1, 1, training))  # raises for what is no loader
 

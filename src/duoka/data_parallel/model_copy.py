@@ -1,6 +1,5 @@
 """Copy of a model for a check: structure and buffers are copied, parameters share memory with the model."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from duoka.data_parallel.join_rules import is_close
 from duoka.data_parallel.model_diff import REGISTRIES
+from duoka.data_parallel.module_copy import ModuleCopies
 from duoka.data_parallel.placeholders import extract_tensors, is_dense, map_values
 from duoka.data_parallel.state_watch import Digest
 
@@ -39,7 +39,7 @@ class ModelCopies:
 
     def new(self, device: torch.device | None = None) -> nn.Module:
         """Return a copy of the model as it is now, without the script's hooks."""
-        model = copy.deepcopy(self._module, dict(self._memo))
+        model: nn.Module = ModuleCopies(self._module, self._memo).make()
         for part in model.modules():
             for registry in (part._forward_hooks, part._forward_pre_hooks):
                 for key in [key for key, hook in registry.items() if is_script_hook(hook)]:

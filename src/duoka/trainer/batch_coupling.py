@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from duoka.data import LocalBatch, batch_length, slice_batch, to_device
 from duoka.data.rng import GLOBAL
 from duoka.data.user_generators import generators_of
+from duoka.data_parallel.module_copy import ModuleCopies
 from duoka.trainer.loss_reduction import Loss
 from duoka.trainer.model_with_loss import ModelWithLoss
-from duoka.trainer.module_copy import ModuleCopies
 from duoka.utils.torch_private import BatchNorm, DispatchMode
 
 MAX_SAMPLES = 8

@@ -1,7 +1,10 @@
 """Copies of a module within this process: they share its parameters, and nothing that a forward may change."""
 
+import copy
 import io
 import pickle
+import weakref
+from collections.abc import Mapping
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
@@ -19,29 +22,34 @@ class ModuleCopies:
     replace the methods of a class of ``__main__`` when it loads an object.)
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        """Record ``module``; raises what pickle raises for an object that cannot be copied."""
+    def __init__(self, module: nn.Module, replacements: Mapping[int, Any] | None = None) -> None:
+        """Record ``module``; raises what pickle raises for an object that cannot be copied.
+
+        ``replacements`` are what all copies have in place of objects, by the objects' ids.
+        """
+        self._replacements = replacements or {}
         self._kept: list[Any] = []
         file = io.BytesIO()
-        _Pickler(file, self._kept).dump(module)
+        _Pickler(file, self._kept, self._replacements).dump(module)
         self._data = file.getvalue()
 
     def make(self) -> Any:
         """Return a new copy."""
-        return _Unpickler(io.BytesIO(self._data), self._kept).load()
+        return _Unpickler(io.BytesIO(self._data), self._kept, self._replacements).load()
 
 
 class _Pickler(pickle.Pickler):
     """Pickles for this process: what need not be pickled is kept in a list."""
 
-    def __init__(self, file: io.BytesIO, kept: list[Any]) -> None:
+    def __init__(self, file: io.BytesIO, kept: list[Any], replacements: Mapping[int, Any]) -> None:
         super().__init__(file, protocol=5)
-        self._kept = kept
+        self._kept, self._replacements = kept, replacements
 
     def persistent_id(self, obj: Any) -> int | None:
         """Return the place of an object in the list; ``None`` if it is pickled."""
         is_plain_function = isinstance(obj, FunctionType) and not _has_own_state(obj)
-        if not is_plain_function and not isinstance(obj, (_Kept, type, ModuleType, torch.Tensor, torch.Generator)):
+        is_kept = is_plain_function or isinstance(obj, _KEPT) or hasattr(type(obj), "__deepcopy__")
+        if not is_kept and id(obj) not in self._replacements:
             return None
         self._kept.append(obj.value if isinstance(obj, _Kept) else obj)
         return len(self._kept) - 1
@@ -61,27 +69,35 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, kept: list[Any]) -> None:
+    def __init__(self, file: io.BytesIO, kept: list[Any], replacements: Mapping[int, Any]) -> None:
         super().__init__(file)
         self._kept = kept
-        self._copies: dict[int, Any] = {}
+        self._copies = dict(replacements)
 
     def persistent_load(self, pid: Any) -> Any:
         kept = self._kept[pid]
-        copy: Any
+        if id(kept) not in self._copies:
+            self._copies[id(kept)] = self._copy(kept)
+        return self._copies[id(kept)]
+
+    def _copy(self, kept: Any) -> Any:
         if isinstance(kept, torch.Generator):
-            copy = torch.Generator(kept.device)
-            copy.set_state(kept.get_state())
-        elif isinstance(kept, torch.Tensor) and not isinstance(kept, nn.Parameter):
-            copy = kept.detach().clone()
-        else:
+            copied = torch.Generator(kept.device)
+            copied.set_state(kept.get_state())
+            return copied
+        if isinstance(kept, torch.Tensor):
+            return kept if isinstance(kept, nn.Parameter) else kept.detach().clone()
+        if isinstance(kept, type) or not hasattr(type(kept), "__deepcopy__"):
             return kept
-        return self._copies.setdefault(id(kept), copy)
+        return copy.deepcopy(kept, self._copies)
 
 
 class _Kept:
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+_KEPT = (_Kept, type, ModuleType, torch.Tensor, torch.Generator, weakref.ref)
 
 
 def _has_own_state(function: FunctionType) -> bool:
@@ -90,10 +106,10 @@ def _has_own_state(function: FunctionType) -> bool:
 
 
 def _copy_function(original: FunctionType, closure: Any, defaults: Any, kwdefaults: Any) -> FunctionType:
-    copy = FunctionType(original.__code__, original.__globals__, original.__name__, defaults, closure)
-    copy.__kwdefaults__ = kwdefaults
-    copy.__module__, copy.__qualname__ = original.__module__, original.__qualname__
-    return copy
+    copied = FunctionType(original.__code__, original.__globals__, original.__name__, defaults, closure)
+    copied.__kwdefaults__ = kwdefaults
+    copied.__module__, copied.__qualname__ = original.__module__, original.__qualname__
+    return copied
 
 
 def _set_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
