@@ -1,6 +1,7 @@
 """Plans the calls of one model: checks each kind of call at its 1st, 2nd, 4th, 8th, ... time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from duoka.data_parallel.split_check import STALE_CLOSURE, RunOnWorkers, SplitRe
 _MAX_FAILURES = 3
 """Checks in which the model may raise an exception before one device computes all calls of the kind."""
 
+_MAX_KINDS = 64
+"""Kinds of calls of which texts among the arguments are a part."""
+
 
 class CallPlanner:
     """Remembers the checks of each kind of call."""
@@ -23,25 +27,40 @@ class CallPlanner:
         self._num_devices = num_devices
         self._kinds: dict[Any, _Kind] = {}
 
-    def is_due(self, module: nn.Module, arguments: Arguments) -> bool:
-        """Return whether the next call of this kind is checked."""
-        kind = self._kinds.get(_signature(module, arguments))
-        return kind is None or kind.is_due(arguments, self._num_devices)
-
     def plan(
-        self, module: nn.Module, arguments: Arguments, run_on_workers: RunOnWorkers | None = None, *, minimum: int = 1
+        self,
+        module: nn.Module,
+        arguments: Arguments,
+        run_on_workers: RunOnWorkers | None = None,
+        *,
+        minimum: int = 1,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> SplitResult | None:
-        """Return whether and how a call is split; ``None`` if that cannot be checked yet."""
-        signature = _signature(module, arguments)
-        kind = self._kinds.setdefault(signature, _Kind())
-        if not kind.is_due(arguments, self._num_devices):
-            kind.count += 1
-            return kind.result
+        """Return whether and how a call is split; ``None`` if that cannot be checked yet.
+
+        A check runs inside ``around()``.
+        """
+        sizes = arguments.sizes(self._num_devices, minimum=minimum)
+        kind = self._kinds.setdefault(self._signature(module, arguments), _Kind())
+        is_due = kind.is_due(arguments, sizes)
         kind.count += 1
+        if not is_due:
+            return kind.result
+        with around():
+            return self._check(kind, module, arguments, sizes, run_on_workers, minimum)
+
+    def _check(
+        self,
+        kind: "_Kind",
+        module: nn.Module,
+        arguments: Arguments,
+        sizes: Sequence[int],
+        run_on_workers: RunOnWorkers | None,
+        minimum: int,
+    ) -> SplitResult | None:
         result = check_call(
             module, arguments, self._num_devices, run_on_workers, minimum=minimum, whole=kind.is_ambiguous
         )
-        sizes = arguments.sizes(self._num_devices, minimum=minimum)
         if (
             not kind.is_ambiguous
             and result is not None
@@ -64,11 +83,20 @@ class CallPlanner:
     def decide(self, module: nn.Module, arguments: Arguments, *, minimum: int = 1) -> SplitResult | None:
         """Check all samples of a call for which the rules that fitted so far give different values."""
         result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True)
-        if result is None or result.rules is None:
+        if result is None or result.is_failure:
             return result
-        self._kinds[_signature(module, arguments)].result = result
+        self._kinds[self._signature(module, arguments)].result = result
+        if result.rules is None:
+            return result
         decided = {place: rule._replace(others=()) for place, rule in result.rules.rules.items()}
         return result._replace(rules=result.rules._replace(rules=decided))
+
+    def _signature(self, module: nn.Module, arguments: Arguments) -> Any:
+        """Return the kind of a call: mode, argument types, which ones are split."""
+        tensors = enumerate(arguments.tensors)
+        shapes = tuple((t.dim(), t.dtype, t.requires_grad, arguments.is_split(index)) for index, t in tensors)
+        structure = _structure(arguments.structure, with_texts=len(self._kinds) < _MAX_KINDS)
+        return module.training, torch.is_grad_enabled(), shapes, repr(structure)
 
 
 class _Kind:
@@ -81,37 +109,29 @@ class _Kind:
         self.is_ambiguous = False
         """Whether the call at hand needs a check of its whole batch."""
 
-    def is_due(self, arguments: Arguments, num_devices: int) -> bool:
+    def is_due(self, arguments: Arguments, sizes: Sequence[int]) -> bool:
         if self.result is not None and not self.result.is_splittable:
             return False
         rules = None if self.result is None else self.result.rules
-        self.is_ambiguous = rules is not None and _is_ambiguous(rules, arguments, arguments.sizes(num_devices))
+        self.is_ambiguous = rules is not None and _is_ambiguous(rules, arguments, sizes)
         number = self.count + 1
         return self.result is None or self.is_ambiguous or number & (number - 1) == 0
 
 
-def _signature(module: nn.Module, arguments: Arguments) -> Any:
-    """Return the kind of a call: mode, argument types, which ones are split."""
-    tensors = enumerate(arguments.tensors)
-    shapes = tuple((t.dim(), t.dtype, t.requires_grad, arguments.is_split(index)) for index, t in tensors)
-    return module.training, torch.is_grad_enabled(), shapes, repr(_structure(arguments.structure))
-
-
-def _structure(value: Any) -> Any:
+def _structure(value: Any, *, with_texts: bool) -> Any:
     """Return nested values with the type's name in place of each value that has no stable text."""
     if is_placeholder(value):
         return "tensor"
     if isinstance(value, dict):
-        return {key: _structure(item) for key, item in value.items()}
+        return {key: _structure(item, with_texts=with_texts) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_structure(item) for item in value]
-    return value if isinstance(value, bool | str | None) else type(value).__name__
+        return [_structure(item, with_texts=with_texts) for item in value]
+    is_stable = isinstance(value, bool | None) or (with_texts and isinstance(value, str))
+    return value if is_stable else type(value).__name__
 
 
 def _is_ambiguous(rules: JoinRules, arguments: Arguments, sizes: Sequence[int]) -> bool:
     """Return whether means that agreed in earlier checks have different shares in this call."""
     alternatives = {sources for sources in rules.sources.values() if len(sources) > 1}
-    return any(
-        len({tuple(round(share, 9) for share in shares_of(arguments, sizes, source)) for source in sources}) > 1
-        for sources in alternatives
-    )
+    shares = shares_of(arguments, sizes, [source for sources in alternatives for source in sources])
+    return any(len({shares[source] for source in sources}) > 1 for sources in alternatives)

@@ -1,7 +1,8 @@
 """Reports of a check: warnings or errors, as ``DataParallel(check=...)`` asks."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal, TypeAlias, get_args
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from duoka.data_parallel.call_planner import CallPlanner
 from duoka.data_parallel.controller import Plan, minimum_samples
-from duoka.data_parallel.model_copy import is_script_hook
+from duoka.data_parallel.model_copy import module_with_script_hook
 from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.split_check import RunOnWorkers, SplitResult
 from duoka.errors import UnsupportedError
@@ -36,9 +37,9 @@ class CheckPolicy:
 
         def check(arguments: Arguments, run_on_workers: RunOnWorkers | None) -> SplitResult | None:
             minimum = minimum_samples(module, arguments, self._devices)
-            if self._planner.is_due(module, arguments):
-                self._report_hooks(module)
-            result = self._planner.plan(module, arguments, run_on_workers, minimum=minimum)
+            result = self._planner.plan(
+                module, arguments, run_on_workers, minimum=minimum, around=partial(self._reporting_hooks, module)
+            )
             if self.mode == "raise" and result is not None and not result.is_failure:
                 self._report(type(module).__name__, result)
             return result
@@ -53,6 +54,11 @@ class CheckPolicy:
         number = len(self._devices)
         if result.reason and not result.is_splittable:
             self._say(f"{name} runs on one device and not on {number}: {result.reason}.")
+        elif result.is_random and not result.reason:
+            self._say(
+                f"{name} draws random numbers of NumPy or Python, so duoka cannot compare what {number} devices compute "
+                "with what one computes. Draw them with torch, or accept that with check='off'."
+            )
         elif result.reason and result.rules is None:
             self._say(
                 f"duoka cannot check whether {name} computes on {number} devices what it computes on one: {result.reason}. "
@@ -64,15 +70,15 @@ class CheckPolicy:
                 "forward, or accept the difference with check='off'."
             )
 
-    def _report_hooks(self, module: nn.Module) -> None:
-        for name, part in module.named_modules():
-            registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-            if any(is_script_hook(hook) for registry in registries for hook in registry.values()):
-                self._say(
-                    f"a hook on {f'the module {name!r}' if name else 'the model'} runs in every process on a part of the "
-                    "batch, and this process sees the first part only. Let the forward return what the hook collects, "
-                    "call model.module, or accept the difference with check='off'."
-                )
+    @contextlib.contextmanager
+    def _reporting_hooks(self, module: nn.Module) -> Iterator[None]:
+        if (name := module_with_script_hook(module)) is not None:
+            self._say(
+                f"a hook on {f'the module {name!r}' if name else 'the model'} runs in every process on a part of the "
+                "batch, and this process sees the first part only. Let the forward return what the hook collects, "
+                "call model.module, or accept the difference with check='off'."
+            )
+        yield
 
     def _say(self, text: str) -> None:
         if text in self._said:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
 from duoka.data_parallel.call_context import TIMERS, unknown_mode
-from duoka.data_parallel.gather import Join, UndecidedError, join_tensors
+from duoka.data_parallel.gather import Join, JoinError, UndecidedError, join_tensors
 from duoka.data_parallel.join_rules import JoinRules
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
 from duoka.data_parallel.model_diff import REGISTRIES, ModelChanges, ModelSnapshot
@@ -163,10 +163,16 @@ class Controller:
             self._copies_all = self._copies_all or call.writes_parameters
             try:
                 value = _merge_outputs([first, *others], join, call, token)
-            except UndecidedError:
-                checked = None if plan is None else plan.decide(arguments)
-                join = _join_for(arguments, sizes, None if checked is None else checked.rules)
-                value = _merge_outputs([first, *others], join, call, token)
+            except (UndecidedError, JoinError):
+                if plan is None:
+                    raise
+                checked = plan.decide(arguments)
+                if checked is None or not checked.is_splittable:
+                    args, kwargs = arguments.whole().arguments()
+                    value = self._compiler.function(module)(*args, **kwargs)
+                else:
+                    join = _join_for(arguments, sizes, checked.rules)
+                    value = _merge_outputs([first, *others], join, call, token)
         if plan is not None and checked is not None:
             plan.report(checked)
         return value
@@ -323,9 +329,9 @@ def _join_for(arguments: Arguments, sizes: Sequence[int], rules: JoinRules | Non
         return Join(sizes, arguments.dim)
 
     def shares(source: Source) -> Shares:
-        return shares_of(arguments, sizes, source)
+        return shares_of(arguments, sizes, [source])[source]
 
-    return Join(sizes, arguments.dim, rules.rules, functools.cache(shares))
+    return Join(sizes, arguments.dim, rules.rules, shares)
 
 
 def _merge_outputs(

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 _RANDOM = frozenset(
     {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli", "normal_", "uniform_", "bernoulli_", "randint",
-     "randint_like", "exponential_", "multinomial", "poisson", "log_normal_", "cauchy_", "geometric_", "random_", "rrelu"}
+     "randint_like", "randperm", "exponential_", "multinomial", "poisson", "log_normal_", "cauchy_", "geometric_", "random_",
+     "rrelu"}
 )  # fmt: skip
 _DROPOUT = frozenset(
     {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
@@ -28,7 +29,10 @@ _COMPARISONS = frozenset({"gt", "lt", "ge", "le", "__gt__", "__lt__", "__ge__", 
 
 
 class DeterministicMode(TorchFunctionMode):
-    """Fills random tensors with 0.5, skips dropout, and lets batch norm use its running statistics."""
+    """Removes randomness, and lets batch norm use its running statistics.
+
+    Random tensors are filled with 0.5, random orders are reversed ones, and dropout does nothing.
+    """
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -41,8 +45,9 @@ class DeterministicMode(TorchFunctionMode):
         if function is functional.batch_norm:
             return function(*_batch_norm_arguments(args, kwargs))
         if function is functional.scaled_dot_product_attention:
-            kwargs = {**kwargs, "dropout_p": 0.0}
-            args = args[:4]
+            args, kwargs = (*args[:4], *(args[4:] and (0.0, *args[5:]))), {**kwargs}
+            if len(args) <= 4:
+                kwargs["dropout_p"] = 0.0
         if function is functional.multi_head_attention_forward:
             kwargs = {**kwargs, "training": False}
         if name in _RECURRENT:  # the only float among their arguments is the dropout probability
@@ -53,7 +58,10 @@ class DeterministicMode(TorchFunctionMode):
             torch.set_rng_state(state)
             if isinstance(result, torch.Tensor):
                 with torch.no_grad():
-                    result.fill_(0.5 if result.is_floating_point() else 1)
+                    if name == "randperm":
+                        result.copy_(torch.arange(len(result)).flip(0))
+                    else:
+                        result.fill_(0.5 if result.is_floating_point() else 1)
             return result
         return function(*args, **kwargs)
 

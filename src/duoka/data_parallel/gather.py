@@ -28,6 +28,8 @@ class Rule(NamedTuple):
     """Dimension of a concatenation."""
     source: Source = SAMPLES
     """What a mean is over."""
+    ndim: int = -1
+    """Number of dimensions of the parts in the checked calls; -1 for values besides tensors."""
     weights: Shares = ()
     """Shares of the parts in a mean, for one call."""
     others: tuple["Rule", ...] = ()
@@ -53,7 +55,7 @@ class JoinError(ValueError):
 
 
 class UndecidedError(Exception):
-    """The rules that fit so far give different values for this call."""
+    """What the checks have seen does not say how to join the values of this call."""
 
 
 class Join:
@@ -93,18 +95,21 @@ class Join:
         return opened[1](columns)
 
     def decide(self, tensors: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Choose a rule for the tensors that have several, or raise ``UndecidedError``."""
-        for index, spec in enumerate(self.specs):
-            if not spec.rule.others:
-                continue
+        """Raise ``UndecidedError`` unless the rules hold for these tensors."""
+        for spec in self.specs:
             parts = [tensors[p.part][p.position].detach() for p in spec.placeholders]
+            if self._rules is None or len(parts) == 1:
+                continue
             rules = [spec.rule, *spec.rule.others]
-            if any(not torch.equal(part, parts[0]) for part in parts):
-                rules = [rule for rule in rules if rule.kind != "same"]
-            values = [join_tensors(OutputSpec(spec.placeholders, rule), tensors).detach() for rule in rules]
+            if not all(part.dim() == spec.rule.ndim and _has_form(part, parts[0], spec.rule) for part in parts):
+                raise UndecidedError
+            if any(rule.kind == "same" for rule in rules) and not all(torch.equal(part, parts[0]) for part in parts):
+                raise UndecidedError
+            values = [
+                join_tensors(OutputSpec(spec.placeholders, rule), tensors).detach() for rule in rules[1:] and rules
+            ]
             if any(not torch.allclose(value, values[0], rtol=1e-6, equal_nan=True) for value in values):
                 raise UndecidedError
-            self.specs[index] = OutputSpec(spec.placeholders, rules[0])
 
     def _with_shares(self, rule: Rule) -> Rule:
         others = tuple(map(self._with_shares, rule.others))
@@ -132,8 +137,8 @@ def join_leaves(values: Sequence[Any], rule: Rule, path: Path = ()) -> Any:
     """Join numbers, arrays and other values besides tensors."""
     if rule.others:
         rules = [one._replace(others=()) for one in (rule, *rule.others)]
-        if not all(is_equal(value, values[0]) for value in values):
-            rules = [one for one in rules if one.kind != "same"]
+        if not all(is_equal(value, values[0]) for value in values) and any(one.kind == "same" for one in rules):
+            raise UndecidedError
         joined = [join_leaves(values, one, path) for one in rules]
         if not all(abs(value - joined[0]) <= max(1e-6 * abs(joined[0]), 1e-9) for value in joined):
             raise UndecidedError
@@ -181,6 +186,14 @@ def scatter_gradient(
     if rule.kind == "mean":
         return [gradient * weight if weight else None for weight in rule.weights]
     return [gradient] * len(shapes) if rule.kind == "sum" else [gradient, *[None] * len(shapes[1:])]
+
+
+def _has_form(part: torch.Tensor, first: torch.Tensor, rule: Rule) -> bool:
+    """Return whether two parts have the same shape, but for the dimension of a concatenation."""
+    if rule.kind != "concatenate":
+        return part.shape == first.shape
+    shapes = [[size for dim, size in enumerate(one.shape) if dim != rule.dim] for one in (part, first)]
+    return shapes[0] == shapes[1]
 
 
 def keys(value: Any) -> list[Any]:

@@ -67,7 +67,7 @@ class RuleFinder:
 
     def _walk(self, whole: Any, parts: Sequence[Any], path: Path) -> None:
         if is_dense(whole) and all(map(is_dense, parts)):
-            rule = self._rules[path] = self._tensor_rule(whole, parts, path)
+            rule = self._rules[path] = self._tensor_rule(whole, parts, path)._replace(ndim=whole.dim())
             self.pairs.append((whole, _join(parts, rule), path))
             return
         if isinstance(whole, PackedSequence | torch.Tensor):

@@ -1,8 +1,12 @@
 """Copy of a model for a check: structure and buffers are copied, parameters share memory with the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from duoka.data_parallel.join_rules import is_close
 from duoka.data_parallel.model_diff import REGISTRIES
 from duoka.data_parallel.module_copy import ModuleCopies
-from duoka.data_parallel.placeholders import extract_tensors, is_dense, map_values
+from duoka.data_parallel.placeholders import is_dense
 from duoka.data_parallel.state_watch import Digest
 
 _OF_TORCH = frozenset(vars(nn.Module()))
-_COMPARED = (int, float, str, list, tuple, dict, set)
+_ATOMS = (int, float, complex, str, bytes, bool, type(None))
+_OPAQUE = (type, ModuleType, FunctionType, MethodType, nn.Module, torch.Generator, np.ndarray)
 
 
 class ModelCopies:
@@ -109,26 +114,65 @@ class WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._saved[address] = [tensor.detach().clone() for _, tensor in self._tensors[address]]
 
 
-def attributes_of(model: nn.Module) -> dict[str, Any]:
-    """Return what a forward may leave in the attributes of a model, by name."""
-    found: dict[str, Any] = {}
+def attributes_of(model: nn.Module) -> dict[str, list[Any]]:
+    """Return what a forward may leave in the attributes of a model: by name, tensors, numbers and texts at any depth."""
+    found: dict[str, list[Any]] = {}
+    seen: dict[int, Any] = {}
     for prefix, part in model.named_modules():
         for attribute, value in part.__dict__.items():
-            if attribute not in _OF_TORCH and isinstance(value, (torch.Tensor, *_COMPARED)):
-                found[f"{prefix}.{attribute}".lstrip(".")] = value
+            if attribute not in _OF_TORCH:
+                found[f"{prefix}.{attribute}".lstrip(".")] = list(_leaves(value, seen))
     return found
 
 
-def changed_attribute(whole: dict[str, Any], part: dict[str, Any]) -> str:
+def _leaves(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
+    """Yield the content of a value; that of an object once."""
+    if isinstance(value, (torch.Tensor, *_ATOMS)):
+        yield value
+        return
+    if isinstance(value, _OPAQUE) or id(value) in seen:
+        return
+    seen[id(value)] = value  # alive, so that ids stay unique
+    children: Iterable[Any]
+    if isinstance(value, Mapping):
+        children = chain(value, value.values())
+    elif isinstance(value, list | tuple | deque):
+        children = value
+    elif isinstance(value, set | frozenset):
+        children = sorted(map(repr, value))
+    else:
+        children = list(getattr(value, "__dict__", {}).values())
+    yield type(value).__name__
+    for child in children:
+        yield from _leaves(child, seen)
+
+
+def changed_attribute(whole: dict[str, list[Any]], part: dict[str, list[Any]]) -> str:
     """Return what differs after a forward of the whole batch and of a part; empty if nothing does."""
     for name in whole.keys() | part.keys():
-        one, other = (extract_tensors(values.get(name)) for values in (whole, part))
-        same = len(one[0]) == len(other[0]) and all(is_close(a, b) for a, b in zip(one[0], other[0], strict=True))
-        if not same:
+        one, other = whole.get(name, []), part.get(name, [])
+        if len(one) == len(other) and all(map(_is_same, one, other)):
+            continue
+        if any(isinstance(leaf, torch.Tensor) for leaf in (*one, *other)):
             return f"its forward keeps tensors in {name}, which would hold one part of the batch only"
-        if map_values(_comparable, one[1]) != map_values(_comparable, other[1]):
-            return f"its forward keeps results in {name}, which would be those of one part of the batch"
+        return f"its forward keeps results in {name}, which would be those of one part of the batch"
     return ""
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return is_close(one, other)
+    return type(one) is type(other) and (one == other or one != one)
+
+
+def module_with_script_hook(model: nn.Module) -> str | None:
+    """Return the name of the first module that has a hook of the script."""
+    name: str
+    for name, part in model.named_modules():
+        registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        if any(is_script_hook(hook) for registry in registries for hook in registry.values()):
+            return name
+    return None
 
 
 def is_script_hook(hook: Callable[..., Any]) -> bool:
@@ -136,8 +180,3 @@ def is_script_hook(hook: Callable[..., Any]) -> bool:
     function = getattr(hook, "__wrapped__", hook)
     module = getattr(function, "__module__", None) or type(function).__module__
     return str(module).split(".")[0] not in ("torch", "transformers")
-
-
-def _comparable(leaf: Any) -> Any:
-    """Return a value that copies of a model have in common: a number itself, of other objects the type."""
-    return leaf if isinstance(leaf, _COMPARED) and leaf == leaf else type(leaf)

@@ -38,6 +38,8 @@ class Arguments:
         self.refusal = ""
         """Why the arguments cannot be split; empty if they can."""
         self.batch: int | None = _batch_size((*args, *kwargs.values()), dim)
+        self.shares: dict[tuple[int, ...], dict[Any, tuple[float, ...]]] = {}
+        """What ``shares_of`` has computed, by the sizes of the parts."""
         self._item_of: list[int | None] = []
         """For a tensor of a per-sample list, the sample."""
         self._has_items = False
@@ -82,7 +84,7 @@ class Arguments:
             return self
         first = copy.copy(self)
         first.tensors, first.structure = self.parts([size, self.batch - size])[0]
-        first.batch = size
+        first.batch, first.shares = size, {}
         return first
 
     def _structure(self, start: int, stop: int) -> Any:

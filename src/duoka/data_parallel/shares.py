@@ -29,24 +29,39 @@ def sources_of(arguments: Arguments) -> list[Source]:
     """Return what a mean may be over."""
     found = [SAMPLES]
     for index, tensor in enumerate(arguments.tensors):
-        if arguments.is_split(index) and not tensor.is_floating_point() and not tensor.is_complex():
+        if arguments.is_split(index) and not tensor.is_complex() and _can_select(tensor):
             tests: list[Literal["nonnegative", "nonzero"]] = ["nonzero"]
-            if tensor.dtype.is_signed and tensor.dtype != torch.bool:
+            if tensor.dtype.is_signed and not tensor.is_floating_point():
                 tests.insert(0, "nonnegative")
             shifts = [False, True] if tensor.dim() == 2 and arguments.dim == 0 else [False]
             found += [Source(index, test, shift) for test in tests for shift in shifts]
     return found
 
 
-def shares_of(arguments: Arguments, sizes: Sequence[int], source: Source) -> Shares:
-    """Return each part's share; that of the samples if nothing counts."""
-    counts: Sequence[float] = sizes
-    if source.tensor >= 0:
-        tensor = arguments.tensors[source.tensor]
-        if source.skips_first:
-            tensor = tensor[:, 1:]
-        selected = tensor >= 0 if source.test == "nonnegative" else tensor != 0
-        pieces = torch.split(selected, list(sizes), arguments.dim)
-        counts = torch.stack([piece.sum() for piece in pieces]).tolist()
-    total = sum(counts)
-    return tuple(count / total for count in counts) if total else shares_of(arguments, sizes, SAMPLES)
+def _can_select(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor may say which elements count: integers, booleans, or a float mask of zeros and ones."""
+    return not tensor.is_floating_point() or bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def shares_of(arguments: Arguments, sizes: Sequence[int], sources: Sequence[Source]) -> dict[Source, Shares]:
+    """Return each part's share by source; that of the samples if nothing counts. A device answers once."""
+    known = arguments.shares.setdefault(tuple(sizes), {SAMPLES: _normalized(sizes)})
+    missing = [source for source in sources if source not in known]
+    if missing:
+        device = arguments.tensors[missing[0].tensor].device
+        counts = [_counts(arguments, sizes, source).to(device) for source in missing]
+        for source, own in zip(missing, torch.stack(counts).tolist(), strict=True):
+            known[source] = _normalized(own) if any(own) else known[SAMPLES]
+    return {source: known[source] for source in sources}
+
+
+def _counts(arguments: Arguments, sizes: Sequence[int], source: Source) -> torch.Tensor:
+    tensor = arguments.tensors[source.tensor]
+    if source.skips_first:
+        tensor = tensor[:, 1:]
+    selected = tensor >= 0 if source.test == "nonnegative" else tensor != 0
+    return torch.stack([piece.sum() for piece in torch.split(selected, list(sizes), arguments.dim)])
+
+
+def _normalized(counts: Sequence[float]) -> Shares:
+    return tuple(round(count / sum(counts), 12) for count in counts)

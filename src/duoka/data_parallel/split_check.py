@@ -20,12 +20,13 @@ from duoka.data_parallel.deterministic_mode import BatchStatisticsMode, Determin
 from duoka.data_parallel.gather import Path
 from duoka.data_parallel.join_rules import JoinRules, NotJoinable, RuleFinder, is_close
 from duoka.data_parallel.model_copy import ModelCopies, WriteGuard, attributes_of, changed_attribute
+from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.placeholders import extract_tensors
 from duoka.data_parallel.scatter import Arguments, Part
 from duoka.data_parallel.shares import shares_of, sources_of
 from duoka.errors import WorkerDied
 from duoka.utils.partition import chunk_sizes
-from duoka.utils.rng_state import preserve_rng_state, set_state_of, state_of
+from duoka.utils.rng_state import preserve_rng_state, raw_rng_state, set_raw_rng_state, set_state_of, state_of
 from duoka.utils.text import first_line
 
 SAMPLES_PER_DEVICE = 4
@@ -81,7 +82,7 @@ class _Outcome(NamedTuple):
     value: Any
     inputs: list[torch.Tensor]
     buffers: dict[str, torch.Tensor]
-    attributes: dict[str, Any]
+    attributes: dict[str, list[Any]]
     written: dict[str, torch.Tensor]
     side_effect: str
 
@@ -141,9 +142,15 @@ def check_call(
             with _refuse_on_error("a worker cannot compute its part"), preserve_rng_state():
                 from_workers = run_on_workers(samples, sizes, DeterministicMode)
         check = _Check(module, samples, sizes, arguments.batch)
+        outside = ModelSnapshot(module)
         with preserve_rng_state(), contextlib.ExitStack() as stack:
             stack.callback(check.restore_generators)
-            return check.result(from_workers)
+            result = check.result(from_workers)
+        changes = outside.diff()
+        if not result.reason and (changes is None or changes.namespaces):
+            reason = "its forward changes a global variable or a class, which each check of a few samples changes, too"
+            result = result._replace(reason=reason)
+        return result
     except _NotCheckable as error:
         return SplitResult(str(error))
     except _Refusal as refusal:
@@ -165,14 +172,15 @@ class _Check:
         self._states = [state_of(generator) for generator in self._copies.generators]
 
     def result(self, from_workers: WorkerOutputs) -> SplitResult:
-        states = self._generator_states()
+        states, before = self._generator_states(), raw_rng_state()
         mode = BatchStatisticsMode(sum(self._sizes))
         whole = self._evaluate(self._samples.whole(), mode, "it cannot compute a batch in the check")
         draws = self._generator_states() != states
-        parts = [
-            self._evaluate(part, DeterministicMode(), "it cannot compute a part of the batch")
-            for part in self._samples.parts(self._sizes)
-        ]
+        parts = []
+        for part in self._samples.parts(self._sizes):
+            set_raw_rng_state(before)  # what a forward draws once for all samples is the same
+            self.restore_generators()
+            parts.append(self._evaluate(part, DeterministicMode(), "it cannot compute a part of the batch"))
         if not draws:
             return self._compare(whole, parts, from_workers, mode.choice)
         with contextlib.suppress(_Refusal):  # numbers that it draws may have no effect
@@ -203,7 +211,7 @@ class _Check:
     def _find_rules(
         self, whole: _Outcome, parts: Sequence[_Outcome], *, compares: bool
     ) -> tuple[RuleFinder, JoinRules]:
-        shares = {source: shares_of(self._samples, self._sizes, source) for source in sources_of(self._samples)}
+        shares = shares_of(self._samples, self._sizes, sources_of(self._samples))
         finder = RuleFinder(shares, self._samples.dim, compares=compares)
         try:
             return finder, finder.find(whole.value, [part.value for part in parts])

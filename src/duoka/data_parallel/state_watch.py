@@ -72,7 +72,10 @@ def is_user_code(module_name: str | None) -> bool:
 
 
 class _Walker(pickle.Pickler):
-    """Pickles identities and contents; nothing ever loads the result."""
+    """Pickles identities and contents; nothing ever loads the result.
+
+    Contents are the state of a reduction, so that an object may contain itself.
+    """
 
     def __init__(self, file: io.BytesIO, shared: frozenset[int]) -> None:
         super().__init__(file, protocol=5)
@@ -98,9 +101,9 @@ class _Walker(pickle.Pickler):
             return self._class(obj)
         if isinstance(obj, FunctionType):
             self.functions.append(obj)
-            return _noted, (id(obj), _cells(obj), obj.__defaults__, obj.__kwdefaults__, obj.__dict__)
+            return _noted, (id(obj),), (_cells(obj), obj.__defaults__, obj.__kwdefaults__, obj.__dict__)
         if isinstance(obj, MethodType):
-            return _noted, (obj.__func__, obj.__self__)
+            return _noted, (), (obj.__func__, obj.__self__)
         if isinstance(obj, GENERATORS):
             self.generators.append(obj)
             return _noted, (id(obj),)
@@ -118,14 +121,14 @@ class _Walker(pickle.Pickler):
         if cls.__module__ != "__main__" and not is_user_code(cls.__module__):
             return _noted, (id(cls),)
         self.classes.append(cls)
-        return _noted, (id(cls), dict(class_data(vars(cls))))
+        return _noted, (id(cls),), dict(class_data(vars(cls)))
 
     def _object(self, obj: Any) -> tuple[Any, ...]:
         """Return an object's class, attributes and slots, or what its own reduction gives."""
         cls: Any = type(obj)
         is_plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
         if is_plain and getattr(cls, "__getstate__", None) is getattr(object, "__getstate__", None):
-            return _noted, (id(obj), cls, getattr(obj, "__dict__", None), list(_slots(obj)))
+            return _noted, (id(obj),), (cls, getattr(obj, "__dict__", None), list(_slots(obj)))
         try:
             reduced = obj.__reduce_ex__(5)
         except Exception:  # it has no content that pickle knows: a lock, a file
@@ -133,7 +136,7 @@ class _Walker(pickle.Pickler):
         if isinstance(reduced, str):
             return _noted, (id(obj),)
         function, *rest = reduced
-        return _noted, (function, *(list(part) if hasattr(part, "__next__") else part for part in rest[:4]))
+        return _noted, (), (function, *(list(part) if hasattr(part, "__next__") else part for part in rest[:4]))
 
 
 def class_data(contents: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from duoka.data_parallel.call_planner import CallPlanner
 from duoka.data_parallel.controller import Controller, Plan, minimum_samples
-from duoka.data_parallel.model_copy import is_script_hook
+from duoka.data_parallel.model_copy import module_with_script_hook
 from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.split_check import STALE_CLOSURE, SplitResult, describe_error
 from duoka.errors import WorkerDied
@@ -110,13 +110,10 @@ class ParallelizedCall:
 
     def _check(self, module: nn.Module, arguments: Arguments, minimum: int) -> SplitResult | None:
         """Return the check's result for this kind of call."""
-        if not self._planner.is_due(module, arguments):
-            return self._planner.plan(module, arguments)
         run_on_workers = None
         if self._controller is not None:
             run_on_workers = functools.partial(self._controller.run_on_workers_only, module)
-        with self._stats.run.startup():
-            result = self._planner.plan(module, arguments, run_on_workers, minimum=minimum)
+        result = self._planner.plan(module, arguments, run_on_workers, minimum=minimum, around=self._stats.run.startup)
         if result is not None and result.reason == STALE_CLOSURE:
             logger.warning("%s runs on one device from here on: %s", type(module).__name__, STALE_CLOSURE)
         return result
@@ -179,8 +176,6 @@ def _refusal(module: nn.Module, check: SplitResult) -> str:
         return f"its forward writes to its parameter {check.written}"
     if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
         return "its parameters are in memory that the script shares with other processes"
-    for name, part in module.named_modules():
-        registries = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        if any(is_script_hook(hook) for registry in registries for hook in registry.values()):
-            return f"a hook of the script on {name or 'the model'} must see the whole batch"
+    if (name := module_with_script_hook(module)) is not None:
+        return f"a hook of the script on {name or 'the model'} must see the whole batch"
     return ""
