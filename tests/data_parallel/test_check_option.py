@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +30,10 @@ class Function(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.function(self, *args, **kwargs)
+
+
+class Kept:
+    """An object that a model keeps results in."""
 
 
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
@@ -163,6 +169,54 @@ def test_what_cannot_be_split_or_joined_is_computed_on_one_device(reason, wrap) 
         assert torch.equal(got, want)
     else:
         assert len(got) == len(want)
+
+
+def test_an_output_that_changes_its_form_is_joined_by_its_form(pair) -> None:
+    def forward(self, x, y):
+        return self.layer(x) if self.gives_logits else functional.cross_entropy(self.layer(x), y)
+
+    for first in (True, False):
+        model, reference = pair(Function(forward))
+        for gives_logits in (first, first, not first):
+            model.module.gives_logits = reference.gives_logits = gives_logits
+            torch.testing.assert_close(model(X, LABELS), reference(X, LABELS))
+
+
+@pytest.mark.parametrize(
+    "statistic", [lambda x: (x > 0.9).any(), lambda x: x.long().max(), lambda x: len({int(row[0]) for row in x})]
+)
+def test_a_statistic_is_not_taken_from_one_part(statistic, wrap) -> None:
+    model = wrap(Function(lambda self, x: (self.layer(x), statistic(x))))
+    x = torch.zeros(8, 4)
+    model(x)
+    x[3], x[7] = 4, 5
+    with pytest.warns(UserWarning, match="runs on one device and not on 2: output.1. is"):
+        got = model(x)[1]
+    assert got == statistic(x)
+
+
+@pytest.mark.parametrize("kind", ["object", "namespace", "deque"])
+def test_results_kept_in_an_object_of_the_model_are_a_difference(kind, wrap) -> None:
+    def forward(self, x):
+        loss = self.layer(x).square().mean()
+        if kind == "deque":
+            self.kept.append(loss)
+        else:
+            self.kept.loss = loss
+        return self.layer(x)
+
+    model = Function(forward)
+    model.kept = {"object": Kept, "namespace": SimpleNamespace, "deque": collections.deque}[kind]()
+    with pytest.warns(UserWarning, match="keeps tensors in kept"):
+        wrap(model)(X)
+
+
+def test_a_float_mask_of_zeros_and_ones_weights_a_mean(pair) -> None:
+    model, reference = pair(Function(lambda self, x, mask: (self.layer(x).sum(1) * mask).sum() / mask.sum()))
+    mask = torch.ones(7)
+    torch.testing.assert_close(model(X, mask), reference(X, mask))
+    mask[4:] = 0
+    torch.testing.assert_close(model(X, mask), reference(X, mask))
 
 
 def test_a_hook_of_the_user_is_a_warning(wrap) -> None:

@@ -1,6 +1,7 @@
 """State that a model's forward reads reaches every device, wherever it is and however it changes."""
 
 import copy
+import enum
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_parts_and_calls_draw_different_numbers_repeatably(wrap, library):
 
     def run():
         seed_everything()
-        wrapped = wrap(Noise())
+        wrapped = wrap(Noise(), check="off")
         return [wrapped(torch.ones(6, 4)).detach() for _ in range(2)]
 
     first, second = run()
@@ -163,3 +164,36 @@ def test_a_copy_of_a_model_with_hidden_layers_is_independent(wrap):
     model.change(2.0)
     torch.testing.assert_close(wrapped(x), model(x))
     assert not torch.equal(double(x), model(x))
+
+
+class Form(enum.Enum):
+    PLAIN = 1
+    DOUBLE = 2
+
+
+class Settings:
+    """A class that holds an object of itself."""
+
+    factor = 2.0
+
+
+Settings.instance = Settings()
+
+
+def test_classes_and_functions_may_refer_to_themselves(wrap):
+    def power(x, n):
+        return x if n == 0 else power(x, n - 1) * Settings.instance.factor
+
+    class Model(nn.Linear):
+        form = Form.PLAIN
+
+        def forward(self, x):
+            y = self.power(super().forward(x), 2)
+            return y * 2 if self.form is Form.DOUBLE else y
+
+    model, x = Model(4, 2), torch.randn(6, 4)
+    model.power = power
+    wrapped = wrap(model)
+    torch.testing.assert_close(wrapped(x), model(x))
+    model.form = Form.DOUBLE
+    torch.testing.assert_close(wrapped(x), model(x))

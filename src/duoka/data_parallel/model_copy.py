@@ -120,7 +120,7 @@ def attributes_of(model: nn.Module) -> dict[str, list[Any]]:
     seen: dict[int, Any] = {}
     for prefix, part in model.named_modules():
         for attribute, value in part.__dict__.items():
-            if attribute not in _OF_TORCH:
+            if attribute not in _OF_TORCH and not attribute.startswith("_duoka_"):
                 found[f"{prefix}.{attribute}".lstrip(".")] = list(_leaves(value, seen))
     return found
 

@@ -28,16 +28,14 @@ _CLASS_DATA = "data of the class"
 def unwrapped_modules(module: nn.Module) -> list[nn.Module]:
     """Return the modules of a model, each once, in order, without wrappers for data parallelism."""
     found: dict[int, nn.Module] = {}
-
-    def walk(one: nn.Module | None) -> None:
+    waiting: list[nn.Module | None] = [module]
+    while waiting:  # a recursive function inside this one would be a reference cycle
+        one = waiting.pop()
         while isinstance(one, nn.DataParallel):
             one = one.module
         if one is not None and id(one) not in found:
             found[id(one)] = one
-            for child in one._modules.values():
-                walk(child)
-
-    walk(module)
+            waiting.extend(reversed(one._modules.values()))
     return list(found.values())
 
 
@@ -278,33 +276,33 @@ def _globals_used_by(code: Iterable[type | FunctionType]) -> Iterator[tuple[dict
     other modules, and find there the values of the import.
     """
     found: dict[tuple[int, str], tuple[dict[str, Any], str, str | None]] = {}
+    classes = dict.fromkeys(base for one in code for base in (one.__mro__ if isinstance(one, type) else [one]))
+    waiting = [function for one in classes for function in _functions_of(one)]
     seen: set[int] = set()
-
-    def note(space: dict[str, Any], name: str) -> None:
-        module = space.get("__name__")
-        found[id(space), name] = space, name, module if is_user_code(module) and module != "__main__" else None
-
-    def visit(function: FunctionType) -> None:
+    while waiting:
+        function = waiting.pop()
         if id(function) in seen or not _is_users(function):
-            return
+            continue
         seen.add(id(function))
-        space, names = function.__globals__, set(_names_in(function.__code__))
-        for name in sorted(names & space.keys()):
-            value = space[name]
-            if isinstance(value, ModuleType):
-                if is_user_code(value.__name__):
-                    for inner in sorted(names & vars(value).keys()):
-                        if not isinstance(vars(value)[inner], _NOT_DATA):
-                            note(vars(value), inner)
-                continue
-            note(space, name)
-            for one in _functions_of(value):
-                visit(one)
-
-    for each in dict.fromkeys(base for one in code for base in (one.__mro__ if isinstance(one, type) else [one])):
-        for function in _functions_of(each):
-            visit(function)
+        for space, name in _global_names(function):
+            module = space.get("__name__")
+            is_imported = is_user_code(module) and module != "__main__"
+            found[id(space), name] = space, name, module if is_imported else None
+            waiting.extend(_functions_of(space[name]))
     yield from found.values()
+
+
+def _global_names(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the globals that a function names, and the data that it reads in modules of the user."""
+    space, names = function.__globals__, set(_names_in(function.__code__))
+    for name in sorted(names & space.keys()):
+        value = space[name]
+        if not isinstance(value, ModuleType):
+            yield space, name
+        elif is_user_code(value.__name__):
+            for inner in sorted(names & vars(value).keys()):
+                if not isinstance(vars(value)[inner], _NOT_DATA):
+                    yield vars(value), inner
 
 
 def _functions_of(value: Any) -> Iterator[FunctionType]:

@@ -141,6 +141,8 @@ class _Walker(pickle.Pickler):
 
 def class_data(contents: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield names and values of the data in a class, ``vars(cls)``, without methods and descriptors."""
+    if "_member_map_" in contents:  # an Enum, whose members do not change
+        return
     for name, value in contents.items():
         is_special = name.startswith(("__", "_abc_"))
         if not is_special and not hasattr(value, "__get__") and not isinstance(value, FunctionType | type):
