@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, resolve
+from duoka.data_parallel.transport.process_group import select_backend
+from duoka.devices import DeviceInfo, DeviceProcess, DeviceSelection, nccl, resolve
 from duoka.devices.inventory import Inventory, detect
 from duoka.devices.selection import select
 from duoka.devices.spec import parse
 from duoka.errors import DeviceError
+from duoka.launcher.rank_context import backend_for
 
 NONE = Inventory()
 
@@ -133,7 +135,32 @@ def test_auto_selects_the_cpu_with_a_reason_and_no_warning(caplog: pytest.LogCap
 
 def test_a_repeated_index_is_two_ranks_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert names(on(TWO, "0,0")) == "cuda:0 cuda:0"
-    assert "cuda:0 more than once" in caplog.text
+    assert "several ranks share cuda:0, over gloo (NCCL" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variable", "version", "shares"),
+    [("1", (2, 30, 7), True), ("0", (2, 30, 7), False), ("1", (2, 28, 9), False), ("1", None, False)],
+)
+def test_ranks_share_a_gpu_over_nccl_where_it_accepts_that(variable, version, shares, monkeypatch) -> None:
+    monkeypatch.setenv(nccl.VARIABLE, variable)
+    monkeypatch.setattr(nccl, "loaded_version", lambda: version)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    selection = on(TWO, "0,0")
+    assert ("over NCCL 2.30.7" in selection.reason) == shares
+    assert ("over gloo" in selection.reason) != shares
+    assert ("NCCL 2.28.9 refuses" in selection.reason) == (version == (2, 28, 9))
+    assert select_backend(selection.devices) == ("nccl" if shares else "gloo")
+    assert ("nccl" in backend_for(selection.devices)) == shares
+    assert select_backend(on(TWO, "0,1").devices) == "nccl"
+
+
+def test_the_version_of_nccl_is_that_of_the_loaded_library() -> None:
+    """Needs no GPU: torch's CUDA wheels load NCCL, and the version in use is at least the one torch was built with."""
+    if not torch.distributed.is_nccl_available():
+        assert nccl.loaded_version() is None
+    else:
+        assert nccl.loaded_version() >= torch.cuda.nccl.version()
 
 
 def test_idle_selects_unused_devices_and_names_users_of_the_others() -> None:

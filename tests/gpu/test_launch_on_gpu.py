@@ -1,4 +1,4 @@
-"""``launch`` on accelerators: their backend with one and two ranks, one GPU twice over gloo, state restored."""
+"""``launch`` on accelerators: their backend with one and two ranks, one GPU named twice, state restored."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import duoka
+from duoka.devices import nccl
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,10 +46,10 @@ def test_two_devices_use_their_backend_and_get_their_tensors() -> None:
 
 
 @SHARED
-def test_two_ranks_on_one_gpu_use_gloo() -> None:
+def test_two_ranks_on_one_gpu_use_nccl_where_it_accepts_that_and_gloo_elsewhere() -> None:
     values = duoka.launch(rank_summary, torch.ones(3, device=FIRST), devices="0,0", returns="all")
     assert [value[:3] for value in values] == [("cuda:0", "cuda:0", 5.0)] * 2
-    assert "nccl" not in values[0][3]
+    assert ("nccl" in values[0][3]) == nccl.ranks_may_share_a_gpu()
 
 
 @pytest.mark.parametrize("devices", ["0", pytest.param("0,0", marks=SHARED), pytest.param("0,1", marks=ON_TWO)])

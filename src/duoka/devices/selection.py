@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from duoka.devices import nccl
 from duoka.devices.info import DeviceInfo
 from duoka.devices.inventory import Inventory, detect, device_usage
 from duoka.devices.spec import DeviceRequest, DeviceSpec, parse
@@ -90,13 +91,12 @@ def _by_index(request: DeviceRequest, inventory: Inventory) -> DeviceSelection:
         more = [f"{len(absent) - _MAX_LISTED} more"] if len(absent) > _MAX_LISTED else []
         raise _not_there(request, inventory, join_names([*absent[:_MAX_LISTED], *more]))
     devices = inventory.devices(request.indices)
+    reason = f"{join_names(devices)} {'was' if len(devices) == 1 else 'were'} requested"
     if repeated := sorted({str(device) for device in devices if devices.count(device) > 1}):
-        logger.warning(
-            "device %r names %s more than once: several ranks share it, over gloo. Use this for tests only; it is slower.",
-            request.text,
-            join_names(repeated),
-        )
-    return DeviceSelection(devices, f"{join_names(devices)} {'was' if len(devices) == 1 else 'were'} requested.")
+        shared = f"several ranks share {join_names(repeated)}, {nccl.sharing_backend()}"
+        logger.warning("device %r: %s. Use this for tests only; it is slower than one rank.", request.text, shared)
+        reason += f"; {shared}"
+    return DeviceSelection(devices, f"{reason}.")
 
 
 def _note(inventory: Inventory) -> str:

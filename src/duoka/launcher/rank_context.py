@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # first imported while a group exists, it would keep that group for good
 
+from duoka.devices import nccl
 from duoka.devices.cpu import threads_per_rank
 from duoka.launcher.torchrun_environment import free_port, torchrun_variables
 from duoka.utils.rng_state import draw_seed_from_copy, rng_state, seed_all, set_rng_state
@@ -144,8 +145,9 @@ def _process_group(context: RankContext) -> Iterator[None]:
 
 
 def backend_for(devices: Sequence[torch.device]) -> str:
-    """Return gloo for CPU tensors, with the accelerator's own backend unless NCCL would refuse a repeated device."""
+    """Return gloo for CPU tensors, with the accelerator's own backend unless it refuses a repeated device."""
     kind = devices[0].type
-    if kind in ("cpu", "mps") or len(set(devices)) < len(devices):
+    is_repeated = len(set(devices)) < len(devices)
+    if kind in ("cpu", "mps") or (is_repeated and not nccl.connects(devices)):
         return "gloo"
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"

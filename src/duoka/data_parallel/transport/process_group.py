@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from duoka.devices import nccl
 from duoka.utils.torch_private import gloo_process_group, nccl_process_group
 from duoka.workers.rendezvous import (
     CONNECT_TIMEOUT,
@@ -36,9 +37,8 @@ _OWNER_ENVIRONMENT = _ENVIRONMENT | NO_WATCHDOG_ENVIRONMENT
 
 
 def select_backend(devices: Sequence[torch.device]) -> str:
-    """Return NCCL for distinct GPUs, which NCCL requires; gloo otherwise."""
-    is_nccl = devices[0].type == "cuda" and len(set(devices)) == len(devices) and dist.is_nccl_available()
-    return "nccl" if is_nccl else "gloo"
+    """Return NCCL where it connects these devices; gloo otherwise."""
+    return "nccl" if nccl.connects(devices) else "gloo"
 
 
 class PendingCollective(NamedTuple):
