@@ -4,24 +4,30 @@ The lower bound is two independent processes that do the same work without commu
 benchmark starts all contestants, then runs one step of each in turn, so that other load on the
 machine affects all alike. It does so three times; ratios are medians over all rounds.
 
-Run ``python benchmarks/mirror.py [--minutes 5] [--device cuda]``. With ``cuda`` (not run yet) a
-batch has 256 samples per device, and ``nn.DataParallel`` is a contestant too. With one GPU, the
-benchmark measures only what duoka adds to the bare model.
+Run ``python benchmarks/mirror.py [--minutes 5] [--device cuda]``. With ``cuda`` a batch has 256
+samples per device, and ``nn.DataParallel`` is a contestant too. On one GPU the two ranks share it if
+NCCL allows that (``NCCL_MULTI_RANK_GPU_ENABLE=1``); otherwise the benchmark measures only what duoka
+adds to the bare model. ``--parts`` also runs duoka without each part of its transport for accelerators.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
 
-PER_DEVICE, SIZE, STEPS = {"cpu": 32, "cuda": 256}, 64, 1
+PER_DEVICE, SIZE = {"cpu": 32, "cuda": 256}, 64
+STEPS = {"cpu": 1, "cuda": 10}
+"""Steps of a turn. On GPUs a step's broadcast may end after its turn, so a turn has more of them."""
 STARTS = 3
 """The placement of a process's memory changes its speed by up to a tenth, for as long as it runs."""
 WARMUP_STEPS = 8
@@ -34,13 +40,22 @@ NAMES = {
     "alone": "duoka.DataParallel on one device, the whole batch",
     "run": "a one-device script under `duoka run`",
     "dp": "nn.DataParallel",
+    "no-early": "duoka.DataParallel without early broadcasts",
+    "no-checksums": "duoka.DataParallel without checksums",
+    "no-pauses": "duoka.DataParallel without pauses",
 }
+PARTS = ("no-early", "no-checksums", "no-pauses")
+"""Contestants that lack a part of the transport for accelerators."""
+Times = dict[str, list[float]]
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--minutes", type=float, default=5.0)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument("--per-device", type=int, help="samples of a device's part; default: 32 on CPUs, 256 on GPUs")
+    options.add_argument("--starts", type=int, default=STARTS, help="how often all contestants start")
+    options.add_argument("--parts", action="store_true", help="also run duoka without each part of its transport")
     options.add_argument(
         "--large-pages", action="store_true", help="use the large memory pages of duoka's workers in every contestant"
     )
@@ -48,108 +63,153 @@ def main() -> None:
     options.add_argument("--role", help=argparse.SUPPRESS)
     options.add_argument("--address", help=argparse.SUPPRESS)
     given = options.parse_args()
+    per_device = given.per_device or PER_DEVICE[given.device]
     if given.role:
-        run_contestant(given.role, given.address, given.device, given.place)
+        run_contestant(given.role, given.address, given.device, given.place, per_device)
     else:
         if given.large_pages:
             from duoka.malloc import with_large_pages
 
             os.environ.update(with_large_pages({}))
-        compare(given.minutes, given.device)
+        parts = PARTS if given.parts else ()
+        times, peaks = compare(given.minutes, given.device, per_device, parts=parts, starts=given.starts)
+        show(times, given.device, per_device)
+        show_memory(peaks)
+        added = added_by_the_wrapper()
+        print(f"with one device the wrapper adds {added:.1f} µs of Python per call, and no work on the device")
 
 
-def compare(minutes: float, kind: str) -> None:
-    several = ["limit", "limit", "ddp", "duoka"] if count(kind) > 1 else []
-    roles = ["one", *several, "alone", "run", *(["dp"] if several and kind == "cuda" else [])]
-    times: dict[str, list[float]] = {role: [] for role in roles}
+def compare(
+    minutes: float, kind: str, per_device: int, *, parts: Sequence[str] = (), starts: int = STARTS
+) -> tuple[Times, dict[str, int]]:
+    """Return the times of the turns of each contestant, and the largest memory of its first process on its device."""
+    several = ["limit", "limit", "ddp", "duoka", *parts] if count(kind) > 1 else []
+    roles = ["one", *several, "alone", "run", *(["dp"] if several and kind == "cuda" and is_apart() else [])]
+    times: Times = {role: [] for role in roles}
+    peaks: dict[str, int] = {}
     draw = random.Random(0)
-    for _ in range(STARTS):
-        for role, steps in one_start(roles, 60 * minutes / STARTS, kind, draw).items():
+    for _ in range(starts):
+        measured, peaks = one_start(roles, 60 * minutes / starts, kind, per_device, draw)
+        for role, steps in measured.items():
             times[role] += steps
-    show(times, kind)
-    added = added_by_the_wrapper()
-    print(f"with one device the wrapper adds {added:.1f} µs of Python per call, and no work on the device")
+    return times, peaks
 
 
-def one_start(roles: list[str], seconds: float, kind: str, draw: random.Random) -> dict[str, list[float]]:
+def one_start(
+    roles: list[str], seconds: float, kind: str, per_device: int, draw: random.Random
+) -> tuple[Times, dict[str, int]]:
     """Start all contestants, and run their steps in turn for ``seconds``."""
     with Listener(family="AF_UNIX") as listener:
         processes = [
-            start(role, str(listener.address), kind, roles[:place].count(role)) for place, role in enumerate(roles)
+            start(role, str(listener.address), kind, roles[:place].count(role), per_device)
+            for place, role in enumerate(roles)
         ]
+        for role, process in zip(roles, processes, strict=True):
+            threading.Thread(target=report_end, args=(role, process, str(listener.address)), daemon=True).start()
         try:
             lines: dict[str, list[Connection]] = {role: [] for role in roles}
-            for _ in range(len(processes) + ("ddp" in roles)):
+            for _ in range(len(processes) + ("ddp" in roles) * (count(kind) - 1)):
                 line = listener.accept()
-                lines[line.recv()].append(line)
-            return measure(lines, time.monotonic() + seconds, draw)
+                role = line.recv()
+                if isinstance(role, Exception):
+                    raise role
+                lines[role].append(line)
+            times = measure(lines, time.monotonic() + seconds, draw, STEPS[kind])
+            return times, {role: ask(own, 0)[0][1] for role, own in lines.items()}
         finally:
             for process in processes:
                 process.terminate()
                 process.wait()
 
 
-def start(role: str, address: str, kind: str, place: int) -> subprocess.Popen[bytes]:
+def start(role: str, address: str, kind: str, place: int, per_device: int) -> subprocess.Popen[str]:
     launchers = {
         "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count(kind))],
         "run": ["-m", "duoka", "run", "--device", devices(kind)],
     }
     ours = ["--role", role, "--address", address, "--device", kind, "--place", str(place)]
+    ours += ["--per-device", str(per_device)]
     command = [sys.executable, *launchers.get(role, []), __file__, *ours]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def report_end(role: str, process: subprocess.Popen[str], address: str) -> None:
+    """Tell the benchmark that a contestant has ended before the benchmark ended it."""
+    assert process.stderr is not None
+    lines = process.stderr.read().splitlines()  # until the process ends
+    with contextlib.suppress(OSError), Client(address) as line:
+        line.send(RuntimeError("\n".join([f"{NAMES[role]} ended:", *lines[-20:]])))
 
 
 def count(kind: str) -> int:
-    """Return the number of devices: two, or one if the machine has one GPU."""
+    """Return the number of ranks: two, or one on a machine with one GPU that NCCL does not let them share."""
     import torch
 
-    return 2 if kind == "cpu" else min(2, torch.cuda.device_count())
+    from duoka.devices import nccl
+
+    if kind == "cpu" or nccl.ranks_may_share_a_gpu():
+        return 2
+    return min(2, torch.cuda.device_count())
+
+
+def is_apart() -> bool:
+    import torch
+
+    return torch.cuda.device_count() > 1
+
+
+def device_index(rank: int) -> int:
+    import torch
+
+    return rank % torch.cuda.device_count()
 
 
 def devices(kind: str) -> str:
-    return "cpu:2" if kind == "cpu" else ",".join(map(str, range(count(kind))))
+    return "cpu:2" if kind == "cpu" else ",".join(str(device_index(rank)) for rank in range(count(kind)))
 
 
-def measure(lines: dict[str, list[Connection]], end: float, draw: random.Random) -> dict[str, list[float]]:
+def measure(lines: dict[str, list[Connection]], end: float, draw: random.Random, steps: int) -> Times:
     """Run a step of each contestant in turn, in random order; a step's time is that of its slowest process.
 
     With a fixed order, a contestant that leaves a processor idle would always favor the same successor.
     """
-    times: dict[str, list[float]] = {role: [] for role in lines}
+    times: Times = {role: [] for role in lines}
     order = list(lines)
     for role in order:
-        turn(lines[role])  # warm-up
+        ask(lines[role], steps)  # warm-up
     while time.monotonic() < end:
         for role in order:
-            times[role].append(turn(lines[role]))
+            times[role].append(max(seconds for seconds, _ in ask(lines[role], steps)))
         draw.shuffle(order)
     return times
 
 
-def turn(lines: list[Connection]) -> float:
+def ask(lines: list[Connection], steps: int) -> list[tuple[float, int]]:
+    """Let a contestant's processes run ``steps``; return the seconds of a step and the largest memory of each."""
     for line in lines:
-        line.send(STEPS)
-    return max(line.recv() for line in lines)
+        line.send(steps)
+    return [line.recv() for line in lines]
 
 
-def show(times: dict[str, list[float]], kind: str) -> None:
+def show(times: Times, kind: str, per_device: int) -> None:
     rounds = len(times["one"])
     lows = {role: statistics.quantiles(values, n=4)[0] for role, values in times.items()}
-    where = "2 CPU workers with one thread each" if kind == "cpu" else f"{count(kind)} GPU(s)"
-    print(f"ResNet-18, {SIZE}x{SIZE} images, {PER_DEVICE[kind]} per device, {where}, float32")
-    print(f"{rounds} rounds of {STEPS} step each, over {STARTS} starts;", end=" ")
+    where = "2 CPU workers with one thread each" if kind == "cpu" else "devices " + devices(kind)
+    print(f"ResNet-18, {SIZE}x{SIZE} images, {per_device} per device, {where}, float32")
+    print(f"{rounds} rounds of {STEPS[kind]} step each;", end=" ")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':46} {'median':>9} {'fastest':>9} {'quartiles':>17}")
     for role, values in times.items():
         _, middle, high = statistics.quantiles(values, n=4)
         low = lows[role]
         print(
-            f"{NAMES[role]:46} {middle * 1e3:6.0f} ms {min(values) * 1e3:6.0f} ms {low * 1e3:7.0f}-{high * 1e3:.0f} ms"
+            f"{NAMES[role]:46} {middle * 1e3:6.1f} ms {min(values) * 1e3:6.1f} ms {low * 1e3:7.1f}-{high * 1e3:.1f} ms"
         )
     for ours, others in (
         ("duoka", ("ddp", "limit", "one", "dp")),
         ("run", ("ddp", "limit", "one", "dp")),
         ("alone", ("one",)),
+        *((part, ("duoka",)) for part in PARTS),
     ):
         for role in others:
             if not times.keys() >= {ours, role}:
@@ -160,6 +220,12 @@ def show(times: dict[str, list[float]], kind: str) -> None:
                 f"{ours} / {role}: {statistics.median(ratios):.3f} (median of rounds), {quiet:.3f} (lower quartiles), "
                 f"{fastest:.3f} (fastest of each)"
             )
+
+
+def show_memory(peaks: dict[str, int]) -> None:
+    for role, peak in peaks.items():
+        if peak:
+            print(f"{NAMES[role]:46} {peak / 2**20:8,.0f} MiB at most on the device of the first process")
 
 
 def added_by_the_wrapper(calls: int = 20_000) -> float:
@@ -182,8 +248,10 @@ def added_by_the_wrapper(calls: int = 20_000) -> float:
     return 1e6 * statistics.median(differences)
 
 
-def run_contestant(role: str, address: str, kind: str, place: int) -> None:
-    step = make_step(role, kind, int(os.environ.get("LOCAL_RANK", place)))
+def run_contestant(role: str, address: str, kind: str, place: int, per_device: int) -> None:
+    import torch
+
+    step = make_step(role, kind, int(os.environ.get("LOCAL_RANK", place)), per_device)
     for _ in range(WARMUP_STEPS):
         step()
     with Client(address) as line:
@@ -196,27 +264,29 @@ def run_contestant(role: str, address: str, kind: str, place: int) -> None:
             begin = time.perf_counter()
             for _ in range(count):
                 step()
-            line.send((time.perf_counter() - begin) / count)
+            seconds = (time.perf_counter() - begin) / max(count, 1)
+            line.send((seconds, torch.cuda.max_memory_allocated() if kind == "cuda" else 0))
 
 
-def make_step(role: str, kind: str, place: int) -> Callable[[], None]:
+def make_step(role: str, kind: str, place: int, per_device: int) -> Callable[[], None]:
     import torch
     import torchvision
     from torch import nn
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    device = torch.device("cpu" if kind == "cpu" else f"cuda:{place}")
+    device = torch.device("cpu" if kind == "cpu" else f"cuda:{device_index(place)}")
     model: nn.Module = torchvision.models.resnet18(num_classes=10).to(device)
-    batch = PER_DEVICE[kind] * (1 if role in ("limit", "ddp") else count(kind))
+    batch = per_device * (1 if role in ("limit", "ddp") else count(kind))
     images, labels = torch.randn(batch, 3, SIZE, SIZE, device=device), torch.randint(10, (batch,), device=device)
     if role == "ddp":
         torch.distributed.init_process_group("gloo" if kind == "cpu" else "nccl")
-        model = nn.parallel.DistributedDataParallel(model, device_ids=None if kind == "cpu" else [place])
-    elif role in ("duoka", "alone"):
+        model = nn.parallel.DistributedDataParallel(model, device_ids=None if kind == "cpu" else [device])
+    elif role in ("duoka", "alone", *PARTS):
         import duoka
 
-        model = duoka.DataParallel(model, devices=devices(kind) if role == "duoka" else str(device))
+        leave_out(role)
+        model = duoka.DataParallel(model, devices=str(device) if role == "alone" else devices(kind))
     elif role == "dp":
         model = nn.DataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -229,6 +299,21 @@ def make_step(role: str, kind: str, place: int) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return step
+
+
+def leave_out(role: str) -> None:
+    """Take a part of the transport for accelerators out of this process."""
+    from duoka.data_parallel.transport import collective_weights
+    from duoka.data_parallel.transport.collective_weights import CollectiveWeightSync
+
+    changes: Any = CollectiveWeightSync
+    if role == "no-early":
+        changes.push_async = lambda self: None  # noqa: ARG005
+    elif role == "no-checksums":
+        changes._find_edited = lambda *_: set()
+        changes._checksum = lambda _, base: base[:0]
+    elif role == "no-pauses":
+        collective_weights._MAX_PAUSE = 0
 
 
 if __name__ == "__main__":
