@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 EXTRAS := vision,forecast,recommend,track,dev
 
-.PHONY: demo test test-all check install clean bench
+.PHONY: demo test test-all check install clean bench gpu
 
 demo: $(VENV)/installed  ## train a small ResNet on real images, on every device of this machine
 	@$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
@@ -36,6 +36,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
+
+gpu:  ## all that only a GPU can show, at most nine minutes, with .venv or, without one, the Python that PYTHON names
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 bench: $(VENV)/installed  ## install the libraries that the benchmarks compare with
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"

@@ -1,0 +1,108 @@
+"""One fault of two ranks on one GPU (or on CPU workers): when the caller is told, and whether the next step works.
+
+``python benchmarks/gpu_faults.py NAME DEVICES`` causes a fault of ``FAULTS`` and prints a record as JSON. Part of
+``benchmarks/gpu.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+FAULTS = {
+    "a worker killed in a backward": ("model", "dies"),
+    "Ctrl-C while a worker computes": ("model", "sleeps"),
+    "out of memory on a worker": ("model", "worker needs memory"),
+    "out of memory on the first device": ("model", "first needs memory"),
+    "a rank of a launch killed": ("launch", "dies"),
+    "Ctrl-C in a launch": ("launch", "sleeps"),
+}
+"""Where each fault happens, and what the process does there."""
+INTERRUPT_AFTER_S = 2.0
+Act = Callable[[str], bool]
+"""Does one step with a mood, and returns whether its result is right."""
+
+
+def model_step(devices: str) -> Act:
+    """Return a step of a ``DataParallel`` model."""
+    import torch
+    from torch import nn
+
+    import duoka
+
+    class Moody(nn.Linear):
+        mood = ""
+        owner = os.getpid()
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            outputs = super().forward(inputs)
+            is_worker = os.getpid() != self.owner
+            if self.mood == "sleeps" and is_worker:
+                time.sleep(100)
+            if self.mood == "dies" and is_worker:
+                outputs.register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+            if self.mood == f"{'worker' if is_worker else 'first'} needs memory":
+                outputs = outputs + torch.empty(1 << 44, device=outputs.device)[0]
+            return outputs
+
+    device = torch.device("cpu" if "cpu" in devices else "cuda:0")
+    module = Moody(16, 1).to(device)
+    model = duoka.DataParallel(module, devices=devices)
+    inputs = torch.ones(64, 16, device=device)
+
+    def act(mood: str) -> bool:
+        module.mood = mood
+        module.zero_grad()
+        model(inputs).sum().backward()
+        assert module.weight.grad is not None
+        return module.weight.grad.eq(64).all().item() is True
+
+    return act
+
+
+def launch_step(devices: str) -> Act:
+    """Return a launch of two all-reduces."""
+    import torch
+
+    import duoka
+
+    def on_rank(mood: str) -> float:
+        world = duoka.current_world()
+        total = world.all_reduce(torch.ones(4, device=world.device))
+        if mood == "dies" and world.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mood == "sleeps" and world.rank:
+            time.sleep(100)
+        return float(world.all_reduce(total)[0])
+
+    return lambda mood: bool(duoka.launch(on_rank, mood, devices=devices) == 4)
+
+
+def main(name: str, devices: str) -> None:
+    where, mood = FAULTS[name]
+    act = (model_step if where == "model" else launch_step)(devices)
+    for _ in range(9):  # past the checks of the first calls
+        assert act("")
+    began = time.monotonic()
+    if "Ctrl-C" in name:
+        threading.Timer(INTERRUPT_AFTER_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+        began += INTERRUPT_AFTER_S
+    try:
+        act(mood)
+        seen = "nothing"
+    except BaseException as error:
+        seen = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    told = time.monotonic() - began
+    began = time.monotonic()
+    works = act("")
+    again = time.monotonic() - began
+    print(json.dumps({"told after, s": told, "seen": seen, "works again": works, "next step, s": again}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
