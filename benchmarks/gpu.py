@@ -184,8 +184,20 @@ def tests(scene: Scene) -> Results:
     with tempfile.TemporaryDirectory() as folder:
         processes = {}
         for name, (python, environment) in runs.items():
-            report = ["--junitxml", f"{folder}/{name}.xml", "--timeout", "100"]
-            command = [*python, "-m", "pytest", "tests/gpu", *selected, *several, "-p", "no:cacheprovider", *report]
+            report = ["--junitxml", f"{folder}/{name}.xml", "--timeout", "100", "-p", "no:benchmark"]
+            command = [
+                *python,
+                "-m",
+                "pytest",
+                "tests/gpu",
+                *selected,
+                *several,
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:benchmark",
+                *report,
+            ]
             with open(f"{folder}/{name}.log", "w") as log:
                 processes[name] = subprocess.Popen(
                     command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT
@@ -293,21 +305,19 @@ def overhead(scene: Scene) -> Results:
 
 
 def mirror_parts(scene: Scene) -> Results:
-    """Two ranks on one card: duoka, DDP, and duoka without each part of its transport, in turn; peak memory."""
+    """Two ranks on one card: duoka and DDP in turn; peak memory."""
     import mirror
 
     if not scene.is_rehearsal and mirror.count(scene.kind) < 2:
         return {"not run": f"two ranks need two GPUs, or NCCL 2.30 and {SHARING}=1"}
     found: Results = {}
     for per_device in [2] if scene.is_rehearsal else [256, 32]:
-        parts = mirror.PARTS
         minutes = scene.seconds(35 if per_device == 256 else 20) / 60
-        times, peaks = mirror.compare(minutes, scene.kind, per_device, parts=parts, starts=1)
+        times, peaks = mirror.compare(minutes, scene.kind, per_device, starts=1)
         found[f"ResNet-18, 64x64, {per_device} per device"] = {
             "rounds": len(times["one"]),
             "ms per step": {role: 1e3 * statistics.median(values) for role, values in times.items()},
             "ratio to DDP": {role: median_ratio(values, times["ddp"]) for role, values in times.items()},
-            "ratio to duoka": {role: median_ratio(times[role], times["duoka"]) for role in parts},
             "peak memory of the first process, MiB": {role: peak / 2**20 for role, peak in peaks.items()},
         }
         scene.write(found)
@@ -540,27 +550,38 @@ def informer(scene: Scene, device: Any) -> tuple[Callable[[], Any], int]:
 
 
 def faults(scene: Scene) -> Results:
-    """Faults of a worker and Ctrl-C: seconds until the caller is told, and whether the next step works."""
+    """Faults of a worker and Ctrl-C: seconds until the caller is told, and whether the next step works.
+
+    On a GPU all run at the same time.
+    """
     found: Results = {}
-    script = ROOT / "benchmarks" / "gpu_faults.py"
-    for name in gpu_faults.FAULTS:
+    names = list(gpu_faults.FAULTS)
+    at_once = 1 if scene.is_rehearsal else len(names)
+    for first in range(0, len(names), at_once):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(script), name, scene.devices(2)]
-            log = Path(folder, "log")
-            with log.open("w") as file:
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
-                )
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            lines = log.read_text().splitlines()
-            last = next((line for line in reversed(lines) if line.startswith("{")), "")
-            found[name] = json.loads(last) if last else {"failed": lines[-25:], "status": process.returncode}
-            scene.write(found)
+            running = {name: start_fault(name, scene, Path(folder)) for name in names[first : first + at_once]}
+            for name, (process, log) in running.items():
+                found[name] = fault_record(process, log)
+                scene.write(found)
     return found
+
+
+def start_fault(name: str, scene: Scene, folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    log = folder / f"{name}.log"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_faults.py"), name, scene.devices(2)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder)
+    return process, log
+
+
+def fault_record(process: subprocess.Popen[bytes], log: Path) -> Results:
+    try:
+        process.wait(gpu_faults.LIMIT_S + 15)
+    except subprocess.TimeoutExpired:
+        end_group(process)
+    lines = log.read_text(errors="replace").splitlines()
+    last = next((line for line in reversed(lines) if line.startswith("{")), "")
+    return json.loads(last) if last else {"failed": lines[-40:], "status": process.returncode}
 
 
 # Measuring
@@ -766,7 +787,7 @@ def troubles_of(record: Results) -> list[str]:
         if run.get("failed") or run.get("status") != 0:
             found.append(f"tests over {name}: {run.get('failed', 'unfinished')} failed")
     for name, fault in record["parts"].get("faults", {}).get("results", {}).items():
-        if not fault.get("works again") or fault["told after, s"] > 5:
+        if not fault.get("works again") or fault.get("told after, s", 99) > 5:
             found.append(f"fault: {name}")
     return found
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ FAULTS = {
 }
 """Where each fault happens, and what the process does there."""
 INTERRUPT_AFTER_S = 2.0
+LIMIT_S = 45.0
+"""Seconds after which a fault's process prints where it is, and ends."""
 Act = Callable[[str], bool]
 """Does one step with a mood, and returns whether its result is right."""
 
@@ -84,10 +87,13 @@ def launch_step(devices: str) -> Act:
 
 
 def main(name: str, devices: str) -> None:
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     where, mood = FAULTS[name]
     act = (model_step if where == "model" else launch_step)(devices)
-    for _ in range(9):  # past the checks of the first calls
+    for number in range(9 if where == "model" else 2):  # a model is checked at its first calls
+        began = time.monotonic()
         assert act("")
+        print(f"step {number}: {time.monotonic() - began:.2f} s", flush=True)
     began = time.monotonic()
     if "Ctrl-C" in name:
         threading.Timer(INTERRUPT_AFTER_S, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -7,7 +7,7 @@ machine affects all alike. It does so three times; ratios are medians over all r
 Run ``python benchmarks/mirror.py [--minutes 5] [--device cuda]``. With ``cuda`` a batch has 256
 samples per device, and ``nn.DataParallel`` is a contestant too. On one GPU the two ranks share it if
 NCCL allows that (``NCCL_MULTI_RANK_GPU_ENABLE=1``); otherwise the benchmark measures only what duoka
-adds to the bare model. ``--parts`` also runs duoka without each part of its transport for accelerators.
+adds to the bare model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
-from typing import Any
 
 PER_DEVICE, SIZE = {"cpu": 32, "cuda": 256}, 64
 STEPS = {"cpu": 1, "cuda": 10}
@@ -40,12 +39,7 @@ NAMES = {
     "alone": "duoka.DataParallel on one device, the whole batch",
     "run": "a one-device script under `duoka run`",
     "dp": "nn.DataParallel",
-    "no-early": "duoka.DataParallel without early broadcasts",
-    "no-checksums": "duoka.DataParallel without checksums",
-    "no-pauses": "duoka.DataParallel without pauses",
 }
-PARTS = ("no-early", "no-checksums", "no-pauses")
-"""Contestants that lack a part of the transport for accelerators."""
 Times = dict[str, list[float]]
 
 
@@ -55,7 +49,6 @@ def main() -> None:
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--per-device", type=int, help="samples of a device's part; default: 32 on CPUs, 256 on GPUs")
     options.add_argument("--starts", type=int, default=STARTS, help="how often all contestants start")
-    options.add_argument("--parts", action="store_true", help="also run duoka without each part of its transport")
     options.add_argument(
         "--large-pages", action="store_true", help="use the large memory pages of duoka's workers in every contestant"
     )
@@ -71,19 +64,16 @@ def main() -> None:
             from duoka.malloc import with_large_pages
 
             os.environ.update(with_large_pages({}))
-        parts = PARTS if given.parts else ()
-        times, peaks = compare(given.minutes, given.device, per_device, parts=parts, starts=given.starts)
+        times, peaks = compare(given.minutes, given.device, per_device, starts=given.starts)
         show(times, given.device, per_device)
         show_memory(peaks)
         added = added_by_the_wrapper()
         print(f"with one device the wrapper adds {added:.1f} µs of Python per call, and no work on the device")
 
 
-def compare(
-    minutes: float, kind: str, per_device: int, *, parts: Sequence[str] = (), starts: int = STARTS
-) -> tuple[Times, dict[str, int]]:
+def compare(minutes: float, kind: str, per_device: int, *, starts: int = STARTS) -> tuple[Times, dict[str, int]]:
     """Return the times of the turns of each contestant, and the largest memory of its first process on its device."""
-    several = ["limit", "limit", "ddp", "duoka", *parts] if count(kind) > 1 else []
+    several = ["limit", "limit", "ddp", "duoka"] if count(kind) > 1 else []
     roles = ["one", *several, "alone", "run", *(["dp"] if several and kind == "cuda" and is_apart() else [])]
     times: Times = {role: [] for role in roles}
     peaks: dict[str, int] = {}
@@ -209,7 +199,6 @@ def show(times: Times, kind: str, per_device: int) -> None:
         ("duoka", ("ddp", "limit", "one", "dp")),
         ("run", ("ddp", "limit", "one", "dp")),
         ("alone", ("one",)),
-        *((part, ("duoka",)) for part in PARTS),
     ):
         for role in others:
             if not times.keys() >= {ours, role}:
@@ -282,10 +271,9 @@ def make_step(role: str, kind: str, place: int, per_device: int) -> Callable[[],
     if role == "ddp":
         torch.distributed.init_process_group("gloo" if kind == "cpu" else "nccl")
         model = nn.parallel.DistributedDataParallel(model, device_ids=None if kind == "cpu" else [device])
-    elif role in ("duoka", "alone", *PARTS):
+    elif role in ("duoka", "alone"):
         import duoka
 
-        leave_out(role)
         model = duoka.DataParallel(model, devices=str(device) if role == "alone" else devices(kind))
     elif role == "dp":
         model = nn.DataParallel(model)
@@ -299,21 +287,6 @@ def make_step(role: str, kind: str, place: int, per_device: int) -> Callable[[],
             torch.cuda.synchronize()
 
     return step
-
-
-def leave_out(role: str) -> None:
-    """Take a part of the transport for accelerators out of this process."""
-    from duoka.data_parallel.transport import collective_weights
-    from duoka.data_parallel.transport.collective_weights import CollectiveWeightSync
-
-    changes: Any = CollectiveWeightSync
-    if role == "no-early":
-        changes.push_async = lambda self: None  # noqa: ARG005
-    elif role == "no-checksums":
-        changes._find_edited = lambda *_: set()
-        changes._checksum = lambda _, base: base[:0]
-    elif role == "no-pauses":
-        collective_weights._MAX_PAUSE = 0
 
 
 if __name__ == "__main__":

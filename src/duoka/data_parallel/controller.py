@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from duoka.data_parallel.autograd import GatherOutputs, ParallelCall
 from duoka.data_parallel.call_context import TIMERS, unknown_mode
@@ -58,12 +56,10 @@ class Controller:
         self._generation = 0
         self._copies_all = False
         self._weights: WeightSync | None = None
-        self._async_error: Exception | None = None
 
     def close(self) -> None:
         """Release the workers if no other model uses them."""
         reference, self._group_ref = self._group_ref, None
-        _optimizer_hook.discard(self)
         if reference is not None:
             reference.end()
 
@@ -110,23 +106,7 @@ class Controller:
             self.group.thread_limit.release()
             self.group.in_forward = False
 
-    def push_async(self) -> None:
-        """Start pushing parameters after an optimizer step, while the user's program does other things."""
-        if self._weights is None or not self.group.is_owned or not self.group.lock.acquire(blocking=False):
-            return
-        try:
-            if not self.group.in_forward and self._generation == self.group.generation:
-                with torch.inference_mode(False), torch.no_grad(), self.group.stop_on_error():
-                    self._weights.push_async()
-        except Exception as error:
-            self._async_error = error  # the step itself succeeded: the next forward raises this
-        finally:
-            self.group.lock.release()
-
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan | None) -> Any:
-        if (error := self._async_error) is not None:
-            self._async_error = None
-            raise error
         arguments = Arguments(args, kwargs, self._dim)
         arguments.refusal = arguments.refusal or unknown_mode()
         sizes = arguments.sizes(len(self.group.devices), minimum=minimum_samples(module, arguments, self.group.devices))
@@ -239,8 +219,6 @@ class Controller:
             )
             self.group.post(message)
         self._weights, self._generation = weights, self.group.generation
-        if self.group.transport.is_collective:
-            _optimizer_hook.add(self, snapshot.parameters)
         return weights
 
     def _send_attributes(self, changes: ModelChanges, snapshot: ModelSnapshot) -> bool:
@@ -252,40 +230,6 @@ class Controller:
         with contextlib.closing(payload):
             self.group.post(UpdateAttributes(self.model_id, payload))
         return True
-
-
-class _OptimizerHook:
-    """One global hook of torch that calls ``push_async`` after steps of a controller's optimizers.
-
-    torch iterates over its hooks while it calls them, and garbage collection may run then. So a
-    collected controller does not change torch's list; only ``discard`` removes the hook.
-    """
-
-    def __init__(self) -> None:
-        self._parameters: weakref.WeakKeyDictionary[Controller, frozenset[int]] = weakref.WeakKeyDictionary()
-        """Addresses of parameters, which the controller keeps alive."""
-        self._handle: Any = None
-
-    def add(self, controller: Controller, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters[controller] = frozenset(map(id, parameters))
-        if self._handle is None:
-            self._handle = register_optimizer_step_post_hook(self._after_step)
-
-    def discard(self, controller: Controller) -> None:
-        self._parameters.pop(controller, None)
-        if self._handle is not None and not self._parameters:
-            self._handle.remove()
-            self._handle = None
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for controller, known in list(self._parameters.items()):
-            if any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"]):
-                controller.push_async()
-
-
-_optimizer_hook = _OptimizerHook()
 
 
 def _pickle_model(module: nn.Module, options: dict[str, Any] | None, snapshot: ModelSnapshot) -> Payload:

@@ -71,9 +71,6 @@ class WeightSync:
     def acknowledge(self) -> None:
         """Free the memory of pushed values: all workers have replied, so the values have arrived."""
 
-    def push_async(self) -> None:
-        """Start pushing updated parameters right after an optimizer step."""
-
     def invalidate(self) -> None:
         """Assume that workers' copies are wrong, because a call has failed."""
 

@@ -1,7 +1,7 @@
 """Copies of parameters and buffers in accelerator workers; rank 0 broadcasts what may have changed.
 
-``docs/design.md`` describes the rules, under "The collective transport": version counters, checksums
-and early broadcasts decide which buckets rank 0 sends.
+``docs/design.md`` describes the rules, under "The collective transport": version counters and checksums decide which
+buckets rank 0 sends.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -17,9 +17,6 @@ from duoka.data_parallel.transport.base import GradientLayout, WeightSync
 from duoka.data_parallel.transport.buckets import Bucket, BucketChecksum, gradient_buckets, pack_bucket, value_buckets
 from duoka.data_parallel.transport.process_group import PendingCollective, PrivateProcessGroup
 from duoka.errors import DeviceError
-
-_MAX_PAUSE = 1023
-"""Optimizer steps after which rank 0 tries an early broadcast again, at the latest."""
 
 
 class CollectiveWeightSync(WeightSync):
@@ -41,9 +38,6 @@ class CollectiveWeightSync(WeightSync):
         self._checksums: list[torch.Tensor | None] = [None] * len(self._buckets)
         """Checksum of the values that workers have; ``None`` where unknown."""
         self._pending: list[PendingCollective] = []
-        self._early: dict[int, Callable[[], bool]] = {}
-        """Completion tests of early broadcasts, by bucket."""
-        self._pause, self._next_pause = 0, 0
         self._classify_buckets()
 
     def _lay_out(self) -> None:
@@ -79,15 +73,14 @@ class CollectiveWeightSync(WeightSync):
         """Broadcast what may have changed."""
         tensors = self.snapshot.tensors()
         versions = self._current_versions(tensors)
-        early = self._completed_early()
-        unchecked = self._volatile - early if training else set()
+        always = self._volatile if training else set()
         stale = {
             n
             for n, checksum in enumerate(self._checksums)
-            if n in unchecked or checksum is None or versions[n] != self._versions[n]
+            if n in always or checksum is None or versions[n] != self._versions[n]
         }
         stale |= self._find_edited([n for n in range(len(versions)) if n not in stale], tensors)
-        self._pending = list(self._broadcast(sorted(stale), tensors, unchecked).values())
+        self._pending = self._broadcast(sorted(stale), tensors, unchecked=always)
 
     def acknowledge(self) -> None:
         """Free the memory of broadcasts: between steps, only the model itself uses memory."""
@@ -99,42 +92,22 @@ class CollectiveWeightSync(WeightSync):
         """Broadcast every bucket again: a failed call may have written to the workers' copies."""
         self._checksums = [None] * len(self._buckets)
 
-    def push_async(self) -> None:
-        """Broadcast what an optimizer step has changed, unless early broadcasts pause."""
-        if self._pause > 0 or not self.shapes_unchanged(range(len(self.parameters))):
-            self._pause -= 1
-            return
-        versions = self._current_versions(self.parameters)
-        stepped = [n for n in self._trained if versions[n] != self._versions[n]]
-        broadcasts = self._broadcast(stepped, self.parameters, ())
-        self._early.update({n: broadcast.completion_test() for n, broadcast in broadcasts.items()})
-
-    def _completed_early(self) -> set[int]:
-        """Return the early broadcast buckets if all are complete; if not, pause for longer."""
-        early, self._early = self._early, {}
-        if not all(is_complete() for is_complete in early.values()):
-            self._pause = self._next_pause = min(2 * self._next_pause + 1, _MAX_PAUSE)
-            return set()
-        if early:
-            self._next_pause = 0
-        return set(early)
-
     def _current_versions(self, tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
         """Return address and version counter of each given tensor, by bucket."""
         return [[_version(tensors[n]) for n in bucket.specs if n < len(tensors)] for bucket in self._buckets]
 
     def _broadcast(
         self, buckets: Sequence[int], tensors: Sequence[torch.Tensor], unchecked: Collection[int]
-    ) -> dict[int, PendingCollective]:
+    ) -> list[PendingCollective]:
         """Broadcast these buckets; compute checksums of all that are not ``unchecked``."""
         stale = [n for n in buckets if self._buckets[n].nbytes]
         if not stale:
-            return {}
-        pending = {}
+            return []
+        pending = []
         self._post(ReceiveWeights(self._model, tuple(stale)))
         for n in stale:
             base = pack_bucket(self._buckets[n], tensors, self._device)
-            pending[n] = self._process_group.broadcast(base)
+            pending.append(self._process_group.broadcast(base))
             self._versions[n] = [_version(tensors[index]) for index in self._buckets[n].specs]
             self._checksums[n] = None if n in unchecked else self._checksum(base)
         return pending

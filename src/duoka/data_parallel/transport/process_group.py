@@ -9,7 +9,7 @@ import ctypes
 import datetime
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,11 +48,6 @@ class PendingCollective(NamedTuple):
     timeout: tuple[datetime.timedelta, ...]
     target: torch.Tensor
     host: torch.Tensor
-
-    def completion_test(self) -> Callable[[], bool]:
-        """Return a function that tells whether the transfer is complete, and that holds no tensor."""
-        work = self.work
-        return lambda: bool(work.is_completed())
 
     def wait(self) -> None:
         """Make later work see the result: NCCL blocks the device's stream, gloo blocks this thread."""
