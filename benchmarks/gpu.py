@@ -179,28 +179,23 @@ def tests(scene: Scene) -> Results:
         runs = {"stand-in": ([sys.executable, "tests/standin/run.py"], {})}
     else:
         runs = {"gloo": ([sys.executable], {SHARING: "0"}), "NCCL": ([sys.executable], {SHARING: "1"})}
-    several = ["-n", "3"] if not scene.is_rehearsal and importlib.util.find_spec("xdist") else []
+    plugins = ["-p", "pytest_timeout"]
+    several = []
+    if not scene.is_rehearsal and importlib.util.find_spec("xdist"):
+        plugins, several = [*plugins, "-p", "xdist.plugin"], ["-n", "3"]
     selected = [] if scene.is_rehearsal else ["-m", "extended or not extended"]
     with tempfile.TemporaryDirectory() as folder:
         processes = {}
         for name, (python, environment) in runs.items():
-            report = ["--junitxml", f"{folder}/{name}.xml", "--timeout", "100", "-p", "no:benchmark"]
-            command = [
-                *python,
-                "-m",
-                "pytest",
-                "tests/gpu",
-                *selected,
-                *several,
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:benchmark",
-                *report,
-            ]
+            report = ["--junitxml", f"{folder}/{name}.xml", "--timeout", "100"]
+            command = [*python, "-m", "pytest", "tests/gpu", *plugins, "-p", "no:cacheprovider", *selected, *several]
             with open(f"{folder}/{name}.log", "w") as log:
                 processes[name] = subprocess.Popen(
-                    command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT
+                    [*command, *report],
+                    cwd=ROOT,
+                    env={**os.environ, **environment, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
                 )
         began = time.monotonic()
         waiting = dict(processes)
