@@ -101,6 +101,7 @@ def facts(scene: Scene) -> Results:
     scene.write(found)
     found["all-reduce of two ranks on the card, torch alone"] = plain_all_reduce(scene)
     scene.write(found)
+    found["start of Python with torch and the device, s"] = start_seconds(scene)
     device = torch.device(scene.kind)
     block = torch.randn(scene.size(1 << 29, 1 << 20), device=device)
     target = torch.empty_like(block)
@@ -114,6 +115,17 @@ def facts(scene: Scene) -> Results:
     if not scene.is_rehearsal:
         found["clocks after the matrix products"] = smi()
     return found
+
+
+def start_seconds(scene: Scene) -> float:
+    """Return how long a new process takes until it can use the device: the least of two."""
+    code = f"import torch; torch.ones(1, device={scene.kind!r}).sum().item()"
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def smi() -> Results:
@@ -182,13 +194,24 @@ def tests(scene: Scene) -> Results:
     plugins = ["-p", "pytest_timeout"]
     several = []
     if not scene.is_rehearsal and importlib.util.find_spec("xdist"):
-        plugins, several = [*plugins, "-p", "xdist.plugin"], ["-n", "3"]
+        plugins, several = [*plugins, "-p", "xdist.plugin"], ["-n", "4", "--dist", "worksteal"]
     selected = [] if scene.is_rehearsal else ["-m", "extended or not extended"]
     with tempfile.TemporaryDirectory() as folder:
         processes = {}
         for name, (python, environment) in runs.items():
             report = ["--junitxml", f"{folder}/{name}.xml", "--timeout", "100"]
-            command = [*python, "-m", "pytest", "tests/gpu", *plugins, "-p", "no:cacheprovider", *selected, *several]
+            command = [
+                *python,
+                "-m",
+                "pytest",
+                "-v",
+                "tests/gpu",
+                *plugins,
+                "-p",
+                "no:cacheprovider",
+                *selected,
+                *several,
+            ]
             with open(f"{folder}/{name}.log", "w") as log:
                 processes[name] = subprocess.Popen(
                     [*command, *report],
@@ -207,10 +230,17 @@ def tests(scene: Scene) -> Results:
                     found[name] = {**test_report(Path(folder, f"{name}.xml"), lines), "status": process.returncode}
                     found[name]["seconds"] = round(time.monotonic() - began, 1)
                 else:
-                    found[name] = {"unfinished": lines[-5:]}
+                    found[name] = {"unfinished": summary_of(lines)}
             scene.write(found)
             time.sleep(1)
     return found
+
+
+def summary_of(lines: Sequence[str]) -> Results:
+    """Return what the output of an unfinished run tells: the number of results of each kind, and those that failed."""
+    kinds = [match[1] for line in lines if (match := re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line))]
+    failed = [line for line in lines if re.search(r"\b(FAILED|ERROR)\b", line)]
+    return {**{kind: kinds.count(kind) for kind in sorted(set(kinds))}, "failed": failed[:20]}
 
 
 def test_report(path: Path, lines: Sequence[str]) -> Results:
@@ -322,7 +352,6 @@ def mirror_parts(scene: Scene) -> Results:
 def images(scene: Scene) -> Results:
     """Images/s of the image recipes, and of a loop as the guides write it, on one device."""
     import torch
-    from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
 
     from duoka.recipes.image_classification.presets import CIFAR100, TINY_IMAGENET
@@ -333,42 +362,60 @@ def images(scene: Scene) -> Results:
     product = timed_product(scene)
     small = {"batch_size": 16} if scene.is_rehearsal else {}
     cases = [
-        ("cifar100 ResNet-18, batch 256", CIFAR100, {"dataset": "cifar100", **small}, 32, scene.size(50_000, 32)),
-        ("tiny-imagenet baseline, batch 64", TINY_IMAGENET, {"model": "baseline", **small}, 64, scene.size(20_000, 32)),
-        ("tiny-imagenet best, batch 64", TINY_IMAGENET, {"model": "best", **small}, 64, scene.size(20_000, 32)),
+        ("cifar100 ResNet-18, batch 256", CIFAR100, {"dataset": "cifar100", **small}, 32, scene.size(25_000, 32)),
+        ("tiny-imagenet baseline, batch 64", TINY_IMAGENET, {"model": "baseline", **small}, 64, scene.size(10_000, 32)),
+        ("tiny-imagenet best, batch 64", TINY_IMAGENET, {"model": "best", **small}, 64, scene.size(10_000, 32)),
     ]
     variants: list[tuple[str, Results]] = [
         ("fp32", {}),
-        ("bf16", {"precision": "bf16"}),
         ("bf16, channels last", {"precision": "bf16", "channels_last": True}),
-        ("bf16, channels last, compiled", {"precision": "bf16", "channels_last": True, "compile": True}),
     ]
-    loops = {}
+    compiled = ("bf16, channels last, compiled", {**variants[-1][1], "compile": True})
     for name, recipe, options, side, count in cases:
         image_set = invented_images(side, count)
-        epochs = 2 if scene.is_rehearsal else 3
-        config = recipe.Config(device=scene.devices(1), epochs=epochs, **options).resolved()
+        config = recipe.Config(device=scene.devices(1), **options).resolved()
         metadata = DatasetMetadata.of(image_set)
         model = recipe.build_model(config, metadata).to(device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.eval()(torch.zeros(1, 3, side, side, device=device))
         operations = 3 * counter.get_total_flops()  # a backward does twice the forward's
         rates = found.setdefault(name, {"GFLOP per image": operations / 1e9})
-        for variant, choices in variants:
-            if "compiled" in variant and (scene.is_rehearsal or "ResNet" not in name):
-                continue
-            with idle_share(scene) as idle:
-                rate = recipe_rate(recipe, options, choices, image_set, metadata, scene, epochs)
-            share = rate * operations / product
-            rates[f"duoka, {variant}"] = {"images/s": rate, "share of the bf16 rate": share, "GPU idle": idle()}
-            scene.write(found)
-        loops[name] = (recipe, config, metadata, image_set, model.train())
-    for name, (recipe, config, metadata, image_set, model) in loops.items():
         with tempfile.TemporaryDirectory() as folder, idle_share(scene) as idle:
-            rate = guide_rate(recipe, config, metadata, image_set, model, Path(folder), nn.CrossEntropyLoss(), scene)
-            found[name]["the guides' loop, fp32"] = {"images/s": rate, "GPU idle": idle()}
+            rate = guide_rate(recipe, config, metadata, image_set, model.train(), Path(folder), scene)
+            rates["the guides' loop, fp32"] = {"images/s": rate, "GPU idle": idle()}
+        scene.write(found)
+        last = [compiled] if name == cases[-1][0] and not scene.is_rehearsal else []
+        for variant, choices in [*variants, *last]:
+            with idle_share(scene) as idle:
+                rate = recipe_rate(recipe, options, choices, image_set, metadata, scene)
+            ratio = rate / rates["the guides' loop, fp32"]["images/s"]
+            record = {
+                "images/s": rate,
+                "times the guides' loop": ratio,
+                "share of the bf16 rate": rate * operations / product,
+            }
+            rates[f"duoka, {variant}"] = {**record, "GPU idle": idle()}
+            scene.write(found)
+        rates["bare loop on one batch, fp32"] = {"images/s": bare_rate(model, side, config.batch_size, scene)}
         scene.write(found)
     return found
+
+
+def bare_rate(model: Any, side: int, batch: int, scene: Scene) -> float:
+    """Return the images/s of a loop in which one batch on the device serves for all steps: what the model alone allows."""
+    import torch
+
+    images = torch.randn(batch, 3, side, side, device=scene.kind)
+    labels = torch.randint(100, (batch,), device=scene.kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def steps() -> None:
+        for _ in range(scene.size(20, 1)):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    return scene.size(20, 1) * batch / timed(scene, steps, 1.0)
 
 
 def timed_product(scene: Scene) -> float:
@@ -395,10 +442,8 @@ def invented_images(side: int, count: int) -> Any:
     return ImageSet("invented", tuple(map(str, range(100))), train, train.select(torch.arange(min(100, count))))
 
 
-def recipe_rate(
-    recipe: Any, options: Results, choices: Results, image_set: Any, metadata: Any, scene: Scene, epochs: int
-) -> float:
-    """Return the images/s of the fastest epoch after the first, which warms up."""
+def recipe_rate(recipe: Any, options: Results, choices: Results, image_set: Any, metadata: Any, scene: Scene) -> float:
+    """Return the images/s of the second epoch; the first warms up."""
     import torch
 
     trainer_options = dict(choices)
@@ -406,17 +451,17 @@ def recipe_rate(
     precision = trainer_options.pop("precision", "fp32")
     if scene.is_rehearsal:
         precision = "fp32"  # bf16 is slow on most CPUs
-    config = recipe.Config(device=scene.devices(1), precision=precision, epochs=epochs, **options).resolved()
+    config = recipe.Config(device=scene.devices(1), precision=precision, epochs=2, **options).resolved()
     model = recipe.build_model(config, metadata)
     if channels_last:
         model.to(memory_format=torch.channels_last)
     trainer = recipe._trainer(model, config, image_set, metadata, verbose=False, **trainer_options)
     trainer.fit(save_model=False)
-    return max(record["samples_per_s"] for record in trainer.history[1:])
+    return float(trainer.history[1]["samples_per_s"])
 
 
 def guide_rate(
-    recipe: Any, config: Any, metadata: Any, image_set: Any, model: Any, folder: Path, loss_function: Any, scene: Scene
+    recipe: Any, config: Any, metadata: Any, image_set: Any, model: Any, folder: Path, scene: Scene
 ) -> float:
     """Return the images/s of a ``DataLoader`` over files or PIL images with four workers, in fp32, as the guides write it.
 
@@ -442,14 +487,14 @@ def guide_rate(
     loader = DataLoader(dataset, config.batch_size, shuffle=True, num_workers=workers, persistent_workers=True)
     device = torch.device(scene.kind)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    total, end, passed, began = 0.0, time.monotonic() + scene.seconds(12), 0, 0.0
+    total, end, passed, began = 0.0, time.monotonic() + scene.seconds(10), 0, 0.0
     while True:
         for number, (inputs, targets) in enumerate(loader):
             if number == scene.size(8, 1) and not began:  # the first batches wait for the workers' start
                 began = time.monotonic()
             inputs, targets = inputs.to(device), targets.to(device)
             optimizer.zero_grad()
-            loss = loss_function(model(inputs), targets)
+            loss = torch.nn.functional.cross_entropy(model(inputs), targets)
             loss.backward()
             optimizer.step()
             total += loss.item()
@@ -576,7 +621,12 @@ def fault_record(process: subprocess.Popen[bytes], log: Path) -> Results:
         end_group(process)
     lines = log.read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.startswith("{")), "")
-    return json.loads(last) if last else {"failed": lines[-40:], "status": process.returncode}
+    if last:
+        return dict(json.loads(last))
+    worker = log.with_name("worker.log")
+    if worker.is_file():
+        lines += ["the worker:", *worker.read_text().splitlines()]
+    return {"failed": lines[-60:], "status": process.returncode}
 
 
 # Measuring

@@ -25,7 +25,7 @@ FAULTS = {
 }
 """Where each fault happens, and what the process does there."""
 INTERRUPT_AFTER_S = 2.0
-LIMIT_S = 45.0
+LIMIT_S = 80.0
 """Seconds after which a fault's process prints where it is, and ends."""
 Act = Callable[[str], bool]
 """Does one step with a mood, and returns whether its result is right."""
@@ -76,6 +76,8 @@ def launch_step(devices: str) -> Act:
 
     def on_rank(mood: str) -> float:
         world = duoka.current_world()
+        if world.rank:
+            faulthandler.dump_traceback_later(LIMIT_S / 2, file=open("worker.log", "w"))  # noqa: SIM115
         total = world.all_reduce(torch.ones(4, device=world.device))
         if mood == "dies" and world.rank:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -86,6 +88,10 @@ def launch_step(devices: str) -> Act:
     return lambda mood: bool(duoka.launch(on_rank, mood, devices=devices) == 4)
 
 
+def say(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
 def main(name: str, devices: str) -> None:
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     where, mood = FAULTS[name]
@@ -93,7 +99,7 @@ def main(name: str, devices: str) -> None:
     for number in range(9 if where == "model" else 2):  # a model is checked at its first calls
         began = time.monotonic()
         assert act("")
-        print(f"step {number}: {time.monotonic() - began:.2f} s", flush=True)
+        say(f"step {number}: {time.monotonic() - began:.2f} s")
     began = time.monotonic()
     if "Ctrl-C" in name:
         threading.Timer(INTERRUPT_AFTER_S, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -104,6 +110,7 @@ def main(name: str, devices: str) -> None:
     except BaseException as error:
         seen = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     told = time.monotonic() - began
+    say(f"told after {told:.2f} s: {seen:.80}")
     began = time.monotonic()
     works = act("")
     again = time.monotonic() - began
