@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,27 @@ def test_private_gloo_groups_sum_without_a_default_group(tmp_path: Path):
     group.allreduce([tensor]).wait()
     assert tensor.tolist() == [1.0, 1.0]
     assert not dist.is_initialized()
+
+
+def test_an_abort_leaves_no_group_and_no_open_nccl_group_in_the_callers_thread(monkeypatch):
+    """Torch opens an NCCL group in the thread that aborts, which stays open there if the abort fails."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch_private.abort_default_process_group()
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    threads = []
+
+    def fail(*_: object) -> None:
+        threads.append(threading.get_ident())
+        raise RuntimeError("NCCL error")
+
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", fail)
+    try:
+        torch_private.abort_default_process_group()
+    finally:
+        dist.destroy_process_group()
+    assert threads[0] != threading.get_ident()
+    assert "duoka-abort" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_the_default_group_has_a_store_a_timeout_and_a_broadcast(tmp_path: Path):

@@ -4,8 +4,10 @@ Each was seen in torch 2.9 to 2.14. ``tests/utils/test_torch_private.py`` exerci
 that changes one fails a test that names it. Where torch offers no public equivalent, the docstring says why one is needed.
 """
 
+import contextlib
 import datetime
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -213,8 +215,23 @@ def forget_failed_process_groups() -> None:
 
 
 def abort_default_process_group() -> None:
-    """Abort the default process group's communicators, which frees ranks that wait in a collective."""
-    distributed_c10d._abort_process_group()
+    """Abort the default process group's communicators, which frees ranks that wait in a collective; raises nothing.
+
+    A thread of its own does that. Up to torch 2.11 at least, torch opens an NCCL group in the calling thread, and leaves it
+    open if the abort fails; NCCL then only queues the later collectives of that thread, and the other ranks wait for them.
+    """
+
+    def abort() -> None:
+        with _abort_lock, contextlib.suppress(Exception):  # the collective may just have ended
+            if dist.is_initialized():
+                distributed_c10d._abort_process_group()
+
+    thread = threading.Thread(target=abort, name="duoka-abort", daemon=True)
+    thread.start()
+    thread.join()
+
+
+_abort_lock = threading.Lock()
 
 
 def broadcast_coalesced(tensors: Sequence[torch.Tensor], bytes_per_message: int) -> None:
