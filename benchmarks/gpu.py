@@ -526,6 +526,7 @@ def write_jpegs(image_set: Any, folder: Path, count: int) -> None:
 
     from PIL import Image
 
+    count = min(count, len(image_set.train))
     arrays = image_set.train.pixels[:count].permute(0, 2, 3, 1).contiguous().numpy()
     for label in image_set.train.labels[:count].unique().tolist():
         Path(folder, f"{label:03}").mkdir()
@@ -699,14 +700,15 @@ def idle_share(scene: Scene) -> Iterator[Callable[[], float | None]]:
 PARTS: Mapping[str, tuple[Callable[[Scene], Results], float]] = {
     "facts": (facts, 60),
     "tests": (tests, 170),
-    "faults": (faults, 120),
+    "faults": (faults, 100),
     "overhead": (overhead, 70),
-    "mirror": (mirror_parts, 130),
-    "images": (images, 150),
+    "mirror": (mirror_parts, 110),
+    "images": (images, 120),
     "models": (models, 50),
 }
 """Each part's function, and the seconds that it may take on a GPU."""
-REHEARSAL_LIMIT = 420
+REHEARSAL_LIMIT_S = 420
+STOPPED = "stopped by a signal"
 
 
 def main() -> int:
@@ -735,30 +737,27 @@ def main() -> int:
 
 def run_all(given: argparse.Namespace) -> int:
     """Run the parts one after the other; return 0 if all were finished and no test or fault failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part at hand ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + 60 * given.minutes
     record: Results = {"date": datetime.date.today().isoformat(), "rehearsal": given.rehearse, "parts": {}}
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"{'rehearsal' if given.rehearse else 'gpu'}-{record['date']}.json"
     for name in given.only.split(","):
-        limit = PARTS[name][1]
-        limit = REHEARSAL_LIMIT if given.rehearse else min(limit, end - time.monotonic())
+        limit = REHEARSAL_LIMIT_S if given.rehearse else min(PARTS[name][1], end - time.monotonic())
         if limit < 5:
-            record["parts"][name] = {"status": "not begun: no time was left"}
+            record["parts"][name] = {"status": "not begun: no time was left", "seconds": 0, "results": {}}
             continue
         print(f"== {name} (at most {limit:.0f} s)", flush=True)
-        began = time.monotonic()
         part = record["parts"][name] = run_one(name, given, limit)
-        part["seconds"] = round(time.monotonic() - began, 1)
         card = record["parts"].get("facts", {}).get("results", {}).get("card")
         if card and not given.rehearse:
             path = given.out / f"gpu-{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-')}-{record['date']}.json"
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         print(f"{part['status']} after {part['seconds']} s", flush=True)
-        for line in lines_of(part["results"], "  "):
+        for line in [*lines_of(part["results"], "  "), *(f"  | {line}" for line in part.get("output", [])[-25:])]:
             print(line, flush=True)
-        for line in part.get("output", [])[-25:]:
-            print(f"  | {line}", flush=True)
+        if part["status"] == STOPPED:
+            break
     troubles = troubles_of(record)
     print(f"results: {path}")
     print("\n".join(troubles) or "nothing failed")
@@ -766,31 +765,32 @@ def run_all(given: argparse.Namespace) -> int:
 
 
 def run_one(name: str, given: argparse.Namespace, limit: float) -> Results:
-    with tempfile.TemporaryDirectory() as folder:
-        written, log = Path(folder, "results.json"), Path(folder, "log.txt")
-        words = ["--part", name, "--scale", str(given.scale), "--write", str(written)]
-        words += ["--rehearse"] if given.rehearse else []
-        paths = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, __file__, *words],
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                status = "done" if process.wait(limit) == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                status = "out of time"
-            finally:
-                end_group(process)
+    """Run one part in a process of its own; its results so far lie in the results' folder until they are in the record."""
+    written, began = given.out / f"part-{name}.json", time.monotonic()
+    written.unlink(missing_ok=True)
+    words = ["--part", name, "--scale", str(given.scale), "--write", str(written)]
+    words += ["--rehearse"] if given.rehearse else []
+    paths = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, *words], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            status = "done" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        except (SystemExit, KeyboardInterrupt):
+            status = STOPPED
+        finally:
+            end_group(process)
         results = json.loads(written.read_text()) if written.is_file() else {}
-        part: Results = {"status": status, "results": results}
+        written.unlink(missing_ok=True)
+        part: Results = {"status": status, "seconds": round(time.monotonic() - began, 1), "results": results}
         if status != "done":
-            part["output"] = log.read_text(errors="replace").splitlines()[-60:]
-        return part
+            log.seek(0)
+            part["output"] = log.read().splitlines()[-60:]
+        return dict(json.loads(json.dumps(part).replace(f"{ROOT}/", "")))
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
