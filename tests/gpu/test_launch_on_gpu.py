@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import duoka
+from duoka import errors
 from duoka.devices import nccl
 
 pytestmark = [
@@ -65,3 +69,18 @@ def test_a_failure_keeps_the_device_usable_and_the_generator_state(devices: str)
     assert torch.equal(torch.get_device_module(DEVICE).get_rng_state(), before)
     assert not dist.is_initialized()
     assert nn.Linear(2, 2).to(DEVICE)(torch.ones(1, 2, device=DEVICE)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("devices", [pytest.param("0,0", marks=SHARED), pytest.param("0,1", marks=ON_TWO)])
+def test_a_rank_that_dies_is_reported_and_the_next_launch_works(devices: str) -> None:
+    def total(end: bool) -> float:
+        world = duoka.current_world()
+        first = world.all_reduce(torch.ones(4, device=world.device))
+        if end and world.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return float(world.all_reduce(first)[0])
+
+    assert duoka.launch(total, False, devices=devices) == 4
+    with pytest.raises(errors.WorkerDied):
+        duoka.launch(total, True, devices=devices)
+    assert duoka.launch(total, False, devices=devices) == 4
