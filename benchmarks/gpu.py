@@ -59,7 +59,9 @@ class Scene(NamedTuple):
     def devices(self, count: int) -> str:
         if self.is_rehearsal:
             return "cpu" if count == 1 else f"cpu:{count}"
-        return ",".join("0" * count)
+        import torch
+
+        return ",".join(str(rank % torch.cuda.device_count()) for rank in range(count))
 
     def seconds(self, seconds: float) -> float:
         return 0.2 if self.is_rehearsal else seconds * self.scale
@@ -93,13 +95,12 @@ def facts(scene: Scene) -> Results:
         "nccl of torch's build": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
         "ranks may share a GPU": nccl.ranks_may_share_a_gpu(),
         "cores": os.cpu_count(),
+        "two devices": scene.devices(2),
     }
     if not scene.is_rehearsal:
         properties = torch.cuda.get_device_properties(0)
         found |= {"card": properties.name, "memory, GiB": round(properties.total_memory / 2**30, 1)}
         found |= {"cuda": torch.version.cuda, **smi()}
-    scene.write(found)
-    found["all-reduce of two ranks on the card, torch alone"] = plain_all_reduce(scene)
     scene.write(found)
     found["start of Python with torch and the device, s"] = start_seconds(scene)
     device = torch.device(scene.kind)
@@ -114,6 +115,8 @@ def facts(scene: Scene) -> Results:
         found[f"matrix product {name}, TFLOP/s"] = 2 * n**3 / timed(scene, lambda a=a, b=b: a @ b) / 1e12
     if not scene.is_rehearsal:
         found["clocks after the matrix products"] = smi()
+    scene.write(found)
+    found["all-reduce of two ranks, torch alone"] = plain_all_reduce(scene)
     return found
 
 
@@ -128,9 +131,16 @@ def start_seconds(scene: Scene) -> float:
     return min(times)
 
 
+def gpu_uuid() -> str:
+    """Return NVML's name of torch's first device, which need not be NVML's first."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
 def smi() -> Results:
     query = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", gpu_uuid()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
@@ -141,7 +151,7 @@ def smi() -> Results:
 ALL_REDUCE = """
 import sys, torch, torch.distributed as dist
 kind, rank, store = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-device = torch.device(kind) if kind == "cpu" else torch.device("cuda:0")
+device = torch.device(kind) if kind == "cpu" else torch.device("cuda", rank % torch.cuda.device_count())
 dist.init_process_group("gloo" if kind == "cpu" else "nccl", init_method="file://" + store, rank=rank, world_size=2)
 x = torch.full((1 << 20,), rank + 1.0, device=device)
 for _ in range(5):
@@ -175,10 +185,10 @@ def plain_all_reduce(scene: Scene) -> Any:
         texts = []
         for rank in ranks:
             try:
-                texts.append(rank.communicate(timeout=60)[0])
+                texts.append(rank.communicate(timeout=20)[0])
             except subprocess.TimeoutExpired:
                 rank.kill()
-                texts.append(rank.communicate()[0] + "\nno result after 60 s")
+                texts.append(rank.communicate()[0] + "\nno result after 20 s")
     if any(rank.returncode for rank in ranks):
         return {"failed": [text[-1500:] for text in texts]}
     return texts[0].splitlines() or "passed"
@@ -224,7 +234,7 @@ def tests(scene: Scene) -> Results:
         waiting = dict(processes)
         while waiting:
             for name, process in list(waiting.items()):
-                lines = Path(folder, f"{name}.log").read_text().splitlines()
+                lines = Path(folder, f"{name}.log").read_text(errors="replace").splitlines()
                 if process.poll() is not None:
                     del waiting[name]
                     found[name] = {**test_report(Path(folder, f"{name}.xml"), lines), "status": process.returncode}
@@ -600,7 +610,7 @@ def faults(scene: Scene) -> Results:
     at_once = 1 if scene.is_rehearsal else len(names)
     for first in range(0, len(names), at_once):
         with tempfile.TemporaryDirectory() as folder:
-            running = {name: start_fault(name, scene, Path(folder)) for name in names[first : first + at_once]}
+            running = {name: start_fault(name, scene, Path(folder, name)) for name in names[first : first + at_once]}
             for name, (process, log) in running.items():
                 found[name] = fault_record(process, log)
                 scene.write(found)
@@ -608,10 +618,11 @@ def faults(scene: Scene) -> Results:
 
 
 def start_fault(name: str, scene: Scene, folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    log = folder / f"{name}.log"
+    folder.mkdir()
+    log = folder / "log.txt"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_faults.py"), name, scene.devices(2)]
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
     return process, log
 
 
@@ -619,7 +630,8 @@ def fault_record(process: subprocess.Popen[bytes], log: Path) -> Results:
     try:
         process.wait(gpu_faults.LIMIT_S + 15)
     except subprocess.TimeoutExpired:
-        end_group(process)
+        process.kill()
+        process.wait()
     lines = log.read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.startswith("{")), "")
     if last:
@@ -673,7 +685,7 @@ def idle_share(scene: Scene) -> Iterator[Callable[[], float | None]]:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid())
         while not stopped.wait(0.1):
             samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
 
@@ -738,6 +750,7 @@ def main() -> int:
 def run_all(given: argparse.Namespace) -> int:
     """Run the parts one after the other; return 0 if all were finished and no test or fault failed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ.setdefault(SHARING, "1")  # several ranks on one GPU
     end = time.monotonic() + 60 * given.minutes
     record: Results = {"date": datetime.date.today().isoformat(), "rehearsal": given.rehearse, "parts": {}}
     given.out.mkdir(parents=True, exist_ok=True)
@@ -752,7 +765,9 @@ def run_all(given: argparse.Namespace) -> int:
         card = record["parts"].get("facts", {}).get("results", {}).get("card")
         if card and not given.rehearse:
             path = given.out / f"gpu-{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-')}-{record['date']}.json"
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        earlier = json.loads(path.read_text())["parts"] if path.is_file() else {}
+        parts = {**earlier, **record["parts"]}
+        path.write_text(json.dumps({**record, "parts": parts}, indent=1, ensure_ascii=False) + "\n")
         print(f"{part['status']} after {part['seconds']} s", flush=True)
         for line in [*lines_of(part["results"], "  "), *(f"  | {line}" for line in part.get("output", [])[-25:])]:
             print(line, flush=True)

@@ -23,7 +23,7 @@ WORDS = {
         "head": "| measured | result |",
         "overhead": "`duoka.DataParallel` on one GPU against the bare model, {name}",
         "step": "{ratio:.3f} of its step of {ms:.1f} ms",
-        "mirror": "two ranks on the one card, {name}, against DDP there",
+        "mirror": "two ranks on `{devices}`, {name}, against DDP there",
         "ratio": "{ratio:.2f} of its step of {ms:.1f} ms",
         "memory": "the first process takes {ours:,.0f} MiB of the card, DDP's {theirs:,.0f} MiB",
         "no-early": ", with nothing sent ahead, as now",
@@ -37,6 +37,7 @@ WORDS = {
         "broken": "**the next step did not work**",
         "tests": "`tests/gpu` over {name}",
         "counts": "{passed} passed, {failed} failed, {skipped} skipped",
+        "unfinished": "cut off: {counts}",
         "cut": "cut off: {finished} of {of} finished, {failed} failed, {errors} errors in set-up or clean-up",
         "note": "Note: {note}",
     },
@@ -47,7 +48,7 @@ WORDS = {
         "head": "| 测量项 | 结果 |",
         "overhead": "单 GPU 上 `duoka.DataParallel` 与裸模型之比，{name}",
         "step": "裸模型一步 {ms:.1f} ms 的 {ratio:.3f}",
-        "mirror": "一张卡上两个 rank，{name}，与同卡 DDP 之比",
+        "mirror": "`{devices}` 上两个 rank，{name}，与 DDP 之比",
         "ratio": "DDP 一步 {ms:.1f} ms 的 {ratio:.2f}",
         "memory": "第一个进程占用显存 {ours:,.0f} MiB，DDP 为 {theirs:,.0f} MiB",
         "no-early": "，不提前发送（现在的做法）",
@@ -61,6 +62,7 @@ WORDS = {
         "broken": "**下一步未能正常运行**",
         "tests": "`tests/gpu`，经 {name}",
         "counts": "通过 {passed}，失败 {failed}，跳过 {skipped}",
+        "unfinished": "被中断：{counts}",
         "cut": "被中断：{of} 项中完成 {finished} 项，失败 {failed}，准备或清理阶段出错 {errors}",
         "note": "说明（英文原文）：{note}",
     },
@@ -72,6 +74,7 @@ Row = tuple[str, str]
 
 def rows(record: Results, words: dict[str, str]) -> Iterator[Row]:
     """Return what was measured, and the results, of one file."""
+    words = {**words, "devices": record["parts"]["facts"]["results"].get("two devices", "0,0")}
     for name, row in (
         ("tests", test_row),
         ("faults", fault_row),
@@ -81,12 +84,17 @@ def rows(record: Results, words: dict[str, str]) -> Iterator[Row]:
         ("models", model_rows),
     ):
         for case, result in record["parts"].get(name, {}).get("results", {}).items():
-            yield from row(case, result, words)
+            if isinstance(result, dict):
+                yield from row(case, result, words)
 
 
 def test_row(name: str, run: Results, words: dict[str, str]) -> Iterator[Row]:
     if "passed" in run:
         yield words["tests"].format(name=name), words["counts"].format(**run)
+    elif "unfinished" in run:
+        counts = {kind.lower(): count for kind, count in run["unfinished"].items() if isinstance(count, int)}
+        text = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        yield words["tests"].format(name=name), words["unfinished"].format(counts=text)
     elif "finished" in run:
         text = words["cut"].format(**run, errors=run["errors in set-up or clean-up"])
         yield words["tests"].format(name=name), text
@@ -108,7 +116,10 @@ def overhead_row(name: str, case: Results, words: dict[str, str]) -> Iterator[Ro
 def mirror_rows(name: str, case: Results, words: dict[str, str]) -> Iterator[Row]:
     if "ratio to DDP" not in case:
         return
-    title, peaks = words["mirror"].format(name=name), case["peak memory of the first process, MiB"]
+    title, peaks = (
+        words["mirror"].format(name=name, devices=words["devices"]),
+        case["peak memory of the first process, MiB"],
+    )
     for role, more in (("duoka", ""), ("no-early", words["no-early"])):
         if role in peaks:
             ratio = words["ratio"].format(ratio=case["ratio to DDP"][role], ms=case["ms per step"]["ddp"])
@@ -132,12 +143,12 @@ def model_rows(name: str, case: Results, words: dict[str, str]) -> Iterator[Row]
 def section(record: Results, words: dict[str, str]) -> str:
     """Return the text about one file: a heading, the facts of the machine, a table and its note."""
     facts = record["parts"]["facts"]["results"]
-    values = {
-        **facts,
-        "copy": facts["copy, TB/s, read and written"],
-        "bf16": facts["matrix product bf16, TFLOP/s"],
-        "fp32": facts["matrix product fp32, TFLOP/s"],
+    rates = {
+        "copy": "copy, TB/s, read and written",
+        "bf16": "matrix product bf16, TFLOP/s",
+        "fp32": "matrix product fp32, TFLOP/s",
     }
+    values = {**facts, **{key: facts.get(name, float("nan")) for key, name in rates.items()}}
     lines = [
         f"### {words['title'].format(card=facts['card'], date=record['date'])}",
         "",
@@ -152,7 +163,10 @@ def section(record: Results, words: dict[str, str]) -> str:
 def page(path: Path, words: dict[str, str]) -> str:
     """Return a page's text with the sections of all files between its markers."""
     files = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"), reverse=True)
-    sections = [section(json.loads(file.read_text(encoding="utf-8")), words) for file in files]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    sections = [
+        section(record, words) for record in records if "card" in record["parts"].get("facts", {}).get("results", {})
+    ]
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:

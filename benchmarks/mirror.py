@@ -97,13 +97,15 @@ def one_start(
         for role, process in zip(roles, processes, strict=True):
             threading.Thread(target=report_end, args=(role, process, str(listener.address)), daemon=True).start()
         try:
-            lines: dict[str, list[Connection]] = {role: [] for role in roles}
+            ranks: dict[str, list[tuple[int, Connection]]] = {role: [] for role in roles}
             for _ in range(len(processes) + ("ddp" in roles) * (count(kind) - 1)):
                 line = listener.accept()
-                role = line.recv()
-                if isinstance(role, Exception):
-                    raise role
-                lines[role].append(line)
+                first = line.recv()
+                if isinstance(first, Exception):
+                    raise first
+                role, rank = first
+                ranks[role].append((rank, line))
+            lines = {role: [line for _, line in sorted(found, key=lambda one: one[0])] for role, found in ranks.items()}
             times = measure(lines, time.monotonic() + seconds, draw, STEPS[kind])
             return times, {role: ask(own, 0)[0][1] for role, own in lines.items()}
         finally:
@@ -240,11 +242,12 @@ def added_by_the_wrapper(calls: int = 20_000) -> float:
 def run_contestant(role: str, address: str, kind: str, place: int, per_device: int) -> None:
     import torch
 
-    step = make_step(role, kind, int(os.environ.get("LOCAL_RANK", place)), per_device)
+    rank = int(os.environ.get("LOCAL_RANK", place))
+    step = make_step(role, kind, rank, per_device)
     for _ in range(WARMUP_STEPS):
         step()
     with Client(address) as line:
-        line.send(role)
+        line.send((role, rank))
         while True:
             try:
                 count = line.recv()
@@ -265,6 +268,8 @@ def make_step(role: str, kind: str, place: int, per_device: int) -> Callable[[],
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device("cpu" if kind == "cpu" else f"cuda:{device_index(place)}")
+    if kind == "cuda":
+        torch.cuda.set_device(device)  # for synchronize and max_memory_allocated
     model: nn.Module = torchvision.models.resnet18(num_classes=10).to(device)
     batch = per_device * (1 if role in ("limit", "ddp") else count(kind))
     images, labels = torch.randn(batch, 3, SIZE, SIZE, device=device), torch.randint(10, (batch,), device=device)

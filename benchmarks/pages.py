@@ -46,7 +46,7 @@ def main() -> None:
                 lines[setting, start] = [listener.accept()]
                 lines[setting, start][0].recv()
         before = {key: faults(process.pid) for key, process in processes.items()}
-        times = mirror.measure(lines, time.monotonic() + 60 * minutes, random.Random(0))
+        times = mirror.measure(lines, time.monotonic() + 60 * minutes, random.Random(0), mirror.STEPS["cpu"])
         steps = 1 + len(times["default", 0])
         plain = statistics.median([step for start in range(STARTS) for step in times["default", start]])
         for setting in SETTINGS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 
 import numpy as np
 import pytest
@@ -228,11 +229,64 @@ def test_a_mean_over_labels_that_count_is_found() -> None:
     model = Function(lambda self, x, y: functional.cross_entropy(self.linear(x), y))
     labels = torch.arange(X.shape[0]) % 6
     planner = CallPlanner(2)
-    assert planner.plan(model, Arguments((X, labels), {})).reason == ""
-    labels[2:9] = -100
+    for _ in range(2):
+        assert planner.plan(model, Arguments((X, labels), {})).reason == ""
+    labels[2:9] = -100  # at call 3, which is not due
     arguments = Arguments((X, labels), {})
     (rule,) = planner.plan(model, arguments).rules.rules.values()
     assert rule.source.test == "nonnegative"
+
+
+def test_texts_among_the_arguments_are_kinds_of_their_own_however_many() -> None:
+    def forward(self, x, name, how):
+        values = self.linear(x).sum(1)
+        return values.mean() if how == "mean" else values.sum()
+
+    model, planner = Function(forward), CallPlanner(2)
+    kinds = []
+    for number in range(70):
+        arguments = Arguments((X, str(number), "mean"), {})
+        planner.plan(model, arguments)
+        planner.decide(model, arguments)
+    for how in ("mean", "sum", "mean", "sum"):
+        (rule,) = planner.plan(model, Arguments((X, "new", how), {})).rules.rules.values()
+        kinds.append(rule.kind)
+    assert kinds == ["mean", "sum", "mean", "sum"]
+
+
+def test_a_refused_call_does_not_change_the_plan_of_its_kind() -> None:
+    model, planner = Function(lambda self, x: self.linear(x)), CallPlanner(2)
+    for refusal in ("", "a mode", "a mode", "", "a mode", ""):
+        arguments = Arguments((X,), {})
+        arguments.refusal = refusal
+        assert planner.plan(model, arguments).reason == refusal
+
+
+@pytest.mark.parametrize("name", ["forward", "other"])
+@pytest.mark.parametrize("on_submodule", [False, True])
+def test_a_method_of_an_object_is_checked_and_not_that_of_its_class(name: str, on_submodule: bool) -> None:
+    def patched(self, x):
+        values = functional.linear(x, self.weight)
+        return values - values.mean(0)
+
+    patched.__name__ = name
+    model = nn.Sequential(nn.Linear(X.shape[1], 3))
+    target = model[0] if on_submodule else model
+    if not on_submodule:
+        model.weight = nn.Parameter(torch.randn(3, X.shape[1]))
+    target.forward = types.MethodType(patched, target)
+    result = CallPlanner(2).plan(model, Arguments((X,), {}))
+    assert "depends on other samples" in result.reason
+
+
+def test_draws_from_a_generator_of_the_model_hide_no_difference() -> None:
+    def forward(self, x):
+        values = self.linear(x) + 0 * torch.rand(1, generator=self.generator)
+        return values - values.mean(0)
+
+    model = Function(forward)
+    model.generator = torch.Generator().manual_seed(1)
+    assert "depends on other samples" in CallPlanner(2).plan(model, Arguments((X,), {})).reason
 
 
 def test_a_later_check_says_since_when_results_may_differ() -> None:

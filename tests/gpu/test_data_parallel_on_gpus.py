@@ -9,6 +9,7 @@ import contextlib
 import copy
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -97,7 +98,9 @@ def test_twenty_steps_equal_those_of_one_device(batch: int, devices: str, wrap) 
 def test_inputs_on_the_host_are_moved_and_get_their_gradients(devices: str, wrap) -> None:
     model = wrap(nn.Linear(4, 3), devices)
     x = torch.randn(7, 4, requires_grad=True)
-    out = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a model that one device computes
+        out = model(x)
     assert out.device == torch.device(DEVICE.type, 0)
     out.sum().backward()
     torch.testing.assert_close(x.grad, model.weight.detach().cpu().sum(0).expand(7, 4))
@@ -168,8 +171,10 @@ def no_synchronization(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail if the host waits for a device, except inside gloo's transfers, which go through the host."""
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
-        yield
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         return
     waits = torch.get_device_module(DEVICE).waits
     allowed = []

@@ -131,7 +131,7 @@ def test_private_gloo_groups_sum_without_a_default_group(tmp_path: Path):
 def test_an_abort_leaves_no_group_and_no_open_nccl_group_in_the_callers_thread(monkeypatch):
     """Torch opens an NCCL group in the thread that aborts, which stays open there if the abort fails."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch_private.abort_default_process_group()
+    torch_private.abort_default_process_group("gloo")
     assert not dist.is_initialized()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     threads = []
@@ -142,7 +142,7 @@ def test_an_abort_leaves_no_group_and_no_open_nccl_group_in_the_callers_thread(m
 
     monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", fail)
     try:
-        torch_private.abort_default_process_group()
+        torch_private.abort_default_process_group("gloo")
     finally:
         dist.destroy_process_group()
     assert threads[0] != threading.get_ident()

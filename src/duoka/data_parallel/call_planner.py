@@ -17,7 +17,7 @@ _MAX_FAILURES = 3
 """Checks in which the model may raise an exception before one device computes all calls of the kind."""
 
 _MAX_KINDS = 64
-"""Kinds of calls of which texts among the arguments are a part."""
+"""Kinds of calls that are remembered; a text among the arguments makes a kind of its own."""
 
 
 class CallPlanner:
@@ -40,8 +40,10 @@ class CallPlanner:
 
         A check runs inside ``around()``.
         """
+        if arguments.refusal:  # for this call only
+            return SplitResult(arguments.refusal, is_splittable=False)
         sizes = arguments.sizes(self._num_devices, minimum=minimum)
-        kind = self._kinds.setdefault(self._signature(module, arguments), _Kind())
+        kind = self._kind(module, arguments)
         is_due = kind.is_due(arguments, sizes)
         kind.count += 1
         if not is_due:
@@ -85,18 +87,26 @@ class CallPlanner:
         result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True)
         if result is None or result.is_failure:
             return result
-        self._kinds[self._signature(module, arguments)].result = result
+        self._kind(module, arguments).result = result
         if result.rules is None:
             return result
         decided = {place: rule._replace(others=()) for place, rule in result.rules.rules.items()}
         return result._replace(rules=result.rules._replace(rules=decided))
 
-    def _signature(self, module: nn.Module, arguments: Arguments) -> Any:
-        """Return the kind of a call: mode, argument types, which ones are split."""
+    def refuse(self, module: nn.Module, arguments: Arguments, reason: str) -> SplitResult:
+        """Let one device compute all calls of this kind."""
+        result = self._kind(module, arguments).result = SplitResult(reason, is_splittable=False)
+        return result
+
+    def _kind(self, module: nn.Module, arguments: Arguments) -> "_Kind":
+        """Return the calls of the same mode, argument types and split arguments; the kind not used for longest is forgotten."""
         tensors = enumerate(arguments.tensors)
         shapes = tuple((t.dim(), t.dtype, t.requires_grad, arguments.is_split(index)) for index, t in tensors)
-        structure = _structure(arguments.structure, with_texts=len(self._kinds) < _MAX_KINDS)
-        return module.training, torch.is_grad_enabled(), shapes, repr(structure)
+        signature = module.training, torch.is_grad_enabled(), shapes, repr(_structure(arguments.structure))
+        kind = self._kinds[signature] = self._kinds.pop(signature, _Kind())
+        if len(self._kinds) > _MAX_KINDS:
+            del self._kinds[next(iter(self._kinds))]
+        return kind
 
 
 class _Kind:
@@ -118,20 +128,21 @@ class _Kind:
         return self.result is None or self.is_ambiguous or number & (number - 1) == 0
 
 
-def _structure(value: Any, *, with_texts: bool) -> Any:
+def _structure(value: Any) -> Any:
     """Return nested values with the type's name in place of each value that has no stable text."""
     if is_placeholder(value):
         return "tensor"
     if isinstance(value, dict):
-        return {key: _structure(item, with_texts=with_texts) for key, item in value.items()}
+        return {key: _structure(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_structure(item, with_texts=with_texts) for item in value]
-    is_stable = isinstance(value, bool | None) or (with_texts and isinstance(value, str))
-    return value if is_stable else type(value).__name__
+        return [_structure(item) for item in value]
+    return value if isinstance(value, bool | str | None) else type(value).__name__
 
 
 def _is_ambiguous(rules: JoinRules, arguments: Arguments, sizes: Sequence[int]) -> bool:
     """Return whether means that agreed in earlier checks have different shares in this call."""
     alternatives = {sources for sources in rules.sources.values() if len(sources) > 1}
+    if not alternatives:
+        return False
     shares = shares_of(arguments, sizes, [source for sources in alternatives for source in sources])
     return any(len({shares[source] for source in sources}) > 1 for sources in alternatives)

@@ -48,7 +48,7 @@ class CheckPolicy:
             minimum = minimum_samples(module, arguments, self._devices)
             return self._planner.decide(module, arguments, minimum=minimum)
 
-        return Plan(check, decide, partial(self._report, type(module).__name__))
+        return Plan(check, decide, partial(self._report, type(module).__name__), partial(self._planner.refuse, module))
 
     def _report(self, name: str, result: SplitResult) -> None:
         number = len(self._devices)

@@ -39,6 +39,8 @@ class Plan(NamedTuple):
     """Checks all samples of a call, because the rules that fitted so far give different values."""
     report: Callable[[SplitResult], None] = lambda _: None
     """Tells the user about the result, when the call has succeeded."""
+    refuse: Callable[[Arguments, str], SplitResult] | None = None
+    """Lets one device compute calls of this kind; without it, an exception says that outputs cannot be joined."""
 
 
 _model_ids = itertools.count(1)
@@ -143,19 +145,39 @@ class Controller:
             self._copies_all = self._copies_all or call.writes_parameters
             try:
                 value = _merge_outputs([first, *others], join, call, token)
-            except (UndecidedError, JoinError):
+            except (UndecidedError, JoinError) as error:
                 if plan is None:
                     raise
-                checked = plan.decide(arguments)
-                if checked is None or not checked.is_splittable:
-                    args, kwargs = arguments.whole().arguments()
-                    value = self._compiler.function(module)(*args, **kwargs)
-                else:
-                    join = _join_for(arguments, sizes, checked.rules)
-                    value = _merge_outputs([first, *others], join, call, token)
+                merge = functools.partial(_merge_outputs, [first, *others], call=call, token=token)
+                value, checked = self._join_after_check(module, arguments, plan, sizes, merge, error.reason)
         if plan is not None and checked is not None:
             plan.report(checked)
         return value
+
+    def _join_after_check(
+        self,
+        module: nn.Module,
+        arguments: Arguments,
+        plan: Plan,
+        sizes: list[int],
+        merge: Callable[[Join], Any],
+        reason: str,
+    ) -> tuple[Any, SplitResult | None]:
+        """Check all samples, and join by what that shows; otherwise compute the whole batch on one device."""
+        checked = plan.decide(arguments)
+        if checked is not None and checked.is_splittable:
+            try:
+                return merge(_join_for(arguments, sizes, checked.rules)), checked
+            except (UndecidedError, JoinError) as error:
+                reason, checked = error.reason, None
+        if plan.refuse is None:
+            raise JoinError(reason if checked is None else checked.reason)
+        if checked is None:
+            checked = plan.refuse(arguments, f"{reason} (the forward of this call ran twice)")
+        args, kwargs = arguments.whole().arguments()
+        if self.group.devices[0].type != "cpu":
+            args, kwargs = insert_on_device(arguments.structure, arguments.tensors, self.group.devices[0])
+        return self._compiler.function(module)(*args, **kwargs), checked
 
     def _run_on_workers(
         self, module: nn.Module, arguments: Arguments, sizes: Sequence[int], context: ContextFactory

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from duoka.utils.rng_state import preserve_rng_state
+
 _RANDOM = frozenset(
     {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli", "normal_", "uniform_", "bernoulli_", "randint",
      "randint_like", "randperm", "exponential_", "multinomial", "poisson", "log_normal_", "cauchy_", "geometric_", "random_",
@@ -53,9 +55,12 @@ class DeterministicMode(TorchFunctionMode):
         if name in _RECURRENT:  # the only float among their arguments is the dropout probability
             args = [0.0 if type(value) is float else value for value in args]
         if name in _RANDOM:
-            state = torch.get_rng_state()
-            result = function(*args, **kwargs)
-            torch.set_rng_state(state)
+            generator = kwargs.get("generator")
+            state = None if generator is None else generator.get_state()
+            with preserve_rng_state():
+                result = function(*args, **kwargs)
+            if generator is not None:
+                generator.set_state(state)
             if isinstance(result, torch.Tensor):
                 with torch.no_grad():
                     if name == "randperm":

@@ -57,6 +57,8 @@ class JoinError(ValueError):
 class UndecidedError(Exception):
     """What the checks have seen does not say how to join the values of this call."""
 
+    reason = "an output differs between the parts of the batch, and was the same for all parts in the check"
+
 
 class Join:
     """Joins values of all parts; ``specs`` says how to join their tensors."""

@@ -5,7 +5,7 @@ import io
 import pickle
 import weakref
 from collections.abc import Mapping
-from types import CellType, FunctionType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class _Pickler(pickle.Pickler):
         """Return the parts of modules, functions and cells, which pickle would refuse or look up by name."""
         if isinstance(obj, nn.Module):
             return object.__new__, (type(obj),), dict(obj.__dict__), None, None, _set_attributes
+        if isinstance(obj, MethodType):  # by name, pickle would find the class's method in place of an object's own
+            return MethodType, (obj.__func__, obj.__self__)
         if isinstance(obj, FunctionType):
             return _copy_function, (_Kept(obj), obj.__closure__, obj.__defaults__, obj.__kwdefaults__), obj.__dict__
         if isinstance(obj, CellType):

@@ -18,7 +18,8 @@ class Source(NamedTuple):
     """What a mean is over: all samples, or some elements of one split tensor of the arguments."""
 
     tensor: int = -1
-    test: Literal["all", "nonnegative", "nonzero"] = "all"
+    test: Literal["all", "nonnegative", "nonzero", "sum"] = "all"
+    """Which elements count; ``sum`` counts an element by its value."""
     skips_first: bool = False
 
 
@@ -30,8 +31,10 @@ def sources_of(arguments: Arguments) -> list[Source]:
     found = [SAMPLES]
     for index, tensor in enumerate(arguments.tensors):
         if arguments.is_split(index) and not tensor.is_complex() and _can_select(tensor):
-            tests: list[Literal["nonnegative", "nonzero"]] = ["nonzero"]
-            if tensor.dtype.is_signed and not tensor.is_floating_point():
+            tests: list[Literal["nonnegative", "nonzero", "sum"]] = ["nonzero"]
+            if tensor.is_floating_point():
+                tests.insert(0, "sum")
+            elif tensor.dtype.is_signed:
                 tests.insert(0, "nonnegative")
             shifts = [False, True] if tensor.dim() == 2 and arguments.dim == 0 else [False]
             found += [Source(index, test, shift) for test in tests for shift in shifts]
@@ -39,8 +42,8 @@ def sources_of(arguments: Arguments) -> list[Source]:
 
 
 def _can_select(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor may say which elements count: integers, booleans, or a float mask of zeros and ones."""
-    return not tensor.is_floating_point() or bool(((tensor == 0) | (tensor == 1)).all())
+    """Return whether a tensor may say which elements count: integers, booleans, or weights of samples or their elements."""
+    return not tensor.is_floating_point() or (tensor.dim() <= 2 and bool((tensor.isfinite() & (tensor >= 0)).all()))
 
 
 def shares_of(arguments: Arguments, sizes: Sequence[int], sources: Sequence[Source]) -> dict[Source, Shares]:
@@ -51,7 +54,7 @@ def shares_of(arguments: Arguments, sizes: Sequence[int], sources: Sequence[Sour
         device = arguments.tensors[missing[0].tensor].device
         counts = [_counts(arguments, sizes, source).to(device) for source in missing]
         for source, own in zip(missing, torch.stack(counts).tolist(), strict=True):
-            known[source] = _normalized(own) if any(own) else known[SAMPLES]
+            known[source] = _normalized(own) if sum(own) else known[SAMPLES]
     return {source: known[source] for source in sources}
 
 
@@ -59,7 +62,7 @@ def _counts(arguments: Arguments, sizes: Sequence[int], source: Source) -> torch
     tensor = arguments.tensors[source.tensor]
     if source.skips_first:
         tensor = tensor[:, 1:]
-    selected = tensor >= 0 if source.test == "nonnegative" else tensor != 0
+    selected = tensor if source.test == "sum" else tensor >= 0 if source.test == "nonnegative" else tensor != 0
     return torch.stack([piece.sum() for piece in torch.split(selected, list(sizes), arguments.dim)])
 
 

@@ -27,7 +27,7 @@ from duoka.data_parallel.shares import shares_of, sources_of
 from duoka.errors import WorkerDied
 from duoka.utils.partition import chunk_sizes
 from duoka.utils.rng_state import preserve_rng_state, raw_rng_state, set_raw_rng_state, set_state_of, state_of
-from duoka.utils.text import first_line
+from duoka.utils.text import first_line, join_names
 
 SAMPLES_PER_DEVICE = 4
 MAX_GRADIENT_NUMEL = 1 << 24
@@ -148,7 +148,9 @@ def check_call(
             result = check.result(from_workers)
         changes = outside.diff()
         if not result.reason and (changes is None or changes.namespaces):
-            reason = "its forward changes a global variable or a class, which each check of a few samples changes, too"
+            found = [] if changes is None else [name for _, values in changes.namespaces for name in values]
+            names = join_names(sorted(found)) if found else "a class"
+            reason = f"its forward changes {names} outside the model, and each check of a few samples does so, too"
             result = result._replace(reason=reason)
         return result
     except _NotCheckable as error:
@@ -229,7 +231,8 @@ class _Check:
     def _evaluate(self, part: Part, mode: DeterministicMode, reason: str) -> _Outcome:
         host = torch.device("cpu") if self._on_host else None
         with _refuse_on_error("it or its inputs cannot be copied for the check", _NotCheckable):
-            model, call = self._copies.new(host), _Call(part, host)
+            model = self._copies.new(host)
+            call = _Call(part, host or (None if self._device.type == "cpu" else self._device))
         guard = WriteGuard(self._copies.parameters)
         try:
             with _refuse_on_error(reason), mode, guard:

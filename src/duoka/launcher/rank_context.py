@@ -80,8 +80,8 @@ def run_rank(
 
 def abort_collectives(device: torch.device) -> None:
     """Free a rank that waits in a collective of an accelerator; gloo's end when a peer's connection closes."""
-    if device.type != "cpu" and dist.is_initialized() and "nccl" in dist.get_backend_config():
-        abort_default_process_group()
+    if device.type != "cpu":
+        abort_default_process_group("nccl")
 
 
 @contextlib.contextmanager

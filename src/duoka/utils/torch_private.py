@@ -214,21 +214,29 @@ def forget_failed_process_groups() -> None:
         distributed_c10d._world.group_count = 0
 
 
-def abort_default_process_group() -> None:
-    """Abort the default process group's communicators, which frees ranks that wait in a collective; raises nothing.
+def abort_default_process_group(backend: str) -> None:
+    """Abort the default process group if it uses ``backend``, which frees ranks that wait in a collective.
 
     A thread of its own does that. Up to torch 2.11 at least, torch opens an NCCL group in the calling thread, and leaves it
     open if the abort fails; NCCL then only queues the later collectives of that thread, and the other ranks wait for them.
+    Ctrl-C is raised when the abort has ended.
     """
 
     def abort() -> None:
         with _abort_lock, contextlib.suppress(Exception):  # the collective may just have ended
-            if dist.is_initialized():
+            if dist.is_initialized() and backend in dist.get_backend_config():
                 distributed_c10d._abort_process_group()
 
     thread = threading.Thread(target=abort, name="duoka-abort", daemon=True)
     thread.start()
-    thread.join()
+    interrupt: BaseException | None = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 _abort_lock = threading.Lock()
