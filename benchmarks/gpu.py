@@ -601,7 +601,7 @@ def informer(scene: Scene, device: Any) -> tuple[Callable[[], Any], int]:
 
 
 def faults(scene: Scene) -> Results:
-    """Faults of a worker and Ctrl-C: seconds until the caller is told, and whether the next step works.
+    """Faults of a worker and Ctrl-C: seconds until the caller knows, and whether the next step works.
 
     On a GPU all run at the same time.
     """
@@ -847,7 +847,7 @@ def troubles_of(record: Results) -> list[str]:
         if run.get("failed") or run.get("status") != 0:
             found.append(f"tests over {name}: {run.get('failed', 'unfinished')} failed")
     for name, fault in record["parts"].get("faults", {}).get("results", {}).items():
-        if not fault.get("works again") or fault.get("told after, s", 99) > 5:
+        if not fault.get("works again") or fault.get("known after, s", 99) > 5:
             found.append(f"fault: {name}")
     return found
 

@@ -1,4 +1,4 @@
-"""One fault of two ranks on one GPU (or on CPU workers): when the caller is told, and whether the next step works.
+"""One fault of two ranks on one GPU (or on CPU workers): when the caller knows, and whether the next step works.
 
 ``python benchmarks/gpu_faults.py NAME DEVICES`` causes a fault of ``FAULTS`` and prints a record as JSON. Part of
 ``benchmarks/gpu.py``.
@@ -109,12 +109,12 @@ def main(name: str, devices: str) -> None:
         seen = "nothing"
     except BaseException as error:
         seen = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    told = time.monotonic() - began
-    say(f"told after {told:.2f} s: {seen:.80}")
+    known = time.monotonic() - began
+    say(f"known after {known:.2f} s: {seen:.80}")
     began = time.monotonic()
     works = act("")
     again = time.monotonic() - began
-    print(json.dumps({"told after, s": told, "seen": seen, "works again": works, "next step, s": again}), flush=True)
+    print(json.dumps({"known after, s": known, "seen": seen, "works again": works, "next step, s": again}), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ WORDS = {
         "models": "{name}, a training step",
         "samples": "{rate:,.0f} samples/s, {times:.0f} times the CPU",
         "fault": "fault: {name}",
-        "told": "the caller knows after {told:.1f} s; the next step works",
+        "known": "the caller knows after {known:.1f} s; the next step works",
         "broken": "**the next step did not work**",
         "tests": "`tests/gpu` over {name}",
         "counts": "{passed} passed, {failed} failed, {skipped} skipped",
@@ -58,7 +58,7 @@ WORDS = {
         "models": "{name}，训练一步",
         "samples": "{rate:,.0f} 样本/秒，是 CPU 的 {times:.0f} 倍",
         "fault": "故障：{name}",
-        "told": "{told:.1f} 秒后调用方得知；下一步正常",
+        "known": "{known:.1f} 秒后调用方得知；下一步正常",
         "broken": "**下一步未能正常运行**",
         "tests": "`tests/gpu`，经 {name}",
         "counts": "通过 {passed}，失败 {failed}，跳过 {skipped}",
@@ -102,8 +102,8 @@ def test_row(name: str, run: Results, words: dict[str, str]) -> Iterator[Row]:
 
 def fault_row(name: str, fault: Results, words: dict[str, str]) -> Iterator[Row]:
     works = fault.get("works again")
-    told = words["told"].format(told=fault["told after, s"]) if works else words["broken"]
-    yield words["fault"].format(name=name), told
+    known = words["known"].format(known=fault["known after, s"]) if works else words["broken"]
+    yield words["fault"].format(name=name), known
 
 
 def overhead_row(name: str, case: Results, words: dict[str, str]) -> Iterator[Row]:

@@ -222,7 +222,7 @@ def test_a_float_mask_of_zeros_and_ones_weights_a_mean(pair) -> None:
     torch.testing.assert_close(model(X, mask), reference(X, mask))
 
 
-def test_an_output_that_is_drawn_differs_between_parts_and_one_device_computes_it(wrap) -> None:
+def test_an_output_that_is_drawn_is_computed_on_one_device(wrap) -> None:
     model = wrap(Function(lambda self, x: (self.layer(x), torch.randint(1_000_000, (1,)))))
     with pytest.warns(UserWarning, match=r"runs on one device .* was the same for all parts in the check"):
         assert len(model(X)[1]) == 1

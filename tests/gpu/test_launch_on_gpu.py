@@ -50,7 +50,7 @@ def test_two_devices_use_their_backend_and_get_their_tensors() -> None:
 
 
 @SHARED
-def test_two_ranks_on_one_gpu_use_nccl_where_it_accepts_that_and_gloo_elsewhere() -> None:
+def test_two_ranks_on_one_gpu_use_nccl_or_gloo() -> None:
     values = duoka.launch(rank_summary, torch.ones(3, device=FIRST), devices="0,0", returns="all")
     assert [value[:3] for value in values] == [("cuda:0", "cuda:0", 5.0)] * 2
     assert ("nccl" in values[0][3]) == nccl.ranks_may_share_a_gpu()

@@ -24,7 +24,7 @@ from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.placeholders import extract_tensors
 from duoka.data_parallel.scatter import Arguments, Part
 from duoka.data_parallel.shares import shares_of, sources_of
-from duoka.errors import WorkerDied
+from duoka.errors import DeviceError, WorkerDied
 from duoka.utils.partition import chunk_sizes
 from duoka.utils.rng_state import preserve_rng_state, raw_rng_state, set_raw_rng_state, set_state_of, state_of
 from duoka.utils.text import first_line, join_names
@@ -306,7 +306,7 @@ class _Call:
 def _refuse_on_error(reason: str, refusal: type[Exception] = _Failure) -> Iterator[None]:
     try:
         yield
-    except (WorkerDied, torch.OutOfMemoryError):
+    except (WorkerDied, DeviceError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise refusal(f"{reason}: {describe_error(error)}") from error

@@ -27,8 +27,10 @@ def ranks_may_share_a_gpu() -> bool:
     return os.environ.get(VARIABLE) == "1" and (loaded_version() or (0, 0, 0)) >= _FIRST_VERSION
 
 
-def sharing_backend() -> str:
-    """Return which library connects several ranks on one GPU, with the reason: ``over gloo (...)``."""
+def sharing_backend(kind: str) -> str:
+    """Return which library connects several ranks on one device of a type, with the reason: ``over gloo (...)``."""
+    if kind != "cuda":
+        return "over gloo"
     version = loaded_version()
     name = "NCCL" if version is None else f"NCCL {'.'.join(map(str, version))}"
     if ranks_may_share_a_gpu():

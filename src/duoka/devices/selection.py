@@ -93,7 +93,7 @@ def _by_index(request: DeviceRequest, inventory: Inventory) -> DeviceSelection:
     devices = inventory.devices(request.indices)
     reason = f"{join_names(devices)} {'was' if len(devices) == 1 else 'were'} requested"
     if repeated := sorted({str(device) for device in devices if devices.count(device) > 1}):
-        shared = f"several ranks share {join_names(repeated)}, {nccl.sharing_backend()}"
+        shared = f"several ranks share {join_names(repeated)}, {nccl.sharing_backend(devices[0].type)}"
         logger.warning("device %r: %s. Use this for tests only; it is slower than one rank.", request.text, shared)
         reason += f"; {shared}"
     return DeviceSelection(devices, f"{reason}.")
