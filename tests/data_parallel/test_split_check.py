@@ -254,6 +254,16 @@ def test_texts_among_the_arguments_are_kinds_of_their_own_however_many() -> None
     assert kinds == ["mean", "sum", "mean", "sum"]
 
 
+def test_a_statistic_of_the_batch_makes_the_check_compute_all_samples() -> None:
+    model, planner = Function(lambda self, x: functional.relu(x) - functional.relu(x).mean(0)), CallPlanner(2)
+    x = -torch.ones(8, 6)
+    assert planner.plan(model, Arguments((x,), {})).reason == ""
+    for _ in range(4):
+        assert planner.plan(model, Arguments((x,), {})).reason == ""
+    x[6] = 1  # at call 6, which is not due, in a sample that a check of a few does not compute
+    assert "depends on other samples" in planner.plan(model, Arguments((x,), {})).reason
+
+
 def test_a_refused_call_does_not_change_the_plan_of_its_kind() -> None:
     model, planner = Function(lambda self, x: self.linear(x)), CallPlanner(2)
     for refusal in ("", "a mode", "a mode", "", "a mode", ""):

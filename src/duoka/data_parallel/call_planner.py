@@ -60,15 +60,9 @@ class CallPlanner:
         run_on_workers: RunOnWorkers | None,
         minimum: int,
     ) -> SplitResult | None:
-        result = check_call(
-            module, arguments, self._num_devices, run_on_workers, minimum=minimum, whole=kind.is_ambiguous
-        )
-        if (
-            not kind.is_ambiguous
-            and result is not None
-            and result.rules
-            and _is_ambiguous(result.rules, arguments, sizes)
-        ):
+        whole = kind.is_ambiguous
+        result = check_call(module, arguments, self._num_devices, run_on_workers, minimum=minimum, whole=whole)
+        if not whole and result is not None and _needs_whole_batch(result, arguments, sizes):
             result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True)
         if result is None:
             return None
@@ -122,8 +116,7 @@ class _Kind:
     def is_due(self, arguments: Arguments, sizes: Sequence[int]) -> bool:
         if self.result is not None and not self.result.is_splittable:
             return False
-        rules = None if self.result is None else self.result.rules
-        self.is_ambiguous = rules is not None and _is_ambiguous(rules, arguments, sizes)
+        self.is_ambiguous = self.result is not None and _needs_whole_batch(self.result, arguments, sizes)
         number = self.count + 1
         return self.result is None or self.is_ambiguous or number & (number - 1) == 0
 
@@ -137,6 +130,13 @@ def _structure(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_structure(item) for item in value]
     return value if isinstance(value, bool | str | None) else type(value).__name__
+
+
+def _needs_whole_batch(result: SplitResult, arguments: Arguments, sizes: Sequence[int]) -> bool:
+    """Return whether a few samples cannot show how this call is computed on several devices."""
+    if result.has_statistic and not result.reason:
+        return True
+    return result.rules is not None and _is_ambiguous(result.rules, arguments, sizes)
 
 
 def _is_ambiguous(rules: JoinRules, arguments: Arguments, sizes: Sequence[int]) -> bool:

@@ -72,12 +72,14 @@ class DeterministicMode(TorchFunctionMode):
 
 
 class BatchStatisticsMode(DeterministicMode):
-    """Notices a choice that depends on a statistic over the batch, such as ``topk`` of a mean over all samples."""
+    """Notices statistics over the batch, and a choice that depends on one, such as ``topk`` of a mean over all samples."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.choice = ""
         """The first such function; empty if there is none."""
+        self.has_statistic = False
+        """Whether a tensor was reduced over its samples to more than one number."""
         self._batch = batch
         self._statistics: dict[int, Any] = {}
 
@@ -92,7 +94,9 @@ class BatchStatisticsMode(DeterministicMode):
         is_vector = name in _COMPARISONS and isinstance(result, torch.Tensor) and result.dim() > 0
         if depends and (name in _CHOICES or is_vector):
             self.choice = self.choice or name
-        if depends or self._reduces(name, args, kwargs or {}):
+        reduces = self._reduces(name, args, kwargs or {})
+        self.has_statistic = self.has_statistic or (reduces and any(tensor.dim() for tensor in _tensors(result)))
+        if depends or reduces:
             for tensor in _tensors(result):
                 if tensor.is_floating_point():
                     self._statistics[id(tensor)] = weakref.ref(tensor)

@@ -60,6 +60,8 @@ class SplitResult(NamedTuple):
     """A parameter that the forward writes to."""
     is_failure: bool = False
     """Whether the model raised an exception, as it may do for this batch only."""
+    has_statistic: bool = False
+    """Whether the forward computes a statistic over the samples, by which a few samples may differ by chance only."""
 
 
 class _Refusal(Exception):  # noqa: N818 - a result, not an error
@@ -184,16 +186,21 @@ class _Check:
             self.restore_generators()
             parts.append(self._evaluate(part, DeterministicMode(), "it cannot compute a part of the batch"))
         if not draws:
-            return self._compare(whole, parts, from_workers, mode.choice)
+            return self._compare(whole, parts, from_workers, mode.choice, mode.has_statistic)
         with contextlib.suppress(_Refusal):  # numbers that it draws may have no effect
-            result = self._compare(whole, parts, from_workers, mode.choice)
+            result = self._compare(whole, parts, from_workers, mode.choice, mode.has_statistic)
             if not result.reason:
                 return result
         rules = self._find_rules(whole, parts, compares=False)[1]
         return SplitResult(whole.side_effect, rules=rules, is_random=True, written=next(iter(whole.written), ""))
 
     def _compare(
-        self, whole: _Outcome, parts: Sequence[_Outcome], from_workers: WorkerOutputs, choice: str
+        self,
+        whole: _Outcome,
+        parts: Sequence[_Outcome],
+        from_workers: WorkerOutputs,
+        choice: str,
+        has_statistic: bool,
     ) -> SplitResult:
         _compare_with_workers(parts[1:], from_workers)
         finder, rules = self._find_rules(whole, parts, compares=True)
@@ -208,7 +215,8 @@ class _Check:
             reasons.append(self._changed_gradient(finder, whole, parts))
         if choice and not any(reasons):
             reasons.append(f"it makes a choice ({choice}) by a statistic of the whole batch")
-        return SplitResult(next(filter(None, reasons), ""), rules=rules, written=next(iter(whole.written), ""))
+        reason, written = next(filter(None, reasons), ""), next(iter(whole.written), "")
+        return SplitResult(reason, rules=rules, written=written, has_statistic=has_statistic)
 
     def _find_rules(
         self, whole: _Outcome, parts: Sequence[_Outcome], *, compares: bool
