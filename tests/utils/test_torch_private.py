@@ -128,7 +128,7 @@ def test_private_gloo_groups_sum_without_a_default_group(tmp_path: Path):
     assert not dist.is_initialized()
 
 
-def test_an_abort_happens_in_a_thread_of_its_own(monkeypatch):
+def test_an_abort_happens_in_a_separate_thread(monkeypatch):
     """Torch opens an NCCL group in the thread that aborts, which stays open there if the abort fails."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch_private.abort_default_process_group("gloo")

@@ -17,7 +17,7 @@ _MAX_FAILURES = 3
 """Checks in which the model may raise an exception before one device computes all calls of the kind."""
 
 _MAX_KINDS = 64
-"""Kinds of calls that are remembered; a text among the arguments makes a kind of its own."""
+"""Kinds of calls that are remembered; calls with different texts among the arguments are different kinds."""
 
 
 class CallPlanner:
@@ -63,7 +63,7 @@ class CallPlanner:
         whole = kind.is_ambiguous
         result = check_call(module, arguments, self._num_devices, run_on_workers, minimum=minimum, whole=whole)
         if not whole and result is not None and _needs_whole_batch(result, arguments, sizes):
-            result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True)
+            result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True) or result
         if result is None:
             return None
         if result.is_failure and kind.failures < _MAX_FAILURES:

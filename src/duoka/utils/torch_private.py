@@ -217,7 +217,7 @@ def forget_failed_process_groups() -> None:
 def abort_default_process_group(backend: str) -> None:
     """Abort the default process group if it uses ``backend``, which frees ranks that wait in a collective.
 
-    A thread of its own does that. Up to torch 2.11 at least, torch opens an NCCL group in the calling thread, and leaves it
+    A separate thread does that. Up to torch 2.11 at least, torch opens an NCCL group in the calling thread, and leaves it
     open if the abort fails; NCCL then only queues the later collectives of that thread, and the other ranks wait for them.
     Ctrl-C is raised when the abort has ended.
     """
