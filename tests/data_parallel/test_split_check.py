@@ -264,6 +264,24 @@ def test_a_statistic_of_the_batch_makes_the_check_compute_all_samples() -> None:
     assert "depends on other samples" in planner.plan(model, Arguments((x,), {})).reason
 
 
+class Item:
+    """A value in a set."""
+
+
+def test_a_set_of_objects_in_an_attribute_is_no_difference() -> None:
+    model = Function(lambda self, x: self.linear(x))
+    model.kept = {Item(), Item()}
+    assert check(model, (X,), 2).reason == ""
+
+
+def test_nan_in_place_of_a_number_is_a_difference() -> None:
+    def keep_mean(self, x):
+        self.kept = float("nan") if len(x) > 2 else 1.0
+        return self.linear(x)
+
+    assert "keeps results in kept" in check(Function(keep_mean), (X,), 2).reason
+
+
 def test_a_refused_call_does_not_change_the_plan_of_its_kind() -> None:
     model, planner = Function(lambda self, x: self.linear(x)), CallPlanner(2)
     for refusal in ("", "a mode", "a mode", "", "a mode", ""):

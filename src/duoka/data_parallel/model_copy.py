@@ -139,7 +139,7 @@ def _leaves(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
     elif isinstance(value, list | tuple | deque):
         children = value
     elif isinstance(value, set | frozenset):
-        children = sorted(map(repr, value))
+        children = sorted(repr(item) for item in value if isinstance(item, _ATOMS))  # others differ in each copy
     else:
         children = list(getattr(value, "__dict__", {}).values())
     yield type(value).__name__
@@ -162,7 +162,7 @@ def changed_attribute(whole: dict[str, list[Any]], part: dict[str, list[Any]]) -
 def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return is_close(one, other)
-    return type(one) is type(other) and (one == other or one != one)
+    return type(one) is type(other) and (one == other or (one != one and other != other))
 
 
 def module_with_script_hook(model: nn.Module) -> str | None:
