@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class DuokaError(Exception):
     """Base of all duoka exceptions; exceptions of user code keep their own type."""
@@ -46,13 +48,16 @@ class WorkerDied(LaunchError):  # noqa: N818 - not an error of the user
     ``last_output`` (the last lines of its output).
     """
 
-    def __init__(self, rank: int, device: str, exit_code: int | None, signal: str | None, last_output: str) -> None:
+    def __init__(
+        self, rank: int, device: str, exit_code: int | None, signal: str | None, last_output: str, reason: str = ""
+    ) -> None:
         self.rank = rank
         self.device = device
         self.exit_code = exit_code
         self.signal = signal
         self.last_output = last_output
-        ended = f"was killed by {signal}" if signal else f"exited with status {exit_code}"
+        self.reason = reason
+        ended = reason or (f"was killed by {signal}" if signal else f"exited with status {exit_code}")
         cause = (
             " The system's out-of-memory killer does this: use a smaller batch or fewer DataLoader workers."
             if signal == "SIGKILL"
@@ -61,5 +66,16 @@ class WorkerDied(LaunchError):  # noqa: N818 - not an error of the user
         written = f"\nIts last output:\n{last_output}" if last_output else "\nIt has no output."
         super().__init__(f"the worker process of rank {rank} ({device}) {ended}.{cause}{written}")
 
-    def __reduce__(self) -> tuple[type[WorkerDied], tuple[int, str, int | None, str | None, str]]:
-        return type(self), (self.rank, self.device, self.exit_code, self.signal, self.last_output)
+    def __reduce__(self) -> tuple[type[WorkerDied], tuple[Any, ...]]:
+        return type(self), (self.rank, self.device, self.exit_code, self.signal, self.last_output, self.reason)
+
+
+class WorkerStuck(WorkerDied):
+    """A worker process did not finish its work in time, and duoka ended it; the message says where it was."""
+
+    def __init__(self, rank: int, device: str, description: str) -> None:
+        super().__init__(rank, device, None, "SIGKILL", "", "was ended by duoka")
+        self.args = (description,)
+
+    def __reduce__(self) -> tuple[type[WorkerStuck], tuple[Any, ...]]:
+        return type(self), (self.rank, self.device, self.args[0])

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ from duoka import errors
 from duoka.workers.exceptions import RemoteTraceback
 from support.processes import wait_until_gone, worker_pids
 from support.transports import both_transports
+from support.waiting import wait_until
 
 
 class PickyError(Exception):
@@ -197,3 +199,39 @@ def test_two_threads_may_use_one_model(wrap) -> None:
         thread.join()
     assert not failures
     assert isinstance(model, duoka.DataParallel)
+
+
+@both_transports
+def test_a_model_goes_on_after_close_workers(wrap) -> None:
+    model = wrap(nn.Linear(4, 2))
+    old = model(torch.ones(4, 4)).sum()
+    pids = worker_pids()
+    duoka.close_workers()
+    wait_until_gone(pids)
+    with pytest.raises(errors.WorkerDied, match=r"close_workers\(\)"):
+        old.backward()
+    model(torch.ones(4, 4)).sum().backward()
+    assert torch.equal(model.module.bias.grad, torch.tensor([4.0, 4.0]))
+
+
+@both_transports
+def test_a_wrapped_model_leaves_the_temporary_folder_empty(monkeypatch, tmp_path, wrap) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    wrap(nn.Linear(2, 1))(torch.ones(4, 2)).sum().backward()
+    assert not list(tmp_path.iterdir())
+
+
+@both_transports
+def test_a_stopped_worker_is_reported_and_may_go_on(wrap, monkeypatch, caplog) -> None:
+    model = wrap(nn.Linear(4, 2))
+    model(torch.ones(4, 4))
+    monkeypatch.setenv("DUOKA_STALL_REPORT_S", "0.6")
+    (pid,) = worker_pids()
+    os.kill(pid, signal.SIGSTOP)
+    thread = threading.Thread(target=lambda: (wait_until(lambda: caplog.records), os.kill(pid, signal.SIGCONT)))
+    thread.start()
+    assert torch.equal(model(torch.ones(4, 4)), model.module(torch.ones(4, 4)))
+    thread.join()
+    text = caplog.records[0].getMessage()
+    for part in (f"rank 1 (cpu:1, process {pid})", "computes a forward pass", "stopped", f"kill -CONT {pid}"):
+        assert part in text

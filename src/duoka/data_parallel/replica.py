@@ -1,6 +1,7 @@
 """A worker's replica of the user's model, reset to rank 0's state before each call."""
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -130,16 +131,19 @@ class Replica:
 
     def _add_hook(self, index: int, parameter: torch.Tensor) -> None:
         if parameter.requires_grad and index not in self._hooked:
-            hook = partial(self._on_gradient, index)
+            hook = partial(_on_gradient, weakref.ref(self), index)  # torch's reference is invisible to the collector
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._hooked.add(index)
 
-    def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:  # a function's backward returned None for a parameter that it uses
-            return
-        assert self.task is not None
-        self.task.accept_gradient(index, gradient)
+
+def _on_gradient(replica: weakref.ref[Replica], index: int, parameter: torch.Tensor) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is None:  # a function's backward returned None for a parameter that it uses
+        return
+    target = replica()
+    assert target is not None
+    assert target.task is not None
+    target.task.accept_gradient(index, gradient)
 
 
 def _register_with_transformers(module: nn.Module) -> None:

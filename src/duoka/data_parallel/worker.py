@@ -75,8 +75,7 @@ class _RequestHandler:
     def close(self) -> None:
         self._replicas.clear()
         self._graphs.clear()
-        if self._transport.is_collective:
-            self._transport.close()
+        self._transport.close()
 
     def _update(self, request: messages.CreateReplica | messages.UpdateAttributes | messages.RebindParameters) -> None:
         try:

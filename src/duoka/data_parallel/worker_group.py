@@ -9,12 +9,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from duoka.data_parallel.call_context import TIMERS, ThreadLimit
-from duoka.data_parallel.messages import DeleteReplica, Notification, Request, decode, encode
+from duoka.data_parallel.messages import DeleteReplica, ForwardRequest, Notification, Request, decode, encode
 from duoka.data_parallel.tensor_layout import Allocation
 from duoka.data_parallel.transport import OwnerTransport
 from duoka.data_parallel.transport.base import Completion
@@ -29,6 +29,14 @@ from duoka.workers.serialization import Payload
 
 COLLECTIVE_ON_CPU = "DUOKA_COLLECTIVE_TRANSPORT"
 """Environment variable for tests: if set, CPU workers use the collective transport, over gloo."""
+
+
+class _OpenRequest(NamedTuple):
+    """A request without a reply: its memory, and the transfers to wait for when the reply arrives."""
+
+    allocation: Allocation
+    completions: list[Completion]
+    task: str
 
 
 class WorkerGroup:
@@ -49,8 +57,7 @@ class WorkerGroup:
         self.num_models = 0
         self._arrived: dict[tuple[int, int], Message] = {}
         """Results to be fetched, by worker index and call ID."""
-        self._requested: dict[tuple[int, int], tuple[Allocation, list[Completion]]] = {}
-        """Memory of open requests, and the transfers to wait for when the result arrives."""
+        self._requested: dict[tuple[int, int], _OpenRequest] = {}
         self._unwanted: set[tuple[int, int]] = set()
         self._to_discard: deque[tuple[int, int, Completion | None]] = deque()
         self._to_release: deque[int] = deque()
@@ -78,13 +85,15 @@ class WorkerGroup:
 
     def start(self) -> None:
         """Start the workers if they are not running."""
+        if self._session is not None and self._session.was_closed_by_user:
+            self.stop()
         if self._session is not None:
             return
         self.generation += 1
         self._released_calls = [[] for _ in self.devices[1:]]
         configs = self.transport.worker_configs(self._worker_threads)
         try:
-            self._session = WorkerSession(worker_loop, configs, (), self.devices[1:], temp_dir=self.transport.temp_dir)
+            self._session = WorkerSession(worker_loop, configs, (), self.devices[1:])
             if self.transport.is_collective:
                 self.transport.connect(self._session)
         except BaseException:
@@ -102,12 +111,12 @@ class WorkerGroup:
         with self.lock:
             self._process_discards()
             released, self._released_calls[index] = self._released_calls[index], []
-            completions: list[Completion] = []
-            self._requested[index, request.call_id] = allocation, completions
+            task = f"computes a {'forward' if isinstance(request, ForwardRequest) else 'backward'} pass"
+            opened = self._requested[index, request.call_id] = _OpenRequest(allocation, [], task)
             self._send(index, "request", encode(request._replace(released_calls=tuple(released))))
             if self.transport.is_collective and request.nbytes:
                 with self.stop_on_error():
-                    completions.append(self.transport.send_inputs(index, allocation.base[: request.nbytes]))
+                    opened.completions.append(self.transport.send_inputs(index, allocation.base[: request.nbytes]))
 
     def results(
         self, requests: Sequence[tuple[int, int]], receive: Callable[[int, Any], None] | None = None
@@ -181,7 +190,7 @@ class WorkerGroup:
             key = index, call_id
             if key in self._requested:
                 self._unwanted.add(key)
-                self._requested[key][1].extend([wait] if wait is not None else [])
+                self._requested[key].completions.extend([wait] if wait is not None else [])
                 continue
             if (message := self._arrived.pop(key, None)) is not None:
                 message.payload.close()
@@ -226,7 +235,7 @@ class WorkerGroup:
     def _receive(self, key: tuple[int, int]) -> Message:
         while key not in self._arrived:
             with self.stop_on_error():
-                index, message = self._running_session().receive()
+                index, message = self._running_session().receive([key[0]], self._requested[key].task)
                 self._dispatch(index, message)
         return self._arrived.pop(key)
 
@@ -234,7 +243,7 @@ class WorkerGroup:
         if not self.transport.is_collective and self.transport.try_handle(index, message):
             return
         key = index, int(message.kind.partition(":")[2])
-        _, completions = self._requested.pop(key)
+        completions = self._requested.pop(key).completions
         if key in self._unwanted:
             self._unwanted.discard(key)
             message.payload.close()

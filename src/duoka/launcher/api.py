@@ -119,17 +119,13 @@ def _run_on_this_machine(
             "this process already has a process group with one rank, and launch has to create its own. "
             "Call torch.distributed.destroy_process_group() first"
         )
-    with (
-        rank_context.preserve_process_state(devices[0]),
-        rank_context.rank_contexts(devices, timeout_s) as contexts,
-    ):
+    with rank_context.preserve_process_state(devices[0]):
         values = run_on_all(
             rank_context.run_rank,
-            contexts,
+            rank_context.rank_contexts(devices, timeout_s),
             (fn, args, returns == "all"),
             devices,
             unblock=lambda: rank_context.abort_collectives(devices[0]),
-            temp_dir=contexts[0].rendezvous_dir,
             show_output=output == "all",
         )
     return values if returns == "all" else values[0]

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +23,8 @@ from duoka.utils.torch_private import (
 )
 from duoka.workers.exceptions import RendezvousError, call_user_code
 from duoka.workers.process_context import restore_environment
-from duoka.workers.rendezvous import CONNECT_TIMEOUT, LOOPBACK_ENVIRONMENT, NO_WATCHDOG_ENVIRONMENT, file_store
+from duoka.workers.rendezvous import CONNECT_TIMEOUT, LOOPBACK_ENVIRONMENT, NO_WATCHDOG_ENVIRONMENT, Rendezvous
+from duoka.workers.resource_limits import explain_resource_errors, reserve_descriptors
 from duoka.world import World, use_world
 
 
@@ -33,8 +33,8 @@ class RankContext:
     """The settings of one rank's process group, threads and random numbers."""
 
     world: World
-    rendezvous_dir: str | None
-    """Folder in which the ranks exchange addresses; ``None`` for a single rank."""
+    rendezvous: Rendezvous | None
+    """Where the ranks exchange addresses; ``None`` for a single rank."""
     backend: str
     timeout_s: float
     connect_timeout: timedelta
@@ -45,20 +45,15 @@ class RankContext:
     """``None`` for rank 0, which keeps the user's own random generators."""
 
 
-@contextlib.contextmanager
-def rank_contexts(devices: Sequence[torch.device], timeout_s: float) -> Iterator[list[RankContext]]:
-    """Return a context for each device, around a private folder that exists as long as the ``with`` block.
-
-    The ranks exchange addresses in a file of that folder, which takes no port and which other users cannot read. Each
-    launch has a new path, because torch's store opens its path again when it is freed, at any later time.
-    """
+def rank_contexts(devices: Sequence[torch.device], timeout_s: float) -> list[RankContext]:
+    """Return a context for each device. The ranks exchange addresses in memory, which takes no port and no file."""
     size, seed = len(devices), draw_seed_from_copy(2**31)
     threads = threads_per_rank(size) if size > 1 else torch.get_num_threads()
-    private_dir = tempfile.TemporaryDirectory(prefix="duoka-", ignore_cleanup_errors=True) if size > 1 else None
-    with private_dir or contextlib.nullcontext() as folder:
-        worlds = [World(rank, size, device, rank, size) for rank, device in enumerate(devices)]
-        shared = (folder, backend_for(devices), timeout_s, CONNECT_TIMEOUT, threads, free_port())
-        yield [RankContext(world, *shared, seed + world.rank if world.rank else None) for world in worlds]
+    worlds = [World(rank, size, device, rank, size) for rank, device in enumerate(devices)]
+    with explain_resource_errors("launch"):
+        rendezvous, port = Rendezvous.new() if size > 1 else None, free_port()
+    shared = (rendezvous, backend_for(devices), timeout_s, CONNECT_TIMEOUT, threads, port)
+    return [RankContext(world, *shared, seed + world.rank if world.rank else None) for world in worlds]
 
 
 @contextlib.contextmanager
@@ -118,16 +113,19 @@ def _process_group(context: RankContext) -> Iterator[None]:
     os.environ.update(torchrun_variables(world, context.master_port))
     os.environ.update({**LOOPBACK_ENVIRONMENT, **NO_WATCHDOG_ENVIRONMENT})
     forget_failed_process_groups()
+    spare = contextlib.ExitStack()
+    spare.enter_context(reserve_descriptors(world.size))
     try:
         dist.init_process_group(
             context.backend,
-            store=file_store(context.rendezvous_dir, world.size),
+            store=context.rendezvous.store() if context.rendezvous else dist.HashStore(),  # type: ignore[attr-defined]
             rank=world.rank,
             world_size=world.size,
             timeout=context.connect_timeout,
             device_id=world.device if "nccl" in context.backend else None,
         )
     except RuntimeError as error:
+        spare.close()
         raise RendezvousError(
             f"in duoka's rendezvous rank {world.rank} of {world.size} could not connect to the others within "
             f"{context.connect_timeout.seconds} s: {error}. If the machine is overloaded, use fewer devices or launch again"
@@ -139,6 +137,7 @@ def _process_group(context: RankContext) -> Iterator[None]:
         abort_collectives(world.device)
         raise
     finally:
+        spare.close()
         if dist.is_initialized():  # the user's function may have destroyed it
             dist.destroy_process_group()
 

@@ -1,12 +1,14 @@
 """Messages and file descriptors over a socket pair, which has no port and no name that another process could find."""
 
 import contextlib
+import errno
 import os
 import pickle
 import socket
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+from duoka.workers.resource_limits import explain_resource_errors
 from duoka.workers.serialization import Payload
 
 
@@ -42,7 +44,7 @@ class Channel:
         try:
             kind, data, sizes, has_fd = pickle.loads(self._connection.recv_bytes())
             fd = self._receive_fd() if has_fd else None
-        except ConnectionError as error:
+        except OSError as error:  # the other end has ended, or this end is closed
             raise EOFError from error
         return Message(kind, Payload(data, sizes, fd))
 
@@ -53,7 +55,10 @@ class Channel:
                 self._open_ends.pop().close()
 
     def _receive_fd(self) -> int:
-        _, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
+        _, fds, flags, _ = socket.recv_fds(self._socket, 1, 1)
+        if flags & socket.MSG_CTRUNC:
+            with explain_resource_errors("receive a tensor from a worker process"):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if not fds:
             raise EOFError
         os.set_inheritable(fds[0], False)

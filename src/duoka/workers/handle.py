@@ -2,29 +2,31 @@
 
 import contextlib
 import os
-import selectors
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+import time
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, Self
 
 import torch
 
-from duoka.errors import LaunchError, WorkerDied
-from duoka.malloc import with_large_pages
+from duoka.errors import WorkerDied
 from duoka.workers.channel import Channel, Message
-from duoka.workers.environment import worker_environment
-from duoka.workers.exceptions import deserialize_exception
+from duoka.workers.lifetime import STACK_SIGNAL, user_frames
+from duoka.workers.resource_limits import explain_resource_errors
+from duoka.workers.spawn import start_worker_process
 
-_EVENT_ORDER = ("signal", "output", "message", "death")
-"""Deaths come last, because a worker may have sent a message before it died."""
 _KEPT_OUTPUT_BYTES = 1 << 16
 _SHOWN_LINES = 20
 _END_TIMEOUT_S = 5.0
-_PROGRAM = "import sys; sys.path[:] = {path!r}\nfrom duoka.workers.worker_main import main\nmain()"
+_STACK_TIMEOUT_S = 2.0
+
+
+class Activity(NamedTuple):
+    """What a worker does: a sentence, with its Python stack if it could be asked."""
+
+    text: str
+    is_responding: bool
 
 
 class WorkerHandle:
@@ -39,23 +41,21 @@ class WorkerHandle:
         self.rank = -1  # the pool sets it for each use
         self.start_key: tuple[str, ...] = ()  # the pool's: device and variables with which the worker started
         self._output = bytearray()
-        own_end, worker_end = socket.socketpair()
-        reading, writing = os.pipe()
-        os.set_blocking(reading, False)
-        try:
-            self._process = _spawn(worker_end.fileno(), writing)
-        except BaseException:
-            own_end.close()
-            os.close(reading)
-            raise
-        finally:
-            worker_end.close()
-            os.close(writing)
-        self.channel = Channel(own_end)
-        self.output_fd = reading
-        self.death_fd = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else None
-        self._open_fds = [fd for fd in (self.output_fd, self.death_fd) if fd is not None]
-        self._is_ready = False
+        self.was_closed_by_user = False
+        self._is_closed = False
+        self.is_ready = False
+        """Whether the worker has sent its first message."""
+        with explain_resource_errors("start a worker process"), contextlib.ExitStack() as on_failure:
+            own_end, worker_end = socket.socketpair()
+            on_failure.callback(own_end.close)
+            with worker_end, _Pipe() as output, _Pipe() as stack:
+                self._process = start_worker_process(worker_end.fileno(), output.writing, stack.writing)
+                on_failure.callback(self.kill)
+                self.channel = Channel(own_end)
+                self.death_fd = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else None
+                self.output_fd, self._stack_fd = output.keep_reading(), stack.keep_reading()
+            on_failure.pop_all()
+        self._open_fds = [fd for fd in (self.output_fd, self._stack_fd, self.death_fd) if fd is not None]
 
     @property
     def pid(self) -> int:
@@ -66,13 +66,6 @@ class WorkerHandle:
     def label(self) -> str:
         """The device as messages name it: ``cuda:1``, or ``cpu:1`` for the second CPU worker."""
         return f"cpu:{self.rank}" if self.device.type == "cpu" else str(self.device)
-
-    def wait_ready(self) -> None:
-        """Wait for the first message; raises WorkerDied when the worker ends instead."""
-        if not self._is_ready:
-            message = self.receive()
-            assert message.kind == "ready", message
-            self._is_ready = True
 
     def receive(self) -> Message:
         """Wait for a message; raises WorkerDied when the worker has ended."""
@@ -87,23 +80,42 @@ class WorkerHandle:
 
     def read_output(self) -> bytes:
         """Return the output since the last call; the handle keeps the end of it for ``death``."""
-        new = bytearray()
-        try:
-            while part := os.read(self.output_fd, 1 << 16):
-                new += part
-        except BlockingIOError:
-            pass
+        new = b"" if self._is_closed else _read_available(self.output_fd)
         self._output = (self._output + new)[-_KEPT_OUTPUT_BYTES:]
-        return bytes(new)
+        return new
+
+    def activity(self) -> Activity:
+        """Return what the worker does now; its stack takes up to two seconds."""
+        state = _process_state(self.pid)
+        if state in ("T", "t"):
+            remedy = f"`kill -CONT {self.pid}` lets it go on"
+            return Activity(f"It is stopped, by a signal, a debugger or a frozen container: {remedy}.", False)
+        if not self.is_ready:
+            return Activity("It is still starting: the machine is busy, or reads its files slowly.", False)
+        if stack := self._ask_stack():
+            return Activity(f"Its Python code is at, innermost call first:\n{stack}", True)
+        return Activity(f"It does not answer (state {state or 'unknown'}): the system does not let it run.", False)
+
+    def _ask_stack(self) -> str:
+        _read_available(self._stack_fd)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, STACK_SIGNAL)
+        text, new, deadline = b"", b"", time.monotonic() + _STACK_TIMEOUT_S
+        while (new or not text) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            new = _read_available(self._stack_fd)
+            text += new
+        return user_frames(text.decode(errors="replace"))
 
     def death(self) -> WorkerDied:
         """Return the exception that describes how the worker ended; ends the worker if it still runs."""
         self.kill()
         self.read_output()
         status = self._process.returncode
-        name = signal.Signals(-status).name if status < 0 else None
+        name = None if status >= 0 or self.was_closed_by_user else signal.Signals(-status).name
         lines = self._output.decode(errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
-        return WorkerDied(self.rank, self.label, None if status < 0 else status, name, "\n".join(lines))
+        reason = "was ended by close_workers()" if self.was_closed_by_user else ""
+        return WorkerDied(self.rank, self.label, None if status < 0 else status, name, "\n".join(lines), reason)
 
     def kill(self) -> None:
         """Kill the worker and everything in its session, and wait until the worker has ended."""
@@ -113,6 +125,11 @@ class WorkerHandle:
         if is_running:
             self._process.wait(_END_TIMEOUT_S)
 
+    def close_for_user(self) -> None:
+        """Kill the worker, which is in use; its user closes the descriptors when it finds the worker dead."""
+        self.was_closed_by_user = True
+        self.kill()
+
     def close(self) -> None:
         """Kill the worker and close the descriptors."""
         self.kill()
@@ -120,83 +137,44 @@ class WorkerHandle:
 
     def detach(self) -> None:
         """Close the descriptors without a signal: in a forked child, which does not own the worker."""
+        self._is_closed = True
         self.channel.close()
         with contextlib.suppress(IndexError):  # pop() gives each descriptor to one thread, should two close at once
             while True:
                 os.close(self._open_fds.pop())
 
 
-class EventSelector:
-    """Waits for events of workers, and of a ``signal_source`` if there is one; rebuilds exceptions on ``receiver``."""
+class _Pipe:
+    """A pipe; the ``with`` block closes both ends, but for a reading end that is kept."""
 
-    def __init__(self, workers: Sequence[WorkerHandle], receiver: torch.device, signal_source: Any = None) -> None:
-        self._workers, self._receiver = workers, receiver
-        self._selector = selectors.DefaultSelector()
-        sources: list[tuple[Any, str, WorkerHandle | None]] = [(signal_source, "signal", None)]
-        for worker in workers:
-            events = {"message": worker.channel, "output": worker.output_fd, "death": worker.death_fd}
-            sources += [(source, event, worker) for event, source in events.items()]
-        for source, event, owner in sources:
-            if source is not None:
-                self._selector.register(source, selectors.EVENT_READ, (event, owner))
+    def __enter__(self) -> Self:
+        self.reading, self.writing = os.pipe()
+        os.set_blocking(self.reading, False)
+        self._to_close = [self.reading, self.writing]
+        return self
 
-    def poll(self, timeout_s: float) -> Iterator[tuple[Any, bytes | Message | BaseException | None]]:
-        """Yield workers, each with its output, message or failure, and ``(None, None)`` for a signal, as they are ready.
+    def __exit__(self, *_: object) -> None:
+        for fd in self._to_close:
+            os.close(fd)
 
-        The failure is WorkerDied, or the exception that ended the worker's task. After ``timeout_s`` nothing is yielded.
-        """
-        ready = [key.data for key, _ in self._selector.select(timeout_s)]
-        if not ready:  # systems without pidfd do not announce a death
-            ready = [("death", worker) for worker in self._workers if not worker.is_alive()]
-        for event, worker in sorted(ready, key=lambda event: _EVENT_ORDER.index(event[0])):
-            if event == "signal":
-                yield None, None
-            elif event == "output":
-                yield worker, worker.read_output()
-            elif event == "death":
-                yield worker, worker.death()
-            else:
-                yield worker, self._receive(worker)
-
-    def _receive(self, worker: WorkerHandle) -> Message | BaseException:
-        try:
-            message = worker.receive()
-        except WorkerDied as death:
-            return death
-        if message.kind != "failed":
-            return message
-        return deserialize_exception(message.payload, worker.rank, worker.label, self._receiver)
-
-    def close(self) -> None:
-        """Stop selecting; the workers stay open."""
-        self._selector.close()
+    def keep_reading(self) -> int:
+        """Return the reading end, which stays open."""
+        self._to_close.remove(self.reading)
+        return self.reading
 
 
-def _spawn(channel_fd: int, output_fd: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-u"]  # type: ignore[attr-defined]
+def _read_available(fd: int) -> bytes:
+    """Return what a descriptor has now."""
+    parts = []
+    with contextlib.suppress(BlockingIOError):
+        while part := os.read(fd, 1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def _process_state(pid: int) -> str:
+    """Return the letter by which Linux names the state of a process, such as ``T`` for stopped; elsewhere nothing."""
     try:
-        return subprocess.Popen(
-            [*command, "-c", _PROGRAM.format(path=_module_path()), str(channel_fd)],
-            stdin=subprocess.DEVNULL,
-            stdout=output_fd,
-            stderr=output_fd,
-            pass_fds=[channel_fd],
-            start_new_session=True,
-            env=with_large_pages(worker_environment()),  # each task applies its owner's environment
-        )
-    except OSError as error:
-        raise LaunchError(
-            f"a worker process could not be started with {command[0]!r}: {error}. "
-            f"Free some memory or processes, or use fewer devices."
-        ) from error
-
-
-def _module_path() -> list[str]:
-    """Return the owner's module search path, with the script's folder last.
-
-    A file beside the user's script must not shadow a module that the worker itself imports before it has a task.
-    """
-    script_folders = {str(Path(name).absolute().parent) for name in sys.argv[:1]}
-    path = sorted((entry for entry in sys.path if entry and isinstance(entry, str)), key=script_folders.__contains__)
-    package = str(Path(__file__).parents[2])
-    return path if package in path else [*path, package]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
+from duoka.workers.resource_limits import explain_resource_errors
+
 
 class PeerFailed(BaseException):
     """Raised in rank 0's function when another rank has failed; ``run_on_all`` replaces it by that failure."""
@@ -33,7 +35,8 @@ class InterruptHandler:
         self._stopped = False
         self._previous: Any = None
         self._previous_wakeup = -1
-        self._reader, self._writer = socket.socketpair()
+        with explain_resource_errors("launch"):
+            self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
 

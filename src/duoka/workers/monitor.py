@@ -10,13 +10,17 @@ from itertools import chain
 import torch
 
 from duoka.workers.channel import Message
+from duoka.workers.events import EventSelector
 from duoka.workers.exceptions import SECONDARY_FAILURE_WAIT_S, is_secondary_failure
-from duoka.workers.handle import EventSelector, WorkerHandle
+from duoka.workers.handle import WorkerHandle
 from duoka.workers.interrupts import InterruptHandler
 from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
 from duoka.workers.serialization import Payload
+from duoka.workers.stall_watch import StallWatch
 
 _POLL_S = 0.2
+_IDLE_CPU_S, _IDLE_CPU_SHARE = 0.02, 0.02
+"""Processor time that a thread may use while it counts as waiting: in seconds, and as a share of the wait."""
 
 
 class WorkerMonitor:
@@ -39,6 +43,10 @@ class WorkerMonitor:
         self._show_output = show_output
         self._received: dict[str, dict[int, Payload]] = {READY_FOR_RENDEZVOUS: {}, "done": {}, "idle": {}}
         self._secondary: tuple[BaseException, float] | None = None
+        self._stalls = StallWatch(workers, "runs its part of the launch while rank 0 waits")
+        self._rank_zero_clock = _thread_clock()
+        self._rank_zero_cpu_s = 0.0
+        """Processor time of rank 0's thread when the present wait began."""
         self._ended = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="duoka-monitor", daemon=True)
@@ -113,8 +121,20 @@ class WorkerMonitor:
                     self._fail(event)
             if self._ended:
                 return
+            self._check_stall()
             if self._secondary is not None and time.monotonic() > self._secondary[1]:
                 self._fail(self._secondary[0])
+
+    def _check_stall(self) -> None:
+        """Report workers when rank 0 has waited for long; a rank 0 that uses the processor does not wait."""
+        if self._rank_zero_clock is None:
+            return
+        cpu_s = time.clock_gettime(self._rank_zero_clock)
+        if cpu_s - self._rank_zero_cpu_s > _IDLE_CPU_S + _IDLE_CPU_SHARE * self._stalls.waited_s:
+            self._rank_zero_cpu_s = cpu_s
+            self._stalls.restart()
+        self._stalls.workers = [worker for worker in self._workers if worker.rank not in self._received["done"]]
+        self._stalls.check(ends_busy_workers=False)
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure, kill the workers, and stop rank 0 in any state."""
@@ -134,3 +154,8 @@ class WorkerMonitor:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         with contextlib.suppress(OSError, ValueError):  # a closed pipe or file; rank 0's own output raises for it
             sys.stdout.write(lines.encode(encoding, errors="replace").decode(encoding))
+
+
+def _thread_clock() -> int | None:
+    """Return the processor-time clock of this thread, which is rank 0's, where the system has one."""
+    return time.pthread_getcpuclockid(threading.get_ident()) if hasattr(time, "pthread_getcpuclockid") else None

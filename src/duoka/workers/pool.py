@@ -12,7 +12,10 @@ import torch
 
 from duoka.utils.signals import handle_interrupt
 from duoka.workers.environment import DEVICE_VARIABLES, worker_environment
+from duoka.workers.events import wait_until_ready
 from duoka.workers.handle import WorkerHandle
+from duoka.workers.rendezvous import RendezvousFile
+from duoka.workers.spawn import end_starter_thread
 
 _READ_AT_START = (*DEVICE_VARIABLES, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "GLIBC_TUNABLES")
 """Environment variables that a process reads once: a worker that started with other values is not reused."""
@@ -36,7 +39,7 @@ class _Pool:
                 workers.append(self._reuse(device) or self._start(device))
             for rank, worker in enumerate(workers, start=1):
                 worker.rank = rank
-                worker.wait_ready()
+            wait_until_ready(workers)
         except BaseException:
             self.release(workers, reusable=False)
             raise
@@ -52,12 +55,17 @@ class _Pool:
                 else:
                     worker.close()
                 self._acquired.discard(worker)
+            if not self._idle and not self._acquired:
+                end_starter_thread()
 
     def close(self) -> None:
-        """Kill every worker, acquired ones too."""
+        """Kill every worker; ``release`` closes the descriptors of acquired ones, which may be in use."""
         with self._lock:
-            for worker in self._take_all():
-                worker.close()
+            while self._idle:
+                self._idle.popitem()[0].close()
+            for worker in self._acquired:
+                worker.close_for_user()
+            end_starter_thread()
 
     def _reuse(self, device: torch.device) -> WorkerHandle | None:
         key = _start_key(device)
@@ -89,19 +97,15 @@ class _Pool:
     def _detach_in_child(self) -> None:
         """Close a forked child's copies of the descriptors, which would keep the parent's workers alive."""
         self._lock = threading.Lock()
-        for worker in self._take_all():
+        for worker in (*self._idle, *self._acquired):
             worker.detach()
-
-    def _take_all(self) -> list[WorkerHandle]:
-        workers = [*self._idle, *self._acquired]
         self._idle.clear()
         self._acquired.clear()
-        return workers
 
 
 def _start_key(device: torch.device) -> tuple[str, ...]:
     environment = worker_environment()
-    return (str(device), *(environment.get(name, "") for name in _READ_AT_START))
+    return (str(device), RendezvousFile.of_this_process().key, *(environment.get(name, "") for name in _READ_AT_START))
 
 
 def _user_sources() -> dict[str, int]:

@@ -65,14 +65,13 @@ class WorkItem:
     context: ProcessContext
     device: torch.device
     config: Any
-    temp_dir: str | None
     data: bytes
     sizes: tuple[int, ...]
     is_session: bool
 
     @staticmethod
-    def send(worker: WorkerHandle, packed: Payload, config: Any, temp_dir: str | None, *, is_session: bool) -> None:
+    def send(worker: WorkerHandle, packed: Payload, config: Any, *, is_session: bool) -> None:
         """Send a packed ``(function, arguments)`` to a worker, with the context of this process; may raise OSError."""
         context = ProcessContext.capture()
-        item = WorkItem(context, worker.device, config, temp_dir, packed.data, packed.sizes, is_session)
+        item = WorkItem(context, worker.device, config, packed.data, packed.sizes, is_session)
         worker.channel.send("run", Payload(dumps(item).data, fd=packed.fd))

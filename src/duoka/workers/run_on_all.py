@@ -25,7 +25,6 @@ def run_on_all(
     arguments: tuple[Any, ...],
     devices: Sequence[torch.device],
     *,
-    temp_dir: str | None = None,
     unblock: Callable[[], None] = lambda: None,
     show_output: bool = False,
 ) -> list[Any]:
@@ -37,7 +36,6 @@ def run_on_all(
         configs: one a rank.
         arguments: the same for every rank; workers get copies.
         devices: one a rank.
-        temp_dir: the caller's temporary folder, which workers remove if the caller is killed before it can.
         unblock: called in another thread, after the workers have ended, to free a rank 0 that waits for them.
         show_output: whether to print the workers' output.
 
@@ -56,7 +54,7 @@ def run_on_all(
                 monitor.start()
                 for worker in workers:
                     with _peer_failure(monitor):
-                        WorkItem.send(worker, packed, configs[worker.rank], temp_dir, is_session=False)
+                        WorkItem.send(worker, packed, configs[worker.rank], is_session=False)
                 results = [_run_rank_zero(function, configs[0], arguments, monitor, workers)]
                 results += [load_and_close(monitor.take_result(worker.rank), devices[0]) for worker in workers]
             except BaseException as error:

@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from duoka.utils.torch_private import forget_loaded_sparse_tensors, storage_id, take_dataloader_iterator
+from duoka.workers.resource_limits import explain_resource_errors
 
 _MAPPED_FROM_BYTES = 1 << 20
 _receiver: ContextVar[torch.device] = ContextVar("duoka_receiver", default=torch.device("cpu"))
@@ -193,23 +194,23 @@ def _page_offsets(sizes: Iterable[int]) -> list[int]:
 
 
 def _write(views: Sequence[memoryview]) -> int:
-    fd = memory_file("duoka-payload")
-    try:
-        *offsets, end = _page_offsets(view.nbytes for view in views)
+    *offsets, end = _page_offsets(view.nbytes for view in views)
+    with explain_resource_errors("send tensors to another process"), contextlib.ExitStack() as on_failure:
+        fd = memory_file("duoka-payload")
+        on_failure.callback(os.close, fd)
         os.ftruncate(fd, end)
         with os.fdopen(fd, "wb", closefd=False) as file:
             for view, offset in zip(views, offsets, strict=True):
                 file.seek(offset)
                 file.write(view)
-    except BaseException:
-        os.close(fd)
-        raise
+        on_failure.pop_all()
     return fd
 
 
 def _map(payload: Payload) -> Iterable[memoryview]:
     if payload.fd is None:
         return []
-    view = memoryview(mmap.mmap(payload.fd, 0, access=mmap.ACCESS_COPY))
+    with explain_resource_errors("receive tensors from another process"):
+        view = memoryview(mmap.mmap(payload.fd, 0, access=mmap.ACCESS_COPY))
     offsets = _page_offsets(payload.sizes)
     return [view[offset : offset + size] for offset, size in zip(offsets, payload.sizes, strict=False)]

@@ -8,7 +8,6 @@ import contextlib
 import gc
 import os
 import queue
-import shutil
 import signal
 import socket
 import sys
@@ -20,17 +19,23 @@ import torch
 from duoka.errors import LaunchError
 from duoka.workers.channel import Channel, Message
 from duoka.workers.exceptions import serialize_exception
+from duoka.workers.lifetime import answer_stack_signal, end_with_owner
 from duoka.workers.process_context import WorkItem
-from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS
+from duoka.workers.rendezvous import READY_FOR_RENDEZVOUS, remove_owner_folder
 from duoka.workers.serialization import Payload, dumps, load_and_close, loads
 
 
 def main() -> None:
     """Run tasks until the owner has ended."""
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    channel_fd, stack_fd, owner_pid, rendezvous_fd = map(int, sys.argv[1:5])
+    end_with_owner(owner_pid)
+    answer_stack_signal(stack_fd)
+    for fd in (stack_fd, rendezvous_fd):
+        os.set_inheritable(fd, False)
+    channel = Channel(socket.socket(fileno=channel_fd))
     os.register_at_fork(after_in_child=channel.close)  # a DataLoader process must not keep the channel open
     gc.freeze()  # collections after each task then skip the objects that torch's import created
-    owner = WorkerChannel(channel)
+    owner = WorkerChannel(channel, rendezvous_path=sys.argv[5])
     owner.send("ready", Payload(b""))
     while True:
         _run_task(owner)
@@ -42,9 +47,9 @@ class WorkerChannel:
     A thread reads the channel, and ends the worker and its descendants when the owner has ended.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, rendezvous_path: str) -> None:
         self.send = channel.send
-        self.temp_dir: str | None = None
+        self._rendezvous_path = rendezvous_path
         self._channel = channel
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="duoka-listen", daemon=True).start()
@@ -63,8 +68,7 @@ class WorkerChannel:
             while True:
                 self._inbox.put(self._channel.receive())
         finally:  # the owner has ended, or the channel is broken
-            if self.temp_dir is not None:
-                shutil.rmtree(self.temp_dir, ignore_errors=True)
+            remove_owner_folder(self._rendezvous_path)
             os.killpg(0, signal.SIGKILL)
 
 
@@ -88,13 +92,11 @@ def _run_task(owner: WorkerChannel) -> None:
         return
     del value
     _free_memory()
-    owner.temp_dir = None
     owner.send("idle", Payload(b""))
 
 
 def _start(payload: Payload, owner: WorkerChannel) -> contextlib.AbstractContextManager[Any]:
     item: WorkItem = loads(Payload(payload.data), torch.device("cpu"))
-    owner.temp_dir = item.temp_dir
     item.context.apply()
     function, arguments = load_and_close(Payload(item.data, item.sizes, payload.fd), item.device)
     connection = owner if item.is_session else owner.barrier

@@ -6,7 +6,7 @@ The owner waits for messages in Python, so Ctrl-C ends the wait, and a worker's 
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 
 from duoka.workers import pool
 from duoka.workers.channel import Message
-from duoka.workers.handle import EventSelector, WorkerHandle
+from duoka.workers.events import EventSelector
+from duoka.workers.handle import WorkerHandle
 from duoka.workers.process_context import WorkItem
 from duoka.workers.serialization import Payload, dumps
+from duoka.workers.stall_watch import StallWatch
 
 _POLL_S = 0.5
 _CLOSE_TIMEOUT_S = 2.0
@@ -24,10 +26,7 @@ _CLOSE_TIMEOUT_S = 2.0
 
 
 class WorkerSession:
-    """Workers, one a device, each running ``function(configs[index], channel, *arguments)`` until ``close``.
-
-    ``temp_dir`` is a temporary folder of the owner, which workers remove if the owner is killed before it can.
-    """
+    """Workers, one a device, each running ``function(configs[index], channel, *arguments)`` until ``close``."""
 
     def __init__(
         self,
@@ -35,33 +34,39 @@ class WorkerSession:
         configs: Sequence[Any],
         arguments: tuple[Any, ...],
         devices: Sequence[torch.device],
-        *,
-        temp_dir: str | None = None,
     ) -> None:
         self.workers: list[WorkerHandle] = pool.acquire(devices)
         self._selector = EventSelector(self.workers, torch.device("cpu"))
         self._is_closed = False
         try:
-            packed = dumps((function, arguments))
-            for worker, config in zip(self.workers, configs, strict=True):
-                WorkItem.send(worker, packed, config, temp_dir, is_session=True)
-            packed.close()
+            with contextlib.closing(dumps((function, arguments))) as packed:
+                for worker, config in zip(self.workers, configs, strict=True):
+                    with _death_of(worker):
+                        WorkItem.send(worker, packed, config, is_session=True)
         except BaseException:
             self.kill()
             raise
 
     def send(self, index: int, kind: str, payload: Payload) -> None:
         """Send one message to one worker; raises WorkerDied when the worker has ended."""
-        try:
+        with _death_of(self.workers[index]):
             self.workers[index].channel.send(kind, payload)
-        except OSError:
-            raise self.workers[index].death() from None
 
-    def receive(self) -> tuple[int, Message]:
-        """Wait for a message of any worker; raises WorkerDied, or the exception that ended a worker's function."""
-        while True:
-            if (received := self._poll(_POLL_S)) is not None:
-                return received
+    def receive(self, awaited: Sequence[int] = (), task: str = "") -> tuple[int, Message]:
+        """Wait for a message of any worker; a long wait is reported for ``awaited`` workers, which do ``task``.
+
+        Raises WorkerDied, WorkerStuck, or the exception that ended a worker's function.
+        """
+        watch: StallWatch | None = None
+        while (received := self._poll(_POLL_S)) is None:
+            watch = watch or StallWatch([self.workers[index] for index in awaited], task)
+            watch.check()
+        return received
+
+    @property
+    def was_closed_by_user(self) -> bool:
+        """Whether ``close_workers`` has ended the workers."""
+        return any(worker.was_closed_by_user for worker in self.workers)
 
     def close(self) -> None:
         """End the session; workers that answer in time stay warm, the others are killed."""
@@ -104,3 +109,12 @@ class WorkerSession:
             self._is_closed = True
             self._selector.close()
             pool.release(self.workers, reusable=reusable)
+
+
+@contextlib.contextmanager
+def _death_of(worker: WorkerHandle) -> Iterator[None]:
+    """Raise WorkerDied if the ``with`` block cannot send to the worker."""
+    try:
+        yield
+    except OSError:
+        raise worker.death() from None

@@ -5,11 +5,7 @@ announcement and its transfer (``docs/design.md``, "The collective transport").
 """
 
 import contextlib
-import os
-import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -32,7 +28,8 @@ from duoka.data_parallel.transport.gradient_reduction import CollectiveBackwardT
 from duoka.data_parallel.transport.process_group import PrivateProcessGroup, select_backend
 from duoka.workers import WorkerChannel, WorkerSession
 from duoka.workers.handle import WorkerHandle
-from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS
+from duoka.workers.rendezvous import ENTER_RENDEZVOUS, READY_FOR_RENDEZVOUS, Rendezvous
+from duoka.workers.resource_limits import explain_resource_errors
 from duoka.workers.serialization import Payload
 
 _DEATH_POLL_S = 0.5
@@ -45,23 +42,21 @@ class CollectiveOwnerTransport:
 
     is_collective: Literal[True] = True
     """Transfers are ordered: rank 0 must fetch each result before its next request."""
-    temp_dir: str | None = None
-    """Private directory; workers remove it if rank 0 is killed."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
         self._backend = select_backend(devices)
         self._connection = contextlib.ExitStack()
-        """Undoes ``worker_configs`` and ``connect``."""
+        """Undoes ``connect``."""
+        self._rendezvous: Rendezvous | None = None
         self._group: PrivateProcessGroup | None = None
 
     def worker_configs(self, num_threads: int) -> list[WorkerConfig]:
-        """Create a private directory for the rendezvous, and return each worker's configuration."""
-        directory = self.temp_dir = tempfile.mkdtemp(prefix="duoka-")
-        self._connection.callback(weakref.finalize(self, _remove, directory, os.getpid()))
-        size = len(self._devices)
+        """Return each worker's configuration."""
+        with explain_resource_errors("connect the ranks"):
+            self._rendezvous, size = Rendezvous.new(), len(self._devices)
         return [
-            WorkerConfig(num_threads, device, (directory, rank, size, device, self._backend))
+            WorkerConfig(num_threads, device, (self._rendezvous, rank, size, device, self._backend))
             for rank, device in enumerate(self._devices)
         ][1:]
 
@@ -69,19 +64,19 @@ class CollectiveOwnerTransport:
         """Wait in Python until all workers are ready: torch's rendezvous blocks Ctrl-C."""
         count = len(self._devices) - 1
         for _ in range(count):
-            _, message = session.receive()
+            _, message = session.receive(range(count), "starts")
             assert message.kind == READY_FOR_RENDEZVOUS, message
         for index in range(count):
             session.send(index, ENTER_RENDEZVOUS, Payload(b""))
-        assert self.temp_dir is not None
-        self._group = PrivateProcessGroup(self.temp_dir, 0, count + 1, self._devices[0], self._backend)
+        assert self._rendezvous is not None, "worker_configs() comes first"
+        self._group = PrivateProcessGroup(self._rendezvous, 0, count + 1, self._devices[0], self._backend)
         self._connection.callback(self._group.close)
         self._connection.callback(_monitor_deaths(session.workers, self._group.abort))
 
     def close(self) -> None:
-        """Leave the group, and remove the directory."""
+        """Leave the group."""
         self._connection.close()
-        self._group = self.temp_dir = None
+        self._group = None
 
     def create_weight_sync(
         self, post: Callable[[Notification], None], model: int, snapshot: ModelSnapshot, _copies_all: bool
@@ -210,8 +205,3 @@ def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         with contextlib.suppress(Exception):  # a failed device raises in the next operation of its user
             torch.accelerator.synchronize(device)
-
-
-def _remove(directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a forked child
-        shutil.rmtree(directory, ignore_errors=True)

@@ -21,9 +21,10 @@ from duoka.workers.rendezvous import (
     CONNECT_TIMEOUT,
     LOOPBACK,
     NO_WATCHDOG_ENVIRONMENT,
+    Rendezvous,
     environment_variables,
-    file_store,
 )
+from duoka.workers.resource_limits import reserve_descriptors
 
 _NO_TIMEOUT = datetime.timedelta(days=365)
 """A worker may compute for hours. The death of a member breaks gloo's connections without a timeout."""
@@ -63,12 +64,14 @@ class PrivateProcessGroup:
     accelerator pass through host memory.
     """
 
-    def __init__(self, directory: str, rank: int, size: int, device: torch.device, backend: str) -> None:
+    def __init__(self, rendezvous: Rendezvous, rank: int, size: int, device: torch.device, backend: str) -> None:
         self.rank, self.size = rank, size
         self._is_nccl = backend == "nccl"
         self._timeout = () if self._is_nccl else (_NO_TIMEOUT,)
-        store = file_store(directory, size)
         self._group: Any
+        self._spare = contextlib.ExitStack()
+        self._spare.enter_context(reserve_descriptors(size))
+        store = rendezvous.store()
         if self._is_nccl:
             with environment_variables(_ENVIRONMENT if rank else _OWNER_ENVIRONMENT):
                 self._group = nccl_process_group(store, rank, size, device, _NO_TIMEOUT)
@@ -101,6 +104,7 @@ class PrivateProcessGroup:
     def close(self) -> None:
         """Leave the group; transfers under way are aborted."""
         self.abort()
+        self._spare.close()
         self._group = None
 
     def abort(self) -> None:

@@ -27,7 +27,6 @@ class SharedOwnerTransport:
     """Rank 0's memory that the workers of one group map, and its view of theirs."""
 
     is_collective: Literal[False] = False
-    temp_dir = None
 
     def __init__(self, devices: Sequence[torch.device], weights: SharedArena) -> None:
         self.traffic = SharedArena("traffic")
@@ -222,6 +221,12 @@ class SharedWorkerTransport:
         self._announced = len(self._arena.segments)
         layout.copy_to_layout(self._outputs.base, specs, outputs)
         return self._outputs.location, size, specs
+
+    def close(self) -> None:
+        """Free the memory of outputs, and unmap rank 0's."""
+        self._outputs = None
+        self._arena.close()
+        self._views.clear()
 
     def start_backward(self, request: BackwardRequest, gradient_layout: GradientLayout) -> _SharedBackwardTask:
         """Begin a backward."""

@@ -4,6 +4,7 @@ A block stays allocated for as long as a tensor over it exists, views and aliase
 reuses freed blocks: a training loop soon allocates nothing new.
 """
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -17,6 +18,7 @@ import torch
 
 from duoka.data_parallel.tensor_layout import Allocation, Location
 from duoka.data_parallel.transport.base import ModelMemory
+from duoka.workers.resource_limits import explain_resource_errors
 from duoka.workers.serialization import memory_file
 
 _MAP_FIXED = 0x10
@@ -78,9 +80,13 @@ class SharedArena:
 
     def _extend(self, size: int) -> Location:
         if self._unused < size:
-            fd, nbytes = memory_file(f"duoka-{self.name}"), max(_SEGMENT_BYTES, size)
-            os.ftruncate(fd, nbytes)
-            mapping = mmap.mmap(fd, nbytes)
+            nbytes = max(_SEGMENT_BYTES, size)
+            with explain_resource_errors("share memory with worker processes"), contextlib.ExitStack() as on_failure:
+                fd = memory_file(f"duoka-{self.name}")
+                on_failure.callback(os.close, fd)
+                os.ftruncate(fd, nbytes)
+                mapping = mmap.mmap(fd, nbytes)
+                on_failure.pop_all()
             self.segments.append(Segment(fd, mapping, torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()))
             self._unused = nbytes
         segment = len(self.segments) - 1
@@ -122,7 +128,8 @@ class SharedView(ModelMemory):
     def map_segment(self, fd: int) -> None:
         """Map the arena's next segment, and close ``fd``."""
         try:
-            mapping = mmap.mmap(fd, 0, access=self._access)
+            with explain_resource_errors("share memory with worker processes"):
+                mapping = mmap.mmap(fd, 0, access=self._access)
         finally:
             os.close(fd)
         self._mappings.append(mapping)
