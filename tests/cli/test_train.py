@@ -233,6 +233,7 @@ def test_an_interruption_before_the_first_epoch_leaves_no_folder(here, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_and_resumed_run_is_bit_identical(tmp_path):
     command = [sys.executable, "-m", "duoka", "train", "cifar100", *SHORT, "--epochs", "3"]
     subprocess.run([*command, "--out", "whole"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL, env=ONE_THREAD)

@@ -36,9 +36,10 @@ class WorkerSession:
         devices: Sequence[torch.device],
     ) -> None:
         self.workers: list[WorkerHandle] = pool.acquire(devices)
-        self._selector = EventSelector(self.workers, torch.device("cpu"))
+        self._selector: EventSelector | None = None
         self._is_closed = False
         try:
+            self._selector = EventSelector(self.workers, torch.device("cpu"))
             with contextlib.closing(dumps((function, arguments))) as packed:
                 for worker, config in zip(self.workers, configs, strict=True):
                     with _death_of(worker):
@@ -86,6 +87,7 @@ class WorkerSession:
         self._release(reusable=False)
 
     def _poll(self, timeout_s: float) -> tuple[int, Message] | None:
+        assert self._selector is not None
         for worker, event in self._selector.poll(timeout_s):
             if isinstance(event, BaseException):
                 raise event
@@ -107,7 +109,8 @@ class WorkerSession:
     def _release(self, *, reusable: bool) -> None:
         if not self._is_closed:
             self._is_closed = True
-            self._selector.close()
+            if self._selector is not None:
+                self._selector.close()
             pool.release(self.workers, reusable=reusable)
 
 
