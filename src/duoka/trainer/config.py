@@ -95,6 +95,10 @@ class TrainerConfig:
             of a checkpoint or of a run's folder. Model, optimizer and schedule must be the same. If the checkpoint
             does not match, ``out_dir`` stays unchanged.
         checkpoint_every_steps: Also write a checkpoint every so many optimizer steps, not only after each epoch.
+        checkpoint_minutes: Also write a checkpoint, after a step, when the last one is so many minutes old; ``None`` does
+            not. Without ``out_dir`` it has no effect.
+        max_hours: Time limit: training stops, evaluates and saves, so that ``fit`` returns within so many hours if
+            evaluation and checkpoint take as long as before. ``resume`` continues later.
         tensorboard: Whether to write TensorBoard events into ``out_dir``; ``None`` does if TensorBoard is installed.
         verbose: Whether to print progress.
 
@@ -142,6 +146,8 @@ class TrainerConfig:
     out_dir: str | Path | None = None
     resume: bool | str | Path = False
     checkpoint_every_steps: int | None = None
+    checkpoint_minutes: float | None = 10.0
+    max_hours: float | None = None
     tensorboard: bool | None = None
     verbose: bool = True
 
@@ -189,9 +195,10 @@ class TrainerConfig:
         for name in (*at_least_1, "checkpoint_every_steps", "warmup_steps", "seed"):
             if (value := getattr(self, name)) is not None:
                 check_integer(name, value, 0 if name in ("warmup_steps", "seed") else 1)
-        for name in ("lr", "max_grad_norm", "weight_decay", "warmup_epochs"):
+        above_0 = ("lr", "max_grad_norm", "checkpoint_minutes", "max_hours")
+        for name in (*above_0, "weight_decay", "warmup_epochs"):
             if (value := getattr(self, name)) is not None:
-                check_number(name, value, 0, exclusive=name in ("lr", "max_grad_norm"))
+                check_number(name, value, 0, exclusive=name in above_0)
 
     def _check_combinations(self) -> None:
         if self.tensorboard and self.out_dir is None:
@@ -223,6 +230,8 @@ class TrainerConfig:
                 f"scheduler_options={dict(self.scheduler_options)!r} has no effect with scheduler={self.scheduler!r}; "
                 "give scheduler a name or a class"
             )
+        if self.resume == "":
+            raise invalid_option("resume", "", "true, false, 'auto', or the path of a checkpoint or of a run's folder")
         if self.out_dir is None and (self.checkpoint_every_steps or self.resume is True or self.resume == "auto"):
             option = "checkpoint_every_steps" if self.checkpoint_every_steps else "resume"
             raise ConfigError(f"{option}={getattr(self, option)!r} needs out_dir, the folder of the checkpoint")

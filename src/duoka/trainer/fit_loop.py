@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from duoka.data import DataPosition, LocalBatch
 from duoka.log import logger
 from duoka.trainer.batch_coupling import batch_coupling
 from duoka.trainer.callback_sync import CallbackSync
-from duoka.trainer.callbacks import Best, State
+from duoka.trainer.callbacks import TIME_IS_OVER, Best, State
 from duoka.trainer.checked_loader import build_loader
 from duoka.trainer.checkpointing import TrainCheckpoint, checkpoint_path, find_checkpoint, run_on_rank_zero
 from duoka.trainer.evaluation import evaluate
@@ -26,9 +27,11 @@ from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.trainer.optimizers import build_optimizer
 from duoka.trainer.progress import Reporter, format_number, reporter_for
 from duoka.trainer.run_dir import RunDir
+from duoka.trainer.step_agreement import StepAgreement, StepEvents
 from duoka.trainer.train_logger import TrainLogger, startup_summary
 from duoka.trainer.train_step import TrainStep, accumulation_windows
 from duoka.utils.rng_state import preserve_rng_state, seed_all, set_rng_state
+from duoka.utils.signals import SignalWatch, interruption
 from duoka.utils.torch_settings import preserve_train_modes
 from duoka.world import World, current_world
 
@@ -41,6 +44,8 @@ class FitOutcome(NamedTuple):
     history: list[dict[str, Any]]
     best: Best | None
     stop_reason: str
+    signal: int = 0
+    """Number of the signal that has interrupted training; 0 for none."""
 
 
 def fit_on_rank(spec: FitSpec) -> FitOutcome:
@@ -51,13 +56,24 @@ def fit_on_rank(spec: FitSpec) -> FitOutcome:
         stack.enter_context(preserve_rng_state())
         stack.enter_context(preserve_train_modes(spec.model))
         module = stack.enter_context(build_model_with_loss(spec, world))
-        return FitLoop(spec, world, module, stack).run()
+        signals = stack.enter_context(SignalWatch())
+        outcome = FitLoop(spec, world, module, signals, stack).run()
+    if signals.received and not outcome.signal and world.is_main:  # it came too late to interrupt training
+        signal.raise_signal(signals.received)
+    return outcome
 
 
 class FitLoop:
     """The parts of a fit, and the order in which they run."""
 
-    def __init__(self, spec: FitSpec, world: World, module: ModelWithLoss, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self,
+        spec: FitSpec,
+        world: World,
+        module: ModelWithLoss,
+        signals: SignalWatch,
+        stack: contextlib.ExitStack,
+    ) -> None:
         config = spec.config
         self.spec, self.config, self.world, self.module = spec, config, world, module
         self.strategy, self.strategy_reason = spec.strategy(world)
@@ -89,6 +105,8 @@ class FitLoop:
         self.checkpoint = TrainCheckpoint(module, self.train_step, self.state, self.best_tracker.name, world)
         callbacks = spec.rank_zero.callbacks if world.is_main else ()
         self.callbacks = CallbackSync(callbacks, self.state, module, self.strategy, world)
+        self.agreement = StepAgreement(config, world, signals)
+        self.signal = 0
         self.order_seed = config.seed
         self.resumed_rng: Any = None
         self.is_wrapped = False
@@ -120,7 +138,10 @@ class FitLoop:
             if self._should_stop():
                 break
             is_complete = self._train_epoch(epoch)
-            self._end_epoch(epoch, is_complete=is_complete)
+            if not self.signal:
+                self._end_epoch(epoch, is_complete=is_complete)
+            if self.signal:
+                return self._interrupt()
         return self._finish()
 
     def _set_train_modes(self) -> None:
@@ -181,7 +202,7 @@ class FitLoop:
         state.epoch = epoch + 1
         self.train_loader.set_position(DataPosition(self.order_seed, epoch, state.samples_in_epoch))
         self.log.begin_epoch(self.steps_per_epoch)
-        config, clock = self.config, time.perf_counter
+        config, clock, agreement = self.config, time.perf_counter, self.agreement
         has_step_work = "on_step_end" in self.callbacks.overridden or config.checkpoint_every_steps or config.max_steps
         for window in accumulation_windows(self.train_loader, config.gradient_accumulation_steps):
             samples = train_step.step(window) if self.is_wrapped else self._first_step(window)
@@ -190,7 +211,7 @@ class FitLoop:
             state.samples_in_epoch += samples
             if clock() >= reporter.due:
                 self.log.show_progress(self.world.device)
-            if has_step_work and self._after_step(epoch):
+            if (has_step_work or state.step >= agreement.next_step) and self._after_step(epoch):
                 return False
         return True
 
@@ -242,9 +263,26 @@ class FitLoop:
             self._notify("on_step_end")
             if self._should_stop():
                 return True
-        if every is not None and state.step % every == 0:
+        events = self.agreement.meet(state.step) if state.step >= self.agreement.next_step else StepEvents()
+        is_due = events.is_checkpoint_due or events.signal
+        if is_due or (every is not None and state.step % every == 0):
             self._write_checkpoint(epoch, state.samples_in_epoch)
-        return self._is_last_step()
+        self._note_events(events)
+        return bool(self.signal) or events.is_time_over or self._is_last_step()
+
+    def _note_events(self, events: StepEvents) -> None:
+        """End training as the ranks have agreed."""
+        self.signal = events.signal
+        if events.is_time_over:
+            self.state.stop(TIME_IS_OVER)
+
+    def _interrupt(self) -> FitOutcome:
+        """End at a signal, after the checkpoint has been written; no rank ends before that."""
+        self.world.barrier()
+        state = self.state
+        where = "" if self.config.out_dir is None else f"; saved in {checkpoint_path(self.config.out_dir)}"
+        self.log.say(f"stopped by {signal.Signals(self.signal).name} after {state.step:,} steps{where}")
+        return FitOutcome({}, {}, state.history, state.best, interruption(self.signal).message, self.signal)
 
     def _end_epoch(self, epoch: int, *, is_complete: bool) -> None:
         """Evaluate and record. The checkpoint of an incomplete epoch has the position within it."""
@@ -269,11 +307,13 @@ class FitLoop:
         if is_complete:
             state.samples_in_epoch = 0
             self._write_checkpoint(epoch + 1, 0)
+            if not is_last:
+                self._note_events(self.agreement.meet(state.step))
         self.log.end_epoch(record, is_best=is_best)  # after the checkpoint: a user who reads this line may interrupt
 
     def _evaluate(self, record: dict[str, Any], *, end_of_epoch: bool) -> bool:
         """Evaluate, add the results to ``record`` and return whether they are the best so far."""
-        state = self.state
+        state, began = self.state, time.monotonic()
         self.strategy.broadcast(self.module.buffers())
         assert self.eval_loader is not None  # the callers have checked it
         state.validation = evaluate(self.module, self.eval_loader, self.metrics, self.world)
@@ -286,12 +326,16 @@ class FitLoop:
             monitored = self.best_tracker.value(state.validation)
             self.train_step.schedule.after_evaluation(state.validation.get("loss") if monitored is None else monitored)
         self._notify("on_evaluate")
+        self.agreement.durations_s["evaluation"] = time.monotonic() - began
         return is_best
 
     def _write_checkpoint(self, epoch: int, samples: int) -> None:
         if self.config.out_dir is not None:
+            began = time.monotonic()
             position = DataPosition(self.order_seed, epoch, samples).to_dict()
             self.checkpoint.write(checkpoint_path(self.config.out_dir), position)
+            self.agreement.durations_s["checkpoint"] = time.monotonic() - began
+            self.agreement.note_checkpoint()
 
     def _finish(self) -> FitOutcome:
         state = self.state

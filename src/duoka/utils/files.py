@@ -148,6 +148,14 @@ def _storage_message(target: Path, error: OSError, needed_bytes: int | None) -> 
     return f"cannot write {target}: {reason}. Check the path, or write to another folder"
 
 
+def write_time_ns(path: str | os.PathLike[str]) -> int | None:
+    """Return when ``path`` was last written, ``None`` if there is no such file."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
+
+
 @contextlib.contextmanager
 def file_lock(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold an exclusive lock between processes on ``path``: a folder, or a file that is created if it is missing.
