@@ -41,6 +41,7 @@ def test_a_run_folder_holds_the_whole_run(tmp_path, device):
         "log.txt",
         "model.safetensors",
         "checkpoint/last.pt",
+        "checkpoint/last-1.pt",
         "plots/curves.png",
     }
     assert files(tmp_path / "run") == expected

@@ -89,14 +89,16 @@ class TrainerConfig:
         predict_fn: Source of predictions: a method of the model that takes a batch, by name, or a function
             ``(model, batch)``.
         seed: Seed of the sample order and random augmentation, and, together with the rank, of dropout masks.
-        out_dir: Folder for metrics, curves, log, weights and checkpoint; ``None`` writes nothing. A new run in the
-            folder of another run deletes that run's checkpoint and weights.
+        out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing. One program at a
+            time trains there. A new run in the folder of another run moves that run's files into a subfolder.
         resume: ``True`` continues from the checkpoint in ``out_dir``; ``"auto"`` does so if there is one; or the path
             of a checkpoint or of a run's folder. Model, optimizer and schedule must be the same. If the checkpoint
             does not match, ``out_dir`` stays unchanged.
         checkpoint_every_steps: Also write a checkpoint every so many optimizer steps, not only after each epoch.
         checkpoint_minutes: Also write a checkpoint, after a step, when the last one is so many minutes old; ``None`` does
             not. Without ``out_dir`` it has no effect.
+        keep_checkpoints: Number of checkpoints that stay on disk: the last and those before it. Each holds the best
+            weights as well. If the last is damaged, ``resume`` continues from the one before, with a warning.
         max_hours: Time limit: training stops, evaluates and saves, so that ``fit`` returns within so many hours if
             evaluation and checkpoint take as long as before. ``resume`` continues later.
         tensorboard: Whether to write TensorBoard events into ``out_dir``; ``None`` does if TensorBoard is installed.
@@ -147,6 +149,7 @@ class TrainerConfig:
     resume: bool | str | Path = False
     checkpoint_every_steps: int | None = None
     checkpoint_minutes: float | None = 10.0
+    keep_checkpoints: int = 2
     max_hours: float | None = None
     tensorboard: bool | None = None
     verbose: bool = True
@@ -192,7 +195,7 @@ class TrainerConfig:
 
     def _check_numbers(self) -> None:
         at_least_1 = ("epochs", "gradient_accumulation_steps", "eval_every_epochs", "max_steps", "early_stop_patience")
-        for name in (*at_least_1, "checkpoint_every_steps", "warmup_steps", "seed"):
+        for name in (*at_least_1, "checkpoint_every_steps", "keep_checkpoints", "warmup_steps", "seed"):
             if (value := getattr(self, name)) is not None:
                 check_integer(name, value, 0 if name in ("warmup_steps", "seed") else 1)
         above_0 = ("lr", "max_grad_norm", "checkpoint_minutes", "max_hours")

@@ -16,7 +16,8 @@ from duoka.trainer.batch_coupling import batch_coupling
 from duoka.trainer.callback_sync import CallbackSync
 from duoka.trainer.callbacks import TIME_IS_OVER, Best, State
 from duoka.trainer.checked_loader import build_loader
-from duoka.trainer.checkpointing import TrainCheckpoint, checkpoint_path, find_checkpoint, run_on_rank_zero
+from duoka.trainer.checkpoint_files import check_space, checkpoint_path, find_checkpoints
+from duoka.trainer.checkpointing import TrainCheckpoint, run_on_rank_zero
 from duoka.trainer.evaluation import evaluate
 from duoka.trainer.fit_spec import FitSpec, build_model_with_loss
 from duoka.trainer.loss_meter import LossMeter
@@ -31,6 +32,7 @@ from duoka.trainer.step_agreement import StepAgreement, StepEvents
 from duoka.trainer.train_logger import TrainLogger, startup_summary
 from duoka.trainer.train_step import TrainStep, accumulation_windows
 from duoka.utils.rng_state import preserve_rng_state, seed_all, set_rng_state
+from duoka.utils.run_lock import run_lock
 from duoka.utils.signals import SignalWatch, interruption
 from duoka.utils.torch_settings import preserve_train_modes
 from duoka.world import World, current_world
@@ -75,7 +77,7 @@ class FitLoop:
         stack: contextlib.ExitStack,
     ) -> None:
         config = spec.config
-        self.spec, self.config, self.world, self.module = spec, config, world, module
+        self.spec, self.config, self.world, self.module, self.stack = spec, config, world, module, stack
         self.strategy, self.strategy_reason = spec.strategy(world)
         self.metrics = Metrics(spec.metrics, world.device)
         self.train_metrics = Metrics(spec.train_metrics, world.device)
@@ -103,6 +105,7 @@ class FitLoop:
         self.train_step.zero_grad()  # gradients from before the fit do not enter the first step
         stack.callback(self.train_step.zero_grad)
         self.checkpoint = TrainCheckpoint(module, self.train_step, self.state, self.best_tracker.name, world)
+        self.checkpoint.keep = config.keep_checkpoints
         callbacks = spec.rank_zero.callbacks if world.is_main else ()
         self.callbacks = CallbackSync(callbacks, self.state, module, self.strategy, world)
         self.agreement = StepAgreement(config, world, signals)
@@ -170,10 +173,11 @@ class FitLoop:
 
         Nothing is written before the checkpoint has been accepted, so an error leaves the folder unchanged.
         """
-        path = run_on_rank_zero(self.world, lambda: find_checkpoint(self.config))
-        epoch = 0
-        if path is not None:
-            position, self.resumed_rng = self.checkpoint.restore(path)
+        run_on_rank_zero(self.world, self._lock_run_dir)
+        paths = run_on_rank_zero(self.world, lambda: find_checkpoints(self.config))
+        epoch, path = 0, None
+        if paths:
+            path, position, self.resumed_rng = self.checkpoint.restore(paths)
             epoch, self.order_seed = int(position["epoch"]), int(position["seed"])
             if self.order_seed != self.config.seed and self.world.is_main:
                 differs = f"seed={self.config.seed} differs from seed={self.order_seed} of {path}"
@@ -187,11 +191,17 @@ class FitLoop:
             self.log.say(*startup_summary(self.spec, self.strategy, self.strategy_reason, optimizer, tracker.summary))
         return epoch
 
+    def _lock_run_dir(self) -> None:
+        """Keep other programs from the folder until the fit ends."""
+        if self.run_dir is not None:
+            self.stack.enter_context(run_lock(self.run_dir.path))
+
     def _open_run_dir(self, *, resumed: Path | None) -> None:
         """Prepare the folder; its run continues if ``resumed`` is its own checkpoint."""
         if self.run_dir is not None:
-            own = checkpoint_path(self.run_dir.path).resolve()
-            is_new = resumed is None or resumed.resolve() != own
+            own = checkpoint_path(self.run_dir.path).resolve().parent
+            is_new = resumed is None or resumed.resolve().parent != own
+            check_space(self.config, *self.checkpoint.size_bytes())
             self.run_dir.start(self.config.to_plain(), self.state.history, is_new=is_new)
         if self.spec.weights_path is not None:
             checkpoint.check_writable(self.spec.weights_path)

@@ -19,7 +19,7 @@ from duoka.launcher.cluster_environment import is_in_cluster_job
 from duoka.log import logger
 from duoka.trainer.callbacks import Best, Callback
 from duoka.trainer.checked_loader import build_loader, in_dataset_order
-from duoka.trainer.checkpointing import checkpoint_path
+from duoka.trainer.checkpoint_files import checkpoint_path
 from duoka.trainer.config import TrainerConfig
 from duoka.trainer.evaluation import evaluate, predict
 from duoka.trainer.fit_loop import FitOutcome, fit_on_rank

@@ -46,7 +46,8 @@ OTHER_NAMES = {
 }
 """Names of options in other programs, by duoka's name; messages lead from them to it."""
 HOW_IT_RUNS = (
-    "device", "num_workers", "download", "out", "resume", "checkpoint_minutes", "checkpoint_every_steps", "hours",
+    "device", "num_workers", "download", "out", "resume", "checkpoint_minutes", "checkpoint_every_steps",
+    "keep_checkpoints", "hours",
 )  # fmt: skip
 """Options that do not change the result of a run."""
 
@@ -93,6 +94,8 @@ class RunOptions:
     """Time between two checkpoints within an epoch; each epoch ends with one as well."""
     checkpoint_every_steps: int = 0
     """Steps between two checkpoints within an epoch; 0 counts minutes alone."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay on disk: the last, and those before it in case it is damaged."""
     hours: float = 0.0
     """Time limit from the start of the program: training stops in time, saves, and exits with status 124. 0 is none."""
 
@@ -107,7 +110,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        self.check_numbers("batch_size", "epochs", least=1)
+        self.check_numbers("batch_size", "epochs", "keep_checkpoints", least=1)
         self.check_numbers("lr", least=0, exclusive=True)
         self.check_numbers("weight_decay", least=0)
         self.check_numbers("seed", least=0, below=2**63)
