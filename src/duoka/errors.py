@@ -65,6 +65,10 @@ class WorkerDied(LaunchError):  # noqa: N818 - not an error of the user
         return type(self), (self.rank, self.device, self.exit_code, self.signal, self.last_output)
 
 
+class DivergenceError(DuokaError, ArithmeticError):
+    """Training stopped because a loss was not finite."""
+
+
 class TrainingInterrupted(SystemExit):
     """Training was stopped by a signal or a time limit, after its state was saved where there is an ``out_dir``.
 

@@ -129,7 +129,7 @@ def test_eval_on_another_number_of_devices_gives_the_same_accuracy(run):
     assert after["test_loss"] == pytest.approx(before["test_loss"], rel=1e-5)
 
 
-def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys):
+def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys, monkeypatch):
     for label, name in enumerate(("猫", "狗")):
         (here / "pets" / name).mkdir(parents=True)
         for number in range(20):
@@ -158,6 +158,9 @@ def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys):
     following = lines_of(capsys)[-1]
     assert main(shlex.split(following)[2:]) == 0
     assert "samples/狗.png: 狗 " in capsys.readouterr().out
+    (run,) = (here / "runs" / "cifar100").iterdir()
+    monkeypatch.chdir(here / "pets")
+    assert main(["eval", str(run)]) == 0  # from another folder, with the same data
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad", "rmsprop"])

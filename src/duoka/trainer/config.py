@@ -101,6 +101,10 @@ class TrainerConfig:
             weights as well. If the last is damaged, ``resume`` continues from the one before, with a warning.
         max_hours: Time limit: training stops, evaluates and saves, so that ``fit`` returns within so many hours if
             evaluation and checkpoint take as long as before. ``resume`` continues later.
+        on_nonfinite_loss: ``"stop"`` ends training with ``duoka.errors.DivergenceError`` when the loss becomes NaN or
+            infinite, and saves nothing after that; ``"warn"`` goes on. With ``precision="fp16"`` training goes on, as loss
+            scaling skips such steps.
+        find_nonfinite_layer: Whether the error names the first layer with such an output; this slows every step.
         tensorboard: Whether to write TensorBoard events into ``out_dir``; ``None`` does if TensorBoard is installed.
         verbose: Whether to print progress.
 
@@ -151,6 +155,8 @@ class TrainerConfig:
     checkpoint_minutes: float | None = 10.0
     keep_checkpoints: int = 2
     max_hours: float | None = None
+    on_nonfinite_loss: Literal["stop", "warn"] = "stop"
+    find_nonfinite_layer: bool = False
     tensorboard: bool | None = None
     verbose: bool = True
 
@@ -232,6 +238,10 @@ class TrainerConfig:
             raise ConfigError(
                 f"scheduler_options={dict(self.scheduler_options)!r} has no effect with scheduler={self.scheduler!r}; "
                 "give scheduler a name or a class"
+            )
+        if self.find_nonfinite_layer and self.on_nonfinite_loss == "warn":
+            raise ConfigError(
+                "find_nonfinite_layer=True has no effect with on_nonfinite_loss='warn'; leave one of them out"
             )
         if self.resume == "":
             raise invalid_option("resume", "", "true, false, 'auto', or the path of a checkpoint or of a run's folder")

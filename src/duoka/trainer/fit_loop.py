@@ -12,13 +12,14 @@ import torch
 from duoka import checkpoint
 from duoka.data import DataPosition, LocalBatch
 from duoka.log import logger
-from duoka.trainer.batch_coupling import batch_coupling
+from duoka.trainer.batch_coupling import warn_of_batch_coupling
 from duoka.trainer.callback_sync import CallbackSync
 from duoka.trainer.callbacks import TIME_IS_OVER, Best, State
 from duoka.trainer.checked_loader import build_loader
 from duoka.trainer.checkpoint_files import check_space, checkpoint_path, find_checkpoints
 from duoka.trainer.checkpointing import TrainCheckpoint, run_on_rank_zero
 from duoka.trainer.evaluation import evaluate
+from duoka.trainer.finite_loss import LayerWatch, LossWatch
 from duoka.trainer.fit_spec import FitSpec, build_model_with_loss
 from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.lr_schedule import build_schedule, scaled_learning_rate
@@ -34,7 +35,7 @@ from duoka.trainer.train_step import TrainStep, accumulation_windows
 from duoka.utils.rng_state import preserve_rng_state, seed_all, set_rng_state
 from duoka.utils.run_lock import run_lock
 from duoka.utils.signals import SignalWatch, interruption
-from duoka.utils.torch_settings import preserve_train_modes
+from duoka.utils.torch_settings import preserve_train_modes, train_except_frozen
 from duoka.world import World, current_world
 
 
@@ -109,6 +110,7 @@ class FitLoop:
         callbacks = spec.rank_zero.callbacks if world.is_main else ()
         self.callbacks = CallbackSync(callbacks, self.state, module, self.strategy, world)
         self.agreement = StepAgreement(config, world, signals)
+        self.loss_watch = self._build_loss_watch()
         self.signal = 0
         self.order_seed = config.seed
         self.resumed_rng: Any = None
@@ -132,10 +134,21 @@ class FitLoop:
         parts = self.module, self.strategy, optimizer, schedule, LossMeter(self.world.device), self.train_metrics
         return TrainStep(*parts, max_grad_norm=config.max_grad_norm, scaler=scaler)
 
+    def _build_loss_watch(self) -> LossWatch | None:
+        if self.config.on_nonfinite_loss == "warn" or self.train_step.scaler is not None:
+            return None
+        layers = LayerWatch(self.spec.model, self.stack) if self.config.find_nonfinite_layer else None
+        return LossWatch(self.train_step.loss_meter, self.world, layers)
+
+    def _check_loss(self) -> None:
+        if self.loss_watch is not None:
+            self.loss_watch.check()
+
     def run(self) -> FitOutcome:
         """Train to the end, or until stopped, and return the results."""
         first_epoch = self._begin()
-        self._set_train_modes()
+        if names := train_except_frozen(self.module):
+            self.log.say(f"stays in evaluation mode, as before fit: {names}")
         self._notify("on_fit_start")
         for epoch in range(first_epoch, self.config.epochs):
             if self._should_stop():
@@ -146,19 +159,6 @@ class FitLoop:
             if self.signal:
                 return self._interrupt()
         return self._finish()
-
-    def _set_train_modes(self) -> None:
-        """Put model and loss into training mode, without the parts that the user has put into evaluation mode."""
-        roots = [(f"{name}.", root) for name, root in self.module.named_children() if root.training]
-        parts = [(prefix + name, part) for prefix, root in roots for name, part in root.named_modules()]
-        frozen = {name: part for name, part in parts if not part.training}
-        self.module.train()
-        for part in frozen.values():
-            part.training = False
-        if frozen:
-            outer = [name.removeprefix("model.") for name in frozen if name.rpartition(".")[0] not in frozen]
-            names = ", ".join(outer[:5]) + (" ..." if len(outer) > 5 else "")
-            self.log.say(f"stays in evaluation mode, as before fit: {names}")
 
     def _should_stop(self) -> bool:
         """Return on every rank whether training stops here; rank 0's callbacks may have requested it."""
@@ -214,7 +214,9 @@ class FitLoop:
         self.log.begin_epoch(self.steps_per_epoch)
         config, clock, agreement = self.config, time.perf_counter, self.agreement
         has_step_work = "on_step_end" in self.callbacks.overridden or config.checkpoint_every_steps or config.max_steps
+        has_step_work = has_step_work or config.find_nonfinite_layer
         for window in accumulation_windows(self.train_loader, config.gradient_accumulation_steps):
+            train_step.loss_meter.step = state.step + 1
             samples = train_step.step(window) if self.is_wrapped else self._first_step(window)
             state.step += 1
             state.samples += samples
@@ -232,7 +234,7 @@ class FitLoop:
             self.resumed_rng = None
         if not self.is_loss_checked:
             self.is_loss_checked = True
-            self._warn_of_batch_coupling(window[0])
+            warn_of_batch_coupling(self.module, window[0], self.world.device, self.strategy.replicas)
         unused, options = self.config.find_unused_parameters, self.config.ddp_options
         is_decided = self.world.size == 1 or options.keys() & {"find_unused_parameters", "static_graph"}
         if unused is None:
@@ -247,16 +249,6 @@ class FitLoop:
         self.checkpoint.has_unused_parameters = bool(names)  # a resumed run then takes all its steps wrapped
         self._wrap(bool(names))
         return samples
-
-    def _warn_of_batch_coupling(self, local: LocalBatch) -> None:
-        if losses := batch_coupling(self.module, local, self.world.device):
-            logger.warning(
-                "the loss of a batch is not the mean of its halves' losses (%s). Each of %d devices computes the loss of its "
-                "own part, so steps differ from those of one device. For a mean over tokens, return (sum, weight). For "
-                "in-batch negatives, train on one device, or gather the vectors of all ranks inside the loss",
-                losses,
-                self.strategy.replicas,
-            )
 
     def _wrap(self, find_unused_parameters: bool) -> None:
         if self.config.compile:
@@ -273,7 +265,10 @@ class FitLoop:
             self._notify("on_step_end")
             if self._should_stop():
                 return True
-        events = self.agreement.meet(state.step) if state.step >= self.agreement.next_step else StepEvents()
+        is_meeting = state.step >= self.agreement.next_step
+        if is_meeting or self.config.find_nonfinite_layer:
+            self._check_loss()
+        events = self.agreement.meet(state.step) if is_meeting else StepEvents()
         is_due = events.is_checkpoint_due or events.signal
         if is_due or (every is not None and state.step % every == 0):
             self._write_checkpoint(epoch, state.samples_in_epoch)
@@ -297,6 +292,7 @@ class FitLoop:
     def _end_epoch(self, epoch: int, *, is_complete: bool) -> None:
         """Evaluate and record. The checkpoint of an incomplete epoch has the position within it."""
         state, meter, schedule = self.state, self.train_step.loss_meter, self.train_step.schedule
+        self._check_loss()
         loss = meter.global_mean(self.world)
         record = self.log.record(math.nan if loss is None else self.log.checked_loss(loss))
         record.update({f"train_{name}": value for name, value in self.train_metrics.compute(self.world).items()})
@@ -341,6 +337,7 @@ class FitLoop:
 
     def _write_checkpoint(self, epoch: int, samples: int) -> None:
         if self.config.out_dir is not None:
+            self._check_loss()
             began = time.monotonic()
             position = DataPosition(self.order_seed, epoch, samples).to_dict()
             self.checkpoint.write(checkpoint_path(self.config.out_dir), position)

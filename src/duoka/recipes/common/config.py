@@ -47,7 +47,7 @@ OTHER_NAMES = {
 """Names of options in other programs, by duoka's name; messages lead from them to it."""
 HOW_IT_RUNS = (
     "device", "num_workers", "download", "out", "resume", "checkpoint_minutes", "checkpoint_every_steps",
-    "keep_checkpoints", "hours",
+    "keep_checkpoints", "hours", "on_nonfinite_loss", "find_nonfinite_layer",
 )  # fmt: skip
 """Options that do not change the result of a run."""
 
@@ -96,6 +96,10 @@ class RunOptions:
     """Steps between two checkpoints within an epoch; 0 counts minutes alone."""
     keep_checkpoints: int = 2
     """Checkpoints that stay on disk: the last, and those before it in case it is damaged."""
+    on_nonfinite_loss: Literal["stop", "warn"] = "stop"
+    """Whether training stops when the loss becomes NaN or infinite."""
+    find_nonfinite_layer: bool = False
+    """Name the first layer with such an output; this slows every step."""
     hours: float = 0.0
     """Time limit from the start of the program: training stops in time, saves, and exits with status 124. 0 is none."""
 

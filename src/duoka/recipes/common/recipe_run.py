@@ -206,7 +206,7 @@ def run_options(run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] 
         "resume": "auto",  # a new folder has no checkpoint
         "checkpoint_minutes": config.checkpoint_minutes,
         "checkpoint_every_steps": config.checkpoint_every_steps or None,
-        "keep_checkpoints": config.keep_checkpoints,
+        **{name: getattr(config, name) for name in ("keep_checkpoints", "on_nonfinite_loss", "find_nonfinite_layer")},
         "max_hours": _hours_left(config.hours) if config.hours else None,
         "callbacks": [ConfigWriter(run, recipe, dataclasses.replace(config, resume=None), facts)],
     }
