@@ -64,6 +64,11 @@ class TrainerConfig:
         batch_size_means: Meaning of the loader's batch size: ``"per_device"`` (a step on N devices takes N batches) or
             ``"global"`` (each batch is split over the devices).
         gradient_accumulation_steps: Number of global batches per optimizer step.
+        micro_batch_size: Largest number of samples that a device computes at once: a larger part of a batch is computed in
+            parts, whose gradients add up to the same step. ``"fit"`` finds the largest that fits in memory by a trial on
+            all devices. Batch norm and batch losses see the parts.
+        on_out_of_memory: ``"raise"``, or ``"halve"``: all devices halve their parts, repeat the step and go on. Gradients are
+            then exchanged after a step's computation, not during it.
         optimizer: A name, a class, a function from parameters to an optimizer, or an optimizer of the model's
             parameters.
         lr: Learning rate for the batch of one device; ``None`` is the optimizer's default.
@@ -127,6 +132,8 @@ class TrainerConfig:
     max_steps: int | None = None
     batch_size_means: Literal["per_device", "global"] = "per_device"
     gradient_accumulation_steps: int = 1
+    micro_batch_size: int | Literal["fit"] | None = None
+    on_out_of_memory: Literal["raise", "halve"] = "raise"
 
     optimizer: Any = "adamw"
     lr: float | None = None
@@ -170,6 +177,7 @@ class TrainerConfig:
         check_field_types(self)
         self._check_optimizer_and_scheduler()
         self._check_numbers()
+        self._check_micro_batches()
         self._check_combinations()
 
     @classmethod
@@ -208,6 +216,16 @@ class TrainerConfig:
         for name in (*above_0, "weight_decay", "warmup_epochs"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value, 0, exclusive=name in above_0)
+
+    def _check_micro_batches(self) -> None:
+        if self.micro_batch_size not in (None, "fit"):
+            check_integer("micro_batch_size", self.micro_batch_size, 1)
+        splits = self.micro_batch_size is not None or self.on_out_of_memory == "halve"
+        if splits and (self.strategy == "dp" or self.sync_batchnorm):
+            raise ConfigError(
+                "micro_batch_size and on_out_of_memory='halve' need one process a device whose forward waits for no other: "
+                "leave strategy='dp' and sync_batchnorm out"
+            )
 
     def _check_combinations(self) -> None:
         if self.tensorboard and self.out_dir is None:

@@ -15,23 +15,22 @@ from duoka.log import logger
 from duoka.trainer.batch_coupling import warn_of_batch_coupling
 from duoka.trainer.callback_sync import CallbackSync
 from duoka.trainer.callbacks import TIME_IS_OVER, Best, State
-from duoka.trainer.checked_loader import build_loader
+from duoka.trainer.checked_loader import build_loader, part_size
 from duoka.trainer.checkpoint_files import check_space, checkpoint_path, find_checkpoints
 from duoka.trainer.checkpointing import TrainCheckpoint, run_on_rank_zero
 from duoka.trainer.evaluation import evaluate
 from duoka.trainer.finite_loss import LayerWatch, LossWatch
 from duoka.trainer.fit_spec import FitSpec, build_model_with_loss
-from duoka.trainer.loss_meter import LossMeter
-from duoka.trainer.lr_schedule import build_schedule, scaled_learning_rate
 from duoka.trainer.metrics import Metrics, Results
 from duoka.trainer.model_selection import PREFIX, BestTracker
 from duoka.trainer.model_with_loss import ModelWithLoss
-from duoka.trainer.optimizers import build_optimizer
+from duoka.trainer.out_of_memory import MicroBatches, explain, is_out_of_memory
 from duoka.trainer.progress import Reporter, format_number, reporter_for
 from duoka.trainer.run_dir import RunDir
 from duoka.trainer.step_agreement import StepAgreement, StepEvents
+from duoka.trainer.step_setup import build_train_step
 from duoka.trainer.train_logger import TrainLogger, startup_summary
-from duoka.trainer.train_step import TrainStep, accumulation_windows
+from duoka.trainer.train_step import accumulation_windows
 from duoka.utils.rng_state import preserve_rng_state, seed_all, set_rng_state
 from duoka.utils.run_lock import run_lock
 from duoka.utils.signals import SignalWatch, interruption
@@ -93,7 +92,7 @@ class FitLoop:
         with contextlib.suppress(TypeError):  # data without length
             self.steps_per_epoch = -(-len(self.train_loader) // config.gradient_accumulation_steps)
         seed_all((config.seed + 1_000_003 * world.rank) % 2**63)  # ranks differ, so that their dropout masks do
-        self.train_step = self._build_train_step()
+        self.train_step = build_train_step(config, module, self.strategy, self.train_metrics, self.steps_per_epoch)
         module.capture_outputs = not self.train_metrics.empty
         self.state = State(spec.model, self.train_step.optimizer, config.epochs, self.train_step.loss_meter)
         reporter: Reporter = reporter_for(config.verbose) if world.is_main else Reporter()
@@ -124,16 +123,6 @@ class FitLoop:
             self.train_step.call = self.module.forward
             self.is_wrapped = False
 
-    def _build_train_step(self) -> TrainStep:
-        config, factor = self.config, scaled_learning_rate(self.config, self.strategy.replicas).factor
-        optimizer = build_optimizer(config, self.module, factor)
-        schedule = build_schedule(config, optimizer, self.steps_per_epoch, factor)
-        is_plain = self.strategy.name == "single" and not config.compile
-        self.module.single_batch_step = is_plain and config.gradient_accumulation_steps == 1
-        scaler = torch.amp.GradScaler(self.world.device.type) if config.precision == "fp16" else None
-        parts = self.module, self.strategy, optimizer, schedule, LossMeter(self.world.device), self.train_metrics
-        return TrainStep(*parts, max_grad_norm=config.max_grad_norm, scaler=scaler)
-
     def _build_loss_watch(self) -> LossWatch | None:
         if self.config.on_nonfinite_loss == "warn" or self.train_step.scaler is not None:
             return None
@@ -146,6 +135,15 @@ class FitLoop:
 
     def run(self) -> FitOutcome:
         """Train to the end, or until stopped, and return the results."""
+        try:
+            return self._run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            batch = self.train_step.micro_batch or part_size(self.spec, self.strategy.replicas)
+            raise explain(error, self.module, self.train_step.optimizer, self.world.device, batch) from error
+
+    def _run(self) -> FitOutcome:
         first_epoch = self._begin()
         if names := train_except_frozen(self.module):
             self.log.say(f"stays in evaluation mode, as before fit: {names}")
@@ -235,9 +233,12 @@ class FitLoop:
         if not self.is_loss_checked:
             self.is_loss_checked = True
             warn_of_batch_coupling(self.module, window[0], self.world.device, self.strategy.replicas)
+        self._prepare_micro_batches(window)
         unused, options = self.config.find_unused_parameters, self.config.ddp_options
         is_decided = self.world.size == 1 or options.keys() & {"find_unused_parameters", "static_graph"}
-        if unused is None:
+        if self.train_step.recovery is not None:
+            unused = False
+        elif unused is None:
             unused = False if is_decided else self.checkpoint.has_unused_parameters
         if unused is not None:
             self._wrap(unused)
@@ -250,10 +251,22 @@ class FitLoop:
         self._wrap(bool(names))
         return samples
 
+    def _prepare_micro_batches(self, window: list[LocalBatch]) -> None:
+        """Find the size of the parts, and take steps that may be repeated, as the options say."""
+        micro_batches = MicroBatches(self.train_step, self.log.say)
+        if self.config.micro_batch_size == "fit" and self.train_step.micro_batch is None:
+            micro_batches.fit(window)
+        if self.config.on_out_of_memory == "halve":
+            self.train_step.recovery = micro_batches.step
+
     def _wrap(self, find_unused_parameters: bool) -> None:
         if self.config.compile:
             self.module.compile()
-        wrapped = self.strategy.wrap(self.module, find_unused_parameters=find_unused_parameters)
+        if self.train_step.recovery is not None:
+            self.strategy.broadcast([*self.module.parameters(), *self.module.buffers()])
+            wrapped: torch.nn.Module = self.module
+        else:
+            wrapped = self.strategy.wrap(self.module, find_unused_parameters=find_unused_parameters)
         if self.config.compile or wrapped is not self.module:
             self.train_step.call = wrapped
         self.is_wrapped = True

@@ -48,6 +48,13 @@ class LossMeter:
         if len(self._sums) == FOLD_EVERY:
             self._fold()
 
+    def merge(self, other: "LossMeter") -> None:
+        """Add the values of another meter."""
+        other._fold()
+        self.total.add_(other.total)
+        self.weight = self.weight + other.weight
+        torch.minimum(self._first_bad, other._first_bad, out=self._first_bad)
+
     def first_bad_step(self) -> int:
         """Return the first step with a value that is not finite, ``NEVER`` if there is none; waits for the device."""
         self._fold()

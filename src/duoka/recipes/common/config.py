@@ -48,6 +48,7 @@ OTHER_NAMES = {
 HOW_IT_RUNS = (
     "device", "num_workers", "download", "out", "resume", "checkpoint_minutes", "checkpoint_every_steps",
     "keep_checkpoints", "hours", "on_nonfinite_loss", "find_nonfinite_layer",
+    "micro_batch_size", "on_out_of_memory",
 )  # fmt: skip
 """Options that do not change the result of a run."""
 
@@ -71,6 +72,11 @@ class RunOptions:
     """Samples in a batch; see ``batch_size_means``."""
     batch_size_means: Literal["per_device", "global"] | None = "global"
     """Whether ``batch_size`` is the batch of each device or of all devices together."""
+    micro_batch_size: int | Literal["fit"] = 0
+    """Samples that a device computes at once; a larger batch is computed in parts. fit finds the most that memory allows; 0
+    computes whole batches."""
+    on_out_of_memory: Literal["raise", "halve"] = "raise"
+    """Whether training ends when memory does not suffice, or goes on with parts of half the size."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of forward and backward passes."""
 
@@ -119,6 +125,8 @@ class RunOptions:
         self.check_numbers("weight_decay", least=0)
         self.check_numbers("seed", least=0, below=2**63)
         self.check_numbers("checkpoint_every_steps", "hours", least=0)
+        if self.micro_batch_size != "fit":
+            self.check_numbers("micro_batch_size", least=0)
         self.check_numbers("checkpoint_minutes", least=0, exclusive=True)
         if self.resume == "":
             raise invalid_option(

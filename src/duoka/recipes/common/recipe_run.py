@@ -28,6 +28,8 @@ DATA = "data.json"
 """File of a run that describes its data."""
 OUT_OF_TIME = 124
 """Exit status at the time limit, as that of the command ``timeout``."""
+AS_IN_TRAINER = ("keep_checkpoints", "on_nonfinite_loss", "find_nonfinite_layer", "on_out_of_memory")
+"""Options of every recipe that the trainer has under the same name."""
 _LONGEST = 60
 """Largest number of characters of a value in a message."""
 
@@ -206,7 +208,8 @@ def run_options(run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] 
         "resume": "auto",  # a new folder has no checkpoint
         "checkpoint_minutes": config.checkpoint_minutes,
         "checkpoint_every_steps": config.checkpoint_every_steps or None,
-        **{name: getattr(config, name) for name in ("keep_checkpoints", "on_nonfinite_loss", "find_nonfinite_layer")},
+        "micro_batch_size": config.micro_batch_size or None,
+        **{name: getattr(config, name) for name in AS_IN_TRAINER},
         "max_hours": _hours_left(config.hours) if config.hours else None,
         "callbacks": [ConfigWriter(run, recipe, dataclasses.replace(config, resume=None), facts)],
     }
