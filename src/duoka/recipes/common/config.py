@@ -190,9 +190,9 @@ def has_options_of(run: RecipeRun, config: Any, *, without: Sequence[str]) -> bo
     """Return whether ``run`` was trained with the options ``config``, all but those of the names ``without``."""
     try:
         recorded = config_of_run(type(config), run).resolved().with_absolute_paths()
+        wanted = config.resolved().with_absolute_paths()
     except ConfigError:
         return False
-    wanted = config.resolved().with_absolute_paths()
     names = (field.name for field in dataclasses.fields(wanted) if field.name not in without)
     return all(getattr(recorded, name) == getattr(wanted, name) for name in names)
 
