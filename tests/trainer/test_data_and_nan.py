@@ -191,3 +191,11 @@ def test_a_loss_function_that_gives_nan_is_named():
     trainer = trainer_of(loss=lambda output, _: output.mean() * math.nan, find_nonfinite_layer=True)
     with pytest.raises(DivergenceError, match="so the loss function gives it"):
         trainer.fit()
+
+
+def test_a_frozen_layer_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    nn.init.constant_(model[0].bias, math.inf)
+    model[0].eval()
+    with pytest.raises(DivergenceError, match=r"step 1 .*that of 0 \(Linear\), whose parameters are not"):
+        trainer_of(model=model, find_nonfinite_layer=True).fit()

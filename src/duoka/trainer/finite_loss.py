@@ -43,13 +43,14 @@ class LayerWatch:
     def __init__(self, model: nn.Module, stack: contextlib.ExitStack) -> None:
         self.first = ""
         """A sentence about the layer; empty before it is found."""
+        self.model = model
         for name, layer in model.named_modules():
             hook = layer.register_forward_hook(self._hook_of(name or "the model itself"))
             stack.callback(hook.remove)
 
     def _hook_of(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(layer: nn.Module, _: Any, output: Any) -> None:
-            if self.first or not layer.training or _is_finite(output):
+            if self.first or not self.model.training or _is_finite(output):
                 return
             cause = ""
             if not _is_finite(list(layer.parameters(recurse=False))):

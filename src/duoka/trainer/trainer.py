@@ -141,6 +141,8 @@ class Trainer:
             ConfigError: the options do not fit the data or each other.
             CheckpointError: there is no checkpoint to resume from, or it is of another model.
             StorageError: the disk is full or a folder is not writable.
+            DivergenceError: the loss has become NaN or infinite.
+            torch.OutOfMemoryError: memory does not suffice; the message has the numbers and what helps.
             TrainingInterrupted: SIGTERM, SIGHUP or SIGUSR1 has arrived, and the program has no handler for it. All devices
                 have stopped after the same step, and have saved if there is an ``out_dir``.
             Exceptions of the model, the loss and the data keep their type.
