@@ -79,3 +79,25 @@ class WorkerStuck(WorkerDied):
 
     def __reduce__(self) -> tuple[type[WorkerStuck], tuple[Any, ...]]:
         return type(self), (self.rank, self.device, self.args[0])
+
+
+class DivergenceError(DuokaError, ArithmeticError):
+    """Training stopped because a loss was not finite."""
+
+
+class TrainingInterrupted(SystemExit):
+    """Training was stopped by a signal or a time limit, after its state was saved where there is an ``out_dir``.
+
+    A ``SystemExit``: a program that does not catch it ends with the status ``code``: 128 + the signal's number (143 for
+    SIGTERM, 129 for SIGHUP, 138 for SIGUSR1), 124 for a time limit.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[type[TrainingInterrupted], tuple[str, int]]:
+        return type(self), (self.message, int(self.code or 0))

@@ -129,7 +129,7 @@ def test_eval_on_another_number_of_devices_gives_the_same_accuracy(run):
     assert after["test_loss"] == pytest.approx(before["test_loss"], rel=1e-5)
 
 
-def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys):
+def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys, monkeypatch):
     for label, name in enumerate(("猫", "狗")):
         (here / "pets" / name).mkdir(parents=True)
         for number in range(20):
@@ -158,6 +158,9 @@ def test_a_folder_of_images_is_trained_on_and_predicted(here, capsys):
     following = lines_of(capsys)[-1]
     assert main(shlex.split(following)[2:]) == 0
     assert "samples/狗.png: 狗 " in capsys.readouterr().out
+    (run,) = (here / "runs" / "cifar100").iterdir()
+    monkeypatch.chdir(here / "pets")
+    assert main(["eval", str(run)]) == 0  # from another folder, with the same data
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad", "rmsprop"])
@@ -270,3 +273,43 @@ def test_the_demo_reads_digits_with_two_workers(tmp_path):
     assert float(accuracy.removeprefix("test accuracy: ")) >= 0.97
     assert (tmp_path / folder.removeprefix("run folder: ") / "plots" / "confusion.png").is_file()
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_saves_and_the_printed_command_continues(tmp_path, number, status):
+    command = [sys.executable, "-m", "duoka", "train", "cifar100", *SHORT, "--epochs", "200", "--batch_size", "256"]
+    running = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
+    _wait_for_epochs(tmp_path / "runs", 1)
+    running.send_signal(number)
+    _, shown = running.communicate(timeout=60)
+    assert running.returncode == status
+    assert shown.endswith(f"duoka: stopped by {number.name}\n")
+    (folder,) = (tmp_path / "runs" / "cifar100").iterdir()
+    assert not (folder / "model.safetensors").exists()
+    *_, words = next(line for line in shown.splitlines() if "continue with: " in line).partition("continue with: ")
+    resumed = ["-m", "duoka", *shlex.split(words)[shlex.split(words).index("train") :], "--hours", "0.000001"]
+    done = subprocess.run([sys.executable, *resumed], cwd=tmp_path, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 124
+    assert "resumed: " in done.stdout
+    assert "duoka: the time limit, --hours, is over" in done.stderr
+    assert words in done.stderr
+
+
+def test_resume_auto_continues_the_last_run_with_the_same_options(here):
+    words = ["train", "cifar100", *SHORT, "--epochs", "1", "--batch_size", "512", "--resume", "auto"]
+    assert main(words) == 0
+    (first,) = (here / "runs" / "cifar100").iterdir()
+    before = load_file(first / "model.safetensors")
+    assert main(words) == 0
+    assert [first] == list((here / "runs" / "cifar100").iterdir())
+    assert "nothing is left to train" in (first / "log.txt").read_text()
+    assert all(torch.equal(one, before[name]) for name, one in load_file(first / "model.safetensors").items())
+    assert main([*words, "--seed", "1"]) == 0
+    assert len(list((here / "runs" / "cifar100").iterdir())) == 2
+
+
+def test_an_empty_resume_is_refused(here, capfd):
+    assert main(["train", "cifar100", *SHORT, "--resume", ""]) == 2
+    assert "resume='' is not valid" in capfd.readouterr().err

@@ -197,7 +197,7 @@ def test_the_check_changes_no_result(caplog, monkeypatch):
     """Neither generators, nor buffers, nor attributes, nor gradients: with and without it, weights are the same."""
     with_check = Functional()
     warnings_of(caplog, with_check, functional.cross_entropy)
-    monkeypatch.setattr("duoka.trainer.fit_loop.batch_coupling", lambda *_: "")
+    monkeypatch.setattr("duoka.trainer.batch_coupling.batch_coupling", lambda *_: "")
     without = Functional()
     warnings_of(caplog, without, functional.cross_entropy)
     assert (with_check.calls, with_check.seen) == (without.calls, without.seen)

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from duoka.errors import ConfigError, DataError
+from duoka.checkpoint import load_training
+from duoka.errors import ConfigError, DataError, DivergenceError
+from duoka.world import current_world
 from support.tiny_training import labeled_samples, loader, trainer_of
 
 
@@ -104,6 +106,7 @@ def test_a_nan_loss_is_recorded_warned_of_once_and_never_the_best(caplog):
             scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: math.inf**epoch),
             monitor="loss",
             epochs=3,
+            on_nonfinite_loss="warn",
         )
         validation, _ = trainer.fit()
     assert [math.isnan(record["val_loss"]) for record in trainer.history] == [False, True, True]
@@ -117,7 +120,7 @@ def test_a_monitored_loss_that_is_always_nan_keeps_the_last_weights():
     def lost(output, target):
         return nn.functional.cross_entropy(output, target) * math.nan
 
-    trainer = trainer_of(eval_data=loader(), loss=lost, monitor="loss")
+    trainer = trainer_of(eval_data=loader(), loss=lost, monitor="loss", on_nonfinite_loss="warn")
     validation, _ = trainer.fit()
     assert math.isnan(validation["loss"])
     assert trainer.best is None
@@ -131,3 +134,68 @@ def test_monitor_without_any_evaluation_result_is_an_error():
 
     with pytest.raises(ConfigError, match="which has none"):
         trainer_of(model=OwnLoss(5, 2), loss=None, eval_data=loader(), monitor="loss").fit()
+
+
+class DivergesLater(nn.Module):
+    """A model whose output is NaN from its seventh step on, in the second layer, on the last rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 2)
+        self.steps = 0
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.steps += self.training
+        world = current_world()
+        is_lost = self.training and self.steps >= 7 and world.rank == world.size - 1
+        if is_lost:
+            self.second.bias.data.fill_(math.inf)
+        return self.second(self.first(features))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, device, is_pair):
+    def pair(output, target):
+        return nn.functional.cross_entropy(output, target, reduction="sum"), len(target)
+
+    loss = pair if is_pair else nn.CrossEntropyLoss()
+    options = {"model": DivergesLater(), "loss": loss, "device": device, "batch_size_means": "global", "epochs": 4}
+    with pytest.raises(DivergenceError, match=r"the loss of step 7 is not finite.*find_nonfinite_layer=True"):
+        trainer_of(out_dir=tmp_path, checkpoint_every_steps=1, tensorboard=False, **options).fit()
+    saved = load_training(tmp_path / "checkpoint" / "last.pt")
+    assert saved["state"]["step"] == 6
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:2"])
+def test_the_first_layer_that_is_not_finite_is_named(device):
+    trainer = trainer_of(model=DivergesLater(), device=device, epochs=9, find_nonfinite_layer=True)
+    with pytest.raises(DivergenceError, match=r"step 7 .*is that of second \(Linear\), whose parameters are not"):
+        trainer.fit()
+    assert not any(layer._forward_hooks for layer in trainer.model.modules())
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_the_next_step():
+    def infinite_gradient(output, target):
+        return nn.functional.cross_entropy(output, target) + (output * 0).abs().sqrt().sum()
+
+    trainer = trainer_of(loss=infinite_gradient, find_nonfinite_layer=True)
+    with pytest.raises(
+        DivergenceError, match=r"step 2 .*that of the model itself \(Linear\), whose parameters are not"
+    ):
+        trainer.fit()
+
+
+def test_a_loss_function_that_gives_nan_is_named():
+    trainer = trainer_of(loss=lambda output, _: output.mean() * math.nan, find_nonfinite_layer=True)
+    with pytest.raises(DivergenceError, match="so the loss function gives it"):
+        trainer.fit()
+
+
+def test_a_frozen_layer_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    nn.init.constant_(model[0].bias, math.inf)
+    model[0].eval()
+    with pytest.raises(DivergenceError, match=r"step 1 .*that of 0 \(Linear\), whose parameters are not"):
+        trainer_of(model=model, find_nonfinite_layer=True).fit()

@@ -228,19 +228,27 @@ def test_resuming_with_another_schedule_is_refused_and_changes_nothing(tmp_path,
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_new_run_deletes_the_checkpoint_of_another(tmp_path):
+def test_a_new_run_keeps_the_files_of_another_and_does_not_use_them(tmp_path, caplog):
     class Stop(Callback):
         def on_step_end(self, state):
             if state.step:
                 raise KeyboardInterrupt
 
     trained(tmp_path, "cpu")
+    weights, records = load(tmp_path / "model.safetensors"), (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, "cpu", callbacks=[Stop()])
+    (aside,) = tmp_path.glob("before-*")
+    assert str(aside) in caplog.text
+    assert (aside / "metrics.jsonl").read_bytes() == records
+    assert all(torch.equal(one, weights[name]) for name, one in load(aside / "model.safetensors").items())
     assert not (tmp_path / "model.safetensors").exists()
     with pytest.raises(CheckpointError, match="no checkpoint"):
         trained(tmp_path, "cpu", resume=True)
     assert len(trained(tmp_path, "cpu", resume="auto", epochs=1)[1].history) == 1
+    assert list(tmp_path.glob("before-*")) == [aside]  # the interrupted run had nothing to lose
+    trained(tmp_path, "cpu", resume=aside, epochs=5)
+    assert len(list(tmp_path.glob("before-*"))) == 2
 
 
 def test_the_log_keeps_that_a_run_was_resumed(tmp_path):

@@ -41,6 +41,7 @@ def test_a_run_folder_holds_the_whole_run(tmp_path, device):
         "log.txt",
         "model.safetensors",
         "checkpoint/last.pt",
+        "checkpoint/last-1.pt",
         "plots/curves.png",
     }
     assert files(tmp_path / "run") == expected
@@ -233,7 +234,7 @@ def test_an_error_keeps_its_type_and_the_model_its_mode(device, tmp_path):
 
 
 def test_a_nan_loss_is_warned_of_once(caplog):
-    trainer = trainer_of(loss=lambda output, _: output.sum() * float("nan"), epochs=2)
+    trainer = trainer_of(loss=lambda output, _: output.sum() * float("nan"), epochs=2, on_nonfinite_loss="warn")
     with caplog.at_level(logging.WARNING, "duoka"):
         trainer.fit()
     assert [record.getMessage()[:21] for record in caplog.records] == ["the loss became nan i"]

@@ -24,6 +24,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
     }
 
 
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the size of the optimizer's state; before its first step that of two values a parameter, as Adam has."""
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    if held:
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    parameters: list[torch.Tensor] = [one for group in optimizer.param_groups for one in group["params"]]
+    is_sgd = isinstance(optimizer, torch.optim.SGD)
+    per_parameter = int(any(group["momentum"] for group in optimizer.param_groups)) if is_sgd else 2
+    return per_parameter * sum(one.numel() * one.element_size() for one in parameters)
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
     """Load what ``optimizer_state`` returned: values by name, settings (``lr``, ``momentum``) by group.
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from duoka.cli.arguments import command_parser
 from duoka.cli.console import console, print_error
-from duoka.errors import ConfigError
+from duoka.errors import ConfigError, TrainingInterrupted
 from duoka.utils.argument_parser import ArgumentParser
+from duoka.utils.signals import StopSignals
 
 OWN = ("source", "sweep", "parallel", "out")
 
@@ -26,7 +27,12 @@ def run(argv: Sequence[str]) -> int:
     )
     out = console()
     parallel = options.get("parallel", False)
-    failed = run_all(plan, parallel=parallel, report=lambda text: out.print(f"== {text}"))
+    try:
+        with StopSignals():
+            failed = run_all(plan, parallel=parallel, report=lambda text: out.print(f"== {text}"))
+    except (KeyboardInterrupt, TrainingInterrupted):
+        print_error("the comparison is not complete; the same command continues it")
+        raise
     rows = result_rows(plan)
     if rows:
         from rich.table import Table

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from duoka.cli.console import print_error
-from duoka.errors import ConfigError, DuokaError
+from duoka.errors import ConfigError, DuokaError, TrainingInterrupted
 from duoka.malloc import keep_freed_memory
 from duoka.utils.signals import handle_interrupt
 from duoka.utils.text import did_you_mean
@@ -48,7 +48,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``None``: this process's) and return the exit status.
 
-    The status is 0 for success, 2 for an error that the user can mend, 130 for an interruption, 1 for anything unexpected.
+    The status is 0 for success, 2 for an error that the user can mend, 130 for an interruption (143 by SIGTERM, 129 by
+    SIGHUP, 138 by SIGUSR1), 124 at a time limit, 1 for anything unexpected.
     """
     if argv is None:  # the process is the command's own
         keep_freed_memory()
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _dispatch(words)
         sys.stdout.flush()
         return status
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, TrainingInterrupted) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             return 1
         status, message = _explain(error)
@@ -122,6 +123,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
     """Return the exit status and the message of an error; "" for an unexpected error, which needs its traceback."""
     if isinstance(error, DuokaError):
         return USAGE_ERROR, str(error)
+    if isinstance(error, TrainingInterrupted):
+        return int(error.code or 0), str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if not isinstance(error, OSError) or error.errno not in _OS_ERRORS:

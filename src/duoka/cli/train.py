@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from duoka.cli.arguments import command_parser
 from duoka.cli.console import console
 from duoka.utils.argument_parser import ArgumentParser
+from duoka.utils.signals import StopSignals
 from duoka.utils.text import duoka_command
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     name, *options = argv
     recipe = find_recipe(name)
-    print_outcome(recipe.train(read_config(recipe.Config, options, recipe=name)))
+    with StopSignals():
+        print_outcome(recipe.train(read_config(recipe.Config, options, recipe=name)))
     return 0
 
 

@@ -16,6 +16,7 @@ from duoka.data import LocalBatch, batch_length, slice_batch, to_device
 from duoka.data.rng import GLOBAL
 from duoka.data.user_generators import generators_of
 from duoka.data_parallel.module_copy import ModuleCopies
+from duoka.log import logger
 from duoka.trainer.loss_reduction import Loss
 from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.utils.torch_private import BatchNorm, DispatchMode
@@ -29,6 +30,18 @@ _DROPOUT = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "
 
 class _CannotTell(BaseException):
     """Ends a check without a result; not an ``Exception``, which user code could catch."""
+
+
+def warn_of_batch_coupling(module: ModelWithLoss, local: LocalBatch, device: torch.device, replicas: int) -> None:
+    """Warn if the loss of a batch is not the mean of its halves' losses, so that steps differ from those of one device."""
+    if losses := batch_coupling(module, local, device):
+        logger.warning(
+            "the loss of a batch is not the mean of its halves' losses (%s). Each of %d devices computes the loss of its "
+            "own part, so steps differ from those of one device. For a mean over tokens, return (sum, weight). For "
+            "in-batch negatives, train on one device, or gather the vectors of all ranks inside the loss",
+            losses,
+            replicas,
+        )
 
 
 def batch_coupling(module: ModelWithLoss, local: LocalBatch, device: torch.device) -> str:

@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 from duoka.trainer.loss_meter import LossMeter
 from duoka.trainer.metrics import Results
 
+TIME_IS_OVER = "max_hours is over"
+"""Reason of a stop at the time limit."""
+
 
 @dataclass(frozen=True)
 class Best:

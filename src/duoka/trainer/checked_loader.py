@@ -76,6 +76,14 @@ def loader_batch_size(data: Any) -> Any:
     return getattr(data, "batch_size", None) or getattr(getattr(data, "batch_sampler", None), "batch_size", None)
 
 
+def part_size(spec: FitSpec, replicas: int) -> int | None:
+    """Return how many samples of a batch a device gets, ``None`` if that is unknown before loading."""
+    size = loader_batch_size(spec.train_data)
+    if not isinstance(size, int):
+        return None
+    return size if spec.config.batch_size_means == "per_device" else -(-size // replicas)
+
+
 def in_dataset_order(data: Any) -> Any:
     """Return a copy of a shuffled ``DataLoader`` in the order of its data set, and any other ``data`` unchanged."""
     if isinstance(data, DeviceResidentLoader):

@@ -1,6 +1,6 @@
 """Training checkpoint of a fit: one file, with the best weights in it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,42 +8,18 @@ from typing import Any, TypeVar
 import torch
 
 from duoka import checkpoint
+from duoka.checkpoint.optimizer import optimizer_bytes
+from duoka.checkpoint.sanitize import tensor_bytes
 from duoka.errors import CheckpointError
 from duoka.log import logger
 from duoka.trainer.callbacks import State
-from duoka.trainer.config import TrainerConfig
+from duoka.trainer.checkpoint_files import next_path, rotate, warn_of_damage
 from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.trainer.train_step import TrainStep
 from duoka.utils.rng_state import rng_state
 from duoka.world import World
 
 T = TypeVar("T")
-
-
-def checkpoint_path(out_dir: str | Path) -> Path:
-    """Return the path of a run's training checkpoint."""
-    return Path(out_dir) / "checkpoint" / "last.pt"
-
-
-def find_checkpoint(config: TrainerConfig) -> Path | None:
-    """Return the checkpoint that ``config.resume`` names, ``None`` to begin a new run.
-
-    Raises:
-        CheckpointError: it does not exist, and ``resume`` is not ``"auto"``.
-
-    """
-    if config.resume is False:
-        return None
-    is_own = config.resume is True or config.resume == "auto"
-    path = Path(config.out_dir if is_own else config.resume)  # type: ignore[arg-type]  # TrainerConfig has checked it
-    path = checkpoint_path(path) if is_own or path.is_dir() else path
-    if path.exists():
-        return path
-    if config.resume == "auto":
-        return None
-    raise CheckpointError(
-        f"resume={config.resume!r}: there is no checkpoint {path}; resume='auto' begins a new run if there is none"
-    )
 
 
 def run_on_rank_zero(world: World, function: Callable[[], T]) -> T:
@@ -78,6 +54,10 @@ class TrainCheckpoint:
     """State dict of the best evaluation, on rank 0's CPU; empty before the first."""
     has_unused_parameters: bool | None = None
     """What the first step has found; ``None`` before it, and on one rank."""
+    keep: int = 2
+    """Number of checkpoints that stay on disk."""
+    damaged: list[Path] = field(default_factory=list)
+    """Files that could not be read, on rank 0."""
 
     def keep_best_weights(self) -> None:
         """Copy the model's current weights."""
@@ -87,14 +67,14 @@ class TrainCheckpoint:
         }
 
     def write(self, path: Path, position: Mapping[str, int]) -> None:
-        """Write the checkpoint from rank 0; every rank must call this."""
+        """Write the checkpoint from rank 0, and keep those before it; every rank must call this."""
         module, step = self.module, self.train_step
         ranks = self.world.all_gather_object({"rng": rng_state(), "loss_meter": step.loss_meter.read()})
         if not self.world.is_main:
             return
         loss = module.loss
         checkpoint.save_training(
-            path,
+            next_path(path),
             {
                 "model": checkpoint.model_state(module.model),
                 "loss": checkpoint.model_state(loss) if isinstance(loss, torch.nn.Module) else {},
@@ -110,9 +90,23 @@ class TrainCheckpoint:
                 "ranks": ranks,
             },
         )
+        rotate(path, self.keep, self.damaged)
+        self.damaged = []
 
-    def restore(self, path: Path) -> tuple[dict[str, int], Any]:
-        """Continue from a checkpoint; return the data position, and this rank's random state or ``None``.
+    def size_bytes(self) -> tuple[int, int]:
+        """Return about how many bytes a checkpoint and the model's weights will take on disk."""
+        weights = tensor_bytes(checkpoint.model_state(self.module.model))
+        loss = (
+            tensor_bytes(checkpoint.model_state(self.module.loss))
+            if isinstance(self.module.loss, torch.nn.Module)
+            else 0
+        )
+        return weights * (2 if self.monitor else 1) + loss + optimizer_bytes(self.train_step.optimizer), weights
+
+    def restore(self, paths: Sequence[Path]) -> tuple[Path, dict[str, int], Any]:
+        """Continue from the first of ``paths`` that is not damaged.
+
+        Return its path, the data position, and this rank's random state or ``None``.
 
         Rank 0 reads the file, so other machines do not need it. If the number of ranks has changed, there is no random
         state, and rank 0 continues the training loss of the current epoch.
@@ -122,7 +116,7 @@ class TrainCheckpoint:
 
         """
         module, step = self.module, self.train_step
-        saved = run_on_rank_zero(self.world, lambda: self._read(path))
+        path, saved = run_on_rank_zero(self.world, lambda: self._read_newest(paths))
         mine, theirs = type(step.optimizer).__name__, saved["optimizer_name"]
         if theirs != mine:
             raise CheckpointError(
@@ -143,11 +137,24 @@ class TrainCheckpoint:
         ranks, world = saved["ranks"], self.world
         if len(ranks) == world.size:
             step.loss_meter.restore(ranks[world.rank]["loss_meter"])
-            return saved["position"], ranks[world.rank]["rng"]
+            return path, saved["position"], ranks[world.rank]["rng"]
         if world.is_main:
             totals, weights = zip(*(rank["loss_meter"] for rank in ranks), strict=True)
             step.loss_meter.restore((sum(totals), sum(weights)))
-        return saved["position"], None
+        return path, saved["position"], None
+
+    def _read_newest(self, paths: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+        """Read the first of ``paths`` that is not damaged; raises the first error if all are."""
+        errors: list[CheckpointError] = []
+        for path, older in zip(paths, [*paths[1:], None], strict=True):
+            try:
+                return path, self._read(path)
+            except CheckpointError as error:
+                errors.append(error)
+                self.damaged.append(path)
+                if older is not None:
+                    warn_of_damage(error, older)
+        raise errors[0]
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Read the file on rank 0, which keeps the best weights."""

@@ -64,6 +64,11 @@ class TrainerConfig:
         batch_size_means: Meaning of the loader's batch size: ``"per_device"`` (a step on N devices takes N batches) or
             ``"global"`` (each batch is split over the devices).
         gradient_accumulation_steps: Number of global batches per optimizer step.
+        micro_batch_size: Largest number of samples that a device computes at once: a larger part of a batch is computed in
+            parts, whose gradients add up to the same step. ``"fit"`` finds the largest that fits in memory by a trial on
+            all devices. Batch norm and batch losses see the parts.
+        on_out_of_memory: ``"raise"``, or ``"halve"``: all devices halve their parts, repeat the step and go on. Gradients are
+            then exchanged after a step's computation, not during it.
         optimizer: A name, a class, a function from parameters to an optimizer, or an optimizer of the model's
             parameters.
         lr: Learning rate for the batch of one device; ``None`` is the optimizer's default.
@@ -89,12 +94,22 @@ class TrainerConfig:
         predict_fn: Source of predictions: a method of the model that takes a batch, by name, or a function
             ``(model, batch)``.
         seed: Seed of the sample order and random augmentation, and, together with the rank, of dropout masks.
-        out_dir: Folder for metrics, curves, log, weights and checkpoint; ``None`` writes nothing. A new run in the
-            folder of another run deletes that run's checkpoint and weights.
+        out_dir: Folder for metrics, curves, log, weights and checkpoints; ``None`` writes nothing. One program at a
+            time trains there. A new run in the folder of another run moves that run's files into a subfolder.
         resume: ``True`` continues from the checkpoint in ``out_dir``; ``"auto"`` does so if there is one; or the path
             of a checkpoint or of a run's folder. Model, optimizer and schedule must be the same. If the checkpoint
             does not match, ``out_dir`` stays unchanged.
         checkpoint_every_steps: Also write a checkpoint every so many optimizer steps, not only after each epoch.
+        checkpoint_minutes: Also write a checkpoint, after a step, when the last one is so many minutes old; ``None`` does
+            not. Without ``out_dir`` it has no effect.
+        keep_checkpoints: Number of checkpoints that stay on disk: the last and those before it. Each holds the best
+            weights as well. If the last is damaged, ``resume`` continues from the one before, with a warning.
+        max_hours: Time limit: training stops, evaluates and saves, so that ``fit`` returns within so many hours if
+            evaluation and checkpoint take as long as before. ``resume`` continues later.
+        on_nonfinite_loss: ``"stop"`` ends training with ``duoka.errors.DivergenceError`` when the loss becomes NaN or
+            infinite, and saves nothing after that; ``"warn"`` goes on. With ``precision="fp16"`` training goes on, as loss
+            scaling skips such steps.
+        find_nonfinite_layer: Whether the error names the first layer with such an output; this slows every step.
         tensorboard: Whether to write TensorBoard events into ``out_dir``; ``None`` does if TensorBoard is installed.
         verbose: Whether to print progress.
 
@@ -117,6 +132,8 @@ class TrainerConfig:
     max_steps: int | None = None
     batch_size_means: Literal["per_device", "global"] = "per_device"
     gradient_accumulation_steps: int = 1
+    micro_batch_size: int | Literal["fit"] | None = None
+    on_out_of_memory: Literal["raise", "halve"] = "raise"
 
     optimizer: Any = "adamw"
     lr: float | None = None
@@ -142,6 +159,11 @@ class TrainerConfig:
     out_dir: str | Path | None = None
     resume: bool | str | Path = False
     checkpoint_every_steps: int | None = None
+    checkpoint_minutes: float | None = 10.0
+    keep_checkpoints: int = 2
+    max_hours: float | None = None
+    on_nonfinite_loss: Literal["stop", "warn"] = "stop"
+    find_nonfinite_layer: bool = False
     tensorboard: bool | None = None
     verbose: bool = True
 
@@ -155,6 +177,7 @@ class TrainerConfig:
         check_field_types(self)
         self._check_optimizer_and_scheduler()
         self._check_numbers()
+        self._check_micro_batches()
         self._check_combinations()
 
     @classmethod
@@ -186,12 +209,23 @@ class TrainerConfig:
 
     def _check_numbers(self) -> None:
         at_least_1 = ("epochs", "gradient_accumulation_steps", "eval_every_epochs", "max_steps", "early_stop_patience")
-        for name in (*at_least_1, "checkpoint_every_steps", "warmup_steps", "seed"):
+        for name in (*at_least_1, "checkpoint_every_steps", "keep_checkpoints", "warmup_steps", "seed"):
             if (value := getattr(self, name)) is not None:
                 check_integer(name, value, 0 if name in ("warmup_steps", "seed") else 1)
-        for name in ("lr", "max_grad_norm", "weight_decay", "warmup_epochs"):
+        above_0 = ("lr", "max_grad_norm", "checkpoint_minutes", "max_hours")
+        for name in (*above_0, "weight_decay", "warmup_epochs"):
             if (value := getattr(self, name)) is not None:
-                check_number(name, value, 0, exclusive=name in ("lr", "max_grad_norm"))
+                check_number(name, value, 0, exclusive=name in above_0)
+
+    def _check_micro_batches(self) -> None:
+        if self.micro_batch_size not in (None, "fit"):
+            check_integer("micro_batch_size", self.micro_batch_size, 1)
+        splits = self.micro_batch_size is not None or self.on_out_of_memory == "halve"
+        if splits and (self.strategy == "dp" or self.sync_batchnorm):
+            raise ConfigError(
+                "micro_batch_size and on_out_of_memory='halve' need one process a device whose forward waits for no other: "
+                "leave strategy='dp' and sync_batchnorm out"
+            )
 
     def _check_combinations(self) -> None:
         if self.tensorboard and self.out_dir is None:
@@ -223,6 +257,12 @@ class TrainerConfig:
                 f"scheduler_options={dict(self.scheduler_options)!r} has no effect with scheduler={self.scheduler!r}; "
                 "give scheduler a name or a class"
             )
+        if self.find_nonfinite_layer and self.on_nonfinite_loss == "warn":
+            raise ConfigError(
+                "find_nonfinite_layer=True has no effect with on_nonfinite_loss='warn'; leave one of them out"
+            )
+        if self.resume == "":
+            raise invalid_option("resume", "", "true, false, 'auto', or the path of a checkpoint or of a run's folder")
         if self.out_dir is None and (self.checkpoint_every_steps or self.resume is True or self.resume == "auto"):
             option = "checkpoint_every_steps" if self.checkpoint_every_steps else "resume"
             raise ConfigError(f"{option}={getattr(self, option)!r} needs out_dir, the folder of the checkpoint")

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,25 +12,29 @@ import torch
 from duoka import checkpoint
 from duoka.data import DataPosition, LocalBatch
 from duoka.log import logger
-from duoka.trainer.batch_coupling import batch_coupling
+from duoka.trainer.batch_coupling import warn_of_batch_coupling
 from duoka.trainer.callback_sync import CallbackSync
-from duoka.trainer.callbacks import Best, State
-from duoka.trainer.checked_loader import build_loader
-from duoka.trainer.checkpointing import TrainCheckpoint, checkpoint_path, find_checkpoint, run_on_rank_zero
+from duoka.trainer.callbacks import TIME_IS_OVER, Best, State
+from duoka.trainer.checked_loader import build_loader, part_size
+from duoka.trainer.checkpoint_files import check_space, checkpoint_path, find_checkpoints
+from duoka.trainer.checkpointing import TrainCheckpoint, run_on_rank_zero
 from duoka.trainer.evaluation import evaluate
+from duoka.trainer.finite_loss import LayerWatch, LossWatch
 from duoka.trainer.fit_spec import FitSpec, build_model_with_loss
-from duoka.trainer.loss_meter import LossMeter
-from duoka.trainer.lr_schedule import build_schedule, scaled_learning_rate
 from duoka.trainer.metrics import Metrics, Results
 from duoka.trainer.model_selection import PREFIX, BestTracker
 from duoka.trainer.model_with_loss import ModelWithLoss
-from duoka.trainer.optimizers import build_optimizer
+from duoka.trainer.out_of_memory import MicroBatches, explain, is_out_of_memory
 from duoka.trainer.progress import Reporter, format_number, reporter_for
 from duoka.trainer.run_dir import RunDir
+from duoka.trainer.step_agreement import StepAgreement, StepEvents
+from duoka.trainer.step_setup import build_train_step
 from duoka.trainer.train_logger import TrainLogger, startup_summary
-from duoka.trainer.train_step import TrainStep, accumulation_windows
+from duoka.trainer.train_step import accumulation_windows
 from duoka.utils.rng_state import preserve_rng_state, seed_all, set_rng_state
-from duoka.utils.torch_settings import preserve_train_modes
+from duoka.utils.run_lock import run_lock
+from duoka.utils.signals import SignalWatch, interruption
+from duoka.utils.torch_settings import preserve_train_modes, train_except_frozen
 from duoka.world import World, current_world
 
 
@@ -41,6 +46,8 @@ class FitOutcome(NamedTuple):
     history: list[dict[str, Any]]
     best: Best | None
     stop_reason: str
+    signal: int = 0
+    """Number of the signal that has interrupted training; 0 for none."""
 
 
 def fit_on_rank(spec: FitSpec) -> FitOutcome:
@@ -51,15 +58,26 @@ def fit_on_rank(spec: FitSpec) -> FitOutcome:
         stack.enter_context(preserve_rng_state())
         stack.enter_context(preserve_train_modes(spec.model))
         module = stack.enter_context(build_model_with_loss(spec, world))
-        return FitLoop(spec, world, module, stack).run()
+        signals = stack.enter_context(SignalWatch())
+        outcome = FitLoop(spec, world, module, signals, stack).run()
+    if signals.received and not outcome.signal and world.is_main:  # it came too late to interrupt training
+        signal.raise_signal(signals.received)
+    return outcome
 
 
 class FitLoop:
     """The parts of a fit, and the order in which they run."""
 
-    def __init__(self, spec: FitSpec, world: World, module: ModelWithLoss, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self,
+        spec: FitSpec,
+        world: World,
+        module: ModelWithLoss,
+        signals: SignalWatch,
+        stack: contextlib.ExitStack,
+    ) -> None:
         config = spec.config
-        self.spec, self.config, self.world, self.module = spec, config, world, module
+        self.spec, self.config, self.world, self.module, self.stack = spec, config, world, module, stack
         self.strategy, self.strategy_reason = spec.strategy(world)
         self.metrics = Metrics(spec.metrics, world.device)
         self.train_metrics = Metrics(spec.train_metrics, world.device)
@@ -74,7 +92,7 @@ class FitLoop:
         with contextlib.suppress(TypeError):  # data without length
             self.steps_per_epoch = -(-len(self.train_loader) // config.gradient_accumulation_steps)
         seed_all((config.seed + 1_000_003 * world.rank) % 2**63)  # ranks differ, so that their dropout masks do
-        self.train_step = self._build_train_step()
+        self.train_step = build_train_step(config, module, self.strategy, self.train_metrics, self.steps_per_epoch)
         module.capture_outputs = not self.train_metrics.empty
         self.state = State(spec.model, self.train_step.optimizer, config.epochs, self.train_step.loss_meter)
         reporter: Reporter = reporter_for(config.verbose) if world.is_main else Reporter()
@@ -87,8 +105,12 @@ class FitLoop:
         self.train_step.zero_grad()  # gradients from before the fit do not enter the first step
         stack.callback(self.train_step.zero_grad)
         self.checkpoint = TrainCheckpoint(module, self.train_step, self.state, self.best_tracker.name, world)
+        self.checkpoint.keep = config.keep_checkpoints
         callbacks = spec.rank_zero.callbacks if world.is_main else ()
         self.callbacks = CallbackSync(callbacks, self.state, module, self.strategy, world)
+        self.agreement = StepAgreement(config, world, signals)
+        self.loss_watch = self._build_loss_watch()
+        self.signal = 0
         self.order_seed = config.seed
         self.resumed_rng: Any = None
         self.is_wrapped = False
@@ -101,40 +123,40 @@ class FitLoop:
             self.train_step.call = self.module.forward
             self.is_wrapped = False
 
-    def _build_train_step(self) -> TrainStep:
-        config, factor = self.config, scaled_learning_rate(self.config, self.strategy.replicas).factor
-        optimizer = build_optimizer(config, self.module, factor)
-        schedule = build_schedule(config, optimizer, self.steps_per_epoch, factor)
-        is_plain = self.strategy.name == "single" and not config.compile
-        self.module.single_batch_step = is_plain and config.gradient_accumulation_steps == 1
-        scaler = torch.amp.GradScaler(self.world.device.type) if config.precision == "fp16" else None
-        parts = self.module, self.strategy, optimizer, schedule, LossMeter(self.world.device), self.train_metrics
-        return TrainStep(*parts, max_grad_norm=config.max_grad_norm, scaler=scaler)
+    def _build_loss_watch(self) -> LossWatch | None:
+        if self.config.on_nonfinite_loss == "warn" or self.train_step.scaler is not None:
+            return None
+        layers = LayerWatch(self.spec.model, self.stack) if self.config.find_nonfinite_layer else None
+        return LossWatch(self.train_step.loss_meter, self.world, layers)
+
+    def _check_loss(self) -> None:
+        if self.loss_watch is not None:
+            self.loss_watch.check()
 
     def run(self) -> FitOutcome:
         """Train to the end, or until stopped, and return the results."""
+        try:
+            return self._run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            batch = self.train_step.micro_batch or part_size(self.spec, self.strategy.replicas)
+            raise explain(error, self.module, self.train_step.optimizer, self.world.device, batch) from error
+
+    def _run(self) -> FitOutcome:
         first_epoch = self._begin()
-        self._set_train_modes()
+        if names := train_except_frozen(self.module):
+            self.log.say(f"stays in evaluation mode, as before fit: {names}")
         self._notify("on_fit_start")
         for epoch in range(first_epoch, self.config.epochs):
             if self._should_stop():
                 break
             is_complete = self._train_epoch(epoch)
-            self._end_epoch(epoch, is_complete=is_complete)
+            if not self.signal:
+                self._end_epoch(epoch, is_complete=is_complete)
+            if self.signal:
+                return self._interrupt()
         return self._finish()
-
-    def _set_train_modes(self) -> None:
-        """Put model and loss into training mode, without the parts that the user has put into evaluation mode."""
-        roots = [(f"{name}.", root) for name, root in self.module.named_children() if root.training]
-        parts = [(prefix + name, part) for prefix, root in roots for name, part in root.named_modules()]
-        frozen = {name: part for name, part in parts if not part.training}
-        self.module.train()
-        for part in frozen.values():
-            part.training = False
-        if frozen:
-            outer = [name.removeprefix("model.") for name in frozen if name.rpartition(".")[0] not in frozen]
-            names = ", ".join(outer[:5]) + (" ..." if len(outer) > 5 else "")
-            self.log.say(f"stays in evaluation mode, as before fit: {names}")
 
     def _should_stop(self) -> bool:
         """Return on every rank whether training stops here; rank 0's callbacks may have requested it."""
@@ -149,10 +171,11 @@ class FitLoop:
 
         Nothing is written before the checkpoint has been accepted, so an error leaves the folder unchanged.
         """
-        path = run_on_rank_zero(self.world, lambda: find_checkpoint(self.config))
-        epoch = 0
-        if path is not None:
-            position, self.resumed_rng = self.checkpoint.restore(path)
+        run_on_rank_zero(self.world, self._lock_run_dir)
+        paths = run_on_rank_zero(self.world, lambda: find_checkpoints(self.config))
+        epoch, path = 0, None
+        if paths:
+            path, position, self.resumed_rng = self.checkpoint.restore(paths)
             epoch, self.order_seed = int(position["epoch"]), int(position["seed"])
             if self.order_seed != self.config.seed and self.world.is_main:
                 differs = f"seed={self.config.seed} differs from seed={self.order_seed} of {path}"
@@ -166,11 +189,17 @@ class FitLoop:
             self.log.say(*startup_summary(self.spec, self.strategy, self.strategy_reason, optimizer, tracker.summary))
         return epoch
 
+    def _lock_run_dir(self) -> None:
+        """Keep other programs from the folder until the fit ends."""
+        if self.run_dir is not None:
+            self.stack.enter_context(run_lock(self.run_dir.path))
+
     def _open_run_dir(self, *, resumed: Path | None) -> None:
         """Prepare the folder; its run continues if ``resumed`` is its own checkpoint."""
         if self.run_dir is not None:
-            own = checkpoint_path(self.run_dir.path).resolve()
-            is_new = resumed is None or resumed.resolve() != own
+            own = checkpoint_path(self.run_dir.path).resolve().parent
+            is_new = resumed is None or resumed.resolve().parent != own
+            check_space(self.config, *self.checkpoint.size_bytes())
             self.run_dir.start(self.config.to_plain(), self.state.history, is_new=is_new)
         if self.spec.weights_path is not None:
             checkpoint.check_writable(self.spec.weights_path)
@@ -181,16 +210,18 @@ class FitLoop:
         state.epoch = epoch + 1
         self.train_loader.set_position(DataPosition(self.order_seed, epoch, state.samples_in_epoch))
         self.log.begin_epoch(self.steps_per_epoch)
-        config, clock = self.config, time.perf_counter
+        config, clock, agreement = self.config, time.perf_counter, self.agreement
         has_step_work = "on_step_end" in self.callbacks.overridden or config.checkpoint_every_steps or config.max_steps
+        has_step_work = has_step_work or config.find_nonfinite_layer
         for window in accumulation_windows(self.train_loader, config.gradient_accumulation_steps):
+            train_step.loss_meter.step = state.step + 1
             samples = train_step.step(window) if self.is_wrapped else self._first_step(window)
             state.step += 1
             state.samples += samples
             state.samples_in_epoch += samples
             if clock() >= reporter.due:
                 self.log.show_progress(self.world.device)
-            if has_step_work and self._after_step(epoch):
+            if (has_step_work or state.step >= agreement.next_step) and self._after_step(epoch):
                 return False
         return True
 
@@ -201,10 +232,13 @@ class FitLoop:
             self.resumed_rng = None
         if not self.is_loss_checked:
             self.is_loss_checked = True
-            self._warn_of_batch_coupling(window[0])
+            warn_of_batch_coupling(self.module, window[0], self.world.device, self.strategy.replicas)
+        self._prepare_micro_batches(window)
         unused, options = self.config.find_unused_parameters, self.config.ddp_options
         is_decided = self.world.size == 1 or options.keys() & {"find_unused_parameters", "static_graph"}
-        if unused is None:
+        if self.train_step.recovery is not None:
+            unused = False
+        elif unused is None:
             unused = False if is_decided else self.checkpoint.has_unused_parameters
         if unused is not None:
             self._wrap(unused)
@@ -217,20 +251,22 @@ class FitLoop:
         self._wrap(bool(names))
         return samples
 
-    def _warn_of_batch_coupling(self, local: LocalBatch) -> None:
-        if losses := batch_coupling(self.module, local, self.world.device):
-            logger.warning(
-                "the loss of a batch is not the mean of its halves' losses (%s). Each of %d devices computes the loss of its "
-                "own part, so steps differ from those of one device. For a mean over tokens, return (sum, weight). For "
-                "in-batch negatives, train on one device, or gather the vectors of all ranks inside the loss",
-                losses,
-                self.strategy.replicas,
-            )
+    def _prepare_micro_batches(self, window: list[LocalBatch]) -> None:
+        """Find the size of the parts, and take steps that may be repeated, as the options say."""
+        micro_batches = MicroBatches(self.train_step, self.log.say)
+        if self.config.micro_batch_size == "fit" and self.train_step.micro_batch is None:
+            micro_batches.fit(window)
+        if self.config.on_out_of_memory == "halve":
+            self.train_step.recovery = micro_batches.step
 
     def _wrap(self, find_unused_parameters: bool) -> None:
         if self.config.compile:
             self.module.compile()
-        wrapped = self.strategy.wrap(self.module, find_unused_parameters=find_unused_parameters)
+        if self.train_step.recovery is not None:
+            self.strategy.broadcast([*self.module.parameters(), *self.module.buffers()])
+            wrapped: torch.nn.Module = self.module
+        else:
+            wrapped = self.strategy.wrap(self.module, find_unused_parameters=find_unused_parameters)
         if self.config.compile or wrapped is not self.module:
             self.train_step.call = wrapped
         self.is_wrapped = True
@@ -242,13 +278,34 @@ class FitLoop:
             self._notify("on_step_end")
             if self._should_stop():
                 return True
-        if every is not None and state.step % every == 0:
+        is_meeting = state.step >= self.agreement.next_step
+        if is_meeting or self.config.find_nonfinite_layer:
+            self._check_loss()
+        events = self.agreement.meet(state.step) if is_meeting else StepEvents()
+        is_due = events.is_checkpoint_due or events.signal
+        if is_due or (every is not None and state.step % every == 0):
             self._write_checkpoint(epoch, state.samples_in_epoch)
-        return self._is_last_step()
+        self._note_events(events)
+        return bool(self.signal) or events.is_time_over or self._is_last_step()
+
+    def _note_events(self, events: StepEvents) -> None:
+        """End training as the ranks have agreed."""
+        self.signal = events.signal
+        if events.is_time_over:
+            self.state.stop(TIME_IS_OVER)
+
+    def _interrupt(self) -> FitOutcome:
+        """End at a signal, after the checkpoint has been written; no rank ends before that."""
+        self.world.barrier()
+        state = self.state
+        where = "" if self.config.out_dir is None else f"; saved in {checkpoint_path(self.config.out_dir)}"
+        self.log.say(f"stopped by {signal.Signals(self.signal).name} after {state.step:,} steps{where}")
+        return FitOutcome({}, {}, state.history, state.best, interruption(self.signal).message, self.signal)
 
     def _end_epoch(self, epoch: int, *, is_complete: bool) -> None:
         """Evaluate and record. The checkpoint of an incomplete epoch has the position within it."""
         state, meter, schedule = self.state, self.train_step.loss_meter, self.train_step.schedule
+        self._check_loss()
         loss = meter.global_mean(self.world)
         record = self.log.record(math.nan if loss is None else self.log.checked_loss(loss))
         record.update({f"train_{name}": value for name, value in self.train_metrics.compute(self.world).items()})
@@ -269,11 +326,13 @@ class FitLoop:
         if is_complete:
             state.samples_in_epoch = 0
             self._write_checkpoint(epoch + 1, 0)
+            if not is_last:
+                self._note_events(self.agreement.meet(state.step))
         self.log.end_epoch(record, is_best=is_best)  # after the checkpoint: a user who reads this line may interrupt
 
     def _evaluate(self, record: dict[str, Any], *, end_of_epoch: bool) -> bool:
         """Evaluate, add the results to ``record`` and return whether they are the best so far."""
-        state = self.state
+        state, began = self.state, time.monotonic()
         self.strategy.broadcast(self.module.buffers())
         assert self.eval_loader is not None  # the callers have checked it
         state.validation = evaluate(self.module, self.eval_loader, self.metrics, self.world)
@@ -286,12 +345,17 @@ class FitLoop:
             monitored = self.best_tracker.value(state.validation)
             self.train_step.schedule.after_evaluation(state.validation.get("loss") if monitored is None else monitored)
         self._notify("on_evaluate")
+        self.agreement.durations_s["evaluation"] = time.monotonic() - began
         return is_best
 
     def _write_checkpoint(self, epoch: int, samples: int) -> None:
         if self.config.out_dir is not None:
+            self._check_loss()
+            began = time.monotonic()
             position = DataPosition(self.order_seed, epoch, samples).to_dict()
             self.checkpoint.write(checkpoint_path(self.config.out_dir), position)
+            self.agreement.durations_s["checkpoint"] = time.monotonic() - began
+            self.agreement.note_checkpoint()
 
     def _finish(self) -> FitOutcome:
         state = self.state

@@ -7,6 +7,8 @@ import torch
 from duoka.world import World
 
 FOLD_EVERY = 64
+NEVER = 2**62
+"""Number of a step that does not come."""
 
 
 class LossMeter:
@@ -20,8 +22,11 @@ class LossMeter:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total = torch.zeros((), dtype=dtype, device=device)
         self.weight: Any = 0
-        self._means: list[tuple[torch.Tensor, int]] = []
-        self._sums: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.step = 0
+        """Step to which the values belong that are added now."""
+        self._first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self._means: list[tuple[torch.Tensor, int, int]] = []
+        self._sums: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def reset(self) -> None:
         """Drop all values."""
@@ -32,16 +37,28 @@ class LossMeter:
 
     def add(self, mean: torch.Tensor, count: int) -> None:
         """Add the mean over ``count`` samples."""
-        self._means.append((mean.detach(), count))
+        self._means.append((mean.detach(), count, self.step))
         if len(self._means) == FOLD_EVERY:
             self._fold()
 
     def add_sum(self, total: torch.Tensor, weight: Any) -> None:
         """Add a sum and its weight, which is a number or a tensor on the device."""
         weight = torch.as_tensor(weight, dtype=self.total.dtype, device=self.total.device)
-        self._sums.append((total.detach(), weight.detach()))
+        self._sums.append((total.detach(), weight.detach(), self.step))
         if len(self._sums) == FOLD_EVERY:
             self._fold()
+
+    def merge(self, other: "LossMeter") -> None:
+        """Add the values of another meter."""
+        other._fold()
+        self.total.add_(other.total)
+        self.weight = self.weight + other.weight
+        torch.minimum(self._first_bad, other._first_bad, out=self._first_bad)
+
+    def first_bad_step(self) -> int:
+        """Return the first step with a value that is not finite, ``NEVER`` if there is none; waits for the device."""
+        self._fold()
+        return int(self._first_bad)
 
     def read(self) -> tuple[float, float]:
         """Return this rank's ``(sum, weight)``; waits for the device."""
@@ -68,13 +85,22 @@ class LossMeter:
     def _fold(self) -> None:
         dtype, device = self.total.dtype, self.total.device
         if self._means:
-            means, numbers = zip(*self._means, strict=True)
+            means, numbers, steps = zip(*self._means, strict=True)
             counts = torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
-            self.total.add_((torch.stack(means).to(dtype) * counts).sum())
+            stacked = torch.stack(means)
+            self.total.add_((stacked.to(dtype) * counts).sum())
+            self._note_bad(stacked, steps)
             self.weight = self.weight + sum(numbers)
             self._means.clear()
         if self._sums:
-            sums, weights = zip(*self._sums, strict=True)
-            self.total.add_(torch.stack(sums).to(dtype).sum())
+            sums, weights, steps = zip(*self._sums, strict=True)
+            stacked = torch.stack(sums)
+            self.total.add_(stacked.to(dtype).sum())
+            self._note_bad(stacked, steps)
             self.weight = self.weight + torch.stack(weights).sum()
             self._sums.clear()
+
+    def _note_bad(self, values: torch.Tensor, steps: tuple[int, ...]) -> None:
+        numbers = torch.tensor(steps, device="cpu").to(self._first_bad.device, non_blocking=True)
+        first = torch.where(values.isfinite(), NEVER, numbers).min()
+        torch.minimum(self._first_bad, first, out=self._first_bad)

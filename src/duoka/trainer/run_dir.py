@@ -1,5 +1,6 @@
 """Files that a fit writes into ``out_dir``; only TensorBoard's event file stays open between two writes."""
 
+import itertools
 import json
 import math
 import time
@@ -10,14 +11,16 @@ import torch
 import yaml
 
 from duoka.errors import StorageError
+from duoka.log import logger
 from duoka.trainer.plots import draw_curves
 from duoka.utils.files import atomic_write
 from duoka.utils.imports import import_optional
 from duoka.utils.pytree import map_leaves
 
 CURVES_INTERVAL_S = 30.0
-STALE = ("checkpoint/last.pt", "model.safetensors", "plots/curves.png", "events.out.tfevents.*")
-"""Files of an earlier run in the same folder that a new run deletes, so that they are not taken for its own."""
+RESULTS = ("checkpoint/*.pt*", "model.safetensors")
+"""Files of a run that must not be lost."""
+OWN_FILES = (*RESULTS, "trainer.yml", "metrics.jsonl", "log.txt", "plots/curves.png", "events.out.tfevents.*")
 
 
 class RunDir:
@@ -30,12 +33,11 @@ class RunDir:
         self.drawn_at = 0.0
 
     def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, is_new: bool) -> None:
-        """Write the trainer's options, and the records of a resumed run; a new run deletes an earlier run's files."""
+        """Write the trainer's options, and the records of a resumed run; a new run sets an earlier run's files aside."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for pattern in STALE if is_new else ():
-                for file in self.path.glob(pattern):
-                    file.unlink()
+            if is_new:
+                self._set_earlier_run_aside()
         except OSError as error:
             raise StorageError(
                 f"out_dir={str(self.path)!r} cannot be prepared: {error}; give a folder that is writable"
@@ -54,6 +56,27 @@ class RunDir:
                 raise
         else:
             self.events = SummaryWriter(str(self.path))
+
+    def _set_earlier_run_aside(self) -> None:
+        """Move the files of an earlier run into a folder, so that they are neither lost nor taken for the new run's."""
+        files = [file for pattern in OWN_FILES for file in self.path.glob(pattern)]
+        if not any(True for pattern in RESULTS for _ in self.path.glob(pattern)):
+            for file in files:  # of a run that has ended before its first checkpoint
+                file.unlink()
+            return
+        stem = self.path / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = (stem if number == 1 else stem.with_name(f"{stem.name}-{number}") for number in itertools.count(1))
+        aside = next(folder for folder in names if not folder.exists())
+        for file in files:
+            target = aside / file.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
+        logger.warning(
+            "out_dir=%r held another run: its weights, checkpoints and records are in %s now. Give each run another folder, "
+            "or resume=True to continue",
+            str(self.path),
+            aside,
+        )
 
     def log(self, text: str) -> None:
         """Append lines to ``log.txt``."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from duoka.data import LocalBatch, to_device
+from duoka.data import LocalBatch, slice_batch, to_device
 from duoka.errors import ConfigError, DataError
 from duoka.strategy import Strategy
 from duoka.trainer.loss_meter import LossMeter
@@ -25,6 +25,16 @@ def accumulation_windows(batches: Iterable[LocalBatch], size: int) -> Iterator[l
     remaining = iter(batches)
     while window := list(itertools.islice(remaining, size)):
         yield window
+
+
+def split_local_batch(local: LocalBatch, size: int | None) -> Iterator[LocalBatch]:
+    """Yield ``local`` in parts of at most ``size`` samples; ``None`` is one part, and so is a filler."""
+    if size is None or local.count <= size:
+        yield local
+        return
+    for start in range(0, local.count, size):
+        stop = min(start + size, local.count)
+        yield LocalBatch(slice_batch(local.batch, start, stop, local.count), stop - start, local.global_count)
 
 
 class TrainStep:
@@ -58,6 +68,12 @@ class TrainStep:
         # torch's own zero_grad only sets gradients to None, in twenty times the time
         self._can_drop_grads = type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
         self._on_cpu = self.device.type == "cpu"  # loaders yield CPU tensors
+        self.micro_batch: int | None = None
+        """Largest number of samples that are computed at once; ``None`` is a rank's whole part of a batch."""
+        self.recovery: Callable[[list[LocalBatch]], int] | None = None
+        """Takes a step in place of this object, and may repeat it; the module is not wrapped then."""
+        self.may_split = False
+        """Whether ranks may compute different numbers of parts, so that no part may wait for another rank."""
         self._weight: torch.Tensor | None = None
         self._is_single_batch = True
         self._last_grad_scale: float | None = None
@@ -73,8 +89,10 @@ class TrainStep:
 
     def step(self, window: list[LocalBatch]) -> int:
         """Take one optimizer step and return its number of samples over all ranks."""
-        total = self._accumulate(window)
-        self._update()
+        if self.recovery is not None:
+            return self.recovery(window)
+        total = self.accumulate(window)
+        self.update()
         return total
 
     def step_before_wrapping(self, window: list[LocalBatch]) -> tuple[int, list[str]]:
@@ -82,27 +100,34 @@ class TrainStep:
 
         Return the number of samples, and the names of the parameters that have no gradient on some rank.
         """
-        total = self._accumulate(window)
+        total = self.accumulate(window)
         missing = {name for name, parameter in self.trained.items() if parameter.grad is None}
         by_rank = self.strategy.world.all_gather_object(missing)
         missing_everywhere = set.intersection(*by_rank)
         used = (parameter for name, parameter in self.trained.items() if name not in missing_everywhere)
         self.strategy.all_reduce_gradients(used)
-        self._update()
+        self.update()
         return total, sorted(set.union(*by_rank))
 
-    def _accumulate(self, window: list[LocalBatch]) -> int:
-        self._is_single_batch = len(window) == 1
-        if self._is_single_batch:
-            total: int = window[0].global_count
-        else:
-            total = sum(local.global_count for local in window)
+    def accumulate(self, window: list[LocalBatch]) -> int:
+        """Add the gradients of a window, and return its number of samples over all ranks."""
+        total = sum(local.global_count for local in window)
+        if self.may_split:
+            window = [part for local in window for part in split_local_batch(local, self.micro_batch)]
+        self._is_single_batch = len(window) == 1 and not self.may_split
+        if len(window) > 1:
             with self.strategy.no_sync():
                 for local in window[:-1]:
                     self._add_gradient(local, total)
         self._add_gradient(window[-1], total)
         self._check_reduced()
         return total
+
+    def drop_gradients(self) -> None:
+        """Forget a window that was not completed."""
+        self._weight = None
+        self.module.captured = None
+        self.zero_grad()
 
     def _check_reduced(self) -> None:
         """Raise ``ConfigError`` if a parameter that the strategy expects to be used got no gradient on this rank."""
@@ -162,7 +187,8 @@ class TrainStep:
         self._weight = weight if self._weight is None else self._weight + weight
         return total
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Make the optimizer step of the accumulated gradients, and drop them."""
         optimizer, scaler = self.optimizer, self.scaler
         if self._weight is not None:
             self.strategy.average_gradients(self.trained.values(), self._weight)

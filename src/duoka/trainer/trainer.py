@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +13,21 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from duoka import checkpoint, devices
-from duoka.errors import ConfigError
+from duoka.errors import ConfigError, TrainingInterrupted
 from duoka.launcher import launch
 from duoka.launcher.cluster_environment import is_in_cluster_job
+from duoka.log import logger
 from duoka.trainer.callbacks import Best, Callback
 from duoka.trainer.checked_loader import build_loader, in_dataset_order
+from duoka.trainer.checkpoint_files import checkpoint_path
 from duoka.trainer.config import TrainerConfig
 from duoka.trainer.evaluation import evaluate, predict
 from duoka.trainer.fit_loop import FitOutcome, fit_on_rank
 from duoka.trainer.fit_spec import FitSpec, RankZeroOnly, build_model_with_loss
 from duoka.trainer.metrics import Metrics, Results
 from duoka.trainer.model_with_loss import check_callables
+from duoka.utils.files import write_time_ns
+from duoka.utils.signals import interruption
 from duoka.world import current_world, has_current_world
 
 
@@ -137,6 +141,10 @@ class Trainer:
             ConfigError: the options do not fit the data or each other.
             CheckpointError: there is no checkpoint to resume from, or it is of another model.
             StorageError: the disk is full or a folder is not writable.
+            DivergenceError: the loss has become NaN or infinite.
+            torch.OutOfMemoryError: memory does not suffice; the message has the numbers and what helps.
+            TrainingInterrupted: SIGTERM, SIGHUP or SIGUSR1 has arrived, and the program has no handler for it. All devices
+                have stopped after the same step, and have saved if there is an ``out_dir``.
             Exceptions of the model, the loss and the data keep their type.
 
         """
@@ -153,9 +161,30 @@ class Trainer:
         if path is not None:
             checkpoint.check_suffix(path)
         data = {"train_data": self.train_data, "eval_data": self.eval_data, "test_data": self.test_data}
-        outcome: FitOutcome = self._launch(fit_on_rank, weights_path=path, **data)
-        self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stop_reason
+        with self._resume_hint():
+            outcome: FitOutcome = self._launch(fit_on_rank, weights_path=path, **data)
+            self.history, self.best, self.stopped = outcome.history, outcome.best, outcome.stop_reason
+            if outcome.signal:
+                raise interruption(outcome.signal)
         return FitResult(outcome.validation, outcome.test)
+
+    @contextlib.contextmanager
+    def _resume_hint(self) -> Iterator[None]:
+        """Add to an exception how training continues, if it has a checkpoint; ``resume="auto"`` does so without a word."""
+        if self.config.out_dir is None or self.config.resume == "auto":
+            yield
+            return
+        path = checkpoint_path(self.config.out_dir)
+        before = write_time_ns(path)
+        try:
+            yield
+        except BaseException as error:
+            if write_time_ns(path) not in (None, before):
+                hint = f"Trainer(..., resume=True) continues from the checkpoint {path}"
+                error.add_note(hint)
+                if isinstance(error, TrainingInterrupted) and current_world().is_main:
+                    logger.warning("%s; %s", error, hint)  # Python shows no traceback of it
+            raise
 
     def evaluate(self, data: Any = None) -> Results:
         """Return loss and metrics on ``data`` (``None``: ``eval_data``); each sample counts once."""

@@ -31,7 +31,7 @@ def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = Non
 
     Args:
         path: the file to write.
-        needed_bytes: the size to be written, which the message names when the disk is full.
+        needed_bytes: the size to be written; nothing is written if the disk has less space.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
@@ -42,6 +42,7 @@ def atomic_write(path: str | os.PathLike[str], *, needed_bytes: int | None = Non
     target = Path(os.path.realpath(path))
     with _storage_errors(target, needed_bytes):
         _remove_stale_files(target)
+        _check_space(target, needed_bytes)
         with _temporary_file(target) as (temporary, file):
             yield file
             file.flush()
@@ -78,6 +79,13 @@ def _storage_errors(target: Path, needed_bytes: int | None = None) -> Iterator[N
         if cause is None:
             raise
         raise StorageError(_storage_message(target, cause, needed_bytes)) from error
+
+
+def _check_space(target: Path, needed_bytes: int | None) -> None:
+    """Raise ``OSError`` as the system would, but before anything is written."""
+    usage = shutil.disk_usage(target.parent)
+    if needed_bytes is not None and usage.total and usage.free < needed_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _remove_stale_files(target: Path) -> None:
@@ -146,6 +154,14 @@ def _storage_message(target: Path, error: OSError, needed_bytes: int | None) -> 
     if error.errno in _FORBIDDEN:
         return f"cannot write {target}: {reason}. Make {target.parent} writable, or write to another folder"
     return f"cannot write {target}: {reason}. Check the path, or write to another folder"
+
+
+def write_time_ns(path: str | os.PathLike[str]) -> int | None:
+    """Return when ``path`` was last written, ``None`` if there is no such file."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager

@@ -33,6 +33,18 @@ def preserve_train_modes(module: nn.Module) -> Iterator[None]:
             each.training = training
 
 
+def train_except_frozen(module: nn.Module) -> str:
+    """Put ``module`` into training mode, without the parts that the user has put into evaluation mode; return their names."""
+    roots = [(f"{name}.", root) for name, root in module.named_children() if root.training]
+    parts = [(prefix + name, part) for prefix, root in roots for name, part in root.named_modules()]
+    frozen = {name: part for name, part in parts if not part.training}
+    module.train()
+    for part in frozen.values():
+        part.training = False
+    outer = [name.removeprefix("model.") for name in frozen if name.rpartition(".")[0] not in frozen]
+    return ", ".join(outer[:5]) + (" ..." if len(outer) > 5 else "")
+
+
 def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 

@@ -146,12 +146,27 @@ def test_damaged_cache_is_rebuilt_with_a_warning(root, folder, damage, caplog):
 
 
 def test_images_of_a_read_only_folder_stay_in_memory(root, folder, caplog):
-    (folder / f"{CACHE}.part").mkdir()  # in the way, also for root, whom permissions do not stop
+    (folder / CACHE).mkdir()  # in the way, also for root, whom permissions do not stop
     found = load(root)
     assert len(found.train) == 12
     assert found.statistics == channel_statistics(found.train.pixels)
     assert "stay in memory" in caplog.text
-    assert not (folder / CACHE).exists()
+    assert not (folder / CACHE).is_file()
+
+
+def test_a_link_at_a_name_that_can_be_guessed_is_not_followed(root, served, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "mine").write_text("mine")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / ".tiny-imagenet-200.part").symlink_to(tmp_path / "precious")
+    served.unpack(data, download=True, missing="missing")
+    cache = data / "tiny-imagenet-200" / f"{CACHE}.part"
+    cache.symlink_to(tmp_path / "precious" / "mine")
+    load(data)
+    assert cache.is_symlink()
+    assert [(path.name, path.read_text()) for path in (tmp_path / "precious").iterdir()] == [("mine", "mine")]
+    assert not list(data.glob(".*.*.part"))
 
 
 @pytest.mark.parametrize(

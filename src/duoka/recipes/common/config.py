@@ -18,7 +18,7 @@ from duoka.errors import ConfigError
 from duoka.recipes.common.recipe_run import RecipeRun, config_text
 from duoka.utils.argument_parser import ArgumentParser, format_value
 from duoka.utils.text import duoka_command
-from duoka.utils.validation import check_field_types, check_number
+from duoka.utils.validation import check_field_types, check_number, invalid_option
 
 C = TypeVar("C", bound="RunOptions")
 ALIASES = {"bsize": "batch_size", "workers": "num_workers", "devices": "device"}
@@ -45,6 +45,12 @@ OTHER_NAMES = {
     "csv": ("file", "data", "data_path", "from"),
 }
 """Names of options in other programs, by duoka's name; messages lead from them to it."""
+HOW_IT_RUNS = (
+    "device", "num_workers", "download", "out", "resume", "checkpoint_minutes", "checkpoint_every_steps",
+    "keep_checkpoints", "hours", "on_nonfinite_loss", "find_nonfinite_layer",
+    "micro_batch_size", "on_out_of_memory",
+)  # fmt: skip
+"""Options that do not change the result of a run."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ class RunOptions:
     """Samples in a batch; see ``batch_size_means``."""
     batch_size_means: Literal["per_device", "global"] | None = "global"
     """Whether ``batch_size`` is the batch of each device or of all devices together."""
+    micro_batch_size: int | Literal["fit"] = 0
+    """Samples that a device computes at once; a larger batch is computed in parts. fit finds the most that memory allows; 0
+    computes whole batches."""
+    on_out_of_memory: Literal["raise", "halve"] = "raise"
+    """Whether training ends when memory does not suffice, or goes on with parts of half the size."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of forward and backward passes."""
 
@@ -83,7 +94,20 @@ class RunOptions:
     name: str | None = None
     """Name of the run."""
     resume: str | None = None
-    """Folder of a stopped run to continue, with its own options unless others are given."""
+    """Folder of a stopped run to continue, with its own options unless others are given; auto continues the last run in
+    ``out`` with the same options, if there is one."""
+    checkpoint_minutes: float = 10.0
+    """Time between two checkpoints within an epoch; each epoch ends with one as well."""
+    checkpoint_every_steps: int = 0
+    """Steps between two checkpoints within an epoch; 0 counts minutes alone."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay on disk: the last, and those before it in case it is damaged."""
+    on_nonfinite_loss: Literal["stop", "warn"] = "stop"
+    """Whether training stops when the loss becomes NaN or infinite."""
+    find_nonfinite_layer: bool = False
+    """Name the first layer with such an output; this slows every step."""
+    hours: float = 0.0
+    """Time limit from the start of the program: training stops in time, saves, and exits with status 124. 0 is none."""
 
     FIXED: ClassVar[tuple[str, ...]] = ()
     """Options that decide the model and the optimizer: a checkpoint fits no other value."""
@@ -91,13 +115,23 @@ class RunOptions:
     """Values of ``scheduler`` that are planned for a number of steps."""
     DATA: ClassVar[tuple[str, ...]] = ()
     """Options that decide which data are read."""
+    PATHS: ClassVar[tuple[str, ...]] = ("root",)
+    """Options that name files; a run keeps them as absolute paths."""
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        self.check_numbers("batch_size", "epochs", least=1)
+        self.check_numbers("batch_size", "epochs", "keep_checkpoints", least=1)
         self.check_numbers("lr", least=0, exclusive=True)
         self.check_numbers("weight_decay", least=0)
         self.check_numbers("seed", least=0, below=2**63)
+        self.check_numbers("checkpoint_every_steps", "hours", least=0)
+        if self.micro_batch_size != "fit":
+            self.check_numbers("micro_batch_size", least=0)
+        self.check_numbers("checkpoint_minutes", least=0, exclusive=True)
+        if self.resume == "":
+            raise invalid_option(
+                "resume", "", "the folder of a stopped run, or auto", "is a variable of the shell empty?"
+            )
 
     def check_numbers(self, *names: str, least: float, exclusive: bool = False, below: float = math.inf) -> None:
         """Raise ``ConfigError`` unless each of these options is ``None`` or a number in the range."""
@@ -111,6 +145,13 @@ class RunOptions:
             self, **{name: value for name, value in chosen.items() if getattr(self, name) is None}
         )
 
+    def with_absolute_paths(self) -> Self:
+        """Return a copy that means the same in any folder."""
+        paths: dict[str, Any] = {name: value for name in self.PATHS if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(
+            self, **{name: cast("Any", str(Path(value).absolute())) for name, value in paths.items()}
+        )
+
 
 def read_config(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
     """Build the dataclass ``kind`` from ``[-c FILE.yml] [--resume RUN] [--key value] ...``.
@@ -122,17 +163,38 @@ def read_config(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
     """
     given = recipe_parser(cast("Any", kind), recipe).parse(arguments, defaults=False).as_dict()
     path, is_printed = given.pop("config", None), given.pop("print_config", False)
-    stopped = RecipeRun.at(given["resume"]) if given.get("resume") else None
+    is_auto = given.get("resume") == "auto"
+    stopped = RecipeRun.at(given["resume"]) if given.get("resume") and not is_auto else None
     if path is None and stopped:
         path = str(stopped.config)
     options = {} if path is None else parse_options(kind, read_yaml(path), path, recipe=recipe)
     config = kind(**{**options, **given})
     if stopped:
         refuse_changes(stopped, recipe, config_of_run(kind, stopped), config)
+    if is_auto:
+        config = dataclasses.replace(config, resume=_last_run(recipe, config))
     if is_printed:
         sys.stdout.write(config_text(recipe, cast("Any", config).resolved()))
         raise SystemExit(0)
     return config
+
+
+def _last_run(recipe: str, config: Any) -> str | None:
+    """Return the folder of the last run with the options of ``config``, ``None`` if there is none."""
+    runs = [RecipeRun(path.parent) for path in sorted((Path(config.out) / recipe).glob("*/config.yml"))]
+    same = (run for run in reversed(runs) if has_options_of(run, config, without=HOW_IT_RUNS))
+    return next((str(run.folder) for run in same), None)
+
+
+def has_options_of(run: RecipeRun, config: Any, *, without: Sequence[str]) -> bool:
+    """Return whether ``run`` was trained with the options ``config``, all but those of the names ``without``."""
+    try:
+        recorded = config_of_run(type(config), run).resolved().with_absolute_paths()
+        wanted = config.resolved().with_absolute_paths()
+    except ConfigError:
+        return False
+    names = (field.name for field in dataclasses.fields(wanted) if field.name not in without)
+    return all(getattr(recorded, name) == getattr(wanted, name) for name in names)
 
 
 def refuse_changes(run: RecipeRun, recipe: str, before: Any, now: Any) -> None:
@@ -140,7 +202,7 @@ def refuse_changes(run: RecipeRun, recipe: str, before: Any, now: Any) -> None:
 
     Raises ConfigError with the option, both values, and the remedy.
     """
-    before, now = before.resolved(), now.resolved()
+    before, now = before.resolved().with_absolute_paths(), now.resolved().with_absolute_paths()
 
     def refuse(key: str, reason: str) -> NoReturn:
         was, wanted = format_value(getattr(before, key)), format_value(getattr(now, key))

@@ -15,16 +15,21 @@ from typing import Any
 
 import yaml
 
-from duoka.errors import ConfigError, DataError, StorageError
+from duoka.errors import ConfigError, DataError, StorageError, TrainingInterrupted
 from duoka.launcher import launch
 from duoka.log import logger
-from duoka.trainer import Callback, State
-from duoka.utils.files import atomic_write
+from duoka.trainer import Callback, FitResult, State, Trainer
+from duoka.trainer.callbacks import TIME_IS_OVER
+from duoka.utils.files import atomic_write, write_time_ns
 from duoka.utils.text import duoka_command
 from duoka.world import current_world
 
 DATA = "data.json"
 """File of a run that describes its data."""
+OUT_OF_TIME = 124
+"""Exit status at the time limit, as that of the command ``timeout``."""
+AS_IN_TRAINER = ("keep_checkpoints", "on_nonfinite_loss", "find_nonfinite_layer", "on_out_of_memory")
+"""Options of every recipe that the trainer has under the same name."""
 _LONGEST = 60
 """Largest number of characters of a value in a message."""
 
@@ -159,7 +164,7 @@ class ConfigWriter(Callback):
 
     def on_fit_start(self, state: State) -> None:  # noqa: ARG002
         """Write the options, and a description of the data that ``refuse_other_data`` reads."""
-        self.run.write_text("config.yml", config_text(self.recipe, self.config))
+        self.run.write_text("config.yml", config_text(self.recipe, self.config.with_absolute_paths()))
         if self.facts is not None:
             self.run.write_results(self.facts, DATA)
 
@@ -168,23 +173,24 @@ class ConfigWriter(Callback):
 def recipe_run(recipe: str, config: Any, facts: dict[str, Any] | None = None, source: str = "") -> Iterator[RecipeRun]:
     """Yield the folder of ``config``'s run, the same on every rank of a cluster job; rank 0 creates it if it is new.
 
-    A resumed run must have begun with the same ``facts`` about the data of ``source``. If the block fails, or the user
-    interrupts it, before it has written anything, the folder is removed. After a later interruption the log has the
-    command that continues the run.
+    A resumed run must have begun with the same ``facts`` about the data of ``source``. If the block fails, or is
+    interrupted, before it has written anything, the folder is removed. Later, the log has the command that continues the
+    run.
     """
     run = launch(_run_dir_on_rank_zero, recipe, config, devices=config.device)
     assert run is not None  # rank 0 returns it
     if config.resume and facts is not None:
         refuse_other_data(run, facts, source)
-    if config.resume and current_world().is_main and not any(run.folder.rglob("checkpoint/last.pt")):
+    if config.resume and current_world().is_main and not any(run.folder.rglob("checkpoint/*.pt")):
         logger.warning("%s has no checkpoint: training begins at the first epoch", run.folder)
+    written = write_time_ns(run.config)
     try:
         yield run
-    except BaseException as error:
+    except BaseException:
         for folder in run.created:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
-        if isinstance(error, KeyboardInterrupt) and run.config.is_file():  # else nothing has been written
+        if current_world().is_main and write_time_ns(run.config) not in (None, written):  # training has begun
             logger.warning("stopped; continue with: %s", duoka_command("train", recipe, "--resume", run.folder))
         raise
 
@@ -199,9 +205,32 @@ def run_options(run: RecipeRun, recipe: str, config: Any, facts: dict[str, Any] 
     """Return the trainer's options for the run's folder; ``facts`` describe the data, for ``refuse_other_data``."""
     return {
         "out_dir": run.folder,
-        "resume": "auto" if config.resume else False,
+        "resume": "auto",  # a new folder has no checkpoint
+        "checkpoint_minutes": config.checkpoint_minutes,
+        "checkpoint_every_steps": config.checkpoint_every_steps or None,
+        "micro_batch_size": config.micro_batch_size or None,
+        **{name: getattr(config, name) for name in AS_IN_TRAINER},
+        "max_hours": _hours_left(config.hours) if config.hours else None,
         "callbacks": [ConfigWriter(run, recipe, dataclasses.replace(config, resume=None), facts)],
     }
+
+
+def _hours_left(hours: float) -> float:
+    """Return what is left of ``hours`` since the process began; never 0."""
+    import psutil
+
+    return max(hours - (time.time() - psutil.Process().create_time()) / 3600, 1e-9)
+
+
+def fit(trainer: Trainer, **options: Any) -> FitResult:
+    """Train with ``trainer.fit(**options)``.
+
+    Raises TrainingInterrupted if the time limit has ended training: what follows it needs a finished model.
+    """
+    result = trainer.fit(**options)
+    if trainer.stopped == TIME_IS_OVER:
+        raise TrainingInterrupted("the time limit, --hours, is over", OUT_OF_TIME)
+    return result
 
 
 def refuse_other_data(run: RecipeRun, facts: dict[str, Any], source: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -101,9 +102,10 @@ class RemoteFile:
             raise DataError(f"cannot download {self.url}: {error}: {remedy}") from error
 
     def _extract(self, archive: Path, folder: Path, skip: str) -> None:
-        """Extract into a temporary folder, then rename it."""
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
+        """Extract into a temporary folder of a new name, which no one can have prepared, then rename it."""
+        for stale in folder.parent.glob(f".{folder.name}.*.part"):  # of a killed process, as the parent is locked
+            shutil.rmtree(stale, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
             with zipfile.ZipFile(archive) as opened:
                 wanted, skipped = f"{folder.name}/", f"{folder.name}/{skip}/"

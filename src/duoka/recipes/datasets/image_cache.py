@@ -6,16 +6,17 @@ run compares it, decodes a few images again and compares them with the cache; on
 
 import hashlib
 import json
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from duoka.errors import StorageError
 from duoka.log import logger
 from duoka.recipes.datasets.download import locked_folder
 from duoka.recipes.datasets.images import Images, ImageSet, Statistics, channel_statistics, read_images
@@ -97,21 +98,15 @@ class _ImageCache:
 
     def build(self) -> tuple[Tensor, Statistics]:
         """Decode all images into a new cache; a build that fails leaves no file."""
-        part = self.path.with_name(f"{self.path.name}.part")
         try:
-            array = np.lib.format.open_memmap(part, "w+", np.uint8, self.shape)
-        except OSError as error:
-            logger.warning("cannot write %s (%s): the images stay in memory, decoded in every run", self.path, error)
+            with atomic_write(self.path, needed_bytes=math.prod(self.shape)) as file:
+                array = _map_new_array(file, self.shape)
+                _, statistics = self._decode(torch.from_numpy(array))
+                array.flush()
+                self.header.unlink(missing_ok=True)  # at no time does a header describe other pixels
+        except StorageError as error:
+            logger.warning("%s: the images stay in memory, decoded in every run", error)
             return self._decode(torch.empty(self.shape, dtype=torch.uint8))
-        try:
-            _, statistics = self._decode(torch.from_numpy(array))
-            array.flush()
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            self.header.unlink(missing_ok=True)  # at no time does a header describe other pixels
-            part.replace(self.path)
-        finally:
-            part.unlink(missing_ok=True)
         with atomic_write(self.header) as file:
             header = {"fingerprint": self.fingerprint, "mean": statistics.mean, "std": statistics.std}
             file.write(json.dumps(header).encode())
@@ -127,3 +122,12 @@ class _ImageCache:
         if (array.shape, array.dtype) != (self.shape, np.uint8):
             raise ValueError(f"it has the shape {array.shape}, not {self.shape}")
         return torch.from_numpy(array)
+
+
+def _map_new_array(file: BinaryIO, shape: tuple[int, ...]) -> Any:
+    """Return a uint8 array in a new ``.npy`` file, mapped for writing."""
+    np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    start = file.tell()
+    file.truncate(start + math.prod(shape))
+    file.flush()
+    return np.memmap(file, np.uint8, "r+", start, shape)

@@ -1,20 +1,19 @@
 """The training run of one trial on disk: start, resume, skip if finished, and the reason of a failure."""
 
 import contextlib
-import dataclasses
 import json
 import time
 import traceback
 from typing import Any
 
-from duoka.errors import ConfigError, DataError, DuokaError
+from duoka.errors import DataError, DuokaError
 from duoka.recipes.common import registry
-from duoka.recipes.common.config import config_of_run
+from duoka.recipes.common.config import HOW_IT_RUNS, has_options_of
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.experiments.experiment_spec import RESERVED_KEYS, Trial
 from duoka.utils.text import first_line
 
-_NOT_COMPARED = ("device", "num_workers", "root", "download", *(key for key in RESERVED_KEYS if key != "seed"))
+_NOT_COMPARED = (*HOW_IT_RUNS, "root", *(key for key in RESERVED_KEYS if key != "seed"))
 """Options that may change between two starts of the same trial: they do not change its result."""
 
 
@@ -68,10 +67,4 @@ def _latest_run(trial: Trial) -> RecipeRun | None:
 
 def _has_options_of(trial: Trial, run: RecipeRun) -> bool:
     """Return whether the run has the options that define the trial: another value makes it another experiment."""
-    try:
-        wanted = trial.config().resolved()
-        recorded = config_of_run(type(wanted), run).resolved()
-    except ConfigError:
-        return False
-    names = (field.name for field in dataclasses.fields(wanted) if field.name not in _NOT_COMPARED)
-    return all(getattr(recorded, name) == getattr(wanted, name) for name in names)
+    return has_options_of(run, trial.config(), without=_NOT_COMPARED)

@@ -12,7 +12,7 @@ from duoka import checkpoint, data, devices
 from duoka.data import transforms
 from duoka.devices.cpu import loader_workers
 from duoka.log import logger
-from duoka.recipes.common.recipe_run import RecipeRun, recipe_run, run_options
+from duoka.recipes.common.recipe_run import RecipeRun, fit, recipe_run, run_options
 from duoka.recipes.common.registry import Prediction, RecipeOutcome
 from duoka.recipes.datasets.images import Collate, ImageSet, loader, read_image
 from duoka.recipes.image_classification.results import DatasetMetadata, next_step, test_and_write_results, test_results
@@ -64,7 +64,7 @@ class ImageRecipe(ABC):
             torch.manual_seed(config.seed)
             model = self.build_model(config, metadata)
             trainer = self._trainer(model, config, images, metadata, **run_options(run, self.name, config))
-            trainer.fit(save_model=True, model_path=run.model)
+            fit(trainer, save_model=True, model_path=run.model)
             if current_world().is_main:
                 self.write_extras(run, config, model, metadata)
             return test_and_write_results(self.name, run, trainer, images, metadata)

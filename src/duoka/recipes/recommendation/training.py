@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duoka import Trainer, devices
-from duoka.recipes.common.recipe_run import RecipeRun, run_options
+from duoka.recipes.common.recipe_run import RecipeRun, fit, run_options
 from duoka.recipes.datasets import negative_sampling
 from duoka.recipes.datasets.movielens import ML1MDataset
 from duoka.recipes.models.gpt2_recommender import (
@@ -101,7 +101,7 @@ def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun
         trainer = _trainer(
             model, config, data, lr, epochs=epochs, **options | {"out_dir": run.folder / f"stage-{number}"}
         )
-        validation, _ = trainer.fit(save_model=True)
+        validation, _ = fit(trainer, save_model=True)
         results.append(StageResult(number, model, validation, len(trainer.history)))
     return results
 

@@ -15,7 +15,7 @@ from torch import nn
 from duoka import current_world, devices
 from duoka import load as load_weights
 from duoka.errors import ConfigError
-from duoka.recipes.common.recipe_run import RecipeRun, recipe_run, run_options
+from duoka.recipes.common.recipe_run import RecipeRun, fit, recipe_run, run_options
 from duoka.recipes.common.registry import PredictedTable, Prediction, RecipeOutcome
 from duoka.recipes.time_series import forecasting, regression
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
@@ -36,7 +36,7 @@ def train(config: TimeSeriesConfig) -> RecipeOutcome:
         torch.manual_seed(config.seed)
         options = run_options(run, NAME, config, data.metadata)
         trainer = task.build_trainer(task.build_model(config, data.description), config, data, options)
-        trainer.fit(save_model=True, model_path=run.model)
+        fit(trainer, save_model=True, model_path=run.model)
         results = task.test(trainer, config, data)
         if current_world().is_main:
             task.write_results(run, config, data, results)

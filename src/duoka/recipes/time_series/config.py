@@ -113,6 +113,7 @@ class TimeSeriesConfig(RunOptions):
         "optimizer", "scheduler",
     )  # fmt: skip
     PLANNED = ("cosine",)
+    PATHS = ("root", "csv")
     DATA = (
         "task", "csv", "dataset", "root", "download", "fill", "inputs", "targets", "train_rows", "split_seed",
         "date", "features", "seq_len", "label_len", "pred_len", "split",
