@@ -21,6 +21,7 @@ from duoka.log import logger
 from duoka.trainer import Callback, State
 from duoka.utils.files import atomic_write
 from duoka.utils.text import duoka_command
+from duoka.utils.yaml_file import read_yaml
 from duoka.world import current_world
 
 DATA = "data.json"
@@ -104,10 +105,10 @@ class RecipeRun:
 
     def recipe(self) -> str:
         """Return the name of the recipe that made the run."""
-        for line in self.config.read_text(encoding="utf-8").splitlines():
-            if line.startswith("recipe:"):
-                return line.partition(":")[2].strip()
-        raise ConfigError(f"{self.config} does not say which recipe made the run: add the line `recipe: NAME`")
+        name = read_yaml(self.config).get("recipe")
+        if not isinstance(name, str):
+            raise ConfigError(f"{self.config} does not say which recipe made the run: add the line `recipe: NAME`")
+        return name
 
     def _resume_command(self) -> str:
         return duoka_command("train", self.recipe(), "--resume", self.folder)
