@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,6 +116,25 @@ def safe_name(text: str) -> str:
     """
     name = re.sub(r"[^\w.=+-]+", "-", text)
     return name.encode()[:_NAME_BYTES].decode(errors="ignore").strip("-.") or "unnamed"
+
+
+def safe_names(texts: Iterable[str]) -> list[str]:
+    """Return a safe name for each text, unique on file systems that ignore case too.
+
+    >>> safe_names(["Q (m3/s)", "q [m3/s]", "油温"])
+    ['Q-m3-s', 'q-m3-s-2', '油温']
+    """
+    found: list[str] = []
+    taken: set[str] = set()
+    for text in texts:
+        name = stem = safe_name(text)
+        number = 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.casefold())
+        found.append(name)
+    return found
 
 
 @contextlib.contextmanager

@@ -181,7 +181,7 @@ def test_missing_or_damaged_file_is_named_with_the_remedy(root, folder, damage, 
 
 def test_missing_data_without_download_are_an_error_with_their_address(tmp_path):
     with pytest.raises(
-        DataError, match=r"--download true, or fetch http://cs231n\.stanford\.edu/tiny-imagenet-200\.zip"
+        DataError, match=r"--download true, or fetch https://cs231n\.stanford\.edu/tiny-imagenet-200\.zip"
     ):
         load(tmp_path, download=False)
 
@@ -205,7 +205,7 @@ def served(root: Path, folder: Path) -> Iterator[RemoteFile]:
     content = (root / "t.zip").read_bytes()
     shutil.rmtree(root)
     with serve_bytes(content, "tiny-imagenet-200.zip") as server:
-        yield RemoteFile(server.url, len(content), hashlib.md5(content, usedforsecurity=False).hexdigest())
+        yield RemoteFile(server.url, len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_missing_data_are_downloaded_verified_and_unpacked_once(root, served):
@@ -220,8 +220,8 @@ def test_missing_data_are_downloaded_verified_and_unpacked_once(root, served):
 
 
 def test_download_of_other_bytes_leaves_no_file(root, served):
-    with pytest.raises(DataError, match="MD5"):
-        load(root, archive=dataclasses.replace(served, md5="0" * 32))
+    with pytest.raises(DataError, match="SHA-256"):
+        load(root, archive=dataclasses.replace(served, sha256="0" * 64))
     assert not list(root.iterdir())
 
 

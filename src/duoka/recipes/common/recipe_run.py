@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from duoka.errors import ConfigError, DataError, StorageError
 from duoka.launcher import launch
 from duoka.log import logger
 from duoka.trainer import Callback, State
-from duoka.utils.files import atomic_write
+from duoka.utils.files import atomic_write, safe_name, safe_names
 from duoka.utils.text import duoka_command
 from duoka.utils.yaml_file import read_yaml
 from duoka.world import current_world
@@ -50,7 +50,7 @@ class RecipeRun:
 
         Raises StorageError if the folder cannot be created.
         """
-        stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+        stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
         absent = [parent for parent in stem.parents if not parent.exists()]
         for number in itertools.count(1):
             folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
@@ -90,9 +90,9 @@ class RecipeRun:
         """Folder of pictures."""
         return self.folder / "plots"
 
-    def sample(self, name: str) -> Path:
-        """Return the file of an image of the class ``name``, to try the model with."""
-        return self.folder / "samples" / f"{name}.png"
+    def samples(self, classes: Sequence[str]) -> list[Path]:
+        """Return the file of each class for an image of it, to try the model with."""
+        return [self.folder / "samples" / f"{name}.png" for name in safe_names(classes)]
 
     def log(self, text: str) -> None:
         """Add a line to ``log.txt``."""

@@ -24,12 +24,12 @@ from duoka.utils.imports import import_optional
 HOUR_S, DAY_S = 3600, 86_400
 ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/"
 ETT_FILES = {
-    "ETTh1": (2_589_657, "8381763947c85f4be6ac456c508460d6"),
-    "ETTh2": (2_417_960, "51a229a3fc13579dd939364fefe9c7ab"),
-    "ETTm1": (10_360_719, "82d6bd89109c63d075d99c1077b33f38"),
-    "ETTm2": (9_677_236, "7687e47825335860bf58bccb31be0c56"),
+    "ETTh1": (2_589_657, "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"),
+    "ETTh2": (2_417_960, "a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b"),
+    "ETTm1": (10_360_719, "6ce1759b1a18e3328421d5d75fadcb316c449fcd7cec32820c8dafda71986c9e"),
+    "ETTm2": (9_677_236, "db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd"),
 }
-"""Bytes and MD5 checksum of each file. Source: https://github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0)."""
+"""Bytes and SHA-256 checksum of each file. Source: https://github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0)."""
 UNEQUAL_STEPS = ("MS", "ME", "2MS", "2ME", "3MS", "3ME", "6MS", "6ME", "12MS", "12ME", "B")
 """Regular steps of unequal length: one month to a year from first or last days, and working days."""
 DAY_AND_MONTH = re.compile(r"(\d{1,2})([./-])(\d{1,2})\2(\d{2}|\d{4})(?!\d)(.*)")

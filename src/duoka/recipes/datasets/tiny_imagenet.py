@@ -12,14 +12,15 @@ from duoka.errors import DataError
 from duoka.recipes.datasets import image_cache
 from duoka.recipes.datasets.download import RemoteFile, data_folder
 from duoka.recipes.datasets.image_cache import ImageFile
-from duoka.recipes.datasets.image_folder import EXTENSIONS
-from duoka.recipes.datasets.images import ImageSet
+from duoka.recipes.datasets.images import EXTENSIONS, ImageSet
 
 SIZE = 64
 """Pixels a side."""
 ANNOTATIONS = "val_annotations.txt"
 OFFICIAL = RemoteFile(
-    "http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de"
+    "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    248_100_043,
+    "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
 )
 
 

@@ -78,7 +78,7 @@ def test_results(trainer: Trainer) -> dict[str, float]:
 
 def next_step(run: RecipeRun, images: ImageSet) -> str:
     """Return a prediction command for a sample image of the run."""
-    sample = run.sample(images.classes[int(images.test.labels.min())])
+    sample = run.samples(images.classes)[int(images.test.labels.min())]
     return duoka_command("predict", run.folder, sample)
 
 
@@ -88,6 +88,7 @@ def _draw(run: RecipeRun, images: ImageSet, counts: Tensor, probabilities: Tenso
     plots.confusion_matrix(run.plots / "confusion.png", counts, images.classes)
     plots.class_accuracy(run.plots / "class_accuracy.png", counts, images.classes)
     plots.examples(run.plots / "examples.png", test.pixels, test.labels, probabilities, images.classes)
+    samples = run.samples(images.classes)
     for label in torch.unique(test.labels)[:10].tolist():
         index = int((test.labels == label).nonzero()[0])
-        write_image(run.sample(images.classes[label]), test.pixels[index])
+        write_image(samples[label], test.pixels[index])

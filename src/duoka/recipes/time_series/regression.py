@@ -19,6 +19,7 @@ from duoka.recipes.datasets.csv_table import CsvTable, Standardization
 from duoka.recipes.models.informer import TabularRegressor
 from duoka.recipes.time_series import plots, run_steps
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
+from duoka.utils.files import safe_names
 from duoka.utils.text import plural
 
 DESCRIPTION = "table"
@@ -94,7 +95,7 @@ def predict_table(
     written = [run_steps.prediction_path(run, source, ".csv")]
     rows = [[line, *row] for line, row in zip(table.lines, predicted.tolist(), strict=True)]
     csv_table.write(written[0], ["line", *targets], rows)
-    for column, (name, stem) in enumerate(zip(targets, run_steps.file_stems(targets), strict=True)):
+    for column, (name, stem) in enumerate(zip(targets, safe_names(targets), strict=True)):
         if name not in table.columns:
             continue
         try:
@@ -240,7 +241,7 @@ def write_results(run: RecipeRun, config: TimeSeriesConfig, rows: TableRows, res
     truth = rows.truth
     path = run.folder / "predictions.csv"
     run_steps.write_pairs(path, "line", rows.test_lines, rows.targets, "predicted", truth, predicted)
-    for column, (name, stem) in enumerate(zip(rows.targets, run_steps.file_stems(rows.targets), strict=True)):
+    for column, (name, stem) in enumerate(zip(rows.targets, safe_names(rows.targets), strict=True)):
         true, found, r2 = truth[:, column], predicted[:, column], metrics["targets"][name]["r2"]
         plots.plot_lines(run.plots / f"lines_{stem}.png", true, found, name)
         plots.plot_scatter(run.plots / f"scatter_{stem}.png", true, found, name, r2)
