@@ -1,6 +1,7 @@
 """Run folders: created once each, found again, and refused with a reason."""
 
 import shutil
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_an_unfinished_run_names_the_command_that_finishes_it(tmp_path):
     (tmp_path / "config.yml").write_text("recipe: cifar100\n")
     run = RecipeRun.at(tmp_path)
-    for question in (run.finished_model, run.read_results):
+    for question in (run.finished_model, lambda: run.read_results(dict[str, Any])):
         with pytest.raises(DataError, match="duoka train cifar100 --resume"):
             question()
 
@@ -55,7 +56,7 @@ def test_an_unfinished_run_names_the_command_that_finishes_it(tmp_path):
 def test_results_are_read_as_written_and_leave_no_other_file(tmp_path):
     run = RecipeRun(tmp_path)
     run.write_results({"test_accuracy": 0.5, "名": [1]})
-    assert run.read_results() == {"test_accuracy": 0.5, "名": [1]}
+    assert run.read_results(dict[str, Any]) == {"test_accuracy": 0.5, "名": [1]}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 

@@ -7,23 +7,29 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
+from torch import nn
 
+from duoka import checkpoint
 from duoka.errors import ConfigError, DataError, StorageError
 from duoka.launcher import launch
 from duoka.log import logger
 from duoka.trainer import Callback, State
-from duoka.utils.files import atomic_write, safe_name, safe_names
-from duoka.utils.text import duoka_command
+from duoka.utils.files import atomic_write, is_file, safe_name, safe_names
+from duoka.utils.schema import read_json
+from duoka.utils.text import duoka_command, format_bytes
 from duoka.utils.yaml_file import read_yaml
 from duoka.world import current_world
 
+T = TypeVar("T")
 DATA = "data.json"
 """File of a run that describes its data."""
 _LONGEST = 60
@@ -71,7 +77,7 @@ class RecipeRun:
     def at(cls, folder: str | Path) -> RecipeRun:
         """Return the run in ``folder``. Raises DataError if there is none."""
         path = Path(folder)
-        if not (path / "config.yml").is_file():
+        if not is_file(path / "config.yml"):
             raise DataError(f"no run at {path}: {_what_there_is(path)}")
         return cls(path)
 
@@ -111,7 +117,10 @@ class RecipeRun:
         return name
 
     def _resume_command(self) -> str:
-        return duoka_command("train", self.recipe(), "--resume", self.folder)
+        recipe = "RECIPE"
+        with contextlib.suppress(ConfigError):  # its file of options is damaged, too
+            recipe = self.recipe()
+        return duoka_command("train", recipe, "--resume", self.folder)
 
     def finished_model(self) -> Path:
         """Return the trained weights' file. Raises DataError if the run is not finished."""
@@ -120,6 +129,22 @@ class RecipeRun:
                 f"the run {self.folder} has no {self.model.name}: it was stopped; finish it with `{self._resume_command()}`"
             )
         return self.model
+
+    def build_finished_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Return the model that ``build`` makes, with the trained weights.
+
+        Raises DataError if the run is not finished, or its options make a model much larger than the file of weights:
+        such options were changed by hand.
+        """
+        path = self.finished_model()
+        with torch.device("meta"):  # a model without memory
+            needed = sum(parameter.numel() * parameter.element_size() for parameter in build().parameters())
+        if needed > 4 * (found := path.stat().st_size):  # the file may have a narrower number format
+            raise DataError(
+                f"the options in {self.config} make a model of {format_bytes(needed)}, and {path.name} has "
+                f"{format_bytes(found)}: restore the file of options, or train a new run"
+            )
+        return checkpoint.load(path, build())
 
     def write_results(self, results: Any, name: str = "results.json") -> None:
         """Write results as JSON on rank 0."""
@@ -132,21 +157,12 @@ class RecipeRun:
         with atomic_write(self.folder / name) as file:
             file.write(text.encode())
 
-    def read_results(self, *needed: str) -> dict[str, Any]:
+    def read_results(self, form: type[T]) -> T:
         """Return what ``write_results`` wrote.
 
-        Raises DataError if the file is missing or damaged, or lacks one of the entries ``needed``.
+        Raises DataError if the file is missing or damaged, or has another ``form``, a ``TypedDict`` class.
         """
-        path = self.folder / "results.json"
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}: `{self._resume_command()}` writes it") from error
-        if not isinstance(results, dict):
-            raise DataError(f"{path} holds a {type(results).__name__}, not the results of a run")
-        if missing := [name for name in needed if name not in results]:
-            raise DataError(f"{path} lacks {', '.join(missing)}: `{self._resume_command()}` writes it anew")
-        return results
+        return read_json(self.folder / "results.json", form, f"`{self._resume_command()}` writes it anew")
 
 
 @dataclass(eq=False)
@@ -211,9 +227,9 @@ def refuse_other_data(run: RecipeRun, facts: dict[str, Any], source: str) -> Non
     Raises DataError with the value that differs, then and now.
     """
     path = run.folder / DATA
-    if not path.is_file():
+    if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, dict[str, Any], "train a new run")
     for name, now in facts.items():
         if not _alike(was := before.get(name), now):
             raise DataError(
@@ -231,17 +247,20 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = ", ".join(f"{one:.4g}" for one in value) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        text = ", ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in value)
+    else:
+        text = str(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 def _what_there_is(path: Path) -> str:
     """Return what is at ``path`` instead of a run, and what to do."""
     name_one = "give a folder that `duoka train` has named"
-    if path.is_file():
+    if is_file(path):
         runs = [folder for folder in path.absolute().parents if (folder / "config.yml").is_file()]
         return f"it is a file of the run {runs[0]}: give that folder" if runs else "it is a file; give a run's folder"
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 - Path's method raises for a name that is too long
         return f"the folder does not exist; {name_one}"
     if (path / "trainer.yml").is_file():
         return (

@@ -125,7 +125,7 @@ def _read_archive(source: CifarArchive, archive: Path) -> dict[str, Batch]:
                 if entry.name in paths.values() and (member := tar.extractfile(entry)) is not None:
                     found[entry.name] = member.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError) as error:
-        size = f"{archive.stat().st_size:,} bytes, the official one has {source.size:,}"
+        size = f"{archive.stat().st_size:,} bytes" + (f", the official one has {source.size:,}" if source.size else "")
         reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(f"{archive} ({size}) is truncated or no archive: {reason}: {source.refetch}") from error
     if missing := [path for path in paths.values() if path not in found]:
