@@ -4,7 +4,9 @@ import shutil
 from typing import Any
 
 import pytest
+from torch import nn
 
+from duoka import save
 from duoka.errors import ConfigError, DataError, StorageError
 from duoka.recipes.common import registry
 from duoka.recipes.common.recipe_run import RecipeRun, recipe_run
@@ -89,3 +91,22 @@ def test_a_run_interrupted_before_it_writes_leaves_no_folder(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted(late=True)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.txt"]
+
+
+def test_names_of_classes_and_runs_stay_in_their_folders(tmp_path):
+    run = RecipeRun.new(tmp_path, "cifar100", "../../outside")
+    assert run.folder.parent == tmp_path / "cifar100"
+    names = [path.name for path in run.samples(["../x", "/etc/passwd", "a b", "A b"])]
+    assert names == ["x.png", "etc-passwd.png", "a-b.png", "A-b-2.png"]
+    assert {path.parent for path in run.samples(["../x", "y"])} == {run.folder / "samples"}
+
+
+def test_options_that_make_a_much_larger_model_are_refused(tmp_path):
+    run = RecipeRun(tmp_path)
+    run.write_text("config.yml", "recipe: cifar100\n")
+    save(nn.Linear(4, 4), run.model)
+    assert run.build_finished_model(lambda: nn.Linear(4, 4)).weight.shape == (4, 4)
+    with pytest.raises(
+        DataError, match=r"the options in .*config.yml make a model of 40.0\d GB, and model.safetensors has"
+    ):
+        run.build_finished_model(lambda: nn.Linear(100_000, 100_000))

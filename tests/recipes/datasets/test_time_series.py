@@ -251,3 +251,11 @@ def test_set_is_downloaded_once_and_verified(tmp_path, monkeypatch):
     path = time_series.locate_ett("ETTh2", tmp_path / "data")
     monkeypatch.setattr(time_series, "ETT_URL", "file:///nowhere/")
     assert time_series.locate_ett("ETTh2", tmp_path / "data") == path
+
+
+def test_dates_of_ten_thousand_years_make_none_of_those_between(file, monkeypatch):
+    made = []
+    original = pd.date_range
+    monkeypatch.setattr(pd, "date_range", lambda *args, **options: made.append(original(*args, **options)) or made[-1])
+    assert len(read(file(["0001-01-01", "5000-01-01", "9999-01-01"]))) == 3
+    assert sum(map(len, made)) < 100

@@ -7,6 +7,7 @@ run compares it, decodes a few images again and compares them with the cache; on
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor
 from duoka.log import logger
 from duoka.recipes.datasets.download import locked_folder
 from duoka.recipes.datasets.images import Images, ImageSet, Statistics, channel_statistics, read_images
-from duoka.utils.files import atomic_write
+from duoka.utils.files import atomic_write, read_file
 
+MAX_HEADER_BYTES = 100_000
 NUM_CHECKED = 16
 """Images that each run decodes again."""
 
@@ -76,7 +78,7 @@ class _ImageCache:
         if not self.header.is_file():
             return None
         try:
-            header = json.loads(self.header.read_text())
+            header = json.loads(read_file(self.header, MAX_HEADER_BYTES))
             statistics = Statistics(tuple(header["mean"]), tuple(header["std"]))
             if header["fingerprint"] != self.fingerprint:
                 logger.info("%s: the images have changed since they were decoded: rebuilding", self.path)
@@ -97,7 +99,9 @@ class _ImageCache:
 
     def build(self) -> tuple[Tensor, Statistics]:
         """Decode all images into a new cache; a build that fails leaves no file."""
-        part = self.path.with_name(f"{self.path.name}.part")
+        for stale in self.path.parent.glob(f"{self.path.name}.*.part"):  # of killed processes
+            stale.unlink()
+        part = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.part")
         try:
             array = np.lib.format.open_memmap(part, "w+", np.uint8, self.shape)
         except OSError as error:
