@@ -204,7 +204,7 @@ def _metavar(hint: Any) -> str:
 def _without_none(hint: Any) -> Any:
     """Return ``T`` for ``T | None``."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        hint = typing.Union[tuple(part for part in typing.get_args(hint) if part is not type(None))]  # noqa: UP007
     return hint
 
 

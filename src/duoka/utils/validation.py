@@ -1,5 +1,6 @@
 """Checks of option values, and the one form of message for a value that is not valid."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -75,7 +76,7 @@ def parse_value(text: str, hint: Any) -> Any:
         parts = typing.get_args(hint)
         if text == "null" and type(None) in parts and str not in parts:
             return None
-        (hint,) = (part for part in parts if part is not type(None))
+        return _parse_any(text, [part for part in parts if part is not type(None)])
     if hint is str:
         return text
     if typing.get_origin(hint) is typing.Literal:
@@ -86,6 +87,14 @@ def parse_value(text: str, hint: Any) -> Any:
     if len(text) > _LONGEST_NUMBER or not pattern.fullmatch(text):
         raise ValueError(f"{shorten(text)!r} is no number")
     return int(text) if hint is int else float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _parse_any(text: str, hints: Sequence[Any]) -> Any:
+    """Return a value of the first type that accepts the text."""
+    for hint in hints:
+        with contextlib.suppress(ValueError, KeyError):
+            return parse_value(text, hint)
+    raise ValueError(f"{shorten(text)!r} is no value of the option")
 
 
 def describe_type(hint: Any) -> str:

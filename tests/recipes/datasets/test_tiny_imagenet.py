@@ -1,7 +1,6 @@
 """Tiny-ImageNet: reading of the official folders, the cache of decoded images, and the download."""
 
 import dataclasses
-import errno
 import hashlib
 import os
 import shutil
@@ -146,11 +145,8 @@ def test_damaged_cache_is_rebuilt_with_a_warning(root, folder, damage, caplog):
     assert (cache.read_bytes(), (folder / HEADER).read_bytes()) == (good, header)
 
 
-def test_images_of_a_read_only_folder_stay_in_memory(root, folder, caplog, monkeypatch):
-    def refuse(path, *_):  # permissions do not stop root
-        raise PermissionError(errno.EACCES, "Permission denied", path)
-
-    monkeypatch.setattr(np.lib.format, "open_memmap", refuse)
+def test_images_of_a_read_only_folder_stay_in_memory(root, folder, caplog):
+    (folder / f"{CACHE}.part").mkdir()  # in the way, also for root, whom permissions do not stop
     found = load(root)
     assert len(found.train) == 12
     assert found.statistics == channel_statistics(found.train.pixels)
@@ -227,19 +223,6 @@ def test_download_of_other_bytes_leaves_no_file(root, served):
     with pytest.raises(DataError, match="SHA-256"):
         load(root, archive=dataclasses.replace(served, sha256="0" * 64))
     assert not list(root.iterdir())
-
-
-def test_links_at_known_names_are_not_written_through(root, served, tmp_path):
-    root.mkdir()
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (root / ".tiny-imagenet-200.part").symlink_to(outside)
-    load(root, archive=served)
-    for name in (CACHE, HEADER):
-        (root / "tiny-imagenet-200" / name).unlink()
-    (root / "tiny-imagenet-200" / f"{CACHE}.part").symlink_to(outside / "file")
-    load(root, archive=served)
-    assert not list(outside.iterdir())
 
 
 def test_names_of_classes_stay_in_their_folder(root, folder):

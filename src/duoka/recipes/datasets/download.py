@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -110,13 +109,9 @@ class RemoteFile:
             raise DataError(f"cannot download {self.url}: {error}: {remedy}") from error
 
     def _extract(self, archive: Path, folder: Path, skip: str) -> None:
-        """Extract into a new temporary folder, then rename it; remove those of killed processes."""
-        for stale in folder.parent.glob(f".{folder.name}.*.part"):
-            shutil.rmtree(stale, ignore_errors=True)
-        try:
-            part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-        except OSError as error:
-            raise StorageError(f"cannot write {folder.parent}: {error}: choose another --root") from error
+        """Extract into a temporary folder, then rename it."""
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
         try:
             with zipfile.ZipFile(archive) as opened:
                 wanted, skipped = f"{folder.name}/", f"{folder.name}/{skip}/"

@@ -7,7 +7,6 @@ run compares it, decodes a few images again and compares them with the cache; on
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +98,7 @@ class _ImageCache:
 
     def build(self) -> tuple[Tensor, Statistics]:
         """Decode all images into a new cache; a build that fails leaves no file."""
-        for stale in self.path.parent.glob(f"{self.path.name}.*.part"):  # of killed processes
-            stale.unlink()
-        part = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.part")
+        part = self.path.with_name(f"{self.path.name}.part")
         try:
             array = np.lib.format.open_memmap(part, "w+", np.uint8, self.shape)
         except OSError as error:
