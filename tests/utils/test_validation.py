@@ -58,7 +58,8 @@ def test_limits_of_a_number_are_in_the_message(value, limits):
         ("12", int, 12), ("-3", int, -3), ("1_000", int, 1000), ("1e-3", float, 0.001), ("1", float, 1.0), (".5", float, 0.5),
         (".inf", float, float("inf")), ("true", bool, True), ("No", bool, False), ("fast", Literal["fast", "slow"], "fast"),
         ("2", Literal[1, 2], 2),
-        ("fit", int | Literal["fit"], "fit"), ("3", int | Literal["fit"] | None, 3), ("null", int | None, None), ("null", str | None, "null"), ("007", str, "007"),
+        ("fit", int | Literal["fit"], "fit"), ("3", int | Literal["fit"] | None, 3),
+        ("null", int | None, None), ("null", str | None, "null"), ("007", str, "007"),
     ],
 )  # fmt: skip
 def test_the_type_of_an_option_decides_how_its_text_is_read(text, hint, value):

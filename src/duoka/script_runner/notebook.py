@@ -34,13 +34,14 @@ def run_notebook(path: Path, spec: str, *, scale_batch: bool = False) -> tuple[i
         The exit status (1 if a cell raised), the file with the outputs, and the report.
 
     Raises:
-        ConfigError: ``path`` is not a notebook.
+        ConfigError: ``path`` is not a notebook, or its kernel is not installed.
         MissingDependencyError: nbclient or nbformat is not installed.
         StorageError: the outputs cannot be written; no cell has run.
     """
     nbformat = import_optional("nbformat", "notebook")
     nbclient = import_optional("nbclient", "notebook")
     book = _read(path, nbformat)
+    _check_kernel(book, path)
     target = path.with_name(f"{path.stem}.out.ipynb")
     check_writable(target)
     client = nbclient.NotebookClient(book, timeout=None, resources={"metadata": {"path": str(path.resolve().parent)}})
@@ -120,6 +121,18 @@ def _read(path: Path, nbformat: Any) -> Any:
     remedy = "save it again in Jupyter"
     check_form(book, _Book, f"the notebook {str(path)!r}", remedy=remedy, error=ConfigError)
     return book
+
+
+def _check_kernel(book: Any, path: Path) -> None:
+    kernels = import_optional("jupyter_client.kernelspec", "notebook")
+    name = book.metadata.get("kernelspec", {}).get("name", "python3")
+    try:
+        kernels.get_kernel_spec(name)
+    except kernels.NoSuchKernel as error:
+        raise ConfigError(
+            f"the notebook {str(path)!r} names the kernel {shorten(name)!r}, which is not installed: choose another in Jupyter "
+            "and save the notebook (`jupyter kernelspec list` shows them)"
+        ) from error
 
 
 def _save(book: Any, target: Path, nbformat: Any) -> str:
