@@ -38,11 +38,11 @@ def own_loss(output, target):
 )
 def test_shapes_that_broadcast_are_refused_with_the_remedy(loss):
     with pytest.raises(
-        ConfigError, match=r"output of shape \(4, 1\) and a target of shape \(4,\).*output.squeeze\(1\)"
+        ConfigError, match=r"output of shape \(4, 1\) and a target of shape \(4,\).*output.squeeze\(-1\)"
     ):
         fit(nn.Linear(4, 1), FEATURES[:, 0], loss)
     with pytest.raises(
-        ConfigError, match=r"output of shape \(4,\) and a target of shape \(4, 1\).*target.squeeze\(1\)"
+        ConfigError, match=r"output of shape \(4,\) and a target of shape \(4, 1\).*target.squeeze\(-1\)"
     ):
         fit(Flat(), FEATURES[:, :1], loss)
 
@@ -53,6 +53,11 @@ def test_shapes_are_compared_in_evaluation_and_on_two_devices():
         Trainer(nn.Linear(4, 1), loss=nn.MSELoss(), device="cpu").evaluate(data)
     with pytest.raises(ConfigError, match="squeeze"):
         fit(nn.Linear(4, 1), FEATURES[:, 0], nn.MSELoss(), device="cpu:2")
+
+
+def test_a_target_of_one_number_is_accepted_with_torchs_warning():
+    with pytest.warns(UserWarning, match="Using a target size"):
+        fit(nn.Linear(4, 2), FEATURES[:, 0], lambda output, _: functional.mse_loss(output, output.new_ones(1)))
 
 
 def test_one_shape_is_accepted():

@@ -113,8 +113,7 @@ class ModelWithLoss(nn.Module):
             if not self._on_cpu and (found := class_count(loss, output, target)) is not None:
                 self.label_range = found
                 check_labels(target, *found)  # waits for the device, once
-            with refuse_broadcast():
-                return reduce_loss(loss, output, target, is_whole_step=is_whole_step)
+            return refuse_broadcast(lambda: reduce_loss(loss, output, target, is_whole_step=is_whole_step))
         except IndexError as error:
             raise explained_label_error(error, output, target) from error
 

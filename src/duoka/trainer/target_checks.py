@@ -1,9 +1,8 @@
 """Targets that a loss would misread: labels that no output stands for, and shapes that broadcast to a matrix."""
 
-import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,28 +14,35 @@ _SIZE = r"\(torch\.Size\(\[(.*?)\]\)\)"
 _BROADCAST = rf"Using a target size {_SIZE} that is different to the input size {_SIZE}"
 
 
-@contextlib.contextmanager
-def refuse_broadcast() -> Iterator[None]:
-    """Raise ``ConfigError`` where torch warns that a loss broadcasts output and target of different shapes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Using a target size")
-        try:
-            yield
-        except UserWarning as warning:
-            if (found := re.search(_BROADCAST, str(warning))) is None:
-                raise
-            target, output = (f"({sizes}{',' if ',' not in sizes else ''})" for sizes in found.groups())
+def refuse_broadcast(compute: Callable[[], Any]) -> Any:
+    """Return ``compute()``, a loss; raise ``ConfigError`` where it compares each output with each target.
+
+    torch's losses warn of every broadcast. One that makes no more numbers than there are, such as a target of one number,
+    may be meant.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Using a target size")
+            return compute()
+    except UserWarning as warning:
+        if (found := re.search(_BROADCAST, str(warning))) is None:
+            raise
+        sizes = [torch.Size(map(int, re.findall(r"\d+", size))) for size in found.groups()]
+        broadcast: torch.Size = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
+        if broadcast.numel() > max(size.numel() for size in sizes):
+            target, output = map(tuple, sizes)
             raise ConfigError(
                 f"the loss gets an output of shape {output} and a target of shape {target}, and would compare each with all: "
-                f"give both one shape: {_remedy(found[1], found[2])}"
+                f"give both one shape: {_remedy(target, output)}"
             ) from warning
+    return compute()
 
 
-def _remedy(target: str, output: str) -> str:
-    if target == f"{output}, 1":
-        return "output.unsqueeze(1) at the end of the model, or target.squeeze(1) in the data"
-    if output == f"{target}, 1":
-        return "output.squeeze(1) at the end of the model, or target.unsqueeze(1) in the data"
+def _remedy(target: tuple[int, ...], output: tuple[int, ...]) -> str:
+    if target == (*output, 1):
+        return "output.unsqueeze(-1) at the end of the model, or target.squeeze(-1) in the data"
+    if output == (*target, 1):
+        return "output.squeeze(-1) at the end of the model, or target.unsqueeze(-1) in the data"
     return "reshape the target in the data, or the output at the end of the model"
 
 
