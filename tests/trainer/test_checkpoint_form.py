@@ -13,6 +13,9 @@ FEATURES = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 DATA = DataLoader(TensorDataset(FEATURES, FEATURES[:, :2]), batch_size=4)
 
 
+STATE = {"step": torch.zeros(()), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+
+
 def fit(folder, resume) -> None:
     options = {"lr": 0.01, "scheduler": "onecycle", "epochs": 2, "verbose": False}
     model = torch.nn.Linear(4, 2)
@@ -38,6 +41,7 @@ def saved(tmp_path_factory) -> dict:
         ("ranks.0.rng.torch", torch.zeros(3), "ranks[0].rng is no state of the random generators"),
         ("ranks.0.rng.python.words", torch.zeros(3).long(), "ranks[0].rng is no state of the random generators"),
         ("ranks.0.loss_meter", [1.0, "x"], "ranks[0].loss_meter is [1.0, 'x']"),
+        ("optimizer.state.elsewhere", STATE, "has values of elsewhere, which is in none of its groups"),
         ("schedule.peak_lrs", [0.1, 0.1], "schedule.peak_lrs is [0.1, 0.1]; it must be a list of 1"),
         ("schedule.scheduler.last_epoch", "3", "schedule.scheduler.last_epoch is '3'; it must be an integer"),
         ("optimizer.param_groups.0.lr", "high", "optimizer.param_groups[0].lr is 'high'"),
