@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+_LONGEST_LINE, _END = 1000, 300
+
 
 class DuokaError(Exception):
-    """Base of all duoka exceptions; exceptions of user code keep their own type."""
+    """Base of all duoka exceptions; exceptions of user code keep their own type.
+
+    A very long line of a message, which a value from a file may make, loses its middle: cause and remedy stay.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(_cut(argument) if isinstance(argument, str) else argument for argument in arguments))
+
+
+def _cut(text: str) -> str:
+    return "\n".join(
+        line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - _END]} ... {line[-_END:]}"
+        for line in text.split("\n")
+    )
 
 
 class ConfigError(DuokaError, ValueError):

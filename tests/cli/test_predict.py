@@ -120,7 +120,9 @@ def test_results_without_what_prediction_needs_are_one_message(run, tmp_path, ca
     copied = shutil.copytree(run, tmp_path / "run")
     (copied / "results.json").write_text("{}")
     assert main(["predict", str(copied), "any.png"]) == 2
-    assert re.search("results.json lacks images: `.*duoka train cifar100 --resume", capfd.readouterr().err)
+    assert re.search(
+        "results.json: the content has no key 'images': `.*duoka train cifar100 --resume", capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "x"])

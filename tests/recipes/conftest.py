@@ -45,7 +45,7 @@ def cifar(tmp_path: Path) -> CifarArchive:
         name="cifar100",
         url="http://127.0.0.1:9/cifar-100-python.tar.gz",
         size=len(packed),
-        md5=md5(packed),
+        sha256=hashlib.sha256(packed).hexdigest(),
         folder="cifar-100-python",
         train=(("train", sums["train"]),),
         test=(("test", sums["test"]),),

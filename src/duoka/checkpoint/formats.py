@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from duoka.errors import CheckpointError
+from duoka.utils.files import open_file
 from duoka.utils.text import did_you_mean, first_line
 
 _COMMENT = re.compile(rb"duoka crc32=([0-9a-f]{8})\Z")
@@ -93,7 +94,7 @@ def read_file(path: Path, map_location: str | torch.device = "cpu") -> tuple[Any
 
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(9)
             if start[8:] == b"{" or (path.suffix == ".safetensors" and start[:2] != b"PK"):
                 is_ours = _verify_safetensors(path, file)
@@ -188,7 +189,10 @@ def _read_archive(path: Path, map_location: str | torch.device) -> Any:
         f"{path} is damaged, or is no checkpoint of PyTorch; give a file that duoka.save or torch.save has written"
     )
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with open_file(path) as file:  # torch reads a path that ends in .safetensors as that format only
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
         names = _code_named_in(path, str(error))
         code = (
@@ -198,13 +202,14 @@ def _read_archive(path: Path, map_location: str | torch.device) -> Any:
             '    duoka.save(state, "converted.pt")  # a model, or a dict of state; for other objects, their state_dict()'
         )
         raise CheckpointError(code if names else unknown) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # torch raises errors of many types for damaged files
         raise CheckpointError(f"{unknown} ({first_line(error)})") from error
 
 
 def _code_named_in(path: Path, message: str) -> list[str]:
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with open_file(path) as file:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # an old format, or no pickle at all
         names = []
     return sorted(set(names) | set(re.findall(r"(?:GLOBAL|function|class|global) ([\w.]+\.[\w.]+)", message)))

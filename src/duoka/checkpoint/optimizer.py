@@ -50,6 +50,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     current = [[names[number] for number in group["params"]] for group in own]
     found = [[matched.get(name, name) for name in group["params"]] for group in state["param_groups"]]
     _check_groups(optimizer, state["param_groups"], found, current)
+    if unknown := [str(name) for name in state["state"] if name not in matched]:
+        raise CheckpointError(
+            f"the saved {type(optimizer).__name__} has values of {', '.join(unknown[:5])}, which is in none of its groups; use "
+            "another copy of the state"
+        )
     groups = [{**old, "params": new["params"]} for old, new in zip(state["param_groups"], own, strict=True)]
     values = {numbers[matched[name]]: value for name, value in state["state"].items()}
     try:

@@ -61,10 +61,12 @@ def load_training(path: str | os.PathLike[str], *, map_location: str | torch.dev
     document, _ = read_file(path, map_location)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no training checkpoint of duoka; load a file of weights with duoka.load")
-    if not isinstance(version := document.get("version"), int) or version > TRAINING_VERSION:
+    if type(version := document.get("version")) is not int or version > TRAINING_VERSION:
         raise CheckpointError(
             f"{path} is a training checkpoint of version {version}, this duoka reads up to version {TRAINING_VERSION}: "
             "install a newer duoka (pip install --upgrade duoka)"
         )
-    state: dict[str, Any] = document["state"]
+    state = document.get("state")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: state is a {type(state).__name__}; it must be a dict: use another copy of it")
     return state

@@ -71,8 +71,8 @@ def parser(recipe: str | None = None) -> ArgumentParser:
 
 def _recipe_of(argv: Sequence[str]) -> str | None:
     """Return the recipe that the command line compares: it names the recipe, or a file that does."""
-    from duoka.recipes.common.config import read_yaml
     from duoka.recipes.common.registry import RECIPES
+    from duoka.utils.yaml_file import read_yaml
 
     source = next((word for word in argv if word in RECIPES or word.endswith((".yml", ".yaml"))), None)
     if source is None or source in RECIPES:

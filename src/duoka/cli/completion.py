@@ -13,7 +13,9 @@ from duoka.utils.argument_parser import ArgumentParser
 def run(argv: Sequence[str]) -> int:
     """Print the completion script for the shell that ``argv`` names; return the exit status."""
     shell = parser().parse(argv).shell
-    sys.stdout.write(whole_parser().get_completion_script(f"shtab-{shell}") + "\n")
+    whole = whole_parser()
+    whole.offer_choices()
+    sys.stdout.write(whole.get_completion_script(f"shtab-{shell}") + "\n")
     return 0
 
 

@@ -26,6 +26,9 @@ _OS_ERRORS = {
     errno.EACCES: "access is not permitted. Change its permissions",
     errno.EPERM: "this is not permitted. Change its permissions",
     errno.EROFS: "the file system is read-only. Make it writable",
+    errno.ENAMETOOLONG: "the name is too long for a file. Shorten it",
+    errno.ELOOP: "symbolic links lead in a circle. Correct them",
+    errno.ENOTDIR: "a part of the path is a file. Correct the path",
 }
 """Errors of the operating system that users can mend, and the remedy."""
 

@@ -99,7 +99,7 @@ def _restart_with_visible_devices(devices: Sequence[torch.device], argv: Sequenc
         _DEVICE_NUMBERS: ",".join(map(str, numbers)),
     }
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "duoka", "run", *argv], environment)
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "duoka", "run", *argv], environment)
 
 
 def parser() -> ArgumentParser:

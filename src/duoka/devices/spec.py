@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from duoka.errors import ConfigError, DeviceError
-from duoka.utils.text import did_you_mean
+from duoka.utils.text import did_you_mean, shorten
 
 DeviceSpec: TypeAlias = "str | int | torch.device | Sequence[str | int | torch.device] | None"
 """Any form of the grammar: ``"auto"``, ``0``, ``"0,1"``, ``torch.device("cuda:1")``, ``["cuda:0", "cuda:1"]``."""
@@ -27,6 +27,7 @@ _ACCELERATORS: dict[str, str | None] = {
 _NAMES = sorted({"auto", "cpu", "idle", *_ACCELERATORS} - {"hip", "rocm"})
 _MAX_DEVICES = 1024
 """Limit for typing errors such as ``0-999999999``."""
+_MAX_TEXT = 10 * _MAX_DEVICES
 
 
 def reconcile(device: DeviceSpec, devices: DeviceSpec, default: DeviceSpec = "auto") -> DeviceSpec:
@@ -73,9 +74,12 @@ def parse(spec: DeviceSpec) -> DeviceRequest:
     entries = spec if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
     if not entries:
         raise DeviceError(f"an empty list names no device. Write {GRAMMAR}.")
+    if len(entries) > _MAX_DEVICES or (len(entries) == 1 and len(str(entries[0])) > _MAX_TEXT):
+        raise DeviceError(f"device {shorten(repr(spec))} names more than {_MAX_DEVICES} devices. Write {GRAMMAR}.")
     text = ",".join(_write(entry) for entry in entries)
-    parts = [_parse_item(item, text) for item in text.lower().split(",")]
-    return parts[0] if len(parts) == 1 else _join(parts, text)
+    shown = shorten(text)
+    parts = [_parse_item(item, shown) for item in text.lower().split(",")]
+    return parts[0] if len(parts) == 1 else _join(parts, shown)
 
 
 def _write(entry: object) -> str:
@@ -88,7 +92,9 @@ def _write(entry: object) -> str:
             return str(operator.index(entry))  # type: ignore[arg-type]  # any integer, also of numpy or a 0-d tensor
     except TypeError:
         pass
-    raise DeviceError(f"device {entry!r} is a {type(entry).__name__}; write {GRAMMAR}, or give a torch.device.")
+    raise DeviceError(
+        f"device {shorten(repr(entry))} is a {type(entry).__name__}; write {GRAMMAR}, or give a torch.device."
+    )
 
 
 def _parse_item(item: str, text: str) -> DeviceRequest:
@@ -107,7 +113,7 @@ def _parse_item(item: str, text: str) -> DeviceRequest:
         return DeviceRequest(text, "cpu", count=1)
     if item in _ACCELERATORS:
         return DeviceRequest(text, "all", _ACCELERATORS[item])
-    where = f"device {text!r}" if item == text.lower() else f"device {text!r}, entry {item!r},"
+    where = f"device {text!r}" if item == text.lower() else f"device {text!r}, entry {shorten(item)!r},"
     raise DeviceError(f"{where} is not valid{_hint(item)} Write {GRAMMAR}.")
 
 

@@ -41,6 +41,11 @@ def explain(source: bytes, name: str, devices: Sequence[torch.device], *, scale_
         tree = ast.parse(source)
     except SyntaxError as error:
         raise ConfigError(f"{name}, line {error.lineno}: {error.msg}. Correct the script first.") from error
+    except (ValueError, RecursionError, MemoryError) as error:  # ast's errors for null bytes and deep nesting
+        reason = (
+            "its expressions are nested too deep" if isinstance(error, RecursionError | MemoryError) else str(error)
+        )
+        raise ConfigError(f"{name} cannot be read as Python: {reason}. Correct the script first.") from error
     lines = [f"{name} would run once, in one process, on {describe_devices(devices)}."]
     if len(devices) == 1:
         return [*lines, "On one device it would run as it does without duoka."]

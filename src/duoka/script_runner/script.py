@@ -44,7 +44,7 @@ class Script:
         pending, seen = [Path(self.path)], {Path(self.path)}
         while pending:
             path = pending.pop()
-            with contextlib.suppress(OSError, SyntaxError, ValueError):
+            with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
                 source = path.read_bytes()
                 yield source
                 names = {name for node in ast.walk(ast.parse(source)) for name in _imported_names(node)}

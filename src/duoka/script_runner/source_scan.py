@@ -31,7 +31,7 @@ def differentiates_gradients(source: bytes) -> bool | None:
         return False
     try:
         calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    except SyntaxError:  # Python reports it
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # Python reports it
         return False
     values = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "create_graph"]
     constants = [bool(value.value) for value in values if isinstance(value, ast.Constant)]

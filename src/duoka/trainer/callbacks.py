@@ -72,9 +72,10 @@ class State:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from what ``checkpoint_fields`` returned."""
-        for name, value in saved.items():
-            setattr(self, name, value)
-        self.best = None if saved["best"] is None else Best(**saved["best"])
+        for name in self.checkpoint_fields():
+            setattr(self, name, saved[name])
+        best = saved["best"]
+        self.best = None if best is None else Best(best["value"], best["epoch"], best["results"])
 
 
 class Callback:

@@ -14,6 +14,7 @@ from duoka.errors import CheckpointError
 from duoka.log import logger
 from duoka.trainer.callbacks import State
 from duoka.trainer.checkpoint_files import next_path, rotate, warn_of_damage
+from duoka.trainer.checkpoint_form import check_against, check_optimizer, check_training
 from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.trainer.train_step import TrainStep
 from duoka.utils.rng_state import rng_state
@@ -124,6 +125,7 @@ class TrainCheckpoint:
                 f"optimizer={theirs.lower()!r}, or begin a new run with its weights: "
                 "duoka.load('model.safetensors', into=model)"
             )
+        self._check_forms(path, saved)
         step.schedule.load_state_dict(saved["schedule"])
         checkpoint.load_state(module.model, saved["model"], source=str(path))
         if isinstance(module.loss, torch.nn.Module):
@@ -165,8 +167,22 @@ class TrainCheckpoint:
                 f"{', '.join(sorted(missing))}; resume from the checkpoint/last.pt of a Trainer's out_dir, or begin a new run "
                 f"with its weights: duoka.load({str(path)!r}, into=model)"
             )
+        check_training(saved, path)
         self.best_weights = saved.pop("best_weights", {})
         return {**saved, "has_best": bool(self.best_weights)}
+
+    def _check_forms(self, path: Path, saved: dict[str, Any]) -> None:
+        """Refuse state of schedule, scaler and optimizer that they would take and then fail on."""
+        step = self.train_step
+        scheduler = step.schedule.scheduler
+        if saved["schedule"]["signature"] == step.schedule.signature:
+            check_against(saved["schedule"]["peak_lrs"], step.schedule.peak_lrs, "schedule.peak_lrs", path)
+            if scheduler is not None and type(scheduler).__module__.startswith("torch.optim."):
+                check_against(saved["schedule"]["scheduler"], scheduler.state_dict(), "schedule.scheduler", path)
+        if step.scaler is not None and saved["scaler"]:
+            check_against(saved["scaler"], step.scaler.state_dict(), "scaler", path)
+        sizes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
+        check_optimizer(saved["optimizer"], step.optimizer, sizes, path)
 
     def _check_best(self, path: Path, monitor: str | None, *, has_weights: bool) -> None:
         """Drop the best evaluation if its weights are missing, or if another result is monitored now."""

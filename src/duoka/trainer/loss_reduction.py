@@ -93,7 +93,7 @@ def reduce_loss(loss: Callable[..., Any], output: Any, target: Any, *, is_whole_
 
     If the batch is the whole step and all its targets count, torch's own mean is the fastest.
     """
-    function, options = _class_loss(loss)
+    function, options = class_loss(loss)
     if function is None and not is_whole_step:
         with _ClassLossCalls() as calls:
             result = loss(output, target)
@@ -155,7 +155,7 @@ class _ClassLossCalls(TorchFunctionMode):
         return result
 
 
-def _class_loss(loss: Any) -> tuple[Callable[..., torch.Tensor] | None, Mapping[str, Any]]:
+def class_loss(loss: Any) -> tuple[Callable[..., torch.Tensor] | None, Mapping[str, Any]]:
     """Return torch's function behind ``loss`` and its options, if it is cross entropy or negative log-likelihood."""
     if loss is functional.cross_entropy or loss is functional.nll_loss:
         return loss, {}

@@ -14,6 +14,7 @@ from torch import nn
 from duoka.errors import ConfigError
 from duoka.trainer.batch_targets import call_model, inputs_of, prediction_of, split_target, target_of
 from duoka.trainer.loss_reduction import GIVE_A_LOSS, Loss, MeanLoss, check_reduction, own_loss, reduce_loss, to_scalar
+from duoka.trainer.target_checks import check_labels, class_count, explained_label_error, refuse_broadcast
 from duoka.utils.text import did_you_mean
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +47,10 @@ class ModelWithLoss(nn.Module):
         self.captured: tuple[Any, Any] | None = None
         self.single_batch_step = False
         """Whether every batch is a whole step, on one device."""
+        self.label_range: tuple[int, int] | None = None
+        """Number of classes and the ignored label, for the checks of labels before they reach an accelerator."""
+        self._is_target_checked = False
+        self._on_cpu = device_type == "cpu"
         self.autocast = (device_type, AUTOCAST_DTYPES[precision]) if precision in AUTOCAST_DTYPES else None
 
     def forward(self, batch: Any) -> Loss:
@@ -73,7 +78,7 @@ class ModelWithLoss(nn.Module):
         output = call_model(self._modules["model"], inputs)  # type: ignore[arg-type]  # faster than self.model
         if self.capture_outputs:
             self.captured = output.detach(), target
-        result = reduce_loss(loss, output, target, is_whole_step=self.single_batch_step)
+        result = self._reduced(loss, output, target, is_whole_step=self.single_batch_step)
         return result if type(result) is MeanLoss else to_scalar(result)
 
     def evaluate_batch(self, batch: Any, *, with_output: bool) -> tuple[Loss | None, Any, Any]:
@@ -89,8 +94,28 @@ class ModelWithLoss(nn.Module):
             else:
                 inputs, target = split_target(batch, self.target_key)
                 output = call_model(self.model, inputs)
-                loss = to_scalar(reduce_loss(self.loss, output, target))
+                loss = to_scalar(self._reduced(self.loss, output, target))
             return loss, self._predictions(batch, output), target
+
+    def check_labels(self, batch: Any) -> None:
+        """Raise ``DataError`` for a label out of range in a batch on the host, before an accelerator gets it."""
+        if self.label_range is not None:
+            target = target_of(batch, self.target_key)
+            if isinstance(target, torch.Tensor) and target.is_cpu:
+                check_labels(target, *self.label_range)
+
+    def _reduced(self, loss: Callable[..., Any], output: Any, target: Any, *, is_whole_step: bool = False) -> Any:
+        """Return the loss as ``reduce_loss`` does; the first batch's targets are checked in full."""
+        try:
+            if self._is_target_checked or torch.compiler.is_compiling():
+                return reduce_loss(loss, output, target, is_whole_step=is_whole_step)
+            self._is_target_checked = True
+            if not self._on_cpu and (found := class_count(loss, output, target)) is not None:
+                self.label_range = found
+                check_labels(target, *found)  # waits for the device, once
+            return refuse_broadcast(lambda: reduce_loss(loss, output, target, is_whole_step=is_whole_step))
+        except IndexError as error:
+            raise explained_label_error(error, output, target) from error
 
     def predictions(self, batch: Any) -> Any:
         """Return the model's predictions for ``batch``, with or without a target in it."""

@@ -113,7 +113,7 @@ class RunDir:
 
     def _write(self, name: str, content: str) -> None:
         with atomic_write(self.path / name) as file:
-            file.write(content.encode())
+            file.write(content.encode(errors="backslashreplace"))  # a text may hold half a character
 
 
 def _json_lines(history: list[dict[str, Any]]) -> str:

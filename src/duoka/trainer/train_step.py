@@ -145,6 +145,8 @@ class TrainStep:
 
     def _add_gradient(self, local: LocalBatch, total: int) -> None:
         count = local.count
+        if not self._on_cpu:
+            self.module.check_labels(local.batch)
         batch = local.batch if self._on_cpu else to_device(local.batch, self.device, True)
         if count:
             try:

@@ -1,4 +1,7 @@
-"""jsonargparse's parser with plain help, and with its errors as duoka's one-line messages."""
+"""jsonargparse's parser with plain help, and with its errors as duoka's one-line messages.
+
+The parser hands every value over as text, and ``parse_value`` reads it: jsonargparse would load it as YAML.
+"""
 
 import argparse
 import ast
@@ -17,7 +20,7 @@ import jsonargparse
 
 from duoka.errors import ConfigError
 from duoka.utils.text import did_you_mean, first_line
-from duoka.utils.validation import describe_type, invalid_option
+from duoka.utils.validation import describe_type, fits, invalid_option, parse_value
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 
@@ -43,7 +46,6 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         self._other_names = other_names or {}
         self._hints: dict[str, Any] = {}
         self._keys: list[str] = []
-        self._words: list[str] = []
         self._file = ""
         super().__init__(
             prog=prog,
@@ -77,25 +79,52 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> Any:
         """Add an argument, as argparse does; jsonargparse gives this method to groups of arguments too."""
+        hint = options.pop("type", str)
         action = super().add_argument(*names, **options)
-        getattr(self, "parser", self)._hints[action.dest] = options.get("type", str)
+        getattr(self, "parser", self)._hints[action.dest] = hint
         return action
 
     def parse(self, words: Sequence[str], *, defaults: bool = True) -> jsonargparse.Namespace:
         """Return the options of a command line; without ``defaults`` only those that it names."""
-        self._file, self._words = "", [self._with_underscores(word) for word in words]
-        return self.parse_args(self._words, defaults=defaults)
+        self._file = ""
+        found = self.parse_args([self._with_underscores(word) for word in words], defaults=defaults)
+        for key, value in vars(found).items():
+            hint = self._hints.get(key, str)
+            if isinstance(value, str) and hint is not str:
+                is_null = value == "null" and type(None) in typing.get_args(hint)
+                found[key] = None if is_null else self._read(key, value)
+        return found
+
+    def offer_choices(self) -> None:
+        """Let a completion script offer the values of options that have a few, here and in the subcommands."""
+        for action in self._actions:
+            parsers = action.choices if isinstance(action, argparse._SubParsersAction) else {}
+            for parser in parsers.values():
+                parser.offer_choices()
+            hint = _without_none(self._hints.get(action.dest, str))
+            if typing.get_origin(hint) is typing.Literal:
+                action.choices = [str(choice) for choice in typing.get_args(hint)]
 
     def parse_file(self, options: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
         """Return the ``options`` that were read from the file ``source``, each with the type of its field."""
         self._file = str(source)
-        for key, value in options.items():
+        for key in options:
             if key not in self._keys:
                 raise self._unknown(str(key))
-            if isinstance(value, list | dict):
-                raise self._invalid(key, value)
-        self._words = [f"--{key}={format_value(value)}" for key, value in options.items()]
-        return self.parse_args(self._words, defaults=False).as_dict()
+        own_names = {key: self._option_string_actions[f"--{key}"].dest for key in options}
+        return {own_names[key]: self._read(own_names[key], value) for key, value in options.items()}
+
+    def _read(self, key: str, value: Any) -> Any:
+        """Return an option's value from its text; a value that has its type already stays as it is."""
+        hint = self._hints.get(key, str)
+        if not isinstance(value, str):
+            if fits(value, hint):
+                return value
+            raise self._invalid(key, format_value(value) if value is None else value)
+        try:
+            return parse_value(value, hint)
+        except (ValueError, KeyError):
+            raise self._invalid(key, value) from None
 
     def _with_underscores(self, word: str) -> str:
         """Return ``--weight-decay=1`` as ``--weight_decay=1``, if only the second is an option."""
@@ -106,8 +135,6 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise ``ConfigError`` for a message of argparse or jsonargparse."""
-        if match := re.match(r'Parser key "(\w+)"', message):
-            raise self._invalid(match[1], self._value_of(match[1], message)) from ex
         if match := re.match(r"unrecognized arguments: (\S+)", message):
             word = match[1].partition("=")[0]
             if not word.startswith("-"):
@@ -143,16 +170,6 @@ class ArgumentParser(jsonargparse.ArgumentParser):
     def _flags_of(self, key: str) -> list[str]:
         """Return the flags of an option; a positional argument has none."""
         return [flag for flag, action in self._option_string_actions.items() if action.dest == key]
-
-    def _value_of(self, key: str, message: str) -> str:
-        """Return the last value of an option on the command line, as it was written."""
-        flags = self._flags_of(key)
-        for index, word in reversed(list(enumerate(self._words))):
-            flag, joined, value = word.partition("=")
-            if flag in flags:
-                return value if joined else "".join(self._words[index + 1 : index + 2])
-        match = re.search(r"(?:Got|Given) value: (.*)", message)
-        return match[1] if match else ""
 
 
 def field_docs(kind: type[Any]) -> dict[str, str]:

@@ -1,14 +1,16 @@
-"""Atomic file writes (temporary file, fsync, rename) and a lock between processes."""
+"""Files: atomic writes (temporary file, fsync, rename), reads with limits, safe names, a lock between processes."""
 
 import contextlib
 import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +20,8 @@ from duoka.utils.text import format_bytes
 _TEMPORARY = ".duoka-tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NAME_BYTES = 120
+"""Longest safe name; file systems allow 255 bytes, of which suffixes and temporary names take some."""
 
 
 @contextlib.contextmanager
@@ -61,6 +65,77 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     target = Path(os.path.realpath(path))
     with _storage_errors(target), tempfile.TemporaryFile(dir=target.parent):
         pass
+
+
+def open_file(path: str | os.PathLike[str], most_bytes: int | None = None) -> BinaryIO:
+    """Open the regular file ``path`` to read its bytes.
+
+    A pipe, a socket or a device is refused before it is opened, because opening one may wait forever.
+
+    Args:
+        path: the file; symbolic links are followed.
+        most_bytes: largest size of a file that is opened; ``None`` is no limit.
+
+    Raises:
+        OSError: the file is missing, is no regular file, or is too large. ``strerror`` is the reason as text.
+    """
+    try:
+        found = os.stat(path)
+    except ValueError as error:  # a null character or half a surrogate pair, which the system does not accept
+        raise OSError(errno.EINVAL, "its name has characters that no file name can have", repr(path)) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))
+    if most_bytes is not None and found.st_size > most_bytes:
+        sizes = f"it has {format_bytes(found.st_size)}, and at most {format_bytes(most_bytes)} are read"
+        raise OSError(errno.EFBIG, sizes, str(path))
+    return Path(path).open("rb")
+
+
+def read_file(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """Return the bytes of a regular file of at most ``most_bytes``. Raises OSError as ``open_file`` does."""
+    with open_file(path, most_bytes) as file:
+        return file.read(most_bytes)
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``path`` is a regular file; a path that the system refuses, such as one too long, is none."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def safe_name(text: str) -> str:
+    """Return text from data, such as the name of a class, as the name of one file in a folder.
+
+    Letters and digits of any script and ``_.=+-`` stay. Other characters become dashes, and a long name is cut.
+
+    >>> safe_name("../etc/passwd"), safe_name("aquarium fish"), safe_name("/")
+    ('etc-passwd', 'aquarium-fish', 'unnamed')
+    """
+    name = re.sub(r"[^\w.=+-]+", "-", text)
+    return name.encode()[:_NAME_BYTES].decode(errors="ignore").strip("-.") or "unnamed"
+
+
+def safe_names(texts: Iterable[str]) -> list[str]:
+    """Return a safe name for each text, unique on file systems that ignore case too.
+
+    >>> safe_names(["Q (m3/s)", "q [m3/s]", "油温"])
+    ['Q-m3-s', 'q-m3-s-2', '油温']
+    """
+    found: list[str] = []
+    taken: set[str] = set()
+    for text in texts:
+        name = stem = safe_name(text)
+        number = 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.casefold())
+        found.append(name)
+    return found
 
 
 @contextlib.contextmanager

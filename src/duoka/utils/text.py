@@ -70,6 +70,16 @@ def first_line(text: object) -> str:
     return lines[0] if lines else type(text).__name__ if isinstance(text, BaseException) else ""
 
 
+def shorten(text: str, longest: int = 80) -> str:
+    """Return ``text`` for a message, without its middle where it is longer than ``longest`` characters.
+
+    >>> shorten("1234567890" * 9, 20)
+    '12345678 ... 4567890'
+    """
+    half = (longest - 4) // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-(longest - 5 - half) :]}"
+
+
 def duoka_command(*words: object) -> str:
     """Return a command line of this installation's ``duoka``, to paste into a shell in the current folder.
 

@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from duoka.errors import ConfigError
-from duoka.recipes.common.config import RunOptions, read_config, read_yaml
+from duoka.recipes.common.config import RunOptions, read_config
 from duoka.recipes.common.recipe_run import RecipeRun, config_text
 from duoka.recipes.common.registry import RECIPES, find_recipe
 from duoka.recipes.image_classification.config import Cifar100Config
 from duoka.utils.argument_parser import field_docs
+from duoka.utils.yaml_file import read_yaml
 
 GUIDE = (
     "root: ./data\nworkers: 8        # 数据加载线程数\nbsize: 256        # 单GPU batch size\nepochs: 50\nlr: 0.001\n"
@@ -116,8 +117,8 @@ def test_an_empty_file_is_all_defaults(file):
         ("lr: fast", "config.yml: lr='fast' is not valid: it must be a number"),
         ("lr: true", "config.yml: lr='true' is not valid: it must be a number"),
         ("count: 2.5", "config.yml: count='2.5' is not valid: it must be an integer"),
-        ("count: [1]", "config.yml: count=[1] is not valid: it must be an integer"),
-        ("device: [1]", "config.yml: device=[1] is not valid: it must be text"),
+        ("count: [1]", "config.yml: count=['1'] is not valid: it must be an integer"),
+        ("device: [1]", "config.yml: device=['1'] is not valid: it must be text"),
         ("zzz: [1]", "config.yml: unknown key zzz"),
         ("kind: Fancy", "config.yml: kind='Fancy' is not valid: it must be one of plain, fancy; did you mean 'fancy'?"),
         ("flag: perhaps", "config.yml: flag='perhaps' is not valid: it must be true or false"),

@@ -1,9 +1,12 @@
 """Run folders: created once each, found again, and refused with a reason."""
 
 import shutil
+from typing import Any
 
 import pytest
+from torch import nn
 
+from duoka import save
 from duoka.errors import ConfigError, DataError, StorageError
 from duoka.recipes.common import registry
 from duoka.recipes.common.recipe_run import RecipeRun, recipe_run
@@ -47,7 +50,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_an_unfinished_run_names_the_command_that_finishes_it(tmp_path):
     (tmp_path / "config.yml").write_text("recipe: cifar100\n")
     run = RecipeRun.at(tmp_path)
-    for question in (run.finished_model, run.read_results):
+    for question in (run.finished_model, lambda: run.read_results(dict[str, Any])):
         with pytest.raises(DataError, match="duoka train cifar100 --resume"):
             question()
 
@@ -55,7 +58,7 @@ def test_an_unfinished_run_names_the_command_that_finishes_it(tmp_path):
 def test_results_are_read_as_written_and_leave_no_other_file(tmp_path):
     run = RecipeRun(tmp_path)
     run.write_results({"test_accuracy": 0.5, "名": [1]})
-    assert run.read_results() == {"test_accuracy": 0.5, "名": [1]}
+    assert run.read_results(dict[str, Any]) == {"test_accuracy": 0.5, "名": [1]}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -88,3 +91,22 @@ def test_a_run_interrupted_before_it_writes_leaves_no_folder(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted(late=True)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.txt"]
+
+
+def test_names_of_classes_and_runs_stay_in_their_folders(tmp_path):
+    run = RecipeRun.new(tmp_path, "cifar100", "../../outside")
+    assert run.folder.parent == tmp_path / "cifar100"
+    names = [path.name for path in run.samples(["../x", "/etc/passwd", "a b", "A b"])]
+    assert names == ["x.png", "etc-passwd.png", "a-b.png", "A-b-2.png"]
+    assert {path.parent for path in run.samples(["../x", "y"])} == {run.folder / "samples"}
+
+
+def test_options_that_make_a_much_larger_model_are_refused(tmp_path):
+    run = RecipeRun(tmp_path)
+    run.write_text("config.yml", "recipe: cifar100\n")
+    save(nn.Linear(4, 4), run.model)
+    assert run.build_finished_model(lambda: nn.Linear(4, 4)).weight.shape == (4, 4)
+    with pytest.raises(
+        DataError, match=r"the options in .*config.yml make a model of 40.0\d GB, and model.safetensors has"
+    ):
+        run.build_finished_model(lambda: nn.Linear(100_000, 100_000))

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
 import pickle
+import resource
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from duoka.errors import DataError, StorageError
+from duoka.recipes.datasets import cifar as cifar_module
 from duoka.recipes.datasets.cifar import CifarArchive, load, official
 from support.http_server import Served, serve_bytes
 
@@ -137,6 +141,63 @@ def test_pickle_that_names_code_does_not_run_it(unpacked, root, cifar, tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "name", [b"numpy.f2py.__main__\ndtype", b"numpy\nload", b"numpy.core.multiarray\nencode", b"numpy.f2py\nndarray"]
+)
+def test_only_the_five_names_of_arrays_are_imported(unpacked, root, cifar, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpy.f2py.__main__", None)
+    (unpacked / "train").write_bytes(b"c" + name + b"\n.")
+    with pytest.raises(DataError, match=r"it names numpy.*, which no image batch needs"):
+        load(cifar, root, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"c_codecs\nencode\n(\x8c\x01aX\x03\x00\x00\x00hextR.", "text in the encoding 'hex'"),
+        (b"]r\xff\xff\xff\x7f.", "holds a list"),  # the index of a memo of 16 GB
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", "cannot read"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [None, 1]}), "has the label None"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [True, 1]}), "has the label True"),
+        (pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"fine_labels": []}), "has no images"),
+        (pickle.dumps({b"\xff": 1, 7: 2}), "has 7 where a text should be"),
+    ],
+)
+def test_a_pickle_of_another_form_is_an_error_that_takes_little_memory(unpacked, root, cifar, content, message):
+    (unpacked / "train").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=message):
+        load(cifar, root, verify=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("names", [b"three", [1, 2, 3], []])
+def test_class_names_that_are_no_texts_are_an_error(unpacked, root, cifar, names):
+    (unpacked / "meta").write_bytes(pickle.dumps({b"fine_label_names": names}))
+    with pytest.raises(DataError, match=r"no list 'fine_label_names'|where a text should be"):
+        load(cifar, root, verify=False)
+
+
+def test_an_archive_that_unpacks_to_very_much_is_an_error(archive, root, cifar, monkeypatch):
+    monkeypatch.setattr(cifar_module, "MAX_BYTES", 20_000)
+    with pytest.raises(DataError, match="it unpacks to more than 20,000 bytes"):
+        load(cifar, root)
+
+
+def test_a_download_stops_where_the_server_sends_too_much(cifar, serve, tmp_path):
+    source = dataclasses.replace(cifar, url=serve(b"x" * (cifar.size + 1)).url)
+    with pytest.raises(DataError, match=f"the server sends more than {cifar.size:,} bytes"):
+        load(source, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(unpacked, root, cifar):
+    (unpacked / "test").unlink()
+    os.mkfifo(unpacked / "test")
+    with pytest.raises(DataError, match="it is a pipe, a socket or a device"):
+        load(cifar, root)
+
+
 def test_arrays_pickled_by_old_and_new_numpy_are_read(unpacked, root, cifar):
     data = (unpacked / "train").read_bytes()
     for old, new in ((b"numpy._core.multiarray", b"numpy.core.multiarray"), (b"", b"")):
@@ -162,7 +223,7 @@ def test_truncated_download_leaves_no_file(archive, cifar, serve, tmp_path, stat
 
 def test_download_with_a_wrong_checksum_leaves_no_file(cifar, serve, tmp_path):
     source = dataclasses.replace(cifar, url=serve(b"x" * cifar.size).url)
-    with pytest.raises(DataError, match=f"MD5 checksum .*not {cifar.md5}.*start again"):
+    with pytest.raises(DataError, match=f"SHA-256 checksum .*not {cifar.sha256}.*start again"):
         load(source, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 

@@ -1,6 +1,9 @@
 """Image files, folders of them, digits, splits, statistics and batches."""
 
+import os
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +86,35 @@ def test_missing_and_unreadable_images_are_named(tmp_path):
             read_image(tmp_path / name, (1, 8, 8))
 
 
+def test_a_file_of_another_format_is_refused_whatever_its_name_is(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(DataError, match=r"a\.png: it is no PNG, JPEG, WEBP, BMP or GIF file"):
+        read_image(path, (3, 8, 8))
+    for name in ("b.tif", "b.ppm"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        with pytest.raises(DataError, match="it is no PNG"):
+            read_image(tmp_path / name, (3, 8, 8))
+
+
+@pytest.mark.parametrize("side", [7200, 10_000, 1_000_000])
+def test_an_image_of_very_many_pixels_is_refused_before_it_is_decoded(tmp_path, side):
+    Image.new("1", (8, 8)).save(tmp_path / "bomb.png")
+    content = bytearray((tmp_path / "bomb.png").read_bytes())
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "bomb.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"bomb\.png has more than 50,000,000 pixels"):
+        read_image(tmp_path / "bomb.png", (1, 8, 8))
+
+
+def test_a_pipe_and_a_name_that_is_too_long_are_no_images(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for path, reason in ((tmp_path / "a.png", "a pipe"), (tmp_path / ("a" * 300), "too long"), ("a\0", "characters")):
+        with pytest.raises(DataError, match=f"cannot read the image .*{reason}"):
+            read_image(path, (1, 8, 8))
+
+
 def test_class_folders_are_split_by_seed_with_some_of_each_class(picture_folder):
     images = image_folder.load(picture_folder, size=16, split_seed=1)
     assert images.classes == ("bright", "dark")
@@ -115,7 +147,7 @@ def test_folders_without_classes_or_images_are_an_error(picture_folder, tmp_path
     with pytest.raises(DataError, match=r"cannot read the image .*dark/x\.png"):
         image_folder.load(picture_folder)
     (picture_folder / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no image"):
+    with pytest.raises(DataError, match=r"empty holds no image \(.bmp, .gif"):
         image_folder.load(picture_folder)
 
 

@@ -156,8 +156,8 @@ def test_archive_is_downloaded_verified_and_unpacked_once(tmp_path, monkeypatch)
     with zipfile.ZipFile(archive, "w") as packed:
         for path in sorted((tmp_path / "ml-1m").iterdir()):
             packed.write(path, f"ml-1m/{path.name}")
-    md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-    monkeypatch.setattr(movielens, "ARCHIVE", RemoteFile(archive.as_uri(), None, md5))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(movielens, "ARCHIVE", RemoteFile(archive.as_uri(), None, digest))
     root = tmp_path / "root"
     assert len(read(root, download=True).titles) == 3
     archive.unlink()
@@ -166,7 +166,7 @@ def test_archive_is_downloaded_verified_and_unpacked_once(tmp_path, monkeypatch)
     for path in (root / "ml-1m").iterdir():
         path.unlink()
     (root / "ml-1m").rmdir()
-    with pytest.raises(DataError, match="MD5 checksum"):
+    with pytest.raises(DataError, match="SHA-256 checksum"):
         read(root, download=True)
 
 

@@ -196,7 +196,7 @@ def test_missing_or_damaged_file_is_named_with_the_remedy(root, folder, damage, 
 
 def test_missing_data_without_download_are_an_error_with_their_address(tmp_path):
     with pytest.raises(
-        DataError, match=r"--download true, or fetch http://cs231n\.stanford\.edu/tiny-imagenet-200\.zip"
+        DataError, match=r"--download true, or fetch https://cs231n\.stanford\.edu/tiny-imagenet-200\.zip"
     ):
         load(tmp_path, download=False)
 
@@ -220,7 +220,7 @@ def served(root: Path, folder: Path) -> Iterator[RemoteFile]:
     content = (root / "t.zip").read_bytes()
     shutil.rmtree(root)
     with serve_bytes(content, "tiny-imagenet-200.zip") as server:
-        yield RemoteFile(server.url, len(content), hashlib.md5(content, usedforsecurity=False).hexdigest())
+        yield RemoteFile(server.url, len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_missing_data_are_downloaded_verified_and_unpacked_once(root, served):
@@ -235,9 +235,16 @@ def test_missing_data_are_downloaded_verified_and_unpacked_once(root, served):
 
 
 def test_download_of_other_bytes_leaves_no_file(root, served):
-    with pytest.raises(DataError, match="MD5"):
-        load(root, archive=dataclasses.replace(served, md5="0" * 32))
+    with pytest.raises(DataError, match="SHA-256"):
+        load(root, archive=dataclasses.replace(served, sha256="0" * 64))
     assert not list(root.iterdir())
+
+
+def test_names_of_classes_stay_in_their_folder(root, folder):
+    lines = (folder / "wnids.txt").read_text()
+    (folder / "wnids.txt").write_text(f"{lines}../../elsewhere\n")
+    with pytest.raises(DataError, match=r"has the line '../../elsewhere', which is no name of a folder"):
+        load(root)
 
 
 def test_truncated_archive_is_an_error_before_it_is_unpacked(root, served):

@@ -505,7 +505,7 @@ def test_column_names_that_no_file_can_have_are_replaced(folder, tmp_path, capsy
     words = ["--task", "regress", "--csv", str(tmp_path / "my table.csv"), *TINY, "--epochs", "1"]
     run = trained(tmp_path, "out", *words)
     names = {path.name for path in (run / "plots").glob("scatter*")}
-    assert names == {"scatter_Q__m3_s_.png", "scatter_Q__m3_s_-2.png"}
+    assert names == {"scatter_Q-m3-s.png", "scatter_Q-m3-s-2.png"}
     following = capsys.readouterr().out.splitlines()[-1]
     assert main(shlex.split(following)[2:]) == 0
     assert {path.suffix for path in (run / "predictions").iterdir()} == {".csv", ".png"}

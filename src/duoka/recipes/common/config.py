@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, cast
 
-import yaml
-
 from duoka.errors import ConfigError
 from duoka.recipes.common.recipe_run import RecipeRun, config_text
 from duoka.utils.argument_parser import ArgumentParser, format_value
 from duoka.utils.text import duoka_command
 from duoka.utils.validation import check_field_types, check_number, invalid_option
+from duoka.utils.yaml_file import read_yaml
 
 C = TypeVar("C", bound="RunOptions")
 ALIASES = {"bsize": "batch_size", "workers": "num_workers", "devices": "device"}
@@ -167,7 +166,7 @@ def read_config(kind: type[C], arguments: Sequence[str], *, recipe: str) -> C:
     stopped = RecipeRun.at(given["resume"]) if given.get("resume") and not is_auto else None
     if path is None and stopped:
         path = str(stopped.config)
-    options = {} if path is None else parse_options(kind, read_yaml(path), path, recipe=recipe)
+    options = {} if path is None else parse_options(kind, read_yaml(path, ALIASES), path, recipe=recipe)
     config = kind(**{**options, **given})
     if stopped:
         refuse_changes(stopped, recipe, config_of_run(kind, stopped), config)
@@ -234,7 +233,7 @@ def parse_options(kind: Any, options: Mapping[str, Any], where: str | Path, *, r
 
 def config_of_run(kind: type[C], run: RecipeRun) -> C:
     """Return the options that ``run`` was trained with."""
-    return kind(**parse_options(kind, read_yaml(run.config), run.config, recipe=run.recipe()))
+    return kind(**parse_options(kind, read_yaml(run.config, ALIASES), run.config, recipe=run.recipe()))
 
 
 @functools.cache
@@ -261,42 +260,3 @@ def add_options(parser: ArgumentParser, kind: type[Any], recipe: str, *, without
     own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
     parser.add_fields(kind, f"options of {recipe}", [name for name in own if name not in without], ALIASES)
     parser.add_fields(kind, "options of every run", [name for name in shared if name not in without], ALIASES)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds.
-
-    Raises ConfigError if it is missing, is not YAML (with the line), or holds something other than ``key: value`` lines.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(
-            f"cannot read the configuration file {path}: {reason}; give a file of `key: value` lines, as --print_config prints"
-        ) from error
-    try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        options = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {problem}: write one `key: value` a line") from error
-    if options is None:
-        return {}
-    if not isinstance(options, dict):
-        raise ConfigError(
-            f"{path} holds a {type(options).__name__}: write one `key: value` a line, such as `epochs: 50`"
-        )
-    return options
-
-
-def _refuse_repeated_keys(root: yaml.Node | None, path: str | Path) -> None:
-    """Refuse a key that occurs twice in one mapping, under the same name or an alias: YAML would use the last."""
-    lines: dict[str, int] = {}
-    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
-        _refuse_repeated_keys(value, path)
-        name, line = ALIASES.get(str(key.value), str(key.value)), key.start_mark.line + 1
-        if name in lines:
-            raise ConfigError(f"{path}: `{name}` is set in line {lines[name]} and in line {line}; remove one of them")
-        lines[name] = line

@@ -7,23 +7,30 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
+from torch import nn
 
+from duoka import checkpoint
 from duoka.errors import ConfigError, DataError, StorageError, TrainingInterrupted
 from duoka.launcher import launch
 from duoka.log import logger
 from duoka.trainer import Callback, FitResult, State, Trainer
 from duoka.trainer.callbacks import TIME_IS_OVER
-from duoka.utils.files import atomic_write, write_time_ns
-from duoka.utils.text import duoka_command
+from duoka.utils.files import atomic_write, is_file, safe_name, safe_names, write_time_ns
+from duoka.utils.schema import read_json
+from duoka.utils.text import duoka_command, format_bytes
+from duoka.utils.yaml_file import read_yaml
 from duoka.world import current_world
 
+T = TypeVar("T")
 DATA = "data.json"
 """File of a run that describes its data."""
 OUT_OF_TIME = 124
@@ -54,7 +61,7 @@ class RecipeRun:
 
         Raises StorageError if the folder cannot be created.
         """
-        stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+        stem = Path(out) / recipe / f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
         absent = [parent for parent in stem.parents if not parent.exists()]
         for number in itertools.count(1):
             folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
@@ -75,7 +82,7 @@ class RecipeRun:
     def at(cls, folder: str | Path) -> RecipeRun:
         """Return the run in ``folder``. Raises DataError if there is none."""
         path = Path(folder)
-        if not (path / "config.yml").is_file():
+        if not is_file(path / "config.yml"):
             raise DataError(f"no run at {path}: {_what_there_is(path)}")
         return cls(path)
 
@@ -94,9 +101,9 @@ class RecipeRun:
         """Folder of pictures."""
         return self.folder / "plots"
 
-    def sample(self, name: str) -> Path:
-        """Return the file of an image of the class ``name``, to try the model with."""
-        return self.folder / "samples" / f"{name}.png"
+    def samples(self, classes: Sequence[str]) -> list[Path]:
+        """Return the file of each class for an image of it, to try the model with."""
+        return [self.folder / "samples" / f"{name}.png" for name in safe_names(classes)]
 
     def log(self, text: str) -> None:
         """Add a line to ``log.txt``."""
@@ -109,13 +116,16 @@ class RecipeRun:
 
     def recipe(self) -> str:
         """Return the name of the recipe that made the run."""
-        for line in self.config.read_text(encoding="utf-8").splitlines():
-            if line.startswith("recipe:"):
-                return line.partition(":")[2].strip()
-        raise ConfigError(f"{self.config} does not say which recipe made the run: add the line `recipe: NAME`")
+        name = read_yaml(self.config).get("recipe")
+        if not isinstance(name, str):
+            raise ConfigError(f"{self.config} does not say which recipe made the run: add the line `recipe: NAME`")
+        return name
 
     def _resume_command(self) -> str:
-        return duoka_command("train", self.recipe(), "--resume", self.folder)
+        recipe = "RECIPE"
+        with contextlib.suppress(ConfigError):  # its file of options is damaged, too
+            recipe = self.recipe()
+        return duoka_command("train", recipe, "--resume", self.folder)
 
     def finished_model(self) -> Path:
         """Return the trained weights' file. Raises DataError if the run is not finished."""
@@ -124,6 +134,22 @@ class RecipeRun:
                 f"the run {self.folder} has no {self.model.name}: it was stopped; finish it with `{self._resume_command()}`"
             )
         return self.model
+
+    def build_finished_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Return the model that ``build`` makes, with the trained weights.
+
+        Raises DataError if the run is not finished, or its options make a model much larger than the file of weights:
+        such options were changed by hand.
+        """
+        path = self.finished_model()
+        with torch.device("meta"):  # a model without memory
+            needed = sum(parameter.numel() * parameter.element_size() for parameter in build().parameters())
+        if needed > 4 * (found := path.stat().st_size):  # the file may have a narrower number format
+            raise DataError(
+                f"the options in {self.config} make a model of {format_bytes(needed)}, and {path.name} has "
+                f"{format_bytes(found)}: restore the file of options, or train a new run"
+            )
+        return checkpoint.load(path, build())
 
     def write_results(self, results: Any, name: str = "results.json") -> None:
         """Write results as JSON on rank 0."""
@@ -136,21 +162,12 @@ class RecipeRun:
         with atomic_write(self.folder / name) as file:
             file.write(text.encode())
 
-    def read_results(self, *needed: str) -> dict[str, Any]:
+    def read_results(self, form: type[T]) -> T:
         """Return what ``write_results`` wrote.
 
-        Raises DataError if the file is missing or damaged, or lacks one of the entries ``needed``.
+        Raises DataError if the file is missing or damaged, or has another ``form``, a ``TypedDict`` class.
         """
-        path = self.folder / "results.json"
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}: `{self._resume_command()}` writes it") from error
-        if not isinstance(results, dict):
-            raise DataError(f"{path} holds a {type(results).__name__}, not the results of a run")
-        if missing := [name for name in needed if name not in results]:
-            raise DataError(f"{path} lacks {', '.join(missing)}: `{self._resume_command()}` writes it anew")
-        return results
+        return read_json(self.folder / "results.json", form, f"`{self._resume_command()}` writes it anew")
 
 
 @dataclass(eq=False)
@@ -239,9 +256,9 @@ def refuse_other_data(run: RecipeRun, facts: dict[str, Any], source: str) -> Non
     Raises DataError with the value that differs, then and now.
     """
     path = run.folder / DATA
-    if not path.is_file():
+    if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, dict[str, Any], "train a new run")
     for name, now in facts.items():
         if not _alike(was := before.get(name), now):
             raise DataError(
@@ -259,17 +276,20 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = ", ".join(f"{one:.4g}" for one in value) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        text = ", ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in value)
+    else:
+        text = str(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 def _what_there_is(path: Path) -> str:
     """Return what is at ``path`` instead of a run, and what to do."""
     name_one = "give a folder that `duoka train` has named"
-    if path.is_file():
+    if is_file(path):
         runs = [folder for folder in path.absolute().parents if (folder / "config.yml").is_file()]
         return f"it is a file of the run {runs[0]}: give that folder" if runs else "it is a file; give a run's folder"
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 - Path's method raises for a name that is too long
         return f"the folder does not exist; {name_one}"
     if (path / "trainer.yml").is_file():
         return (

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from duoka.errors import ConfigError, DataError
 from duoka.log import logger
-from duoka.utils.files import atomic_write
+from duoka.utils.files import atomic_write, read_file
 from duoka.utils.imports import import_optional
 from duoka.utils.text import did_you_mean, plural
 
 SEPARATORS = ",;\t|"
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "-", "?", "#n/a"})
 """Lower-case cells that stand for a missing value."""
+MAX_BYTES = 1_000_000_000
+"""Largest file that is read."""
 MAX_LISTED = 5
 """Faults of one kind that a message lists."""
 
@@ -146,6 +148,13 @@ class CsvTable:
         return f"line {self.frame.index[row]}, column {index + 1} ({self.columns[index]})"
 
 
+class SavedStandardization(TypedDict):
+    """``Standardization`` in a file."""
+
+    mean: list[float]
+    std: list[float]
+
+
 @dataclass(frozen=True)
 class Standardization:
     """Mean and population standard deviation of each column."""
@@ -172,9 +181,18 @@ class Standardization:
         return cls(tuple(mean.tolist()), tuple(std.masked_fill(constant, 1).tolist()))
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Standardization:
-        """Return the statistics saved in a JSON object under ``mean`` and ``std``."""
-        return cls(tuple(saved["mean"]), tuple(saved["std"]))
+    def from_dict(cls, saved: SavedStandardization, columns: Sequence[str]) -> Standardization:
+        """Return the statistics of ``columns`` that a file has.
+
+        Raises DataError if there are not as many, or a deviation is not above 0.
+        """
+        mean, std = tuple(saved["mean"]), tuple(saved["std"])
+        if not len(mean) == len(std) == len(columns) or min(std, default=0) <= 0:
+            raise DataError(
+                f"the run's results.json has {len(mean)} means and {len(std)} deviations above 0 for {len(columns)} columns: "
+                "correct it, or train a new run"
+            )
+        return cls(mean, std)
 
     def transform(self, values: Tensor) -> Tensor:
         """Return ``values (..., columns)`` standardized, as float32; the arithmetic is float64, for numbers far from 0."""
@@ -237,7 +255,8 @@ def join_first(items: Sequence[str]) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = read_file(path, MAX_BYTES)
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError as error:
         names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, names, cutoff=0.8) or "check the path"
@@ -245,7 +264,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}: give a CSV file that is readable") from error
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8 text: save it as CSV in UTF-8") from error
 
 

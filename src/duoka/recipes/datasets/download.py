@@ -16,9 +16,13 @@ from urllib.request import urlopen
 
 from duoka.errors import DataError, StorageError
 from duoka.log import logger
-from duoka.utils.files import atomic_write, file_lock
+from duoka.utils.files import atomic_write, file_lock, is_file, open_file
+from duoka.utils.text import format_bytes
 
 CHUNK_BYTES = 1 << 20
+MAX_BYTES = 100_000_000
+"""Most bytes of a download whose size is not known."""
+MAX_UNPACKED_BYTES = 2_000_000_000
 TIMEOUT_S = 30.0
 
 
@@ -28,8 +32,8 @@ class RemoteFile:
 
     url: str
     size: int | None
-    """Bytes; ``None`` is not checked."""
-    md5: str
+    """Bytes; ``None`` is not checked, and at most ``MAX_BYTES``."""
+    sha256: str
     alternative: str = field(default="", kw_only=True)
     """Another remedy if the file is missing or damaged, which begins with ``", or "``."""
 
@@ -64,7 +68,7 @@ class RemoteFile:
                     for chunk in self._chunks(path):
                         file.write(chunk)
                     remedy = f"the download of {self.url} was cut short or changed: start again"
-                    verify_md5(file, path, self.md5, size=self.size, remedy=remedy)
+                    verify_checksum(file, path, self.sha256, size=self.size, remedy=remedy)
         return path
 
     def unpack(self, root: Path, *, download: bool, missing: str, skip: str = "") -> Path:
@@ -82,11 +86,11 @@ class RemoteFile:
         return folder
 
     def _verify(self, path: Path) -> None:
-        with path.open("rb") as file:
-            verify_md5(file, path, self.md5, size=self.size, remedy=self.refetch)
+        with _open(path) as file:
+            verify_checksum(file, path, self.sha256, size=self.size, remedy=self.refetch)
 
     def _chunks(self, target: Path) -> Iterator[bytes]:
-        """Yield the file's bytes with a progress bar."""
+        """Yield the file's bytes with a progress bar; bytes beyond its size end the download."""
         from rich.console import Console
         from rich.progress import wrap_file
 
@@ -94,8 +98,12 @@ class RemoteFile:
         try:
             with urlopen(self.url, timeout=TIMEOUT_S) as response:
                 total = self.size or int(response.headers.get("Content-Length", 0))
+                left = self.size or MAX_BYTES
                 with wrap_file(response, total, description=self.file_name, console=console) as stream:
                     while chunk := stream.read(CHUNK_BYTES):
+                        left -= len(chunk)
+                        if left < 0:
+                            raise OSError(f"the server sends more than {self.size or MAX_BYTES:,} bytes")
                         yield chunk
         except (OSError, HTTPException) as error:
             remedy = f"check the connection, or fetch it with a browser and put it at {target}"
@@ -109,8 +117,11 @@ class RemoteFile:
         try:
             with zipfile.ZipFile(archive) as opened:
                 wanted, skipped = f"{folder.name}/", f"{folder.name}/{skip}/"
-                names = [name for name in opened.namelist() if name.startswith(wanted)]
-                opened.extractall(part, [name for name in names if not name.startswith(skipped)])
+                entries = [entry for entry in opened.infolist() if entry.filename.startswith(wanted)]
+                entries = [entry for entry in entries if not entry.filename.startswith(skipped)]
+                if sum(entry.file_size for entry in entries) > MAX_UNPACKED_BYTES:
+                    raise zipfile.BadZipFile(f"it holds more than {format_bytes(MAX_UNPACKED_BYTES)}")
+                opened.extractall(part, entries)
             (part / folder.name).rename(folder)
         except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
             raise DataError(f"{archive} cannot be unpacked: {error}: {self.refetch}") from error
@@ -120,24 +131,35 @@ class RemoteFile:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def verify_md5(file: IO[bytes], path: Path, md5: str, *, size: int | None = None, remedy: str) -> None:
+def verify_checksum(
+    file: IO[bytes], path: Path, checksum: str, *, size: int | None = None, remedy: str, kind: str = "SHA-256"
+) -> None:
     """Compare an open file, named ``path`` in messages, with the checksum that it must have.
 
-    Raises DataError if size or checksum differ; the message names the file, both values, and ``remedy``.
+    ``kind`` is SHA-256, or MD5 where no other is known. Raises DataError if size or checksum differ; the message names
+    the file, both values, and ``remedy``.
     """
     found = file.seek(0, 2)
     if size is not None and found != size:
         raise DataError(f"{path} has {found:,} bytes, not {size:,}: {remedy}")
     file.seek(0)
-    digest = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()  # type: ignore[arg-type]
-    if digest != md5:
-        raise DataError(f"{path} ({found:,} bytes) has the MD5 checksum {digest}, not {md5}: {remedy}")
+    method = partial(hashlib.md5, usedforsecurity=False) if kind == "MD5" else hashlib.sha256
+    digest = hashlib.file_digest(file, method).hexdigest()  # type: ignore[arg-type]
+    if digest != checksum:
+        raise DataError(f"{path} ({found:,} bytes) has the {kind} checksum {digest}, not {checksum}: {remedy}")
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return open_file(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}: remove it, or choose another --root") from error
 
 
 def data_folder(root: str | Path) -> Path:
     """Return ``root`` as a path. Raises DataError if it is a file, most likely an archive, instead of the data's folder."""
     root = Path(root)
-    if root.is_file():
+    if is_file(root):
         remedy = f"give the folder of the data: --root {root.parent}"
         if root.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2"):
             command = "unzip" if root.suffix == ".zip" else "tar -xf"

@@ -20,8 +20,9 @@ from duoka.errors import StorageError
 from duoka.log import logger
 from duoka.recipes.datasets.download import locked_folder
 from duoka.recipes.datasets.images import Images, ImageSet, Statistics, channel_statistics, read_images
-from duoka.utils.files import atomic_write
+from duoka.utils.files import atomic_write, read_file
 
+MAX_HEADER_BYTES = 100_000
 NUM_CHECKED = 16
 """Images that each run decodes again."""
 
@@ -77,7 +78,7 @@ class _ImageCache:
         if not self.header.is_file():
             return None
         try:
-            header = json.loads(self.header.read_text())
+            header = json.loads(read_file(self.header, MAX_HEADER_BYTES))
             statistics = Statistics(tuple(header["mean"]), tuple(header["std"]))
             if header["fingerprint"] != self.fingerprint:
                 logger.info("%s: the images have changed since they were decoded: rebuilding", self.path)

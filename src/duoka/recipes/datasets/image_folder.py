@@ -6,11 +6,8 @@ import torch
 
 from duoka.errors import DataError
 from duoka.log import logger
-from duoka.recipes.datasets.images import Images, ImageSet, read_images, stratified_split
+from duoka.recipes.datasets.images import EXTENSIONS, Images, ImageSet, read_images, stratified_split
 from duoka.utils.imports import import_optional
-
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Suffixes of image files; other files in a folder are ignored."""
 
 
 def load(root: str | Path, *, size: int = 32, test_share: float = 0.2, split_seed: int = 0) -> ImageSet:
@@ -58,7 +55,9 @@ def _read(folder: Path, classes: tuple[str, ...], size: int) -> Images:
     labels = {name: label for label, name in enumerate(classes)}
     samples = torchvision.make_dataset(folder, labels, extensions=EXTENSIONS, allow_empty=True)
     for name in sorted(set(_class_folders(folder)) - {classes[label] for _, label in samples}):
-        raise DataError(f"{folder / name} holds no image: remove the folder, or put images of {name!r} there")
+        raise DataError(
+            f"{folder / name} holds no image ({', '.join(EXTENSIONS)}): remove the folder, or put images of {name!r} there"
+        )
     pixels = torch.empty((len(samples), 3, size, size), dtype=torch.uint8)
     read_images([Path(path) for path, _ in samples], pixels)
     return Images(pixels, torch.tensor([label for _, label in samples], dtype=torch.int64))

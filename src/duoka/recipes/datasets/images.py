@@ -7,20 +7,27 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from duoka.errors import DataError
-from duoka.utils.files import atomic_write
+from duoka.utils.files import atomic_write, open_file
 from duoka.utils.imports import import_optional
+from duoka.utils.text import first_line, join_names
 
 Transform = Callable[[Tensor], Tensor]
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 DECODED_AT_ONCE = 512
 """Images between two steps of the progress bar."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+"""Formats that are read, whatever the file is called: Pillow hands some others, such as PostScript, to another program."""
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+"""Suffixes of image files in folders of images; other files there are ignored."""
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -192,18 +199,37 @@ def read_image(path: str | Path, shape: Sequence[int], *, invert: bool = False) 
     image_module = image_ops.Image
     channels, height, width = shape
     try:
-        with image_module.open(path) as file:
-            image = _to_opaque_8_bit(image_ops.exif_transpose(file), image_module)
+        with open_file(path, MAX_BYTES) as file, _open_image(file, path, image_module) as opened:
+            image = _to_opaque_8_bit(image_ops.exif_transpose(opened), image_module)
+            image = image_ops.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"there is no image {path}") from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder, not an image: name images, such as {Path(path) / '*.png'}") from error
-    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises errors of many types for damaged files
+        reason = getattr(error, "strerror", None) or first_line(error)
         remedy = "is it an image, and complete? Replace or remove it"
-        raise DataError(f"cannot read the image {path}: {error}: {remedy}") from error
-    image = image_ops.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
+        raise DataError(f"cannot read the image {path}: {reason}: {remedy}") from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, channels)
     return (255 - pixels if invert else pixels).permute(2, 0, 1).contiguous()
+
+
+def _open_image(file: BinaryIO, path: str | Path, image_module: Any) -> Any:
+    """Open an image of one of the ``FORMATS`` with at most ``MAX_PIXELS`` pixels; nothing is decoded yet."""
+    too_large = f"the image {path} has more than {MAX_PIXELS:,} pixels, which would fill the memory: scale it down"
+    try:
+        image = image_module.open(file, formats=FORMATS)
+    except (image_module.DecompressionBombError, image_module.DecompressionBombWarning) as error:
+        raise DataError(too_large) from error
+    except image_module.UnidentifiedImageError as error:
+        raise DataError(
+            f"cannot read the image {path}: it is no {join_names(FORMATS, 'or')} file, or damaged. Replace or remove it"
+        ) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(too_large)
+    return image
 
 
 def write_image(path: Path, pixels: Tensor) -> None:

@@ -33,7 +33,9 @@ from duoka.recipes.datasets.movielens_format import (
 from duoka.utils.validation import check_choice, invalid_option
 
 ARCHIVE = RemoteFile(
-    "https://files.grouplens.org/datasets/movielens/ml-1m.zip", None, "c4d9eecfca2ab87c1945afe126590906"
+    "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+    None,
+    "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
 )
 """The official archive, 6 MB."""
 PARTS = ("train", "validation", "test")

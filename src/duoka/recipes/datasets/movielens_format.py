@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duoka.errors import DataError
+from duoka.utils.files import read_file
 from duoka.utils.imports import import_optional
 from duoka.utils.text import duoka_command, plural
 
@@ -26,6 +27,8 @@ Integers = NDArray[np.int64]
 
 NAMES = ("users.dat", "movies.dat", "ratings.dat")
 SEPARATOR = "::"
+MAX_BYTES = 1_000_000_000
+"""Largest file that is read; the official ones have 25 million bytes."""
 GENDERS = {"F": "female", "M": "male"}
 AGES = {
     1: "under 18", 18: "18 to 24", 25: "25 to 34", 35: "35 to 44", 45: "45 to 49", 50: "50 to 55", 56: "56 or older",
@@ -226,7 +229,7 @@ def _reject_utf8(path: Path, data: bytes) -> None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_file(path, MAX_BYTES)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}: it belongs beside the other two files") from error
     if not data.strip():

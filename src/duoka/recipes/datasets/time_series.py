@@ -24,14 +24,16 @@ from duoka.utils.imports import import_optional
 HOUR_S, DAY_S = 3600, 86_400
 ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/"
 ETT_FILES = {
-    "ETTh1": (2_589_657, "8381763947c85f4be6ac456c508460d6"),
-    "ETTh2": (2_417_960, "51a229a3fc13579dd939364fefe9c7ab"),
-    "ETTm1": (10_360_719, "82d6bd89109c63d075d99c1077b33f38"),
-    "ETTm2": (9_677_236, "7687e47825335860bf58bccb31be0c56"),
+    "ETTh1": (2_589_657, "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"),
+    "ETTh2": (2_417_960, "a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b"),
+    "ETTm1": (10_360_719, "6ce1759b1a18e3328421d5d75fadcb316c449fcd7cec32820c8dafda71986c9e"),
+    "ETTm2": (9_677_236, "db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd"),
 }
-"""Bytes and MD5 checksum of each file. Source: https://github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0)."""
-UNEQUAL_STEPS = ("MS", "ME", "2MS", "2ME", "3MS", "3ME", "6MS", "6ME", "12MS", "12ME", "B")
-"""Regular steps of unequal length: one month to a year from first or last days, and working days."""
+"""Bytes and SHA-256 checksum of each file. Source: https://github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0)."""
+UNEQUAL_STEPS = {
+    "MS": 31, "ME": 31, "2MS": 62, "2ME": 62, "3MS": 92, "3ME": 92, "6MS": 184, "6ME": 184, "12MS": 366, "12ME": 366, "B": 3,
+}  # fmt: skip
+"""Regular steps of unequal length and their most days: one month to a year from first or last days, and working days."""
 DAY_AND_MONTH = re.compile(r"(\d{1,2})([./-])(\d{1,2})\2(\d{2}|\d{4})(?!\d)(.*)")
 """A date that begins with its day or its month."""
 CHINESE_UNITS = {ord("年"): "-", ord("月"): "-", ord("日"): " "}
@@ -192,15 +194,27 @@ def _regular_dates(dates: Any, frequency: str | None) -> Any:
     """Return the shortest regular range that contains ``dates``; ``None`` if it has over twice as many dates."""
     pandas = import_optional("pandas", extra="forecast")
     usual, day = _most_common_step(dates), pandas.Timedelta(days=1)
+    steps = [(usual, usual)] if frequency is None else [(frequency, _longest_step(frequency)), (usual, usual)]
+    if usual >= day:
+        steps += [(step, days * day) for step, days in UNEQUAL_STEPS.items()]
     best = None
-    for step in (frequency, usual, *(UNEQUAL_STEPS if usual >= day else ())):
-        if step is None or (step is usual and (dates[-1] - dates[0]) / usual > 2 * len(dates)):
-            continue
+    for step, longest in steps:
+        if (dates[-1] - dates[0]) / longest > 2 * len(dates):
+            continue  # all dates between would take long to make, and be too many
         regular = pandas.date_range(dates[0], dates[-1], freq=step)
         shorter = len(regular) <= 2 * len(dates) if best is None else len(regular) < len(best)
         if shorter and bool(dates.isin(regular).all()):
             best = regular
     return None if best is None else best.as_unit(dates.unit)
+
+
+def _longest_step(frequency: str) -> Any:
+    """Return the longest time from one date to the next at a frequency of pandas."""
+    pandas = import_optional("pandas", extra="forecast")
+    try:
+        return pandas.Timedelta(pandas.tseries.frequencies.to_offset(frequency))
+    except ValueError:  # its steps are unequal
+        return pandas.Timedelta(days=UNEQUAL_STEPS.get(frequency, 1))
 
 
 def _explain_irregular(table: CsvTable, dates: Any) -> str:

@@ -12,14 +12,19 @@ from duoka.errors import DataError
 from duoka.recipes.datasets import image_cache
 from duoka.recipes.datasets.download import RemoteFile, data_folder
 from duoka.recipes.datasets.image_cache import ImageFile
-from duoka.recipes.datasets.image_folder import EXTENSIONS
-from duoka.recipes.datasets.images import ImageSet
+from duoka.recipes.datasets.images import EXTENSIONS, ImageSet
+from duoka.utils.files import read_file, safe_name
+from duoka.utils.text import shorten
 
 SIZE = 64
 """Pixels a side."""
 ANNOTATIONS = "val_annotations.txt"
+MAX_BYTES = 50_000_000
+"""Largest list of classes, names or annotations."""
 OFFICIAL = RemoteFile(
-    "http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de"
+    "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    248_100_043,
+    "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
 )
 
 
@@ -39,6 +44,8 @@ def load(root: str | Path, *, download: bool = True, archive: RemoteFile = OFFIC
         raise DataError(
             f"{folder / 'wnids.txt'} names {len(set(wnids))} classes in {len(wnids)} lines: two at least, once each"
         )
+    if odd := [wnid for wnid in wnids if safe_name(wnid) != wnid]:
+        raise DataError(f"{folder / 'wnids.txt'} has the line {shorten(repr(odd[0]))}, which is no name of a folder")
     labels = {wnid: label for label, wnid in enumerate(wnids)}
     train, test = _training_files(folder, labels), _validation_files(folder, labels)
     return image_cache.load(folder, _class_names(folder, wnids), train, test, size=size)
@@ -117,7 +124,7 @@ def _class_names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
 def _read_lines(folder: Path, name: str) -> list[str]:
     path = folder / name
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {path}: {reason}: {_incomplete(folder)}") from error

@@ -1,7 +1,7 @@
 """Specification of an experiment: a file of variants, or a sweep, read and checked before any training."""
 
 import itertools
-import re
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,17 @@ from typing import Any
 
 from duoka.errors import ConfigError
 from duoka.recipes.common import registry
-from duoka.recipes.common.config import parse_options, read_yaml
+from duoka.recipes.common.config import ALIASES, parse_options
+from duoka.utils.files import safe_name
+from duoka.utils.text import shorten
+from duoka.utils.validation import parse_value
+from duoka.utils.yaml_file import read_yaml
 
 COMMAND_LINE = "the command line"
 KEYS = ("recipe", "name", "base", "variants", "baseline", "seeds", "metric", "better")
 RESERVED_KEYS = ("out", "name", "resume", "seed")
 """Options of recipes that the experiment sets."""
+MAX_TRIALS = 1000
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def read_experiment(
         raise ConfigError(
             f"`{source}` alone has nothing to compare: add --sweep lr=0.001,0.01, or give a file of variants"
         )
-    document = read_yaml(source) if is_file else {"recipe": source, "name": f"{source}-sweep"}
+    document = read_yaml(source, ALIASES) if is_file else {"recipe": source, "name": f"{source}-sweep"}
     where = source if is_file else COMMAND_LINE
     if unknown := [key for key in document if key not in KEYS]:
         raise ConfigError(f"unknown key `{unknown[0]}` in {where}: there is {', '.join(KEYS)}")
@@ -94,26 +99,35 @@ def read_experiment(
         _reject_reserved(options, place)
         base |= parse_options(kind, options, place, recipe=recipe)
     variants = _apply_sweeps(_variants(document, where, bool(sweep)), sweep)
-    baseline = str(document.get("baseline", next(iter(variants))))
+    baseline = _text(document, "baseline", next(iter(variants)), where)
     if baseline not in variants:
         raise ConfigError(f"`baseline` is {baseline!r} in {where}: it must be a variant: {', '.join(variants)}")
-    name = str(document.get("name", Path(source).stem))
-    folder = Path(out) / "compare" / _safe(name)
+    name = _text(document, "name", Path(source).stem, where)
+    folder = Path(out) / "compare" / safe_name(name)
     parsed = {name: parse_options(kind, own, f"the variant {name!r}", recipe=recipe) for name, own in variants.items()}
+    seeds = _seeds(document, where)
+    _check_number(len(parsed) * len(seeds), where)
     trials = tuple(
-        Trial(recipe, variant, seed, {**base, **options}, folder / f"{_safe(variant)}-seed{seed}")
+        Trial(recipe, variant, seed, {**base, **options}, folder / f"{safe_name(variant)}-seed{seed}")
         for variant, options in parsed.items()
-        for seed in _seeds(document, where)
+        for seed in seeds
     )
     if len({trial.folder for trial in trials}) < len(trials):
         raise ConfigError(f"two variants in {where} have names that differ by punctuation only: rename one")
     for trial in trials:
         _check_trial(trial)
-    metric, better = str(document.get("metric", "accuracy")), document.get("better")
+    metric, better = _text(document, "metric", "accuracy", where), document.get("better")
     if better not in (None, "higher", "lower"):
         raise ConfigError(f"`better` is {better!r} in {where}: it must be higher or lower")
     higher = "loss" not in metric if better is None else better == "higher"
     return ExperimentSpec(name, folder, trials, baseline, metric, higher)
+
+
+def _check_number(trials: int, where: str) -> None:
+    if trials > MAX_TRIALS:
+        raise ConfigError(
+            f"{where} asks for {trials:,} runs: {MAX_TRIALS:,} can be compared; leave out variants or seeds"
+        )
 
 
 def _reject_reserved(options: Mapping[str, Any], where: str) -> None:
@@ -145,7 +159,7 @@ def _variants(document: Mapping[str, Any], where: str, swept: bool) -> dict[str,
         if swept:
             return {"": {}}
         raise ConfigError(f"{where} has no variants: write `variants:`, and a name and its keys a line below it")
-    return {str(name): _mapping(variants, name, f"`variants` in {where}") for name in variants}
+    return {name: _mapping(variants, name, f"`variants` in {where}") for name in variants}
 
 
 def _apply_sweeps(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -156,6 +170,7 @@ def _apply_sweeps(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> 
         if not key or not listed:
             raise ConfigError(f"--sweep is {text!r}: write --sweep key=value,value, such as --sweep lr=0.001,0.01,0.1")
         columns.append([(key, value) for value in listed])
+    _check_number(len(variants) * math.prod(map(len, columns)), COMMAND_LINE)
     if not columns:
         return variants
     return {
@@ -166,12 +181,20 @@ def _apply_sweeps(variants: dict[str, dict[str, Any]], sweep: Sequence[str]) -> 
 
 
 def _seeds(document: Mapping[str, Any], where: str) -> list[int]:
-    seeds = document.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise ConfigError(f"`seeds` is {seeds!r} in {where}: it must be a list of whole numbers, such as [0, 1, 2]")
+    given = document.get("seeds", ["0"])
+    try:
+        seeds = [parse_value(seed, int) for seed in given] if isinstance(given, list) else []
+    except (TypeError, ValueError):  # an item that is no text, or no whole number
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        shown = shorten(str(given))
+        raise ConfigError(f"`seeds` is {shown} in {where}: it must be a list of whole numbers, such as [0, 1, 2]")
     return list(dict.fromkeys(seeds))
 
 
-def _safe(name: str) -> str:
-    """Return ``name`` as a file name."""
-    return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "variant"
+def _text(document: Mapping[str, Any], key: str, default: str, where: str) -> str:
+    """Return the text of a key of the file."""
+    value = document.get(key, default)
+    if not isinstance(value, str):
+        raise ConfigError(f"`{key}` is {shorten(str(value))} in {where}: write a text, such as `{key}: {default}`")
+    return value

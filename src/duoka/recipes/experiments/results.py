@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from duoka.recipes.experiments import plots
 from duoka.recipes.experiments.experiment_spec import ExperimentSpec
@@ -13,6 +14,12 @@ from duoka.utils.files import atomic_write
 from duoka.utils.text import format_duration
 
 HEADINGS = ("variant", "best", "last", "against baseline", "time", "parameters", "images/s", "seeds")
+
+
+class _SavedSizes(TypedDict):
+    """What the table reads of a run's ``results.json``."""
+
+    parameters: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,9 @@ def _result_row(spec: ExperimentSpec, variant: str) -> ResultRow | None:
     key = f"val_{spec.metric}"
     trials = [trial for trial in spec.trials if trial.variant == variant]
     histories = [history for trial in trials if (history := read_history(trial))]
-    curves = [[(r["epoch"], float(r[key])) for r in history if key in r] for history in histories]
+    curves = [
+        [(r["epoch"], float(r[key])) for r in history if isinstance(r.get(key), int | float)] for history in histories
+    ]
     curves = [curve for curve in curves if curve]
     if not curves:
         return None
@@ -53,7 +62,7 @@ def _result_row(spec: ExperimentSpec, variant: str) -> ResultRow | None:
         [curve[-1][1] for curve in curves],
         curves,
         [sum(record["seconds"] for record in history) for history in histories],
-        run.read_results().get("parameters"),
+        run.read_results(_SavedSizes).get("parameters"),
         [statistics.median(record["samples_per_s"] for record in history) for history in histories],
     )
 

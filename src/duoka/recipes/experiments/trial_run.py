@@ -1,20 +1,28 @@
 """The training run of one trial on disk: start, resume, skip if finished, and the reason of a failure."""
 
 import contextlib
-import json
 import time
 import traceback
-from typing import Any
+from typing import Any, TypedDict
 
 from duoka.errors import DataError, DuokaError
 from duoka.recipes.common import registry
 from duoka.recipes.common.config import HOW_IT_RUNS, has_options_of
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.experiments.experiment_spec import RESERVED_KEYS, Trial
+from duoka.utils.schema import parse_json, read_text
 from duoka.utils.text import first_line
 
 _NOT_COMPARED = (*HOW_IT_RUNS, "root", *(key for key in RESERVED_KEYS if key != "seed"))
 """Options that may change between two starts of the same trial: they do not change its result."""
+
+
+class _EpochRecord(TypedDict):
+    """What a comparison reads of a line of ``metrics.jsonl``, beside the results of evaluations."""
+
+    epoch: int
+    seconds: float
+    samples_per_s: float
 
 
 def run_trial(trial: Trial, **changes: Any) -> str:
@@ -46,7 +54,7 @@ def finished_run(trial: Trial) -> RecipeRun | None:
     run = _latest_run(trial)
     if run is not None and run.model.is_file() and _has_options_of(trial, run):
         with contextlib.suppress(DataError):
-            run.read_results()
+            run.read_results(dict[str, Any])
             return run
     return None
 
@@ -55,9 +63,13 @@ def read_history(trial: Trial) -> list[dict[str, Any]]:
     """Return the metrics of each epoch of a finished run; nothing for another."""
     run = finished_run(trial)
     path = run.folder / "metrics.jsonl" if run is not None else None
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    remedy = f"remove {trial.folder} to train it again"
+    lines = read_text(path, remedy).splitlines()
+    return [
+        {**parse_json(line, _EpochRecord, f"{path}, line {number}", remedy)} for number, line in enumerate(lines, 1)
+    ]
 
 
 def _latest_run(trial: Trial) -> RecipeRun | None:

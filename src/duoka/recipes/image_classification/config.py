@@ -99,7 +99,7 @@ class Cifar100Config(ImageOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_numbers("split_seed", "warmup_epochs", least=0)
-        self.check_numbers("width", least=0, exclusive=True)
+        self.check_numbers("width", least=0, exclusive=True, below=1000)
         self.check_numbers("momentum", "label_smoothing", least=0, below=1)
         self.check_numbers("test_share", least=0, exclusive=True, below=1)
 

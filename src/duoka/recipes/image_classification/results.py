@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from duoka.data.transforms import Normalize
+from duoka.errors import DataError
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import RecipeOutcome
 from duoka.recipes.datasets.images import ImageSet, Statistics, channel_statistics, write_image
@@ -16,6 +18,24 @@ from duoka.recipes.image_classification import plots
 from duoka.trainer import Trainer
 from duoka.utils.text import duoka_command
 from duoka.world import current_world
+
+MAX_SIDE = 8192
+"""Largest side, in pixels, that a run's file may name."""
+
+
+class _SavedImages(TypedDict):
+    """Entry ``images`` of ``results.json``."""
+
+    classes: list[str]
+    shape: tuple[int, int, int]
+    mean: list[float]
+    std: list[float]
+
+
+class _SavedImageResults(TypedDict):
+    """What predictions read of ``results.json``."""
+
+    images: _SavedImages
 
 
 @dataclass(frozen=True)
@@ -35,10 +55,17 @@ class DatasetMetadata:
     @classmethod
     def of_run(cls, run: RecipeRun) -> DatasetMetadata:
         """Return the metadata in the results of a finished run."""
-        saved = run.read_results("images")["images"]
+        saved = run.read_results(_SavedImageResults)["images"]
         channels, height, width = saved["shape"]
-        statistics = Statistics(tuple(saved["mean"]), tuple(saved["std"]))
-        return cls(tuple(saved["classes"]), (channels, height, width), statistics)
+        mean, std = tuple(saved["mean"]), tuple(saved["std"])
+        fits = channels in (1, 3) and len(mean) == len(std) == channels and len(saved["classes"]) >= 2
+        if not fits or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and min(std) > 0):
+            where = f"{run.folder / 'results.json'}: images"
+            raise DataError(
+                f"{where} describes no set of images (shape {saved['shape']}, {len(saved['classes'])} classes, mean {mean}, "
+                f"deviation {std}): correct it, or train a new run"
+            )
+        return cls(tuple(saved["classes"]), (channels, height, width), Statistics(mean, std))
 
     @property
     def normalize(self) -> Normalize:
@@ -78,7 +105,7 @@ def test_results(trainer: Trainer) -> dict[str, float]:
 
 def next_step(run: RecipeRun, images: ImageSet) -> str:
     """Return a prediction command for a sample image of the run."""
-    sample = run.sample(images.classes[int(images.test.labels.min())])
+    sample = run.samples(images.classes)[int(images.test.labels.min())]
     return duoka_command("predict", run.folder, sample)
 
 
@@ -88,6 +115,7 @@ def _draw(run: RecipeRun, images: ImageSet, counts: Tensor, probabilities: Tenso
     plots.confusion_matrix(run.plots / "confusion.png", counts, images.classes)
     plots.class_accuracy(run.plots / "class_accuracy.png", counts, images.classes)
     plots.examples(run.plots / "examples.png", test.pixels, test.labels, probabilities, images.classes)
+    samples = run.samples(images.classes)
     for label in torch.unique(test.labels)[:10].tolist():
         index = int((test.labels == label).nonzero()[0])
-        write_image(run.sample(images.classes[label]), test.pixels[index])
+        write_image(samples[label], test.pixels[index])

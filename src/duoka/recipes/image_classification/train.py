@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from duoka import checkpoint, data, devices
+from duoka import data, devices
 from duoka.data import transforms
 from duoka.devices.cpu import loader_workers
 from duoka.log import logger
@@ -71,6 +71,7 @@ class ImageRecipe(ABC):
 
     def evaluate(self, run: RecipeRun, config: Any) -> RecipeOutcome:
         """Test the model of a finished run again, and write ``evaluation.json`` into its folder."""
+        config = config.resolved()  # a file that was written by hand may lack options
         model, metadata = self.load_finished_run(run, config)
         images = self.load(config)
         results = test_results(self._trainer(model, config, images, metadata))
@@ -79,6 +80,7 @@ class ImageRecipe(ABC):
 
     def predict(self, run: RecipeRun, config: Any, sources: Sequence[str], *, invert: bool = False) -> list[Prediction]:
         """Return the classes of image files with their probabilities, most likely first, from the first device."""
+        config = config.resolved()
         model, metadata = self.load_finished_run(run, config)
         first = devices.resolve(config.device).devices[0]
         pixels = torch.stack([read_image(source, metadata.shape, invert=invert) for source in sources])
@@ -93,10 +95,9 @@ class ImageRecipe(ABC):
 
     def load_finished_run(self, run: RecipeRun, config: Any) -> tuple[nn.Module, DatasetMetadata]:
         """Return the trained model of a run, and the metadata of its images."""
-        path, metadata = run.finished_model(), DatasetMetadata.of_run(run)
-        model = self.build_model(config, metadata)
-        checkpoint.load(path, model)
-        return model, metadata
+        run.finished_model()  # raises for an unfinished run
+        metadata = DatasetMetadata.of_run(run)
+        return run.build_finished_model(lambda: self.build_model(config, metadata)), metadata
 
     def train_loader(self, config: Any, images: ImageSet, metadata: DatasetMetadata) -> Any:
         """Return a loader that keeps the images on the device, or one with worker processes if there are any."""

@@ -87,7 +87,8 @@ class RecommendationConfig(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_numbers("embedding_size", "heads", "lora_rank", "eval_every_epochs", least=1)
+        self.check_numbers("eval_every_epochs", least=1)
+        self.check_numbers("embedding_size", "heads", "lora_rank", least=1, below=10_000)
         self.check_numbers("split_seed", "dynamic_epochs", "patience", "contrast", least=0)
         self.check_numbers("clip", "dynamic_lr", "text_lr", "lora_alpha", least=0, exclusive=True)
         self.check_numbers("id_dropout", least=0, below=1)

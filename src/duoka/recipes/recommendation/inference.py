@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch.nn.functional import normalize
@@ -50,6 +50,12 @@ class RecommendationList:
     films: tuple[Recommendation, ...]
 
 
+class _SavedStage(TypedDict):
+    """What recommendations read of ``results.json``."""
+
+    stage: Literal[1, 2]
+
+
 def load_data(config: RecommendationConfig, run: RecipeRun | None) -> ML1MDataset:
     """Return the data set of ``config``.
 
@@ -74,7 +80,7 @@ def load_model(run: RecipeRun, config: RecommendationConfig, data: ML1MDataset) 
         texts = load_texts(config, data)
     except ConfigError as error:
         raise ConfigError(f"{error} (option `pretrained` in {run.config})") from error
-    model = build_model(config, data, texts, run.read_results("stage")["stage"])
+    model = build_model(config, data, texts, run.read_results(_SavedStage)["stage"])
     load(path, into=model)
     return model.to(first_device(config)).eval()
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from duoka import current_world, devices
-from duoka import load as load_weights
 from duoka.errors import ConfigError
 from duoka.recipes.common.recipe_run import RecipeRun, fit, recipe_run, run_options
 from duoka.recipes.common.registry import PredictedTable, Prediction, RecipeOutcome
@@ -79,7 +78,7 @@ def _task(config: TimeSeriesConfig) -> ModuleType:
 
 def _load_finished_run(run: RecipeRun, config: TimeSeriesConfig, task: ModuleType) -> tuple[nn.Module, dict[str, Any]]:
     """Return the trained model of a run and its results, which describe its data."""
-    path, saved = run.finished_model(), run.read_results(task.DESCRIPTION)
-    model = task.build_model(config, saved[task.DESCRIPTION])
-    load_weights(path, into=model)
-    return model, saved
+    run.finished_model()  # raises for an unfinished run
+    saved = run.read_results(task.RESULTS_FORM)
+    task.check_saved(saved[task.DESCRIPTION], str(run.folder / "results.json"))
+    return run.build_finished_model(lambda: task.build_model(config, saved[task.DESCRIPTION])), saved

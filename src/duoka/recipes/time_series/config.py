@@ -121,9 +121,10 @@ class TimeSeriesConfig(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_numbers("factor", "encoder_layers", "decoder_layers", "seq_len", "pred_len", "train_rows", least=1)
-        self.check_numbers("width", "heads", "hidden", least=1)
-        self.check_numbers("label_len", "patience", least=0)
+        self.check_numbers("train_rows", least=1)
+        self.check_numbers("encoder_layers", "decoder_layers", least=1, below=1000)
+        self.check_numbers("factor", "seq_len", "pred_len", "width", "heads", "hidden", least=1, below=1_000_000)
+        self.check_numbers("label_len", "patience", least=0, below=1_000_000)
         self.check_numbers("split_seed", least=0, below=2**63)
         self.check_numbers("dropout", least=0, below=1)
         if self.csv == "":

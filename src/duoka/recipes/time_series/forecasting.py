@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypedDict
 
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -12,14 +12,37 @@ from duoka.errors import ConfigError, DataError
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import PredictedTable
 from duoka.recipes.datasets import csv_table, time_series
-from duoka.recipes.datasets.csv_table import CsvTable, Standardization
+from duoka.recipes.datasets.csv_table import CsvTable, SavedStandardization, Standardization
 from duoka.recipes.models.informer import Informer
 from duoka.recipes.time_series import baselines, plots, run_steps
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
 from duoka.recipes.time_series.results import Forecasts
+from duoka.utils.imports import import_optional
+from duoka.utils.text import shorten
 
-DESCRIPTION = "series"
+MAX_MARKS = 5
+"""Calendar features of a step; at least 2 are there."""
+DESCRIPTION: Final = "series"
 """Entry of ``results.json`` that describes the data."""
+
+
+class _SavedSeries(SavedStandardization):
+    """Entry ``series`` of ``results.json``: the columns, some of which are targets, and their step and statistics."""
+
+    columns: list[str]
+    targets: list[str]
+    frequency: str
+    marks: int
+
+
+class SavedForecastResults(TypedDict):
+    """What a finished run's ``results.json`` must have."""
+
+    series: _SavedSeries
+    windows: dict[str, int]
+
+
+RESULTS_FORM = SavedForecastResults
 
 
 @dataclass(frozen=True)
@@ -75,7 +98,7 @@ class ForecastData:
 
 
 def predict_table(
-    run: RecipeRun, config: TimeSeriesConfig, model: Informer, saved: dict[str, Any], source: str
+    run: RecipeRun, config: TimeSeriesConfig, model: Informer, saved: _SavedSeries, source: str
 ) -> PredictedTable:
     """Forecast beyond the end of a file with the columns and the step of the training data, which ``saved`` describes."""
     table = csv_table.read(source)
@@ -91,7 +114,7 @@ def predict_table(
             f"{source} has a row every {series.frequency}, and the model was trained on a row every {saved['frequency']}: "
             "give a file with that step"
         )
-    standardization = Standardization.from_dict(saved)
+    standardization = Standardization.from_dict(saved, saved["columns"])
     dates = series.future_dates(horizon)
     marks = time_series.calendar_features(series.dates[-past:].append(dates), series.step_s)
     history = standardization.transform(series.values[-past:])
@@ -105,7 +128,7 @@ def predict_table(
     return PredictedTable(written, f"{horizon} steps from {dates[0]} to {dates[-1]}")
 
 
-def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> ForecastData:
+def load(config: TimeSeriesConfig, saved: SavedForecastResults | None = None) -> ForecastData:
     """Return the series that ``config`` names, split into windows.
 
     ``saved`` is the results of a finished run, whose columns and standardization are used.
@@ -116,15 +139,15 @@ def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> Forec
         inputs, targets = _find_columns(table, config)
         frequency, standardization = None, None
     else:
-        series = saved[DESCRIPTION]
-        inputs, targets = ([table.find_name(name) for name in series[kind]] for kind in ("columns", "targets"))
-        frequency, standardization = series["frequency"], Standardization.from_dict(series)
+        described = saved[DESCRIPTION]
+        inputs, targets = ([table.find_name(name) for name in described[kind]] for kind in ("columns", "targets"))
+        frequency, standardization = described["frequency"], Standardization.from_dict(described, described["columns"])
     series = time_series.series_from_table(table, config.date, inputs, fill=config.fill, frequency=frequency)
     indices = tuple(inputs.index(target) for target in targets)
     past, _, horizon = config.lengths
     split = time_series.SeriesSplit.from_series(series, config.split, past, horizon, indices, standardization)
     data = ForecastData(source, series, indices, split)
-    if saved is not None and data.num_windows != (then := saved.get("windows")):
+    if saved is not None and data.num_windows != (then := saved["windows"]):
         raise DataError(
             f"{source} has other windows than in training ({data.num_windows} now, {then} then), so the test may contain "
             "training data: evaluate with the file of the training"
@@ -153,6 +176,24 @@ def _find_columns(table: CsvTable, config: TimeSeriesConfig) -> tuple[list[int],
             "out, or use --features MS"
         )
     return targets, targets
+
+
+def check_saved(saved: _SavedSeries, where: str) -> None:
+    """Raise DataError if the entry of a run's results contradicts itself."""
+    pandas = import_optional("pandas", "forecast")
+    Standardization.from_dict(saved, saved["columns"])
+    if (
+        not saved["targets"]
+        or not set(saved["targets"]) <= set(saved["columns"])
+        or not 2 <= saved["marks"] <= MAX_MARKS
+    ):
+        fault = f"targets are {shorten(str(saved['targets']))}, columns {shorten(str(saved['columns']))}"
+        raise DataError(f"{where}: series: {fault}, marks {saved['marks']}: correct it, or train a new run")
+    try:
+        pandas.tseries.frequencies.to_offset(saved["frequency"])
+    except ValueError as error:
+        frequency = shorten(saved["frequency"])
+        raise DataError(f"{where}: series.frequency is {frequency!r}: correct it, or train a new run") from error
 
 
 def build_model(config: TimeSeriesConfig, saved: dict[str, Any]) -> Informer:

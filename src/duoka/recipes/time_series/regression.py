@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,18 +15,38 @@ from duoka.log import logger
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.common.registry import PredictedTable
 from duoka.recipes.datasets import csv_table
-from duoka.recipes.datasets.csv_table import CsvTable, Standardization
+from duoka.recipes.datasets.csv_table import CsvTable, SavedStandardization, Standardization
 from duoka.recipes.models.informer import TabularRegressor
 from duoka.recipes.time_series import plots, run_steps
 from duoka.recipes.time_series.config import NAME, TimeSeriesConfig
+from duoka.utils.files import safe_names
 from duoka.utils.text import plural
 
-DESCRIPTION = "table"
+DESCRIPTION: Final = "table"
 """Entry of ``results.json`` that describes the data."""
 TRAIN_ROWS, TRAIN_SHARE, NUM_TARGETS = 10_000, 0.8, 2
 """Defaults: training rows of a long table, their share of a short one, and the last columns that are targets."""
 EVALUATIONS = 30
 """Evaluations of the test rows during training, for the curves."""
+
+
+class _SavedTable(TypedDict):
+    """Entry ``table`` of ``results.json``."""
+
+    inputs: list[str]
+    targets: list[str]
+    rows: int
+    of_inputs: SavedStandardization
+    of_targets: SavedStandardization
+
+
+class SavedTableResults(TypedDict):
+    """What a finished run's ``results.json`` must have."""
+
+    table: _SavedTable
+
+
+RESULTS_FORM = SavedTableResults
 
 
 @dataclass(frozen=True)
@@ -83,18 +103,18 @@ class TableResults:
 
 
 def predict_table(
-    run: RecipeRun, config: TimeSeriesConfig, model: TabularRegressor, saved: dict[str, Any], source: str
+    run: RecipeRun, config: TimeSeriesConfig, model: TabularRegressor, saved: _SavedTable, source: str
 ) -> PredictedTable:
     """Predict the targets of each row of a file that has the input columns of the training, which ``saved`` describes."""
     table = csv_table.read(source)
     values = table.numbers([table.find_name(name) for name in saved["inputs"]], fill=config.fill)
-    of_inputs, of_targets = (Standardization.from_dict(saved[key]) for key in ("of_inputs", "of_targets"))
+    of_inputs, of_targets = _standardizations(saved)
     predicted = of_targets.inverse_transform(run_steps.predict_on_device(model, config, of_inputs.transform(values)))
-    targets: list[str] = saved["targets"]
+    targets = saved["targets"]
     written = [run_steps.prediction_path(run, source, ".csv")]
     rows = [[line, *row] for line, row in zip(table.lines, predicted.tolist(), strict=True)]
     csv_table.write(written[0], ["line", *targets], rows)
-    for column, (name, stem) in enumerate(zip(targets, run_steps.file_stems(targets), strict=True)):
+    for column, (name, stem) in enumerate(zip(targets, safe_names(targets), strict=True)):
         if name not in table.columns:
             continue
         try:
@@ -107,21 +127,21 @@ def predict_table(
     return PredictedTable(tuple(written), plural(len(predicted), "row"))
 
 
-def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> TableRows:
+def load(config: TimeSeriesConfig, saved: SavedTableResults | None = None) -> TableRows:
     """Return the table that ``config`` names, split at random into training and test rows.
 
     ``saved`` is the results of a finished run, whose columns and standardization are used.
     """
     assert config.csv is not None
     table = csv_table.read(config.csv)
-    if saved is None:
+    described = None if saved is None else saved[DESCRIPTION]
+    if described is None:
         inputs, targets = _find_columns(table, config)
     else:
-        saved = saved[DESCRIPTION]
-        inputs, targets = ([table.find_name(name) for name in saved[kind]] for kind in ("inputs", "targets"))
-        if len(table) != saved["rows"]:
+        inputs, targets = ([table.find_name(name) for name in described[kind]] for kind in ("inputs", "targets"))
+        if len(table) != described["rows"]:
             raise DataError(
-                f"{config.csv} has {len(table):,} rows, and {saved['rows']:,} in training, so its test rows are not known: "
+                f"{config.csv} has {len(table):,} rows, and {described['rows']:,} in training, so its test rows are not known: "
                 "evaluate with the file of the training"
             )
     values = table.numbers([*inputs, *targets], fill=config.fill)
@@ -130,10 +150,10 @@ def load(config: TimeSeriesConfig, saved: dict[str, Any] | None = None) -> Table
     input_names, target_names = (tuple(table.columns[index] for index in indices) for indices in (inputs, targets))
     for rows, part in ((train, "training"), (test, "test")):
         _check_targets(table, y[rows], target_names, part)
-    if saved is None:
+    if described is None:
         of_inputs, of_targets = Standardization.fit(x[train], input_names), Standardization.fit(y[train], target_names)
     else:
-        of_inputs, of_targets = (Standardization.from_dict(saved[key]) for key in ("of_inputs", "of_targets"))
+        of_inputs, of_targets = _standardizations(described)
     x, y = of_inputs.transform(x), of_targets.transform(y)
     parts = TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
     lines = tuple(table.lines[row] for row in test.tolist())
@@ -201,6 +221,19 @@ def _check_targets(table: CsvTable, values: Tensor, names: tuple[str, ...], part
             )
 
 
+def check_saved(saved: _SavedTable, where: str) -> None:
+    """Raise DataError if the entry of a run's results contradicts itself."""
+    _standardizations(saved)
+    if not saved["inputs"] or not saved["targets"] or len({*saved["inputs"], *saved["targets"]}) < 2:
+        raise DataError(f"{where}: table: it names no inputs or no targets: correct it, or train a new run")
+
+
+def _standardizations(saved: _SavedTable) -> tuple[Standardization, Standardization]:
+    """Return the statistics of inputs and targets in a run's results."""
+    of_inputs = Standardization.from_dict(saved["of_inputs"], saved["inputs"])
+    return of_inputs, Standardization.from_dict(saved["of_targets"], saved["targets"])
+
+
 def build_model(config: TimeSeriesConfig, saved: dict[str, Any]) -> TabularRegressor:
     """Return a model for the table that ``saved`` describes."""
     return TabularRegressor(len(saved["inputs"]), len(saved["targets"]), config.size())
@@ -240,7 +273,7 @@ def write_results(run: RecipeRun, config: TimeSeriesConfig, rows: TableRows, res
     truth = rows.truth
     path = run.folder / "predictions.csv"
     run_steps.write_pairs(path, "line", rows.test_lines, rows.targets, "predicted", truth, predicted)
-    for column, (name, stem) in enumerate(zip(rows.targets, run_steps.file_stems(rows.targets), strict=True)):
+    for column, (name, stem) in enumerate(zip(rows.targets, safe_names(rows.targets), strict=True)):
         true, found, r2 = truth[:, column], predicted[:, column], metrics["targets"][name]["r2"]
         plots.plot_lines(run.plots / f"lines_{stem}.png", true, found, name)
         plots.plot_scatter(run.plots / f"scatter_{stem}.png", true, found, name, r2)

@@ -14,6 +14,7 @@ from duoka.errors import DataError
 from duoka.recipes.common.recipe_run import RecipeRun
 from duoka.recipes.datasets import csv_table
 from duoka.recipes.time_series.config import TimeSeriesConfig
+from duoka.utils.files import safe_name
 
 PREDICT_BATCH = 4096
 
@@ -54,7 +55,7 @@ def check_finite(predicted: Tensor) -> None:
 
 def prediction_path(run: RecipeRun, source: str, ending: str) -> Path:
     """Return the file for predictions from the table ``source``."""
-    return run.folder / "predictions" / f"{Path(source).stem}{ending}"
+    return run.folder / "predictions" / f"{safe_name(Path(source).stem)}{ending}"
 
 
 def write_pairs(
@@ -64,17 +65,3 @@ def write_pairs(
     header = [label, *(f"{name}{suffix}" for name in names for suffix in ("", f" {kind}"))]
     pairs = torch.stack((truth, found), dim=2).flatten(1).tolist()
     csv_table.write(path, header, [[first, *row] for first, row in zip(labels, pairs, strict=False)])
-
-
-def file_stems(names: Sequence[str]) -> list[str]:
-    """Return a file name for each column, of letters and digits, unique on file systems that ignore case too.
-
-    >>> file_stems(["Q (m3/s)", "Q [m3/s]", "油温"])
-    ['Q__m3_s_', 'Q__m3_s_-2', '油温']
-    """
-    found: list[str] = []
-    for name in names:
-        stem = "".join(letter if letter.isalnum() else "_" for letter in name)
-        taken = sum(other.partition("-")[0].lower() == stem.lower() for other in found)
-        found.append(f"{stem}-{taken + 1}" if taken else stem)
-    return found
