@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 EXTRAS := vision,forecast,recommend,track,dev
 
-.PHONY: demo test test-all fuzz check install clean bench gpu
+.PHONY: demo test test-all fuzz soak check install clean bench gpu
 
 demo: $(VENV)/installed  ## train a small ResNet on real images, on every device of this machine
 	@$(BIN)/duoka train cifar100 --dataset digits --device $${DUOKA_DEVICE:-$$($(BIN)/python -c "import torch; print('all' if torch.cuda.is_available() else 'cpu:2')")}
@@ -24,6 +24,9 @@ test-all: $(VENV)/installed  ## also the tests marked `extended`: repeats and lo
 
 fuzz: $(VENV)/installed  ## 10,000 changed inputs for each parser; DUOKA_FUZZ_SEED=N begins with another
 	DUOKA_FUZZ_INPUTS=10000 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/fuzz
+
+soak: $(VENV)/installed  ## 200 runs with kills, stops, full disks and damaged files; each must end with the right bits
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py --runs 200
 
 check: $(VENV)/installed  ## style, types, import order, the code in the documentation
 	$(BIN)/ruff check .
