@@ -108,3 +108,14 @@ def test_zero_seconds_mean_never(monkeypatch) -> None:
     for name in (REPORT_VARIABLE, LIMIT_VARIABLE):
         monkeypatch.setenv(name, "0")
     StallWatch([], "waits").check()
+
+
+def test_the_time_in_which_the_program_was_stopped_does_not_count(monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setenv(LIMIT_VARIABLE, "100")
+    watch = StallWatch([], "waits")
+    for seconds in (0.5, 3600.0, 0.5, 0.5):
+        clock[0] += seconds
+        watch.check()
+    assert watch.waited_s == 1.5

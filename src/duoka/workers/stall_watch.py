@@ -12,6 +12,9 @@ from duoka.workers.handle import Activity, WorkerHandle
 REPORT_VARIABLE, LIMIT_VARIABLE = "DUOKA_STALL_REPORT_S", "DUOKA_STALL_LIMIT_S"
 _DEFAULT_S = {REPORT_VARIABLE: 60.0, LIMIT_VARIABLE: 1800.0}
 
+_PAUSE_FROM_S = 5.0
+"""Checks follow each other within a second; a longer gap means that this process did not run."""
+
 
 class StallWatch:
     """One wait for ``workers``, which do ``task``; ``check`` is called again and again until the wait ends.
@@ -27,7 +30,7 @@ class StallWatch:
 
     def restart(self) -> None:
         """Begin a new wait."""
-        self._since = time.monotonic()
+        self._since = self._checked = time.monotonic()
         self._next_s = self._report_s
 
     @property
@@ -42,11 +45,13 @@ class StallWatch:
             ends_busy_workers: whether the limit also holds for a worker that can say where its Python code is.
 
         """
+        self._skip_pause()
         waited_s = self.waited_s
         if waited_s >= self._next_s:
             self._next_s *= 2
             for worker in self.workers:
                 logger.warning("%s", self._describe(worker, waited_s, worker.activity()))
+        self._checked = time.monotonic()
         if waited_s < self._limit_s:
             return
         self._limit_s *= 2  # for the next look at workers that may go on
@@ -56,6 +61,12 @@ class StallWatch:
                 worker.kill()
                 text = f"{self._describe(worker, waited_s, activity)}\nduoka has ended it, by {LIMIT_VARIABLE}."
                 raise WorkerStuck(worker.rank, worker.label, text)
+
+    def _skip_pause(self) -> None:
+        """Do not count the time in which this process itself was stopped, as by Ctrl-Z."""
+        pause_s = time.monotonic() - self._checked
+        if pause_s > _PAUSE_FROM_S:
+            self._since += pause_s
 
     def _describe(self, worker: WorkerHandle, waited_s: float, activity: Activity) -> str:
         return (
