@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from duoka.checkpoint import load_training
 from duoka.errors import ConfigError, TrainingInterrupted
 from duoka.trainer import Callback
-from support.processes import worker_pids
+from support.processes import wait_until_gone, worker_pids
 from support.tiny_training import loader, trainer_of
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
@@ -201,3 +204,39 @@ def test_a_checkpoint_is_written_when_the_last_one_is_old(tmp_path, device):
 def test_an_empty_resume_is_refused():
     with pytest.raises(ConfigError, match="resume='' is not valid"):
         trainer_of(resume="")
+
+
+STUCK = textwrap.dedent(
+    """
+    import psutil, torch, duoka
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Stop(duoka.Callback):
+        def on_step_end(self, state):
+            if state.step == 2:
+                for child in psutil.Process().children():
+                    child.suspend()
+                print("stopped", flush=True)
+
+    data = DataLoader(TensorDataset(torch.randn(80, 2), torch.randn(80, 1)), batch_size=4)
+    duoka.Trainer(
+        torch.nn.Linear(2, 1), data, loss=torch.nn.functional.mse_loss, epochs=9, device="cpu:2", callbacks=[Stop()],
+        verbose=False, tensorboard=False,
+    ).fit()
+    """
+)
+
+
+def test_a_second_signal_ends_a_fit_that_waits_for_a_stuck_worker(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stopped\n"
+        (worker,) = worker_pids(process.pid)
+        wait_until(lambda: psutil.Process(worker).status() == psutil.STATUS_STOPPED)
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)  # the kernel merges two signals that arrive at once
+        assert process.wait(60) == 143
+    wait_until_gone([worker])

@@ -23,7 +23,13 @@ from duoka.utils.torch_private import (
 )
 from duoka.workers.exceptions import RendezvousError, call_user_code
 from duoka.workers.process_context import restore_environment
-from duoka.workers.rendezvous import CONNECT_TIMEOUT, LOOPBACK_ENVIRONMENT, NO_WATCHDOG_ENVIRONMENT, Rendezvous
+from duoka.workers.rendezvous import (
+    CONNECT_TIMEOUT,
+    LOOPBACK_ENVIRONMENT,
+    NO_WATCHDOG_ENVIRONMENT,
+    Rendezvous,
+    RendezvousFile,
+)
 from duoka.workers.resource_limits import explain_resource_errors, reserve_descriptors
 from duoka.world import World, use_world
 
@@ -126,6 +132,7 @@ def _process_group(context: RankContext) -> Iterator[None]:
         )
     except RuntimeError as error:
         spare.close()
+        RendezvousFile.renew()
         raise RendezvousError(
             f"in duoka's rendezvous rank {world.rank} of {world.size} could not connect to the others within "
             f"{context.connect_timeout.seconds} s: {error}. If the machine is overloaded, use fewer devices or launch again"

@@ -84,10 +84,14 @@ class WorkerHandle:
         self._output = (self._output + new)[-_KEPT_OUTPUT_BYTES:]
         return new
 
+    def is_stopped(self) -> bool:
+        """Return whether a signal or a debugger has stopped the worker."""
+        return _process_state(self.pid) in ("T", "t")
+
     def activity(self) -> Activity:
         """Return what the worker does now; its stack takes up to two seconds."""
         state = _process_state(self.pid)
-        if state in ("T", "t"):
+        if self.is_stopped():
             remedy = f"`kill -CONT {self.pid}` lets it go on"
             return Activity(f"It is stopped, by a signal, a debugger or a frozen container: {remedy}.", False)
         if not self.is_ready:

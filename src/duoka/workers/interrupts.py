@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
+from duoka.utils.signals import SignalWatch
 from duoka.workers.resource_limits import explain_resource_errors
 
 
@@ -29,6 +30,9 @@ class InterruptHandler:
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.stop_signal = 0
+        """The second stop signal, when rank 0 has not acted on the first: it waits for a worker outside of Python."""
+        self._num_stop_signals = 0
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
         self._open = False
@@ -77,7 +81,7 @@ class InterruptHandler:
         return self._reader.fileno()
 
     def read_signals(self) -> bool:
-        """Forward the signals to an earlier wake-up descriptor; return whether Ctrl-C raises KeyboardInterrupt."""
+        """Forward the signals to an earlier wake-up descriptor; return whether they end the launch at once."""
         with contextlib.suppress(BlockingIOError):
             numbers = self._reader.recv(4096)
             if self._previous_wakeup >= 0:
@@ -85,7 +89,15 @@ class InterruptHandler:
                     os.write(self._previous_wakeup, numbers)
             if signal.SIGINT in numbers and not self._stopped and self._previous is signal.default_int_handler:
                 self.interrupted = True
-        return self.interrupted
+            self._count_stop_signals(numbers)
+        return self.interrupted or bool(self.stop_signal)
+
+    def _count_stop_signals(self, numbers: bytes) -> None:
+        """Note the second signal that a ``SignalWatch`` handles: the first one waits for the end of a step."""
+        for number in numbers:
+            if isinstance(getattr(signal.getsignal(number), "__self__", None), SignalWatch):
+                self._num_stop_signals += 1
+                self.stop_signal = number if self._num_stop_signals > 1 else 0
 
     def stop_caller(self) -> None:
         """Raise ``PeerFailed`` in the caller's thread, and wake it from a sleep or a read."""

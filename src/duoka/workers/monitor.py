@@ -126,11 +126,15 @@ class WorkerMonitor:
                 self._fail(self._secondary[0])
 
     def _check_stall(self) -> None:
-        """Report workers when rank 0 has waited for long; a rank 0 that uses the processor does not wait."""
+        """Report workers when rank 0 has waited for long, or a worker has been stopped for long.
+
+        A rank 0 that uses the processor does not wait, or it waits for a GPU.
+        """
         if self._rank_zero_clock is None:
             return
         cpu_s = time.clock_gettime(self._rank_zero_clock)
-        if cpu_s - self._rank_zero_cpu_s > _IDLE_CPU_S + _IDLE_CPU_SHARE * self._stalls.waited_s:
+        is_busy = cpu_s - self._rank_zero_cpu_s > _IDLE_CPU_S + _IDLE_CPU_SHARE * self._stalls.waited_s
+        if is_busy and not any(worker.is_stopped() for worker in self._stalls.workers):
             self._rank_zero_cpu_s = cpu_s
             self._stalls.restart()
         self._stalls.workers = [worker for worker in self._workers if worker.rank not in self._received["done"]]

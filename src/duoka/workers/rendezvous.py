@@ -76,6 +76,11 @@ class RendezvousFile:
         _file_of.cache_clear()
         return _file_of(os.getpid())
 
+    @staticmethod
+    def renew() -> None:
+        """Use a new file from now on: a rank that was killed while it connected may have left half a record."""
+        _file_of.cache_clear()
+
     @property
     def key(self) -> str:
         """Tell this file from an earlier one of the same number."""

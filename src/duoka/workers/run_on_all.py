@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from duoka.errors import LaunchError
+from duoka.utils.signals import interruption
 from duoka.workers import pool
 from duoka.workers.exceptions import SECONDARY_FAILURE_WAIT_S, is_secondary_failure
 from duoka.workers.handle import WorkerHandle
@@ -71,6 +72,8 @@ def run_on_all(
         packed.close()
     if failure is None and interrupts.interrupted:  # during the clean-up
         raise KeyboardInterrupt
+    if failure is None and interrupts.stop_signal:
+        raise interruption(interrupts.stop_signal)
     if failure is None:
         return results
     gc.collect()  # frees sockets and ports that the stopped frames still hold
@@ -123,6 +126,8 @@ def _root_cause(error: BaseException, monitor: WorkerMonitor, interrupts: Interr
     """Return the failure that caused the others."""
     if interrupts.interrupted or isinstance(error, KeyboardInterrupt):
         return error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
+    if interrupts.stop_signal:
+        return error if isinstance(error, SystemExit) else interruption(interrupts.stop_signal)
     if monitor.error is None and is_secondary_failure(error):
         monitor.wait_for_failure(SECONDARY_FAILURE_WAIT_S)
     if monitor.error is not None and (isinstance(error, PeerFailed) or is_secondary_failure(error)):

@@ -25,13 +25,13 @@ class StallWatch:
 
     def __init__(self, workers: Sequence[WorkerHandle], task: str) -> None:
         self.workers, self.task = workers, task
-        self._report_s, self._limit_s = _seconds(REPORT_VARIABLE), _seconds(LIMIT_VARIABLE)
+        self._report_s, self._stall_limit_s = _seconds(REPORT_VARIABLE), _seconds(LIMIT_VARIABLE)
         self.restart()
 
     def restart(self) -> None:
         """Begin a new wait."""
         self._since = self._checked = time.monotonic()
-        self._next_s = self._report_s
+        self._next_s, self._limit_s = self._report_s, self._stall_limit_s
 
     @property
     def waited_s(self) -> float:
@@ -59,7 +59,10 @@ class StallWatch:
             activity = worker.activity()
             if ends_busy_workers or not activity.is_responding:
                 worker.kill()
-                text = f"{self._describe(worker, waited_s, activity)}\nduoka has ended it, by {LIMIT_VARIABLE}."
+                text = (
+                    f"{self._describe(worker, waited_s, activity)}\nduoka has ended it after {self._stall_limit_s:g} s. "
+                    f"{LIMIT_VARIABLE} sets another limit, 0 none."
+                )
                 raise WorkerStuck(worker.rank, worker.label, text)
 
     def _skip_pause(self) -> None:
