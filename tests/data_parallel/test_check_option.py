@@ -283,3 +283,39 @@ def test_names_of_modules_parameters_and_buffers_have_no_prefix() -> None:
 def test_an_unknown_check_is_refused() -> None:
     with pytest.raises(errors.ConfigError, match="check='maybe'"):
         duoka.DataParallel(nn.Linear(1, 1), devices="cpu:2", check="maybe")
+
+
+def perplexity(y: torch.Tensor) -> torch.Tensor:
+    shares = torch.stack([y > 1, y <= 1]).flatten(1).sum(1) / y.numel()
+    return torch.special.entr(shares).sum().exp()
+
+
+NUMBERS = {
+    "perplexity": lambda y: perplexity(y).detach(),
+    "perplexity, a number": lambda y: float(perplexity(y)),
+    "standard deviation": lambda y: y.detach().std(),
+    "largest value": lambda y: y.detach().max(),
+    "largest value, a number": lambda y: y.max().item(),
+    "range in two numbers": lambda y: y.detach().amax(0) - y.detach().amin(0),
+    "share of all, a number": lambda y: float((y > 0).float().mean()) ** 2,
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_a_number_that_was_the_same_in_all_parts_is_checked_later(case, start, wrap) -> None:
+    model = wrap(Function(lambda self, x: (self.layer(x), NUMBERS[case](x[:, :2] * self.factor + start))))
+    model.module.factor = 0.0
+    for _ in range(2):
+        model(X)
+    model.module.factor = 3.0  # at call 3, which is not due
+    with pytest.warns(UserWarning, match=r"on 2 devices than on one: output\[1\]|not on 2: output\[1\]"):
+        model(X)
+
+
+@pytest.mark.parametrize("make", [float, torch.Tensor.detach], ids=["number", "tensor"])
+def test_a_mean_that_was_the_same_in_all_parts_stays_a_mean(make, pair) -> None:
+    model, reference = pair(Function(lambda self, x: (self.layer(x), make((x * self.factor).mean()))))
+    for factor in (0.0, 0.0, 3.0, 4.0, 0.0, 5.0):
+        model.module.factor = reference.factor = factor
+        assert show(model(X)[1]) == show(reference(X)[1])

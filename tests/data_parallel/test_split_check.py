@@ -264,6 +264,49 @@ def test_a_statistic_of_the_batch_makes_the_check_compute_all_samples() -> None:
     assert "depends on other samples" in planner.plan(model, Arguments((x,), {})).reason
 
 
+def test_a_statistic_of_places_of_all_samples_is_one_of_the_batch() -> None:
+    def forward(self, x):
+        usage = functional.one_hot((x.flatten() > 0).long(), 2).float().mean(0)
+        return self.linear(x), torch.special.entr(usage).sum().exp()
+
+    model, planner = Function(forward), CallPlanner(3)
+    x = torch.ones(9, 6)
+    for _ in range(2):
+        assert planner.plan(model, Arguments((x,), {})).reason == ""
+    x[3:6] = -1  # at call 3, which is not due: each part has a perplexity of 1, and the batch one of 1.9
+    assert "output[1]" in planner.plan(model, Arguments((x,), {})).reason
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: self.linear(x) / self.linear.weight.repeat(20, 1).norm(2, 0),
+        lambda self, x: torch.max(self.linear(x), -x),
+        lambda self, x: self.linear(x).min(other=x),
+        lambda self, x: torch.quantile(self.linear(x), 0.5, 1),
+        lambda self, x: self.linear(x).quantile(torch.tensor([0.2, 0.5]), dim=1).T,
+        lambda self, x: torch.maximum(input=self.linear(x), other=x).norm(2, 1),
+        lambda self, x: torch.var(self.linear(x), [1]),
+    ],
+)
+def test_what_reduces_no_samples_is_no_statistic(function) -> None:
+    result = check(Function(function), (X,), 2)
+    assert (result.reason, result.has_statistic) == ("", False)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.norm(2, 0),
+        lambda x: x.quantile(0.5, 0),
+        lambda x: x.max(dim=0)[0],
+        lambda x: x.var((0,), correction=0),
+    ],
+)
+def test_a_reduction_of_the_samples_is_a_statistic(function) -> None:
+    assert check(Function(lambda self, x: self.linear(x) + 0 * function(x)), (X,), 2).has_statistic
+
+
 class Item:
     """A value in a set."""
 

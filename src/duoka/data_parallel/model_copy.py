@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from duoka.data_parallel.join_rules import is_close
+from duoka.data_parallel.gather import is_close
 from duoka.data_parallel.model_diff import REGISTRIES
 from duoka.data_parallel.module_copy import ModuleCopies
 from duoka.data_parallel.placeholders import is_dense

@@ -6,6 +6,7 @@ check compares outputs, gradients, buffers and attributes, and finds how the out
 
 import contextlib
 import copy
+import functools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from duoka.data_parallel.call_context import draw_seed
 from duoka.data_parallel.deterministic_mode import BatchStatisticsMode, DeterministicMode
+from duoka.data_parallel.gather import is_close
 from duoka.data_parallel.gradient_check import compare_gradients
-from duoka.data_parallel.join_rules import JoinRules, NotJoinable, RuleFinder, is_close
+from duoka.data_parallel.join_rules import JoinRules, NotJoinable, RuleFinder
 from duoka.data_parallel.model_copy import ModelCopies, WriteGuard, attributes_of, changed_attribute
 from duoka.data_parallel.model_diff import ModelSnapshot
 from duoka.data_parallel.placeholders import extract_tensors
@@ -180,15 +182,18 @@ class _Check:
         mode = BatchStatisticsMode(sum(self._sizes))
         whole = self._evaluate(self._samples.whole(), mode, "it cannot compute a batch in the check")
         draws = self._generator_states() != states
-        parts = []
-        for part in self._samples.parts(self._sizes):
+        parts, statistics = [], mode.statistics
+        for part, size in zip(self._samples.parts(self._sizes), self._sizes, strict=True):
             set_raw_rng_state(before)  # what a forward draws once for all samples is the same
             self.restore_generators()
-            parts.append(self._evaluate(part, DeterministicMode(), "it cannot compute a part of the batch"))
+            own = BatchStatisticsMode(size)
+            parts.append(self._evaluate(part, own, "it cannot compute a part of the batch"))
+            statistics = statistics & own.statistics
+        compare = functools.partial(self._compare, whole, parts, from_workers, mode.choice, bool(statistics))
         if not draws:
-            return self._compare(whole, parts, from_workers, mode.choice, mode.has_statistic)
+            return compare()
         with contextlib.suppress(_Refusal):  # numbers that it draws may have no effect
-            result = self._compare(whole, parts, from_workers, mode.choice, mode.has_statistic)
+            result = compare()
             if not result.reason:
                 return result
         rules = self._find_rules(whole, parts, compares=False)[1]

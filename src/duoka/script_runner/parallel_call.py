@@ -17,6 +17,7 @@ from torch import nn
 
 from duoka.data_parallel.call_planner import CallPlanner
 from duoka.data_parallel.controller import Controller, Plan, minimum_samples
+from duoka.data_parallel.gather import JoinError
 from duoka.data_parallel.model_copy import module_with_script_hook
 from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.split_check import STALE_CLOSURE, SplitResult, describe_error
@@ -106,7 +107,8 @@ class ParallelizedCall:
         if not can_split or check is None or self._is_for_comparison():
             self._stats.count(arguments.batch, split=False)
             return call_module(module, args, kwargs)
-        return self._split(module, args, kwargs, arguments, check)
+        plan = Plan(lambda *_: check, functools.partial(self._decide, module, minimum))
+        return self._split(module, args, kwargs, arguments, plan)
 
     def _check(self, module: nn.Module, arguments: Arguments, minimum: int) -> SplitResult | None:
         """Return the check's result for this kind of call."""
@@ -116,6 +118,13 @@ class ParallelizedCall:
         result = self._planner.plan(module, arguments, run_on_workers, minimum=minimum, around=self._stats.run.startup)
         if result is not None and result.reason == STALE_CLOSURE:
             logger.warning("%s runs on one device from here on: %s", type(module).__name__, STALE_CLOSURE)
+        return result
+
+    def _decide(self, module: nn.Module, minimum: int, arguments: Arguments) -> SplitResult | None:
+        """Check all samples of a call; what differs from one device is computed by one."""
+        result = self._planner.decide(module, arguments, minimum=minimum)
+        if result is not None and (reason := _refusal(module, result)):
+            return result._replace(reason=reason, is_splittable=False)
         return result
 
     def _is_for_comparison(self) -> bool:
@@ -138,13 +147,12 @@ class ParallelizedCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         arguments: Arguments,
-        check: SplitResult,
+        plan: Plan,
     ) -> Any:
         controller = self._start()
         generators = raw_rng_state()
         buffers = [buffer.clone() for buffer in module.buffers()] if module.training else []
         try:
-            plan = Plan(lambda *_: check, functools.partial(self._planner.decide, module))
             value = controller.run(module, args, kwargs, plan)
         except WorkerDied:
             raise
@@ -155,7 +163,8 @@ class ParallelizedCall:
                     buffer.copy_(before)
             value = call_module(module, args, kwargs)
             self._failures += 1
-            reason = f"a device failed on its part of a batch: {describe_error(error)}"
+            failed = f"a device failed on its part of a batch: {describe_error(error)}"
+            reason = error.reason if isinstance(error, JoinError) else failed
             if self._failures == _MAX_FAILURES:
                 self._stats.refuse(reason)
             else:
