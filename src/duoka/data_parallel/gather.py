@@ -222,7 +222,8 @@ def keys(value: Any) -> list[Any]:
 def columns_of(values: Sequence[Any], path: Path) -> list[list[Any]]:
     """Return, for each child of a container, the values of all parts."""
     first = values[0]
-    if len({type(value) for value in values}) > 1 or any(open_value(value) is None for value in values):
+    kinds = {(type(value).__module__, type(value).__name__) for value in values}  # a forward may define the class
+    if len(kinds) > 1 or any(open_value(value) is None for value in values):
         raise _different_types(path, values)
     if isinstance(first, list | tuple) and len({len(value) for value in values}) > 1:
         lengths = [len(value) for value in values]

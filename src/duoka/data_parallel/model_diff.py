@@ -39,6 +39,11 @@ def unwrapped_modules(module: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Return a model's parameters, whatever a ``parameters`` method of its class returns."""
+    return nn.Module.parameters(module)
+
+
 class ModelChanges(NamedTuple):
     """New values: of attributes, by module index; and of classes and modules that workers import."""
 

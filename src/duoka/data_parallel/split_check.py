@@ -22,7 +22,7 @@ from duoka.data_parallel.gather import is_close
 from duoka.data_parallel.gradient_check import compare_gradients
 from duoka.data_parallel.join_rules import JoinRules, NotJoinable, RuleFinder
 from duoka.data_parallel.model_copy import ModelCopies, WriteGuard, attributes_of, changed_attribute
-from duoka.data_parallel.model_diff import ModelSnapshot
+from duoka.data_parallel.model_diff import ModelSnapshot, parameters_of
 from duoka.data_parallel.placeholders import extract_tensors
 from duoka.data_parallel.scatter import Arguments, Part
 from duoka.data_parallel.shares import shares_of, sources_of
@@ -131,7 +131,7 @@ def check_call(
         The result; ``None`` if the model cannot be checked: its parameters have no shape, or memory is short.
 
     """
-    if any(map(is_lazy, module.parameters())):
+    if any(map(is_lazy, parameters_of(module))):
         return None
     if arguments.refusal:
         return SplitResult(arguments.refusal, is_splittable=False)
@@ -170,7 +170,7 @@ class _Check:
 
     def __init__(self, module: nn.Module, samples: Arguments, sizes: Sequence[int], batch: int) -> None:
         self._module, self._samples, self._sizes = module, samples, sizes
-        first = next(module.parameters(), None)
+        first = next(parameters_of(module), None)
         self._device = first.device if first is not None else torch.device("cpu")
         self._on_host = self._device.type != "cpu" and _may_index_samples(samples, sizes, batch)
         with _refuse_on_error("it or its inputs cannot be copied for the check", _NotCheckable):

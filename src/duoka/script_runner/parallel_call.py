@@ -19,6 +19,7 @@ from duoka.data_parallel.call_planner import CallPlanner
 from duoka.data_parallel.controller import Controller, Plan, minimum_samples
 from duoka.data_parallel.gather import JoinError
 from duoka.data_parallel.model_copy import module_with_script_hook
+from duoka.data_parallel.model_diff import parameters_of
 from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.split_check import STALE_CLOSURE, SplitResult, describe_error
 from duoka.errors import WorkerDied
@@ -96,7 +97,7 @@ class ParallelizedCall:
         arguments = Arguments(args, kwargs)
         minimum = minimum_samples(module, arguments, self._devices)
         can_split = len(arguments.sizes(len(self._devices), minimum=minimum)) > 1
-        first = None if self._controller is None else next(module.parameters(), None)
+        first = None if self._controller is None else next(parameters_of(module), None)
         has_moved = first is not None and first.device != self._devices[0]  # by the script, since it ran on all devices
         check = None
         if (can_split or arguments.refusal) and not self._stats.refusal and not has_moved:
@@ -183,7 +184,7 @@ def _refusal(module: nn.Module, check: SplitResult) -> str:
         return "it draws random numbers that the check cannot repeat: NumPy's, Python's, or a generator's that it owns"
     if check.written:
         return f"its forward writes to its parameter {check.written}"
-    if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
+    if any(p.device.type == "cpu" and p.is_shared() for p in parameters_of(module)):  # type: ignore[no-untyped-call]
         return "its parameters are in memory that the script shares with other processes"
     if (name := module_with_script_hook(module)) is not None:
         return f"a hook of the script on {name or 'the model'} must see the whole batch"
