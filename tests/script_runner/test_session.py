@@ -31,3 +31,28 @@ def test_a_session_restores_torch_and_the_models_it_found() -> None:
         assert isinstance(nn.DataParallel(nn.Linear(2, 2)), nn.DataParallel)
     assert torch_private.replaced_call(model) is None
     assert before == (nn.DataParallel, nn.Module.to, torch.optim.Optimizer.__init__, torch.cuda.device_count)
+
+
+def test_calls_after_the_last_step_are_split_whatever_its_number() -> None:
+    with RunSession(CPUS) as session:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(20):
+            model.forward(torch.ones(4, 2)).sum().backward()
+            optimizer.step()
+        for _ in range(4):
+            model(torch.ones(4, 2))
+    assert (session.stats.num_whole, session.stats.num_split) == (1, 3)
+
+
+def test_a_step_on_one_device_has_all_calls_of_a_step_and_no_more() -> None:
+    with RunSession(CPUS) as session:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(23):
+            for _ in range(2):  # gradients of two batches
+                model(torch.ones(4, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (session.stats.num_whole, session.stats.num_split) == (7, 39)
+    assert [step.is_split for step in session.stats.steps[-5:]] == [True, True, False, False, False]

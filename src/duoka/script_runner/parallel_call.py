@@ -24,7 +24,7 @@ from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.split_check import STALE_CLOSURE, SplitResult, describe_error
 from duoka.errors import WorkerDied
 from duoka.log import logger
-from duoka.script_runner.run_stats import COMPARISON_STEPS, ModelStats
+from duoka.script_runner.run_stats import ModelStats
 from duoka.utils.rng_state import raw_rng_state, set_raw_rng_state
 from duoka.utils.torch_private import call_module, is_transformed, replaced_call, restore_call
 
@@ -132,7 +132,7 @@ class ParallelizedCall:
         if not torch.is_grad_enabled() or not self._fits_one_device:
             return False
         is_first, self._is_first = self._is_first, False
-        return is_first or self._stats.run.num_steps in COMPARISON_STEPS
+        return is_first or self._stats.run.is_for_comparison()
 
     def _start(self) -> Controller:
         with self._start_lock:
