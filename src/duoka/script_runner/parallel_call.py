@@ -180,8 +180,8 @@ def _refusal(module: nn.Module, check: SplitResult) -> str:
     """Return why the model stays on one device; empty if it does not."""
     if check.reason:
         return check.reason
-    if check.is_random:
-        return "it draws random numbers that the check cannot repeat: NumPy's, Python's, or a generator's that it owns"
+    if check.drawn:
+        return f"it draws random numbers that the check cannot repeat ({check.drawn})"
     if check.written:
         return f"its forward writes to its parameter {check.written}"
     if any(p.device.type == "cpu" and p.is_shared() for p in parameters_of(module)):  # type: ignore[no-untyped-call]
