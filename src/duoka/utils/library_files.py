@@ -34,7 +34,7 @@ def _installed_names(folder: Path) -> frozenset[str]:
 
 def _recorded_names(folder: Path) -> Iterator[str]:
     try:
-        records = [path.read_text(encoding="utf-8") for path in folder.glob("*.dist-info/RECORD")]
+        records = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("*.dist-info/RECORD")]
     except OSError:  # no permission
         return
     for record in records:
