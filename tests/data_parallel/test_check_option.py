@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import warnings
 from types import SimpleNamespace
 
@@ -17,6 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import duoka
 from duoka import errors
+from duoka.data_parallel.scatter import Arguments
+from duoka.data_parallel.split_check import check_call
+from duoka.script_runner import RunSession
 from support.transports import both_transports
 
 
@@ -153,7 +157,10 @@ ON_ONE_DEVICE = {
         lambda self, x: {"a": self.layer(x), **({"b": x} if x[0, 0] > 8 else {})},
         (torch.cat([torch.full((1, 4), 9.0), X]),),
     ),
-    "cannot compute a batch": (lambda self, x: self.layer(x).view(7, 3), (X,)),
+    "a part of the batch .*3 of 7 .*: RuntimeError.*Let its forward accept": (
+        lambda self, x: self.layer(x).view(7, 3),
+        (X,),
+    ),
     "no dimension along which": (lambda self, x: self.layer(x) @ self.layer(x).T, (X,)),
 }
 
@@ -283,3 +290,97 @@ def test_names_of_modules_parameters_and_buffers_have_no_prefix() -> None:
 def test_an_unknown_check_is_refused() -> None:
     with pytest.raises(errors.ConfigError, match="check='maybe'"):
         duoka.DataParallel(nn.Linear(1, 1), devices="cpu:2", check="maybe")
+
+
+def perplexity(y: torch.Tensor) -> torch.Tensor:
+    shares = torch.stack([y > 1, y <= 1]).flatten(1).sum(1) / y.numel()
+    return torch.special.entr(shares).sum().exp()
+
+
+NUMBERS = {
+    "perplexity": lambda y: perplexity(y).detach(),
+    "perplexity, a number": lambda y: float(perplexity(y)),
+    "standard deviation": lambda y: y.detach().std(),
+    "largest value": lambda y: y.detach().max(),
+    "largest value, a number": lambda y: y.max().item(),
+    "range in two numbers": lambda y: y.detach().amax(0) - y.detach().amin(0),
+    "share of all, a number": lambda y: float((y > 0).float().mean()) ** 2,
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_a_number_that_was_the_same_in_all_parts_is_checked_later(case, start, wrap) -> None:
+    model = wrap(Function(lambda self, x: (self.layer(x), NUMBERS[case](x[:, :2] * self.factor + start))))
+    model.module.factor = 0.0
+    for _ in range(2):
+        model(X)
+    model.module.factor = 3.0  # at call 3, which is not due
+    with pytest.warns(UserWarning, match=r"on 2 devices than on one: output\[1\]|not on 2: output\[1\]"):
+        model(X)
+
+
+@pytest.mark.parametrize("make", [float, torch.Tensor.detach], ids=["number", "tensor"])
+def test_a_mean_that_was_the_same_in_all_parts_stays_a_mean(make, pair) -> None:
+    model, reference = pair(Function(lambda self, x: (self.layer(x), make((x * self.factor).mean()))))
+    for factor in (0.0, 0.0, 3.0, 4.0, 0.0, 5.0):
+        model.module.factor = reference.factor = factor
+        assert show(model(X)[1]) == show(reference(X)[1])
+
+
+class Learner(nn.Module):
+    """A model whose ``parameters`` method is no iterator, as MAML's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vars = nn.ParameterList([torch.ones(1, 4), torch.zeros(1)])
+
+    def forward(self, x):
+        return functional.linear(x, *self.vars)
+
+    def parameters(self):
+        return self.vars
+
+
+def test_a_model_whose_parameters_method_returns_a_list_is_split(pair) -> None:
+    model, reference = pair(Learner())
+    torch.testing.assert_close(model(X), reference(X))
+    assert check_call(Learner(), Arguments((X,), {}), 2).reason == ""
+    with RunSession([torch.device("cpu")] * 2) as session:
+        inner = Learner()
+        torch.optim.SGD(inner.parameters(), 0.1)
+        for _ in range(2):
+            torch.testing.assert_close(inner(X), reference(X))
+    assert (session.stats.num_whole, session.stats.num_split) == (1, 1)
+
+
+def named_tuple(y):
+    return collections.namedtuple("Outputs", ["first", "second"])(y, y.mean())
+
+
+def data_class(y):
+    @dataclasses.dataclass
+    class Outputs:
+        first: torch.Tensor
+        second: torch.Tensor
+
+    return Outputs(y, y.mean())
+
+
+def own_class(y):
+    class Outputs:
+        pass
+
+    outputs = Outputs()
+    outputs.first, outputs.second = y, y.mean()
+    return outputs
+
+
+@both_transports
+@pytest.mark.parametrize("make", [named_tuple, data_class, own_class])
+def test_outputs_of_a_class_that_the_forward_defines_are_joined(make, pair) -> None:
+    model, reference = pair(Function(lambda self, x: make(self.layer(x))))
+    for _ in range(2):
+        got, want = model(X), reference(X)
+        assert type(got).__name__ == type(want).__name__
+        torch.testing.assert_close((got.first, got.second), (want.first, want.second))

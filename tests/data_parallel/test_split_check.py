@@ -118,7 +118,7 @@ SEQUENCE = torch.randn(11, 5, 6)
 )
 def test_models_that_compute_each_sample_independently_pass(function, inputs) -> None:
     result = check(Function(function), inputs, 3)
-    assert (result.reason, result.is_splittable, result.is_random) == ("", True, False)
+    assert (result.reason, result.is_splittable, result.drawn) == ("", True, "")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,11 @@ def test_models_that_compute_each_sample_independently_pass(function, inputs) ->
         (lambda self, x: x.to_sparse(), (X,), "sparse_coo tensor"),
         (lambda self, x: {"a": x, **({"b": x} if len(x) > 2 else {})}, (X,), "has b on some devices only"),
         (lambda self, x: self.linear(x.cumsum(0)), (X,), "depends on other samples"),
-        (lambda self, x: self.linear(x).view(11, 6), (X,), "cannot compute a batch"),
+        (
+            lambda self, x: self.linear(x).view(11, 6),
+            (X,),
+            "a part of the batch in the check (4 of 11 samples): RuntimeError",
+        ),
         (lambda self, x: self.linear(x) / 0 if len(x) > 2 else 1 / 0, (X,), "cannot compute a part"),
         (keep, (X,), "keeps tensors in kept"),
         (follow, (X,), "the buffer 'mean'"),
@@ -196,11 +200,32 @@ def test_writes_to_parameters_are_undone_and_reported() -> None:
     assert torch.equal(model.norm.weight, torch.ones(6))
 
 
-@pytest.mark.parametrize("draw", [lambda n: np.random.rand(n), lambda n: [random.random() for _ in range(n)]])
-def test_values_are_not_compared_if_other_libraries_draw_random_numbers(draw) -> None:
+@pytest.mark.parametrize(
+    ("draw", "owner"),
+    [(lambda n: np.random.rand(n), "NumPy's"), (lambda n: [random.random() for _ in range(n)], "Python's")],
+)
+def test_values_are_not_compared_if_other_libraries_draw_random_numbers(draw, owner) -> None:
     result = check(Function(lambda self, x: self.linear(x) * torch.tensor(draw(len(x)))[:, None]), (X,), 3)
-    assert result.is_random
+    assert (result.drawn, result.reason) == (owner, "")
+
+
+@pytest.mark.parametrize(
+    ("function", "owner"),
+    [
+        (lambda self, x: nn.Linear(6, 2)(self.linear(x)), "torch's, such as the weights of a layer"),
+        (lambda self, x: self.linear(x) * random.random(), "Python's"),
+        (lambda self, x: self.linear(x) + 0 * np.random.rand(), ""),
+        (lambda self, x: (random.random(), self.linear(x))[1], ""),
+        (lambda self, x: self.linear(x) * self.kept.random(), "a generator's that it owns"),
+    ],
+)
+def test_numbers_drawn_once_for_all_samples_count_if_they_have_an_effect(function, owner) -> None:
+    model = Function(function)
+    model.kept = np.random.default_rng(1)
+    result = check(model, (X,), 2)
     assert result.reason == ""
+    assert result.drawn.startswith(owner)
+    assert bool(result.drawn) == bool(owner)
 
 
 def test_the_check_does_not_advance_what_a_closure_holds() -> None:
@@ -262,6 +287,49 @@ def test_a_statistic_of_the_batch_makes_the_check_compute_all_samples() -> None:
         assert planner.plan(model, Arguments((x,), {})).reason == ""
     x[6] = 1  # at call 6, which is not due, in a sample that a check of a few does not compute
     assert "depends on other samples" in planner.plan(model, Arguments((x,), {})).reason
+
+
+def test_a_statistic_of_places_of_all_samples_is_one_of_the_batch() -> None:
+    def forward(self, x):
+        usage = functional.one_hot((x.flatten() > 0).long(), 2).float().mean(0)
+        return self.linear(x), torch.special.entr(usage).sum().exp()
+
+    model, planner = Function(forward), CallPlanner(3)
+    x = torch.ones(9, 6)
+    for _ in range(2):
+        assert planner.plan(model, Arguments((x,), {})).reason == ""
+    x[3:6] = -1  # at call 3, which is not due: each part has a perplexity of 1, and the batch one of 1.9
+    assert "output[1]" in planner.plan(model, Arguments((x,), {})).reason
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: self.linear(x) / self.linear.weight.repeat(20, 1).norm(2, 0),
+        lambda self, x: torch.max(self.linear(x), -x),
+        lambda self, x: self.linear(x).min(other=x),
+        lambda self, x: torch.quantile(self.linear(x), 0.5, 1),
+        lambda self, x: self.linear(x).quantile(torch.tensor([0.2, 0.5]), dim=1).T,
+        lambda self, x: torch.maximum(input=self.linear(x), other=x).norm(2, 1),
+        lambda self, x: torch.var(self.linear(x), [1]),
+    ],
+)
+def test_what_reduces_no_samples_is_no_statistic(function) -> None:
+    result = check(Function(function), (X,), 2)
+    assert (result.reason, result.has_statistic) == ("", False)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.norm(2, 0),
+        lambda x: x.quantile(0.5, 0),
+        lambda x: x.max(dim=0)[0],
+        lambda x: x.var((0,), correction=0),
+    ],
+)
+def test_a_reduction_of_the_samples_is_a_statistic(function) -> None:
+    assert check(Function(lambda self, x: self.linear(x) + 0 * function(x)), (X,), 2).has_statistic
 
 
 class Item:

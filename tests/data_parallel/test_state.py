@@ -2,6 +2,8 @@
 
 import copy
 import enum
+import functools
+import importlib
 
 import numpy as np
 import pytest
@@ -197,3 +199,64 @@ def test_classes_and_functions_may_refer_to_themselves(wrap):
     torch.testing.assert_close(wrapped(x), model(x))
     model.form = Form.DOUBLE
     torch.testing.assert_close(wrapped(x), model(x))
+
+
+RATES = {"now": 1.0}
+
+
+def _rate(step):
+    return RATES["now"] * step
+
+
+cached_rate = functools.lru_cache(8)(_rate)
+
+
+class CachedRate(nn.Linear):
+    """A model that multiplies by what a cached function returns."""
+
+    step = 1
+    holder = "global"
+
+    @functools.cache  # noqa: B019 - as users write it
+    def own_rate(self, step):
+        return RATES["now"] * step
+
+    def forward(self, x):
+        rates = {"global": cached_rate, "attribute": getattr(self, "rate", None), "method": self.own_rate}
+        return super().forward(x) * rates[self.holder](self.step)
+
+
+@pytest.mark.parametrize("holder", ["global", "attribute", "method"])
+def test_what_a_cached_function_reads_reaches_all_devices(wrap, holder):
+    model, x = CachedRate(4, 2), torch.randn(6, 4)
+    model.rate, model.holder = cached_rate, holder
+    wrapped = wrap(model)
+    for model.step in (1, 2, 3):
+        RATES["now"] = float(model.step)
+        torch.testing.assert_close(wrapped(x), model(x))
+    cached_rate.cache_clear()
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_library_beside_its_record_may_fill_its_caches(wrap, tmp_path, monkeypatch, is_installed):
+    name = f"filling_{is_installed}"
+    source = "seen = {}\ndef flat(x):\n    seen.setdefault(type(x), 1)\n    return x.flatten(1)\n"
+    (tmp_path / f"{name}.py").write_text(source)
+    if is_installed:
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.dist-info/RECORD").write_text(f"{name}.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(name)
+
+    class Model(nn.Linear):
+        flat = staticmethod(module.flat)
+
+        def forward(self, x):
+            return super().forward(self.flat(x))
+
+    wrapped, x = wrap(Model(4, 2)), torch.randn(6, 2, 2)
+    if is_installed:
+        wrapped(x)
+    else:
+        with pytest.warns(UserWarning, match="changes seen outside the model"):
+            wrapped(x)

@@ -86,3 +86,10 @@ def test_models_that_one_line_creates_are_reported_once() -> None:
         model.refuse("its output is random")
     assert report_lines(stats)[0] == "Linear (3 models) ran on one device: its output is random."
     assert report(stats).count("Linear") == 1
+
+
+def test_several_calls_on_one_device_are_not_called_the_only_one() -> None:
+    stats = stats_of([(0.1, False)])
+    assert "was the only one" in suggestion(stats)
+    stats.models[0].count(32, split=False)
+    assert "none of the 2 calls of Linear" in suggestion(stats)

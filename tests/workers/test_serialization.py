@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 
@@ -151,3 +152,27 @@ def test_an_exception_keeps_type_message_and_traceback(error: Exception) -> None
 def test_an_object_that_cannot_be_pickled_raises_pickles_error() -> None:
     with pytest.raises((TypeError, pickle.PicklingError), match="generator"):
         dumps(number for number in [1])
+
+
+def _double(number):
+    return 2 * number
+
+
+renamed = functools.lru_cache(8)(_double)
+
+
+@functools.cache
+def decorated(number):
+    return 2 * number
+
+
+def test_a_cached_function_arrives_with_its_limit() -> None:
+    @functools.lru_cache(5)
+    def power(number):
+        return 2 * power(number - 1) if number else 1
+
+    assert send(decorated) is decorated
+    assert send(power)(4) == 16
+    got = send([renamed, renamed])
+    assert got[0] is got[1]
+    assert (got[0](4), got[0].cache_parameters()["maxsize"]) == (8, 8)

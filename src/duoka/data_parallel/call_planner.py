@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from duoka.data_parallel.gather import Rule
 from duoka.data_parallel.join_rules import JoinRules
 from duoka.data_parallel.placeholders import is_placeholder
 from duoka.data_parallel.scatter import Arguments
@@ -77,14 +78,20 @@ class CallPlanner:
         return result
 
     def decide(self, module: nn.Module, arguments: Arguments, *, minimum: int = 1) -> SplitResult | None:
-        """Check all samples of a call for which the rules that fitted so far give different values."""
+        """Check all samples of a call for which the rules that fitted so far give different values.
+
+        A few samples decide if one device has no memory for all. A value that is the same in all parts of this check, and
+        not in the call, is drawn: its rule stays undecided.
+        """
         result = check_call(module, arguments, self._num_devices, minimum=minimum, whole=True)
+        if result is None:
+            result = check_call(module, arguments, self._num_devices, minimum=minimum)
         if result is None or result.is_failure:
             return result
         self._kind(module, arguments).result = result
         if result.rules is None:
             return result
-        decided = {place: rule._replace(others=()) for place, rule in result.rules.rules.items()}
+        decided = {place: _decided(rule) for place, rule in result.rules.rules.items()}
         return result._replace(rules=result.rules._replace(rules=decided))
 
     def refuse(self, module: nn.Module, arguments: Arguments, reason: str) -> SplitResult:
@@ -130,6 +137,11 @@ def _structure(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_structure(item) for item in value]
     return value if isinstance(value, bool | str | None) else type(value).__name__
+
+
+def _decided(rule: Rule) -> Rule:
+    is_same = any(other.kind == "same" for other in rule.others)
+    return rule if is_same else rule._replace(others=())
 
 
 def _needs_whole_batch(result: SplitResult, arguments: Arguments, sizes: Sequence[int]) -> bool:

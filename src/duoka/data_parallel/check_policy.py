@@ -54,10 +54,11 @@ class CheckPolicy:
         number = len(self._devices)
         if result.reason and not result.is_splittable:
             self._say(f"{name} runs on one device and not on {number}: {result.reason}.")
-        elif result.is_random and not result.reason:
+        elif result.drawn and not result.reason:
             self._say(
-                f"{name} draws random numbers of NumPy or Python, so duoka cannot compare what {number} devices compute "
-                "with what one computes. Draw them with torch, or accept that with check='off'."
+                f"{name} draws random numbers that a check cannot repeat ({result.drawn}), so duoka cannot compare what "
+                f"{number} devices compute with what one computes. Draw them with torch, make layers in __init__, "
+                "or accept that with check='off'."
             )
         elif result.reason and result.rules is None:
             self._say(

@@ -17,7 +17,7 @@ from duoka.data_parallel.call_context import TIMERS, unknown_mode
 from duoka.data_parallel.gather import Join, JoinError, UndecidedError, join_tensors
 from duoka.data_parallel.join_rules import JoinRules
 from duoka.data_parallel.messages import ContextFactory, CreateReplica, RebindParameters, UpdateAttributes
-from duoka.data_parallel.model_diff import REGISTRIES, ModelChanges, ModelSnapshot
+from duoka.data_parallel.model_diff import REGISTRIES, ModelChanges, ModelSnapshot, parameters_of
 from duoka.data_parallel.pickling import pickle_without_tensors
 from duoka.data_parallel.placeholders import extract_tensors, insert_on_device, insert_tensors
 from duoka.data_parallel.replica import MaybeCompiled
@@ -72,7 +72,7 @@ class Controller:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan | None = None) -> Any:
         """Compute ``module(*args, **kwargs)``, each device its part of the batch."""
-        if not self.group.is_owned or (self._weights is None and any(map(is_lazy, module.parameters()))):
+        if not self.group.is_owned or (self._weights is None and any(map(is_lazy, parameters_of(module)))):
             return module(*args, **kwargs)  # the first call of lazy parameters, on one device, sets their shapes
         with self.group.lock:
             if self.group.in_forward:  # inside another wrapped model's part, which has this device only

@@ -23,8 +23,11 @@ _DROPOUT = frozenset(
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 """Functions of torch that a check replaces, by name."""
 _REDUCTIONS = frozenset(
-    {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "median", "logsumexp", "norm", "prod", "nanmean", "quantile"}
+    {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "median", "logsumexp", "norm", "prod", "nanmean", "quantile",
+     "nanquantile"}
 )  # fmt: skip
+_AFTER_ONE_ARGUMENT = frozenset({"norm", "quantile", "nanquantile"})
+"""Those whose ``dim`` is the third argument."""
 _CHOICES = frozenset({"topk", "argmax", "argmin", "argsort", "sort", "searchsorted", "bucketize"})
 _COMPARISONS = frozenset({"gt", "lt", "ge", "le", "__gt__", "__lt__", "__ge__", "__le__"})
 """Functions whose result jumps: two batches may agree by chance. One number is compared by guards only, as in asserts."""
@@ -78,8 +81,11 @@ class BatchStatisticsMode(DeterministicMode):
         super().__init__()
         self.choice = ""
         """The first such function; empty if there is none."""
-        self.has_statistic = False
-        """Whether a tensor was reduced over its samples to more than one number."""
+        self.statistics: set[tuple[str, int]] = set()
+        """Reductions of the first dimension to more than one number: the function, and that dimension's size per sample.
+
+        A batch and its parts have the same ones, unless that dimension has nothing to do with the samples.
+        """
         self._batch = batch
         self._statistics: dict[int, Any] = {}
 
@@ -94,9 +100,10 @@ class BatchStatisticsMode(DeterministicMode):
         is_vector = name in _COMPARISONS and isinstance(result, torch.Tensor) and result.dim() > 0
         if depends and (name in _CHOICES or is_vector):
             self.choice = self.choice or name
-        reduces = self._reduces(name, args, kwargs or {})
-        self.has_statistic = self.has_statistic or (reduces and any(tensor.dim() for tensor in _tensors(result)))
-        if depends or reduces:
+        size = _reduced_size(name, args, kwargs or {})
+        if size % self._batch == 0 and size and any(tensor.dim() for tensor in _tensors(result)):
+            self.statistics.add((name, size // self._batch))
+        if depends or size == self._batch:
             for tensor in _tensors(result):
                 if tensor.is_floating_point():
                     self._statistics[id(tensor)] = weakref.ref(tensor)
@@ -106,16 +113,21 @@ class BatchStatisticsMode(DeterministicMode):
         reference = self._statistics.get(id(tensor))
         return reference is not None and reference() is tensor
 
-    def _reduces(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Return whether this is a reduction over the first dimension of a tensor with batch size."""
-        if name not in _REDUCTIONS or not args or not isinstance(args[0], torch.Tensor):
-            return False
-        tensor = args[0]
-        if not tensor.is_floating_point() or not tensor.dim() or tensor.size(0) != self._batch:
-            return False
-        dims = kwargs.get("dim", args[1] if len(args) > 1 and name != "norm" else None)
-        numbers = dims if isinstance(dims, list | tuple) else [dims]
-        return dims is None or any(number in (0, -tensor.dim()) for number in numbers)
+
+def _reduced_size(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Return the size of a tensor's first dimension if this is a reduction over it, else 0."""
+    if name not in _REDUCTIONS or not (args or "input" in kwargs):
+        return 0
+    tensor, *others = args or [kwargs["input"]]
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.dim():
+        return 0
+    place = 1 if name in _AFTER_ONE_ARGUMENT else 0
+    dims = kwargs.get("dim", kwargs.get("axis", others[place] if len(others) > place else None))
+    if "other" in kwargs or isinstance(dims, torch.Tensor):  # the maximum of two tensors, element by element
+        return 0
+    numbers = dims if isinstance(dims, list | tuple) else [dims]
+    is_over_all = dims is None or isinstance(dims, bool)  # var(x, unbiased)
+    return tensor.size(0) if is_over_all or any(number in (0, -tensor.dim()) for number in numbers) else 0
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -17,6 +17,9 @@ from duoka.data_parallel.shares import SAMPLES, Shares, Source
 
 Path: TypeAlias = tuple[Any, ...]
 """Place of a value in an output: keys, indices and names of attributes."""
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
+"""Largest difference of two outputs relative to the largest value; see ``DEFAULT_TOLERANCE``."""
+DEFAULT_TOLERANCE = 2e-4
 Kind: TypeAlias = Literal["concatenate", "stack", "mean", "sum", "same", "items"]
 
 
@@ -33,7 +36,7 @@ class Rule(NamedTuple):
     weights: Shares = ()
     """Shares of the parts in a mean, for one call."""
     others: tuple["Rule", ...] = ()
-    """Further rules that fit so far: a sum and a constant that are zero."""
+    """Further rules that fit so far, because values were the same in all parts, or zero."""
 
 
 Rules: TypeAlias = Mapping[Path, Rule]
@@ -102,15 +105,13 @@ class Join:
             parts = [tensors[p.part][p.position].detach() for p in spec.placeholders]
             if self._rules is None or len(parts) == 1:
                 continue
-            rules = [spec.rule, *spec.rule.others]
             if not all(part.dim() == spec.rule.ndim and _has_form(part, parts[0], spec.rule) for part in parts):
                 raise UndecidedError
-            if any(rule.kind == "same" for rule in rules) and not all(torch.equal(part, parts[0]) for part in parts):
-                raise UndecidedError
+            rules = _different_rules(spec.rule, parts, is_close)
             values = [
                 join_tensors(OutputSpec(spec.placeholders, rule), tensors).detach() for rule in rules[1:] and rules
             ]
-            if any(not torch.allclose(value, values[0], rtol=1e-6, equal_nan=True) for value in values):
+            if not all(is_close(value, values[0]) for value in values[1:]):
                 raise UndecidedError
 
     def _with_shares(self, rule: Rule) -> Rule:
@@ -138,22 +139,19 @@ class Join:
 def join_leaves(values: Sequence[Any], rule: Rule, path: Path = ()) -> Any:
     """Join numbers, arrays and other values besides tensors."""
     if rule.others:
-        rules = [one._replace(others=()) for one in (rule, *rule.others)]
-        if not all(is_equal(value, values[0]) for value in values) and any(one.kind == "same" for one in rules):
-            raise UndecidedError
-        joined = [join_leaves(values, one, path) for one in rules]
-        if not all(abs(value - joined[0]) <= max(1e-6 * abs(joined[0]), 1e-9) for value in joined):
+        joined = [join_leaves(values, one, path) for one in _different_rules(rule, values, is_same)]
+        if not all(is_same(value, joined[0]) for value in joined):
             raise UndecidedError
         return joined[0]
     if rule.kind == "same":
-        if not all(is_equal(value, values[0]) for value in values):
+        if not all(is_same(value, values[0]) for value in values):
             raise JoinError(f"{place(path)} differs between the parts of the batch")
         return values[0]
     if rule.kind == "concatenate":
         return np.concatenate(values, rule.dim)
     if rule.kind == "sum":
         return sum(values[1:], values[0])
-    if all(value == values[0] for value in values):
+    if all(is_equal(value, values[0]) for value in values):
         return values[0]
     return sum(weight * value for weight, value in zip(rule.weights, values, strict=True) if weight)
 
@@ -190,6 +188,16 @@ def scatter_gradient(
     return [gradient] * len(shapes) if rule.kind == "sum" else [gradient, *[None] * len(shapes[1:])]
 
 
+def _different_rules(rule: Rule, parts: Sequence[Any], agree: Callable[[Any, Any], bool]) -> list[Rule]:
+    """Return the rules that fitted so far and may give different values now; raise ``UndecidedError`` if parts differ."""
+    rules = [one._replace(others=()) for one in (rule, *rule.others)]
+    if any(one.kind == "same" for one in rules):
+        if not all(agree(part, parts[0]) for part in parts):
+            raise UndecidedError
+        rules = [one for one in rules if one.kind != "mean"]  # any mean of equal values is that value
+    return rules
+
+
 def _has_form(part: torch.Tensor, first: torch.Tensor, rule: Rule) -> bool:
     """Return whether two parts have the same shape, but for the dimension of a concatenation."""
     if rule.kind != "concatenate":
@@ -214,7 +222,8 @@ def keys(value: Any) -> list[Any]:
 def columns_of(values: Sequence[Any], path: Path) -> list[list[Any]]:
     """Return, for each child of a container, the values of all parts."""
     first = values[0]
-    if len({type(value) for value in values}) > 1 or any(open_value(value) is None for value in values):
+    kinds = {(type(value).__module__, type(value).__name__) for value in values}  # a forward may define the class
+    if len(kinds) > 1 or any(open_value(value) is None for value in values):
         raise _different_types(path, values)
     if isinstance(first, list | tuple) and len({len(value) for value in values}) > 1:
         lengths = [len(value) for value in values]
@@ -242,6 +251,24 @@ def is_equal(one: Any, other: Any) -> bool:
         return bool(one == other) or (one != one and other != other) or pickle.dumps(one) == pickle.dumps(other)
     except Exception:
         return False
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two values besides tensors are the same, numbers but for rounding."""
+    if type(one) is type(other) and isinstance(one, float | complex):
+        return is_close(torch.tensor(one, device="cpu"), torch.tensor(other, device="cpu"))
+    return is_equal(one, other)
+
+
+def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors are equal but for rounding."""
+    if one.shape != other.shape:
+        return False
+    if not (other.is_floating_point() or other.is_complex()) or other.numel() == 0:
+        return torch.equal(one, other)
+    largest = float(other.detach().abs().nan_to_num(0, 0, 0).max())
+    tolerance = _TOLERANCE.get(other.dtype, DEFAULT_TOLERANCE) * max(largest, 1e-6)
+    return torch.allclose(one.detach().to(other.dtype), other.detach(), rtol=0, atol=tolerance, equal_nan=True)
 
 
 def is_per_sample(values: Sequence[Any], sizes: Sequence[int]) -> bool:

@@ -13,7 +13,8 @@ from duoka.data_parallel.gather import (
     Path,
     Rule,
     columns_of,
-    is_equal,
+    is_close,
+    is_same,
     join_leaves,
     join_tensors,
     keys,
@@ -22,9 +23,6 @@ from duoka.data_parallel.gather import (
 from duoka.data_parallel.placeholders import Placeholder, is_dense, is_object, open_value
 from duoka.data_parallel.shares import SAMPLES, Shares, Source
 
-_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-9}
-"""Largest difference of two outputs relative to the largest value; see ``DEFAULT_TOLERANCE``."""
-DEFAULT_TOLERANCE = 2e-4
 _NUMBERS = (int, float, complex)
 
 
@@ -141,8 +139,7 @@ class RuleFinder:
         if all(part.shape == whole.shape for part in parts):
             if whole.is_floating_point() or whole.is_complex():
                 found += self._mean_rules()
-            else:
-                found.append(Rule("same"))
+            found.append(Rule("same"))
             if whole.dtype != torch.bool:
                 found.append(Rule("sum"))
         return found
@@ -156,7 +153,7 @@ class RuleFinder:
             ] + candidates
         if isinstance(whole, _NUMBERS) and not isinstance(whole, bool):
             if isinstance(whole, float):
-                candidates = self._mean_rules()
+                candidates = [*self._mean_rules(), Rule("same")]
             candidates.append(Rule("sum"))
         fits: Callable[[Rule], bool] = lambda rule: _is_joined(whole, parts, rule, compares=self._compares)  # noqa: E731
         fitting = [rule for rule in candidates if fits(rule)]
@@ -175,17 +172,6 @@ class RuleFinder:
         return [Rule("mean", source=sources[0], weights=weights) for weights, sources in self._means.items()]
 
 
-def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors are equal but for rounding."""
-    if one.shape != other.shape:
-        return False
-    if not (other.is_floating_point() or other.is_complex()) or other.numel() == 0:
-        return torch.equal(one, other)
-    largest = float(other.detach().abs().nan_to_num(0, 0, 0).max())
-    tolerance = _TOLERANCE.get(other.dtype, DEFAULT_TOLERANCE) * max(largest, 1e-6)
-    return torch.allclose(one.detach().to(other.dtype), other.detach(), rtol=0, atol=tolerance, equal_nan=True)
-
-
 def _join(parts: Sequence[torch.Tensor], rule: Rule) -> torch.Tensor:
     spec = OutputSpec(tuple(Placeholder(0, index) for index in range(len(parts))), rule)
     return join_tensors(spec, [[part] for part in parts])
@@ -200,9 +186,7 @@ def _is_joined(whole: Any, parts: Sequence[Any], rule: Rule, *, compares: bool) 
         return True
     if isinstance(whole, np.ndarray) and whole.dtype.kind in "fc":
         return value.shape == whole.shape and is_close(torch.from_numpy(value), torch.from_numpy(whole))
-    if isinstance(whole, float | complex):
-        return bool(is_close(torch.tensor(value), torch.tensor(whole)))
-    return is_equal(value, whole)
+    return is_same(value, whole)
 
 
 def _fits(whole: torch.Tensor, parts: Sequence[torch.Tensor], dim: int) -> bool:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from duoka.data_parallel.join_rules import is_close
-from duoka.data_parallel.model_diff import REGISTRIES
+from duoka.data_parallel.gather import is_close
+from duoka.data_parallel.model_diff import REGISTRIES, parameters_of
 from duoka.data_parallel.module_copy import ModuleCopies
 from duoka.data_parallel.placeholders import is_dense
 from duoka.data_parallel.state_watch import Digest
@@ -27,7 +27,7 @@ class ModelCopies:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        known = {id(one) for one in (*module.modules(), *module.parameters(), *module.buffers())}
+        known = {id(one) for one in (*module.modules(), *parameters_of(module), *module.buffers())}
         attributes = [v for m in module.modules() for name, v in m.__dict__.items() if name not in REGISTRIES]
         found = Digest(attributes, frozenset(known))
         self.generators = found.generators

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from duoka.data_parallel.state_watch import MAX_NBYTES, Digest, can_change, class_data, is_user_code
+from duoka.data_parallel.state_watch import MAX_NBYTES, CachedFunction, Digest, can_change, class_data, is_user_code
 from duoka.utils.text import format_bytes
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -37,6 +37,11 @@ def unwrapped_modules(module: nn.Module) -> list[nn.Module]:
             found[id(one)] = one
             waiting.extend(reversed(one._modules.values()))
     return list(found.values())
+
+
+def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Return a model's parameters, whatever a ``parameters`` method of its class returns."""
+    return nn.Module.parameters(module)
 
 
 class ModelChanges(NamedTuple):
@@ -265,7 +270,7 @@ def _code(module: nn.Module) -> tuple[type, Any]:
     return type(module), type(module).forward
 
 
-_NOT_DATA = (FunctionType, type, ModuleType, nn.Module)
+_NOT_DATA = (FunctionType, CachedFunction, type, ModuleType, nn.Module)
 """What workers import with a module, and not a value to send."""
 
 
@@ -306,13 +311,17 @@ def _global_names(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]
 
 
 def _functions_of(value: Any) -> Iterator[FunctionType]:
-    if isinstance(value, FunctionType):
-        yield value
+    if isinstance(value, FunctionType | CachedFunction):
+        yield _without_cache(value)
     elif isinstance(value, type) and _is_users(value):
         for item in vars(value).values():
-            inner = getattr(item, "__func__", getattr(item, "fget", item))
+            inner = _without_cache(getattr(item, "__func__", getattr(item, "fget", item)))
             if isinstance(inner, FunctionType):
                 yield inner
+
+
+def _without_cache(value: Any) -> Any:
+    return value.__wrapped__ if isinstance(value, CachedFunction) else value
 
 
 def _is_users(value: Any) -> bool:

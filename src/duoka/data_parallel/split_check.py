@@ -5,9 +5,9 @@ check compares outputs, gradients, buffers and attributes, and finds how the out
 """
 
 import contextlib
-import copy
-import pickle
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +16,28 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from duoka.data_parallel.call_context import draw_seed
+from duoka.data_parallel.call_copy import CallCopy
 from duoka.data_parallel.deterministic_mode import BatchStatisticsMode, DeterministicMode
+from duoka.data_parallel.gather import is_close
 from duoka.data_parallel.gradient_check import compare_gradients
-from duoka.data_parallel.join_rules import JoinRules, NotJoinable, RuleFinder, is_close
+from duoka.data_parallel.join_rules import JoinRules, NotJoinable, RuleFinder
 from duoka.data_parallel.model_copy import ModelCopies, WriteGuard, attributes_of, changed_attribute
-from duoka.data_parallel.model_diff import ModelSnapshot
+from duoka.data_parallel.model_diff import ModelSnapshot, parameters_of
 from duoka.data_parallel.placeholders import extract_tensors
 from duoka.data_parallel.scatter import Arguments, Part
-from duoka.data_parallel.shares import shares_of, sources_of
+from duoka.data_parallel.shares import SAMPLES, shares_of, sources_of
 from duoka.errors import DeviceError, WorkerDied
 from duoka.utils.partition import chunk_sizes
-from duoka.utils.rng_state import preserve_rng_state, raw_rng_state, set_raw_rng_state, set_state_of, state_of
+from duoka.utils.rng_state import (
+    libraries_that_drew,
+    preserve_rng_state,
+    raw_rng_state,
+    reseed,
+    seed_all,
+    set_raw_rng_state,
+    set_state_of,
+    state_of,
+)
 from duoka.utils.text import first_line, join_names
 
 SAMPLES_PER_DEVICE = 4
@@ -54,8 +65,8 @@ class SplitResult(NamedTuple):
     """Whether devices can compute the call at all."""
     rules: JoinRules | None = None
     """How outputs are joined; ``None`` if they are not known."""
-    is_random: bool = False
-    """Whether the model draws random numbers that the check cannot repeat, so values were not compared."""
+    drawn: str = ""
+    """Whose random numbers the model draws that the check cannot repeat, so values were not compared; empty if none."""
     written: str = ""
     """A parameter that the forward writes to."""
     is_failure: bool = False
@@ -129,7 +140,7 @@ def check_call(
         The result; ``None`` if the model cannot be checked: its parameters have no shape, or memory is short.
 
     """
-    if any(map(is_lazy, module.parameters())):
+    if any(map(is_lazy, parameters_of(module))):
         return None
     if arguments.refusal:
         return SplitResult(arguments.refusal, is_splittable=False)
@@ -167,8 +178,8 @@ class _Check:
     """One check."""
 
     def __init__(self, module: nn.Module, samples: Arguments, sizes: Sequence[int], batch: int) -> None:
-        self._module, self._samples, self._sizes = module, samples, sizes
-        first = next(module.parameters(), None)
+        self._module, self._samples, self._sizes, self._batch = module, samples, sizes, batch
+        first = next(parameters_of(module), None)
         self._device = first.device if first is not None else torch.device("cpu")
         self._on_host = self._device.type != "cpu" and _may_index_samples(samples, sizes, batch)
         with _refuse_on_error("it or its inputs cannot be copied for the check", _NotCheckable):
@@ -178,21 +189,38 @@ class _Check:
     def result(self, from_workers: WorkerOutputs) -> SplitResult:
         states, before = self._generator_states(), raw_rng_state()
         mode = BatchStatisticsMode(sum(self._sizes))
-        whole = self._evaluate(self._samples.whole(), mode, "it cannot compute a batch in the check")
+        whole = self._evaluate(self._samples.whole(), mode, sum(self._sizes))
         draws = self._generator_states() != states
-        parts = []
-        for part in self._samples.parts(self._sizes):
+        drawn = _owners_of_draws(libraries_that_drew(before)) if draws else ""
+        parts, statistics = [], mode.statistics
+        for part, size in zip(self._samples.parts(self._sizes), self._sizes, strict=True):
             set_raw_rng_state(before)  # what a forward draws once for all samples is the same
             self.restore_generators()
-            parts.append(self._evaluate(part, DeterministicMode(), "it cannot compute a part of the batch"))
+            own = BatchStatisticsMode(size)
+            parts.append(self._evaluate(part, own, size))
+            statistics = statistics & own.statistics
+        compare = functools.partial(self._compare, whole, parts, from_workers, mode.choice, bool(statistics))
         if not draws:
-            return self._compare(whole, parts, from_workers, mode.choice, mode.has_statistic)
+            return compare()
         with contextlib.suppress(_Refusal):  # numbers that it draws may have no effect
-            result = self._compare(whole, parts, from_workers, mode.choice, mode.has_statistic)
-            if not result.reason:
+            result = compare()
+            if not result.reason and not self._depends_on_draws(parts[0]):
                 return result
         rules = self._find_rules(whole, parts, compares=False)[1]
-        return SplitResult(whole.side_effect, rules=rules, is_random=True, written=next(iter(whole.written), ""))
+        return SplitResult(whole.side_effect, rules=rules, drawn=drawn, written=next(iter(whole.written), ""))
+
+    def _depends_on_draws(self, part: _Outcome) -> bool:
+        """Return whether the first part gives something else with other random numbers, as it does on another device."""
+        seed = self._generator_states()
+        seed_all(seed)
+        for generator in self._copies.generators:
+            reseed(generator, seed)
+        other = self._evaluate(self._samples.parts(self._sizes)[0], DeterministicMode(), self._sizes[0])
+        finder = RuleFinder({SAMPLES: (1.0,)}, self._samples.dim, compares=True)
+        try:
+            return bool(finder.find(part.value, [other.value]).mixed)
+        except NotJoinable:
+            return True
 
     def _compare(
         self,
@@ -236,19 +264,28 @@ class _Check:
     def _generator_states(self) -> int:
         return draw_seed(self._device, self._copies.generators)
 
-    def _evaluate(self, part: Part, mode: DeterministicMode, reason: str) -> _Outcome:
+    def _evaluate(self, part: Part, mode: DeterministicMode, size: int) -> _Outcome:
+        """Let a copy of the model compute ``size`` samples."""
         host = torch.device("cpu") if self._on_host else None
         with _refuse_on_error("it or its inputs cannot be copied for the check", _NotCheckable):
             model = self._copies.new(host)
-            call = _Call(part, host or (None if self._device.type == "cpu" else self._device))
+            call = CallCopy(part, host or (None if self._device.type == "cpu" else self._device))
         guard = WriteGuard(self._copies.parameters)
         try:
-            with _refuse_on_error(reason), mode, guard:
+            with self._refuse_on_error(size), mode, guard:
                 value = call.apply(model)
         finally:
             written = guard.undo()
         buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
         return _Outcome(value, call.inputs, buffers, attributes_of(model), written, call.side_effect())
+
+    def _refuse_on_error(self, size: int) -> AbstractContextManager[None]:
+        if size == self._batch:
+            return _refuse_on_error("it cannot compute a copy of the batch in the check")
+        return _refuse_on_error(
+            f"it cannot compute a part of the batch in the check ({size} of {self._batch} samples)",
+            remedy=". Let its forward accept any number of samples",
+        )
 
     def _changed_gradient(self, finder: RuleFinder, whole: _Outcome, parts: Sequence[_Outcome]) -> str:
         """Return which gradient differs; empty if none does."""
@@ -274,50 +311,14 @@ class _Check:
         return found
 
 
-class _Call:
-    """Copies of a call's arguments, which notice when the call changes them."""
-
-    def __init__(self, part: Part, device: torch.device | None) -> None:
-        needs_gradient = torch.is_grad_enabled()
-        self.inputs: list[torch.Tensor] = []
-        given = []
-        for tensor in part.tensors:
-            own = tensor.detach().to(device or tensor.device, copy=True)
-            if needs_gradient and tensor.requires_grad:
-                self.inputs.append(own.requires_grad_())
-                own = own.clone()  # a leaf refuses in-place writes
-            given.append(own)
-        self._args, self._kwargs = Part(given, copy.deepcopy(part.structure)).arguments()
-        self._tensors, self._before = self._content()
-        self._versions = list(map(_version, self._tensors))
-
-    def apply(self, model: nn.Module) -> Any:
-        """Call ``model``."""
-        return model(*self._args, **self._kwargs)
-
-    def side_effect(self) -> str:
-        """Return what the call changed about its arguments; empty if nothing."""
-        content = self._content()[1]
-        if list(map(_version, self._tensors)) != self._versions:
-            return "its forward changes its inputs in place, and the caller's tensors stay as they were"
-        return "its forward changes an object that it receives" if content != self._before else ""
-
-    def _content(self) -> tuple[list[torch.Tensor], bytes]:
-        tensors, structure = extract_tensors((self._args, self._kwargs))
-        try:
-            return tensors, pickle.dumps(structure)
-        except Exception:  # an object that pickle refuses
-            return tensors, b""
-
-
 @contextlib.contextmanager
-def _refuse_on_error(reason: str, refusal: type[Exception] = _Failure) -> Iterator[None]:
+def _refuse_on_error(reason: str, refusal: type[Exception] = _Failure, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except (WorkerDied, DeviceError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise refusal(f"{reason}: {describe_error(error)}") from error
+        raise refusal(f"{reason}: {describe_error(error)}{remedy}") from error
 
 
 def describe_error(error: Exception) -> str:
@@ -326,8 +327,9 @@ def describe_error(error: Exception) -> str:
     return kind if line == kind else f"{kind}: {line}"
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _owners_of_draws(libraries: Sequence[str]) -> str:
+    layers = ", such as the weights of a layer that its forward makes" if "torch's" in libraries else ""
+    return join_names(libraries) + layers if libraries else "a generator's that it owns"
 
 
 def _compare_with_workers(parts: Sequence[_Outcome], from_workers: WorkerOutputs) -> None:

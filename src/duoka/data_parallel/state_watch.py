@@ -5,6 +5,7 @@ are equal exactly if nothing has changed that a worker would have to know. A val
 ``MAX_NBYTES`` is not watched.
 """
 
+import functools
 import io
 import logging
 import pickle
@@ -19,6 +20,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from duoka.utils.library_files import is_library_file
+
 MAX_NBYTES = 1 << 20
 """Largest digest of one value: a megabyte takes about 0.2 ms."""
 _ATOMS = (
@@ -27,6 +30,8 @@ _ATOMS = (
 )  # fmt: skip
 _OPAQUE = (ModuleType, torch.dtype, torch.device, torch.optim.Optimizer, DataLoader, logging.Logger)
 """Compared by identity."""
+CachedFunction = type(functools.cache(len))
+"""Class of functions with ``functools.lru_cache`` or ``functools.cache``."""
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -68,7 +73,7 @@ def is_user_code(module_name: str | None) -> bool:
     file = getattr(module, "__file__", None)
     if module_name is None or module_name.split(".")[0] in ("duoka", "torch"):
         return False
-    return isinstance(file, str) and not file.startswith((sys.prefix, sys.base_prefix))
+    return isinstance(file, str) and not is_library_file(file)
 
 
 class _Walker(pickle.Pickler):
@@ -102,6 +107,8 @@ class _Walker(pickle.Pickler):
         if isinstance(obj, FunctionType):
             self.functions.append(obj)
             return _noted, (id(obj),), (_cells(obj), obj.__defaults__, obj.__kwdefaults__, obj.__dict__)
+        if isinstance(obj, CachedFunction):
+            return _noted, (id(obj),), (obj.__wrapped__,)
         if isinstance(obj, MethodType):
             return _noted, (), (obj.__func__, obj.__self__)
         if isinstance(obj, GENERATORS):

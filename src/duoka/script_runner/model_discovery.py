@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from duoka.data_parallel import DataParallel
+from duoka.data_parallel.model_diff import parameters_of
 from duoka.script_runner.nn_data_parallel import is_parallel_wrapper
 from duoka.script_runner.parallel_call import ParallelizedCall
 from duoka.script_runner.patching import Patches
@@ -109,7 +110,7 @@ class ModelFinder:
             return
         if isinstance(module, DataParallel):  # for one device
             module = module.module
-        if replaced_call(module) is not None or next(module.parameters(), None) is None:
+        if replaced_call(module) is not None or next(parameters_of(module), None) is None:
             return
         if getattr(type(module).forward, "__name__", "") == "_forward_unimplemented":  # such as nn.ModuleDict
             for child in module.children():

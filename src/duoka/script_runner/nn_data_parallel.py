@@ -15,7 +15,7 @@ from duoka.data_parallel.module import devices_of, overridden_steps, restore_fro
 from duoka.data_parallel.scatter import Arguments
 from duoka.script_runner.parallel_call import ParallelizedCall
 from duoka.script_runner.patching import Patches
-from duoka.script_runner.run_stats import COMPARISON_STEPS, ModelStats, RunStats
+from duoka.script_runner.run_stats import ModelStats, RunStats
 from duoka.script_runner.source_scan import caller_location
 
 _TORCH_MODULE = "torch.nn.parallel.data_parallel"
@@ -93,8 +93,7 @@ class DataParallelHooks:
     def _is_for_comparison(self, wrapper: DataParallel) -> bool:
         """Return whether this call of nn.DataParallel runs on one device, which returns the same, to compare the speed."""
         return (
-            torch.is_grad_enabled()
-            and self._stats.num_steps in COMPARISON_STEPS
+            self._stats.is_for_comparison()
             and isinstance(wrapper, ScriptDataParallel)
             and wrapper.dim == 0
             and _fits_one_device(devices_of(wrapper))

@@ -17,12 +17,14 @@ from torch import nn
 
 from duoka.data_parallel.call_planner import CallPlanner
 from duoka.data_parallel.controller import Controller, Plan, minimum_samples
+from duoka.data_parallel.gather import JoinError
 from duoka.data_parallel.model_copy import module_with_script_hook
+from duoka.data_parallel.model_diff import parameters_of
 from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.split_check import STALE_CLOSURE, SplitResult, describe_error
 from duoka.errors import WorkerDied
 from duoka.log import logger
-from duoka.script_runner.run_stats import COMPARISON_STEPS, ModelStats
+from duoka.script_runner.run_stats import ModelStats
 from duoka.utils.rng_state import raw_rng_state, set_raw_rng_state
 from duoka.utils.torch_private import call_module, is_transformed, replaced_call, restore_call
 
@@ -95,7 +97,7 @@ class ParallelizedCall:
         arguments = Arguments(args, kwargs)
         minimum = minimum_samples(module, arguments, self._devices)
         can_split = len(arguments.sizes(len(self._devices), minimum=minimum)) > 1
-        first = None if self._controller is None else next(module.parameters(), None)
+        first = None if self._controller is None else next(parameters_of(module), None)
         has_moved = first is not None and first.device != self._devices[0]  # by the script, since it ran on all devices
         check = None
         if (can_split or arguments.refusal) and not self._stats.refusal and not has_moved:
@@ -106,7 +108,8 @@ class ParallelizedCall:
         if not can_split or check is None or self._is_for_comparison():
             self._stats.count(arguments.batch, split=False)
             return call_module(module, args, kwargs)
-        return self._split(module, args, kwargs, arguments, check)
+        plan = Plan(lambda *_: check, functools.partial(self._decide, module, minimum))
+        return self._split(module, args, kwargs, arguments, plan)
 
     def _check(self, module: nn.Module, arguments: Arguments, minimum: int) -> SplitResult | None:
         """Return the check's result for this kind of call."""
@@ -118,11 +121,18 @@ class ParallelizedCall:
             logger.warning("%s runs on one device from here on: %s", type(module).__name__, STALE_CLOSURE)
         return result
 
+    def _decide(self, module: nn.Module, minimum: int, arguments: Arguments) -> SplitResult | None:
+        """Check all samples of a call; what differs from one device is computed by one."""
+        result = self._planner.decide(module, arguments, minimum=minimum)
+        if result is not None and (reason := _refusal(module, result)):
+            return result._replace(reason=reason, is_splittable=False)
+        return result
+
     def _is_for_comparison(self) -> bool:
         if not torch.is_grad_enabled() or not self._fits_one_device:
             return False
         is_first, self._is_first = self._is_first, False
-        return is_first or self._stats.run.num_steps in COMPARISON_STEPS
+        return is_first or self._stats.run.is_for_comparison()
 
     def _start(self) -> Controller:
         with self._start_lock:
@@ -138,13 +148,12 @@ class ParallelizedCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         arguments: Arguments,
-        check: SplitResult,
+        plan: Plan,
     ) -> Any:
         controller = self._start()
         generators = raw_rng_state()
         buffers = [buffer.clone() for buffer in module.buffers()] if module.training else []
         try:
-            plan = Plan(lambda *_: check, functools.partial(self._planner.decide, module))
             value = controller.run(module, args, kwargs, plan)
         except WorkerDied:
             raise
@@ -155,7 +164,8 @@ class ParallelizedCall:
                     buffer.copy_(before)
             value = call_module(module, args, kwargs)
             self._failures += 1
-            reason = f"a device failed on its part of a batch: {describe_error(error)}"
+            failed = f"a device failed on its part of a batch: {describe_error(error)}"
+            reason = error.reason if isinstance(error, JoinError) else failed
             if self._failures == _MAX_FAILURES:
                 self._stats.refuse(reason)
             else:
@@ -170,11 +180,11 @@ def _refusal(module: nn.Module, check: SplitResult) -> str:
     """Return why the model stays on one device; empty if it does not."""
     if check.reason:
         return check.reason
-    if check.is_random:
-        return "it draws random numbers that the check cannot repeat: NumPy's, Python's, or a generator's that it owns"
+    if check.drawn:
+        return f"it draws random numbers that the check cannot repeat ({check.drawn})"
     if check.written:
         return f"its forward writes to its parameter {check.written}"
-    if any(p.device.type == "cpu" and p.is_shared() for p in module.parameters()):  # type: ignore[no-untyped-call]
+    if any(p.device.type == "cpu" and p.is_shared() for p in parameters_of(module)):  # type: ignore[no-untyped-call]
         return "its parameters are in memory that the script shares with other processes"
     if (name := module_with_script_hook(module)) is not None:
         return f"a hook of the script on {name or 'the model'} must see the whole batch"

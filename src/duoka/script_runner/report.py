@@ -118,6 +118,8 @@ def _suggestion_without_parallel_models(stats: RunStats) -> str:
         return f"call {uncalled.name} as model(batch): the script called only its methods or parts, which run on one device."
     if max(model.batch for model in stats.models) < 2:
         return "use batches of more than one sample: one sample cannot be split."
+    if many := next((model for model in stats.models if model.whole > 1), None):
+        return f"use other batches: none of the {many.whole} calls of {many.name} had one that duoka could check and split."
     return "train for more steps: the first call, which checks the model, ran on one device, and was the only one."
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from duoka.data_parallel.call_context import Timers
 from duoka.log import logger
 
-COMPARISON_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
+_COMPARISON_STEPS = frozenset({20, 21, 22, 100, 101, 102, 500, 501, 502})
 """Counts of optimizer steps at which a step runs on one device, to compare the speed."""
 _NEIGHBORS = 8
 """A step on one device is compared with so many steps before it and after it."""
@@ -171,6 +171,8 @@ class RunStats:
         self._optimizer: weakref.ref[Any] | None = None
         self._last: tuple[float, float, float, float, int, int] | None = None
         """Time and counters at the last step of that optimizer."""
+        self._calls_of_step = 0
+        """Training calls of all models in the last step."""
 
     def model(self, module: nn.Module) -> ModelStats:
         """Return the statistics of a model; create them if there are none."""
@@ -221,10 +223,17 @@ class RunStats:
         now = (time.perf_counter(), timers.transfer_s, timers.wait_s, self.loading_s, self.num_whole, self.num_split)
         if self._last is not None:
             seconds, transfer, wait, loading, whole, split = (a - b for a, b in zip(now, self._last, strict=True))
+            self._calls_of_step = int(whole + split)
             if bool(whole) != bool(split):
                 self.steps.append(StepTiming(seconds, transfer, wait, loading, bool(split)))
                 del self.steps[:-_MAX_KEPT]
         self._last = now
+
+    def is_for_comparison(self) -> bool:
+        """Return whether a call runs on one device to compare the speed: calls of some steps, no more than a step has."""
+        if not torch.is_grad_enabled() or self.num_steps not in _COMPARISON_STEPS or self._last is None:
+            return False
+        return self.num_whole + self.num_split - sum(self._last[-2:]) < self._calls_of_step
 
     def comparison(self) -> StepComparison | None:
         """Return the times of a step on one device and on all; ``None`` if there are too few steps.

@@ -3,24 +3,25 @@
 import ast
 import contextlib
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from duoka.utils.library_files import is_library_file
+
+_DUOKA = Path(__file__).parents[1]
 _LIBRARIES = ("torch", "duoka", "contextlib", "functools", "importlib")
 
 
 def new_sources(seen: set[str]) -> Iterator[bytes]:
     """Yield the source of each module that belongs to the script, not to Python or a library; add its path to ``seen``."""
-    library_prefixes = _library_prefixes()
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None)
         if not isinstance(path, str) or path in seen:
             continue
         seen.add(path)
-        if path.endswith(".py") and not path.startswith(library_prefixes):
+        if path.endswith(".py") and not _is_in_library(path):
             with contextlib.suppress(OSError):
                 yield Path(path).read_bytes()
 
@@ -48,20 +49,17 @@ def is_called_by_script() -> bool:
 
 def caller_location() -> str:
     """Return file and line of the innermost running frame that belongs to the script."""
-    library_prefixes = _library_prefixes()
     for frame, line in traceback.walk_stack(sys._getframe(1)):
         file = frame.f_code.co_filename
-        if not _is_library(frame) and not file.startswith(library_prefixes):
+        if not _is_library(frame) and not _is_in_library(file):
             is_cell = file.startswith("<") or "ipykernel_" in file
             return f"line {line}" + (" of a cell" if is_cell else f" of {Path(file).name}")
     return "an unknown line"
 
 
-def _library_prefixes() -> tuple[str, ...]:
-    """Return the folders of Python, of installed packages and of duoka."""
-    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-    folders = {sysconfig.get_path(kind) for kind in kinds} | {entry for entry in sys.path if "-packages" in entry}
-    return tuple(f"{folder}/" for folder in (*folders, str(Path(__file__).parents[1])))
+def _is_in_library(file: str) -> bool:
+    """Return whether a file belongs to Python, to an installed library or to duoka."""
+    return file.startswith(f"{_DUOKA}/") or is_library_file(file)
 
 
 def _is_library(frame: FrameType) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import pickle
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +51,18 @@ def set_raw_rng_state(state: tuple[Any, ...]) -> None:
     present = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and present is not None and present.type == accelerator["type"]:
         torch.get_device_module(present.type).set_rng_state(accelerator["state"].cpu())
+
+
+def libraries_that_drew(before: tuple[Any, ...]) -> list[str]:
+    """Return whose global generators have changed since ``raw_rng_state`` returned ``before``: ``NumPy's``, ..."""
+    python, numpy, host, accelerator = raw_rng_state()
+    devices = [state["state"] for state in (accelerator, before[3]) if state is not None]
+    changed = {
+        "Python's": python != before[0],
+        "NumPy's": pickle.dumps(numpy) != pickle.dumps(before[1]),
+        "torch's": not torch.equal(host, before[2]) or not all(torch.equal(state, devices[0]) for state in devices),
+    }
+    return [name for name, is_changed in changed.items() if is_changed]
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ a data set of 2 GB takes 2 GB more for all workers together.
 
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import itertools
@@ -25,9 +26,11 @@ import cloudpickle
 import torch
 from torch.utils.data import DataLoader
 
+from duoka.utils.library_files import is_library_file
 from duoka.utils.torch_private import forget_loaded_sparse_tensors, storage_id, take_dataloader_iterator
 from duoka.workers.resource_limits import explain_resource_errors
 
+_CachedFunction = type(functools.cache(len))
 _MAPPED_FROM_BYTES = 1 << 20
 _receiver: ContextVar[torch.device] = ContextVar("duoka_receiver", default=torch.device("cpu"))
 
@@ -111,6 +114,8 @@ class _PayloadPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle 
             return _typed_storage, (handle, obj.dtype)
         if isinstance(obj, torch.jit.ScriptFunction):
             return _script_function, (obj.save_to_buffer({}),)
+        if isinstance(obj, _CachedFunction) and not _is_importable(obj):
+            return _cached_function, (obj.__wrapped__, obj.cache_parameters())
         if type(obj) is torch.Generator:
             return _generator, (obj.device, obj.get_state())
         if isinstance(obj, ModuleType) and type(obj) is not ModuleType and sys.modules.get(obj.__name__) is obj:
@@ -147,7 +152,7 @@ def _globals_of(name: str) -> dict[str, Any]:
 def _is_in_installed_library(func: FunctionType) -> bool:
     module = sys.modules.get(func.__module__)
     file = getattr(module, "__file__", None)
-    is_installed = isinstance(file, str) and file.startswith((sys.prefix, sys.base_prefix))
+    is_installed = isinstance(file, str) and is_library_file(file)
     return is_installed and func.__globals__ is vars(module) and func.__module__ != "__main__"
 
 
@@ -178,6 +183,16 @@ def _untyped_storage(buffer: Any, device_type: str) -> torch.UntypedStorage:
     if view.nbytes < _MAPPED_FROM_BYTES:
         tensor = tensor.clone()  # ordinary memory, which can be resized
     return (tensor if device_type == "cpu" else tensor.to(_receiver.get())).untyped_storage()
+
+
+def _is_importable(obj: Any) -> bool:
+    """Return whether a receiver finds an object by the name of its module and its own; it has another ``__main__``."""
+    module = None if obj.__module__ == "__main__" else sys.modules.get(obj.__module__)
+    return functools.reduce(lambda owner, name: getattr(owner, name, None), obj.__qualname__.split("."), module) is obj
+
+
+def _cached_function(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
 
 
 def _script_function(data: bytes) -> Any:
