@@ -384,3 +384,15 @@ def test_outputs_of_a_class_that_the_forward_defines_are_joined(make, pair) -> N
         got, want = model(X), reference(X)
         assert type(got).__name__ == type(want).__name__
         torch.testing.assert_close((got.first, got.second), (want.first, want.second))
+
+
+def test_a_mean_of_parts_that_nearly_agree_is_the_mean(wrap) -> None:
+    class MeanNumber(nn.Module):
+        def forward(self, x):
+            return x.mean().item()
+
+    model, x = wrap(MeanNumber()), torch.full((8, 4), 0.6931)
+    model(x)
+    x[:4] += 6e-5
+    for _ in range(3):
+        assert abs(model(x) - x.mean().item()) < 1e-6

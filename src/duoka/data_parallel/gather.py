@@ -142,7 +142,7 @@ def join_leaves(values: Sequence[Any], rule: Rule, path: Path = ()) -> Any:
         joined = [join_leaves(values, one, path) for one in _different_rules(rule, values, is_same)]
         if not all(is_same(value, joined[0]) for value in joined):
             raise UndecidedError
-        return joined[0]
+        return join_leaves(values, rule._replace(others=()), path)
     if rule.kind == "same":
         if not all(is_same(value, values[0]) for value in values):
             raise JoinError(f"{place(path)} differs between the parts of the batch")
