@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from duoka.workers.environment import keep_device_variables, worker_environment
+from duoka.workers.events import wait_until_ready
 from duoka.workers.handle import WorkerHandle
 from duoka.workers.process_context import ProcessContext
 
@@ -19,7 +20,7 @@ def test_device_variables_stay_as_they_were_and_others_follow_the_owner(monkeypa
             monkeypatch.setenv(name, "0")
         worker = WorkerHandle(torch.device("cpu"))
         try:
-            worker.wait_ready()
+            wait_until_ready([worker])
             started = Path(f"/proc/{worker.pid}/environ").read_bytes().decode().split("\0")
         finally:
             worker.close()
