@@ -58,14 +58,18 @@ def next_path(last: Path) -> Path:
     return last.with_name(_NEXT)
 
 
-def rotate(last: Path, keep: int, damaged: Sequence[Path] = ()) -> None:
-    """Make the file at ``next_path`` the last one, and keep ``keep`` files; ``damaged`` files are set aside.
-
-    At each moment the newest complete checkpoint is one of ``existing_checkpoints``.
-    """
+def set_aside(damaged: Sequence[Path], last: Path) -> None:
+    """Rename the ``damaged`` files beside ``last``, so that a new checkpoint takes none of their names."""
     for path in damaged:
         if path.parent == last.parent and path.exists():
             path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def rotate(last: Path, keep: int) -> None:
+    """Make the file at ``next_path`` the last one, and keep ``keep`` files.
+
+    At each moment the newest complete checkpoint is one of ``existing_checkpoints``.
+    """
     for number in range(keep - 1, 0, -1):
         if (newer := path_before(last, number - 1)).exists():
             newer.replace(path_before(last, number))
