@@ -161,6 +161,18 @@ def test_training_ends_at_the_time_limit_and_resumes(tmp_path, device):
     assert torch.equal(resumed.weight, whole.weight)
 
 
+def test_an_evaluation_at_the_time_limit_selects_no_weights_of_a_resumed_run(tmp_path):
+    def rising(output, target):  # the first weights are the best
+        return -torch.nn.functional.cross_entropy(output, target)
+
+    options = {"loss": rising, "monitor": "loss", "monitor_mode": "max", "epochs": 3}
+    whole, _ = fit(None, **options)
+    _, stopped = fit(tmp_path, max_hours=1e-9, **options)
+    assert stopped.history[-1]["step"] == 1
+    resumed, _ = fit(tmp_path, resume=True, **options)
+    assert torch.equal(resumed.weight, whole.weight)
+
+
 def test_the_time_limit_leaves_time_to_evaluate_and_save(monkeypatch):
     clock = [0.0]
 

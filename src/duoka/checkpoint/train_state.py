@@ -60,7 +60,9 @@ def load_training(path: str | os.PathLike[str], *, map_location: str | torch.dev
     path = Path(path)
     document, _ = read_file(path, map_location)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise CheckpointFormatError(f"{path} is no training checkpoint of duoka; load a file of weights with duoka.load")
+        raise CheckpointFormatError(
+            f"{path} is no training checkpoint of duoka; load a file of weights with duoka.load"
+        )
     if type(version := document.get("version")) is not int or version > TRAINING_VERSION:
         raise CheckpointFormatError(
             f"{path} is a training checkpoint of version {version}, this duoka reads up to version {TRAINING_VERSION}: "
