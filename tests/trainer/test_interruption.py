@@ -118,6 +118,20 @@ PROGRAM = textwrap.dedent(
 )
 
 
+WITH_WORKERS = PROGRAM.replace("batch_size=4", "batch_size=4, num_workers=1").replace(
+    "os.kill(os.getpid(), signal.SIGTERM)",  # another process sends it: torch's workers pass over those of their parent
+    "os.system(f'kill -s {int(signal.SIGTERM)} -- -{os.getpgid(0)}')",
+)
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_the_process_group_leaves_the_data_workers(tmp_path, number):
+    command = [sys.executable, "-c", WITH_WORKERS.replace("SIGTERM", number), "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, start_new_session=True)
+    assert done.returncode == SIGNALS[getattr(signal, number)], done.stderr
+    assert (tmp_path / "run" / "checkpoint" / "last.pt").exists()
+
+
 def run_program(folder: Path, step: int) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", PROGRAM, str(step)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
