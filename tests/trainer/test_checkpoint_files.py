@@ -145,3 +145,18 @@ def test_a_disk_that_fills_up_keeps_the_former_checkpoint(tmp_path, monkeypatch,
     monkeypatch.undo()
     assert steps(tmp_path) == [3 if device == "cpu" else 2]
     assert len(fit(tmp_path, device=device, epochs=3, resume=True).history) == 3
+
+
+def test_checkpoints_of_an_earlier_run_give_a_new_run_no_space(tmp_path, monkeypatch):
+    fit(tmp_path, epochs=2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 0, 150))
+    with pytest.raises(StorageError, match=r"3 checkpoints of \d+ bytes"):
+        fit(tmp_path)
+
+
+def test_an_unknown_optimizer_is_not_refused_by_a_guess(tmp_path, monkeypatch):
+    found: list[int] = []
+    monkeypatch.setattr("duoka.trainer.fit_loop.check_space", lambda _, size, __, **options: found.append(size))
+    for optimizer in ("sgd", "adam", torch.optim.RMSprop):
+        fit(tmp_path, epochs=1, optimizer=optimizer)
+    assert found == [48, 144, 48]

@@ -78,8 +78,14 @@ def rotate(last: Path, keep: int) -> None:
         path.unlink()
 
 
-def check_space(config: TrainerConfig, checkpoint_bytes: int, weights_bytes: int) -> None:
+def check_space(config: TrainerConfig, checkpoint_bytes: int, weights_bytes: int, *, is_new: bool) -> None:
     """Check, before training, that the disk of ``out_dir`` has space for the files of the run.
+
+    Args:
+        config: the trainer's options.
+        checkpoint_bytes: size of a checkpoint.
+        weights_bytes: size of the model's weights.
+        is_new: whether the run is new, so that checkpoints of an earlier run in the folder stay beside its own.
 
     Raises:
         StorageError: it has not; the message has the numbers.
@@ -87,7 +93,8 @@ def check_space(config: TrainerConfig, checkpoint_bytes: int, weights_bytes: int
     """
     assert config.out_dir is not None
     keep, folder = config.keep_checkpoints, Path(config.out_dir)
-    missing = max(1, keep + 1 - len(existing_checkpoints(checkpoint_path(folder))))
+    held = 0 if is_new else len(existing_checkpoints(checkpoint_path(folder)))
+    missing = max(1, keep + 1 - held)
     needed, usage = missing * checkpoint_bytes + weights_bytes, shutil.disk_usage(folder)
     if not usage.total or usage.free >= needed:  # some file systems know no sizes
         return

@@ -96,14 +96,15 @@ class TrainCheckpoint:
         rotate(path, self.keep)
 
     def size_bytes(self) -> tuple[int, int]:
-        """Return about how many bytes a checkpoint and the model's weights will take on disk."""
+        """Return about how many bytes a checkpoint and the model's weights will at least take on disk."""
         weights = tensor_bytes(checkpoint.model_state(self.module.model))
         loss = (
             tensor_bytes(checkpoint.model_state(self.module.loss))
             if isinstance(self.module.loss, torch.nn.Module)
             else 0
         )
-        return weights * (2 if self.monitor else 1) + loss + optimizer_bytes(self.train_step.optimizer), weights
+        state = optimizer_bytes(self.train_step.optimizer, unknown=0)  # a guess must not refuse a run that fits
+        return weights * (2 if self.monitor else 1) + loss + state, weights
 
     def restore(self, paths: Sequence[Path]) -> tuple[Path, dict[str, int], Any]:
         """Continue from the first of ``paths`` that is not damaged.
@@ -147,7 +148,7 @@ class TrainCheckpoint:
         return path, saved["position"], None
 
     def _read_newest(self, paths: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-        """Read the first of ``paths`` that is not damaged; raises the first error if all are, and one of another format at once."""
+        """Read the first of ``paths`` that is not damaged; raises the first error if all are, or one of another format."""
         errors: list[CheckpointError] = []
         for path, older in zip(paths, [*paths[1:], None], strict=True):
             try:

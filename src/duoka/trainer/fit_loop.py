@@ -194,8 +194,9 @@ class FitLoop:
         if self.run_dir is not None:
             own = checkpoint_path(self.run_dir.path).resolve().parent
             is_new = resumed is None or resumed.resolve().parent != own
-            check_space(self.config, *self.checkpoint.size_bytes())
-            self.run_dir.start(self.config.to_plain(), self.state.history, is_new=is_new)
+            check_space(self.config, *self.checkpoint.size_bytes(), is_new=is_new)
+            options, weights = self.config.to_plain(), self.spec.weights_path
+            self.run_dir.start(options, self.state.history, is_new=is_new, weights=weights)
         if self.spec.weights_path is not None:
             checkpoint.check_writable(self.spec.weights_path)
 
