@@ -101,7 +101,7 @@ class WorkerStuck(WorkerDied):
 
 
 class DivergenceError(DuokaError, ArithmeticError):
-    """Training stopped because a loss was not finite."""
+    """Training stopped because a loss or a parameter was not finite."""
 
 
 class TrainingInterrupted(SystemExit):

@@ -202,8 +202,9 @@ class NanGradient(Callback):
 @pytest.mark.parametrize("last_step", [6, 12])
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path, last_step):
     options = {"out_dir": tmp_path, "tensorboard": False, "epochs": last_step // 3, "callbacks": [NanGradient(5)]}
-    with pytest.raises(DivergenceError, match=r"after step 6 the parameter weight is not finite"):
+    with pytest.raises(DivergenceError, match=r"after step 6 the parameter weight is not finite") as failed:
         trainer_of(**options).fit()
+    assert failed.value.__notes__[0].endswith("diverges again with the same options; begin a new run with a lower lr")
     saved = load_training(tmp_path / "checkpoint" / "last.pt")
     assert saved["state"]["step"] == 3
     assert not (tmp_path / "model.safetensors").exists()
