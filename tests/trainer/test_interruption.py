@@ -124,7 +124,7 @@ WITH_WORKERS = PROGRAM.replace("batch_size=4", "batch_size=4, num_workers=1").re
 )
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGUSR1"])
 def test_a_signal_to_the_process_group_leaves_the_data_workers(tmp_path, number):
     command = [sys.executable, "-c", WITH_WORKERS.replace("SIGTERM", number), "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, start_new_session=True)
@@ -175,7 +175,7 @@ def test_training_ends_at_the_time_limit_and_resumes(tmp_path, device):
     assert torch.equal(resumed.weight, whole.weight)
 
 
-def test_an_evaluation_at_the_time_limit_selects_no_weights_of_a_resumed_run(tmp_path):
+def test_an_evaluation_at_the_time_limit_is_no_best_of_a_resumed_run(tmp_path):
     def rising(output, target):  # the first weights are the best
         return -torch.nn.functional.cross_entropy(output, target)
 

@@ -264,10 +264,6 @@ def stop_dataloader_workers(iterator: Any) -> None:
     shutdown = getattr(iterator, "_shutdown_workers", None)
     if callable(shutdown):
         shutdown()
-    for worker in getattr(iterator, "_workers", ()):
-        if worker.is_alive():  # it ignores the first SIGTERM
-            worker.kill()
-            worker.join()
 
 
 def take_dataloader_iterator(loader: Any) -> Any:
