@@ -72,7 +72,7 @@ class WorkerInit(PickledByValue):
     def __call__(self, worker: int) -> None:
         """Run in worker process ``worker`` before it loads anything.
 
-        A lost terminal or Slurm signals the whole process group. That stops the training process, which saves before it ends its workers.
+        A lost terminal or Slurm signals all processes. The training process then saves before it ends its workers.
         """
         ignore_first_signals()
         info: Any = get_worker_info()

@@ -82,7 +82,7 @@ class SignalWatch(StopSignals):
 
 
 def ignore_first_signals() -> None:
-    """Ignore the first SIGHUP and SIGUSR1, for a process that another one ends by SIGTERM; its own programs do not."""
+    """Ignore the first SIGHUP and SIGUSR1, for a process that another one ends by SIGTERM."""
     for number in filter(_is_free, (signal.SIGHUP, signal.SIGUSR1)):
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
