@@ -40,6 +40,10 @@ class CheckpointError(DuokaError):
     """A checkpoint is damaged, belongs to another model, or contains objects that are not safe to load."""
 
 
+class CheckpointFormatError(CheckpointError):
+    """A checkpoint is whole, and of another kind or of a newer version than this duoka reads."""
+
+
 class StorageError(DuokaError, OSError):
     """A file could not be written: the disk is full or the folder is not writable."""
 
@@ -97,7 +101,7 @@ class WorkerStuck(WorkerDied):
 
 
 class DivergenceError(DuokaError, ArithmeticError):
-    """Training stopped because a loss was not finite."""
+    """Training stopped because a loss or a parameter was not finite."""
 
 
 class TrainingInterrupted(SystemExit):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from duoka.checkpoint import load_training
-from duoka.errors import CheckpointError, StorageError
+from duoka.checkpoint import load_training, save_training
+from duoka.errors import CheckpointError, CheckpointFormatError, StorageError
 from duoka.trainer import Callback
 from duoka.trainer.checkpoint_files import existing_checkpoints, next_path, rotate
 from support.tiny_training import loader, trainer_of
@@ -57,6 +57,30 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, device
     assert warning.endswith(f"Training continues from the checkpoint before it, {last.with_name('last-1.pt')}")
     assert last.with_name("last.pt.damaged").read_bytes() == content[: len(content) // 2]
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
+
+
+def test_a_damaged_next_checkpoint_does_not_stop_a_resumed_run(tmp_path):
+    fit(tmp_path, epochs=2)
+    next_one = next_path(tmp_path / "checkpoint" / "last.pt")
+    next_one.write_bytes(b"damaged")
+    fit(tmp_path, epochs=3, resume=True)
+    assert steps(tmp_path) == [9, 6]
+    assert next_one.with_name("next.pt.damaged").read_bytes() == b"damaged"
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    fit(tmp_path, epochs=2)
+    last = tmp_path / "checkpoint" / "last.pt"
+    state = load_training(last)
+    with monkeypatch.context() as newer:
+        newer.setattr("duoka.checkpoint.train_state.TRAINING_VERSION", 2)
+        save_training(last, state)
+    with pytest.raises(CheckpointFormatError, match="install a newer duoka"):
+        fit(tmp_path, epochs=3, resume="auto")
+    save_training(last, {"model": {}})
+    with pytest.raises(CheckpointFormatError, match="not a Trainer's checkpoint"):
+        fit(tmp_path, epochs=3, resume="auto")
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last-1.pt", "last.pt"]
 
 
 def test_if_all_checkpoints_are_damaged_the_last_one_is_named(tmp_path):
@@ -121,3 +145,18 @@ def test_a_disk_that_fills_up_keeps_the_former_checkpoint(tmp_path, monkeypatch,
     monkeypatch.undo()
     assert steps(tmp_path) == [3 if device == "cpu" else 2]
     assert len(fit(tmp_path, device=device, epochs=3, resume=True).history) == 3
+
+
+def test_checkpoints_of_an_earlier_run_give_a_new_run_no_space(tmp_path, monkeypatch):
+    fit(tmp_path, epochs=2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 0, 150))
+    with pytest.raises(StorageError, match=r"3 checkpoints of \d+ bytes"):
+        fit(tmp_path)
+
+
+def test_an_unknown_optimizer_is_not_refused_by_a_guess(tmp_path, monkeypatch):
+    found: list[int] = []
+    monkeypatch.setattr("duoka.trainer.fit_loop.check_space", lambda _, size, __, **options: found.append(size))
+    for optimizer in ("sgd", "adam", torch.optim.RMSprop):
+        fit(tmp_path, epochs=1, optimizer=optimizer)
+    assert found == [48, 144, 48]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from duoka.checkpoint import load_training
 from duoka.errors import ConfigError, DataError, DivergenceError
+from duoka.trainer import Callback
 from duoka.world import current_world
 from support.tiny_training import labeled_samples, loader, trainer_of
 
@@ -185,6 +186,34 @@ def test_a_gradient_that_is_not_finite_is_named_by_the_next_step():
         DivergenceError, match=r"step 2 .*that of the model itself \(Linear\), whose parameters are not"
     ):
         trainer.fit()
+
+
+class NanGradient(Callback):
+    """Makes a parameter NaN after a step, as a NaN gradient does: the loss of that step is finite."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, state) -> None:
+        if state.step == self.step:
+            state.model.weight.register_hook(lambda gradient: gradient * math.nan)
+
+
+@pytest.mark.parametrize("last_step", [6, 12])
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, last_step):
+    options = {"out_dir": tmp_path, "tensorboard": False, "epochs": last_step // 3, "callbacks": [NanGradient(5)]}
+    with pytest.raises(DivergenceError, match=r"after step 6 the parameter weight is not finite") as failed:
+        trainer_of(**options).fit()
+    assert failed.value.__notes__[0].endswith("diverges again with the same options; begin a new run with a lower lr")
+    saved = load_training(tmp_path / "checkpoint" / "last.pt")
+    assert saved["state"]["step"] == 3
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved_without_checkpoints(tmp_path):
+    with pytest.raises(DivergenceError, match=r"after step 6 the parameter weight"):
+        trainer_of(callbacks=[NanGradient(5)]).fit(model_path=tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()
 
 
 def test_a_loss_function_that_gives_nan_is_named():

@@ -121,6 +121,20 @@ PROGRAM = textwrap.dedent(
 )
 
 
+WITH_WORKERS = PROGRAM.replace("batch_size=4", "batch_size=4, num_workers=1").replace(
+    "os.kill(os.getpid(), signal.SIGTERM)",  # another process sends it: torch's workers pass over those of their parent
+    "os.system(f'kill -s {int(signal.SIGTERM)} -- -{os.getpgid(0)}')",
+)
+
+
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGUSR1"])
+def test_a_signal_to_the_process_group_leaves_the_data_workers(tmp_path, number):
+    command = [sys.executable, "-c", WITH_WORKERS.replace("SIGTERM", number), "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, start_new_session=True)
+    assert done.returncode == SIGNALS[getattr(signal, number)], done.stderr
+    assert (tmp_path / "run" / "checkpoint" / "last.pt").exists()
+
+
 def run_program(folder: Path, step: int) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", PROGRAM, str(step)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -161,6 +175,18 @@ def test_training_ends_at_the_time_limit_and_resumes(tmp_path, device):
     assert trainer.stopped == "max_hours is over"
     assert trainer.history[-1]["step"] == 1
     resumed, _ = fit(tmp_path, device=device, epochs=3, resume=True)
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_an_evaluation_at_the_time_limit_is_no_best_of_a_resumed_run(tmp_path):
+    def rising(output, target):  # the first weights are the best
+        return -torch.nn.functional.cross_entropy(output, target)
+
+    options = {"loss": rising, "monitor": "loss", "monitor_mode": "max", "epochs": 3}
+    whole, _ = fit(None, **options)
+    _, stopped = fit(tmp_path, max_hours=1e-9, **options)
+    assert stopped.history[-1]["step"] == 1
+    resumed, _ = fit(tmp_path, resume=True, **options)
     assert torch.equal(resumed.weight, whole.weight)
 
 

@@ -73,6 +73,20 @@ def test_a_new_run_in_an_old_folder_begins_new_records(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_new_run_sets_the_weights_of_another_name_aside_too(tmp_path):
+    for _ in range(2):
+        trainer_of(out_dir=tmp_path, tensorboard=False).fit(model_path=tmp_path / "model.pt")
+    (aside,) = tmp_path.glob("before-*")
+    assert {"model.pt", "checkpoint/last.pt"} <= files(aside)
+
+
+def test_an_unfinished_write_is_no_result_of_a_run(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / ".next.pt.12345678.duoka-tmp").touch()
+    trainer_of(out_dir=tmp_path, tensorboard=False).fit()
+    assert not list(tmp_path.glob("before-*"))
+
+
 def test_tensorboard_events_are_written_and_closed(tmp_path):
     pytest.importorskip("tensorboard")
     threads = threading.active_count()

@@ -103,3 +103,19 @@ def test_labels_are_checked_before_an_accelerator_gets_them():
     for labels, message in (([0, 3], "labels reach 3"), ([-2, 0], r"labels go down to -2.*only -1 is ignored")):
         with pytest.raises(DataError, match=message):
             module.check_labels((FEATURES, torch.tensor(labels)))
+
+
+def test_an_index_error_of_a_loss_is_not_its_own_cause():
+    def loss(output, target):
+        raise IndexError("mine")
+
+    with pytest.raises(IndexError, match="mine") as failed:
+        ModelWithLoss(nn.Linear(2, 1), loss)((torch.ones(1, 2), torch.ones(1)))
+    assert failed.value.__cause__ is None
+
+
+def test_a_replica_in_a_thread_does_not_change_the_filters_of_warnings(monkeypatch):
+    monkeypatch.setattr("duoka.trainer.model_with_loss.refuse_broadcast", None)
+    replica = ModelWithLoss(nn.Linear(2, 1), functional.mse_loss)._replicate_for_data_parallel()
+    replica.model = nn.Linear(2, 1)
+    assert replica((torch.ones(1, 2), torch.ones(1, 1))).ndim == 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duoka.utils.files import is_file, open_file, read_file, safe_name, safe_names
+from duoka.utils.files import atomic_write, is_file, open_file, read_file, safe_name, safe_names
 
 
 @given(st.text(max_size=300))
@@ -60,3 +60,10 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path):
             open_file(path)
         assert not is_file(path)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_an_error_that_is_its_own_cause_is_raised_as_it_is(tmp_path):
+    error = ValueError("mine")
+    error.__cause__ = error
+    with pytest.raises(ValueError, match="mine"), atomic_write(tmp_path / "file"):
+        raise error

@@ -48,7 +48,7 @@ def test_the_lock_of_a_killed_program_is_taken_over_with_a_word(tmp_path, other_
     with run_lock(tmp_path / "run"):
         pass
     assert f"process {other_program.pid} on" in caplog.text
-    assert "its folder is free" in caplog.text
+    assert "was killed; this run takes its folder" in caplog.text
 
 
 def test_two_trainers_of_one_program_cannot_share_a_folder(tmp_path):

@@ -8,6 +8,9 @@ from torch import nn
 from duoka.checkpoint.key_names import clean_name, match_names, unwrap
 from duoka.errors import CheckpointError
 
+_LIKE_ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
+"""Optimizers with two values for each parameter."""
+
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return ``optimizer.state_dict()`` with the names of ``model``'s parameters instead of their numbers.
@@ -24,14 +27,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
     }
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of the optimizer's state; before its first step that of two values a parameter, as Adam has."""
+def optimizer_bytes(optimizer: torch.optim.Optimizer, *, unknown: int = 2) -> int:
+    """Return the size of the optimizer's state; before its first step that of ``unknown`` values a parameter.
+
+    The numbers of SGD and of Adam and its relatives are known.
+    """
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     if held:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
     parameters: list[torch.Tensor] = [one for group in optimizer.param_groups for one in group["params"]]
-    is_sgd = isinstance(optimizer, torch.optim.SGD)
-    per_parameter = int(any(group["momentum"] for group in optimizer.param_groups)) if is_sgd else 2
+    per_parameter = 2 if type(optimizer) in _LIKE_ADAM else unknown
+    if isinstance(optimizer, torch.optim.SGD):
+        per_parameter = int(any(group["momentum"] for group in optimizer.param_groups))
     return per_parameter * sum(one.numel() * one.element_size() for one in parameters)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from duoka.checkpoint.formats import read_file
 from duoka.checkpoint.rank_zero_write import write_on_rank_zero
 from duoka.checkpoint.save_load import model_state, write
-from duoka.errors import CheckpointError, ConfigError
+from duoka.errors import CheckpointError, CheckpointFormatError, ConfigError
 
 _FORMAT = "duoka.training"
 TRAINING_VERSION = 1
@@ -60,9 +60,11 @@ def load_training(path: str | os.PathLike[str], *, map_location: str | torch.dev
     path = Path(path)
     document, _ = read_file(path, map_location)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no training checkpoint of duoka; load a file of weights with duoka.load")
+        raise CheckpointFormatError(
+            f"{path} is no training checkpoint of duoka; load a file of weights with duoka.load"
+        )
     if type(version := document.get("version")) is not int or version > TRAINING_VERSION:
-        raise CheckpointError(
+        raise CheckpointFormatError(
             f"{path} is a training checkpoint of version {version}, this duoka reads up to version {TRAINING_VERSION}: "
             "install a newer duoka (pip install --upgrade duoka)"
         )

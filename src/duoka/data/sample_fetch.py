@@ -14,6 +14,7 @@ from duoka.data.index_order import set_epoch
 from duoka.data.rng import Rng, global_rngs
 from duoka.data.user_generators import generators_of
 from duoka.data.worker_pickle import PickledByValue, wrap_result
+from duoka.utils.signals import ignore_first_signals
 from duoka.utils.torch_private import set_worker_dataset
 
 T = TypeVar("T")
@@ -69,7 +70,11 @@ class WorkerInit(PickledByValue):
         self._function = function
 
     def __call__(self, worker: int) -> None:
-        """Run in worker process ``worker`` before it loads anything."""
+        """Run in worker process ``worker`` before it loads anything.
+
+        A lost terminal or Slurm signals all processes. The training process then saves before it ends its workers.
+        """
+        ignore_first_signals()
         info: Any = get_worker_info()
         set_worker_dataset(info.dataset.dataset)
         if self._function is not None:

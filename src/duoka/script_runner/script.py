@@ -151,14 +151,15 @@ def _print_exception(error: BaseException) -> int:
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _clean_context(error: BaseException) -> None:
-    """Remove duoka's frames from the causes of an exception; of two interrupts keep the last."""
+def _clean_context(error: BaseException, seen: frozenset[int] = frozenset()) -> None:
+    """Remove duoka's frames from the causes of an exception, which may form a circle; of two interrupts keep the last."""
+    seen |= {id(error)}
     cause = error.__cause__ or error.__context__
     if isinstance(error, KeyboardInterrupt) and isinstance(cause, KeyboardInterrupt):
         error.__suppress_context__ = True
-    elif cause is not None:
+    elif cause is not None and id(cause) not in seen:
         cause.__traceback__ = _script_frames(cause.__traceback__, cut_at_duoka=isinstance(cause, DuokaError))
-        _clean_context(cause)
+        _clean_context(cause, seen)
 
 
 def _script_frames(trace: TracebackType | None, *, cut_at_duoka: bool) -> TracebackType | None:

@@ -58,14 +58,18 @@ def next_path(last: Path) -> Path:
     return last.with_name(_NEXT)
 
 
-def rotate(last: Path, keep: int, damaged: Sequence[Path] = ()) -> None:
-    """Make the file at ``next_path`` the last one, and keep ``keep`` files; ``damaged`` files are set aside.
-
-    At each moment the newest complete checkpoint is one of ``existing_checkpoints``.
-    """
+def set_aside(damaged: Sequence[Path], last: Path) -> None:
+    """Rename the ``damaged`` files beside ``last``, so that a new checkpoint takes none of their names."""
     for path in damaged:
         if path.parent == last.parent and path.exists():
             path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def rotate(last: Path, keep: int) -> None:
+    """Make the file at ``next_path`` the last one, and keep ``keep`` files.
+
+    At each moment the newest complete checkpoint is one of ``existing_checkpoints``.
+    """
     for number in range(keep - 1, 0, -1):
         if (newer := path_before(last, number - 1)).exists():
             newer.replace(path_before(last, number))
@@ -74,8 +78,14 @@ def rotate(last: Path, keep: int, damaged: Sequence[Path] = ()) -> None:
         path.unlink()
 
 
-def check_space(config: TrainerConfig, checkpoint_bytes: int, weights_bytes: int) -> None:
+def check_space(config: TrainerConfig, checkpoint_bytes: int, weights_bytes: int, *, is_new: bool) -> None:
     """Check, before training, that the disk of ``out_dir`` has space for the files of the run.
+
+    Args:
+        config: the trainer's options.
+        checkpoint_bytes: size of a checkpoint.
+        weights_bytes: size of the model's weights.
+        is_new: whether the run is new, so that checkpoints of an earlier run in the folder stay beside its own.
 
     Raises:
         StorageError: it has not; the message has the numbers.
@@ -83,7 +93,8 @@ def check_space(config: TrainerConfig, checkpoint_bytes: int, weights_bytes: int
     """
     assert config.out_dir is not None
     keep, folder = config.keep_checkpoints, Path(config.out_dir)
-    missing = max(1, keep + 1 - len(existing_checkpoints(checkpoint_path(folder))))
+    held = 0 if is_new else len(existing_checkpoints(checkpoint_path(folder)))
+    missing = max(1, keep + 1 - held)
     needed, usage = missing * checkpoint_bytes + weights_bytes, shutil.disk_usage(folder)
     if not usage.total or usage.free >= needed:  # some file systems know no sizes
         return

@@ -10,10 +10,10 @@ import torch
 from duoka import checkpoint
 from duoka.checkpoint.optimizer import optimizer_bytes
 from duoka.checkpoint.sanitize import tensor_bytes
-from duoka.errors import CheckpointError
+from duoka.errors import CheckpointError, CheckpointFormatError
 from duoka.log import logger
 from duoka.trainer.callbacks import State
-from duoka.trainer.checkpoint_files import next_path, rotate, warn_of_damage
+from duoka.trainer.checkpoint_files import next_path, rotate, set_aside, warn_of_damage
 from duoka.trainer.checkpoint_form import check_against, check_optimizer, check_training
 from duoka.trainer.model_with_loss import ModelWithLoss
 from duoka.trainer.train_step import TrainStep
@@ -74,6 +74,8 @@ class TrainCheckpoint:
         if not self.world.is_main:
             return
         loss = module.loss
+        set_aside(self.damaged, path)
+        self.damaged = []
         checkpoint.save_training(
             next_path(path),
             {
@@ -91,18 +93,18 @@ class TrainCheckpoint:
                 "ranks": ranks,
             },
         )
-        rotate(path, self.keep, self.damaged)
-        self.damaged = []
+        rotate(path, self.keep)
 
     def size_bytes(self) -> tuple[int, int]:
-        """Return about how many bytes a checkpoint and the model's weights will take on disk."""
+        """Return about how many bytes a checkpoint and the model's weights will at least take on disk."""
         weights = tensor_bytes(checkpoint.model_state(self.module.model))
         loss = (
             tensor_bytes(checkpoint.model_state(self.module.loss))
             if isinstance(self.module.loss, torch.nn.Module)
             else 0
         )
-        return weights * (2 if self.monitor else 1) + loss + optimizer_bytes(self.train_step.optimizer), weights
+        state = optimizer_bytes(self.train_step.optimizer, unknown=0)  # a guess must not refuse a run that fits
+        return weights * (2 if self.monitor else 1) + loss + state, weights
 
     def restore(self, paths: Sequence[Path]) -> tuple[Path, dict[str, int], Any]:
         """Continue from the first of ``paths`` that is not damaged.
@@ -146,11 +148,13 @@ class TrainCheckpoint:
         return path, saved["position"], None
 
     def _read_newest(self, paths: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-        """Read the first of ``paths`` that is not damaged; raises the first error if all are."""
+        """Read the first of ``paths`` that is not damaged; raises the first error if all are, or one of another format."""
         errors: list[CheckpointError] = []
         for path, older in zip(paths, [*paths[1:], None], strict=True):
             try:
                 return path, self._read(path)
+            except CheckpointFormatError:
+                raise
             except CheckpointError as error:
                 errors.append(error)
                 self.damaged.append(path)
@@ -162,7 +166,7 @@ class TrainCheckpoint:
         """Read the file on rank 0, which keeps the best weights."""
         saved = checkpoint.load_training(path)
         if missing := {"model", "optimizer", "schedule", "position", "state", "ranks"} - saved.keys():
-            raise CheckpointError(
+            raise CheckpointFormatError(
                 f"{path} is not a Trainer's checkpoint: it has {', '.join(map(str, saved)) or 'nothing'} and lacks "
                 f"{', '.join(sorted(missing))}; resume from the checkpoint/last.pt of a Trainer's out_dir, or begin a new run "
                 f"with its weights: duoka.load({str(path)!r}, into=model)"

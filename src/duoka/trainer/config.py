@@ -107,8 +107,8 @@ class TrainerConfig:
         max_hours: Time limit: training stops, evaluates and saves, so that ``fit`` returns within so many hours if
             evaluation and checkpoint take as long as before. ``resume`` continues later.
         on_nonfinite_loss: ``"stop"`` ends training with ``duoka.errors.DivergenceError`` when the loss becomes NaN or
-            infinite, and saves nothing after that; ``"warn"`` goes on. With ``precision="fp16"`` training goes on, as loss
-            scaling skips such steps.
+            infinite, or before a write if a trained parameter is; nothing is saved after that. ``"warn"`` goes on.
+            With ``precision="fp16"`` training goes on, as loss scaling skips such steps.
         find_nonfinite_layer: Whether the error names the first layer with such an output; this slows every step.
         tensorboard: Whether to write TensorBoard events into ``out_dir``; ``None`` does if TensorBoard is installed.
         verbose: Whether to print progress.

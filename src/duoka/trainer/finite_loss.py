@@ -1,8 +1,8 @@
-"""Watch over losses that are not finite: the step, and the first layer whose output is not finite."""
+"""Watch over losses and parameters that are not finite: the step, and the first layer whose output is not finite."""
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -14,17 +14,34 @@ from duoka.world import World
 
 
 class LossWatch:
-    """Raises on all ranks when a loss of any rank is not finite. Reading the losses waits for the device."""
+    """Raises on all ranks when a loss or parameter of any rank is not finite. Reading them waits for the device."""
 
-    def __init__(self, meter: LossMeter, world: World, layers: "LayerWatch | None") -> None:
-        self.meter, self.world, self.layers = meter, world, layers
+    def __init__(self, module: nn.Module, meter: LossMeter, world: World, layers: "LayerWatch | None") -> None:
+        self.module, self.meter, self.world, self.layers = module, meter, world, layers
 
-    def check(self) -> None:
-        """Raise ``DivergenceError`` if a loss was not finite; every rank must call this at the same step."""
-        first = torch.tensor(self.meter.first_bad_step(), device="cpu")
-        step = int(self.world.all_reduce(first, "min"))
-        if step == NEVER:
-            return
+    def check(self, *, with_parameters: bool) -> None:
+        """Raise ``DivergenceError`` if a loss was not finite; every rank must call this at the same step.
+
+        With ``with_parameters`` also if a trained parameter is not finite, which a later loss would show.
+        """
+        is_finite = not with_parameters or _are_finite(one for one in self.module.parameters() if one.requires_grad)
+        mine = torch.tensor([self.meter.first_bad_step(), is_finite], device="cpu")
+        step, is_finite = self.world.all_reduce(mine, "min").tolist()
+        if step != NEVER:
+            self._raise_for_loss(step)
+        if not is_finite:
+            self._raise_for_parameter()
+
+    def _raise_for_parameter(self) -> NoReturn:
+        names = (name for name, one in self.module.named_parameters() if one.requires_grad and not _is_finite(one))
+        found = [name for name in self.world.all_gather_object(next(names, "")) if name]
+        raise DivergenceError(
+            f"after step {self.meter.step} the parameter {found[0].removeprefix('model.')} is not finite, though the losses "
+            "are: the gradient of a step was not finite, and training cannot recover from that; nothing was saved since. A "
+            "lower lr, max_grad_norm=1.0 or precision='fp32' may help. on_nonfinite_loss='warn' goes on"
+        )
+
+    def _raise_for_loss(self, step: int) -> NoReturn:
         where = ""
         if self.layers is not None:
             found = [place for place in self.world.all_gather_object(self.layers.first) if place]
@@ -58,6 +75,14 @@ class LayerWatch:
             self.first = f"The first output that is not finite is that of {name} ({type(layer).__name__}){cause}. "
 
         return note
+
+
+def _are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether all tensors are finite, and wait only once for each device."""
+    flags: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        flags.setdefault(tensor.device, []).append(tensor.detach().isfinite().all())
+    return all(bool(torch.stack(found).all()) for found in flags.values())
 
 
 def _is_finite(values: Any) -> bool:

@@ -69,12 +69,7 @@ class FitLoop:
     """The parts of a fit, and the order in which they run."""
 
     def __init__(
-        self,
-        spec: FitSpec,
-        world: World,
-        module: ModelWithLoss,
-        signals: SignalWatch,
-        stack: contextlib.ExitStack,
+        self, spec: FitSpec, world: World, module: ModelWithLoss, signals: SignalWatch, stack: contextlib.ExitStack
     ) -> None:
         config = spec.config
         self.spec, self.config, self.world, self.module, self.stack = spec, config, world, module, stack
@@ -127,11 +122,11 @@ class FitLoop:
         if self.config.on_nonfinite_loss == "warn" or self.train_step.scaler is not None:
             return None
         layers = LayerWatch(self.spec.model, self.stack) if self.config.find_nonfinite_layer else None
-        return LossWatch(self.train_step.loss_meter, self.world, layers)
+        return LossWatch(self.module, self.train_step.loss_meter, self.world, layers)
 
-    def _check_loss(self) -> None:
+    def _check_finite(self, *, with_parameters: bool = False) -> None:
         if self.loss_watch is not None:
-            self.loss_watch.check()
+            self.loss_watch.check(with_parameters=with_parameters)
 
     def run(self) -> FitOutcome:
         """Train to the end, or until stopped, and return the results."""
@@ -199,8 +194,9 @@ class FitLoop:
         if self.run_dir is not None:
             own = checkpoint_path(self.run_dir.path).resolve().parent
             is_new = resumed is None or resumed.resolve().parent != own
-            check_space(self.config, *self.checkpoint.size_bytes())
-            self.run_dir.start(self.config.to_plain(), self.state.history, is_new=is_new)
+            check_space(self.config, *self.checkpoint.size_bytes(), is_new=is_new)
+            options, weights = self.config.to_plain(), self.spec.weights_path
+            self.run_dir.start(options, self.state.history, is_new=is_new, weights=weights)
         if self.spec.weights_path is not None:
             checkpoint.check_writable(self.spec.weights_path)
 
@@ -280,7 +276,7 @@ class FitLoop:
                 return True
         is_meeting = state.step >= self.agreement.next_step
         if is_meeting or self.config.find_nonfinite_layer:
-            self._check_loss()
+            self._check_finite()
         events = self.agreement.meet(state.step) if is_meeting else StepEvents()
         is_due = events.is_checkpoint_due or events.signal
         if is_due or (every is not None and state.step % every == 0):
@@ -305,7 +301,7 @@ class FitLoop:
     def _end_epoch(self, epoch: int, *, is_complete: bool) -> None:
         """Evaluate and record. The checkpoint of an incomplete epoch has the position within it."""
         state, meter, schedule = self.state, self.train_step.loss_meter, self.train_step.schedule
-        self._check_loss()
+        self._check_finite()
         loss = meter.global_mean(self.world)
         record = self.log.record(math.nan if loss is None else self.log.checked_loss(loss))
         record.update({f"train_{name}": value for name, value in self.train_metrics.compute(self.world).items()})
@@ -317,8 +313,11 @@ class FitLoop:
         is_last = epoch + 1 == self.config.epochs or self._is_last_step()
         is_due = is_last or (epoch + 1) % self.config.eval_every_epochs == 0
         is_due = self.eval_loader is not None and (is_due or self._should_stop())
+        is_early = state.stop_reason == TIME_IS_OVER and not is_complete
+        if is_early:  # a resumed run goes on with this epoch, so its checkpoint knows nothing of the evaluation below
+            self._write_checkpoint(epoch, state.samples_in_epoch)
         is_best = is_due and self._evaluate(record, end_of_epoch=is_complete)
-        if not is_complete:
+        if not is_complete and not is_early:
             self._write_checkpoint(epoch, state.samples_in_epoch)
         meter.reset()
         state.history.append(record)
@@ -350,7 +349,7 @@ class FitLoop:
 
     def _write_checkpoint(self, epoch: int, samples: int) -> None:
         if self.config.out_dir is not None:
-            self._check_loss()
+            self._check_finite(with_parameters=True)
             began = time.monotonic()
             position = DataPosition(self.order_seed, epoch, samples).to_dict()
             self.checkpoint.write(checkpoint_path(self.config.out_dir), position)
@@ -387,6 +386,8 @@ class FitLoop:
     def _restore_best_weights(self) -> None:
         """Load the best weights, if there are any, into the user's model, and write the final weights to disk."""
         best, model, path = self.state.best, self.spec.model, self.spec.weights_path
+        if path is not None:
+            self._check_finite(with_parameters=True)
         if best is not None and self.world.is_main:
             checkpoint.load_state(model, self.checkpoint.best_weights)
         if path is not None and self.world.is_main:

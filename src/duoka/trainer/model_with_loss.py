@@ -107,7 +107,8 @@ class ModelWithLoss(nn.Module):
     def _reduced(self, loss: Callable[..., Any], output: Any, target: Any, *, is_whole_step: bool = False) -> Any:
         """Return the loss as ``reduce_loss`` does; the first batch's targets are checked in full."""
         try:
-            if self._is_target_checked or torch.compiler.is_compiling():
+            is_replica = getattr(self, "_is_replica", False)  # in a thread, and dropped after the step
+            if self._is_target_checked or is_replica or torch.compiler.is_compiling():
                 return reduce_loss(loss, output, target, is_whole_step=is_whole_step)
             self._is_target_checked = True
             if not self._on_cpu and (found := class_count(loss, output, target)) is not None:
@@ -115,7 +116,9 @@ class ModelWithLoss(nn.Module):
                 check_labels(target, *found)  # waits for the device, once
             return refuse_broadcast(lambda: reduce_loss(loss, output, target, is_whole_step=is_whole_step))
         except IndexError as error:
-            raise explained_label_error(error, output, target) from error
+            if (explained := explained_label_error(error, output, target)) is None:
+                raise
+            raise explained from error
 
     def predictions(self, batch: Any) -> Any:
         """Return the model's predictions for ``batch``, with or without a target in it."""

@@ -18,9 +18,9 @@ from duoka.utils.imports import import_optional
 from duoka.utils.pytree import map_leaves
 
 CURVES_INTERVAL_S = 30.0
-RESULTS = ("checkpoint/*.pt*", "model.safetensors")
+RESULTS = ("checkpoint/[!.]*.pt*", "model.safetensors")
 """Files of a run that must not be lost."""
-OWN_FILES = (*RESULTS, "trainer.yml", "metrics.jsonl", "log.txt", "plots/curves.png", "events.out.tfevents.*")
+RECORDS = ("trainer.yml", "metrics.jsonl", "log.txt", "plots/curves.png", "events.out.tfevents.*")
 
 
 class RunDir:
@@ -32,12 +32,21 @@ class RunDir:
         self.events: Any = None
         self.drawn_at = 0.0
 
-    def start(self, options: dict[str, Any], history: list[dict[str, Any]], *, is_new: bool) -> None:
-        """Write the trainer's options, and the records of a resumed run; a new run sets an earlier run's files aside."""
+    def start(
+        self, options: dict[str, Any], history: list[dict[str, Any]], *, is_new: bool, weights: Path | None
+    ) -> None:
+        """Write the trainer's options, and the records of a resumed run; a new run sets an earlier run's files aside.
+
+        Args:
+            options: the trainer's options.
+            history: the records of the epochs before.
+            is_new: whether this is a new run.
+            weights: where the run will write its weights.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if is_new:
-                self._set_earlier_run_aside()
+                self._set_earlier_run_aside(weights)
         except OSError as error:
             raise StorageError(
                 f"out_dir={str(self.path)!r} cannot be prepared: {error}; give a folder that is writable"
@@ -57,10 +66,15 @@ class RunDir:
         else:
             self.events = SummaryWriter(str(self.path))
 
-    def _set_earlier_run_aside(self) -> None:
+    def _set_earlier_run_aside(self, weights: Path | None) -> None:
         """Move the files of an earlier run into a folder, so that they are neither lost nor taken for the new run's."""
-        files = [file for pattern in OWN_FILES for file in self.path.glob(pattern)]
-        if not any(True for pattern in RESULTS for _ in self.path.glob(pattern)):
+        results = {file for pattern in RESULTS for file in self.path.glob(pattern)}
+        if weights is not None and weights.is_file():
+            weights, folder = weights.parent.resolve() / weights.name, self.path.resolve()
+            if weights.is_relative_to(folder):
+                results.add(self.path / weights.relative_to(folder))
+        files = results.union(*map(self.path.glob, RECORDS))
+        if not results:
             for file in files:  # of a run that has ended before its first checkpoint
                 file.unlink()
             return

@@ -46,10 +46,10 @@ def _remedy(target: tuple[int, ...], output: tuple[int, ...]) -> str:
     return "reshape the target in the data, or the output at the end of the model"
 
 
-def explained_label_error(error: IndexError, output: Any, target: Any) -> Exception:
-    """Return ``DataError`` with both numbers for torch's error of a label out of range, else ``error`` itself."""
+def explained_label_error(error: IndexError, output: Any, target: Any) -> DataError | None:
+    """Return ``DataError`` with both numbers for torch's error of a label out of range, else ``None``."""
     is_torchs = re.fullmatch(r"Target -?\d+ is out of bounds\.", str(error))
-    return _out_of_range(target, output.shape[1], None) if is_torchs and _are_classes(output, target) else error
+    return _out_of_range(target, output.shape[1], None) if is_torchs and _are_classes(output, target) else None
 
 
 def check_labels(target: Any, num_classes: int, ignored: int) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from duoka import checkpoint, devices
-from duoka.errors import ConfigError, TrainingInterrupted
+from duoka.errors import ConfigError, DivergenceError, TrainingInterrupted
 from duoka.launcher import launch
 from duoka.launcher.cluster_environment import is_in_cluster_job
 from duoka.log import logger
@@ -181,6 +181,8 @@ class Trainer:
         except BaseException as error:
             if write_time_ns(path) not in (None, before):
                 hint = f"Trainer(..., resume=True) continues from the checkpoint {path}"
+                if isinstance(error, DivergenceError):
+                    hint = f"{hint}, and diverges again with the same options; begin a new run with a lower lr"
                 error.add_note(hint)
                 if isinstance(error, TrainingInterrupted) and current_world().is_main:
                     logger.warning("%s; %s", error, hint)  # Python shows no traceback of it

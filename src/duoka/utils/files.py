@@ -209,7 +209,9 @@ def _flush_folder(folder: Path) -> None:
 
 def _find_os_error(error: BaseException | None) -> OSError | None:
     """Return the OSError that caused ``error``; torch's archive writer wraps it in a RuntimeError."""
-    while error is not None:
+    seen: set[int] = set()  # user code may make a circle of causes
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, OSError) and error.errno is not None:
             return error
         error = error.__cause__ or error.__context__

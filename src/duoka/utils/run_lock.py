@@ -65,9 +65,7 @@ def _acquire(path: Path) -> int:
                 is_free = not holder or is_gone
             if is_free and _is_at(descriptor, path):
                 if holder:
-                    logger.warning(
-                        "%s: the run of %s ended without a word; its folder is free", path.parent, _name(holder)
-                    )
+                    logger.warning("%s: %s was killed; this run takes its folder", path.parent, _name(holder))
                 _write(descriptor)
                 return descriptor
             if not is_free and (not is_gone or time.monotonic() > deadline):

@@ -41,8 +41,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                before = signal.getsignal(number)
-                if before is signal.SIG_DFL or isinstance(getattr(before, "__self__", None), StopSignals):
+                if _is_free(number):
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -80,6 +79,18 @@ class SignalWatch(StopSignals):
         else:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def ignore_first_signals() -> None:
+    """Ignore the first SIGHUP and SIGUSR1, for a process that another one ends by SIGTERM."""
+    for number in filter(_is_free, (signal.SIGHUP, signal.SIGUSR1)):
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def _is_free(number: int) -> bool:
+    """Return whether the user's program neither ignores nor handles a signal."""
+    handler = signal.getsignal(number)
+    return handler is signal.SIG_DFL or isinstance(getattr(handler, "__self__", None), StopSignals)
 
 
 def interruption(number: int) -> TrainingInterrupted:

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from duoka import save
-from duoka.errors import ConfigError, DataError, StorageError
+from duoka.errors import ConfigError, DataError, DivergenceError, StorageError
 from duoka.recipes.common import registry
 from duoka.recipes.common.recipe_run import RecipeRun, recipe_run
 from duoka.recipes.image_classification.config import Cifar100Config
@@ -91,6 +91,21 @@ def test_a_run_interrupted_before_it_writes_leaves_no_folder(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted(late=True)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.txt"]
+
+
+def test_after_a_divergence_a_new_run_with_a_lower_lr_is_named(tmp_path, caplog):
+    config = Cifar100Config(out=str(tmp_path), name="x", device="cpu")
+
+    def diverge() -> None:
+        with recipe_run("cifar100", config) as run:
+            run.write_text("config.yml", "")
+            raise DivergenceError
+
+    with pytest.raises(DivergenceError):
+        diverge()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "--resume would diverge again. Begin a new run with a lower lr: " in line
+    assert line.endswith("config.yml --lr LOWER")
 
 
 def test_names_of_classes_and_runs_stay_in_their_folders(tmp_path):

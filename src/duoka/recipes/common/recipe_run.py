@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 
 from duoka import checkpoint
-from duoka.errors import ConfigError, DataError, StorageError, TrainingInterrupted
+from duoka.errors import ConfigError, DataError, DivergenceError, StorageError, TrainingInterrupted
 from duoka.launcher import launch
 from duoka.log import logger
 from duoka.trainer import Callback, FitResult, State, Trainer
@@ -192,7 +192,7 @@ def recipe_run(recipe: str, config: Any, facts: dict[str, Any] | None = None, so
 
     A resumed run must have begun with the same ``facts`` about the data of ``source``. If the block fails, or is
     interrupted, before it has written anything, the folder is removed. Later, the log has the command that continues the
-    run.
+    run; after a divergence, which that would repeat, the command of a new run.
     """
     run = launch(_run_dir_on_rank_zero, recipe, config, devices=config.device)
     assert run is not None  # rank 0 returns it
@@ -203,12 +203,16 @@ def recipe_run(recipe: str, config: Any, facts: dict[str, Any] | None = None, so
     written = write_time_ns(run.config)
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
         for folder in run.created:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
         if current_world().is_main and write_time_ns(run.config) not in (None, written):  # training has begun
-            logger.warning("stopped; continue with: %s", duoka_command("train", recipe, "--resume", run.folder))
+            if isinstance(error, DivergenceError):
+                command = duoka_command("train", recipe, "-c", run.config, "--lr", "LOWER")
+                logger.warning("stopped; --resume would diverge again. Begin a new run with a lower lr: %s", command)
+            else:
+                logger.warning("stopped; continue with: %s", duoka_command("train", recipe, "--resume", run.folder))
         raise
 
 

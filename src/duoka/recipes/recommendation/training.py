@@ -92,15 +92,13 @@ def train_stages(config: RecommendationConfig, data: ML1MDataset, run: RecipeRun
     stages = [(1, config.lr, config.epochs)]
     if config.dynamic_epochs and texts is not None:
         stages.append((2, config.dynamic_lr, config.dynamic_epochs))
-    options = run_options(run, NAME, config, data.metadata())
     results: list[StageResult] = []
     for number, lr, epochs in stages:
         model = build_model(config, data, texts, number)
         if results:
             copy_stage1_weights(results[0].model, model)
-        trainer = _trainer(
-            model, config, data, lr, epochs=epochs, **options | {"out_dir": run.folder / f"stage-{number}"}
-        )
+        options = run_options(run, NAME, config, data.metadata()) | {"out_dir": run.folder / f"stage-{number}"}
+        trainer = _trainer(model, config, data, lr, epochs=epochs, **options)  # with the time that is left now
         validation, _ = fit(trainer, save_model=True)
         results.append(StageResult(number, model, validation, len(trainer.history)))
     return results
