@@ -58,6 +58,7 @@ def schedule(count: int, seed: int) -> list[Trial]:
         for device in ("cpu:2", "cpu:3")
         for fault in WORKER_FAULTS
     ]
+    kinds = list(dict.fromkeys(kinds))
     order: list[tuple[str, str, str]] = []
     while len(order) < count:
         order += draw.sample(kinds, len(kinds))
