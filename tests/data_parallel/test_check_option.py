@@ -20,7 +20,6 @@ import duoka
 from duoka import errors
 from duoka.data_parallel.scatter import Arguments
 from duoka.data_parallel.split_check import check_call
-from duoka.script_runner import RunSession
 from support.transports import both_transports
 
 
@@ -346,12 +345,6 @@ def test_a_model_whose_parameters_method_returns_a_list_is_split(pair) -> None:
     model, reference = pair(Learner())
     torch.testing.assert_close(model(X), reference(X))
     assert check_call(Learner(), Arguments((X,), {}), 2).reason == ""
-    with RunSession([torch.device("cpu")] * 2) as session:
-        inner = Learner()
-        torch.optim.SGD(inner.parameters(), 0.1)
-        for _ in range(2):
-            torch.testing.assert_close(inner(X), reference(X))
-    assert (session.stats.num_whole, session.stats.num_split) == (1, 1)
 
 
 def named_tuple(y):
