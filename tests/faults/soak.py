@@ -23,10 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from faults.victim import EVERY, NUM_STEPS
 from support.waiting import wait_until
 
 VICTIM = Path(__file__).with_name("victim.py")
-NUM_STEPS, EVERY = 12, 2
 WORKER_FAULTS = ("worker killed", "worker stopped", "temporary folder emptied")
 TRAINER_FAULTS = (
     "SIGKILL", "SIGTERM", "SIGHUP", "SIGUSR1", "Ctrl-C", "exception", "full disk", "temporary folder emptied",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from duoka.utils.files import write_time_ns
 from duoka.utils.signals import handle_interrupt
 from duoka.workers.environment import DEVICE_VARIABLES, worker_environment
 from duoka.workers.events import wait_until_ready
@@ -27,7 +28,7 @@ class _Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._acquired: set[WorkerHandle] = set()
-        self._idle: dict[WorkerHandle, dict[str, int]] = {}
+        self._idle: dict[WorkerHandle, dict[str, int | None]] = {}
         """Each worker, with the user's source files and their write times when its last task ended."""
         self._is_registered = False
 
@@ -72,7 +73,7 @@ class _Pool:
         with self._lock:
             for worker in [worker for worker in self._idle if worker.start_key == key]:
                 sources = self._idle.pop(worker)
-                if worker.is_alive() and all(_write_time_ns(file) == time for file, time in sources.items()):
+                if worker.is_alive() and all(write_time_ns(file) == time for file, time in sources.items()):
                     self._acquired.add(worker)
                     return worker
                 worker.close()
@@ -108,18 +109,11 @@ def _start_key(device: torch.device) -> tuple[str, ...]:
     return (str(device), RendezvousFile.of_this_process().key, *(environment.get(name, "") for name in _READ_AT_START))
 
 
-def _user_sources() -> dict[str, int]:
+def _user_sources() -> dict[str, int | None]:
     """Return the user's imported source files with their write times: a worker must not run an older version."""
     installed = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {file: _write_time_ns(file) for file in files if isinstance(file, str) and not file.startswith(installed)}
-
-
-def _write_time_ns(file: str) -> int:
-    try:
-        return os.stat(file).st_mtime_ns
-    except OSError:
-        return -1
+    return {file: write_time_ns(file) for file in files if isinstance(file, str) and not file.startswith(installed)}
 
 
 _pool = _Pool()
